@@ -1,0 +1,19 @@
+"""minmacpo: weak-to-strong alignment with MACPO (arXiv 2410.07672) in minimal PyTorch.
+
+Only the one exception that every module may raise lives here; the map for reading is in README.md.
+"""
+
+import sys
+
+if sys.version_info < (3, 11):
+    raise SystemExit(
+        "minmacpo needs Python 3.11 or newer (it reads TOML with the standard library); this is "
+        + sys.version.split()[0]
+        + ". Make the environment with a newer one: python3.11 -m venv .venv"
+    )
+
+__version__ = "0.1.0"
+
+
+class UserError(Exception):
+    """Something the user can mend; the programs print it as one sentence and exit with code 2."""

@@ -1,0 +1,203 @@
+"""Hugging Face folders and PEFT adapters, in and out; and the state of an unfinished training.
+
+Only safetensors, memory-mapped; pickles are refused. Every tensor's name is accounted for both
+ways. What is written here loads in transformers, PEFT and vLLM as it is.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from minmacpo import UserError
+from minmacpo.config import Lora
+from minmacpo.files import read_json, write_atomic, write_json
+from minmacpo.lora import PREFIX, merged_weights
+from minmacpo.model import ModelConfig, Transformer, parse_config
+from minmacpo.tokenizer import Tokenizer, load_tokenizer
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Tensors as one .safetensors file, atomically."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, save(tensors, metadata or {"format": "pt"}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a .safetensors file, on the CPU; UserError if missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: is no readable safetensors file ({error})") from None
+
+
+# ---- HF model folders -----------------------------------------------------------------------
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of an HF folder, by its index if there is one; UserError if none."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weights = read_json(index).get("weight_map", {})
+        return [folder / name for name in sorted(set(weights.values()))]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    hint = ""
+    if any(folder.glob("*.bin")):
+        hint = "; its .bin files are pickles, which are not read: save it again with save_pretrained"
+    raise UserError(f"{folder}: has no model.safetensors{hint}")
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """ModelConfig of an HF folder; UserError if there is none, or it is not understood."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: is no folder; download the model first and give its path")
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder}: has no config.json, so it is no model folder")
+    raw = read_json(file)
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}: expected an object")
+    return parse_config(raw, str(file))
+
+
+def check_model_folder(folder: Path) -> tuple[ModelConfig, Tokenizer]:
+    """Config and tokenizer of an HF folder whose three files are there; UserError otherwise."""
+    config, tokenizer = read_config(folder), load_tokenizer(folder)
+    weight_files(Path(folder))
+    if tokenizer.size > config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.size} pieces, the model only {config.vocab_size} rows"
+        )
+    return config, tokenizer
+
+
+def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+    """The model of an HF folder: built without memory, then given the memory-mapped tensors.
+
+    Raises UserError if a file is missing or damaged, or if a tensor's name or shape is unexpected.
+    A head may be missing where it is tied.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Transformer(config)
+    tensors = {}
+    for file in weight_files(folder):
+        tensors |= load_tensors(file)[0]
+    tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    wanted = model.state_dict()
+    for name in sorted(wanted.keys() ^ tensors.keys()):
+        raise UserError(f"{folder}: {'lacks' if name in wanted else 'has an unexpected'} tensor {name}")
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise UserError(f"{folder}: {name} is {list(tensor.shape)}, expected {list(wanted[name].shape)}")
+    model.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, assign=True)
+    model.tie_head()
+    return model.eval()
+
+
+def save_model(folder: Path, config: ModelConfig, weights: dict[str, Tensor], tokenizer: bytes) -> None:
+    """An ordinary HF folder: config.json, model.safetensors, generation_config.json, tokenizer.model."""
+    ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": dtype}
+    write_json(folder / "config.json", kind | asdict(config) | fixed)
+    write_json(folder / "generation_config.json", ends)
+    write_atomic(folder / "tokenizer.model", tokenizer)
+    weights = dict(weights)
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    save_tensors(folder / "model.safetensors", weights)
+
+
+def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
+    """Every id that ends an answer: the tokenizer's end token and those of both HF configs."""
+    ids = {tokenizer.eos}
+    for name in ("config.json", "generation_config.json"):
+        file = Path(folder) / name
+        eos = read_json(file).get("eos_token_id") if file.is_file() else None
+        ids |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return ids
+
+
+def export_merged(model: Transformer, source: Path, folder: Path) -> None:
+    """Write base and slot as one HF folder; the tokenizer is that of the base's folder `source`."""
+    folder.mkdir(parents=True)
+    save_model(folder, model.config, merged_weights(model), (Path(source) / "tokenizer.model").read_bytes())
+
+
+# ---- PEFT adapters --------------------------------------------------------------------------
+
+
+def save_adapter(folder: Path, tensors: dict[str, Tensor], config: Lora, base: str) -> None:
+    """An adapter in PEFT's layout. `base` is the path of its base, relative to the adapter."""
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.r,
+        "lora_alpha": config.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(config.targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    write_json(folder / "adapter_config.json", described)
+    save_tensors(folder / "adapter_model.safetensors", tensors)
+
+
+def load_adapter(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder under PEFT's keys; UserError if missing, damaged or foreign."""
+    file = Path(folder) / "adapter_model.safetensors"
+    tensors, _ = load_tensors(file)
+    for key in tensors:
+        if not key.startswith(PREFIX):
+            raise UserError(f"{file}: {key} is no key of a PEFT LoRA adapter")
+    return tensors
+
+
+def read_adapter_config(folder: Path) -> tuple[Lora, str]:
+    """(slot settings, path of the base as written) of an adapter folder; UserError if not plain LoRA."""
+    file = Path(folder) / "adapter_config.json"
+    raw = read_json(file)
+    plain = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
+    odd = next((name for name in plain if raw.get(name)), None)
+    if raw.get("peft_type") != "LORA" or odd or raw.get("bias", "none") != "none":
+        raise UserError(f"{file}: only plain LoRA adapters are read ({odd or 'peft_type or bias'} is set)")
+    targets = raw.get("target_modules")
+    if not isinstance(targets, list) or not isinstance(raw.get("r"), int):
+        raise UserError(f"{file}: expected r and a list of target_modules")
+    return Lora(raw["r"], raw.get("lora_alpha", raw["r"]), tuple(targets)), raw.get("base_model_name_or_path", "")
+
+
+# ---- unfinished training --------------------------------------------------------------------
+
+
+def save_state(path: Path, tensors: dict[str, Tensor], notes: dict) -> None:
+    """Parameters and moments with the step's notes in one file, so that they cannot part."""
+    save_tensors(path, tensors, {"notes": json.dumps(notes)})
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict] | None:
+    """What `save_state` wrote, or None where there is nothing yet."""
+    if not path.is_file():
+        return None
+    tensors, metadata = load_tensors(path)
+    return tensors, json.loads(metadata["notes"])

@@ -1,0 +1,239 @@
+"""The records that flow between stages, and the reader of HH-RLHF files.
+
+Records are frozen dataclasses that go to JSON and back; every stage writes its own as .jsonl.
+Reading is strict: a row that cannot be read is an error with file and line, a row that cannot be
+used is counted under its reason, nothing is dropped in silence. No torch here.
+"""
+
+import gzip
+import json
+import random
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+from minmacpo import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: str  # "user" or "assistant"
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt with one answer: text to train on, or to score. `id` keys seeds and joins."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    response: str
+    meta: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt with a better and a worse answer; logps (summed, end token included) once scored."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    chosen_by: str = "data"
+    rejected_by: str = "data"
+    ref_chosen_logps: float | None = None
+    ref_rejected_logps: float | None = None
+    meta: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sampled answer. `tokens` keep the end token; `logp` is theirs, summed, at temperature 1."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    response: str
+    finish: str  # "stop" or "length"
+    tokens: tuple[int, ...]
+    logp: float
+    perplexity: float
+    agent: str
+    seed: int
+    meta: dict = field(default_factory=dict)
+
+
+def to_json(record) -> str:
+    """One line of JSON for a record."""
+    return json.dumps(asdict(record), ensure_ascii=False)
+
+
+def from_json(kind, line: str):
+    """The record of class `kind` that `to_json` wrote."""
+    values = json.loads(line)
+    values["prompt"] = tuple(Message(**message) for message in values["prompt"])
+    if "tokens" in values:
+        values["tokens"] = tuple(values["tokens"])
+    return kind(**values)
+
+
+def example_id(prompt: tuple[Message, ...], occurrence: int = 0) -> str:
+    """16 hex digits from the prompt's text and how often it occurred before."""
+    text = json.dumps([[m.role, m.content] for m in prompt] + [occurrence], ensure_ascii=False)
+    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def chosen_side(pair: Pair) -> Example:
+    """The pair's better answer as an Example."""
+    return Example(pair.id, pair.prompt, pair.chosen, pair.meta)
+
+
+def rejected_side(pair: Pair) -> Example:
+    """The pair's worse answer as an Example."""
+    return Example(pair.id, pair.prompt, pair.rejected, pair.meta)
+
+
+# ---- HH-RLHF files --------------------------------------------------------------------------
+
+TURN = re.compile(r"\n\n(Human|Assistant):")
+ROLES = {"Human": "user", "Assistant": "assistant"}
+EXPECTED = 'expected {"chosen": dialogue, "rejected": dialogue} as HH-RLHF publishes it'
+
+
+def find_files(path: str) -> list[Path]:
+    """The .jsonl and .jsonl.gz files at `path` (a file of any name, or a folder), sorted."""
+    root = Path(path)
+    if not root.exists():
+        raise UserError(f"data.path: {root} does not exist")
+    if root.is_file():
+        return [root]
+    files = sorted(f for f in root.rglob("*") if f.name.endswith((".jsonl", ".jsonl.gz")) and f.is_file())
+    if not files:
+        raise UserError(f"data.path: no .jsonl or .jsonl.gz file in {root}")
+    return files
+
+
+def read_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text) of a file, gzipped or not; UserError where it cannot be read."""
+    number = 0
+    try:
+        opened = gzip.open(file, "rb") if file.name.endswith(".gz") else file.open("rb")
+        with opened as stream:
+            for number, line in enumerate(stream, 1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}, line {number}: not valid UTF-8 ({error.reason}); save it as UTF-8") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file}, after line {number}: cannot be read ({error})") from None
+
+
+def split_dialogue(text: str) -> tuple[tuple[Message, ...], str]:
+    """(prompt, last answer) of "\\n\\nHuman: … \\n\\nAssistant: …", cut at the last assistant turn.
+
+    Raises ValueError where there is no such turn, or text stands before the first one.
+    """
+    marks = list(TURN.finditer(text))
+    cut = max((i for i, mark in enumerate(marks) if mark[1] == "Assistant"), default=None)
+    if cut is None or text[: marks[0].start()].strip():
+        raise ValueError
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    turns = [
+        Message(ROLES[mark[1]], text[mark.end() : end].strip())
+        for mark, end in zip(marks, ends, strict=True)
+    ]
+    return tuple(turns[:cut]), text[marks[cut].end() :].strip()
+
+
+def parse_row(text: str, where: str) -> tuple[Pair | None, str]:
+    """(pair, "kept") or (None, why it cannot be used); UserError for a row that cannot be read."""
+    try:
+        row = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error}); {EXPECTED}") from None
+    sides = []
+    for key in ("chosen", "rejected"):
+        value = row.get(key) if isinstance(row, dict) else None
+        if not isinstance(value, str):
+            problem = f"{key!r} is no text" if isinstance(row, dict) and key in row else f"no {key!r}"
+            raise UserError(f"{where}: {problem}; {EXPECTED}")
+        try:
+            value.encode("utf-8")
+            sides.append(split_dialogue(value))
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: {key!r} holds half a surrogate pair, no valid text") from None
+        except ValueError:
+            raise UserError(
+                f'{where}: {key!r} is no dialogue of "\\n\\nHuman: …" and "\\n\\nAssistant: …" turns; {EXPECTED}'
+            ) from None
+    (prompt, chosen), (other, rejected) = sides
+    if prompt != other:
+        return None, "prompts differ"
+    if not prompt or prompt[-1].role != "user" or not prompt[-1].content:
+        return None, "no human turn before the answer"
+    if not chosen or not rejected:
+        return None, "empty answer"
+    if chosen == rejected:
+        return None, "identical answers"
+    return Pair(example_id(prompt), prompt, chosen, rejected), "kept"
+
+
+def read_hh(path: str, most: int | None = None) -> tuple[list[Pair], dict[str, dict[str, int]]]:
+    """All usable pairs of HH-RLHF files, and per file how many rows were read, kept, dropped why.
+
+    `most`: read at most so many rows, spread evenly over the files. Every pair's meta["file"] is
+    its file's name without endings. Raises UserError for an unreadable row, or when none is left.
+    """
+    files, pairs, counts, seen = find_files(path), [], {}, Counter()
+    for index, file in enumerate(files):
+        label = re.sub(r"\.jsonl(\.gz)?$", "", file.name)
+        label = label if label not in counts else str(file.relative_to(path))
+        count = counts.setdefault(label, Counter(read=0, kept=0))
+        limit = None if most is None else most // len(files) + (index < most % len(files))
+        for number, text in read_lines(file):
+            if limit is not None and count["read"] >= limit:
+                break
+            count["read"] += 1
+            pair, reason = parse_row(text, f"{file}, line {number}") if text else (None, "blank line")
+            count[reason] += 1
+            if pair:
+                occurrence = seen[pair.id]
+                seen[pair.id] += 1
+                name = example_id(pair.prompt, occurrence)
+                pairs.append(Pair(name, pair.prompt, pair.chosen, pair.rejected, meta={"file": label}))
+    if not pairs:
+        found = "; ".join(f"{label}: {dict(count)}" for label, count in counts.items())
+        raise UserError(f"data.path: no usable row in {path} ({found})")
+    return pairs, {label: dict(count) for label, count in counts.items()}
+
+
+SLICES = ("d0", "d1", "d2", "test")
+
+
+def split_pairs(pairs: list[Pair], shares: tuple[float, ...], seed: int) -> dict[str, list[Pair]]:
+    """{"d0", "d1", "d2", "test"}: slices disjoint by first human turn, prompts of d2 and test unique.
+
+    Shares count first turns. A prompt that occurs again in d2 or test is left out there (the first
+    one stays); the caller sees that in the lengths.
+    """
+    first_turn = {pair.id: next(m.content for m in pair.prompt if m.role == "user") for pair in pairs}
+    turns = sorted(set(first_turn.values()))
+    random.Random(f"{seed}/split").shuffle(turns)
+    ends = [round(sum(shares[: i + 1]) * len(turns)) for i in range(4)]
+    where = {
+        turn: name
+        for i, name in enumerate(SLICES)
+        for turn in turns[(ends[i - 1] if i else 0) : ends[i]]
+    }
+    slices = {name: [] for name in SLICES}
+    prompts = set()
+    for pair in pairs:
+        name = where.get(first_turn[pair.id])
+        if name in ("d2", "test") and pair.prompt in prompts:
+            continue
+        prompts.add(pair.prompt)
+        if name:
+            slices[name].append(pair)
+    return slices

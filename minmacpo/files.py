@@ -1,0 +1,109 @@
+"""Files that are whole or absent: atomic writes, JSON lines, hashes, hard links.
+
+Everything the project writes goes through here. A file is written under a temporary name in the
+same folder, flushed to the disk, and renamed; a kill leaves the old file, or the new one.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from minmacpo import UserError
+from minmacpo.data import from_json, to_json
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk, so that a rename in it survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write `path` whole, or leave it as it was; the temporary is removed if the disk is full."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value) -> None:
+    """`value` as indented JSON, atomically."""
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_records(path: Path, records: Iterable) -> None:
+    """Records of data.py as .jsonl, atomically."""
+    write_atomic(path, "".join(to_json(record) + "\n" for record in records))
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    """Plain dicts as .jsonl, atomically."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_json(path: Path):
+    """The content of a .json file; UserError where it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def read_rows(path: Path) -> Iterator[dict]:
+    """The dicts of a .jsonl file; UserError with file and line where it is broken."""
+    for number, line in enumerate(open_text(path), 1):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            raise UserError(f"{path}, line {number}: is no JSON; the file is damaged") from None
+
+
+def read_records(path: Path, kind) -> list:
+    """The records of class `kind` in a .jsonl file; UserError with file and line where broken."""
+    records = []
+    for number, line in enumerate(open_text(path), 1):
+        try:
+            records.append(from_json(kind, line))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}, line {number}: is no {kind.__name__}; the file is damaged") from None
+    return records
+
+
+def open_text(path: Path) -> list[str]:
+    """The lines of a UTF-8 file (only \\n ends one: JSON may hold the others raw); or UserError."""
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fingerprint(value) -> str:
+    """32 hex digits that stand for a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """`target` becomes a hard link to `source`, or a copy where links fail."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,33 @@
+"""How likely given texts are under the model that is loaded: summed log-probability, perplexity."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from minmacpo.batching import collate, plan_scoring
+from minmacpo.losses import sequence_logps
+from minmacpo.progress import Progress
+from minmacpo.tokenizer import Tokens
+
+
+def perplexity(logp: float, tokens: int) -> float:
+    """exp(-logp / tokens), capped at 1e30 so that it stays a number in JSON (paper eq. 6, as a product)."""
+    return math.exp(min(-logp / tokens, 69.0))
+
+
+@torch.inference_mode()
+def score(model, rows: Sequence[Tokens], budget: int, progress: Progress | None = None) -> list[float]:
+    """Summed log-probability of each row's masked tokens, end token included, in the rows' order.
+
+    At most `budget` padded tokens go into one forward pass.
+    """
+    device = next(model.parameters()).device
+    logps: list = [None] * len(rows)
+    for group in plan_scoring([len(row.ids) for row in rows], budget):
+        batch = collate([rows[i] for i in group], device)
+        for index, value in zip(group, sequence_logps(model, batch.tokens, batch.mask).tolist(), strict=True):
+            logps[index] = value
+        if progress:
+            progress.step(len(group))
+    return logps

@@ -1,0 +1,174 @@
+"""Text to ids and back: sentencepiece models, and the templates that turn messages into ids.
+
+`render` is the only place where a prompt becomes ids: training, scoring and sampling all call it,
+so they cannot differ. Special tokens enter as ids and are never parsed from text, and each segment
+is tokenised by itself, so the border between prompt and answer never shifts.
+"""
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+
+from minmacpo import UserError
+from minmacpo.data import Message
+
+TURN_MARKS = {"user": "<user>", "assistant": "<bot>"}
+PLAIN_MARKS = {"user": "\n\nHuman:", "assistant": "\n\nAssistant:"}
+
+
+@dataclass(slots=True)
+class Tokens:
+    """ids [T] of one text; mask [T], True where the token is trained on or scored."""
+
+    ids: list[int]
+    mask: list[bool]
+
+
+class Tokenizer:
+    """A sentencepiece model; `model` is the bytes of a tokenizer.model. Raises UserError."""
+
+    def __init__(self, model: bytes, where: str = "tokenizer.model"):
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise UserError(f"{where}: is no sentencepiece model") from None
+        self.model = model
+        self.size = self.pieces.vocab_size()
+        self.bos, self.eos = self.pieces.bos_id(), self.pieces.eos_id()
+        if self.eos < 0:
+            raise UserError(f"{where}: has no end token")
+        # Llama's models put a space before every text; a line break, which never merges with what
+        # follows, keeps that space away from segments that do not start a text.
+        adds_space = self.pieces.id_to_piece(self.pieces.encode("a")[0]).startswith("▁")
+        self.guard = self.pieces.encode("\n") if adds_space else []
+
+    def encode(self, text: str, start: bool = False) -> list[int]:
+        """ids of `text`, without special tokens; `start`: it begins a document."""
+        if start or not self.guard:
+            return self.pieces.encode(text)
+        return self.pieces.encode("\n" + text)[len(self.guard) :]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; special tokens give nothing, broken bytes give U+FFFD."""
+        text = self.pieces.decode(self.guard + list(ids))
+        return text[1:] if self.guard else text
+
+    def piece(self, name: str) -> int | None:
+        """id of a special piece such as "<user>", None where the model has none."""
+        index = self.pieces.piece_to_id(name)
+        return index if self.pieces.is_control(index) else None
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of an HF folder that holds a tokenizer.model; UserError otherwise."""
+    file = Path(folder) / "tokenizer.model"
+    if not file.is_file():
+        raise UserError(f"{folder}: has no tokenizer.model (only sentencepiece models are read)")
+    return Tokenizer(file.read_bytes(), str(file))
+
+
+def train_tokenizer(texts: Iterable[str], vocab: int) -> bytes:
+    """A sentencepiece BPE model of at most `vocab` pieces, the same bytes for the same texts.
+
+    Lossless: identity normalisation, no whitespace removal, byte fallback. The turn marks are
+    control pieces, which no text can produce. Raises UserError when the texts cannot fill `vocab`.
+    """
+    out = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=out,
+            model_type="bpe",
+            vocab_size=vocab,
+            hard_vocab_limit=False,
+            character_coverage=0.9995,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            control_symbols=list(TURN_MARKS.values()),
+            max_sentence_length=1 << 24,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"model.vocab = {vocab}: the text does not yield such a tokenizer ({reason})") from None
+    return out.getvalue()
+
+
+def dialogue_text(messages: Iterable[Message], response: str) -> str:
+    """A dialogue as one text of the HH-RLHF kind, for training a tokenizer."""
+    turns = [f"{PLAIN_MARKS[m.role]} {m.content}" for m in messages]
+    return "".join([*turns, f"{PLAIN_MARKS['assistant']} {response}"])
+
+
+# ---- templates ------------------------------------------------------------------------------
+
+
+def render_prompt(tokenizer: Tokenizer, template: str, messages: Sequence[Message]) -> list[int]:
+    """ids of the prompt, up to where the answer begins.
+
+    plain: begin token once, then "\\n\\nHuman: …" and "\\n\\nAssistant: …" turns.
+    turns: <user> … <bot> …, no begin token; earlier answers close with the end token.
+    """
+    if template == "plain":
+        ids = [tokenizer.bos] if tokenizer.bos >= 0 else []
+        turns = [f"{PLAIN_MARKS[m.role]} {m.content}" for m in messages] + [PLAIN_MARKS["assistant"]]
+        for number, turn in enumerate(turns):
+            ids += tokenizer.encode(turn, start=number == 0)
+        return ids
+    marks = {role: tokenizer.piece(mark) for role, mark in TURN_MARKS.items()}
+    if None in marks.values():
+        raise UserError("data.template = turns needs a tokenizer made here; use data.template=plain")
+    ids = []
+    for message in messages:
+        ids += [marks[message.role], *tokenizer.encode(message.content)]
+        ids += [tokenizer.eos] if message.role == "assistant" else []
+    return [*ids, marks["assistant"]]
+
+
+def render(
+    tokenizer: Tokenizer, template: str, messages: Sequence[Message], response: str | None = None
+) -> Tokens:
+    """ids and trained mask of a prompt, with `response` and the end token behind it if given.
+
+    The mask is True on the response and its end token, and nowhere else.
+    """
+    prompt = render_prompt(tokenizer, template, messages)
+    if response is None:
+        return Tokens(prompt, [False] * len(prompt))
+    text = " " + response if template == "plain" else response
+    answer = [*tokenizer.encode(text), tokenizer.eos]
+    return Tokens(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+
+
+def response_text(tokenizer: Tokenizer, template: str, ids: Sequence[int]) -> str:
+    """The answer's text behind sampled `ids`: no end token, no space around, no next turn.
+
+    A base model that has read whole dialogues may go on with the next human turn; in the plain
+    template that is ordinary text, so the answer ends before it.
+    """
+    text = tokenizer.decode([i for i in ids if i != tokenizer.eos])
+    if template == "plain":
+        text = text.partition(PLAIN_MARKS["user"])[0]
+    return text.strip()
+
+
+def default_template(tokenizer: Tokenizer) -> str:
+    """"turns" for a tokenizer that has turn marks, else "plain"."""
+    return "plain" if tokenizer.piece(TURN_MARKS["user"]) is None else "turns"
+
+
+def show_mask(tokenizer: Tokenizer, tokens: Tokens) -> str:
+    """The text of `tokens` on one line, the trained part between ⟦ and ⟧, special pieces by name."""
+    out, inside = [], False
+    for index, trained in zip(tokens.ids, tokens.mask, strict=True):
+        if trained != inside:
+            out.append("⟦" if trained else "⟧")
+            inside = trained
+        out.append(tokenizer.pieces.id_to_piece(index).replace("▁", " ").replace("<0x0A>", "⏎"))
+    return "".join(out) + ("⟧" if inside else "")
