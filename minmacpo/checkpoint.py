@@ -43,7 +43,10 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of an HF folder, by its index if there is one; UserError if none."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weights = read_json(index).get("weight_map", {})
+        raw = read_json(index)
+        weights = raw.get("weight_map") if isinstance(raw, dict) else None
+        if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
+            raise UserError(f"{index}: expected a weight_map of file names")
         return [folder / name for name in sorted(set(weights.values()))]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
@@ -177,14 +180,17 @@ def read_adapter_config(folder: Path) -> tuple[Lora, str]:
     """(slot settings, path of the base as written) of an adapter folder; UserError if not plain LoRA."""
     file = Path(folder) / "adapter_config.json"
     raw = read_json(file)
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}: expected an object")
     plain = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
     odd = next((name for name in plain if raw.get(name)), None)
     if raw.get("peft_type") != "LORA" or odd or raw.get("bias", "none") != "none":
         raise UserError(f"{file}: only plain LoRA adapters are read ({odd or 'peft_type or bias'} is set)")
-    targets = raw.get("target_modules")
-    if not isinstance(targets, list) or not isinstance(raw.get("r"), int):
-        raise UserError(f"{file}: expected r and a list of target_modules")
-    return Lora(raw["r"], raw.get("lora_alpha", raw["r"]), tuple(targets)), raw.get("base_model_name_or_path", "")
+    r, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
+    named = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
+    if not named or not isinstance(alpha, int | float) or not isinstance(r, int) or r < 1:
+        raise UserError(f"{file}: expected r, lora_alpha and a list of target_modules")
+    return Lora(r, alpha, tuple(targets)), raw.get("base_model_name_or_path") or ""
 
 
 # ---- unfinished training --------------------------------------------------------------------

@@ -5,6 +5,7 @@ the nearest right one. No torch here.
 """
 
 import math
+import re
 import tomllib
 import types
 import typing
@@ -18,6 +19,7 @@ from minmacpo import UserError
 from minmacpo.config import Config, check, flatten, toml_value
 
 PRESETS = Path(__file__).parent / "presets"
+UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # what a TOML file cannot hold as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def convert(kind, value, key: str):
         if isinstance(value, bool) or value in ("true", "false"):
             return value in (True, "true")
     elif kind is str:
-        if isinstance(value, str) and value:
+        if isinstance(value, str) and value and not UNWRITABLE.search(value):
             return value
     elif not isinstance(value, bool) and isinstance(value, str | int | float):
         try:
@@ -80,7 +82,8 @@ def convert(kind, value, key: str):
                 return number
         except (ValueError, OverflowError):
             pass
-    raise UserError(f"{key} = {value!r}: expected {describe(kind)}")
+    shown = ascii(value) if len(str(value)) <= 80 else ascii(str(value)[:80]) + "…"
+    raise UserError(f"{key} = {shown}: expected {describe(kind)}")
 
 
 def check_key(key: str, where: str) -> None:
@@ -126,7 +129,7 @@ def read_toml(path: Path) -> dict[str, object]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
     if not tables:
         raise UserError(f"{path}: is empty; expected sections such as [dpo] with key = value lines")
@@ -181,18 +184,22 @@ def parse(argv: list[str]) -> Command:
 
 
 def run_name(label: str, preset: Config, config: Config) -> str:
-    """`label` plus "-key=value" for every setting in which `config` differs from `preset`."""
+    """`label` plus "-key=value" for every setting in which `config` differs from `preset`.
+
+    A value that is long, or could be mistaken for another part of the name, is told apart by a hash.
+    """
     old, new = flatten(preset), flatten(config)
     last = [key.split(".")[1] for key in new]
-    for key, value in new.items():
+    for key, value in sorted(new.items(), key=lambda item: item[0].startswith("run.")):
         if value == old[key] or key in ("run.root", "run.name"):
             continue
         short = key.split(".")[1] if last.count(key.split(".")[1]) == 1 else key
-        text = toml_value(value).strip('"[]').replace('"', "").replace(", ", ",")
-        if "/" in text or len(text) > 40:
-            text = f"{Path(text).name[-40:]}~{sha256(text.encode()).hexdigest()[:6]}"
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else toml_value(value).strip('"')
+        if not re.fullmatch(r"[A-Za-z0-9_.,+-]{1,40}", text):
+            text = f"{re.sub(r'[^A-Za-z0-9_.,+-]', '', Path(text).name)[-40:]}~{sha256(text.encode()).hexdigest()[:6]}"
         label += f"-{short}={text}"
-    return label if len(label) <= 200 else f"{label[:190]}~{sha256(label.encode()).hexdigest()[:8]}"
+    raw = label.encode()
+    return label if len(raw) <= 200 else f"{raw[:190].decode(errors='ignore')}~{sha256(raw).hexdigest()[:8]}"
 
 
 def to_toml(config: Config) -> str:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from minmacpo import UserError
 
+
 def setting(default, help: str):
     """A dataclass field whose `help` is its line in `--help`."""
     return field(default=default, metadata={"help": help})
@@ -77,7 +78,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Pretrain:
-    strong_steps: int = setting(450, "optimiser steps of the strong base")
+    strong_steps: int = setting(350, "optimiser steps of the strong base")
     weak_steps: int = setting(350, "optimiser steps of each weak base")
     strong_lr: float = setting(2e-3, "peak learning rate of the strong base, cosine to a tenth")
     weak_lr: float = setting(3e-3, "peak learning rate of the weak bases, cosine to a tenth")
@@ -96,21 +97,21 @@ class Lora:
 class Sft:
     batch: int = setting(32, "answers per step")
     teacher_lr: float = setting(5e-5, "positive teachers, on D1's chosen answers")
-    teacher_epochs: int = setting(3, "")
+    teacher_epochs: int = setting(3, "of the positive teachers")
     teacher_negative_lr: float = setting(5e-5, "negative teachers, on D1's rejected answers")
-    teacher_negative_epochs: int = setting(1, "")
+    teacher_negative_epochs: int = setting(1, "of the negative teachers")
     student_lr: float = setting(5e-5, "positive student, on teacher 1's labels; also the ceiling")
-    student_epochs: int = setting(3, "")
+    student_epochs: int = setting(3, "of the positive student and the ceiling")
     student_negative_lr: float = setting(5e-5, "negative student, on negative teacher 1's answers")
-    student_negative_epochs: int = setting(1, "")
+    student_negative_epochs: int = setting(1, "of the negative student")
 
 
 @dataclass(frozen=True, slots=True)
 class Dpo:
     batch: int = setting(16, "pairs per step")
     epochs: int = setting(1, "per round")
-    student_lr: float = setting(1e-5, "")
-    teacher_lr: float = setting(1e-5, "")
+    student_lr: float = setting(1e-5, "of the student in a round")
+    teacher_lr: float = setting(1e-5, "of the teachers in a round")
     beta: float = setting(0.1, "strength of the preference term")
     gamma: float = setting(0.2, "weight of the SFT term on the chosen answer")
     label_smoothing: float = setting(0.0, "assumed share of flipped preferences, below 0.5")
@@ -194,6 +195,10 @@ def shape(text: str) -> tuple[int, int, int, int]:
     return width, layers, heads, mlp
 
 
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MOST = {"macpo.teachers": 100, "macpo.rounds": 1000, "run.threads": 1024}  # and 1e9 for the others
+
+
 def check(config: Config) -> None:
     """Raise UserError for the first setting, or combination of settings, that cannot work."""
     flat = flatten(config)
@@ -221,6 +226,11 @@ def check(config: Config) -> None:
                   "world.harm_share")  # fmt: skip
     ]
     rules += [
+        (v <= MOST.get(k, 10**9), k, f"at most {MOST.get(k, 10**9)}")
+        for k, v in flat.items()
+        if isinstance(v, int) and k != "run.seed"
+    ]
+    rules += [
         (0 <= config.dpo.label_smoothing < 0.5, "dpo.label_smoothing", "at least 0 and below 0.5"),
         (config.world.verbs <= 8, "world.verbs", "at most 8"),
         (0 <= config.world.held_names < config.world.names <= 480, "world.names",
@@ -228,7 +238,8 @@ def check(config: Config) -> None:
         (len(config.data.shares) == 4 and min(config.data.shares, default=0) >= 0
          and 0 < sum(config.data.shares) <= 1.000001 and min(config.data.shares[1:]) > 0,
          "data.shares", "four shares (D0, D1, D2, test) that sum to at most 1, the last three above 0"),
-        (config.lora.targets, "lora.targets", "at least one layer name"),
+        (config.lora.targets and set(config.lora.targets) <= set(LINEARS), "lora.targets",
+         f"at least one of {', '.join(LINEARS)}"),
         (config.data.max_examples is None or config.data.max_examples > 0, "data.max_examples", "above 0"),
         (not config.model.teachers or len(config.model.teachers) >= config.macpo.teachers,
          "model.teachers", f"at least macpo.teachers = {config.macpo.teachers} folders"),

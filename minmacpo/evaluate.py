@@ -97,6 +97,15 @@ def interval(values: np.ndarray, draws: int) -> list[float]:
     return np.quantile(values[picks].mean(1), [0.025, 0.975]).round(4).tolist()
 
 
+def paired_interval(differences: list[np.ndarray], draws: int = 4000) -> list[float]:
+    """95 % interval of the mean of paired differences: resamples seeds, then prompts within each."""
+    rng = np.random.default_rng(0)
+    means = []
+    for seeds in rng.integers(0, len(differences), (draws, len(differences))):
+        means.append(np.mean([rng.choice(differences[s], len(differences[s])).mean() for s in seeds]))
+    return np.quantile(means, [0.025, 0.975]).round(4).tolist()
+
+
 @functools.lru_cache(maxsize=1024)
 def row_of(config: Config, folder: Path, agent: str, t: int, fingerprint: str) -> dict:
     """One row of the table, without its label; `fingerprint` is that of the row's samples."""

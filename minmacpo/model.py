@@ -53,11 +53,9 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     if raw.get("model_type") != "llama":
         raise UserError(f"{where}: model_type {raw.get('model_type')!r} is not supported (llama is)")
     rope = raw.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(f"{where}: rope_type {rope['rope_type']!r} is not supported (default is)")
-    values = dict(raw)
-    if "rope_theta" in rope:
-        values["rope_theta"] = rope["rope_theta"]
+    if not isinstance(rope, dict) or rope.keys() - {"rope_type", "rope_theta"} or rope.get("rope_type", "default") != "default":
+        raise UserError(f"{where}: rope_parameters = {rope} is not supported (only the default rope_type and a rope_theta)")
+    values = {"rms_norm_eps": 1e-6} | raw | {k: v for k, v in rope.items() if k == "rope_theta"}
     names = ModelConfig.__dataclass_fields__
     for name, value in values.items():
         if name in FIXED and value != FIXED[name]:
@@ -66,14 +64,17 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
             raise UserError(f"{where}: the field {name!r} is not understood; remove it if it changes nothing")
     try:
         heads = values["num_attention_heads"]
-        values.setdefault("num_key_value_heads", heads)
+        if values.get("num_key_value_heads") is None:
+            values["num_key_value_heads"] = heads
         if values.get("head_dim") is None:
             values["head_dim"] = values["hidden_size"] // heads
         if isinstance(values.get("eos_token_id"), list):
             values["eos_token_id"] = tuple(values["eos_token_id"])
         config = ModelConfig(**{name: values[name] for name in names if name in values})
         sizes = [getattr(config, name) for name in list(names)[:8]]
-        if not all(isinstance(size, int) and size > 0 for size in sizes) or heads % config.num_key_value_heads:
+        fit = heads % config.num_key_value_heads == 0 and config.head_dim % 2 == 0
+        floats = (config.rope_theta, config.rms_norm_eps)
+        if not fit or not all(type(size) is int and size > 0 for size in sizes) or not min(floats) > 0:
             raise TypeError
     except (KeyError, TypeError, ZeroDivisionError):
         raise UserError(f"{where}: sizes are missing, no whole numbers, or do not fit each other") from None
@@ -215,7 +216,8 @@ class Transformer(nn.Module):
         to there. What padding left behind in the cache lies beyond it, and is overwritten in turn.
         """
         if self.cos is None or self.cos.device != tokens.device:
-            self.cos, self.sin = rope_tables(self.config, tokens.device)
+            with torch.inference_mode(False):  # tables made while sampling must serve training too
+                self.cos, self.sin = rope_tables(self.config, tokens.device)
         x = self.model.embed_tokens(tokens)
         if positions is None:
             rope = [table[: tokens.shape[1]].to(x.dtype) for table in (self.cos, self.sin)]
@@ -230,7 +232,10 @@ class Transformer(nn.Module):
 
 
 def new_model(config: ModelConfig, seed: int) -> Transformer:
-    """A Transformer with fresh fp32 weights: normal 0.02, output projections scaled by depth."""
+    """A Transformer with fresh fp32 weights: normal 0.05, output projections scaled by depth.
+
+    Measured on the built-in world: at 0.02 a small model knows half as much after as many steps.
+    """
     generator = torch.Generator().manual_seed(seed)
     model = Transformer(config)
     for name, weight in model.named_parameters():
@@ -238,5 +243,5 @@ def new_model(config: ModelConfig, seed: int) -> Transformer:
             nn.init.ones_(weight)
             continue
         scale = (2 * config.num_hidden_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-        nn.init.normal_(weight, std=0.02 * scale, generator=generator)
+        nn.init.normal_(weight, std=0.05 * scale, generator=generator)
     return model

@@ -61,6 +61,13 @@ class Loaded:
     stops: set[int]
 
 
+def load_base(folder: Path, config: Config) -> Loaded:
+    """The model of an HF folder with an empty slot, on the run's device in the run's dtype."""
+    model = load_model(folder, device_of(config), dtype_of(config))
+    tokenizer = load_tokenizer(folder)
+    return Loaded(model, attach_lora(model, config.lora), tokenizer, stop_ids(folder, tokenizer))
+
+
 class Workshop:
     """The run, and the bases that stay in memory between stages (oldest out when memory is short)."""
 
@@ -75,10 +82,7 @@ class Workshop:
             size = sum(file.stat().st_size for file in weight_files(base.stage.path))
             while self.loaded and free_bytes(device_of(self.config)) < 2 * size:
                 self.loaded.popitem(last=False)
-            model = load_model(base.stage.path, device_of(self.config), dtype_of(self.config))
-            tokenizer = load_tokenizer(base.stage.path)
-            slot_params = attach_lora(model, self.config.lora)
-            self.loaded[key] = Loaded(model, slot_params, tokenizer, stop_ids(base.stage.path, tokenizer))
+            self.loaded[key] = load_base(base.stage.path, self.config)
         self.loaded.move_to_end(key)
         loaded = self.loaded[key]
         if adapter is None:
