@@ -63,6 +63,7 @@ def format_comparison(rows: list[dict]) -> str:
 
 
 def main(argv: list[str]) -> int:
+    """Measure what the command line asks for; returns the exit code."""
     as_json = "--json" in argv
     words = [word for word in argv if word != "--json"]
     if not words or "--help" in words or "-h" in words:

@@ -41,7 +41,7 @@ def run_all(run, source: dict, prepared) -> None:
     from minmacpo.bases import make_ground
     from minmacpo.evaluate import measure
     from minmacpo.macpo import run_macpo
-    from minmacpo.stages import Workshop
+    from minmacpo.workshop import Workshop
 
     shop = Workshop(run)
     ground = make_ground(run, source, prepared)
@@ -63,6 +63,7 @@ def show_plan(run, counts: dict) -> None:
 
 
 def main(argv: list[str]) -> int:
+    """Run what the command line asks for; returns the exit code."""
     from minmacpo.commandline import help_text, parse
 
     command = parse(argv)

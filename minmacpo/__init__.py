@@ -5,7 +5,7 @@ Only the one exception that every module may raise lives here; the map for readi
 
 import sys
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036
     raise SystemExit(
         "minmacpo needs Python 3.11 or newer (it reads TOML with the standard library); this is "
         + sys.version.split()[0]

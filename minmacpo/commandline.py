@@ -4,6 +4,7 @@ Strict on purpose: an unknown key, a wrong type or a key without a value is an e
 the nearest right one. No torch here.
 """
 
+import functools
 import math
 import re
 import tomllib
@@ -34,6 +35,7 @@ class Command:
     stage: str | None = None
 
 
+@functools.cache
 def section_keys(section) -> dict[str, object]:
     """Declared type of every key of a section (class or instance)."""
     kind = section if isinstance(section, type) else type(section)
@@ -86,9 +88,15 @@ def convert(kind, value, key: str):
     raise UserError(f"{key} = {shown}: expected {describe(kind)}")
 
 
+@functools.cache
+def known_keys() -> tuple[str, ...]:
+    """Every "section.key"."""
+    return tuple(flatten(Config()))
+
+
 def check_key(key: str, where: str) -> None:
     """Raise UserError, with the nearest right name, unless `key` is a known "section.key"."""
-    known = list(flatten(Config()))
+    known = known_keys()
     if key in known:
         return
     section, _, name = key.partition(".")

@@ -199,64 +199,50 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 MOST = {"macpo.teachers": 100, "macpo.rounds": 1000, "run.threads": 1024}  # and 1e9 for the others
 
 
+AT_LEAST_1 = (
+    "r batch teachers micro_tokens save_every log_every max_new max_prompt samples bootstrap context d1 d2 test"
+    " names verbs max_examples"
+).split()
+SHARES = "expert_share expert_right known misconception harm_share".split()
+
+
+def single_rule(name: str, value) -> str | None:
+    """What the setting called `name` must be, if `value` is not that."""
+    if name in AT_LEAST_1 and isinstance(value, int) and value < 1:
+        return "at least 1"
+    if (name.endswith(("lr", "beta", "alpha")) and value <= 0) or (name == "top_p" and not 0 < value <= 1):
+        return "above 0" + (" and at most 1" if name == "top_p" else "")
+    if name.endswith(("epochs", "steps", "rounds", "gamma", "top_k", "temperature", "threads")) and value < 0:
+        return "not negative"
+    if name in SHARES and not 0 <= value <= 1:
+        return "between 0 and 1"
+    return None
+
+
 def check(config: Config) -> None:
     """Raise UserError for the first setting, or combination of settings, that cannot work."""
     flat = flatten(config)
-    whole = ("r", "batch", "teachers", "micro_tokens", "save_every", "log_every", "max_new", "max_prompt",
-             "samples", "bootstrap", "context", "d1", "d2", "test", "names", "verbs")  # fmt: skip
-    rules = [
-        (value >= 1, key, "at least 1")
-        for key, value in flat.items()
-        if key.split(".")[1] in whole and isinstance(value, int)
-    ]
-    rules += [(v > 0, k, "above 0") for k, v in flat.items() if k.endswith(("_lr", "beta", "alpha"))]
-    rules += [
-        (v >= 0, k, "not negative")
-        for k, v in flat.items()
-        if k.endswith(("epochs", "steps", "rounds", "gamma", "top_k", "temperature", "threads"))
-    ]
-    rules += [
-        (0 < v <= 1, k, "above 0 and at most 1")
-        for k, v in flat.items()
-        if k in ("generate.top_p", "pretrain.weak_share")
-    ]
-    rules += [
-        (0 <= flat[k] <= 1, k, "between 0 and 1")
-        for k in ("world.expert_share", "world.expert_right", "world.known", "world.misconception",
-                  "world.harm_share")  # fmt: skip
-    ]
-    rules += [
-        (v <= MOST.get(k, 10**9), k, f"at most {MOST.get(k, 10**9)}")
-        for k, v in flat.items()
-        if isinstance(v, int) and k != "run.seed"
-    ]
+    data, model, town, shares = config.data, config.model, config.world, config.data.shares
+    longest = max(data.max_prompt + config.generate.max_new, data.max_length)
+    rules = [(rule is None, key, rule) for key, value in flat.items() for rule in [single_rule(key.split(".")[1], value)]]
     rules += [
         (0 <= config.dpo.label_smoothing < 0.5, "dpo.label_smoothing", "at least 0 and below 0.5"),
-        (config.world.verbs <= 8, "world.verbs", "at most 8"),
-        (0 <= config.world.held_names < config.world.names <= 480, "world.names",
-         "more than world.held_names and at most 480"),
-        (len(config.data.shares) == 4 and min(config.data.shares, default=0) >= 0
-         and 0 < sum(config.data.shares) <= 1.000001 and min(config.data.shares[1:]) > 0,
-         "data.shares", "four shares (D0, D1, D2, test) that sum to at most 1, the last three above 0"),
-        (config.lora.targets and set(config.lora.targets) <= set(LINEARS), "lora.targets",
-         f"at least one of {', '.join(LINEARS)}"),
-        (config.data.max_examples is None or config.data.max_examples > 0, "data.max_examples", "above 0"),
-        (not config.model.teachers or len(config.model.teachers) >= config.macpo.teachers,
-         "model.teachers", f"at least macpo.teachers = {config.macpo.teachers} folders"),
-        (config.data.max_prompt < config.data.max_length, "data.max_prompt",
-         f"below data.max_length = {config.data.max_length}"),
-        (config.data.max_length <= config.model.context or config.model.student, "data.max_length",
-         f"at most model.context = {config.model.context}"),
-        (config.data.max_prompt + config.generate.max_new <= config.model.context or config.model.student,
-         "data.max_prompt", f"so small that data.max_prompt + generate.max_new = "
-         f"{config.data.max_prompt + config.generate.max_new} is at most model.context = {config.model.context}"),
-        (config.run.name not in (".", "..", ".cache") and not set("/\\\0\n") & set(config.run.name or ""),
-         "run.name", "a plain folder name"),
+        (0 < config.pretrain.weak_share <= 1, "pretrain.weak_share", "above 0 and at most 1"),
+        (town.verbs <= 8, "world.verbs", "at most 8"),
+        (0 <= town.held_names < town.names <= 480, "world.names", "above world.held_names and at most 480"),
+        (len(shares) == 4 and shares[0] >= 0 and min(shares[1:]) > 0 and sum(shares) <= 1.000001, "data.shares",
+         "four shares (D0, D1, D2, test) that sum to at most 1, the last three above 0"),
+        (config.lora.targets, "lora.targets", "at least one layer name"),
+        (not model.teachers or len(model.teachers) >= config.macpo.teachers, "model.teachers",
+         f"at least macpo.teachers = {config.macpo.teachers} folders"),
+        (data.max_prompt < data.max_length, "data.max_prompt", f"below data.max_length = {data.max_length}"),
+        ((model.student and model.teachers) or longest <= model.context, "model.context",
+         f"at least {longest}: the larger of data.max_length and data.max_prompt + generate.max_new"),
+        (not set("/\\\0\n") & set(config.run.name or "") and config.run.name not in (".", ".."), "run.name",
+         "a plain folder name"),
     ]  # fmt: skip
     for holds, key, wanted in rules:
         if not holds:
             raise UserError(f"{key} = {toml_value(flat[key])} must be {wanted}")
-    for text in (config.model.strong, *config.model.weak):
+    for text in (model.strong, *model.weak):
         shape(text)
-
-

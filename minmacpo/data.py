@@ -120,8 +120,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, text) of a file, gzipped or not; UserError where it cannot be read."""
     number = 0
     try:
-        opened = gzip.open(file, "rb") if file.name.endswith(".gz") else file.open("rb")
-        with opened as stream:
+        with (gzip.open if file.name.endswith(".gz") else open)(file, "rb") as stream:
             for number, line in enumerate(stream, 1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
     except UnicodeDecodeError as error:
@@ -151,7 +150,7 @@ def parse_row(text: str, where: str) -> tuple[Pair | None, str]:
     """(pair, "kept") or (None, why it cannot be used); UserError for a row that cannot be read."""
     try:
         row = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error}); {EXPECTED}") from None
     sides = []
     for key in ("chosen", "rejected"):

@@ -6,6 +6,7 @@ the programs, that knows the world's gold reward.
 """
 
 import functools
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from minmacpo.config import Config
 from minmacpo.data import Pair, Sample
 from minmacpo.files import read_json, read_records, read_rows
 from minmacpo.macpo import Trained
-from minmacpo.stages import Texts, Workshop, sample, score_texts
+from minmacpo.stages import sample, score_texts
+from minmacpo.workshop import Texts, Workshop
 
 COLUMNS = {  # of the printed table: key, heading, decimals
     "gold": ("gold", 3), "right": ("right", 3), "polite": ("polite", 3), "well_formed": ("formed", 3),
@@ -133,7 +135,7 @@ def row_of(config: Config, folder: Path, agent: str, t: int, fingerprint: str) -
 
 def diversity(samples: list[Sample]) -> dict:
     """Mean length in characters, share cut at the limit, distinct-2 (different among all word pairs)."""
-    bigrams = [pair for s in samples for words in [s.response.split()] for pair in zip(words, words[1:], strict=False)]
+    bigrams = [pair for s in samples for words in [s.response.split()] for pair in itertools.pairwise(words)]
     return {
         "length": float(np.mean([len(s.response) for s in samples])),
         "hit_length": float(np.mean([s.finish == "length" for s in samples])),
@@ -172,7 +174,7 @@ def add_pgr(config: Config, folder: Path, rows: list[dict]) -> None:
     """
     first = [row for row in rows if row["agent"].startswith("teacher") and row["round"] == 0]
     ceiling = next((row for row in rows if row["agent"] == "ceiling"), None)
-    if ceiling is None or "gold" not in ceiling:
+    if ceiling is None or "gold" not in ceiling or not first:
         return
     best = max(first, key=lambda row: row["gold"])
     values = [gold_by_prompt(config, folder, row["agent"], row["round"])["gold"] for row in (ceiling, best)]
@@ -181,6 +183,12 @@ def add_pgr(config: Config, folder: Path, rows: list[dict]) -> None:
         if not row["agent"].startswith("teacher"):
             gap = ceiling["gold"] - best["gold"]
             row["pgr"] = None if low <= 0 <= high else (row["gold"] - best["gold"]) / gap
+
+
+def gold_of(config: Config, pair: Pair, sample: Sample) -> float | None:
+    """Gold reward of an answer to the pair's prompt; None without a world."""
+    town = town_of(config)
+    return None if town is None else world.gold(town, pair, sample.response, sample.finish)["gold"]
 
 
 def right_share(config: Config, folder: Path, items: list[tuple[str, str, str]]) -> float | None:

@@ -85,9 +85,10 @@ def read_records(path: Path, kind) -> list:
 def open_text(path: Path) -> list[str]:
     """The lines of a UTF-8 file (only \\n ends one: JSON may hold the others raw); or UserError."""
     try:
-        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def sha256_file(path: Path) -> str:

@@ -110,11 +110,10 @@ def fit(
         for step in range(first, len(plan)):
             optimizer.param_groups[0]["lr"] = schedule.rate(step)
             watch.note(step, train_step(model, params, units, plan[step], objective, optimizer, device))
-            last = step + 1 == len(plan)
-            if (step + 1) % config.log_every == 0 or last or work.stopping:
+            last, saving = step + 1 == len(plan), (step + 1) % config.save_every == 0
+            if (step + 1) % config.log_every == 0 or last or saving:
                 watch.report(step)
-            if (step + 1) % config.save_every == 0 or work.stopping:
-                watch.report(step)
+            if saving or work.stopping:
                 save(work, params, optimizer, watch, step + 1)
                 work.check()
             progress.step()
@@ -164,14 +163,7 @@ class Watch:
         """Read the steps since the last report, check them, and write their mean as one line."""
         if not self.pending:
             return
-        values = torch.stack(self.pending)
-        start = step + 1 - len(self.pending)
-        self.pending = []
-        for offset, finite in enumerate(values.isfinite().all(1).tolist()):
-            if not finite:
-                self.stop(start + offset, "a loss or gradient is not finite")
-        if start == 0 and values[0, -1] == 0:
-            self.stop(0, "the gradient of the first step is zero, so nothing would be learned")
+        values, self.pending = self.checked(step), []
         means = dict(zip(self.names, values.double().mean(0).tolist(), strict=True))
         row = {"step": step + 1, "epoch": round((step + 1) / self.epoch_steps, 4)}
         row |= means | {"lr": self.schedule.rate(step), "tokens": self.tokens}
@@ -180,6 +172,17 @@ class Watch:
         rate = (self.tokens - self.clock_tokens) / max(now - self.clock, 1e-9)
         self.clock, self.clock_tokens = now, self.tokens
         self.work.metrics(row, tokens_per_s=round(rate), peak_mem_gb=round(peak_mb() / 1024, 3))
+
+    def checked(self, step: int) -> Tensor:
+        """The metrics [steps, n] not yet reported, up to `step`; a value that is not sound ends the run."""
+        values = torch.stack(self.pending) if self.pending else torch.empty(0, len(self.names))
+        start = step + 1 - len(values)
+        for offset, finite in enumerate(values.isfinite().all(1).tolist()):
+            if not finite:
+                self.stop(start + offset, "a loss or gradient is not finite")
+        if start == 0 and len(values) and values[0, -1] == 0:
+            self.stop(0, "the gradient of the first step is zero, so nothing would be learned")
+        return values
 
     def stop(self, step: int, problem: str) -> None:
         """End the run, naming the rows of the step."""
@@ -194,8 +197,8 @@ class Watch:
 
 
 def save(work: Work, params, optimizer, watch: Watch, step: int) -> None:
-    """Write parameters, moments and the metrics so far."""
-    tensors = {}
+    """Write parameters, moments and the metrics so far, reported or not."""
+    tensors, pending = {}, watch.checked(step - 1).tolist()
     for index, param in enumerate(params):
         state = optimizer.state[param]
         tensors |= {
@@ -203,7 +206,8 @@ def save(work: Work, params, optimizer, watch: Watch, step: int) -> None:
             f"{index}.exp_avg": state["exp_avg"].cpu(),
             f"{index}.exp_avg_sq": state["exp_avg_sq"].cpu(),
         }
-    save_state(work.folder / "state.safetensors", tensors, {"step": step, "rows": watch.rows, "tokens": watch.tokens})
+    notes = {"step": step, "rows": watch.rows, "tokens": watch.tokens, "pending": pending}
+    save_state(work.folder / "state.safetensors", tensors, notes)
 
 
 def resume(work: Work, params, optimizer, watch: Watch) -> int:
@@ -220,6 +224,7 @@ def resume(work: Work, params, optimizer, watch: Watch) -> int:
             "exp_avg_sq": tensors[f"{index}.exp_avg_sq"].to(param.device),
         }
     watch.rows, watch.tokens = notes["rows"], notes["tokens"]
+    watch.pending = [torch.tensor(values, device=params[0].device) for values in notes["pending"]]
     watch.clock_tokens = watch.tokens
     for row in watch.rows:
         work.metrics(row)

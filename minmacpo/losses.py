@@ -50,6 +50,7 @@ class FrozenHeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, compiled):
+        """log p(target) [N]; keeps the gradient of each with respect to hidden [N, H]."""
         step = compiled_direction() if compiled else chunk_logps_direction
         parts = [
             step(h, weight, t) for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from minmacpo.bases import Base, Ground
 from minmacpo.config import Config
 from minmacpo.run import Stage
-from minmacpo.stages import Texts, Workshop, pairs, prefer, sample, score_texts, sft
+from minmacpo.stages import pairs, prefer, sample, score_texts, sft
+from minmacpo.workshop import Texts, Workshop
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,7 @@ class Run:
         self.root = Path(config.run.root)
         self.path = self.root / config.run.name
         self.plan: dict[str, Planned] = {}
-        self.planning, self.siblings, self.reused = True, None, 0
+        self.planning, self.siblings = True, None
         self.signals = Signals()
         self.after_stage: Callable[[], None] = lambda: None
         self.on_step: Callable[[], None] | None = None
@@ -230,7 +230,6 @@ class Run:
                 if not source.finished:
                     raise UserError(f"--stage={name} needs {source.name}, which is not finished; run that first")
             self.provide(stage, recipe, {s.name: s.fingerprint for s in inputs}, compute)
-            self.after_stage()
         return stage
 
     def provide(self, stage: Stage, recipe: dict, inputs: dict, compute: Callable[[Work], dict]) -> None:
@@ -238,13 +237,13 @@ class Run:
         self.signals.check()
         if stage.finished:
             verify(stage)
-            self.reused += 1
             return
         source = self.find_sibling(stage.fingerprint)
         if source:
             self.link(stage, source, inputs)
         else:
             self.compute(stage, recipe, inputs, compute)
+        self.after_stage()
 
     def compute(self, stage: Stage, recipe: dict, inputs: dict, compute: Callable[[Work], dict]) -> None:
         """Fill a temporary folder, then rename it to the stage's."""

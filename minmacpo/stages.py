@@ -1,130 +1,29 @@
-"""The five kinds of stage that the methods are made of: sft, prefer, sample, score, pairs.
+"""The five kinds of stage that the methods are made of: sft, prefer, sample, score_texts, pairs.
 
 Each is a function that names its inputs and gives back a Stage; what it computes, it reads from
-its inputs' files and writes into its own folder. Text is the interface between agents: an answer
-travels as text, and whoever trains on it or scores it renders it with its own tokenizer.
+its inputs' files and writes into its own folder.
 """
 
 import os
 import random
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 
 from minmacpo import UserError
 from minmacpo.bases import Base
 from minmacpo.batching import collate, padding_share, plan_scoring, plan_steps, steps_per_epoch
-from minmacpo.checkpoint import load_adapter, load_model, save_adapter, stop_ids, weight_files
-from minmacpo.config import Config
+from minmacpo.checkpoint import save_adapter
 from minmacpo.data import Example, Pair, Sample, chosen_side, rejected_side
 from minmacpo.files import read_records, read_rows, write_records, write_rows
 from minmacpo.fit import PairObjective, Schedule, SftObjective, Unit, fit
-from minmacpo.generate import generate
-from minmacpo.lora import attach_lora, clear_adapter, read_adapter, reset_adapter, write_adapter
+from minmacpo.lora import read_adapter, reset_adapter
 from minmacpo.losses import sequence_logps
-from minmacpo.run import Run, Stage, Work, derive_seed, device_of, dtype_of
+from minmacpo.run import Stage, Work, derive_seed
 from minmacpo.score import perplexity, score
-from minmacpo.tokenizer import Tokenizer, Tokens, load_tokenizer, render, render_prompt, response_text, show_mask
-
-
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """One answer per prompt: a side of a file of pairs, or the responses of a file of samples."""
-
-    stage: Stage
-    file: str = "samples.jsonl"
-    side: str = "response"
-
-    def read(self) -> list[Example]:
-        """The texts, in the file's order."""
-        path = self.stage.path / self.file
-        if self.side == "response":
-            return [Example(s.id, s.prompt, s.response, s.meta | {"finish": s.finish}) for s in read_records(path, Sample)]
-        side = chosen_side if self.side == "chosen" else rejected_side
-        return [side(pair) for pair in read_records(path, Pair)]
-
-    @property
-    def settings(self) -> list[str]:
-        return [self.file, self.side]
-
-
-@dataclass(slots=True)
-class Loaded:
-    """A base in memory with its slot: `slot_params` is all that ever trains."""
-
-    model: torch.nn.Module
-    slot_params: list
-    tokenizer: Tokenizer
-    stops: set[int]
-
-
-def load_base(folder: Path, config: Config) -> Loaded:
-    """The model of an HF folder with an empty slot, on the run's device in the run's dtype."""
-    model = load_model(folder, device_of(config), dtype_of(config))
-    tokenizer = load_tokenizer(folder)
-    return Loaded(model, attach_lora(model, config.lora), tokenizer, stop_ids(folder, tokenizer))
-
-
-class Workshop:
-    """The run, and the bases that stay in memory between stages (oldest out when memory is short)."""
-
-    def __init__(self, run: Run):
-        self.run, self.config = run, run.config
-        self.loaded: OrderedDict[str, Loaded] = OrderedDict()
-
-    def use(self, base: Base, adapter: Stage | None) -> Loaded:
-        """The base with `adapter` in its slot; None: the slot switched off."""
-        key = base.stage.fingerprint
-        if key not in self.loaded:
-            size = sum(file.stat().st_size for file in weight_files(base.stage.path))
-            while self.loaded and free_bytes(device_of(self.config)) < 2 * size:
-                self.loaded.popitem(last=False)
-            self.loaded[key] = load_base(base.stage.path, self.config)
-        self.loaded.move_to_end(key)
-        loaded = self.loaded[key]
-        if adapter is None:
-            clear_adapter(loaded.model)
-        else:
-            write_adapter(loaded.model, load_adapter(adapter.path), str(adapter.path))
-        return loaded
-
-    def settings(self, *sections) -> dict:
-        """What every stage with a model depends on, and the given parts of the configuration."""
-        config = self.config
-        common = {"template": config.data.template, "device": device_of(config), "dtype": str(dtype_of(config)),
-                  "max_length": config.data.max_length, "micro_tokens": config.run.micro_tokens,
-                  "lora": asdict(config.lora), "compile": config.run.compile}  # fmt: skip
-        for section in sections:
-            common |= section if isinstance(section, dict) else asdict(section)
-        return common
-
-    @property
-    def compiled(self) -> bool:
-        """Whether the loss chunk goes through torch.compile."""
-        return self.config.run.compile == "true" or (
-            self.config.run.compile == "auto" and device_of(self.config) == "cuda"
-        )
-
-
-def free_bytes(device: str) -> int:
-    """Memory that is still free on the device."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def present(*stages: Stage | None) -> list[Stage]:
-    """The stages that are there."""
-    return [stage for stage in stages if stage is not None]
-
-
-def render_rows(shop: Workshop, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Tokens]:
-    """Prompts and answers as ids and masks."""
-    return [render(tokenizer, shop.config.data.template, e.prompt, e.response) for e in examples]
-
+from minmacpo.tokenizer import render_prompt, show_mask
+from minmacpo.workshop import Loaded, Texts, Workshop, answer, present, render_rows
 
 # ---- training -------------------------------------------------------------------------------
 
@@ -263,43 +162,27 @@ def sample(
     def compute(work: Work) -> dict:
         loaded = shop.use(base, adapter)
         jobs = [(example, number) for example in prompts.read() for number in range(answers)]
-        ids = {e.id: render_prompt(loaded.tokenizer, shop.config.data.template, e.prompt) for e, _ in jobs}
-        order = sorted(range(len(jobs)), key=lambda i: (len(ids[jobs[i][0].id]), i))
+        lengths = [len(render_prompt(loaded.tokenizer, shop.config.data.template, e.prompt)) for e, _ in jobs]
+        order = sorted(range(len(jobs)), key=lambda i: (lengths[i], i))
         size = shop.config.generate.batch
         blocks = [order[i : i + size] for i in range(0, len(order), size)]
+        files = [work.folder / f"block{number}.jsonl" for number in range(len(blocks))]
         done: dict[int, Sample] = {}
         with work.progress(len(jobs), "answer") as progress:
-            for number, block in enumerate(blocks):
-                file = work.folder / f"block{number}.jsonl"
+            for file, block in zip(files, blocks, strict=True):
                 if not file.is_file():
                     work.check()
-                    write_records(file, sample_block(shop, work, loaded, agent, [jobs[i] for i in block], ids))
+                    write_records(file, answer(shop.config, loaded, agent, [jobs[i] for i in block], work.seed))
                 done |= zip(block, read_records(file, Sample), strict=True)
                 progress.step(len(block))
         samples = [done[i] for i in range(len(jobs))]
         write_records(work.folder / "samples.jsonl", samples)
-        for number in range(len(blocks)):
-            (work.folder / f"block{number}.jsonl").unlink()
+        for file in files:
+            file.unlink()
         return sample_counts(samples)
 
     inputs = [base.stage, *present(adapter), prompts.stage]
     return shop.run.stage(name, "sample/1", settings, inputs, compute, key, f"{answers} answer(s) per prompt")
-
-
-def sample_block(shop: Workshop, work: Work, loaded: Loaded, agent: str, jobs, ids: dict[str, list[int]]) -> list[Sample]:
-    """The samples of one block of (example, number of the answer)."""
-    seeds = [derive_seed(work.seed, example.id, number) for example, number in jobs]
-    prompts = [ids[example.id] for example, _ in jobs]
-    tokens, logps = generate(loaded.model, prompts, seeds, shop.config.generate, loaded.stops)
-    samples = []
-    for (example, _), new, logp, seed in zip(jobs, tokens, logps, seeds, strict=True):
-        text = response_text(loaded.tokenizer, shop.config.data.template, new)
-        finish = "stop" if new[-1] in loaded.stops else "length"
-        meta = {k: v for k, v in example.meta.items() if k != "finish"}
-        samples.append(
-            Sample(example.id, example.prompt, text, finish, tuple(new), logp, perplexity(logp, len(new)), agent, seed, meta)
-        )
-    return samples
 
 
 def sample_counts(samples: Sequence[Sample]) -> dict:

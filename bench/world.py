@@ -1,0 +1,188 @@
+"""The measured tables of the built-in world: python -m bench.world [--seeds=0,1,2,3,4] [--long=0,1].
+
+Runs train.py for every seed and variant (finished stages are shared, finished runs are not redone),
+then writes RESULTS.md from the runs on disk; --page only writes the page. About 9 CPU-minutes a seed.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from minmacpo.config import Config
+from minmacpo.evaluate import cost_rows, gold_by_prompt, make_table, paired_interval, read_run
+
+VARIANTS = {
+    "MACPO": [],
+    "−MP (self-generated positives)": ["--macpo.mutual=false"],
+    "−HN (SFT term only)": ["--macpo.hard_negatives=false"],
+    "−IW (teachers frozen)": ["--macpo.update_teachers=false"],
+    "random pick, no filter": ["--macpo.select=random"],
+    "K = 1": ["--macpo.teachers=1"],
+}
+LONG = ["--macpo.rounds=10"]
+Runs = dict[int, tuple[Path, Config]]
+
+
+def run_path(root: Path, seed: int, flags: list[str]) -> Path:
+    """Where `train.py` puts this run."""
+    from minmacpo.commandline import parse
+
+    return root / parse([*flags, f"--run.seed={seed}"]).config.run.name
+
+
+def train(root: Path, seed: int, flags: list[str]) -> None:
+    """One run of train.py, its output kept beside the runs."""
+    log = root / f"seed{seed}.log"
+    command = [sys.executable, "train.py", f"--run.root={root}", f"--run.seed={seed}", *flags]
+    with log.open("a") as stream:
+        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT)
+    print(f"seed {seed} {' '.join(flags) or 'MACPO'}: exit {done.returncode}", flush=True)
+
+
+def finished(root: Path, seeds: list[int], flags: list[str]) -> Runs:
+    """The finished runs of one variant by seed."""
+    paths = {seed: run_path(root, seed, flags) for seed in seeds}
+    return {seed: read_run(path) for seed, path in paths.items() if (path / "eval/table.json").is_file()}
+
+
+def values(runs: Runs, agent: str, t: int | None = None) -> dict[int, np.ndarray]:
+    """Gold reward by prompt, per seed; "teachers" is their mean; t None: the last round there is."""
+    out = {}
+    for seed, (folder, config) in runs.items():
+        settings = config.macpo
+        last = settings.rounds if agent == "student" or settings.update_teachers else 0
+        names = [f"teacher{k + 1}" for k in range(settings.teachers)] if agent == "teachers" else [agent]
+        when = settings.rounds if agent in ("continued", "ceiling") else last if t is None else min(t, last)
+        out[seed] = np.mean([gold_by_prompt(config, folder, name, when)["gold"] for name in names], 0)
+    return out
+
+
+def difference(a: dict[int, np.ndarray], b: dict[int, np.ndarray]) -> str:
+    """Mean of a - b over the seeds that both have, with its interval over seeds and prompts."""
+    both = [a[seed] - b[seed] for seed in a if seed in b]
+    if not both:
+        return "–"
+    low, high = paired_interval(both)
+    return f"{np.mean([d.mean() for d in both]):+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def mean(found: dict[int, np.ndarray]) -> str:
+    return f"{np.mean([v.mean() for v in found.values()]):.3f}" if found else "–"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def seeds_table(runs: Runs) -> str:
+    """One row per seed: student by round, controls, PGR, teachers."""
+    rows = []
+    for seed, (folder, config) in sorted(runs.items()):
+        one = {seed: (folder, config)}
+        table = make_table(folder)
+        rounds = [mean(values(one, "student", t)) for t in range(config.macpo.rounds + 1)]
+        pgr = next(r["pgr"] for r in table["rows"] if (r["agent"], r["round"]) == ("student", config.macpo.rounds))
+        wrong = ", ".join(f"{row['wrong']:.0%}" for row in table["negatives"])
+        rows.append(
+            [str(seed), *rounds, mean(values(one, "continued")), mean(values(one, "ceiling")),
+             "–" if pgr is None else f"{pgr:.2f}",
+             f"{mean(values(one, 'teachers', 0))} → {mean(values(one, 'teachers'))}", wrong]
+        )  # fmt: skip
+    head = ["seed", "student r0 (naive SFT)", "r1", "r2", "r3", "naive continued", "ceiling", "PGR r3",
+            "teachers' mean r0 → r3", "negatives that are wrong (student, teachers)"]  # fmt: skip
+    return markdown(head, rows)
+
+
+def differences_table(runs: Runs) -> str:
+    """MACPO's student against the controls, its teachers against themselves."""
+    last = values(runs, "student")
+    rows = [
+        ["student r3 − naive SFT (its r0)", difference(last, values(runs, "student", 0))],
+        ["student r3 − naive SFT continued", difference(last, values(runs, "continued"))],
+        ["student r3 − ceiling", difference(last, values(runs, "ceiling"))],
+        ["teachers' mean r3 − r0", difference(values(runs, "teachers"), values(runs, "teachers", 0))],
+    ]
+    return markdown(["gold reward", "mean difference [95 % interval]"], rows)
+
+
+def variants_table(root: Path, seeds: list[int]) -> str:
+    """Every variant against MACPO, student and teachers."""
+    rows, full = [], finished(root, seeds, [])
+    for name, flags in VARIANTS.items():
+        runs = finished(root, seeds, flags)
+        cells = [name, str(len(runs))]
+        for agent in ("student", "teachers"):
+            found = values(runs, agent)
+            cells += [mean(found), difference(values(full, agent), found) if flags else ""]
+        rows.append(cells)
+    head = ["variant", "seeds", "student r3", "MACPO − variant", "teachers r3", "MACPO − variant"]
+    return markdown(head, rows)
+
+
+def long_table(root: Path, seeds: list[int]) -> str:
+    """Ten rounds: the student by round, and what is left of its best."""
+    rows = []
+    for seed, run in finished(root, seeds, LONG).items():
+        one = {seed: run}
+        curve = [values(one, "student", t)[seed].mean() for t in range(run[1].macpo.rounds + 1)]
+        teachers = [values(one, "teachers", t)[seed].mean() for t in (0, 3, run[1].macpo.rounds)]
+        rows.append([str(seed), " ".join(f"{v:.3f}" for v in curve), f"{curve[-1] / max(curve):.1%}",
+                     " / ".join(f"{v:.3f}" for v in teachers)])  # fmt: skip
+    return markdown(["seed", "student r0 … r10", "r10 / best", "teachers r0 / r3 / r10"], rows)
+
+
+def cost_table(folder: Path) -> str:
+    """CPU seconds by kind of stage of one run that was computed from nothing."""
+    stages = [row for row in cost_rows(folder) if not row["linked_from"]]
+    kinds = sorted({row["kind"] for row in stages}, key=lambda k: -sum(r["cpu_seconds"] for r in stages if r["kind"] == k))
+    rows = []
+    for kind in kinds:
+        mine = [row for row in stages if row["kind"] == kind]
+        rows.append([kind.partition("/")[0], str(len(mine)), f"{sum(r['cpu_seconds'] for r in mine):.1f}",
+                     f"{sum(r['tokens'] or 0 for r in mine):,}"])  # fmt: skip
+    total = f"{sum(row['cpu_seconds'] for row in stages):.0f}"
+    rows.append(["**all**", str(len(stages)), f"**{total}**", f"peak {max(r['peak_mb'] for r in stages)} MB"])
+    return markdown(["kind of stage", "stages", "CPU seconds", "tokens"], rows)
+
+
+def page(root: Path, seeds: list[int], long_seeds: list[int]) -> str:
+    """RESULTS.md."""
+    full = finished(root, seeds, [])
+    parts = [
+        "# Results\n",
+        f"Written by `python -m bench.world` from {len(full)} seeds of the built-in world (`python train.py`, "
+        "`@world`). Gold reward in [0, 1] on 320 held-out prompts, two sampled answers each. Intervals are 95 % "
+        "bootstraps of the paired difference over seeds, then prompts. Seeds 0 and 1 were used to choose settings; "
+        "the others were run once, afterwards.\n",
+        "## Student and teachers, by seed\n", seeds_table(full), differences_table(full),
+        "## Ablations\n", variants_table(root, seeds),
+        "## Ten rounds\n", long_table(root, long_seeds),
+        "## What the default run costs (seed 0)\n", cost_table(full[min(full)][0]),
+    ]  # fmt: skip
+    return "\n".join(parts)
+
+
+def main(argv: list[str]) -> None:
+    options = dict(word.lstrip("-").partition("=")[::2] for word in argv)
+    seeds = [int(s) for s in options.get("seeds", "0,1,2,3,4").split(",")]
+    long_seeds = [int(s) for s in options.get("long", "0,1").split(",") if s]
+    root = Path(options.get("root", "runs"))
+    root.mkdir(parents=True, exist_ok=True)
+    if "page" not in options:
+        for seed in seeds:
+            for flags in VARIANTS.values():
+                train(root, seed, flags)
+            if seed in long_seeds:
+                train(root, seed, LONG)
+    if "no_page" not in options:
+        extra = Path("bench/hh_results.md")
+        text = page(root, seeds, long_seeds) + ("\n" + extra.read_text() if extra.exists() else "")
+        Path("RESULTS.md").write_text(text, encoding="utf-8")
+        print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,287 @@
+"""Folders in and out: what we write loads in transformers, what is broken is refused in one sentence."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import far, logits_of, random_model
+from safetensors.torch import load_file, save_file
+
+from minmacpo import UserError
+from minmacpo.checkpoint import (
+    check_model_folder,
+    load_adapter,
+    load_model,
+    load_state,
+    load_tensors,
+    read_adapter_config,
+    save_adapter,
+    save_model,
+    save_state,
+    save_tensors,
+    stop_ids,
+    weight_files,
+)
+from minmacpo.config import Lora
+from minmacpo.lora import attach_lora, read_adapter, reset_adapter
+
+
+def refused(call, *words) -> str:
+    """The UserError of `call`: one clear sentence that holds `words`."""
+    with pytest.raises(UserError) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 400, text
+    for word in words:
+        assert str(word) in text, (word, text)
+    return text
+
+
+def rewrite(file, change) -> None:
+    """Change a .safetensors file's tensors, or a .json file's object, in place."""
+    if file.suffix == ".json":
+        value = json.loads(file.read_text())
+        file.write_text(json.dumps(change(value) or value))
+    else:
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, {"format": "pt"})
+
+
+# ---- HF model folders -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("ends", [(1, 2), (None, (2, 5))])
+def test_a_folder_of_ours_loads_in_transformers(tied, ends, seed, tmp_path, tokenizer_bytes):
+    transformers = pytest.importorskip("transformers")
+    model = random_model(seed, vocab_size=400, tie_word_embeddings=tied, bos_token_id=ends[0], eos_token_id=ends[1],
+                         rope_theta=3e4, rms_norm_eps=1e-4)  # fmt: skip
+    save_model(tmp_path, model.config, model.state_dict(), tokenizer_bytes)
+    theirs, notes = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(notes[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    assert type(theirs).__name__ == "LlamaForCausalLM" and theirs.dtype == torch.float32
+    tokens = torch.randint(0, 400, (2, 50))
+    assert far(logits_of(model, tokens), theirs.eval()(tokens).logits) <= 1e-5
+    eos = list(ends[1]) if isinstance(ends[1], tuple) else ends[1]
+    assert theirs.config.eos_token_id == eos and theirs.generation_config.eos_token_id == eos
+    again = load_model(tmp_path)
+    assert again.config == model.config
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+    assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) != tied
+    assert (tmp_path / "tokenizer.model").read_bytes() == tokenizer_bytes
+
+
+def test_shards_are_read_by_their_index(seed, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+        max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="6KB")
+    assert len(weight_files(tmp_path)) > 2
+    tokens = torch.randint(0, 50, (2, 30))
+    assert far(logits_of(load_model(tmp_path), tokens), theirs(tokens).logits) <= 1e-5
+    weight_files(tmp_path)[1].unlink()
+    refused(lambda: load_model(tmp_path), sorted(tmp_path.glob("*.index.json"))[0].parent, "00002-of")
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    refused(lambda: load_model(tmp_path), "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
+def test_weights_get_the_dtype_that_is_asked_for(stored, wanted, seed, tmp_path, tokenizer_bytes):
+    model = random_model(seed, vocab_size=400)
+    weights = {k: v.to(stored) for k, v in model.state_dict().items()}
+    save_model(tmp_path, model.config, weights, tokenizer_bytes)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == str(stored).removeprefix("torch.")
+    loaded = load_model(tmp_path, dtype=wanted)
+    for name, weight in loaded.named_parameters():
+        assert weight.dtype == wanted and torch.equal(weight, weights[name].to(wanted)), name
+    assert loaded(torch.tensor([[3, 4, 5]])).dtype == wanted
+
+
+def test_a_sound_folder_passes_the_check(model_folder, tokenizer):
+    config, found = check_model_folder(model_folder)
+    assert config == load_model(model_folder).config and found.size == tokenizer.size == config.vocab_size
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.1.self_attn.k_proj.weight", "lm_head.weight"]
+)
+def test_a_tensor_missing_extra_or_misshapen(name, tied, seed, tmp_path, tokenizer_bytes):
+    model = random_model(seed, vocab_size=400, tie_word_embeddings=tied)
+    save_model(tmp_path, model.config, model.state_dict(), tokenizer_bytes)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    if not (tied and name == "lm_head.weight"):
+        rewrite(file, lambda tensors: tensors.pop(name))
+        refused(lambda: load_model(tmp_path), tmp_path, "lacks", name if not tied else "weight")
+        file.write_bytes(whole)
+        rewrite(file, lambda tensors: tensors.update({name: tensors[name][..., :-1].contiguous()}))
+        refused(lambda: load_model(tmp_path), tmp_path, name, "expected")
+        file.write_bytes(whole)
+    rewrite(file, lambda tensors: tensors.update({name + "_scale": torch.ones(3)}))
+    refused(lambda: load_model(tmp_path), tmp_path, "unexpected", name + "_scale")
+
+
+def test_old_rotary_buffers_are_passed_over(model_folder):
+    before = load_model(model_folder).state_dict()
+    rewrite(model_folder / "model.safetensors",
+            lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}))  # fmt: skip
+    after = load_model(model_folder).state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 8, 100, 0.5, -1])
+def test_a_truncated_file_is_refused(keep, model_folder):
+    file = model_folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
+    refused(lambda: load_model(model_folder), file)
+
+
+def test_pickles_and_missing_files_are_refused(model_folder, tmp_path):
+    (model_folder / "model.safetensors").rename(model_folder / "pytorch_model.bin")
+    refused(lambda: load_model(model_folder), model_folder, ".bin", "pickle", "save_pretrained")
+    (model_folder / "pytorch_model.bin").unlink()
+    assert ".bin" not in refused(lambda: load_model(model_folder), model_folder, "model.safetensors")
+    refused(lambda: load_model(tmp_path / "nowhere"), tmp_path / "nowhere")
+    (model_folder / "config.json").unlink()
+    refused(lambda: load_model(model_folder), model_folder, "config.json")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null", '"llama"', '{"model_type": "llama"}', "\udcff"])
+def test_a_broken_config_is_refused(content, model_folder):
+    file = model_folder / "config.json"
+    file.write_bytes(content.encode("utf-8", "surrogateescape"))
+    refused(lambda: load_model(model_folder), file)
+
+
+def test_a_tokenizer_that_is_missing_broken_or_too_big(model_folder):
+    file = model_folder / "tokenizer.model"
+    file.write_bytes(b"this is no model")
+    refused(lambda: check_model_folder(model_folder), file)
+    file.unlink()
+    refused(lambda: check_model_folder(model_folder), model_folder, "tokenizer.model")
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(seed, tmp_path, tokenizer_bytes):
+    model = random_model(seed, vocab_size=399)
+    save_model(tmp_path, model.config, model.state_dict(), tokenizer_bytes)
+    refused(lambda: check_model_folder(tmp_path), tmp_path, "400", "399")
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "wanted"),
+    [(2, 2, {2}), ([2, 7], 5, {2, 5, 7}), (None, [9], {2, 9}), (3, None, {2, 3}), (None, None, {2})],
+)
+def test_stop_ids_are_those_of_all_three_files(config, generation, wanted, model_folder, tokenizer):
+    rewrite(model_folder / "config.json", lambda raw: raw.update(eos_token_id=config))
+    rewrite(model_folder / "generation_config.json", lambda raw: raw.update(eos_token_id=generation))
+    assert stop_ids(model_folder, tokenizer) == wanted
+    (model_folder / "generation_config.json").unlink()
+    assert stop_ids(model_folder, tokenizer) == wanted - ({5, 9} if generation != 2 else set())
+
+
+# ---- adapters -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(tmp_path, seed):
+    """(folder, tensors) of an adapter that we wrote."""
+    model = random_model(seed)
+    config = Lora(r=3, alpha=5.0, targets=("up_proj", "k_proj"))
+    attach_lora(model, config)
+    reset_adapter(model, seed)
+    tensors = {key: tensor + torch.randn(tensor.shape) for key, tensor in read_adapter(model).items()}
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_adapter(folder, tensors, config, "../base")
+    return folder, tensors
+
+
+def test_an_adapter_comes_back_as_it_was(adapter):
+    folder, tensors = adapter
+    found = load_adapter(folder)
+    assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in tensors)
+    config, base = read_adapter_config(folder)
+    assert (config.r, config.alpha, set(config.targets), base) == (3, 5.0, {"up_proj", "k_proj"}, "../base")
+
+
+def test_adapter_files_that_are_foreign_or_damaged(adapter, tmp_path):
+    folder, tensors = adapter
+    file = folder / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5])
+    refused(lambda: load_adapter(folder), file)
+    save_tensors(file, tensors | {"lm_head.weight": torch.ones(2, 2)})
+    refused(lambda: load_adapter(folder), file, "lm_head.weight")
+    file.unlink()
+    refused(lambda: load_adapter(folder), file)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"peft_type": "IA3"}, {"use_dora": True}, {"use_rslora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]},
+        {"rank_pattern": {"q_proj": 4}}, {"alpha_pattern": {"q_proj": 4}}, {"layers_to_transform": [0]},
+        {"lora_alpha": None}, {"target_modules": "all-linear"}, {"target_modules": None}, {"r": None},
+        {"r": "8"}, {"r": 0}, {"lora_alpha": "16"}, {"target_modules": [1]},
+    ],
+)  # fmt: skip
+def test_an_adapter_that_is_no_plain_lora_is_refused(changes, adapter):
+    file = adapter[0] / "adapter_config.json"
+    rewrite(file, lambda raw: raw.update(changes))
+    refused(lambda: read_adapter_config(adapter[0]), file)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null"])
+def test_an_adapter_config_that_is_no_object_is_refused(content, adapter):
+    file = adapter[0] / "adapter_config.json"
+    file.write_text(content)
+    refused(lambda: read_adapter_config(adapter[0]), file)
+
+
+# ---- states ---------------------------------------------------------------------------------
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path, seed):
+    file = tmp_path / "state.safetensors"
+    assert load_state(file) is None
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).double(), "c": torch.randn(4, 4).T, "d": torch.tensor(3)}
+    notes = {"step": 3, "rows": [{"loss": 0.1}, {"loss": float("1e-30")}], "text": "é\n"}
+    save_state(file, tensors, notes)
+    found, told = load_state(file)
+    assert told == notes and found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensors[key]) and found[key].dtype == tensors[key].dtype for key in tensors)
+    save_state(file, {"a": tensors["a"] + 1}, {"step": 4})
+    assert torch.equal(found["a"], tensors["a"]), "a state in memory must not change with its file"
+    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+    file.write_bytes(file.read_bytes()[:50])
+    refused(lambda: load_state(file), file)
+
+
+def test_what_is_written_replaces_the_old_file_only_when_whole(tmp_path, monkeypatch):
+    file = tmp_path / "x.safetensors"
+    save_tensors(file, {"a": torch.ones(2)})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_tensors(file, {"a": torch.zeros(2)})
+    assert torch.equal(load_tensors(file)[0]["a"], torch.ones(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_metadata_is_what_transformers_asks_for(model_folder, tmp_path):
+    assert load_tensors(model_folder / "model.safetensors")[1] == {"format": "pt"}
+    shutil.copytree(model_folder, tmp_path / "copy")
+    assert re.fullmatch(r"[a-z_.0-9 ]+", " ".join(sorted(p.name for p in (tmp_path / "copy").iterdir())))

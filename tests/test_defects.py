@@ -1,0 +1,250 @@
+"""Each defect below, put in on purpose, makes a check fail that holds of the good run.
+
+The defects are those of the issue's list. A run with a defect starts from the good run's data and
+bases, so that the defect alone is new; the checks are those that test_macpo.py makes of good runs.
+"""
+
+import builtins
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import checks
+import pytest
+import torch
+from runs import copy_run, invoke, stub_run, write_stub
+
+from minmacpo import UserError, evaluate, fit, losses, macpo, stages
+from minmacpo.batching import collate
+from minmacpo.tokenizer import Tokens
+
+
+def filter_takes_the_highest(patch) -> None:
+    patch(stages, "min", lambda *args, key=None: builtins.max(args[0], key=key) if key else builtins.min(*args))
+
+
+def sides_swapped(patch) -> None:
+    good = stages.pair_unit
+
+    def swapped(shop, loaded, pair):
+        unit = good(shop, loaded, pair)
+        return replace(unit, rows=unit.rows[::-1], refs=unit.refs[::-1])
+
+    patch(stages, "pair_unit", swapped)
+
+
+def loss_prefers_the_rejected(patch) -> None:
+    good = losses.dpo_loss
+    patch(fit, "dpo_loss", lambda pc, pr, rc, rr, *rest: good(pr, pc, rr, rc, *rest))
+
+
+def prompt_not_masked(patch) -> None:
+    good = stages.render
+
+    def unmasked(*args):
+        row = good(*args)
+        return Tokens(row.ids, [False] + [True] * (len(row.ids) - 1))
+
+    patch(stages, "render", unmasked)
+
+
+def end_token_lost(patch) -> None:
+    good = stages.render
+    patch(stages, "render", lambda *args: Tokens(good(*args).ids[:-1], good(*args).mask[:-1]))
+
+
+def end_token_not_trained(patch) -> None:
+    good = stages.render
+    patch(stages, "render", lambda *args: Tokens(good(*args).ids, [*good(*args).mask[:-1], False]))
+
+
+def reference_is_the_start(patch) -> None:
+    good_pairs, good_scores, good_prefer = macpo.pairs, macpo.score_texts, macpo.prefer
+
+    def before(shop, name: str):
+        """The agent's adapter before this round."""
+        t, agent = int(name[5:].partition("/")[0]), name.rpartition("_")[2]
+        path = checks.latest(shop.run.path, agent, t - 1)
+        return shop.run.plan[str(path.relative_to(shop.run.path))].stage
+
+    def pairs(shop, name, base, answers, scores, negatives, reference, familiar, key):
+        return good_pairs(shop, name, base, answers, scores, negatives, before(shop, name), familiar, key)
+
+    def score_texts(shop, name, base, adapter, texts):
+        return good_scores(shop, name, base, before(shop, name) if "/reference_" in name else adapter, texts)
+
+    def prefer(shop, name, base, made, start, reference, *rest):
+        return good_prefer(shop, name, base, made, start, start, *rest)
+
+    patch(macpo, "pairs", pairs)
+    patch(macpo, "score_texts", score_texts)
+    patch(macpo, "prefer", prefer)
+
+
+def teachers_given_the_filtered_answers(patch) -> None:
+    good, student = macpo.update, []
+
+    def update(shop, queries, agent, t, sources):
+        if agent.name == "student":
+            student[:] = agent, sources
+        else:
+            macpo.positives(shop, queries, student[0], t)  # sampled, but not used
+        return good(shop, queries, agent, t, student[1])
+
+    patch(macpo, "update", update)
+
+
+def negatives_sampled_anew(patch) -> None:
+    def refresh(shop, queries, agent, t):
+        agent.negatives = macpo.negatives(shop, queries, agent, t)
+
+    patch(macpo, "refresh", refresh)
+
+
+def student_answers_before_its_update(patch) -> None:
+    good = macpo.update
+
+    def update(shop, queries, agent, t, sources):
+        if agent.name == "student":
+            macpo.positives(shop, queries, agent, t)
+        return good(shop, queries, agent, t, sources)
+
+    patch(macpo, "update", update)
+
+
+def mean_of_means(patch) -> None:
+    def train_step(model, params, units, groups, objective, optimizer, device):
+        total = 0
+        for group in groups:
+            rows = [row for unit in group for row in units[unit].rows]
+            refs = torch.tensor([units[unit].refs for unit in group])
+            tokens = sum(sum(row.mask) for row in rows)
+            loss, values = objective(model, collate(rows, device), refs, len(group), tokens)
+            (loss / len(groups)).backward()
+            total = total + torch.stack(values) / len(groups)
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return torch.cat((total, norm[None]))
+
+    patch(fit, "train_step", train_step)
+
+
+def first_teacher_left_in_the_slot(patch) -> None:
+    good = evaluate.score_texts
+
+    def score_texts(shop, name, base, adapter, texts):
+        if adapter and adapter.name.endswith("/teacher2_pos"):
+            adapter = replace(adapter, path=adapter.path.parent / "teacher1_pos")
+        return good(shop, name, base, adapter, texts)
+
+    patch(evaluate, "score_texts", score_texts)
+
+
+def no_adapter_in_the_slot_of_the_scorer(patch) -> None:
+    good = stages.score_texts
+    patch(macpo, "score_texts", lambda shop, name, base, adapter, texts: good(shop, name, base, None, texts))
+
+
+def start_is_the_base(patch) -> None:
+    good = stages.Workshop.use
+
+    def use(self, base, adapter):
+        loaded = good(self, base, adapter)
+        if adapter is not None and self.run.plan and fresh["prefer"]:
+            stages.clear_adapter(loaded.model)
+        return loaded
+
+    fresh, good_prefer = {"prefer": False}, macpo.prefer
+
+    def prefer(*args):
+        fresh["prefer"] = True
+        try:
+            return good_prefer(*args)
+        finally:
+            fresh["prefer"] = False
+
+    patch(macpo, "prefer", prefer)
+    patch(stages.Workshop, "use", use)
+
+
+@dataclass(frozen=True)
+class Case:
+    defect: Callable
+    check: Callable
+
+
+def prefer_student(run) -> None:
+    checks.check_prefer(run, 1, "student")
+
+
+CASES = [
+    Case(filter_takes_the_highest, checks.check_filter),
+    Case(sides_swapped, prefer_student),
+    Case(loss_prefers_the_rejected, prefer_student),
+    Case(prompt_not_masked, prefer_student),
+    Case(prompt_not_masked, checks.check_negative_student),
+    Case(prompt_not_masked, checks.check_scores),
+    Case(end_token_lost, checks.check_scores),
+    Case(end_token_lost, checks.check_negative_student),
+    Case(end_token_not_trained, checks.check_negative_student),
+    Case(end_token_not_trained, prefer_student),
+    Case(reference_is_the_start, checks.check_reference),
+    Case(reference_is_the_start, prefer_student),
+    Case(teachers_given_the_filtered_answers, checks.check_teachers_learn_the_student_s_answers),
+    Case(negatives_sampled_anew, checks.check_negatives_are_cached),
+    Case(student_answers_before_its_update, checks.check_student_answers_after_its_update),
+    Case(mean_of_means, checks.check_accumulation),
+    Case(mean_of_means, prefer_student),
+    Case(mean_of_means, checks.check_negative_student),
+    Case(first_teacher_left_in_the_slot, checks.check_evaluation),
+    Case(no_adapter_in_the_slot_of_the_scorer, checks.check_scores),
+    Case(start_is_the_base, prefer_student),
+]
+
+
+def short_run(stub, root, made: dict, defect: Callable | None):
+    """A run with a defect (made once for all its checks), or the error that ended it."""
+    if defect not in made:
+        folder = root / (defect.__name__ if defect else "good")
+        copy_run(stub, folder, ("data", "bases"))
+        patcher = pytest.MonkeyPatch()
+        with patcher.context() as context:
+            if defect:
+                defect(lambda where, name, value: context.setattr(where, name, value, raising=False))
+            rounds = 2 if defect in (None, negatives_sampled_anew) else 1
+            words = [f"--macpo.rounds={rounds}", "--macpo.controls=false", "--run.name=run"]
+            ended = invoke("train", write_stub(folder, "x"), f"--run.root={folder}", *words)
+        made[defect] = UserError(ended.err) if ended.code else folder / "run"
+    return made[defect]
+
+
+@pytest.fixture(scope="module")
+def runs_made(tmp_path_factory):
+    stub, made, root = stub_run(tmp_path_factory), {}, tmp_path_factory.mktemp("defects")
+    return lambda defect: short_run(stub, root, made, defect)
+
+
+def verdict(run, check: Callable) -> None:
+    """Raises AssertionError, or what the run itself ended with."""
+    if isinstance(run, UserError):
+        raise run
+    check(run)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.defect.__name__}-{c.check.__name__}")
+def test_a_defect_does_not_pass(runs_made, case):
+    with pytest.raises((AssertionError, UserError)):
+        verdict(runs_made(case.defect), case.check)
+
+
+@pytest.mark.parametrize("check", dict.fromkeys(case.check for case in CASES), ids=lambda c: c.__name__)
+def test_the_same_checks_hold_without_a_defect(runs_made, check):
+    verdict(runs_made(None), check)
+
+
+def test_every_defect_of_the_issue_is_among_them():
+    assert {case.defect for case in CASES} >= {
+        filter_takes_the_highest, sides_swapped, prompt_not_masked, end_token_lost, reference_is_the_start,
+        teachers_given_the_filtered_answers, negatives_sampled_anew, student_answers_before_its_update,
+        mean_of_means, first_teacher_left_in_the_slot,
+    }  # fmt: skip

@@ -1,0 +1,448 @@
+"""The loop: accumulation, a hand-written loop, TRL's trainer, stops and resumes, bit for bit."""
+
+import json
+import signal
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import far, logits_of, ragged, random_model
+
+from minmacpo import UserError
+from minmacpo.batching import plan_steps
+from minmacpo.checkpoint import load_model, save_adapter, save_model
+from minmacpo.commandline import parse
+from minmacpo.config import Lora
+from minmacpo.fit import PairObjective, Schedule, SftObjective, Unit, fit, train_step
+from minmacpo.lora import attach_lora, read_adapter, reset_adapter, slot, write_adapter
+from minmacpo.progress import Interrupted
+from minmacpo.run import Run, Work
+from minmacpo.tokenizer import Tokens
+
+ALL = Lora(r=4, alpha=8.0, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+
+
+@pytest.fixture
+def work_of(tmp_path) -> Callable[..., Work]:
+    """Makes the Work of a stage "part/stage" in a run of its own; flags as on the command line."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def make(name: str = "run", seed: int = 5, **flags) -> Work:
+        flags = {"log_every": 2, "save_every": 3} | flags
+        words = ["@tiny", f"--run.root={tmp_path}", f"--run.name={name}", "--run.device=cpu"]
+        run = Run(parse([*words, *(f"--run.{key}={value}" for key, value in flags.items())]).config)
+        run.begin()
+        folder = run.path / "stage"
+        folder.mkdir(exist_ok=True)
+        return Work(run, "part/stage", folder, seed)
+
+    yield make
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def row(prompt: list[int], answer: list[int]) -> Tokens:
+    return Tokens(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+
+
+def answers(seed: int, count: int) -> list[Unit]:
+    """Ragged prompts with ragged answers."""
+    parts = zip(ragged(seed, count, 61, 1, 12), ragged(seed + 1, count, 61, 1, 12), strict=True)
+    return [Unit(f"row{i}", (row(p, a),)) for i, (p, a) in enumerate(parts)]
+
+
+def pairs(seed: int, count: int) -> list[Unit]:
+    """Ragged prompts with two ragged answers and made-up reference logps."""
+    parts = zip(*(ragged(seed + i, count, 61, 1, 12) for i in range(3)), strict=True)
+    refs = (20 * torch.rand(count, 2, generator=torch.Generator().manual_seed(seed)) - 60).tolist()
+    return [Unit(f"pair{i}", (row(p, a), row(p, b)), tuple(refs[i])) for i, (p, a, b) in enumerate(parts)]
+
+
+KINDS = {"sft": (answers, SftObjective()), "pairs": (pairs, PairObjective(0.2, 0.3, 0.1))}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return KINDS[request.param]
+
+
+def slotted(seed: int, **changes):
+    """(model, parameters of its fresh slot)."""
+    model = random_model(seed, **changes)
+    params = attach_lora(model, ALL)
+    reset_adapter(model, seed)
+    return model, params
+
+
+# ---- accumulation ---------------------------------------------------------------------------
+
+
+class Keep:
+    """An optimiser that only remembers the gradients it was given."""
+
+    def __init__(self, params):
+        self.params, self.grads = params, None
+
+    def step(self):
+        self.grads = [p.grad.clone() for p in self.params]
+
+    def zero_grad(self):
+        for p in self.params:
+            p.grad = None
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_gradient_does_not_depend_on_the_micro_batches(kind, whole, seed):
+    make, objective = kind
+    units = make(seed, 9)
+    if whole:  # pre-training of a tied model
+        model = random_model(seed, tie_word_embeddings=True).double()
+        params = list(model.parameters())
+    else:
+        model, params = slotted(seed)
+        model.double()
+        params = list(slot(model).values())
+        for param in params:
+            param.data.normal_(std=0.1)
+    found = []
+    for groups in ([[*range(9)]], [[8, 1], [0, 2, 3], [7], [4, 5, 6]], [[i] for i in range(9)]):
+        keep = Keep(params)
+        values = train_step(model, params, units, groups, objective, keep, "cpu")
+        found.append([values, *keep.grads])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert far(a, b) <= 1e-9 * (1 + a.abs().max().item()) and a.abs().max() > 0
+
+
+def test_the_sft_step_is_the_mean_over_all_trained_tokens(seed):
+    """Not a mean of means: rows of every length, cut at random, against one cross-entropy."""
+    model = random_model(seed).double()
+    params, units = list(model.parameters()), answers(seed, 8)
+    keep = Keep(params)
+    values = train_step(model, params, units, [[3], [0, 1, 2], [4, 5, 6, 7]], SftObjective(), keep, "cpu")
+    logps, trained = 0, 0
+    for unit in units:
+        ids, mask = unit.rows[0].ids, unit.rows[0].mask
+        labels = [i if m else -100 for i, m in zip(ids, mask, strict=True)]
+        logps = logps + F.cross_entropy(logits_of(model, torch.tensor([ids]))[0, :-1], torch.tensor(labels[1:]), reduction="sum")
+        trained += sum(mask)
+    wanted = torch.autograd.grad(logps / trained, params)
+    norm = torch.cat([g.flatten() for g in wanted]).norm()
+    assert values[0].item() == pytest.approx((logps / trained).item(), rel=1e-9)
+    assert values[-1].item() == pytest.approx(norm.item(), rel=1e-6)
+    for found, true in zip(keep.grads, wanted, strict=True):
+        assert far(found, true / max(1.0, (norm + 1e-6).item())) <= 1e-6
+
+
+@pytest.mark.parametrize("micro", [20, 90])
+def test_training_does_not_depend_on_micro_tokens(kind, micro, work_of, seed):
+    make, objective = kind
+    units, ends = make(seed, 20), []
+    for name, budget in (("small", micro), ("large", 10**6)):
+        model, params = slotted(seed)
+        model.double()
+        params = list(slot(model).values())
+        fit(model, params, units, objective, Schedule(1e-2, 7, 8), work_of(name, micro_tokens=budget))
+        ends.append([p.detach().clone() for p in params])
+    for a, b in zip(*ends, strict=True):
+        assert far(a, b) <= 1e-8 and a.any()
+
+
+# ---- against other loops --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("floor", "betas", "decay"), [(0.0, (0.9, 0.999), 0.0), (0.1, (0.9, 0.95), 0.1)])
+def test_training_equals_a_plain_loop(floor, betas, decay, work_of, seed):
+    """Full logits, torch's own cross-entropy, clipping, AdamW and cosine: the same parameters."""
+    units = answers(seed, 6)
+    ours, theirs = random_model(seed), random_model(seed)
+    work = work_of(log_every=1)
+    counts = fit(ours, list(ours.parameters()), units, SftObjective(), Schedule(0.02, 9, 6, floor, betas, decay), work)
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=0.02, betas=betas, weight_decay=decay, foreach=False)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9, 0.02 * floor)
+    rows = [json.loads(line) for line in (work.folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == counts["steps"] == 9 and counts["rows"] == 6
+    tokens = sum(len(unit.rows[0].ids) for unit in units)
+    for step, logged in enumerate(rows):
+        parts, trained = 0, sum(sum(unit.rows[0].mask) for unit in units)
+        for unit in units:
+            ids, mask = torch.tensor(unit.rows[0].ids), torch.tensor(unit.rows[0].mask)
+            logits = logits_of(theirs, ids[None])[0, :-1]
+            parts = parts + F.cross_entropy(logits, ids[1:].masked_fill(~mask[1:], -100), reduction="sum")
+        (parts / trained).backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        assert logged["loss"] == pytest.approx((parts / trained).item(), rel=1e-3)
+        assert logged["grad_norm"] == pytest.approx(norm.item(), rel=2e-2)
+        assert logged["lr"] == pytest.approx(cosine.get_last_lr()[0], rel=1e-9)
+        assert (logged["step"], logged["epoch"], logged["tokens"]) == (step + 1, step + 1, tokens * (step + 1))
+        optimizer.step()
+        optimizer.zero_grad()
+        cosine.step()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert ((a - b).norm() / b.norm()).item() < 5e-3, name
+        assert ((a - random_model(seed).get_parameter(name)).norm() / b.norm()).item() > 2e-2, name
+
+
+def preference_words(seed: int, count: int, equal: bool) -> list[dict[str, list[int]]]:
+    """Prompt, chosen and rejected ids of TRL's kind; `equal`: chosen answers of one length."""
+    low, high = (6, 7) if equal else (1, 12)
+    parts = (ragged(seed, count, 61, 1, 9), ragged(seed + 1, count, 61, low, high), ragged(seed + 2, count, 61, 1, 12))
+    return [dict(prompt=p, chosen=c, rejected=r) for p, c, r in zip(*parts, strict=True)]
+
+
+def trl_history(folder, adapter, out, rows, steps: int, lr: float, **settings) -> list[dict]:
+    """What TRL's DPOTrainer logs at every step, all `rows` in each, with the bare base as reference."""
+    import datasets
+    import peft
+    import tokenizers
+    import transformers
+    import trl
+
+    vocab = {"<pad>": 0, "<unk>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 61)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="<pad>")
+    texts = [{side: "".join(f" w{i}" for i in ids) for side, ids in line.items()} for line in rows]
+    base, reference = (transformers.AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    arguments = trl.DPOConfig(
+        output_dir=str(out), per_device_train_batch_size=len(rows), max_steps=steps, learning_rate=lr,
+        lr_scheduler_type="cosine", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch",
+        logging_steps=1, report_to="none", save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False,
+        disable_tqdm=True, max_length=None, **settings,
+    )  # fmt: skip
+    trainer = trl.DPOTrainer(
+        peft.PeftModel.from_pretrained(base, adapter, is_trainable=True), reference, arguments,
+        train_dataset=datasets.Dataset.from_list(texts), processing_class=tokenizer,
+    )  # fmt: skip
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert sorted(batch["attention_mask"].sum(1).tolist()) == sorted(
+        len(line["prompt"]) + len(line[side]) + 1 for line in rows for side in ("chosen", "rejected")
+    )
+    trainer.train()
+    return [line for line in trainer.state.log_history if "rewards/chosen" in line]
+
+
+@pytest.fixture
+def dpo(tmp_path, work_of, seed):
+    """Runs TRL and this project on the same pairs, base and adapter; returns both histories."""
+    pytest.importorskip("trl")
+    pytest.importorskip("datasets")
+    model, _ = slotted(seed)
+    with torch.no_grad():
+        for param in slot(model).values():
+            param.add_(0.1 * torch.randn(param.shape))
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    save_model(base, model.config, random_model(seed).state_dict(), b"")
+    save_adapter(adapter, read_adapter(model), ALL, str(base))
+
+    def run(rows, objective, steps: int, lr: float, **settings):
+        theirs = trl_history(base, adapter, tmp_path / "trl", rows, steps, lr, **settings)
+        units = [
+            Unit(str(i), tuple(row(line["prompt"], [*line[side], 2]) for side in ("chosen", "rejected")))
+            for i, line in enumerate(rows)
+        ]
+        ours = load_model(base)
+        scored = [[by_logits(ours, r) for r in unit.rows] for unit in units]
+        units = [Unit(unit.id, unit.rows, tuple(refs)) for unit, refs in zip(units, scored, strict=True)]
+        params = attach_lora(ours, ALL)
+        write_adapter(ours, read_adapter(model))
+        work = work_of(f"run{len(list(tmp_path.glob('run*')))}", log_every=1)
+        fit(ours, params, units, objective, Schedule(lr, steps, len(rows)), work)
+        mine = [json.loads(line) for line in (work.folder / "metrics.jsonl").read_text().splitlines()]
+        assert len(mine) == len(theirs) == steps
+        return mine, theirs
+
+    return run
+
+
+def by_logits(model, tokens: Tokens) -> float:
+    """Summed log-probability of the trained tokens, from full logits."""
+    logps = logits_of(model, torch.tensor([tokens.ids]))[0].log_softmax(-1)
+    return sum(logps[i - 1, tokens.ids[i]].item() for i in range(1, len(tokens.ids)) if tokens.mask[i])
+
+
+SAME = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_dpo_training_equals_trl_step_by_step(beta, dpo, seed):
+    """Same definitions: loss, β, summed logps, rewards, clipping, AdamW, cosine, over six steps."""
+    mine, theirs = dpo(preference_words(seed, 7, False), PairObjective(beta, 0.0), 6, 2e-3, beta=beta)
+    assert abs(mine[0]["rewards/margins"]) > 1e-3, "policy and reference should differ at the start"
+    for a, b in zip(mine, theirs, strict=True):
+        for name in SAME:
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-4), (a["step"], name)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+        assert a["lr"] == pytest.approx(b["learning_rate"], rel=1e-6, abs=1e-12)
+    assert mine[-1]["loss"] < mine[0]["loss"] - 0.01, "it should have learned something"
+
+
+def test_dpo_plus_sft_equals_trl(dpo, seed):
+    """TRL takes its SFT term per token of the batch, the paper per answer: equal for equal lengths."""
+    settings = dict(beta=0.1, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.7])
+    mine, theirs = dpo(preference_words(seed, 5, True), PairObjective(0.1, 0.7), 4, 2e-3, **settings)
+    for a, b in zip(mine, theirs, strict=True):
+        for name in SAME:
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-4), (a["step"], name)
+
+
+def test_label_smoothing_by_two_losses_of_trl(dpo, seed):
+    """TRL has ours, ½-smoothed, only as parts: "robust" R = ((1 - s) L(D) - s L(-D)) / (1 - 2 s)."""
+    rows = preference_words(seed, 6, False)
+    _, plain = dpo(rows, PairObjective(0.4, 0.0), 1, 1e-3, beta=0.4)
+    mine, robust = dpo(rows, PairObjective(0.4, 0.0, 0.2), 1, 1e-3, beta=0.4, loss_type="robust", label_smoothing=0.2)
+    wanted = 2 * 0.8 * plain[0]["loss"] - 0.6 * robust[0]["loss"]
+    assert mine[0]["dpo_loss"] == pytest.approx(wanted, abs=2e-4)
+    assert abs(mine[0]["dpo_loss"] - plain[0]["loss"]) > 1e-6
+
+
+# ---- what must stop a run -------------------------------------------------------------------
+
+
+def stopped(call, *words) -> None:
+    with pytest.raises(UserError) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text and text.startswith("part/stage")
+    for word in words:
+        assert word in text, (word, text)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_names_its_rows(kind, value, steps, work_of, seed):
+    make, objective = kind
+    model, params = slotted(seed)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[60] = value
+    clean = [unit for unit in make(seed, 40) if not any(60 in r.ids for r in unit.rows)][:8]
+    poison = Unit("the poisoned one", tuple(row([5], [60, 7]) for _ in clean[0].rows), clean[0].refs)
+    work = work_of(save_every=1)
+    stopped(lambda: fit(model, params, [*clean, poison], objective, Schedule(1e-3, steps, 9), work),
+            "step 1", "not finite", "the poisoned one" if steps else "")  # fmt: skip
+    assert not (work.folder / "state.safetensors").exists(), "a poisoned state must not be resumed"
+
+
+def test_a_run_that_diverges_later_says_at_which_step(work_of, seed):
+    model, params = slotted(seed)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[60] = float("nan")
+    clean = [unit for unit in answers(seed, 80) if 60 not in unit.rows[0].ids][:10]
+    units = [*clean, Unit("bad", (row([5], [60, 7]),))]
+    plan = plan_steps([len(unit.rows[0].ids) for unit in units], 1, 11, 5)
+    step = next(i for i, groups in enumerate(plan) if groups == [[10]]) + 1
+    stopped(lambda: fit(model, params, units, SftObjective(), Schedule(1e-3, 11, 1), work_of(log_every=4)), f"step {step}:", "bad")
+
+
+def test_a_first_gradient_of_zero_stops(kind, work_of, seed):
+    make, objective = kind
+    model, params = slotted(seed)
+    with torch.no_grad():
+        for param in params:
+            param.zero_()  # A and B zero: neither can ever move
+    stopped(lambda: fit(model, params, make(seed, 8), objective, Schedule(1e-3, 6, 4), work_of()), "zero", "step 1")
+
+
+def test_no_row_at_all_stops(work_of, seed):
+    model, params = slotted(seed)
+    stopped(lambda: fit(model, params, [], SftObjective(), Schedule(1e-3, 6, 4), work_of()), "no row")
+
+
+def test_no_step_leaves_the_parameters(work_of, seed):
+    model, params = slotted(seed)
+    before = read_adapter(model)
+    counts = fit(model, params, answers(seed, 3), SftObjective(), Schedule(1e-3, 0, 4), work_of())
+    assert counts["steps"] == 0 and all(torch.equal(before[k], v) for k, v in read_adapter(model).items())
+
+
+# ---- stop and resume ------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def finish(work: Work, seed: int, kind, stops: list[tuple[int, str]] = (), whole: bool = False) -> tuple[dict, dict, bytes]:
+    """Trains to the end with interruptions after the given steps, each time with a fresh model.
+
+    Returns the trained tensors, the counts, and the stage's metrics.
+    """
+    make, objective = kind
+    units, stops = make(seed, 20), list(stops)
+    while True:
+        if whole:
+            model = random_model(seed, tie_word_embeddings=True)
+            params = list(model.parameters())
+        else:
+            model, params = slotted(seed)
+        work.run.signals.number, work.run.planning = None, False
+        steps = []
+
+        def on_step(steps=steps, work=work):
+            steps.append(0)
+            if stops and len(steps) == stops[0][0]:
+                if stops.pop(0)[1] == "kill":
+                    raise Killed
+                work.run.signals.number = signal.SIGTERM
+
+        work.run.on_step = on_step
+        try:
+            counts = fit(model, params, units, objective, Schedule(1e-2, 17, 6), work)
+            break
+        except (Interrupted, Killed):
+            continue
+    assert not stops, "every interruption must have happened"
+    assert sorted(p.name for p in work.folder.iterdir()) == ["metrics.jsonl"]
+    tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return tensors, counts, (work.folder / "metrics.jsonl").read_bytes()
+
+
+INTERRUPTIONS = [
+    [(1, "signal")], [(4, "signal")], [(7, "signal")], [(2, "signal"), (1, "signal"), (5, "signal")], [(15, "signal")],
+    [(2, "kill")], [(5, "kill")], [(10, "kill"), (1, "kill"), (4, "signal")],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(whole, kind, work_of, seed):
+    flags = dict(log_every=5, save_every=4)
+    plain = finish(work_of("plain", **flags), seed, kind, whole=whole)
+    for number, stops in enumerate(INTERRUPTIONS):
+        broken = finish(work_of(f"broken{number}", **flags), seed, kind, stops, whole)
+        assert all(torch.equal(plain[0][name], broken[0][name]) for name in plain[0]), stops
+        assert plain[1] == broken[1], stops
+        assert plain[2] == broken[2], f"{stops}: metrics.jsonl is one of the stage's files"
+    other, *_ = finish(work_of("other", 6, **flags), seed, kind, whole=whole)
+    assert not all(torch.equal(plain[0][name], other[name]) for name in other), "nothing was compared"
+
+
+def test_training_leaves_the_base_bit_identical(kind, work_of, seed):
+    trained, *_ = finish(work_of(), seed, kind)
+    base = dict(random_model(seed).named_parameters())
+    found = {name.replace(".base.", "."): t for name, t in trained.items() if ".lora_" not in name}
+    assert found.keys() == base.keys() and all(torch.equal(found[name], base[name]) for name in base)
+
+
+def test_the_metrics_are_means_over_their_steps(work_of, seed):
+    """log_every changes which lines there are, never what is trained."""
+    fine, coarse = (finish(work_of(f"every{n}", log_every=n), seed, KINDS["pairs"]) for n in (1, 6))
+    assert all(torch.equal(fine[0][name], coarse[0][name]) for name in fine[0])
+    each, means = ([json.loads(line) for line in run[2].splitlines()] for run in (fine, coarse))
+    assert [line["step"] for line in each] == list(range(1, 18))
+    last = 0
+    for line in means:
+        part = each[last : line["step"]]
+        last = line["step"]
+        for name in PairObjective.metrics:
+            assert line[name] == pytest.approx(sum(one[name] for one in part) / len(part), rel=1e-5, abs=1e-6)
+        assert line["tokens"] == part[-1]["tokens"] and line["lr"] == part[-1]["lr"] and line["epoch"] == part[-1]["epoch"]
+    assert last == 17
+
+
+def test_the_cosine_falls_from_lr_to_its_floor():
+    rates = [Schedule(2.0, 10, 1, floor=0.1).rate(step) for step in range(11)]
+    assert rates[0] == 2.0 and rates[5] == pytest.approx(1.1) and rates[10] == pytest.approx(0.2)
+    assert rates == sorted(rates, reverse=True)

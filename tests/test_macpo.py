@@ -1,0 +1,396 @@
+"""The algorithm: what must hold of the files of finished runs (method.md 2 and 4.2)."""
+
+import hashlib
+import json
+
+import checks
+import pytest
+import torch
+from runs import copy_run, differences, rows_of, stages_of, stub_run, tiny_run, train, write_stub
+
+from minmacpo import stages, world
+from minmacpo.checkpoint import load_tensors
+from minmacpo.data import Example, Message
+from minmacpo.files import write_rows
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return tiny_run(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def stub(tmp_path_factory):
+    return stub_run(tmp_path_factory)
+
+
+@pytest.fixture(params=["tiny", "stub"])
+def run(request):
+    return request.getfixturevalue(request.param)
+
+
+def variant(stub, tmp_path, *words: str):
+    """A finished run of the stub preset with other settings, on the bases of the good one."""
+    copy_run(stub, tmp_path / "runs", ("data", "bases"))
+    train(write_stub(tmp_path, "x"), f"--run.root={tmp_path / 'runs'}", "--run.name=variant", *words)
+    return tmp_path / "runs" / "variant"
+
+
+# ---- invariants -----------------------------------------------------------------------------
+
+
+def test_all_files_about_d2_have_its_prompts_in_its_order(run):
+    checks.check_order(run)
+
+
+def test_the_rejected_side_is_sampled_once_and_never_again(run):
+    checks.check_negatives_are_cached(run)
+
+
+def test_negatives_come_from_the_negative_twins(run):
+    checks.check_negatives_are_the_negative_twins(run)
+
+
+def test_the_teachers_of_a_round_learn_the_student_s_answers(run):
+    checks.check_teachers_learn_the_student_s_answers(run)
+
+
+def test_the_student_answers_after_its_update_and_the_teachers_before_theirs(run):
+    checks.check_student_answers_after_its_update(run)
+    checks.check_teachers_answer_before_their_update(run)
+
+
+def test_the_student_keeps_the_least_perplexing_answer(run):
+    checks.check_filter(run)
+
+
+def test_perplexities_are_those_of_the_student_before_its_update(run):
+    checks.check_scores(run)
+
+
+def test_held_out_answers_are_scored_under_their_own_agent(run):
+    checks.check_evaluation(run)
+
+
+def test_reference_logps_are_those_of_the_bare_base(run):
+    assert checks.settings_of(run)["dpo"]["reference"] == "base"
+    checks.check_reference(run)
+
+
+def test_pairs_are_whole(run):
+    checks.check_pairs_are_whole(run)
+
+
+def test_the_first_round_reuses_the_labels_that_the_student_was_made_from(run):
+    for a, b in (("round1/positives_teacher1", "round0/weak_labels"), ("round0/negatives_teacher1", "round0/weak_negatives")):
+        files = [(run / name / "samples.jsonl").read_bytes() for name in (a, b)]
+        assert files[0] == files[1]
+        assert stages_of(run)[a]["fingerprint"] == stages_of(run)[b]["fingerprint"]
+
+
+def test_every_stage_of_the_algorithm_is_there_and_no_other(run):
+    names = {"round0/weak_labels", "round0/weak_negatives", "controls/continued", "controls/ceiling"}
+    for agent in checks.agents_of(run):
+        names |= {f"round0/{agent}_pos", f"round0/{agent}_neg", f"round0/negatives_{agent}"}
+        for t in checks.rounds_of(run):
+            names |= {f"round{t}/{part}_{agent}" for part in ("positives", "pairs", "reference")} | {f"round{t}/{agent}_pos"}
+            names |= {f"round{t}/scores_{agent}"} - {f"round{t}/scores_student"}
+    assert {name for name in stages_of(run) if not name.startswith(("data", "bases", "eval"))} == names
+
+
+# ---- training -------------------------------------------------------------------------------
+
+
+def test_contrastive_steps_continue_the_last_adapter_and_are_dpo_plus_sft(run):
+    last = checks.rounds_of(run)[-1]
+    for t, agent in ((1, "student"), (last, "student"), (1, "teacher2"), (last, "teacher1")):
+        checks.check_prefer(run, t, agent)
+
+
+def test_negative_agents_continue_their_positive_twin(run):
+    checks.check_negative_student(run)
+    checks.check_negative_teacher(run, "teacher2")
+
+
+def test_naive_sft_continued_takes_as_many_steps_as_the_student(run):
+    found = {name: notes["counts"]["steps"] for name, notes in stages_of(run).items() if "steps" in notes["counts"]}
+    student = sum(found[f"round{t}/student_pos"] for t in checks.rounds_of(run))
+    assert found["controls/continued"] == student > 0
+    config = checks.settings_of(run)
+    texts = list(checks.samples(run, "round0/weak_labels").values())
+    checks.check_sft(run, "controls/continued", "student", run / "round0/student_pos", texts, "response",
+                     config["dpo"]["student_lr"], config["dpo"]["batch"], student)  # fmt: skip
+
+
+def test_the_ceiling_is_trained_like_the_student_but_on_the_truth(run):
+    sft, d2 = checks.settings_of(run)["sft"], rows_of(run / "data/slices/d2.jsonl")
+    notes = stages_of(run)["controls/ceiling"]
+    assert notes["settings"] | {"texts": ["samples.jsonl", "response"]} == stages_of(run)["round0/student_pos"]["settings"]
+    assert notes["counts"]["steps"] == sft["student_epochs"] * -(-len(d2) // sft["batch"])
+    assert notes["settings"]["texts"] == ["d2.jsonl", "chosen"]
+
+
+def test_small_micro_batches_do_not_change_a_step(stub):
+    checks.check_accumulation(stub)
+
+
+def test_bases_are_the_same_bits_after_everything(stub, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(stages.Workshop, "__init__", remember(stages.Workshop.__init__, kept))
+    again = variant(stub, tmp_path)
+    for name, notes in stages_of(again).items():
+        if name.startswith("bases/"):
+            for file, listed in notes["files"].items():
+                assert hashlib.sha256((again / name / file).read_bytes()).hexdigest() == listed["sha256"]
+                assert (again / name / file).read_bytes() == (stub / name / file).read_bytes()
+    loaded = kept[-1].loaded
+    assert len(loaded) == 3  # strong, weak1, weak2: all trained in this process
+    files = [load_tensors(again / "bases" / name / "model.safetensors")[0] for name in ("strong", "weak1", "weak2")]
+    for entry in loaded.values():
+        memory = {k.replace(".base.", "."): v for k, v in entry.model.state_dict().items() if ".lora_" not in k}
+        assert any(memory.keys() == f.keys() and all(torch.equal(memory[k], f[k]) for k in f) for f in files)
+
+
+def remember(method, kept: list):
+    def wrapped(self, *args):
+        kept.append(self)
+        method(self, *args)
+
+    return wrapped
+
+
+# ---- other people's software ----------------------------------------------------------------
+
+
+def test_every_adapter_works_in_peft(run):
+    checks.check_adapters_work(run)
+
+
+def test_bases_load_in_transformers_without_a_word(run, caplog):
+    for folder in sorted((run / "bases").iterdir()):
+        if folder.name == "tokenizer":
+            continue
+        model = checks.plain_model(folder)
+        names = set(load_tensors(folder / "model.safetensors")[0])
+        assert names == set(model.state_dict()) and model.generation_config.eos_token_id == checks.pieces_of(folder).eos_id()
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+# ---- settings -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", ["init", "previous"])
+def test_other_references(stub, tmp_path, setting):
+    run = variant(stub, tmp_path, f"--dpo.reference={setting}")
+    checks.check_reference(run)
+    margins = checks.margins_before_the_first_step(run)
+    same = {f"round{t}/{a}_pos" for t, a in checks.updated(run) if t == 1 or setting == "previous"}
+    assert max(abs(margins[name]) for name in same) < 1e-5
+    assert all(abs(margins[name]) > 1e-5 for name in margins.keys() - same)
+
+
+def test_margins_before_the_first_step_are_not_zero_against_the_base(stub):
+    assert min(map(abs, checks.margins_before_the_first_step(stub).values())) > 1e-5
+
+
+def test_one_teacher_needs_no_scores(stub, tmp_path):
+    run = variant(stub, tmp_path, "--macpo.teachers=1")
+    assert not list(run.glob("round*/scores_*")) and not (run / "bases/weak2").exists()
+    for t in checks.rounds_of(run):
+        said = checks.samples(run, f"round{t}/positives_teacher1")
+        made = checks.pairs(run, t, "student")
+        assert made and all(p["chosen"] == said[p["id"]]["response"] and p["chosen_by"] == "teacher1" for p in made)
+    checks.check_order(run)
+    checks.check_prefer(run, 1, "student")
+
+
+def test_three_teachers_repeat_the_bases(stub, tmp_path):
+    run = variant(stub, tmp_path, "--macpo.teachers=3", "--macpo.rounds=1", "--model.weak=8x1x2x16,16x1x2x16")
+    sizes = [json.loads((run / f"bases/weak{k}/config.json").read_text())["hidden_size"] for k in (1, 2, 3)]
+    assert sizes == [8, 16, 8]
+    checks.check_filter(run)
+
+
+def test_a_random_pick_needs_no_scores_and_takes_every_teacher(stub, tmp_path):
+    run = variant(stub, tmp_path, "--macpo.select=random", "--world.d2=40", "--macpo.rounds=2")
+    assert not list(run.glob("round*/scores_*"))
+    checks.check_pairs_are_whole(run)
+    chosen = [[p["chosen_by"] for p in checks.pairs(run, t, "student")] for t in (1, 2)]
+    for names in chosen:
+        assert set(names) == {"teacher1", "teacher2"} and 8 <= names.count("teacher1") <= 32
+    assert chosen[0] != chosen[1]
+
+
+def test_without_hard_negatives_only_the_sft_term_trains(stub, tmp_path):
+    run = variant(stub, tmp_path, "--macpo.hard_negatives=false")
+    for t, agent in ((1, "student"), (2, "teacher1")):
+        checks.check_prefer(run, t, agent)
+    assert all(name in stages_of(run) for name in ("round1/pairs_student", "round2/teacher2_pos"))
+    # same pairs in round 1, another adapter from them
+    assert (run / "round1/pairs_student/pairs.jsonl").read_bytes() == (stub / "round1/pairs_student/pairs.jsonl").read_bytes()
+    assert not torch.equal(*(checks.adapter_tensors(r / "round1/student_pos").popitem()[1] for r in (run, stub)))
+
+
+def test_frozen_teachers_stay_and_are_sampled_anew(stub, tmp_path):
+    run = variant(stub, tmp_path, "--macpo.update_teachers=false")
+    assert not list(run.glob("round[1-9]/teacher*")) and not list(run.glob("round[1-9]/pairs_teacher*"))
+    checks.check_teachers_answer_before_their_update(run)
+    for teacher in checks.teachers_of(run):
+        answers = [(run / f"round{t}/positives_{teacher}/samples.jsonl").read_bytes() for t in (1, 2)]
+        assert answers[0] != answers[1]
+        assert (run / f"round0/{teacher}_pos/adapter_model.safetensors").read_bytes() == (
+            stub / f"round0/{teacher}_pos/adapter_model.safetensors"
+        ).read_bytes()
+    assert (run / "round1/student_pos/adapter_model.safetensors").read_bytes() == (
+        stub / "round1/student_pos/adapter_model.safetensors"
+    ).read_bytes()
+    rows = json.loads((run / "eval/table.json").read_text())["rows"]
+    assert [row["round"] for row in rows if row["agent"] == "teacher1"] == [0]
+    checks.check_filter(run)
+    checks.check_scores(run)
+
+
+def test_without_mutual_positives_everybody_learns_its_own_fresh_answers(stub, tmp_path):
+    run = variant(stub, tmp_path, "--macpo.mutual=false")
+    assert not list(run.glob("round*/scores_*"))
+    for t, agent in checks.updated(run):
+        said = checks.samples(run, f"round{t}/positives_{agent}")
+        made = checks.pairs(run, t, agent)
+        assert made and all(p["chosen"] == said[p["id"]]["response"] and p["chosen_by"] == agent for p in made)
+        checks.check_samples(run, f"round{t}/positives_{agent}", agent, run / f"round{t - 1}/{agent}_pos")
+    checks.check_negatives_are_cached(run)
+    checks.check_prefer(run, 2, "student")
+
+
+def test_refreshed_negatives(stub, tmp_path):
+    run = variant(stub, tmp_path, "--macpo.refresh_negatives=true")
+    for agent in checks.agents_of(run):
+        first, second = (checks.pairs(run, t, agent) for t in (1, 2))
+        fresh = checks.samples(run, f"round1/negatives_{agent}")
+        old = checks.samples(run, f"round0/negatives_{agent}")
+        assert all(p["rejected"] == old[p["id"]]["response"] for p in first)
+        assert all(p["rejected"] == fresh[p["id"]]["response"] for p in second)
+        assert [p["rejected"] for p in first] != [p["rejected"] for p in second]
+        checks.check_samples(run, f"round1/negatives_{agent}", agent, run / f"round1/{agent}_neg")
+    checks.check_reference(run)
+    assert not list(run.glob("round2/*_neg")) and not list(run.glob("round2/negatives_*"))
+    config = checks.settings_of(run)["sft"]
+    texts = list(checks.samples(run, "round0/weak_negatives").values())
+    checks.check_sft(run, "round1/student_neg", "student", run / "round1/student_pos", texts, "response",
+                     config["student_negative_lr"], config["batch"], -(-12 // config["batch"]))  # fmt: skip
+
+
+def test_no_rounds_at_all(stub, tmp_path):
+    run = variant(stub, tmp_path, "--macpo.rounds=0")
+    assert stages_of(run)["controls/continued"]["counts"]["steps"] == 0
+    for key, tensor in checks.adapter_tensors(run / "controls/continued").items():
+        assert torch.equal(tensor, checks.adapter_tensors(run / "round0/student_pos")[key])
+
+
+def test_without_controls(stub, tmp_path):
+    run = variant(stub, tmp_path, "--macpo.controls=false", "--macpo.rounds=1")
+    assert not (run / "controls").exists() and not list(run.glob("eval/*ceiling*"))
+    rows = json.loads((run / "eval/table.json").read_text())["rows"]
+    assert {row["agent"] for row in rows} == {"student", "teacher1", "teacher2"}
+
+
+# ---- answers that cannot be used ------------------------------------------------------------
+
+
+def test_empty_and_equal_answers_are_left_out_and_counted(stub, tmp_path, monkeypatch):
+    real = stages.sample_block
+
+    def sometimes_nothing(shop, work, loaded, agent, jobs, ids):
+        made = real(shop, work, loaded, agent, jobs, ids)
+        for sample in made:
+            number = int(sample.id, 16)
+            text = sample.response
+            if agent.startswith("teacher") and number % 4 == 0:
+                text = ""  # nobody has an answer; also the teachers' own negatives
+            if agent == "teacher1" and number % 4 == 1:
+                text = ""
+            if agent in ("student", "student_neg") and number % 4 == 2:
+                text = "the same"
+            if agent == "student_neg" and number % 4 == 3:
+                text = ""
+            object.__setattr__(sample, "response", text)
+        return made
+
+    monkeypatch.setattr(stages, "sample_block", sometimes_nothing)
+    run = variant(stub, tmp_path, "--world.d2=40", "--macpo.rounds=1")
+    checks.check_order(run)
+    checks.check_pairs_are_whole(run)
+    checks.check_filter(run)
+    d2 = [int(row["id"], 16) % 4 for row in rows_of(run / "data/slices/d2.jsonl")]
+    counts = stages_of(run)["round1/pairs_student"]["counts"]
+    assert counts["all_empty"] == d2.count(0) > 0 and counts["negative_empty"] == d2.count(3) > 0
+    assert counts["pairs"] == d2.count(1) + d2.count(2) == counts["chosen_teacher1"] + counts["chosen_teacher2"]
+    assert stages_of(run)["round0/student_pos"]["counts"]["empty"] == d2.count(0) + d2.count(1)
+    assert stages_of(run)["round0/weak_labels"]["counts"]["empty"] == d2.count(0) + d2.count(1)
+    log = (run / "log.txt").read_text()
+    assert ("WARNING" in log) == (counts["negative_equal"] > 4)
+
+
+def test_equal_negatives_are_dropped_counted_and_warned_of(stub, tmp_path, monkeypatch):
+    real = stages.sample_block
+
+    def parrots(shop, work, loaded, agent, jobs, ids):
+        made = real(shop, work, loaded, agent, jobs, ids)
+        for sample in made:
+            if int(sample.id, 16) % 2:
+                object.__setattr__(sample, "response", "the same")
+        return made
+
+    monkeypatch.setattr(stages, "sample_block", parrots)
+    run = variant(stub, tmp_path, "--macpo.rounds=1")
+    odd = sum(int(row["id"], 16) % 2 for row in rows_of(run / "data/slices/d2.jsonl"))
+    for agent in checks.agents_of(run):
+        counts = stages_of(run)[f"round1/pairs_{agent}"]["counts"]
+        assert counts["negative_equal"] == odd > 1 and counts["pairs"] == 12 - odd
+    assert (run / "log.txt").read_text().count("WARNING") == 3
+    table = json.loads((run / "eval/table.json").read_text())
+    assert len([w for w in table["warnings"] if "equal their positive" in w]) == 3
+
+
+class Shop:
+    class config:
+        class run:
+            seed = 0
+
+
+def candidates(*answers: str) -> list[Example]:
+    return [Example(str(i), (Message("user", "q"),), text) for i, text in enumerate(answers)]
+
+
+def scores(folder, name: str, *values: float):
+    (folder / name).mkdir()
+    write_rows(folder / name / "scores.jsonl", [{"perplexity": v} for v in values])
+    return stages.Stage(name, folder / name, name)
+
+
+def test_ties_go_to_the_first_teacher_and_empty_answers_never_win(tmp_path):
+    texts = [candidates("a", "a", "", "", "a"), candidates("b", "b", "b", "", "b"), candidates("c", "c", "c", "", "")]
+    given = [scores(tmp_path, "1", 2, 3, 1, 1, 5), scores(tmp_path, "2", 2, 2, 4, 1, 9), scores(tmp_path, "3", 1, 2, 3, 1, 2)]
+    assert stages.select(Shop, texts, given, ()) == [2, 1, 2, None, 0]
+
+
+def test_a_random_pick_is_seeded_even_and_never_empty(tmp_path):
+    texts = [candidates(*["a"] * 300), candidates(*["b"] * 300), candidates(*[""] * 300)]
+    one = stages.select(Shop, texts, [], ("student", "pairs", 1))
+    assert one == stages.select(Shop, texts, [], ("student", "pairs", 1))
+    assert one != stages.select(Shop, texts, [], ("student", "pairs", 2))
+    assert set(one) == {0, 1} and 110 < one.count(0) < 190
+
+
+# ---- the gold reward ------------------------------------------------------------------------
+
+
+def test_gold_never_reaches_training(stub, tmp_path, monkeypatch):
+    """With the gold reward replaced by a constant, every file but the table stays as it was."""
+    constant = {"gold": 0.5, "right": 0.5, "polite": 0.5, "well_formed": 0.5}
+    monkeypatch.setattr(world, "gold", lambda *args: constant)
+    train(write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}")
+    table = json.loads((tmp_path / "runs/stub/eval/table.json").read_text())
+    assert {row["gold"] for row in table["rows"]} == {0.5}
+    assert differences(tmp_path / "runs/stub", stub) == ["eval/table.json"]
