@@ -10,9 +10,10 @@ from minmacpo.config import Config, shape
 from minmacpo.data import Example
 from minmacpo.files import fingerprint, read_records, sha256_file, write_atomic, write_json, write_records
 from minmacpo.fit import Schedule, SftObjective, Unit, fit
+from minmacpo.machine import device_of
 from minmacpo.model import ModelConfig, new_model
 from minmacpo.prepare import Prepared, base_names
-from minmacpo.run import Run, Stage, Work, derive_seed, device_of
+from minmacpo.run import Run, Stage, Work, derive_seed
 from minmacpo.tokenizer import Tokenizer, Tokens, load_tokenizer, render, show_mask
 
 

@@ -196,9 +196,7 @@ def shape(text: str) -> tuple[int, int, int, int]:
 
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-MOST = {"macpo.teachers": 100, "macpo.rounds": 1000, "run.threads": 1024}  # and 1e9 for the others
-
-
+MOST = {"macpo.teachers": 100, "macpo.rounds": 1000, "run.threads": 1024, "model.vocab": 1_000_000}
 AT_LEAST_1 = (
     "r batch teachers micro_tokens save_every log_every max_new max_prompt samples bootstrap context d1 d2 test"
     " names verbs max_examples"
@@ -225,6 +223,7 @@ def check(config: Config) -> None:
     data, model, town, shares = config.data, config.model, config.world, config.data.shares
     longest = max(data.max_prompt + config.generate.max_new, data.max_length)
     rules = [(rule is None, key, rule) for key, value in flat.items() for rule in [single_rule(key.split(".")[1], value)]]
+    rules += [(flat[key] <= most, key, f"at most {most}") for key, most in MOST.items()]
     rules += [
         (0 <= config.dpo.label_smoothing < 0.5, "dpo.label_smoothing", "at least 0 and below 0.5"),
         (0 < config.pretrain.weak_share <= 1, "pretrain.weak_share", "above 0 and at most 1"),
@@ -232,7 +231,7 @@ def check(config: Config) -> None:
         (0 <= town.held_names < town.names <= 480, "world.names", "above world.held_names and at most 480"),
         (len(shares) == 4 and shares[0] >= 0 and min(shares[1:]) > 0 and sum(shares) <= 1.000001, "data.shares",
          "four shares (D0, D1, D2, test) that sum to at most 1, the last three above 0"),
-        (config.lora.targets, "lora.targets", "at least one layer name"),
+        (config.lora.targets and set(config.lora.targets) <= set(LINEARS), "lora.targets", f"some of {', '.join(LINEARS)}"),
         (not model.teachers or len(model.teachers) >= config.macpo.teachers, "model.teachers",
          f"at least macpo.teachers = {config.macpo.teachers} folders"),
         (data.max_prompt < data.max_length, "data.max_prompt", f"below data.max_length = {data.max_length}"),

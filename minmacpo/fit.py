@@ -17,7 +17,8 @@ from minmacpo.batching import Batch, collate, plan_steps
 from minmacpo.checkpoint import load_state, save_state
 from minmacpo.files import write_rows
 from minmacpo.losses import dpo_loss, masked_logps, sft_loss, sum_by_row
-from minmacpo.run import Work, peak_mb
+from minmacpo.machine import peak_mb
+from minmacpo.run import Work
 from minmacpo.tokenizer import Tokens
 
 

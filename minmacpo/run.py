@@ -10,11 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
-import resource
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from minmacpo import UserError, __version__
+from minmacpo import UserError
 from minmacpo.commandline import overlay, read_toml, to_toml
 from minmacpo.config import Config, flatten
 from minmacpo.files import (
@@ -36,6 +32,7 @@ from minmacpo.files import (
     write_json,
     write_rows,
 )
+from minmacpo.machine import code_commit, environment, peak_mb
 from minmacpo.progress import Progress, Signals
 
 PARTIAL = ".partial"  # unfinished stages live here, under their fingerprint
@@ -104,21 +101,6 @@ def derive_seed(seed: int, *key) -> int:
     return int.from_bytes(hashlib.sha256(repr((seed, *key)).encode()).digest()[:8]) >> 1
 
 
-def peak_mb() -> float:
-    """Peak resident memory of this process so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def code_commit() -> str | None:
-    """The git commit of the code, None where it is no checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
-
-
 class Run:
     """One run folder. Made in planning mode: `stage` only lists; `begin` writes and computes."""
 
@@ -150,25 +132,10 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / "config.toml").exists():
             write_atomic(self.path / "config.toml", to_toml(self.config))
-        write_json(self.path / "env.json", self.environment())
+        write_json(self.path / "env.json", environment(self.config))
         self.planning = False
         self.repair_metrics()
         self.signals.install()
-
-    def environment(self) -> dict:
-        """Everything that bit-identity is promised for, and the command line."""
-        return {
-            "minmacpo": __version__,
-            "commit": self.commit,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-            "processor": processor_name(),
-            "device": device_of(self.config),
-            "dtype": str(dtype_of(self.config)).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "command": " ".join(sys.argv),
-        }
 
     def log(self, text: str) -> None:
         """One line to the terminal and to log.txt."""
@@ -368,28 +335,3 @@ def profiled(run: Run, kind: str):
         run.on_step = profiler.step
         yield
     run.on_step = None
-
-
-def device_of(config: Config) -> str:
-    """"cpu" or "cuda", from run.device."""
-    if config.run.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if config.run.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("run.device = cuda, but torch finds no GPU; use run.device=cpu")
-    return config.run.device
-
-
-def dtype_of(config: Config) -> torch.dtype:
-    """Dtype of base weights and matmuls, from run.dtype."""
-    if config.run.dtype == "auto":
-        return torch.bfloat16 if device_of(config) == "cuda" else torch.float32
-    return getattr(torch, config.run.dtype)
-
-
-def processor_name() -> str:
-    """The CPU's model name where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

@@ -20,7 +20,8 @@ from minmacpo.data import Example, Pair, Sample, chosen_side, rejected_side
 from minmacpo.files import read_json, read_records
 from minmacpo.generate import generate
 from minmacpo.lora import attach_lora, clear_adapter, write_adapter
-from minmacpo.run import Run, Stage, derive_seed, device_of, dtype_of
+from minmacpo.machine import device_of, dtype_of
+from minmacpo.run import Run, Stage, derive_seed
 from minmacpo.score import perplexity
 from minmacpo.tokenizer import Tokenizer, Tokens, load_tokenizer, render, render_prompt, response_text
 

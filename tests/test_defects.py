@@ -5,6 +5,7 @@ bases, so that the defect alone is new; the checks are those that test_macpo.py 
 """
 
 import builtins
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -13,9 +14,16 @@ import pytest
 import torch
 from runs import copy_run, invoke, stub_run, write_stub
 
-from minmacpo import UserError, evaluate, fit, losses, macpo, stages
+from minmacpo import UserError, evaluate, fit, lora, losses, macpo, stages, tokenizer, workshop
 from minmacpo.batching import collate
 from minmacpo.tokenizer import Tokens
+
+
+def everywhere(patch, good: Callable, bad: Callable) -> None:
+    """Put `bad` in the place of the library's function `good` wherever it has been imported."""
+    for module in [m for name, m in sys.modules.items() if name.startswith("minmacpo.")]:
+        for name in [name for name, value in vars(module).items() if value is good]:
+            patch(module, name, bad)
 
 
 def filter_takes_the_highest(patch) -> None:
@@ -29,32 +37,32 @@ def sides_swapped(patch) -> None:
         unit = good(shop, loaded, pair)
         return replace(unit, rows=unit.rows[::-1], refs=unit.refs[::-1])
 
-    patch(stages, "pair_unit", swapped)
+    everywhere(patch, good, swapped)
 
 
 def loss_prefers_the_rejected(patch) -> None:
     good = losses.dpo_loss
-    patch(fit, "dpo_loss", lambda pc, pr, rc, rr, *rest: good(pr, pc, rr, rc, *rest))
+    everywhere(patch, good, lambda pc, pr, rc, rr, *rest: good(pr, pc, rr, rc, *rest))
 
 
 def prompt_not_masked(patch) -> None:
-    good = stages.render
+    good = tokenizer.render
 
     def unmasked(*args):
         row = good(*args)
         return Tokens(row.ids, [False] + [True] * (len(row.ids) - 1))
 
-    patch(stages, "render", unmasked)
+    everywhere(patch, good, unmasked)
 
 
 def end_token_lost(patch) -> None:
-    good = stages.render
-    patch(stages, "render", lambda *args: Tokens(good(*args).ids[:-1], good(*args).mask[:-1]))
+    good = tokenizer.render
+    everywhere(patch, good, lambda *args: Tokens(good(*args).ids[:-1], good(*args).mask[:-1]))
 
 
 def end_token_not_trained(patch) -> None:
-    good = stages.render
-    patch(stages, "render", lambda *args: Tokens(good(*args).ids, [*good(*args).mask[:-1], False]))
+    good = tokenizer.render
+    everywhere(patch, good, lambda *args: Tokens(good(*args).ids, [*good(*args).mask[:-1], False]))
 
 
 def reference_is_the_start(patch) -> None:
@@ -146,12 +154,12 @@ def no_adapter_in_the_slot_of_the_scorer(patch) -> None:
 
 
 def start_is_the_base(patch) -> None:
-    good = stages.Workshop.use
+    good = workshop.Workshop.use
 
     def use(self, base, adapter):
         loaded = good(self, base, adapter)
         if adapter is not None and self.run.plan and fresh["prefer"]:
-            stages.clear_adapter(loaded.model)
+            lora.clear_adapter(loaded.model)
         return loaded
 
     fresh, good_prefer = {"prefer": False}, macpo.prefer
@@ -164,7 +172,7 @@ def start_is_the_base(patch) -> None:
             fresh["prefer"] = False
 
     patch(macpo, "prefer", prefer)
-    patch(stages.Workshop, "use", use)
+    patch(workshop.Workshop, "use", use)
 
 
 @dataclass(frozen=True)

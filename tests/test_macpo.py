@@ -299,10 +299,10 @@ def test_without_controls(stub, tmp_path):
 
 
 def test_empty_and_equal_answers_are_left_out_and_counted(stub, tmp_path, monkeypatch):
-    real = stages.sample_block
+    real = stages.answer
 
-    def sometimes_nothing(shop, work, loaded, agent, jobs, ids):
-        made = real(shop, work, loaded, agent, jobs, ids)
+    def sometimes_nothing(config, loaded, agent, jobs, seed):
+        made = real(config, loaded, agent, jobs, seed)
         for sample in made:
             number = int(sample.id, 16)
             text = sample.response
@@ -317,7 +317,7 @@ def test_empty_and_equal_answers_are_left_out_and_counted(stub, tmp_path, monkey
             object.__setattr__(sample, "response", text)
         return made
 
-    monkeypatch.setattr(stages, "sample_block", sometimes_nothing)
+    monkeypatch.setattr(stages, "answer", sometimes_nothing)
     run = variant(stub, tmp_path, "--world.d2=40", "--macpo.rounds=1")
     checks.check_order(run)
     checks.check_pairs_are_whole(run)
@@ -333,16 +333,16 @@ def test_empty_and_equal_answers_are_left_out_and_counted(stub, tmp_path, monkey
 
 
 def test_equal_negatives_are_dropped_counted_and_warned_of(stub, tmp_path, monkeypatch):
-    real = stages.sample_block
+    real = stages.answer
 
-    def parrots(shop, work, loaded, agent, jobs, ids):
-        made = real(shop, work, loaded, agent, jobs, ids)
+    def parrots(config, loaded, agent, jobs, seed):
+        made = real(config, loaded, agent, jobs, seed)
         for sample in made:
             if int(sample.id, 16) % 2:
                 object.__setattr__(sample, "response", "the same")
         return made
 
-    monkeypatch.setattr(stages, "sample_block", parrots)
+    monkeypatch.setattr(stages, "answer", parrots)
     run = variant(stub, tmp_path, "--macpo.rounds=1")
     odd = sum(int(row["id"], 16) % 2 for row in rows_of(run / "data/slices/d2.jsonl"))
     for agent in checks.agents_of(run):

@@ -13,12 +13,13 @@ from conftest import REPO
 PACKAGE = REPO / "minmacpo"
 FLOORS = [
     {"config", "data"},
-    {"world", "commandline", "files", "tokenizer", "model", "lora", "losses", "progress", "page"},
+    {"world", "commandline", "files", "tokenizer", "model", "lora", "losses", "progress", "page", "machine"},
     {"run", "checkpoint", "batching", "prepare"},
     {"fit", "generate", "score"},
     {"bases"},
+    {"workshop"},
     {"stages"},
-    {"macpo", "ask"},
+    {"macpo"},
     {"evaluate"},
     {"report"},
     {"program"},
