@@ -1,9 +1,10 @@
 """Which rows go into which forward pass: plans made before any work, and padded batches.
 
-A plan is a function of lengths, sizes and seed only. So the denominators of a step are known
-before its first backward pass, and the position in the data is one number.
+A plan depends on lengths, sizes and seed only: the denominators of a step are known before its first backward
+pass, and the position in the data is one number.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,45 +33,41 @@ def collate(rows: Sequence[Tokens], device="cpu") -> Batch:
 
 def cut(order: Sequence[int], lengths: Sequence[int], rows_each: int, budget: int) -> list[list[int]]:
     """`order` cut into runs whose padded size (longest · rows_each · units) stays within `budget`."""
-    groups, group, longest = [], [], 0
+    groups, longest = [], 0
     for unit in order:
         longest = max(longest, lengths[unit])
-        if group and longest * rows_each * (len(group) + 1) > budget:
-            groups.append(group)
-            group, longest = [], lengths[unit]
-        group.append(unit)
-    return [*groups, group] if group else groups
+        if groups and longest * rows_each * (len(groups[-1]) + 1) <= budget:
+            groups[-1].append(unit)
+        else:
+            groups.append([unit])
+            longest = lengths[unit]
+    return groups
 
 
 def plan_steps(
     lengths: Sequence[int], batch: int, steps: int, seed: int, rows_each: int = 1, budget: int = 16384
 ) -> list[list[list[int]]]:
-    """`steps` optimiser steps, each a list of micro-batches, each a list of units.
-
-    A unit is an answer (one row) or a pair (`rows_each` = 2); lengths are those of its longest row.
-    Every epoch is a new shuffle from (seed, epoch); its last step may be smaller. Within a step,
-    units are sorted by length, so that a micro-batch of at most `budget` tokens has little padding.
-    """
-    plan, epoch = [], 0
-    while len(plan) < steps:
+    """`steps` optimiser steps, each a list of micro-batches of at most `budget` tokens, each a list of units.
+    A unit is an answer (one row) or a pair (`rows_each` = 2); lengths are of its longest row. Every epoch is
+    shuffled anew, and its last step may be smaller; within a step, units are sorted by length."""
+    plan = []
+    for epoch in range(math.ceil(steps / steps_per_epoch(len(lengths), batch))):
         order = list(range(len(lengths)))
         random.Random(f"{seed}/{epoch}").shuffle(order)
         for start in range(0, len(order), batch):
             units = sorted(order[start : start + batch], key=lambda unit: (lengths[unit], unit))
             plan.append(cut(units, lengths, rows_each, budget))
-        epoch += 1
     return plan[:steps]
 
 
 def steps_per_epoch(units: int, batch: int) -> int:
     """Optimiser steps of one pass over `units`."""
-    return -(-units // batch)
+    return math.ceil(units / batch)
 
 
 def plan_scoring(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """All units once, sorted by length, in groups of at most `budget` padded tokens."""
-    order = sorted(range(len(lengths)), key=lambda unit: (lengths[unit], unit))
-    return cut(order, lengths, 1, budget)
+    return cut(sorted(range(len(lengths)), key=lengths.__getitem__), lengths, 1, budget)
 
 
 def padding_share(groups: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:

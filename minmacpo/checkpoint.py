@@ -1,7 +1,7 @@
 """Hugging Face folders and PEFT adapters, in and out; and the state of an unfinished training.
 
-Only safetensors, memory-mapped; pickles are refused. Every tensor's name is accounted for both
-ways. What is written here loads in transformers, PEFT and vLLM as it is.
+Only safetensors, memory-mapped; every tensor's name is accounted for. What is written here loads in
+transformers, PEFT and vLLM as it is.
 """
 
 import json
@@ -20,6 +20,10 @@ from minmacpo.lora import PREFIX, merged_weights
 from minmacpo.model import ModelConfig, Transformer, parse_config
 from minmacpo.tokenizer import Tokenizer, load_tokenizer
 
+# Settings of adapter_config.json that plain LoRA leaves at these values.
+PLAIN = {"use_rslora": False, "use_dora": False, "modules_to_save": None, "layers_to_transform": None,
+         "rank_pattern": {}, "alpha_pattern": {}}  # fmt: skip
+
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Tensors as one .safetensors file, atomically."""
@@ -31,70 +35,51 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a .safetensors file, on the CPU; UserError if missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: is no readable safetensors file ({error})") from None
 
 
-# ---- HF model folders -----------------------------------------------------------------------
+def read_object(file: Path) -> dict:
+    """The object in a .json file; UserError for anything else."""
+    raw = read_json(file)
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}: expected an object")
+    return raw
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of an HF folder, by its index if there is one; UserError if none."""
-    index = folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.is_file():
-        raw = read_json(index)
-        weights = raw.get("weight_map") if isinstance(raw, dict) else None
+        weights = read_object(index).get("weight_map")
         if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
             raise UserError(f"{index}: expected a weight_map of file names")
         return [folder / name for name in sorted(set(weights.values()))]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    hint = ""
-    if any(folder.glob("*.bin")):
-        hint = "; its .bin files are pickles, which are not read: save it again with save_pretrained"
-    raise UserError(f"{folder}: has no model.safetensors{hint}")
+    if single.is_file():
+        return [single]
+    pickles = "; its .bin files are pickles, which are not read: save it again with save_pretrained"
+    raise UserError(f"{folder}: has no model.safetensors{pickles if any(folder.glob('*.bin')) else ''}")
 
 
 def read_config(folder: Path) -> ModelConfig:
     """ModelConfig of an HF folder; UserError if there is none, or it is not understood."""
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: is no folder; download the model first and give its path")
     file = Path(folder) / "config.json"
+    if not file.parent.is_dir():
+        raise UserError(f"{folder}: is no folder; download the model first and give its path")
     if not file.is_file():
         raise UserError(f"{folder}: has no config.json, so it is no model folder")
-    raw = read_json(file)
-    if not isinstance(raw, dict):
-        raise UserError(f"{file}: expected an object")
-    return parse_config(raw, str(file))
+    return parse_config(read_object(file), str(file))
 
 
-def check_model_folder(folder: Path) -> tuple[ModelConfig, Tokenizer]:
-    """Config and tokenizer of an HF folder whose three files are there; UserError otherwise."""
-    config, tokenizer = read_config(folder), load_tokenizer(folder)
-    weight_files(Path(folder))
-    if tokenizer.size > config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.size} pieces, the model only {config.vocab_size} rows"
-        )
-    return config, tokenizer
-
-
-def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> Transformer:
-    """The model of an HF folder: built without memory, then given the memory-mapped tensors.
-
-    Raises UserError if a file is missing or damaged, or if a tensor's name or shape is unexpected.
-    A head may be missing where it is tied.
-    """
-    folder = Path(folder)
-    config = read_config(folder)
+def read_weights(folder: Path) -> tuple[Transformer, dict[str, Tensor]]:
+    """(model without memory, its memory-mapped tensors) of an HF folder, where a tied head may be missing.
+    UserError if a file is missing, damaged or not understood, or a tensor's name or shape unexpected."""
     with torch.device("meta"):
-        model = Transformer(config)
-    tensors = {}
-    for file in weight_files(folder):
-        tensors |= load_tensors(file)[0]
+        model = Transformer(read_config(folder))
+    tensors = {k: v for file in weight_files(Path(folder)) for k, v in load_tensors(file)[0].items()}
     tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
+    if model.config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     wanted = model.state_dict()
     for name in sorted(wanted.keys() ^ tensors.keys()):
@@ -102,6 +87,22 @@ def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
             raise UserError(f"{folder}: {name} is {list(tensor.shape)}, expected {list(wanted[name].shape)}")
+    return model, tensors
+
+
+def check_model_folder(folder: Path) -> tuple[ModelConfig, Tokenizer]:
+    """Config and tokenizer of an HF folder that is whole; UserError otherwise."""
+    config, tokenizer = read_config(folder), load_tokenizer(folder)
+    if tokenizer.size > config.vocab_size:
+        sizes = f"the tokenizer has {tokenizer.size} pieces, the model only {config.vocab_size} rows"
+        raise UserError(f"{folder}: {sizes}")
+    read_weights(folder)
+    return config, tokenizer
+
+
+def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+    """The model of an HF folder; raises UserError as `read_weights` does."""
+    model, tensors = read_weights(folder)
     model.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, assign=True)
     model.tie_head()
     return model.eval()
@@ -109,27 +110,24 @@ def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -
 
 def save_model(folder: Path, config: ModelConfig, weights: dict[str, Tensor], tokenizer: bytes) -> None:
     """An ordinary HF folder: config.json, model.safetensors, generation_config.json, tokenizer.model."""
-    ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": dtype}
+    fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     write_json(folder / "config.json", kind | asdict(config) | fixed)
+    ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     write_json(folder / "generation_config.json", ends)
     write_atomic(folder / "tokenizer.model", tokenizer)
-    weights = dict(weights)
-    if config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
-    save_tensors(folder / "model.safetensors", weights)
+    left_out = "lm_head.weight" if config.tie_word_embeddings else None
+    save_tensors(folder / "model.safetensors", {k: v for k, v in weights.items() if k != left_out})
 
 
 def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
     """Every id that ends an answer: the tokenizer's end token and those of both HF configs."""
     ids = {tokenizer.eos}
-    for name in ("config.json", "generation_config.json"):
-        file = Path(folder) / name
-        eos = read_json(file).get("eos_token_id") if file.is_file() else None
-        ids |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    return ids
+    for file in (Path(folder) / "config.json", Path(folder) / "generation_config.json"):
+        eos = read_object(file).get("eos_token_id") if file.is_file() else None
+        ids |= set(eos if isinstance(eos, list) else [eos])
+    return ids - {None}
 
 
 def export_merged(model: Transformer, source: Path, folder: Path) -> None:
@@ -138,31 +136,14 @@ def export_merged(model: Transformer, source: Path, folder: Path) -> None:
     save_model(folder, model.config, merged_weights(model), (Path(source) / "tokenizer.model").read_bytes())
 
 
-# ---- PEFT adapters --------------------------------------------------------------------------
-
-
 def save_adapter(folder: Path, tensors: dict[str, Tensor], config: Lora, base: str) -> None:
     """An adapter in PEFT's layout. `base` is the path of its base, relative to the adapter."""
     described = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": config.r,
-        "lora_alpha": config.alpha,
-        "lora_dropout": 0.0,
-        "target_modules": sorted(config.targets),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-        "modules_to_save": None,
-        "layers_to_transform": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
-    write_json(folder / "adapter_config.json", described)
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": config.r,
+        "lora_alpha": config.alpha, "lora_dropout": 0.0, "target_modules": sorted(config.targets),
+        "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+    }  # fmt: skip
+    write_json(folder / "adapter_config.json", described | PLAIN)
     save_tensors(folder / "adapter_model.safetensors", tensors)
 
 
@@ -179,11 +160,8 @@ def load_adapter(folder: Path) -> dict[str, Tensor]:
 def read_adapter_config(folder: Path) -> tuple[Lora, str]:
     """(slot settings, path of the base as written) of an adapter folder; UserError if not plain LoRA."""
     file = Path(folder) / "adapter_config.json"
-    raw = read_json(file)
-    if not isinstance(raw, dict):
-        raise UserError(f"{file}: expected an object")
-    plain = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
-    odd = next((name for name in plain if raw.get(name)), None)
+    raw = read_object(file)
+    odd = next((name for name in PLAIN if raw.get(name)), None)
     if raw.get("peft_type") != "LORA" or odd or raw.get("bias", "none") != "none":
         raise UserError(f"{file}: only plain LoRA adapters are read ({odd or 'peft_type or bias'} is set)")
     r, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
@@ -191,9 +169,6 @@ def read_adapter_config(folder: Path) -> tuple[Lora, str]:
     if not named or not isinstance(alpha, int | float) or not isinstance(r, int) or r < 1:
         raise UserError(f"{file}: expected r, lora_alpha and a list of target_modules")
     return Lora(r, alpha, tuple(targets)), raw.get("base_model_name_or_path") or ""
-
-
-# ---- unfinished training --------------------------------------------------------------------
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], notes: dict) -> None:

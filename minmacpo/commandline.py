@@ -28,7 +28,6 @@ class Command:
     """What `train.py` was asked: the settings, and the words that belong to the command alone."""
 
     config: Config
-    explicit_name: bool
     dry_run: bool = False
     profile: bool = False
     help: bool = False
@@ -37,12 +36,8 @@ class Command:
 
 @functools.cache
 def section_keys(section) -> dict[str, object]:
-    """Declared type of every key of a section (class or instance)."""
-    kind = section if isinstance(section, type) else type(section)
-    return typing.get_type_hints(kind)
-
-
-# ---- values ---------------------------------------------------------------------------------
+    """Declared type of every key of a section (an instance)."""
+    return typing.get_type_hints(type(section))
 
 
 def describe(kind) -> str:
@@ -54,8 +49,7 @@ def describe(kind) -> str:
         return f"list of {describe(args[0])}"
     if isinstance(kind, types.UnionType):
         return f"{describe(args[0])} | none"
-    names = {int: "whole number", float: "number", bool: "true | false", str: "text"}
-    return names[kind]
+    return {int: "whole number", float: "number", bool: "true | false", str: "text"}[kind]
 
 
 def convert(kind, value, key: str):
@@ -88,10 +82,7 @@ def convert(kind, value, key: str):
     raise UserError(f"{key} = {shown}: expected {describe(kind)}")
 
 
-@functools.cache
-def known_keys() -> tuple[str, ...]:
-    """Every "section.key"."""
-    return tuple(flatten(Config()))
+known_keys = functools.cache(lambda: tuple(flatten(Config())))
 
 
 def check_key(key: str, where: str) -> None:
@@ -115,9 +106,6 @@ def overlay(config: Config, values: dict[str, object], where: str) -> Config:
         value = convert(section_keys(part)[name], value, f"{where}: {key}")
         config = replace(config, **{section: replace(part, **{name: value})})
     return config
-
-
-# ---- files and flags ------------------------------------------------------------------------
 
 
 def preset_path(word: str) -> Path:
@@ -183,12 +171,11 @@ def parse(argv: list[str]) -> Command:
         path = preset_path(word)
         config = overlay(config, read_toml(path), str(path))
     preset, config = config, overlay(config, values, "command line")
-    explicit = config.run.name is not None
-    if not explicit:
+    if config.run.name is None:
         label = "+".join(Path(word).stem for word in files) or "world"
         config = replace(config, run=replace(config.run, name=run_name(label, preset, config)))
     check(config)
-    return Command(config, explicit, "d" in bare, "p" in bare, "h" in bare, stage)
+    return Command(config, "d" in bare, "p" in bare, "h" in bare, stage)
 
 
 def run_name(label: str, preset: Config, config: Config) -> str:

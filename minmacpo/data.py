@@ -1,8 +1,7 @@
-"""The records that flow between stages, and the reader of HH-RLHF files.
+"""The records that flow between stages (.jsonl files of frozen dataclasses), and the reader of HH-RLHF files.
 
-Records are frozen dataclasses that go to JSON and back; every stage writes its own as .jsonl.
-Reading is strict: a row that cannot be read is an error with file and line, a row that cannot be
-used is counted under its reason, nothing is dropped in silence. No torch here.
+Reading is strict: a row that cannot be read is an error with file and line, one that cannot be used is
+counted under its reason, nothing is dropped in silence. No torch here.
 """
 
 import gzip
@@ -12,11 +11,17 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 
 from minmacpo import UserError
+
+SLICES = ("d0", "d1", "d2", "test")
+TURN = re.compile(r"\n\n(Human|Assistant):")
+ROLES = {"Human": "user", "Assistant": "assistant"}
+EXPECTED = 'expected {"chosen": dialogue, "rejected": dialogue} as HH-RLHF publishes it'
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,24 +101,15 @@ def rejected_side(pair: Pair) -> Example:
     return Example(pair.id, pair.prompt, pair.rejected, pair.meta)
 
 
-# ---- HH-RLHF files --------------------------------------------------------------------------
-
-TURN = re.compile(r"\n\n(Human|Assistant):")
-ROLES = {"Human": "user", "Assistant": "assistant"}
-EXPECTED = 'expected {"chosen": dialogue, "rejected": dialogue} as HH-RLHF publishes it'
-
-
 def find_files(path: str) -> list[Path]:
     """The .jsonl and .jsonl.gz files at `path` (a file of any name, or a folder), sorted."""
     root = Path(path)
     if not root.exists():
         raise UserError(f"data.path: {root} does not exist")
-    if root.is_file():
-        return [root]
     files = sorted(f for f in root.rglob("*") if f.name.endswith((".jsonl", ".jsonl.gz")) and f.is_file())
-    if not files:
+    if not files and not root.is_file():
         raise UserError(f"data.path: no .jsonl or .jsonl.gz file in {root}")
-    return files
+    return files or [root]
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, str]]:
@@ -124,50 +120,41 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(stream, 1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}, line {number}: not valid UTF-8 ({error.reason}); save it as UTF-8") from None
+        raise UserError(f"{file}, line {number}: no valid UTF-8 ({error.reason}); save it as UTF-8") from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file}, after line {number}: cannot be read ({error})") from None
 
 
 def split_dialogue(text: str) -> tuple[tuple[Message, ...], str]:
-    """(prompt, last answer) of "\\n\\nHuman: … \\n\\nAssistant: …", cut at the last assistant turn.
-
-    Raises ValueError where there is no such turn, or text stands before the first one.
-    """
-    marks = list(TURN.finditer(text))
-    cut = max((i for i, mark in enumerate(marks) if mark[1] == "Assistant"), default=None)
-    if cut is None or text[: marks[0].start()].strip():
-        raise ValueError
-    ends = [mark.start() for mark in marks[1:]] + [len(text)]
-    turns = [
-        Message(ROLES[mark[1]], text[mark.end() : end].strip())
-        for mark, end in zip(marks, ends, strict=True)
-    ]
-    return tuple(turns[:cut]), text[marks[cut].end() :].strip()
+    """(prompt, last answer) of a dialogue, cut at its last assistant turn; ValueError if it is none."""
+    head, mark, answer = text.rpartition("\n\nAssistant:")
+    before, *rest = TURN.split(head)
+    if not mark or before.strip():
+        raise ValueError(r'no dialogue of "\n\nHuman: …" and "\n\nAssistant: …" turns')
+    turns = zip(rest[::2], rest[1::2], strict=True)
+    return tuple(Message(ROLES[role], content.strip()) for role, content in turns), answer.strip()
 
 
 def parse_row(text: str, where: str) -> tuple[Pair | None, str]:
     """(pair, "kept") or (None, why it cannot be used); UserError for a row that cannot be read."""
+    sides = []
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error}); {EXPECTED}") from None
-    sides = []
     for key in ("chosen", "rejected"):
-        value = row.get(key) if isinstance(row, dict) else None
-        if not isinstance(value, str):
-            problem = f"{key!r} is no text" if isinstance(row, dict) and key in row else f"no {key!r}"
-            raise UserError(f"{where}: {problem}; {EXPECTED}")
+        if not isinstance(row, dict) or key not in row:
+            raise UserError(f"{where}: no {key!r}; {EXPECTED}")
+        if not isinstance(row[key], str):
+            raise UserError(f"{where}: {key!r} is no text; {EXPECTED}")
         try:
-            value.encode("utf-8")
-            sides.append(split_dialogue(value))
+            row[key].encode("utf-8")
+            sides += split_dialogue(row[key])
         except UnicodeEncodeError:
             raise UserError(f"{where}: {key!r} holds half a surrogate pair, no valid text") from None
-        except ValueError:
-            raise UserError(
-                f'{where}: {key!r} is no dialogue of "\\n\\nHuman: …" and "\\n\\nAssistant: …" turns; {EXPECTED}'
-            ) from None
-    (prompt, chosen), (other, rejected) = sides
+        except ValueError as error:
+            raise UserError(f"{where}: {key!r} is {error}; {EXPECTED}") from None
+    prompt, chosen, other, rejected = sides
     if prompt != other:
         return None, "prompts differ"
     if not prompt or prompt[-1].role != "user" or not prompt[-1].content:
@@ -181,58 +168,40 @@ def parse_row(text: str, where: str) -> tuple[Pair | None, str]:
 
 def read_hh(path: str, most: int | None = None) -> tuple[list[Pair], dict[str, dict[str, int]]]:
     """All usable pairs of HH-RLHF files, and per file how many rows were read, kept, dropped why.
-
-    `most`: read at most so many rows, spread evenly over the files. Every pair's meta["file"] is
-    its file's name without endings. Raises UserError for an unreadable row, or when none is left.
-    """
+    Reads `most` rows at most, spread evenly over the files. A pair's meta["file"] is its file's name without
+    endings. Raises UserError for an unreadable row, or when none is left."""
     files, pairs, counts, seen = find_files(path), [], {}, Counter()
     for index, file in enumerate(files):
         label = re.sub(r"\.jsonl(\.gz)?$", "", file.name)
         label = label if label not in counts else str(file.relative_to(path))
         count = counts.setdefault(label, Counter(read=0, kept=0))
         limit = None if most is None else most // len(files) + (index < most % len(files))
-        for number, text in read_lines(file):
-            if limit is not None and count["read"] >= limit:
-                break
-            count["read"] += 1
+        for number, text in islice(read_lines(file), limit):
             pair, reason = parse_row(text, f"{file}, line {number}") if text else (None, "blank line")
-            count[reason] += 1
+            count.update(("read", reason))
             if pair:
-                occurrence = seen[pair.id]
+                name = example_id(pair.prompt, seen[pair.id])
                 seen[pair.id] += 1
-                name = example_id(pair.prompt, occurrence)
-                pairs.append(Pair(name, pair.prompt, pair.chosen, pair.rejected, meta={"file": label}))
+                pairs.append(replace(pair, id=name, meta={"file": label}))
+    counts = {label: dict(count) for label, count in counts.items()}
     if not pairs:
-        found = "; ".join(f"{label}: {dict(count)}" for label, count in counts.items())
+        found = "; ".join(f"{label}: {count}" for label, count in counts.items())
         raise UserError(f"data.path: no usable row in {path} ({found})")
-    return pairs, {label: dict(count) for label, count in counts.items()}
-
-
-SLICES = ("d0", "d1", "d2", "test")
+    return pairs, counts
 
 
 def split_pairs(pairs: list[Pair], shares: tuple[float, ...], seed: int) -> dict[str, list[Pair]]:
-    """{"d0", "d1", "d2", "test"}: slices disjoint by first human turn, prompts of d2 and test unique.
-
-    Shares count first turns. A prompt that occurs again in d2 or test is left out there (the first
-    one stays); the caller sees that in the lengths.
-    """
+    """{"d0", "d1", "d2", "test"}: slices disjoint by first human turn; shares count first turns.
+    A prompt that occurs again in d2 or test is left out there (the first one stays)."""
     first_turn = {pair.id: next(m.content for m in pair.prompt if m.role == "user") for pair in pairs}
     turns = sorted(set(first_turn.values()))
     random.Random(f"{seed}/split").shuffle(turns)
-    ends = [round(sum(shares[: i + 1]) * len(turns)) for i in range(4)]
-    where = {
-        turn: name
-        for i, name in enumerate(SLICES)
-        for turn in turns[(ends[i - 1] if i else 0) : ends[i]]
-    }
-    slices = {name: [] for name in SLICES}
-    prompts = set()
+    ends = [round(sum(shares[:i]) * len(turns)) for i in range(5)]
+    where = {turn: name for i, name in enumerate(SLICES) for turn in turns[ends[i] : ends[i + 1]]}
+    slices, prompts = {name: [] for name in SLICES}, set()
     for pair in pairs:
         name = where.get(first_turn[pair.id])
-        if name in ("d2", "test") and pair.prompt in prompts:
-            continue
-        prompts.add(pair.prompt)
-        if name:
+        if name and not (name in ("d2", "test") and pair.prompt in prompts):
             slices[name].append(pair)
+        prompts.add(pair.prompt)
     return slices

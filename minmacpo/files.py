@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from minmacpo import UserError
@@ -18,10 +18,8 @@ from minmacpo.data import from_json, to_json
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries to the disk, so that a rename in it survives a power cut."""
     handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -62,33 +60,29 @@ def read_json(path: Path):
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
-def read_rows(path: Path) -> Iterator[dict]:
-    """The dicts of a .jsonl file; UserError with file and line where it is broken."""
-    for number, line in enumerate(open_text(path), 1):
-        try:
-            yield json.loads(line)
-        except ValueError:
-            raise UserError(f"{path}, line {number}: is no JSON; the file is damaged") from None
-
-
-def read_records(path: Path, kind) -> list:
-    """The records of class `kind` in a .jsonl file; UserError with file and line where broken."""
-    records = []
-    for number, line in enumerate(open_text(path), 1):
-        try:
-            records.append(from_json(kind, line))
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, line {number}: is no {kind.__name__}; the file is damaged") from None
-    return records
-
-
-def open_text(path: Path) -> list[str]:
-    """The lines of a UTF-8 file (only \\n ends one: JSON may hold the others raw); or UserError."""
+def parse_lines(path: Path, parse: Callable, what: str) -> list:
+    """Every line of a UTF-8 file through `parse` (only \\n ends a line); UserError naming file and line."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    return text.removesuffix("\n").split("\n") if text else []
+    found = []
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):
+        try:
+            found.append(parse(line))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}, line {number}: is no {what}; the file is damaged") from None
+    return found
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The dicts of a .jsonl file; UserError with file and line where it is broken."""
+    return parse_lines(path, json.loads, "JSON")
+
+
+def read_records(path: Path, kind) -> list:
+    """The records of class `kind` in a .jsonl file; UserError with file and line where broken."""
+    return parse_lines(path, lambda line: from_json(kind, line), kind.__name__)
 
 
 def sha256_file(path: Path) -> str:

@@ -1,8 +1,7 @@
 """Sampling: ragged right-padded prompts, one prefill, then batched decoding on a static cache.
 
-The noise of a row is a table of uniform numbers drawn from its own seed, one per new token, turned
-into a token by the inverse of the cumulative distribution. So what a row samples depends neither on
-the rows beside it nor on their number.
+Uniform numbers from a row's own seed, one per new token, become tokens by the inverse of the cumulative
+distribution. So what a row samples depends neither on the rows beside it nor on their number.
 """
 
 from collections.abc import Sequence
@@ -12,19 +11,15 @@ import torch
 from torch import Tensor
 
 from minmacpo.config import Generate
-from minmacpo.model import KVCache, Transformer
+from minmacpo.model import Transformer, new_cache
 
 LOOK_EVERY = 8  # decode steps between two looks at which rows have ended
 
 
 def warp(logits: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor | None]:
     """(probabilities [B, n], their token ids [B, n]; None: all tokens in order) of logits [B, V].
-
-    Temperature, then top-k, then top-p on what top-k left: the smallest set of likeliest tokens
-    whose probability reaches top_p. Probabilities outside are zero, the rest sums to 1.
-    """
-    logits = logits.float() / temperature
-    ids = None
+    Temperature, top-k, then top-p on what is left: the smallest set of likeliest tokens that reaches it."""
+    logits, ids = logits.float() / temperature, None
     if 0 < top_k < logits.shape[-1]:
         logits, ids = logits.topk(top_k, dim=-1)
     elif top_p < 1:
@@ -40,9 +35,8 @@ def warp(logits: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[
 def draw(probs: Tensor, ids: Tensor | None, uniform: Tensor) -> Tensor:
     """Token ids [B] where the cumulative sum of probs [B, n] passes uniform [B] in [0, 1)."""
     total = probs.cumsum(-1)
-    index = (total <= uniform[:, None] * total[:, -1:]).sum(-1, keepdim=True)
-    last = (probs > 0).sum(-1, keepdim=True) - 1 if ids is not None else probs.shape[-1] - 1
-    index = index.clamp(max=last) if isinstance(last, int) else torch.minimum(index, last)
+    last = probs.shape[-1] - 1 if ids is None else (probs > 0).sum(-1, keepdim=True) - 1
+    index = (total <= uniform[:, None] * total[:, -1:]).sum(-1, keepdim=True).clamp(max=last)
     return (index if ids is None else ids.gather(-1, index))[:, 0]
 
 
@@ -57,45 +51,39 @@ def pick(logits: Tensor, settings: Generate, uniform: Tensor) -> tuple[Tensor, T
 
 def noise(seeds: Sequence[int], steps: int) -> np.ndarray:
     """Uniform numbers [rows, steps] in [0, 1), row i from seeds[i] alone (Philox, 63-bit key)."""
-    return np.stack([np.random.Generator(np.random.Philox(seed)).random(steps, dtype=np.float32) for seed in seeds])
+    return np.stack([np.random.Generator(np.random.Philox(seed)).random(steps, np.float32) for seed in seeds])
 
 
 @torch.inference_mode()
 def generate(
-    model: Transformer, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: Generate, stops: set[int]
-) -> tuple[list[list[int]], list[float]]:
+    model: Transformer, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: Generate,
+    stops: set[int],
+) -> tuple[list[list[int]], list[float]]:  # fmt: skip
     """(new tokens, their summed log-probability) for every prompt, decoded side by side.
-
-    An answer ends with one of `stops`, which is kept, or after settings.max_new tokens.
-    """
+    An answer ends with one of `stops`, which is kept, or after settings.max_new tokens."""
     device = next(model.parameters()).device
-    rows, lengths = len(prompts), torch.tensor([len(p) for p in prompts], device=device)
-    width = int(max(map(len, prompts)))
-    tokens = torch.tensor([list(p) + [0] * (width - len(p)) for p in prompts], device=device)
-    cache = KVCache(model.config, rows, width + settings.max_new, device, model.lm_head.weight.dtype)
-    hidden = model(tokens, cache=cache)[torch.arange(rows, device=device), lengths - 1]
+    rows, width = len(prompts), max(map(len, prompts))
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    tokens = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
     uniform = torch.from_numpy(noise(seeds, settings.max_new)).to(device)
     stop = torch.tensor(sorted(stops), device=device)
     out = torch.zeros(rows, settings.max_new, dtype=torch.long, device=device)
-    logps = torch.zeros(rows, device=device)
-    counts = torch.zeros(rows, dtype=torch.long, device=device)
+    logps, counts = torch.zeros(rows, device=device), torch.zeros(rows, dtype=torch.long, device=device)
     alive = torch.arange(rows, device=device)  # rows still held in the cache
-    running = torch.ones(rows, dtype=torch.bool, device=device)
+    running = torch.ones(rows, dtype=torch.bool, device=device)  # of those, the ones that have not ended
+    cache = new_cache(model.config, rows, width + settings.max_new, device, model.lm_head.weight.dtype)
+    hidden = model(tokens, cache=cache)[alive, lengths - 1]
     for step in range(settings.max_new):
         token, logp = pick(model.lm_head(hidden), settings, uniform[alive, step])
         out[alive, step] = token
         logps[alive] += torch.where(running, logp, 0)
         counts[alive] += running
         running = running & ~torch.isin(token, stop)
-        if step + 1 == settings.max_new:
-            break
-        if step % LOOK_EVERY == LOOK_EVERY - 1:
+        if step % LOOK_EVERY == LOOK_EVERY - 1 and not running.all():
             keep = running.nonzero()[:, 0]
             if len(keep) == 0:
                 break
-            if len(keep) < len(running):
-                alive, token, running = alive[keep], token[keep], running[keep]
-                cache.keep(keep)
-        hidden = model(token[:, None], positions=lengths[alive] + step, cache=cache)[:, 0]
-    ids = [row[:count] for row, count in zip(out.tolist(), counts.tolist(), strict=True)]
-    return ids, logps.tolist()
+            alive, token, running, cache = alive[keep], token[keep], running[keep], cache[:, :, keep]
+        if step + 1 < settings.max_new:
+            hidden = model(token[:, None], positions=lengths[alive] + step, cache=cache)[:, 0]
+    return [row[:count] for row, count in zip(out.tolist(), counts.tolist(), strict=True)], logps.tolist()

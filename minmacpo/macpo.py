@@ -26,26 +26,17 @@ from minmacpo.stages import pairs, prefer, sample, score_texts, sft
 from minmacpo.workshop import Texts, Workshop
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """Learning rates and epochs of one kind of agent."""
-
-    lr: float
-    epochs: int
-    negative_lr: float
-    negative_epochs: int
-    prefer_lr: float
-
-
 @dataclass(slots=True)
 class Agent:
-    """One side of the exchange: what it started from, its adapters now, its cached negatives."""
+    """One side of the exchange: how it learns, its adapters now, its cached negatives."""
 
     name: str  # "student", "teacher1", …
     base: Base
-    rates: Rates
-    good: Texts | None = None  # what its positive policy was first trained on
-    bad: Texts | None = None  # and its negative one
+    good_rate: tuple[float, int]  # learning rate and epochs of SFT on good answers
+    bad_rate: tuple[float, int]  # and on bad ones
+    prefer_lr: float
+    good: Texts | None = None  # what π was first trained on
+    bad: Texts | None = None  # what ν is trained on
     initial: Stage | None = None  # π^(0)
     positive: Stage | None = None  # π
     negative: Stage | None = None  # ν
@@ -60,6 +51,16 @@ class Trained:
     round: int
     base: Base
     adapter: Stage
+
+
+def make_agents(config: Config, ground: Ground) -> tuple[Agent, list[Agent]]:
+    """The student and the K teachers, with their bases and rates."""
+    s, d = config.sft, config.dpo
+    learn = (s.student_lr, s.student_epochs), (s.student_negative_lr, s.student_negative_epochs), d.student_lr
+    teach = (s.teacher_lr, s.teacher_epochs), (s.teacher_negative_lr, s.teacher_negative_epochs), d.teacher_lr
+    student = Agent("student", ground.bases["strong"], *learn)
+    weak = range(1, config.macpo.teachers + 1)
+    return student, [Agent(f"teacher{k}", ground.bases[f"weak{k}"], *teach) for k in weak]
 
 
 def run_macpo(shop: Workshop, ground: Ground) -> Iterator[Trained]:
@@ -82,11 +83,11 @@ def run_macpo(shop: Workshop, ground: Ground) -> Iterator[Trained]:
     # whose answers an agent learns: those of the other side, or (-MP) its own
     others = {student.name: teachers} | {teacher.name: [student] for teacher in teachers}
     sources = others if settings.mutual else {agent.name: [agent] for agent in (student, *teachers)}
-    updated = []
+    updates = []
     for t in range(1, settings.rounds + 1):
         # R1 - R3: the student learns
-        updated.append(update(shop, queries, student, t, sources[student.name]))
-        yield updated[-1]
+        yield update(shop, queries, student, t, sources[student.name])
+        updates.append(student.positive)
         refresh(shop, queries, student, t)
         # R4, R5: the teachers learn (-IW: they do not)
         for teacher in teachers if settings.update_teachers else ():
@@ -96,41 +97,22 @@ def run_macpo(shop: Workshop, ground: Ground) -> Iterator[Trained]:
                 positives(shop, queries, teacher, t + 1)  # now, while its base is in memory
 
     if settings.controls:
-        yield from controls(shop, ground, student, [trained.adapter for trained in updated])
-
-
-def make_agents(config: Config, ground: Ground) -> tuple[Agent, list[Agent]]:
-    """The student and the K teachers, with their bases and rates."""
-    sft_, dpo = config.sft, config.dpo
-    teach = Rates(
-        sft_.teacher_lr, sft_.teacher_epochs, sft_.teacher_negative_lr, sft_.teacher_negative_epochs, dpo.teacher_lr
-    )
-    learn = Rates(
-        sft_.student_lr, sft_.student_epochs, sft_.student_negative_lr, sft_.student_negative_epochs, dpo.student_lr
-    )
-    teachers = [
-        Agent(f"teacher{k}", ground.bases[f"weak{k}"], teach) for k in range(1, config.macpo.teachers + 1)
-    ]
-    return Agent("student", ground.bases["strong"], learn), teachers
+        yield from controls(shop, ground, student, updates)
 
 
 def initialise(shop: Workshop, queries: Texts, agent: Agent) -> Trained:
-    """π^(0) from the agent's good texts; ν from π^(0) and its bad ones; its negatives on Q."""
-    name, rates, batch = agent.name, agent.rates, shop.config.sft.batch
-    agent.initial = agent.positive = sft(
-        shop, f"round0/{name}_pos", agent.base, agent.good, None, rates.lr, rates.epochs, batch, (name, "pos", 0)
-    )
+    """π^(0) from the agent's good texts (I1, I4); ν from π^(0) and its bad ones; its negatives on Q."""
+    name, batch, key = f"round0/{agent.name}_pos", shop.config.sft.batch, (agent.name, "pos", 0)
+    agent.initial = sft(shop, name, agent.base, agent.good, None, *agent.good_rate, batch, key)
+    agent.positive = agent.initial
     train_negative(shop, queries, agent, 0)
-    return Trained(name, 0, agent.base, agent.initial)
+    return Trained(agent.name, 0, agent.base, agent.positive)
 
 
 def train_negative(shop: Workshop, queries: Texts, agent: Agent, t: int) -> None:
     """ν continues π on bad answers (I2, I5); then it is sampled once on every prompt (I6)."""
-    name, rates = agent.name, agent.rates
-    agent.negative = sft(
-        shop, f"round{t}/{name}_neg", agent.base, agent.bad, agent.positive, rates.negative_lr,
-        rates.negative_epochs, shop.config.sft.batch, (name, "neg", t),
-    )  # fmt: skip
+    name, batch, key = f"round{t}/{agent.name}_neg", shop.config.sft.batch, (agent.name, "neg", t)
+    agent.negative = sft(shop, name, agent.base, agent.bad, agent.positive, *agent.bad_rate, batch, key)
     agent.negatives = negatives(shop, queries, agent, t)
 
 
@@ -148,21 +130,17 @@ def negatives(shop: Workshop, queries: Texts, agent: Agent, t: int, name: str | 
 
 def update(shop: Workshop, queries: Texts, agent: Agent, t: int, sources: list[Agent]) -> Trained:
     """Select among the sources' answers (R2), pair with the agent's own negatives, learn (R3, R5)."""
-    name, base = agent.name, agent.base
+    name, base, π, n = agent.name, agent.base, agent.positive, agent.negatives
     answers = {source.name: positives(shop, queries, source, t) for source in sources}
     scores = []
     if len(answers) > 1 and shop.config.macpo.select == "perplexity":
-        scores = [
-            score_texts(shop, f"round{t}/scores_{who}", base, agent.positive, texts) for who, texts in answers.items()
-        ]
-    reference = {"base": None, "init": agent.initial, "previous": agent.positive}[shop.config.dpo.reference]
-    familiar = score_texts(shop, f"round{t}/reference_{name}", base, reference, agent.negatives)
-    made = pairs(
-        shop, f"round{t}/pairs_{name}", base, answers, scores, agent.negatives, reference, familiar, (name, "pairs", t)
-    )
-    agent.positive = prefer(
-        shop, f"round{t}/{name}_pos", base, made, agent.positive, reference, agent.rates.prefer_lr, (name, "prefer", t)
-    )
+        scores = [score_texts(shop, f"round{t}/scores_{who}", base, π, said) for who, said in answers.items()]
+    reference = {"base": None, "init": agent.initial, "previous": π}[shop.config.dpo.reference]
+    familiar = score_texts(shop, f"round{t}/reference_{name}", base, reference, n)
+    key = (name, "pairs", t)
+    made = pairs(shop, f"round{t}/pairs_{name}", base, answers, scores, n, reference, familiar, key)
+    lr, key = agent.prefer_lr, (name, "prefer", t)
+    agent.positive = prefer(shop, f"round{t}/{name}_pos", base, made, π, reference, lr, key)
     return Trained(name, t, base, agent.positive)
 
 
@@ -174,15 +152,12 @@ def refresh(shop: Workshop, queries: Texts, agent: Agent, t: int) -> None:
 
 def controls(shop: Workshop, ground: Ground, student: Agent, updates: list[Stage]) -> Iterator[Trained]:
     """Naive SFT continued for as many steps as MACPO's student took, and the ceiling."""
-    config, rounds, base = shop.config, shop.config.macpo.rounds, student.base
+    rounds, base, sft_, dpo = shop.config.macpo.rounds, student.base, shop.config.sft, shop.config.dpo
+    key, rate = ("continued",), (student.prefer_lr, 0)  # no epochs of its own: the steps of `updates`
     continued = sft(
-        shop, "controls/continued", base, student.good, student.initial, config.dpo.student_lr, 0, config.dpo.batch,
-        ("continued",), like=updates,
-    )  # fmt: skip
+        shop, "controls/continued", base, student.good, student.initial, *rate, dpo.batch, key, like=updates
+    )
     yield Trained("continued", rounds, base, continued)
     truth = Texts(ground.slices, "d2.jsonl", "chosen")
-    ceiling = sft(
-        shop, "controls/ceiling", base, truth, None, config.sft.student_lr, config.sft.student_epochs,
-        config.sft.batch, ("ceiling",),
-    )  # fmt: skip
+    ceiling = sft(shop, "controls/ceiling", base, truth, None, *student.good_rate, sft_.batch, ("ceiling",))
     yield Trained("ceiling", rounds, base, ceiling)

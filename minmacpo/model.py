@@ -1,7 +1,6 @@
 """The decoder of the Llama line, with Hugging Face's parameter names, and its static KV cache.
 
-It knows nothing of LoRA, losses or sampling: those are applied from outside. `forward` gives
-hidden states; whoever needs logits applies the head to just the positions it needs.
+LoRA, losses and sampling come from outside. `forward` gives hidden states; who needs logits applies the head.
 """
 
 from dataclasses import dataclass
@@ -33,88 +32,55 @@ class ModelConfig:
 
 
 # Fields of config.json that must have the one value we implement, and fields that change nothing.
-FIXED = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_scaling": None,
-    "quantization_config": None,
-}
-HARMLESS = {
-    "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range",
-    "pretraining_tp", "attention_dropout", "pad_token_id", "_name_or_path", "rope_parameters", "head_dim",
-    "num_key_value_heads", "return_dict", "output_hidden_states", "output_attentions", "max_length",
-}  # fmt: skip
+FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+         "rope_scaling": None, "quantization_config": None}  # fmt: skip
+HARMLESS = {"architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range",
+            "pretraining_tp", "attention_dropout", "pad_token_id", "_name_or_path", "rope_parameters",
+            "return_dict", "output_hidden_states", "output_attentions", "max_length"}  # fmt: skip
 
 
 def parse_config(raw: dict, where: str) -> ModelConfig:
     """ModelConfig of a config.json's content; UserError for a field that is missing or not understood."""
-    if raw.get("model_type") != "llama":
-        raise UserError(f"{where}: model_type {raw.get('model_type')!r} is not supported (llama is)")
-    rope = raw.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or rope.keys() - {"rope_type", "rope_theta"} or rope.get("rope_type", "default") != "default":
-        raise UserError(f"{where}: rope_parameters = {rope} is not supported (only the default rope_type and a rope_theta)")
-    values = {"rms_norm_eps": 1e-6} | raw | {k: v for k, v in rope.items() if k == "rope_theta"}
     names = ModelConfig.__dataclass_fields__
-    for name, value in values.items():
+    for name, value in ({"model_type": None} | raw).items():
         if name in FIXED and value != FIXED[name]:
             raise UserError(f"{where}: {name} = {value!r} is not supported (only {FIXED[name]!r})")
-        if name not in FIXED and name not in HARMLESS and name not in names:
+        if name not in FIXED.keys() | HARMLESS | names.keys():
             raise UserError(f"{where}: the field {name!r} is not understood; remove it if it changes nothing")
+    rope = raw.get("rope_parameters") or {}
+    known = isinstance(rope, dict) and rope.keys() <= {"rope_type", "rope_theta"}
+    if not known or rope.get("rope_type", "default") != "default":
+        hint = "only the default rope_type and a rope_theta"
+        raise UserError(f"{where}: rope_parameters = {rope} is not supported ({hint})")
+    values = {"rms_norm_eps": 1e-6} | raw | rope
     try:
         heads = values["num_attention_heads"]
-        if values.get("num_key_value_heads") is None:
-            values["num_key_value_heads"] = heads
-        if values.get("head_dim") is None:
-            values["head_dim"] = values["hidden_size"] // heads
+        derived = {"num_key_value_heads": heads, "head_dim": values["hidden_size"] // heads}
+        values |= {name: value for name, value in derived.items() if values.get(name) is None}
         if isinstance(values.get("eos_token_id"), list):
             values["eos_token_id"] = tuple(values["eos_token_id"])
         config = ModelConfig(**{name: values[name] for name in names if name in values})
         sizes = [getattr(config, name) for name in list(names)[:8]]
         fit = heads % config.num_key_value_heads == 0 and config.head_dim % 2 == 0
-        floats = (config.rope_theta, config.rms_norm_eps)
-        if not fit or not all(type(size) is int and size > 0 for size in sizes) or not min(floats) > 0:
+        positive = min(config.rope_theta, config.rms_norm_eps) > 0
+        if not fit or not positive or not all(type(size) is int and size > 0 for size in sizes):
             raise TypeError
     except (KeyError, TypeError, ZeroDivisionError):
         raise UserError(f"{where}: sizes are missing, no whole numbers, or do not fit each other") from None
     return config
 
 
-class KVCache:
-    """Keys and values [layers, B, kv_heads, length, head_dim] of B rows, written in place."""
-
-    def __init__(self, config: ModelConfig, rows: int, length: int, device, dtype):
-        size = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
-        self.keys = torch.zeros(size, device=device, dtype=dtype)
-        self.values = torch.zeros(size, device=device, dtype=dtype)
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but `rows` [n] (indices)."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+def new_cache(config: ModelConfig, rows: int, length: int, device, dtype: torch.dtype) -> Tensor:
+    """Room for keys (0) and values (1), [2, layers, rows, kv_heads, length, head_dim], written in place."""
+    size = (2, config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
+    return torch.zeros(size, device=device, dtype=dtype)
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32 inside."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-def rope_tables(config: ModelConfig, device) -> tuple[Tensor, Tensor]:
-    """cos and sin [max_position_embeddings, head_dim] in fp32, halves repeated as in HF's Llama."""
-    powers = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    angles = torch.outer(
-        torch.arange(config.max_position_embeddings, dtype=torch.float32, device=device),
-        1.0 / config.rope_theta**powers,
-    )
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+def rope_angles(config: ModelConfig, positions: Tensor) -> Tensor:
+    """[..., head_dim] in fp32 for positions [...], halves repeated as in HF's Llama."""
+    powers = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    angles = positions[..., None] * (1.0 / config.rope_theta**powers)
+    return torch.cat((angles, angles), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -124,9 +90,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.head_dim = config.head_dim
         self.grouped = config.num_key_value_heads != config.num_attention_heads
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
@@ -136,24 +102,18 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rope, positions: Tensor | None, mask: Tensor | None, cache) -> Tensor:
-        """x [B, T, H] -> [B, T, H]; see Transformer.forward for positions, mask and cache."""
+        """x [B, T, H] -> [B, T, H]; see Transformer.forward for positions, mask and cache (this layer's)."""
         rows, length, _ = x.shape
-        q, k, v = (
-            project(x).view(rows, length, -1, self.head_dim).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (proj(x).view(rows, length, -1, self.head_dim).transpose(1, 2) for proj in projections)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None and positions is None:
-            cache.keys[self.layer, :, :, :length] = k
-            cache.values[self.layer, :, :, :length] = v
+            cache[0, :, :, :length], cache[1, :, :, :length] = k, v
         elif cache is not None:
             row = torch.arange(rows, device=x.device)
-            cache.keys[self.layer][row, :, positions] = k[:, :, 0]
-            cache.values[self.layer][row, :, positions] = v[:, :, 0]
-            k, v = cache.keys[self.layer], cache.values[self.layer]
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
-        )
+            cache[0][row, :, positions], cache[1][row, :, positions] = k[:, :, 0], v[:, :, 0]
+            k, v = cache[0], cache[1]
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).reshape(rows, length, -1))
 
 
@@ -169,11 +129,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rope, positions, mask, cache) -> Tensor:
@@ -181,67 +141,49 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):
-    """The part that HF calls `model`: embedding, blocks, last norm."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
 class Transformer(nn.Module):
-    """Decoder and head; a tied head is the embedding itself."""
+    """Embedding, blocks and last norm (HF's `model`), and the head; a tied head is the embedding itself."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+            "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps),
+        })  # fmt: skip
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_head()
-        self.cos = self.sin = None
 
     def tie_head(self) -> None:
         """Make the head the embedding itself where the config says so (again after loading)."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Hidden states [B, T, H] of tokens [B, T] (int64), after the last norm.
-
-        positions None: rows start at position 0 and attend causally; padding stands at the right,
-        where no real token sees it, so there is no mask. With a cache, keys and values are written.
-        positions [B] (int64): T is 1 and row b is decoded at its own position; it sees the cache up
-        to there. What padding left behind in the cache lies beyond it, and is overwritten in turn.
-        """
-        if self.cos is None or self.cos.device != tokens.device:
-            with torch.inference_mode(False):  # tables made while sampling must serve training too
-                self.cos, self.sin = rope_tables(self.config, tokens.device)
-        x = self.model.embed_tokens(tokens)
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: Tensor | None = None) -> Tensor:
+        """Hidden states [B, T, H] of tokens [B, T] (int64), after the last norm; a cache is written.
+        positions None: rows start at 0 and attend causally; right padding is seen by no real token, so there
+        is no mask. positions [B] (int64): T is 1, row b is decoded at its own position and sees the cache up
+        to there; what padding left behind in the cache lies beyond it, and is overwritten in turn."""
+        x, mask = self.model.embed_tokens(tokens), None
         if positions is None:
-            rope = [table[: tokens.shape[1]].to(x.dtype) for table in (self.cos, self.sin)]
-            mask = None
+            angles = rope_angles(self.config, torch.arange(tokens.shape[1], device=x.device))
         else:
-            rope = [table[positions][:, None, None].to(x.dtype) for table in (self.cos, self.sin)]
-            mask = torch.arange(cache.keys.shape[3], device=x.device) <= positions[:, None]
-            mask = mask[:, None, None]
-        for block in self.model.layers:
-            x = block(x, rope, positions, mask, cache)
+            angles = rope_angles(self.config, positions[:, None, None])
+            mask = torch.arange(cache.shape[4], device=x.device) <= positions[:, None, None, None]
+        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for layer, block in enumerate(self.model.layers):
+            x = block(x, rope, positions, mask, None if cache is None else cache[:, layer])
         return self.model.norm(x)
 
 
 def new_model(config: ModelConfig, seed: int) -> Transformer:
-    """A Transformer with fresh fp32 weights: normal 0.05, output projections scaled by depth.
-
-    Measured on the built-in world: at 0.02 a small model knows half as much after as many steps.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    model = Transformer(config)
+    """A Transformer with fresh fp32 weights: normal 0.05, output projections scaled by depth, norms one.
+    Measured on the built-in world: at 0.02 a small model knows half as much after as many steps."""
+    generator, model = torch.Generator().manual_seed(seed), Transformer(config)
     for name, weight in model.named_parameters():
-        if weight.dim() == 1:
-            nn.init.ones_(weight)
-            continue
-        scale = (2 * config.num_hidden_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-        nn.init.normal_(weight, std=0.05 * scale, generator=generator)
+        if weight.dim() > 1:
+            output = name.endswith(("o_proj.weight", "down_proj.weight"))
+            scale = (2 * config.num_hidden_layers) ** -0.5 if output else 1.0
+            nn.init.normal_(weight, std=0.05 * scale, generator=generator)
     return model

@@ -15,6 +15,8 @@ def call(main: Callable[[list[str]], int]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        return 141
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {os.strerror(error.errno or 0)}", file=sys.stderr)
         return 2
@@ -22,5 +24,3 @@ def call(main: Callable[[list[str]], int]) -> int:
         number = getattr(stopped, "number", 2)
         print("\nstopped; all finished work is saved. The same command line goes on from here.", file=sys.stderr)
         return 128 + number
-    except BrokenPipeError:
-        return 141

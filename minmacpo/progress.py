@@ -6,7 +6,6 @@ and SIGTERM only raise a flag, which long loops look at between two steps, after
 
 import signal
 import sys
-import time
 from collections.abc import Callable
 
 from tqdm import tqdm
@@ -44,35 +43,23 @@ class Signals:
             raise Interrupted(self.number)
 
 
-class Progress:
-    """Counts the steps of one stage and shows them; a context manager."""
+class Progress(tqdm):
+    """A bar for one stage on a terminal; elsewhere a plain line every PLAIN_EVERY seconds."""
 
     def __init__(self, label: str, total: int, unit: str, done: int, on_step: Callable[[], None] | None):
-        self.label, self.total, self.unit, self.done = label, total, unit, done
-        self.first, self.started, self.shown = done, time.monotonic(), time.monotonic()
-        self.on_step = on_step
-        self.bar = None
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=total, desc=label, unit=unit, initial=done, leave=False, dynamic_ncols=True)
+        self.on_step, self.plain = on_step, not sys.stderr.isatty()
+        pace = {"mininterval": PLAIN_EVERY, "delay": PLAIN_EVERY, "ncols": 0} if self.plain else {"dynamic_ncols": True}
+        super().__init__(total=total, desc=label, unit=unit, initial=done, leave=False, **pace)
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.bar is not None:
-            self.bar.close()
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Show the bar, or print it as a line of its own."""
+        if not self.plain:
+            super().display(msg, pos)
+        elif msg != "":
+            print(msg or self, file=sys.stderr, flush=True)
 
     def step(self, count: int = 1) -> None:
         """`count` more units are done."""
-        self.done += count
+        self.update(count)
         if self.on_step:
             self.on_step()
-        if self.bar is not None:
-            self.bar.update(count)
-        elif time.monotonic() - self.shown > PLAIN_EVERY:
-            self.shown = time.monotonic()
-            meter = tqdm.format_meter(
-                self.done, self.total, self.shown - self.started, unit=self.unit, ncols=0,
-                prefix=self.label, initial=self.first,
-            )  # fmt: skip
-            print(meter, file=sys.stderr, flush=True)

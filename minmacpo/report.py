@@ -1,10 +1,9 @@
 """One self-contained page about a run, report.html: sentences, curves, tables, samples, costs.
 
-All is read from finished stages on the disk, so the page can be written at any time. page.py says
-how things look; how an answer is judged is known to evaluate.py alone.
+All is read from finished stages on the disk, so the page can be written at any time. page.py says how things
+look; how an answer is judged is known to evaluate.py alone.
 """
 
-import functools
 import math
 import time
 from pathlib import Path
@@ -13,114 +12,85 @@ from statistics import fmean
 from minmacpo import evaluate
 from minmacpo.config import Config, flatten, toml_value
 from minmacpo.data import Pair, Sample
-from minmacpo.evaluate import COLUMNS, notes_of
 from minmacpo.files import read_json, read_records, read_rows, write_atomic
-from minmacpo.page import Html, clip, clock, document, figure, grid, section, side_by_side, tag, words
+from minmacpo.page import Html, clip, document, figure, grid, tag, words
 
-PROMPTS = 5  # shown with their answers
+WORLD = {"gold": "gold reward"}  # what the story is told in, and what it is told in for real data
 REAL = {"accuracy": "preference accuracy", "perplexity": "perplexity of the true answers"}
-WORSE = dict(zip(REAL.values(), ("fell", "rose"), strict=True))
+WORSE = {"accuracy": "fell", "perplexity": "rose"}
 CURVES = {
     "gold": ("Gold reward", "of test answers, from 0 to 1, with 95% intervals"),
     "right": ("Right answers", "share of test answers"),
     "accuracy": ("Preference accuracy", "share of test pairs"),
     "perplexity": ("Perplexity of true answers", "per token"),
 }
+TRAINING = [  # title, note, metric, unit, stages
+    ("Loss in the rounds", "DPO + γ SFT", "loss", "round", "round[1-9]*/*_pos"),
+    ("Reward margin", "chosen − rejected, β · nats", "rewards/margins", "round", "round[1-9]*/*_pos"),
+    ("Ranking accuracy", "share of margins above 0", "rewards/accuracies", "round", "round[1-9]*/*_pos"),
+    ("SFT loss", "nats per token", "loss", "epoch", "round0/*_pos", "controls/continued", "controls/ceiling"),
+    ("SFT loss, negative", "nats per token", "loss", "epoch", "round0/*_neg"),
+    ("Pre-training loss", "nats per token", "loss", "step", "bases/strong", "bases/weak*"),
+]
 
-# ---- the story ----------------------------------------------------------------------------------
+
+def stands(row: dict, names: dict[str, str]) -> str:
+    """"a gold reward of 0.910"."""
+    return " and ".join(f"a {name} of {row[key]:.3f}" for key, name in names.items())
 
 
-def measures(table: dict) -> list[tuple[str, str]]:
-    """Key and name of what the story is told in: gold reward, or what real data allows."""
-    return [("gold", "gold reward")] if table["world"] else list(REAL.items())
-
-
-def moved(old: float, new: float) -> str:
+def moved(first: dict, last: dict, key: str) -> str:
     """"rose from 0.910 to 0.964"."""
-    went = "rose" if new > old else "fell"
-    return f"stayed at {new:.3f}" if f"{old:.3f}" == f"{new:.3f}" else f"{went} from {old:.3f} to {new:.3f}"
+    old, new = f"{first[key]:.3f}", f"{last[key]:.3f}"
+    went = "rose" if last[key] > first[key] else "fell"
+    return f"stayed at {new}" if old == new else f"{went} from {old} to {new}"
 
 
-@functools.lru_cache(maxsize=64)
-def gain(config: Config, folder: Path, rounds: tuple[int, ...], fingerprints: tuple[str, ...]) -> list[float]:
-    """The student of the second round minus that of the first, on the same prompts: mean and interval."""
-    first, last = (evaluate.gold_by_prompt(config, folder, "student", t)["gold"] for t in rounds)
-    return [float((last - first).mean()), *evaluate.interval(last - first, config.eval.bootstrap)]
-
-
-def student_sentence(table: dict, rows: list[dict], found: list[float] | None) -> str:
-    """How far the student came, and what got worse; `found` is its gain."""
+def student_sentence(config: Config, folder: Path, rows: list[dict], names: dict[str, str]) -> str:
+    """How far the student came, with the interval of its gain, and what got worse."""
     if not rows:
         return "The student has not been measured yet."
     first, last = rows[0], rows[-1]
     if not last["round"]:
-        stands = " and ".join(f"a {name} of {last[key]:.3f}" for key, name in measures(table))
-        return f"Before the first round, after naive SFT on teacher 1's answers, the student has {stands}."
-    text = " and its ".join(f"{name} {moved(first[key], last[key])}" for key, name in measures(table))
-    if found:
-        chance = ", so it may be chance" if found[1] <= 0 <= found[2] and "stayed" not in text else ""
-        text += f" ({found[0]:+.3f}, 95% interval {found[1]:+.3f} to {found[2]:+.3f}{chance})"
-        changes = {name: moved(first[key], last[key]) for key, name in REAL.items()}
-        worse = [f"its {name} {went}" for name, went in changes.items() if WORSE[name] in went]
+        start = "Before the first round, after naive SFT on teacher 1's answers, the student has"
+        return f"{start} {stands(last, names)}."
+    text = " and its ".join(f"{name} {moved(first, last, key)}" for key, name in names.items())
+    if "gold" in names and first is not last:
+        measured = (evaluate.gold_by_prompt(config, folder, "student", row["round"]) for row in (first, last))
+        old, new = (golds["gold"] for golds in measured)
+        low, high = evaluate.interval(new - old, config.eval.bootstrap)
+        chance = ", so it may be chance" if low <= 0 <= high and "stayed" not in text else ""
+        text += f" ({(new - old).mean():+.3f}, 95% interval {low:+.3f} to {high:+.3f}{chance})"
+        went = {key: moved(first, last, key) for key in REAL}
+        worse = [f"its {REAL[key]} {text}" for key, text in went.items() if text.startswith(WORSE[key])]
         text += f", while {' and '.join(worse)}" if worse else ""
-    return f"After {last['round']} of {table['rounds']} rounds the student's {text}."
+    return f"After {last['round']} of {config.macpo.rounds} rounds the student's {text}."
 
 
-def control_sentence(config: Config, table: dict, by: dict[str, list[dict]]) -> str:
+def control_sentence(config: Config, by: dict[str, list[dict]], names: dict[str, str]) -> str:
     """What the same base reached by other means, and how much of the gap the student closed."""
-    reached = []
-    for agent, way in (("continued", "naive SFT continued"), ("ceiling", "SFT on the truth, the ceiling,")):
-        stands = (f"a {word} of {by[agent][0][key]:.3f}" for key, word in measures(table) if agent in by)
-        reached += [f"{way} gives {' and '.join(stands)}"] if agent in by else []
+    ways = {"continued": "naive SFT continued", "ceiling": "SFT on the truth, the ceiling,"}
+    reached = [f"{way} gives {stands(by[agent][0], names)}" for agent, way in ways.items() if agent in by]
+    share = by.get("student", [{}])[-1].get("pgr")
+    gap = "; of the gap between the best teacher at the start and the ceiling the student recovered"
     if not reached:
         return f"There is no control and no ceiling to compare with{' yet' * config.macpo.controls}."
-    share = by.get("student", [{}])[-1].get("pgr")
-    gap = "the gap between the best teacher at the start and the ceiling"
-    closed = f"; of {gap} the student recovered {share:.0%}" if share is not None else ""
-    return f"For comparison, {' and '.join(reached)}{closed}."
+    return f"For comparison, {' and '.join(reached)}" + ("." if share is None else f"{gap} {share:.0%}.")
 
 
-def teacher_ends(by: dict[str, list[dict]], key: str) -> dict[str, tuple[float, float]]:
-    """Each teacher's first number and that of the last round in which all of them are measured."""
+def teacher_sentence(config: Config, by: dict[str, list[dict]], names: dict[str, str]) -> str:
+    """How far the teachers came, up to the last round in which all are measured, and which of them fell."""
+    key, word = next(iter(names.items()))
     teachers = {name: rows for name, rows in by.items() if name.startswith("teacher")}
-    last = min(map(len, teachers.values()), default=0) - 1
-    return {name: (rows[0][key], rows[last][key]) for name, rows in teachers.items()}
-
-
-def teacher_sentence(config: Config, table: dict, by: dict[str, list[dict]]) -> str:
-    """How far the teachers came, and which of them fell."""
-    key, word = measures(table)[0]
-    ends = teacher_ends(by, key)
-    if not ends:
+    if not teachers:
         return "No teacher has been measured yet."
-    old, new = map(fmean, zip(*ends.values(), strict=True))
+    last = min(map(len, teachers.values())) - 1
+    first, now = ({key: fmean(rows[t][key] for rows in teachers.values())} for t in (0, last))
     if not config.macpo.update_teachers:
-        return f"The teachers do not learn in this run; their mean {word} is {old:.3f}."
-    fell = [f"{words(name)} {moved(*pair)}" for name, pair in ends.items() if moved(*pair).startswith("fell")]
-    return f"The teachers' mean {word} {moved(old, new)}" + (f"; {', '.join(fell)}." if fell else ".")
-
-
-def headline(table: dict, by: dict[str, list[dict]], found: list[float] | None) -> Html:
-    """The run in a few large numbers."""
-    items, (key, word) = [], measures(table)[0]
-    student = by.get("student", [{}])[-1]
-    for k, name in measures(table) if student else ():
-        spread = ", 95% {:.3f} to {:.3f}".format(*student["gold_interval"]) if k == "gold" else ""
-        items.append((f"Student, round {student['round']}", f"{student[k]:.3f}", name + spread))
-    if found:
-        items.append(("Gain", f"{found[0]:+.3f}", f"over naive SFT, 95% {found[1]:+.3f} to {found[2]:+.3f}"))
-    if "ceiling" in by:
-        items.append(("Ceiling", f"{by['ceiling'][0][key]:.3f}", f"{word} after SFT on the true answers"))
-    if student.get("pgr") is not None:
-        items.append(("Gap recovered", f"{student['pgr']:.0%}", "PGR: from the best teacher to the ceiling"))
-    if ends := teacher_ends(by, key):
-        old, new = map(fmean, zip(*ends.values(), strict=True))
-        items.append(("Teachers' mean", f"{new:.3f}", f"{word}, {old:.3f} at round 0"))
-    blocks = (tag("div", tag("dt", title), tag("dd", value), tag("dd", note)) for title, value, note in items)
-    return tag("dl", *blocks, class_="numbers") if items else Html("")
-
-
-# ---- curves -------------------------------------------------------------------------------------
+        return f"The teachers do not learn in this run; their mean {word} is {first[key]:.3f}."
+    went = {words(name): moved(rows[0], rows[last], key) for name, rows in teachers.items()}
+    fell = ", ".join(f"{name} {text}" for name, text in went.items() if text.startswith("fell"))
+    return f"The teachers' mean {word} {moved(first, now, key)}" + (f"; {fell}." if fell else ".")
 
 
 def over_rounds(by: dict[str, list[dict]], key: str) -> dict[str, list]:
@@ -133,151 +103,102 @@ def over_rounds(by: dict[str, list[dict]], key: str) -> dict[str, list]:
     return lines
 
 
-@functools.lru_cache(maxsize=4096)
-def curve(stage: Path, fingerprint: str, key: str, unit: str, start: int) -> list[tuple[float, float]]:
+@evaluate.of_finished
+def curve(stage: Path, key: str, unit: str) -> list[tuple[float, float]]:
     """A metric of a training stage, about 100 points; a stage is one round long where that is the unit."""
-    rows = list(read_rows(stage / "metrics.jsonl")) if (stage / "metrics.jsonl").is_file() else []
+    rows = read_rows(stage / "metrics.jsonl") if (stage / "metrics.jsonl").is_file() else []
     rows = [row for row in rows[:: -max(1, len(rows) // 100)][::-1] if math.isfinite(row.get(key, math.nan))]
-    places = [start + row["step"] / rows[-1]["step"] if unit == "round" else row[unit] for row in rows]
-    return [(place, row[key]) for place, row in zip(places, rows, strict=True)]
+    if unit == "round":
+        start = int(stage.parent.name.removeprefix("round")) - 1
+        return [(start + row["step"] / rows[-1]["step"], row[key]) for row in rows]
+    return [(row[unit], row[key]) for row in rows]
 
 
-def training_figures(config: Config, folder: Path) -> list[Html]:
+def training_figures(folder: Path) -> list[Html]:
     """Losses, margins and accuracies of every training stage."""
-    teachers, rounds = range(1, config.macpo.teachers + 1), range(1, config.macpo.rounds + 1)
-    agents = ["student", *(f"teacher{k}" for k in teachers)]
-    updates = {agent: [f"round{t}/{agent}_pos" for t in rounds] for agent in agents}
-    controls = {agent: [f"controls/{agent}"] for agent in ("continued", "ceiling")}
-    bases = {base: [f"bases/{base}"] for base in ("strong", *(f"weak{k}" for k in teachers))}
-    shown = [
-        ("Loss in the rounds", "DPO + γ SFT", "loss", "round", updates),
-        ("Reward margin", "chosen − rejected, β · nats", "rewards/margins", "round", updates),
-        ("Ranking accuracy", "share of margins above 0", "rewards/accuracies", "round", updates),
-        ("SFT loss", "nats per token", "loss", "epoch", {a: [f"round0/{a}_pos"] for a in agents} | controls),
-        ("SFT loss, negative", "nats per token", "loss", "epoch", {a: [f"round0/{a}_neg"] for a in agents}),
-        ("Pre-training loss", "nats per token", "loss", "step", bases),
-    ]
     figures = []
-    for title, note, key, unit, who in shown:
-        lines: dict[str, list] = {agent: [] for agent in who}
-        for agent, stages in who.items():
-            for t, notes in enumerate(notes_of(folder / name) for name in stages):
-                lines[agent] += curve(folder / stages[t], notes["fingerprint"], key, unit, t) if notes else []
+    for title, note, key, unit, *patterns in TRAINING:
+        lines = {}
+        for pattern in patterns:
+            for stage in sorted(folder.glob(pattern), key=lambda stage: (len(str(stage)), stage)):
+                agent = stage.name.removesuffix("_pos").removesuffix("_neg")
+                lines.setdefault(agent, []).extend(curve(stage, key=key, unit=unit))
         figures.append(figure(title, note, lines, unit))
     return figures
 
 
-# ---- tables -------------------------------------------------------------------------------------
+def tables(table: dict) -> list[Html]:
+    """The tables that are printed too; files of the data are small, the last student is bold."""
+    (head, rows), *others = evaluate.tables(table)
+    for cells in rows:
+        if cells[0].startswith("  "):
+            cells[0] = tag("small", cells[0][2:])
+        elif cells[0].startswith(f"student, round {table['rounds']}"):
+            cells[:] = [tag("b", cell) for cell in cells]
+    return [grid(["", *head[1:]], rows), *(grid(*other) for other in others)]
 
 
-def result_table(table: dict) -> Html:
-    """Every agent at every round; with several data files, each of them below."""
-    keys, rows = [key for key in COLUMNS if any(key in row for row in table["rows"])], []
-    for row in table["rows"]:
-        cells = [row["label"], *(evaluate.cell(row, key) for key in keys)]
-        last = row["agent"] == "student" and row["round"] == table["rounds"]
-        rows.append([tag("b", cell) for cell in cells] if last else cells)
-        for file, part in row["files"].items() if len(row["files"]) > 1 else ():
-            rows.append([tag("small", file), *(evaluate.cell(part, key) for key in keys)])
-    return grid(["", *(COLUMNS[key][0] for key in keys)], rows)
-
-
-def filter_table(table: dict) -> Html:
-    """How often the student chose whose answer, and how often that was right."""
-    names, rows = sorted({name for row in table["filter"] for name in row["sources"]}), []
-    for row in table["filter"]:
-        shares = [row["sources"].get(name, {"won": 0, "right": None}) for name in names] + [row | {"won": 1}]
-        rows.append([row["round"], *(f"{s['won']:.0%}{evaluate.right_words(s['right'])}" for s in shares)])
-    return grid(["chosen in round", *map(words, names), "all"], rows)
-
-
-def negative_table(table: dict) -> Html:
-    """How wrong the cached negatives are, and how many equalled their positive."""
-    rows = []
-    for row in table["negatives"]:
-        wrong = "–" if row["wrong"] is None else f"{row['wrong']:.0%}"
-        rows.append([words(row["agent"]), wrong, ", ".join(f"{share:.1%}" for share in row["equal"])])
-    return grid(["negatives of", "wrong", "equal to their positive, by round"], rows)
-
-
-def cost_tables(cost: list[dict]) -> list[Html]:
-    """Time and tokens by kind of stage, and, folded away, of every stage."""
+def cost_table(cost: list[dict]) -> Html:
+    """Time and tokens by kind of stage."""
     kinds: dict[str, list[dict]] = {}
-    own = [row for row in cost if not row["linked_from"]]
-    for row in own:
-        kinds.setdefault(row["kind"].partition("/")[0], []).append(row)
+    for row in (row for row in cost if not row["linked_from"]):
+        for kind in (row["kind"].partition("/")[0], "together"):
+            kinds.setdefault(kind, []).append(row)
     sums = []
-    for kind, rows in [*kinds.items(), ("together", own)] if own else ():
+    for kind, rows in sorted(kinds.items(), key=lambda item: item[0] == "together"):
         seconds, tokens = (sum(row[key] or 0 for row in rows) for key in ("seconds", "tokens"))
+        clock = f"{seconds:.1f} s" if seconds < 60 else f"{round(seconds) // 60} min {round(seconds) % 60} s"
         cells = [f"{tokens:,}", f"{tokens / seconds:,.0f}"] if tokens and seconds else ["–", "–"]
-        sums.append([kind, len(rows), clock(seconds), *cells, max(row["peak_mb"] for row in rows)])
-    keys = ("name", "seconds", "tokens", "peak_mb", "linked_from")
-    cells = [["–" if row[key] is None else row[key] for key in keys] for row in cost]
-    every = grid(["stage", "seconds", "tokens", "peak MB", "taken from"], cells)
-    folded = tag("details", tag("summary", f"All {len(cost)} stages, in order"), every) if cost else Html("")
-    return [grid(["kind of stage", "stages", "time", "tokens", "tokens/s", "peak MB"], sums), folded]
+        sums.append([kind, len(rows), clock, *cells, max(row["peak_mb"] for row in rows)])
+    return grid(["kind of stage", "stages", "time", "tokens", "tokens/s", "peak MB"], sums)
 
 
-# ---- samples ------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=1024)
-def read_shown(file: Path, kind: type, ids: tuple[str, ...], fingerprint: str) -> dict:
-    """{prompt id: record} of the prompts with these ids."""
+@evaluate.of_finished
+def shown(stage: Path, ids: tuple[str, ...], kind: type = Sample) -> dict:
+    """{prompt id: record} of the prompts with these ids in a stage's samples or pairs."""
+    file = stage / ("samples.jsonl" if kind is Sample else "pairs.jsonl")
     return {record.id: record for record in read_records(file, kind) if record.id in ids}
-
-
-def shown(folder: Path, ids: tuple[str, ...], kind: type = Sample) -> dict:
-    """{prompt id: record} of a stage's folder; {} if it is not finished."""
-    notes, file = notes_of(folder), "samples.jsonl" if kind is Sample else "pairs.jsonl"
-    return read_shown(folder / file, kind, ids, notes["fingerprint"]) if notes else {}
 
 
 def answer(config: Config, pair: Pair, sample: Sample | None, by: str = "") -> Html:
     """An answer with its gold reward, where there is one."""
     if sample is None:
         return Html("–")
-    gold = evaluate.gold_of(config, pair, sample)
+    gold = evaluate.judge(config, pair, sample.response, sample.finish).get("gold")
     facts = [by, "" if gold is None else f"gold {gold:.1f}", "cut at the limit" * (sample.finish == "length")]
     return tag("div", clip(sample.response), tag("small", " · ".join(filter(None, facts))), class_="text")
 
 
 def samples(config: Config, folder: Path, pairs: list[Pair]) -> list[Html]:
     """What the student learned from in every round, and what it answered then, prompt by prompt."""
-    ids, negatives = tuple(pair.id for pair in pairs), {}
-    rows: dict[str, list] = {i: [] for i in ids}
-    for t in range(1, config.macpo.rounds + 1):
-        negatives = shown(folder / f"round{t - 1}/negatives_student", ids) or negatives
-        made = shown(folder / f"round{t}/pairs_student", ids, Pair)
-        # without mutual positives the student's own of round t come before its update
-        later = shown(folder / f"round{t + (not config.macpo.mutual)}/positives_student", ids)
-        for pair in pairs if made else ():
+    cards, ids, own = [], tuple(pair.id for pair in pairs), not config.macpo.mutual
+    for pair in pairs:
+        rows, bad = [], None
+        for t in range(1, config.macpo.rounds + 1):
+            bad = shown(folder / f"round{t - 1}/negatives_student", ids=ids).get(pair.id, bad)
+            made = shown(folder / f"round{t}/pairs_student", ids=ids, kind=Pair)
             by = made[pair.id].chosen_by if pair.id in made else "nobody"
-            good = shown(folder / f"round{t}/positives_{by}", ids).get(pair.id)
-            found = ((good, words(by)), (negatives.get(pair.id), ""), (later.get(pair.id), ""))
-            rows[pair.id].append([t, *(answer(config, pair, *cell) for cell in found)])
-    head = ["round", "positive", "negative", "student, after the round"]
-    return [card(pair, grid(head, rows[pair.id], "samples")) for pair in pairs if rows[pair.id]]
+            good = shown(folder / f"round{t}/positives_{by}", ids=ids).get(pair.id)
+            # without mutual positives the student's own of round t come before its update
+            later = shown(folder / f"round{t + own}/positives_student", ids=ids).get(pair.id)
+            found = ((good, words(by)), (bad,), (later,))
+            rows += [[t, *(answer(config, pair, *cell) for cell in found)]] if made else []
+        before = f"After {len(pair.prompt) - 1} earlier turns. " if len(pair.prompt) > 1 else ""
+        truth = tag("p", f"{before}True answer: {clip(pair.chosen)}", class_="note text")
+        table = grid(["round", "positive", "negative", "student, after the round"], rows, "samples")
+        title = tag("h3", clip(pair.prompt[-1].content), class_="text")
+        cards += [tag("article", title, truth, table)] if rows else []
+    return cards
 
 
-def card(pair: Pair, answers: Html) -> Html:
-    """A prompt's last turn, its true answer, and what was answered."""
-    before = f"After {len(pair.prompt) - 1} earlier turns. " if len(pair.prompt) > 1 else ""
-    truth = tag("p", f"{before}True answer: {clip(pair.chosen)}", class_="note text")
-    return tag("article", tag("h3", clip(pair.prompt[-1].content), class_="text"), truth, answers)
-
-
-# ---- the page -----------------------------------------------------------------------------------
-
-
-def settings(config: Config) -> Html:
+def settings(config: Config) -> list[Html]:
     """The resolved configuration; departures from the defaults stand out."""
     plain, blocks = flatten(Config()), {}
     for key, value in flatten(config).items():
         part, name = key.split(".")
         line = f"{name} = {toml_value(value)}\n"
         blocks.setdefault(part, [f"[{part}]\n"]).append(line if value == plain[key] else tag("b", line))
-    return side_by_side(*(tag("pre", *lines) for lines in blocks.values()))
+    return [tag("pre", *lines) for lines in blocks.values()]
 
 
 def state(folder: Path, seed: int) -> str:
@@ -298,44 +219,26 @@ def write_report(path: Path) -> None:
     table, by = evaluate.make_table(folder), {}
     for row in sorted(table["rows"], key=lambda row: row["agent"] != "student"):
         by.setdefault(row["agent"], []).append(row)
-    student, found = by.get("student", []), None
-    if table["world"] and len(student) > 1:
-        rounds = (student[0]["round"], student[-1]["round"])
-        notes = [notes_of(folder / f"eval/round{t}_student_samples") for t in rounds]
-        found = gain(config, folder, rounds, tuple(note["fingerprint"] for note in notes))
-    story = (student_sentence(table, student, found), control_sentence(config, table, by),
-             teacher_sentence(config, table, by))  # fmt: skip
-    pairs = list(evaluate.d2_pairs(folder).values()) if notes_of(folder / "data/slices") else []
+    names = WORLD if table["world"] else REAL
+    student = student_sentence(config, folder, by.get("student", []), names)
+    story = (student, control_sentence(config, by, names), teacher_sentence(config, by, names))
+    main, *curves = (figure(*CURVES[key], over_rounds(by, key), main=key == "gold") for key in CURVES)
+    results, *choices = tables(table)
+    pairs = [*evaluate.pairs_of(folder, "d2").values()] if evaluate.notes_of(folder / "data/slices") else []
     environment = read_json(folder / "env.json") if (folder / "env.json").is_file() else {}
-    figures = [figure(*CURVES[key], over_rounds(by, key), main=key == "gold") for key in CURVES]
-    name = config.run.name or folder.name
-    main = tag(
-        "main",
-        tag("h1", name),
-        tag("p", state(folder, config.run.seed), class_="note"),
-        tag("div", *(tag("p", sentence) for sentence in story), class_="lead"),
-        headline(table, by, found),
-        *(tag("p", f"Warning: {warning}.", class_="warning") for warning in table["warnings"]),
-        section("Over the rounds", "Every agent after every round, on prompts that none of them was trained "
-                "on. Dashed: the student's base after naive SFT continued for as many steps as the rounds "
-                "took, and after SFT on the true answers (the ceiling).",
-                figures[0], side_by_side(*figures[1:])),
-        section("Table", "right, polite, formed: parts of the gold reward. PGR: share of the gap between the "
-                "best teacher at round 0 and the ceiling. ppl: perplexity of the true answers, lower is "
-                "better. pref.acc: share of test pairs whose better answer gained more over the base. chars: "
-                "mean length. cut: share that hit its limit. distinct-2: share of different word pairs.",
-                result_table(table)),
-        section("Filter and negatives", "For every prompt the student chooses the teachers' answer that "
-                "perplexes it least, and learns to prefer it to a bad answer of its own, its negative.",
-                filter_table(table), negative_table(table)),
-        section("Training", "Each point is a mean over a few optimiser steps.",
-                side_by_side(*training_figures(config, folder))),
-        section("Samples", "Training prompts, evenly spaced. Positive: the answer that the student chose to "
-                "learn, unless the pair was dropped (negative empty or the same). Negative: its own bad one.",
-                *samples(config, folder, pairs[:: len(pairs) // PROMPTS or 1][:PROMPTS])),
-        section("Cost", "Wall-clock time. A stage that was taken over from an equal one is not counted.",
-                *cost_tables(table["cost"])),
-        section("Configuration", "Every setting; bold where it departs from the default.", settings(config)),
-        tag("p", " · ".join(f"{key} {value}" for key, value in environment.items()), class_="note"),
-    )  # fmt: skip
-    write_atomic(folder / "report.html", document(f"{name} · minmacpo", main))
+    page = document(
+        name=[config.run.name or folder.name],
+        state=[state(folder, config.run.seed)],
+        story=[tag("p", sentence) for sentence in story],
+        warnings=[tag("p", f"Warning: {warning}.", class_="warning") for warning in table["warnings"]],
+        main=[main],
+        curves=curves,
+        results=[results],
+        choices=choices,
+        training=training_figures(folder),
+        samples=samples(config, folder, pairs[:: len(pairs) // 5 or 1][:5]),
+        cost=[cost_table(table["cost"])],
+        settings=settings(config),
+        environment=[" · ".join(f"{key} {value}" for key, value in environment.items())],
+    )
+    write_atomic(folder / "report.html", page)

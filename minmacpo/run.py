@@ -159,13 +159,13 @@ class Run:
         """Keep the lines of finished stages; an unfinished one writes its own again on resuming."""
         file = self.path / "metrics.jsonl"
         rows = []
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
             try:
                 row = json.loads(line)
-            except ValueError:
+                finished = (self.path / row["stage"] / "stage.json").exists()
+            except (ValueError, KeyError, TypeError):
                 continue  # torn by a kill; its stage is unfinished
-            if (self.path / row["stage"] / "stage.json").exists():
-                rows.append(row)
+            rows += [row] if finished else []
         write_rows(file, rows)
 
     # ---- stages
@@ -189,13 +189,13 @@ class Run:
         seed = derive_seed(self.config.run.seed, *key) if key else 0
         recipe = {"kind": kind, "settings": settings, "seed": seed, "inputs": [s.fingerprint for s in inputs]}
         stage = Stage(name, self.path / name, fingerprint(recipe))
+        missing = [source.name for source in inputs if not source.finished] if name == self.only else []
+        if missing:
+            raise UserError(f"--stage={name} needs {missing[0]}, which is not finished; run that first")
         if self.planning:
             self.plan[name] = Planned(stage, kind, size)
         elif self.only in (None, name) and name not in self.provided:
             self.provided.add(name)
-            for source in inputs if self.only else ():
-                if not source.finished:
-                    raise UserError(f"--stage={name} needs {source.name}, which is not finished; run that first")
             self.provide(stage, recipe, {s.name: s.fingerprint for s in inputs}, compute)
         return stage
 
@@ -206,24 +206,27 @@ class Run:
             verify(stage)
             return
         source = self.find_sibling(stage.fingerprint)
-        if source:
-            self.link(stage, source, inputs)
-        else:
-            self.compute(stage, recipe, inputs, compute)
+        try:
+            if source and sound(Stage(stage.name, source, stage.fingerprint)):
+                self.link(stage, source, inputs)
+            else:
+                self.compute(stage, recipe, inputs, compute)
+        except OSError:  # a full disk: give its space back
+            for folder in (stage.fingerprint, f"link-{stage.fingerprint}"):
+                shutil.rmtree(self.path / PARTIAL / folder, ignore_errors=True)
+            raise
         self.after_stage()
 
     def compute(self, stage: Stage, recipe: dict, inputs: dict, compute: Callable[[Work], dict]) -> None:
         """Fill a temporary folder, then rename it to the stage's."""
         folder = self.path / PARTIAL / stage.fingerprint
         folder.mkdir(parents=True, exist_ok=True)
+        for torn in folder.glob("*.tmp"):
+            torn.unlink()  # a kill left it
         started, cpu = time.time(), time.process_time()
         work = Work(self, stage.name, folder, recipe["seed"])
-        try:
-            with profiled(self, recipe["kind"]):
-                counts = compute(work)
-        except OSError:
-            shutil.rmtree(folder, ignore_errors=True)  # a full disk: give its space back
-            raise
+        with profiled(self, recipe["kind"]):
+            counts = compute(work)
         notes = recipe | {
             "name": stage.name,
             "fingerprint": stage.fingerprint,
@@ -243,7 +246,7 @@ class Run:
         """Folder of a finished stage with this fingerprint, here or in another run of the root."""
         if self.siblings is None:
             self.siblings = {}
-            for file in sorted(self.root.glob("*/*/*/stage.json")):
+            for file in sorted(self.root.glob("*/[!.]*/*/stage.json")):  # not those in PARTIAL
                 try:
                     self.siblings[json.loads(file.read_bytes())["fingerprint"]] = file.parent
                 except (OSError, ValueError, KeyError, TypeError):
@@ -256,17 +259,15 @@ class Run:
     def link(self, stage: Stage, source: Path, inputs: dict) -> None:
         """Make the stage from the files of an equal one; its own stage.json says where they came from."""
         notes = read_json(source / "stage.json")
-        verify(Stage(stage.name, source, stage.fingerprint))
         folder = self.path / PARTIAL / f"link-{stage.fingerprint}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         for name in notes["files"]:
             link_or_copy(source / name, folder / name)
         origin = str(source.relative_to(self.root))
+        for row in read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else ():
+            self.write_metrics(stage.name, row)  # before the stage counts as finished: a kill must not lose them
         seal(folder, stage, notes | {"name": stage.name, "inputs": inputs, "linked_from": origin})
-        rows = read_rows(stage.path / "metrics.jsonl") if (stage.path / "metrics.jsonl").is_file() else ()
-        for row in rows:
-            self.write_metrics(stage.name, row)
         self.log(f"{self.label(stage.name)}  taken from {origin}")
 
     def end(self) -> None:
@@ -278,7 +279,8 @@ def check_folder(path: Path, config: Config) -> None:
     """Raise UserError if `path` holds something else than a run of this configuration."""
     if not path.exists():
         return
-    if not path.is_dir() or (any(path.iterdir()) and not (path / "config.toml").is_file()):
+    begun = path.is_dir() and {p.name for p in path.iterdir()} <= {"config.toml.tmp"}  # killed before its first file
+    if not begun and not (path / "config.toml").is_file():
         raise UserError(f"{path}: exists and is no run folder; choose another --run.name")
     if not (path / "config.toml").is_file():
         return
@@ -296,7 +298,8 @@ def seal(folder: Path, stage: Stage, notes: dict) -> None:
     """List the folder's files with size and hash in its stage.json, and move it to its place."""
     files = sorted(p for p in folder.iterdir() if p.name != "stage.json")
     listed = {p.name: {"size": p.stat().st_size, "sha256": sha256_file(p)} for p in files}
-    write_json(folder / "stage.json", notes | {"files": listed})
+    notes = {k: v for k, v in notes.items() if k != "checksum"} | {"files": listed}
+    write_json(folder / "stage.json", notes | {"checksum": fingerprint(notes)})
     stage.path.parent.mkdir(parents=True, exist_ok=True)
     os.replace(folder, stage.path)
     sync_folder(stage.path.parent)
@@ -305,7 +308,8 @@ def seal(folder: Path, stage: Stage, notes: dict) -> None:
 def verify(stage: Stage) -> None:
     """Raise UserError unless the finished stage is the one wanted and its files are undamaged."""
     notes = stage.notes()
-    if not isinstance(notes, dict) or "files" not in notes or "fingerprint" not in notes:
+    known = isinstance(notes, dict) and notes.keys() >= {"fingerprint", "files", "counts", "started"}
+    if not known or notes.pop("checksum", None) not in (None, fingerprint(notes)):
         raise UserError(f"{stage.path / 'stage.json'}: is damaged; delete the folder {stage.path} and start again")
     if notes["fingerprint"] != stage.fingerprint:
         raise UserError(
@@ -316,6 +320,15 @@ def verify(stage: Stage) -> None:
         file = stage.path / name
         if not file.is_file() or file.stat().st_size != wanted["size"] or sha256_file(file) != wanted["sha256"]:
             raise UserError(f"{file}: is missing or damaged; delete the folder {stage.path} and start again")
+
+
+def sound(stage: Stage) -> bool:
+    """Whether a finished stage passes `verify`."""
+    try:
+        verify(stage)
+    except UserError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -18,16 +18,12 @@ def perplexity(logp: float, tokens: int) -> float:
 
 @torch.inference_mode()
 def score(model, rows: Sequence[Tokens], budget: int, progress: Progress | None = None) -> list[float]:
-    """Summed log-probability of each row's masked tokens, end token included, in the rows' order.
-
-    At most `budget` padded tokens go into one forward pass.
-    """
-    device = next(model.parameters()).device
-    logps: list = [None] * len(rows)
+    """Summed log-probability of each row's masked tokens; at most `budget` padded tokens per forward pass."""
+    logps = [0.0] * len(rows)
     for group in plan_scoring([len(row.ids) for row in rows], budget):
-        batch = collate([rows[i] for i in group], device)
-        for index, value in zip(group, sequence_logps(model, batch.tokens, batch.mask).tolist(), strict=True):
-            logps[index] = value
+        batch = collate([rows[i] for i in group], next(model.parameters()).device)
+        for i, logp in zip(group, sequence_logps(model, batch.tokens, batch.mask).tolist(), strict=True):
+            logps[i] = logp
         if progress:
             progress.step(len(group))
     return logps

@@ -1,13 +1,13 @@
 """Text to ids and back: sentencepiece models, and the templates that turn messages into ids.
 
-`render` is the only place where a prompt becomes ids: training, scoring and sampling all call it,
-so they cannot differ. Special tokens enter as ids and are never parsed from text, and each segment
-is tokenised by itself, so the border between prompt and answer never shifts.
+Only here a prompt becomes ids, so training, scoring and sampling cannot differ. Special tokens are never
+parsed from text, and each segment is tokenised by itself: the border of prompt and answer never shifts.
 """
 
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import sentencepiece
@@ -35,8 +35,7 @@ class Tokenizer:
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
             raise UserError(f"{where}: is no sentencepiece model") from None
-        self.model = model
-        self.size = self.pieces.vocab_size()
+        self.model, self.size = model, self.pieces.vocab_size()
         self.bos, self.eos = self.pieces.bos_id(), self.pieces.eos_id()
         if self.eos < 0:
             raise UserError(f"{where}: has no end token")
@@ -72,53 +71,33 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def train_tokenizer(texts: Iterable[str], vocab: int) -> bytes:
     """A sentencepiece BPE model of at most `vocab` pieces, the same bytes for the same texts.
-
-    Lossless: identity normalisation, no whitespace removal, byte fallback. The turn marks are
-    control pieces, which no text can produce. Raises UserError when the texts cannot fill `vocab`.
-    """
+    Lossless; no text can make the turn marks (control pieces). UserError if the texts cannot fill `vocab`."""
     out = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=out,
-            model_type="bpe",
-            vocab_size=vocab,
-            hard_vocab_limit=False,
-            character_coverage=0.9995,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            control_symbols=list(TURN_MARKS.values()),
-            max_sentence_length=1 << 24,
-            num_threads=1,
-            minloglevel=2,
-        )
+            sentence_iterator=iter(texts), model_writer=out, model_type="bpe", vocab_size=vocab,
+            hard_vocab_limit=False, character_coverage=0.9995, byte_fallback=True,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+            control_symbols=[*TURN_MARKS.values()], max_sentence_length=1 << 24, num_threads=1, minloglevel=2,
+        )  # fmt: skip
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"model.vocab = {vocab}: the text does not yield such a tokenizer ({reason})") from None
+        raise UserError(f"model.vocab = {vocab}: the text yields no such tokenizer ({reason})") from None
     return out.getvalue()
 
 
 def dialogue_text(messages: Iterable[Message], response: str) -> str:
     """A dialogue as one text of the HH-RLHF kind, for training a tokenizer."""
-    turns = [f"{PLAIN_MARKS[m.role]} {m.content}" for m in messages]
-    return "".join([*turns, f"{PLAIN_MARKS['assistant']} {response}"])
-
-
-# ---- templates ------------------------------------------------------------------------------
+    return "".join(f"{PLAIN_MARKS[m.role]} {m.content}" for m in [*messages, Message("assistant", response)])
 
 
 def render_prompt(tokenizer: Tokenizer, template: str, messages: Sequence[Message]) -> list[int]:
-    """ids of the prompt, up to where the answer begins.
-
-    plain: begin token once, then "\\n\\nHuman: …" and "\\n\\nAssistant: …" turns.
-    turns: <user> … <bot> …, no begin token; earlier answers close with the end token.
-    """
+    """ids of the prompt, up to where the answer begins: after "\\n\\nAssistant:" (plain) or <bot> (turns).
+    plain: a begin token, then text as in HH-RLHF. turns: none; earlier answers close with the end token."""
     if template == "plain":
         ids = [tokenizer.bos] if tokenizer.bos >= 0 else []
-        turns = [f"{PLAIN_MARKS[m.role]} {m.content}" for m in messages] + [PLAIN_MARKS["assistant"]]
-        for number, turn in enumerate(turns):
+        turns = [f"{PLAIN_MARKS[m.role]} {m.content}" for m in messages]
+        for number, turn in enumerate([*turns, PLAIN_MARKS["assistant"]]):
             ids += tokenizer.encode(turn, start=number == 0)
         return ids
     marks = {role: tokenizer.piece(mark) for role, mark in TURN_MARKS.items()}
@@ -134,28 +113,18 @@ def render_prompt(tokenizer: Tokenizer, template: str, messages: Sequence[Messag
 def render(
     tokenizer: Tokenizer, template: str, messages: Sequence[Message], response: str | None = None
 ) -> Tokens:
-    """ids and trained mask of a prompt, with `response` and the end token behind it if given.
-
-    The mask is True on the response and its end token, and nowhere else.
-    """
-    prompt = render_prompt(tokenizer, template, messages)
-    if response is None:
-        return Tokens(prompt, [False] * len(prompt))
-    text = " " + response if template == "plain" else response
-    answer = [*tokenizer.encode(text), tokenizer.eos]
+    """The prompt and, if given, the response and its end token; the mask is True on these two alone."""
+    prompt, answer = render_prompt(tokenizer, template, messages), []
+    if response is not None:
+        answer = [*tokenizer.encode(" " + response if template == "plain" else response), tokenizer.eos]
     return Tokens(prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
 
 def response_text(tokenizer: Tokenizer, template: str, ids: Sequence[int]) -> str:
-    """The answer's text behind sampled `ids`: no end token, no space around, no next turn.
-
-    A base model that has read whole dialogues may go on with the next human turn; in the plain
-    template that is ordinary text, so the answer ends before it.
-    """
+    """The answer's text behind sampled `ids`: no end token, no space around, and no next human turn, which a
+    base model that has read whole dialogues may go on with (in the plain template)."""
     text = tokenizer.decode([i for i in ids if i != tokenizer.eos])
-    if template == "plain":
-        text = text.partition(PLAIN_MARKS["user"])[0]
-    return text.strip()
+    return (text.partition(PLAIN_MARKS["user"])[0] if template == "plain" else text).strip()
 
 
 def default_template(tokenizer: Tokenizer) -> str:
@@ -165,10 +134,7 @@ def default_template(tokenizer: Tokenizer) -> str:
 
 def show_mask(tokenizer: Tokenizer, tokens: Tokens) -> str:
     """The text of `tokens` on one line, the trained part between ⟦ and ⟧, special pieces by name."""
-    out, inside = [], False
-    for index, trained in zip(tokens.ids, tokens.mask, strict=True):
-        if trained != inside:
-            out.append("⟦" if trained else "⟧")
-            inside = trained
-        out.append(tokenizer.pieces.id_to_piece(index).replace("▁", " ").replace("<0x0A>", "⏎"))
-    return "".join(out) + ("⟧" if inside else "")
+    pieces = [tokenizer.pieces.id_to_piece(i).replace("▁", " ").replace("<0x0A>", "⏎") for i in tokens.ids]
+    parts = groupby(zip(pieces, tokens.mask, strict=True), key=lambda pair: pair[1])
+    texts = [(trained, "".join(piece for piece, _ in part)) for trained, part in parts]
+    return "".join(f"⟦{text}⟧" if trained else text for trained, text in texts)

@@ -64,6 +64,8 @@ student_epochs = 1
 student_negative_lr = 1e-2
 student_negative_epochs = 1
 [dpo]
+beta = 0.1
+gamma = 0.2
 batch = 4
 student_lr = 1e-2
 teacher_lr = 1e-2
@@ -175,7 +177,7 @@ def copy_run(source: Path, root: Path, parts: tuple[str, ...] = ()) -> Path:
 # ---- comparing ------------------------------------------------------------------------------
 
 # What may differ between an interrupted and an uninterrupted run on one machine:
-TIMES = ("started", "seconds", "cpu_seconds", "peak_mb", "commit")  # in every stage.json
+TIMES = ("started", "seconds", "cpu_seconds", "peak_mb", "commit", "checksum")  # in every stage.json
 RATES = ("time", "tokens_per_s", "peak_mem_gb")  # in every line of the run's metrics.jsonl
 FREE = ("log.txt", "env.json", "report.html")  # and these whole; in eval/table.json the key "cost"
 

@@ -17,7 +17,6 @@ from minmacpo.losses import (
     FrozenHeadLogps,
     dpo_loss,
     masked_logps,
-    plain_logps,
     sequence_logps,
     sft_loss,
     sum_by_row,
@@ -40,6 +39,13 @@ def case(tokens: int, dtype=torch.float64, size: int = 5, vocab: int = 11):
     """hidden [N, H], head weight [V, H], targets [N]."""
     hidden = torch.randn(tokens, size, dtype=dtype)
     return hidden, torch.randn(vocab, size, dtype=dtype), torch.randint(0, vocab, (tokens,))
+
+
+def plain_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log p(target) [N] in its readable form: the oracle of token_logps."""
+    logits = hidden @ weight.T
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
 
 def ragged_mask(rows: int, width: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from conftest import config_of, far, logits_of, ragged, random_model
 from minmacpo import UserError
 from minmacpo.checkpoint import load_model
 from minmacpo.generate import generate
-from minmacpo.model import KVCache, parse_config
+from minmacpo.model import new_cache, parse_config
 
 SHAPES = {  # heads, key heads, head_dim, hidden, mlp, layers, vocab, theta, eps, tied
     "grouped": (4, 2, 10, 24, 40, 2, 61, 1e4, 1e-5, False),
@@ -120,7 +120,7 @@ def test_decoding_with_the_cache_equals_the_full_forward(kv_heads, seed):
     lengths = torch.tensor([len(row) for row in rows])
     width = int(lengths.max())
     padded = torch.tensor([row + [7] * (width - len(row)) for row in rows])
-    cache = KVCache(model.config, 5, width + 9, "cpu", torch.float32)
+    cache = new_cache(model.config, 5, width + 9, "cpu", torch.float32)
     hidden = model(padded, cache=cache)[torch.arange(5), lengths - 1]
     alive = list(range(5))
     for step in range(9):
@@ -129,7 +129,7 @@ def test_decoding_with_the_cache_equals_the_full_forward(kv_heads, seed):
             assert far(hidden[place], whole) <= 1e-5, (step, row)
         if step == 4:  # rows that have ended are dropped from the cache
             alive = [0, 3, 4]
-            cache.keep(torch.tensor(alive))
+            cache = cache[:, :, alive]
         new = torch.tensor([[more[row][step]] for row in alive])
         hidden = model(new, positions=lengths[alive] + step, cache=cache)[:, 0]
 

@@ -13,7 +13,7 @@ from conftest import REPO
 PACKAGE = REPO / "minmacpo"
 FLOORS = [
     {"config", "data"},
-    {"world", "commandline", "files", "tokenizer", "model", "lora", "losses", "progress", "page", "machine"},
+    {"world", "commandline", "files", "machine", "tokenizer", "model", "lora", "losses", "progress", "page"},
     {"run", "checkpoint", "batching", "prepare"},
     {"fit", "generate", "score"},
     {"bases"},

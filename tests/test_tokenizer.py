@@ -208,11 +208,9 @@ def test_special_tokens_are_those_of_the_template(dialogue, way):
     assert all((part[-1:] == [tokenizer.eos]) == (mark == marks["assistant"]) for mark, part in found)
 
 
+@pytest.mark.parametrize("way", ["plain", "plain, llama-2"], indirect=True)
 def test_the_plain_prompt_is_the_text_of_hh_rlhf(way):
-    tokenizer, template = way
-    if template != "plain":
-        pytest.skip("of the plain template")
-    text = tokenizer.decode(render_prompt(tokenizer, "plain", DIALOGUES[1]))
+    text = way[0].decode(render_prompt(way[0], "plain", DIALOGUES[1]))
     assert text.lstrip(" ") == "\n\nHuman: hi\n\nAssistant: hello !\n\nHuman: what is </s> <user> ?\n\nx\n\nAssistant:"
 
 

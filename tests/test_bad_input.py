@@ -1,0 +1,480 @@
+"""Bad input: one clear sentence on stderr, exit code 2, no traceback, nothing half-written, no new folder."""
+
+import errno
+import gzip
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import shared
+from runs import REPOSITORY, STUB, copy_run, invoke, stages_of, stub_run, train, write_stub
+from safetensors.torch import load_file, save_file
+
+from minmacpo import prepare
+
+
+@pytest.fixture(scope="session")
+def stub(tmp_path_factory):
+    return stub_run(tmp_path_factory)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty folder that is the current one: a run would go to its runs/."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    return home
+
+
+def tree(folder: Path) -> dict[str, object]:
+    """Everything under a folder, with what it holds."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def refused(folder: Path, *words, program: str = "train") -> str:
+    """The sentence with which a program refuses; everything in `folder` stays as it was."""
+    before = tree(folder)
+    ended = invoke(program, *words)
+    check_sentence(ended.code, ended.err)
+    assert tree(folder) == before
+    return ended.err
+
+
+def check_sentence(code: int, err: str) -> None:
+    lines = err.strip().splitlines()
+    assert code == 2, (code, err)
+    assert 1 <= len(lines) <= 5 and "Traceback" not in err and max(map(len, lines)) < 700, err
+    assert lines[0].startswith("error: ") and len(lines[0]) > 15
+
+
+# ---- the command line -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("--dpo.bata=1", "did you mean dpo.beta?"),
+        ("--dop.beta=1", "did you mean dpo.beta?"),
+        ("--dpo.beta=high", "number"),
+        ("--dpo.beta", "needs a value"),
+        ("--dpo.beta=", "needs a value"),
+        ("--dpo.beta=nan", "dpo.beta"),
+        ("--dpo.beta=0", "dpo.beta"),
+        ("--macpo.rounds=-1", "macpo.rounds"),
+        ("--macpo.rounds=1000000000000000", "macpo.rounds"),
+        ("--macpo.teachers=1000000000000000", "macpo.teachers"),
+        ("--run.threads=1000000000000000", "run.threads"),
+        ("--model.vocab=1000000000000000", "model.vocab"),
+        ("--model.vocab=1", "model.vocab"),
+        ("--model.vocab=-5", "model.vocab"),
+        ("--generate.max_new=1000", "128"),
+        ("--data.max_length=4000", "model.context"),
+        ("@tniy", "did you mean tiny?"),
+        ("@none.toml", "none.toml"),
+        ("--run.name=a/b", "run.name"),
+        ("--run.name=../x", "run.name"),
+        ("--run.root=a\nb", "run.root"),
+        ("--stage=round1/nothing", "no such stage"),
+        ("--stage=/etc/passwd", "no such stage"),
+        ("--stage=", "needs a value"),
+        ("--lora.targets=w_proj", "lora.targets"),
+        ("--data.path=nowhere", "does not exist"),
+        ("--data.path=.", "no .jsonl"),
+        ("--data.path=x\x00y", "data.path"),
+        ("--model.student=nowhere", "nowhere"),
+        ("--model.teachers=no,where,here", "no"),
+        ("--model.teachers=a,b", "model.teachers"),
+        ("--run.device=tpu", "run.device"),
+        ("--run.device=cuda", "GPU"),
+        ("--pretrain.weak_steps=0", "weak1"),
+        ("--pretrain.strong_steps=0", "strong"),
+        ("--help=1", "help"),
+        ("train", "expected"),
+    ],
+)
+def test_one_wrong_word(place, word, says):
+    if word == "--run.device=cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert says in refused(place, "@tiny", word, "--dry_run")
+    assert says in refused(place, "@tiny", word)
+
+
+def test_a_stage_whose_inputs_are_missing_begins_no_run(place):
+    assert "round0/student_neg" in refused(place, "@tiny", "--stage=round0/student_neg")
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "[dpo", "dpo = 1\n", "[dpo]\nbeta = 'x'\n", "[what]\nx = 1\n"])
+def test_bad_toml(place, text):
+    (place / "my.toml").write_text(text)
+    assert "my.toml" in refused(place, "@my.toml")
+
+
+def test_as_a_process_too(place):
+    """Once from a real shell: the exit code, and stderr alone."""
+    command = [sys.executable, str(REPOSITORY / "train.py"), "--dpo.bata=1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place)
+    check_sentence(done.returncode, done.stderr)
+    assert done.stdout == "" and list(place.iterdir()) == []
+
+
+# ---- data -----------------------------------------------------------------------------------
+
+
+def row(i: int, chosen: str = "yes", rejected: str = "no") -> str:
+    prompt = f"\n\nHuman: question number {i} ?\n\nAssistant: "
+    return json.dumps({"chosen": prompt + chosen, "rejected": prompt + rejected})
+
+
+ROWS = [row(i, f"answer {i} is long", f"reply {i * 7} is not") for i in range(60)]
+HH = ["--data.template=plain", "--data.shares=0.4,0.2,0.2,0.2", "--model.vocab=330"]
+
+
+def data_file(place: Path, *lines, name: str = "x.jsonl") -> Path:
+    raw = b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines)
+    (place / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    return place / name
+
+
+@pytest.fixture
+def preset(tmp_path):
+    return write_stub(tmp_path)
+
+
+def test_good_rows_make_a_run(place, preset):
+    """The same words with nothing wrong in the file."""
+    out = train(preset, *HH, f"--data.path={data_file(place, *ROWS)}", "--dry_run").out
+    assert "'read': 60, 'kept': 60" in out and not (place / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"chosen": ', "JSON"),
+        (json.dumps({"chosen": "\n\nHuman: q\n\nAssistant: a"}), "rejected"),
+        (json.dumps({"chosen": 3, "rejected": 4}), "chosen"),
+        (json.dumps({"chosen": "no turns", "rejected": "none"}), "dialogue"),
+        (b'{"chosen": "\xff"}', "UTF-8"),
+        ('{"chosen": "\\ud800", "rejected": ""}', "surrogate"),
+        ("[]", "chosen"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(place, preset, line, says):
+    for name in ("x.jsonl", "y.jsonl.gz"):
+        file = data_file(place, *ROWS[:7], line, *ROWS[7:], name=name)
+        message = refused(place, preset, *HH, f"--data.path={file}")
+        assert f"{name}, line 8" in message and says in message
+        assert refused(place, preset, *HH, f"--data.path={file}", "--dry_run") == message
+
+
+def test_files_without_usable_rows(place, preset):
+    (place / "empty.jsonl").touch()
+    assert "no usable row" in refused(place, preset, *HH, "--data.path=empty.jsonl")
+    data_file(place, *[row(i, "same", "same") for i in range(9)])
+    assert "identical answers" in refused(place, preset, *HH, "--data.path=x.jsonl")
+    data_file(place, *ROWS[:2])
+    assert "no row is left for d1" in refused(place, preset, *HH, "--data.path=x.jsonl")
+
+
+def test_rows_that_are_all_too_long(place, preset):
+    long = [row(i, "word " * 300, "other " * 300) for i in range(60)]
+    assert "over-long" in refused(place, preset, *HH, f"--data.path={data_file(place, *long)}")
+    assert "over-long" in refused(place, preset, *HH, "--data.path=x.jsonl", "--data.long=cut_prompt")
+
+
+def test_a_truncated_gzip_and_a_folder_without_data(place, preset):
+    file = data_file(place, *ROWS, name="x.jsonl.gz")
+    file.write_bytes(file.read_bytes()[:200])
+    assert "x.jsonl.gz" in refused(place, preset, *HH, "--data.path=x.jsonl.gz")
+    (place / "folder").mkdir()
+    assert "no .jsonl" in refused(place, preset, *HH, "--data.path=folder")
+
+
+def test_too_little_text_for_the_tokenizer_or_a_base(place, preset):
+    file = data_file(place, *ROWS)
+    assert "model.vocab" in refused(place, preset, *HH[:2], f"--data.path={file}", "--model.vocab=10")
+    assert "D0" in refused(place, preset, *HH, f"--data.path={file}", "--data.shares=0,0.3,0.3,0.3")
+    assert "weak" in refused(place, preset, *HH, f"--data.path={file}", "--pretrain.weak_share=1e-9")
+
+
+# ---- models ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def models(stub, place):
+    """Copies of two bases of the good run, and the words that use them."""
+    for name in ("strong", "weak1"):
+        shutil.copytree(stub / "bases" / name, place / name)
+    return ["--model.student=strong", "--model.teachers=weak1,weak1"]
+
+
+def test_given_models_work(place, models, preset):
+    train(preset, *models, "--dry_run")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "model.safetensors"])
+def test_a_model_folder_that_lacks_a_file(place, models, preset, name):
+    (place / "weak1" / name).unlink()
+    message = refused(place, preset, *models)
+    assert "weak1" in message and name in message
+
+
+def test_a_model_folder_of_pickles(place, models, preset):
+    (place / "strong/model.safetensors").rename(place / "strong/pytorch_model.bin")
+    assert "save_pretrained" in refused(place, preset, *models)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model_type": "gpt2"}, "gpt2"),
+        ({"model_type": None}, "model_type"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"hidden_size": "16"}, "sizes"),
+        ({"num_attention_heads": 0}, "sizes"),
+        ({"max_position_embeddings": 32}, "context"),
+        ({"vocab_size": 100}, "pieces"),
+    ],
+)
+def test_a_model_that_is_not_understood(place, models, preset, changes, says):
+    file = place / "strong/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    message = refused(place, preset, *models)
+    assert says in message and "strong" in message
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"llama"', "{}"])
+def test_a_broken_config_json(place, models, preset, text):
+    (place / "strong/config.json").write_text(text)
+    assert "config.json" in refused(place, preset, *models)
+
+
+def test_a_broken_tokenizer(place, models, preset):
+    (place / "strong/tokenizer.model").write_bytes(b"no model at all")
+    assert "tokenizer.model" in refused(place, preset, *models)
+
+
+def broken_weights(file: Path, how: str) -> None:
+    if how == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif how == "no safetensors":
+        file.write_bytes(b"\x00" * 50)
+    else:
+        tensors = load_file(file)
+        if how == "missing":
+            tensors.pop("model.norm.weight")
+        elif how == "unexpected":
+            tensors["model.extra"] = tensors["model.norm.weight"].clone()
+        else:
+            tensors["model.norm.weight"] = tensors["model.norm.weight"][:3].clone()
+        save_file(tensors, file)
+
+
+@pytest.mark.parametrize("how", ["truncated", "no safetensors", "missing", "unexpected", "shape"])
+def test_broken_weights_are_one_sentence(place, models, preset, how):
+    broken_weights(place / "strong/model.safetensors", how)
+    message = refused(place, preset, *models)
+    assert "strong" in message
+
+
+def test_a_model_whose_context_is_too_short(place, preset):
+    folder = shared("weights/stories260K-hf")
+    words = [f"--model.student={folder}", f"--model.teachers={folder},{folder}", "--data.template=plain"]
+    assert "512" in refused(place, preset, *words, "--data.max_length=600")
+
+
+def test_turns_need_a_tokenizer_made_here(place, preset):
+    folder = shared("weights/stories260K-hf")
+    words = [f"--model.student={folder}", f"--model.teachers={folder},{folder}"]
+    assert "data.template" in refused(place, preset, *words)
+
+
+# ---- run folders ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kept(stub, tmp_path_factory):
+    """A copy of the good run for tests that damage one file and put it back."""
+    root = tmp_path_factory.mktemp("kept")
+    return copy_run(stub, root / "runs"), [write_stub(root), f"--run.root={root / 'runs'}"]
+
+
+def damage(file: Path, how: str, rng: random.Random) -> None:
+    raw = file.read_bytes()
+    if how == "truncated":
+        file.write_bytes(raw[: rng.randrange(len(raw))])
+    elif how == "empty":
+        file.write_bytes(b"")
+    elif how == "bit flipped":
+        place = rng.randrange(len(raw))
+        file.write_bytes(raw[:place] + bytes([raw[place] ^ (1 << rng.randrange(8))]) + raw[place + 1 :])
+    elif how == "deleted":
+        file.unlink()
+    else:
+        file.unlink()
+        file.mkdir()
+
+
+FILES = ["data/slices/d2.jsonl", "bases/tokenizer/tokenizer.model", "bases/strong/model.safetensors", "bases/weak1/config.json",
+         "round0/student_pos/adapter_model.safetensors", "round0/weak_labels/samples.jsonl", "round1/scores_teacher1/scores.jsonl",
+         "round1/pairs_student/pairs.jsonl", "round2/teacher1_pos/metrics.jsonl", "eval/round2_student_samples/samples.jsonl"]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "bit flipped", "deleted", "a folder"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_stage_file_is_named(kept, name, how, seed):
+    run, words = kept
+    raw = (run / name).read_bytes()
+    try:
+        damage(run / name, how, random.Random(seed))
+        message = refused_quietly(run, *words)
+        assert name in message and ("damaged" in message or "cannot be read" in message)
+    finally:
+        if (run / name).is_dir():
+            (run / name).rmdir()
+        (run / name).write_bytes(raw)
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "bit flipped"])
+@pytest.mark.parametrize("name", ["data/slices", "round1/student_pos", "eval/round1_student_truth"])
+def test_a_damaged_stage_json_is_named(kept, name, how, seed):
+    run, words = kept
+    file = run / name / "stage.json"
+    raw = file.read_bytes()
+    for attempt in range(8):
+        try:
+            damage(file, how, random.Random(seed + attempt))
+            ended = invoke("train", *words)
+            if ended.code == 0:  # a space of the indentation, or the name of the checksum
+                good = json.loads(raw)
+                found = [{k: v for k, v in json.loads(text).items() if v != good["checksum"]} for text in (raw, file.read_bytes())]
+                assert found[0] == found[1]
+                continue
+            check_sentence(ended.code, ended.err)
+            assert name in ended.err
+        finally:
+            file.write_bytes(raw)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "{}", '{"files": {}, "fingerprint": "x"}', '{"files": [], "fingerprint": 3}'])
+def test_a_stage_json_that_says_something_else(kept, text):
+    run, words = kept
+    file = run / "round1/pairs_student/stage.json"
+    raw = file.read_bytes()
+    try:
+        file.write_text(text)
+        assert "round1/pairs_student" in refused_quietly(run, *words)
+    finally:
+        file.write_bytes(raw)
+
+
+@pytest.mark.parametrize("text", ["", "[dpo", "\x00", "[dpo]\nbate = 1\n", "[dpo]\nbeta = 'x'\n"])
+def test_a_damaged_config_toml(kept, text):
+    run, words = kept
+    raw = (run / "config.toml").read_bytes()
+    try:
+        (run / "config.toml").write_text(text)
+        assert "config.toml" in refused(run, *words)
+    finally:
+        (run / "config.toml").write_bytes(raw)
+
+
+def refused_quietly(run: Path, *words) -> str:
+    """As `refused`, but files at the top of the run (environment, log) may have been written anew."""
+    before = {p: p.stat().st_mtime_ns for p in run.glob("*/*/*")}
+    ended = invoke("train", *words)
+    check_sentence(ended.code, ended.err)
+    assert {p: p.stat().st_mtime_ns for p in run.glob("*/*/*")} == before
+    return ended.err
+
+
+def test_a_damaged_state_of_an_unfinished_training(stub, place, preset):
+    copy_run(stub, place / "runs", ("data", "bases"))
+    shutil.copy(stub / "config.toml", place / "runs/stub")
+    name = "round0/teacher1_pos"
+    folder = place / "runs/stub/.partial" / stages_of(stub)[name]["fingerprint"]
+    folder.mkdir(parents=True)
+    (folder / "state.safetensors").write_bytes(b"\x00" * 99)
+    ended = invoke("train", preset, f"--stage={name}")
+    assert ended.code == 2 and "state.safetensors" in ended.err and "Traceback" not in ended.err
+
+
+def test_another_configuration_under_an_explicit_name(kept):
+    run, words = kept
+    assert "dpo.gamma" in refused(run.parent, *words, "--run.name=stub", "--dpo.gamma=0.7")
+
+
+# ---- the disk -------------------------------------------------------------------------------
+
+
+def test_a_root_that_is_a_file_or_below_one(place, preset):
+    (place / "file").write_text("x")
+    for root in ("file", "file/below", "file/far/below"):
+        assert root.partition("/")[0] in refused(place, preset, f"--run.root={root}")
+
+
+def test_a_root_that_cannot_be_written(place, preset):
+    """The user of the tests may be root, whom no mode stops; /proc stops everybody."""
+    assert "/proc" in refused(place, preset, "--run.root=/proc/minmacpo")
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(place, preset, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5_000_000, 5_000_000))
+    assert "5 MB free" in refused(place, preset)
+
+
+@pytest.mark.parametrize("after", [1, 3, 40, 200])
+def test_a_disk_that_fills_up_leaves_no_temporary_file(stub, place, preset, monkeypatch, after):
+    left = [after]
+
+    def full(handle):
+        left[0] -= 1
+        if left[0] <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        ended = invoke("train", preset, whole=True)
+    check_sentence(ended.code, ended.err)
+    assert "No space left" in ended.err
+    assert not list(place.rglob("*.tmp")) and not list(place.rglob("state.safetensors"))
+    assert not list(place.glob("runs/*/.partial/*"))
+    for notes in place.glob("runs/*/*/*/stage.json"):  # what is there, is whole
+        assert all((notes.parent / name).stat().st_size == f["size"] for name, f in json.loads(notes.read_bytes())["files"].items())
+    train(preset)  # room has been made
+    one, two = (r / "round2/student_pos/adapter_model.safetensors" for r in (place / "runs/stub", stub))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_bad_input_does_not_touch_what_is_there(place, preset):
+    """A run that exists stays as it is when the next command line is wrong."""
+    (place / "runs/other").mkdir(parents=True)
+    (place / "runs/other/config.toml").write_text(STUB)
+    refused(place, preset, "--data.path=nowhere")
+    refused(place, preset, "--run.name=other", "--run.seed=3")
+
+
+# ---- training that cannot work --------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_names_rows_and_writes_no_stage(stub, place, preset):
+    copy_run(stub, place / "runs", ("data", "bases"))
+    ended = invoke("train", preset, "--run.name=x", "--sft.teacher_lr=1e38")
+    check_sentence(ended.code, ended.err)
+    assert "round0/teacher1_pos" in ended.err and "not finite" in ended.err and "rows" in ended.err
+    assert not (place / "runs/x/round0/teacher1_pos").exists()
+
+
+def test_a_slice_is_never_empty(place, preset, monkeypatch):
+    monkeypatch.setattr(prepare, "fit_pair", lambda *args: None)
+    assert "no row is left" in refused(place, preset)

@@ -1,0 +1,371 @@
+"""sample.py and eval.py on finished runs; train.py on files of dialogues; the table against the files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import checks
+import numpy as np
+import pytest
+import torch
+from conftest import shared
+from runs import copy_run, invoke, rows_of, spawn, stages_of, stub_run, tiny_run, train, write_stub
+from test_bad_input import HH, check_sentence, data_file, row, tree
+from transformers import LlamaForCausalLM
+
+from minmacpo import evaluate, world
+from minmacpo.config import Config
+from minmacpo.data import Message, Pair
+
+
+@pytest.fixture(scope="session")
+def stub(tmp_path_factory):
+    return stub_run(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return tiny_run(tmp_path_factory)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    return home
+
+
+def sample(*words):
+    ended = invoke("sample", *words)
+    assert ended.code == 0, ended.err
+    return ended.out
+
+
+# ---- sample.py ------------------------------------------------------------------------------
+
+
+def test_an_adapter_and_a_base_answer(tiny, place):
+    question = rows_of(tiny / "data/slices/test.jsonl")[0]["prompt"][0]["content"]
+    one = sample(tiny / "round2/student_pos", question)
+    two = sample(tiny / "bases/strong", question)
+    assert one.strip() and one != two and len(one.splitlines()) >= 1
+    assert sample(tiny / "round2/student_pos", question) == one
+    assert list(place.iterdir()) == []
+
+
+def test_greedy_answers_are_those_of_peft(tiny, place):
+    prompts = [r["prompt"][0]["content"] for r in rows_of(tiny / "data/slices/test.jsonl")[:4]]
+    (place / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    folder = tiny / "round1/teacher2_pos"
+    sample(folder, "--prompts", "prompts.txt", "--out", "answers.jsonl", "--generate.temperature=0")
+    base = checks.base_of(tiny, "teacher2")
+    model, end = checks.peft_model(base, folder), checks.pieces_of(base).eos_id()
+    for found, prompt in zip(rows_of(place / "answers.jsonl"), prompts, strict=True):
+        ids = checks.prompt_ids(base, [{"role": "user", "content": prompt}])
+        wanted = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=end, pad_token_id=0)
+        assert found["tokens"] == wanted[0, len(ids) :].tolist()
+        assert found["prompt"][0]["content"] == prompt
+
+
+def test_prompts_in_a_file_as_text_and_as_json(stub, place):
+    (place / "p.txt").write_text('where is it ?\n{"prompt": "what {is} it ?"}\n')
+    out = sample(stub / "round1/student_pos", "--prompts=p.txt", "--out=a.jsonl", "--run.seed=3")
+    found = rows_of(place / "a.jsonl")
+    assert [r["prompt"][0]["content"] for r in found] == ["where is it ?", "what {is} it ?"] and "a.jsonl" in out
+    sample(stub / "round1/student_pos", "--prompts=p.txt", "--out=b.jsonl", "--run.seed=3")
+    sample(stub / "round1/student_pos", "--prompts=p.txt", "--out=c.jsonl", "--run.seed=4")
+    assert rows_of(place / "b.jsonl") == found != rows_of(place / "c.jsonl")
+
+
+def test_an_export_is_the_adapter_merged_into_its_base(tiny, place):
+    sample(tiny / "round2/student_pos", "--export", "merged")
+    ids = torch.tensor([checks.prompt_ids(tiny / "bases/strong", [{"role": "user", "content": "where is it ?"}])])
+    with torch.no_grad():
+        merged = LlamaForCausalLM.from_pretrained(place / "merged")(input_ids=ids).logits
+        wanted = checks.peft_model(tiny / "bases/strong", tiny / "round2/student_pos")(input_ids=ids).logits
+    assert (merged - wanted).abs().max() < 1e-4
+    one, two = (sample(f, "where is it ?", "--generate.temperature=0", "--generate.max_new=8") for f in ("merged", tiny / "round2/student_pos"))
+    assert one == two
+
+
+def test_a_moved_run_still_answers(stub, place):
+    """Adapters name their base relative to themselves."""
+    copy_run(stub, place / "elsewhere")
+    assert sample(place / "elsewhere/stub/round1/teacher1_pos", "hello") is not None
+
+
+def test_a_real_model(place):
+    folder = shared("weights/stories260K-hf")
+    out = sample(folder, "Once upon a time", "--generate.temperature=0", "--generate.max_new=20")
+    assert out.strip()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "PATH"),
+        (["RUN/round1/student_pos"], "PROMPT"),
+        (["nowhere", "hello"], "nowhere"),
+        (["RUN", "hello"], "no model"),
+        (["RUN/round1", "hello"], "no model"),
+        (["RUN/round1/pairs_student", "hello"], "no model"),
+        (["RUN/config.toml", "hello"], "no model"),
+        (["RUN/bases/tokenizer", "hello"], "no model"),
+        (["RUN/round1/student_pos", "--prompts=none.txt", "--out=x"], "none.txt"),
+        (["RUN/round1/student_pos", "--prompts=bad.txt", "--out=x"], "bad.txt, line 2"),
+        (["RUN/round1/student_pos", "--prompts=empty.txt", "--out=x"], "empty.txt"),
+        (["RUN/round1/student_pos", "--prompts=latin.txt", "--out=x"], "latin.txt, line 1"),
+        (["RUN/round1/student_pos", "--prompts=bad.txt"], "--out"),
+        (["RUN/round1/student_pos", "hello", "--out=x"], "--prompts"),
+        (["RUN/round1/student_pos", "--prompts=good.txt", "--out=good.txt"], "good.txt"),
+        (["RUN/round1/student_pos", "--prompts=good.txt", "--out=no/such/folder/x"], "no/such/folder"),
+        (["RUN/round1/student_pos", "--export=good.txt"], "good.txt"),
+        (["RUN/round1/student_pos", "hello", "--generate.temprature=1"], "generate.temperature"),
+        (["RUN/round1/student_pos", "hello", "--generate.temperature=hot"], "number"),
+        (["RUN/round1/student_pos", "hello", "--generate.top_p=0"], "top_p"),
+        (["RUN/round1/student_pos", "hello", "--dpo.beta=1"], "dpo.beta"),
+        (["RUN/round1/student_pos", "hello", "--loud"], "--loud"),
+        (["RUN/round1/student_pos", "word " * 300], "tokens"),
+        (["RUN/round1/student_pos", "hello", "there"], "there"),
+    ],
+)
+def test_sample_on_bad_input(stub, place, words, says):
+    for name, text in (("bad.txt", b"hello\n{\n"), ("good.txt", b"hello\n"), ("empty.txt", b"\n"), ("latin.txt", b"\xe9\n")):
+        (place / name).write_bytes(text)
+    before = tree(place)
+    ended = invoke("sample", *(word.replace("RUN", str(stub)) for word in words))
+    check_sentence(ended.code, ended.err)
+    assert says in ended.err and tree(place) == before
+
+
+def test_sample_on_damaged_folders(stub, place):
+    copy_run(stub, place, ("bases", "round1"))
+    folder = place / "stub/round1/student_pos"
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        raw = (folder / name).read_bytes()
+        for broken in (raw[: len(raw) // 2], b"", b"[]"):
+            (folder / name).write_bytes(broken)
+            ended = invoke("sample", folder, "hello")
+            check_sentence(ended.code, ended.err)
+            assert str(folder) in ended.err
+        (folder / name).write_bytes(raw)
+    shutil.rmtree(place / "stub/bases/strong")
+    ended = invoke("sample", folder, "hello")
+    check_sentence(ended.code, ended.err)
+    assert "bases/strong" in ended.err
+
+
+# ---- eval.py --------------------------------------------------------------------------------
+
+
+def test_the_table_again_from_the_disk(stub, tmp_path):
+    printed = train(write_stub(tmp_path), f"--run.root={copy_run(stub, tmp_path / 'runs').parent}").out
+    before = tree(stub)
+    for words in ([stub], ["table", stub]):
+        ended = invoke("eval", *words)
+        assert ended.code == 0 and ended.out.strip() in printed
+    found = json.loads(invoke("eval", stub, "--json").out)
+    assert found == json.loads((stub / "eval/table.json").read_text()) and tree(stub) == before
+
+
+def test_runs_side_by_side(stub, tmp_path):
+    copy_run(stub, tmp_path / "runs")
+    words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}"]
+    for more in (["--macpo.mutual=false"], ["--run.seed=1"], ["--macpo.mutual=false", "--run.seed=1"]):
+        train(*words, *more)
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert len(runs) == 4
+    rows = json.loads(invoke("eval", "compare", *runs, "--json").out)
+    assert [row["method"] for row in rows] == ["stub", "stub-mutual=false"] and all(row["seeds"] == [0, 1] for row in rows)
+    tables = {run.name: json.loads(invoke("eval", run, "--json").out) for run in runs}
+
+    def last(name: str) -> float:
+        return next(r["gold"] for r in tables[name]["rows"] if r["agent"] == "student" and r["round"] == 2)
+
+    wanted = [np.mean([last(name), last(f"{name}-seed=1")]) for name in ("stub", "stub-mutual=false")]
+    assert [row["student"] for row in rows] == pytest.approx(wanted)
+    assert rows[1]["student_difference"] == pytest.approx(wanted[1] - wanted[0])
+    low, high = rows[1]["student_interval"]
+    assert low <= rows[1]["student_difference"] <= high
+    assert "stub-mutual=false" in invoke("eval", "compare", *runs).out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nowhere"], "nowhere"),
+        (["RUN/round1"], "no run folder"),
+        (["RUN/config.toml"], "no run folder"),
+        (["RUN", "RUN"], "one run"),
+        (["compare", "RUN"], "two"),
+        (["compare", "RUN", "nowhere"], "nowhere"),
+        (["RUN", "--jsn"], "--jsn"),
+        (["compare", "RUN", "EMPTY"], "EMPTY"),
+        (["EMPTY"], "EMPTY"),
+        (["BROKEN"], "BROKEN"),
+    ],
+)
+def test_eval_on_bad_input(stub, place, words, says):
+    for name in ("EMPTY", "BROKEN"):
+        (place / name).mkdir()
+        shutil.copy(stub / "config.toml", place / name)
+    (place / "BROKEN/eval/round0_student_samples").mkdir(parents=True)
+    (place / "BROKEN/eval/round0_student_samples/stage.json").write_text("{")
+    before = tree(place)
+    ended = invoke("eval", *(word.replace("RUN", str(stub)) for word in words))
+    check_sentence(ended.code, ended.err)
+    assert says in ended.err and tree(place) == before
+
+
+def test_help_of_the_other_programs():
+    for name in ("sample", "eval"):
+        process = spawn(name, "--help")
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0 and "RUN" in out.upper() and err == ""
+
+
+# ---- the numbers in the table ---------------------------------------------------------------
+
+
+def test_the_table_says_what_the_files_say(tiny):
+    table = json.loads((tiny / "eval/table.json").read_text())
+    truth = {r["id"]: r for r in rows_of(tiny / "data/slices/test.jsonl")}
+    config = evaluate.read_run(tiny)[1]
+    town = world.make_town(config.world, config.run.seed)
+    assert len(table["rows"]) == 4 * 3 + 2 and table["world"] is True and table["rounds"] == 2
+    for entry in table["rows"]:
+        said = rows_of(tiny / f"eval/round{entry['round']}_{entry['agent']}_samples/samples.jsonl")
+        assert len(said) == 2 * len(truth)
+        golds = []
+        for s in said:
+            r = truth[s["id"]]
+            pair = Pair(r["id"], tuple(Message(**m) for m in r["prompt"]), r["chosen"], r["rejected"], meta=r["meta"])
+            golds.append(world.gold(town, pair, s["response"], s["finish"]))
+        for key in ("gold", "right", "polite", "well_formed"):
+            assert entry[key] == pytest.approx(np.mean([g[key] for g in golds]))
+        low, high = entry["gold_interval"]
+        assert low <= entry["gold"] + 1e-4 and entry["gold"] <= high + 1e-4
+        assert entry["length"] == pytest.approx(np.mean([len(s["response"]) for s in said]))
+        assert entry["hit_length"] == pytest.approx(np.mean([s["finish"] == "length" for s in said]))
+        scores = {side: rows_of(tiny / f"eval/round{entry['round']}_{entry['agent']}_{side}/scores.jsonl") for side in ("truth", "worse")}
+        logp = sum(r["logp"] for r in scores["truth"])
+        assert entry["perplexity"] == pytest.approx(np.exp(-logp / sum(r["tokens"] for r in scores["truth"])))
+        assert entry["perplexity_char"] == pytest.approx(np.exp(-logp / sum(len(r["chosen"]) for r in truth.values())))
+        base = checks.base_of(tiny, entry["agent"]).name
+        plain = {side: rows_of(tiny / f"eval/base_{base}_{side}/scores.jsonl") for side in ("truth", "worse")}
+        margins = [
+            (a["logp"] - c["logp"]) - (b["logp"] - d["logp"])
+            for a, b, c, d in zip(scores["truth"], scores["worse"], plain["truth"], plain["worse"], strict=True)
+        ]
+        assert entry["accuracy"] == pytest.approx(np.mean([m > 0 for m in margins]))
+    gold = {(r["agent"], r["round"]): r["gold"] for r in table["rows"]}
+    best, ceiling = max(gold[f"teacher{k}", 0] for k in (1, 2, 3)), gold["ceiling", 2]
+    for r in table["rows"]:
+        if r.get("pgr") is not None:
+            assert not r["agent"].startswith("teacher")
+            assert r["pgr"] == pytest.approx((r["gold"] - best) / (ceiling - best))
+
+
+def test_the_filter_and_the_negatives_in_the_table(tiny):
+    table = json.loads((tiny / "eval/table.json").read_text())
+    for entry in table["filter"]:
+        chosen = [p["chosen_by"] for p in checks.pairs(tiny, entry["round"], "student")]
+        assert {k: v["won"] for k, v in entry["sources"].items()} == pytest.approx({k: chosen.count(k) / len(chosen) for k in set(chosen)})
+        shares = [(v["right"], chosen.count(k)) for k, v in entry["sources"].items()]
+        assert entry["right"] == pytest.approx(sum(r * n for r, n in shares) / len(chosen))
+    assert [e["round"] for e in table["filter"]] == [1, 2]
+    assert [e["agent"] for e in table["negatives"]] == ["student", "teacher1", "teacher2", "teacher3"]
+    notes = stages_of(tiny)
+    for e in table["negatives"]:
+        wanted = [notes[f"round{t}/pairs_{e['agent']}"]["counts"]["negative_equal"] / 48 for t in (1, 2)]
+        assert e["equal"] == pytest.approx(wanted, abs=1e-4) and 0 <= e["wrong"] <= 1
+    assert [c["name"] for c in table["cost"]] == sorted((c["name"] for c in table["cost"]), key=lambda n: notes[n]["started"])
+    assert len(table["cost"]) == len(notes)
+
+
+def test_warnings_about_negatives():
+    rows = [{"agent": "a", "wrong": 0.69, "equal": []}, {"agent": "b", "wrong": 0.71, "equal": [0.05, 0.11]},
+            {"agent": "c", "wrong": None, "equal": [0.1]}, {"agent": "d", "wrong": 0.7, "equal": []}]  # fmt: skip
+    found = evaluate.warnings(rows)
+    assert len(found) == 2 and "a" in found[0] and "69%" in found[0] and "11%" in found[1]
+
+
+def test_an_interval_covers_the_mean_as_often_as_it_says():
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(300):
+        low, high = evaluate.interval(rng.normal(0.5, 0.2, 60), 400)
+        hits += low <= 0.5 <= high
+    assert 0.90 <= hits / 300 <= 0.98
+
+
+def test_every_agent_of_a_run_has_a_label():
+    labels = evaluate.agents_of(Config())
+    assert len(labels) == 4 * 4 + 2 == len(set(labels))
+    assert ("student", 0, "student, round 0 (naive SFT)") in labels
+
+
+# ---- dialogues ------------------------------------------------------------------------------
+
+
+def hh_files(place: Path) -> Path:
+    """Two files of multi-turn dialogues, with rows that cannot be used among them."""
+    (place / "hh").mkdir()
+    for name, count in (("one", 50), ("two", 40)):
+        rows = [row(f"{name} {i}", f"answer {i} is long", f"reply {i * 7} is not") for i in range(count)]
+        for i in range(0, count, 5):
+            deep = f"\n\nHuman: {name} deep {i}\n\nAssistant: well\n\nHuman: and then {i} ?\n\nAssistant: "
+            rows.append(json.dumps({"chosen": deep + "good", "rejected": deep + "bad"}))
+        rows += [row("odd", "same", "same"), row("odd", ""), row("far", "x " * 900)]
+        data_file(place / "hh", *rows, name=f"{name}.jsonl.gz")
+    return place / "hh"
+
+
+WORDS = [*HH, "--macpo.rounds=1", "--generate.max_new=6", "--model.vocab=340"]
+
+
+def test_a_run_on_files_of_dialogues(place):
+    out = train(write_stub(place / "p"), *WORDS, f"--data.path={hh_files(place)}", "--run.name=hh", "--run.root=runs").out
+    run = place / "runs/hh"
+    table = json.loads((run / "eval/table.json").read_text())
+    assert "one" in out and "two" in out and table["world"] is False
+    for entry in table["rows"]:
+        assert set(entry["files"]) <= {"one", "two"} and "gold" not in entry and "pgr" not in entry
+        assert all(np.isfinite(entry[k]) for k in ("perplexity", "perplexity_char", "accuracy", "length", "distinct2"))
+    slices = {name: rows_of(run / f"data/slices/{name}.jsonl") for name in ("d1", "d2", "test")}
+    first = {name: {r["prompt"][0]["content"] for r in part} for name, part in slices.items()}
+    assert not first["d1"] & first["d2"] and not first["d2"] & first["test"] and not first["d1"] & first["test"]
+    counts = stages_of(run)["data/slices"]["counts"]
+    assert counts["rows"]["one"] == {"read": 63, "kept": 61, "identical answers": 1, "empty answer": 1}
+    assert len(rows_of(run / "data/slices/d2.jsonl")) == counts["slices"]["d2"]["rows"]
+    texts = [r["prompt"][0]["content"] + r["response"] for r in rows_of(run / "data/corpus_strong/texts.jsonl")]
+    assert texts and not any(t.startswith(tuple(first["test"])) for t in texts)
+    assert len(rows_of(run / "data/corpus_weak1/texts.jsonl")) < len(texts)
+    again = train(write_stub(place / "p"), *WORDS, f"--data.path={place / 'hh'}", "--run.name=hh", "--run.root=runs").out
+    assert again.strip() in out and out.endswith(again)
+
+
+def test_changed_files_are_another_run(place):
+    words = [write_stub(place / "p"), *WORDS, f"--data.path={hh_files(place)}", "--run.name=hh", "--macpo.rounds=0", "--macpo.controls=false"]
+    train(*words)
+    data_file(place / "hh", row("new"), name="three.jsonl")
+    before = tree(place)
+    ended = invoke("train", *words)
+    check_sentence(ended.code, ended.err)
+    assert "data/slices" in ended.err and {k: v for k, v in tree(place).items() if not k.endswith("env.json")} == {
+        k: v for k, v in before.items() if not k.endswith("env.json")
+    }
+
+
+def test_given_models_are_used_and_left_alone(stub, place):
+    for name in ("strong", "weak1"):
+        shutil.copytree(stub / "bases" / name, place / "models" / name)
+    before = tree(place / "models")
+    words = ["--model.student=models/strong", "--model.teachers=models/weak1,models/weak1", "--data.template=plain"]
+    train(write_stub(place / "p"), *words, "--macpo.rounds=1", "--run.name=given", "--run.root=runs")
+    run = place / "runs/given"
+    assert tree(place / "models") == before and not (run / "bases").exists()
+    config = json.loads((run / "round1/student_pos/adapter_config.json").read_text())
+    assert Path(config["base_model_name_or_path"]) == place / "models/strong"
+    answer = sample(run / "round1/student_pos", "hello")
+    assert answer is not None
