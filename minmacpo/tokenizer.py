@@ -17,6 +17,7 @@ from minmacpo.data import Message
 
 TURN_MARKS = {"user": "<user>", "assistant": "<bot>"}
 PLAIN_MARKS = {"user": "\n\nHuman:", "assistant": "\n\nAssistant:"}
+SHOWN = str.maketrans({"▁": " ", "\n": "⏎", "\r": "⏎"})  # pieces as a log shows them
 
 
 @dataclass(slots=True)
@@ -134,7 +135,7 @@ def default_template(tokenizer: Tokenizer) -> str:
 
 def show_mask(tokenizer: Tokenizer, tokens: Tokens) -> str:
     """The text of `tokens` on one line, the trained part between ⟦ and ⟧, special pieces by name."""
-    pieces = [tokenizer.pieces.id_to_piece(i).replace("▁", " ").replace("<0x0A>", "⏎") for i in tokens.ids]
+    pieces = [tokenizer.pieces.id_to_piece(i).translate(SHOWN).replace("<0x0A>", "⏎") for i in tokens.ids]
     parts = groupby(zip(pieces, tokens.mask, strict=True), key=lambda pair: pair[1])
     texts = [(trained, "".join(piece for piece, _ in part)) for trained, part in parts]
     return "".join(f"⟦{text}⟧" if trained else text for trained, text in texts)
