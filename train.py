@@ -93,7 +93,8 @@ def main(argv: list[str]) -> int:
     run.begin()
     run.after_stage = lambda: write_report(run.path)
     run_all(run, source, prepared)
-    run.end()
+    if not command.stage:
+        run.end()
     table = make_table(run.path)
     (run.path / "eval").mkdir(exist_ok=True)
     write_json(run.path / "eval/table.json", table)

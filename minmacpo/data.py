@@ -190,9 +190,11 @@ def read_hh(path: str, most: int | None = None) -> tuple[list[Pair], dict[str, d
     return pairs, counts
 
 
-def split_pairs(pairs: list[Pair], shares: tuple[float, ...], seed: int) -> dict[str, list[Pair]]:
+def split_pairs(
+    pairs: list[Pair], shares: tuple[float, ...], seed: int, left_out: Counter | None = None
+) -> dict[str, list[Pair]]:
     """{"d0", "d1", "d2", "test"}: slices disjoint by first human turn; shares count first turns.
-    A prompt that occurs again in d2 or test is left out there (the first one stays)."""
+    A prompt that occurs again in d2 or test is left out there (the first one stays), `left_out` counts how many."""
     first_turn = {pair.id: next(m.content for m in pair.prompt if m.role == "user") for pair in pairs}
     turns = sorted(set(first_turn.values()))
     random.Random(f"{seed}/split").shuffle(turns)
@@ -201,7 +203,10 @@ def split_pairs(pairs: list[Pair], shares: tuple[float, ...], seed: int) -> dict
     slices, prompts = {name: [] for name in SLICES}, set()
     for pair in pairs:
         name = where.get(first_turn[pair.id])
-        if name and not (name in ("d2", "test") and pair.prompt in prompts):
+        if name in ("d2", "test") and pair.prompt in prompts:
+            if left_out is not None:
+                left_out[name] += 1
+        elif name:
             slices[name].append(pair)
         prompts.add(pair.prompt)
     return slices

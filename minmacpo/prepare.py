@@ -34,11 +34,13 @@ def base_names(config: Config) -> list[str]:
 def prepare_hh(config: Config, given: Sequence[Tokenizer]) -> Prepared:
     """Slices and corpora of HH-RLHF files; `given` are the tokenizers of bases that exist already."""
     pairs, rows = read_hh(config.data.path, config.data.max_examples)
-    slices = split_pairs(pairs, config.data.shares, config.run.seed)
+    repeated: Counter = Counter()
+    slices = split_pairs(pairs, config.data.shares, config.run.seed, repeated)
     both = [(pair, text) for pair in slices.pop("d0") for text in (pair.chosen, pair.rejected)]
     documents = [Example(pair.id, pair.prompt, text, pair.meta) for pair, text in both]
     corpora = {name: weak_slice(config, documents, name) for name in base_names(config)}
-    return fit_slices(config, slices, corpora, given, {"rows": rows, "kept": len(pairs)})
+    counts = {"rows": rows, "kept": len(pairs), "repeated prompts left out": dict(repeated)}
+    return fit_slices(config, slices, corpora, given, counts)
 
 
 def weak_slice(config: Config, documents: list[Example], base: str) -> list[Example]:
@@ -62,7 +64,13 @@ def fit_slices(config: Config, slices, corpora, given: Sequence[Tokenizer], coun
     kept, sizes = {}, {}
     for name, pairs in slices.items():
         reasons = Counter()
-        kept[name] = [p for p in (fit_pair(config, pair, tokenizers, reasons) for pair in pairs) if p]
+        kept[name], prompts = [], set()
+        for pair in filter(None, (fit_pair(config, pair, tokenizers, reasons) for pair in pairs)):
+            if name != "d1" and pair.prompt in prompts:  # cutting can make two prompts equal
+                reasons["equal after the cut"] += 1
+            else:
+                kept[name].append(pair)
+            prompts.add(pair.prompt)
         sizes[name] = {"rows": len(kept[name])} | dict(reasons)
         if not kept[name]:
             settings = "data.shares, data.max_prompt, data.long"

@@ -95,7 +95,8 @@ def test_we_read_an_adapter_folder_of_peft(settings, model_folder, tmp_path, see
     attach_lora(ours, found)
     write_adapter(ours, load_adapter(tmp_path))
     assert far(logits_of(ours, tokens), plain) > 0.001
-    assert far(logits_of(ours, tokens), theirs(tokens).logits) <= 1e-5
+    logits = theirs(tokens).logits  # random B makes them large: 1e-5 of their size
+    assert far(logits_of(ours, tokens), logits) <= 1e-5 * max(1, float(logits.detach().abs().max()))
 
 
 def test_a_fresh_adapter_starts_as_pefts_does(model_folder, seed):
