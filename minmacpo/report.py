@@ -153,6 +153,17 @@ def cost_table(cost: list[dict]) -> Html:
     return grid(["kind of stage", "stages", "time", "tokens", "tokens/s", "peak MB"], sums)
 
 
+def stage_table(cost: list[dict]) -> Html:
+    """What every single stage cost, folded away."""
+    head = ("stage", "seconds", "CPU seconds", "tokens", "peak MB")
+    rows = []
+    for row in cost:
+        numbers = (f"{row['seconds']:.1f}", f"{row['cpu_seconds']:.1f}", f"{row['tokens'] or 0:,}", row["peak_mb"])
+        taken = f" (taken from {row['linked_from']})" if row["linked_from"] else ""
+        rows.append((row["name"] + taken, *(numbers if not taken else ("",) * 4)))
+    return tag("details", tag("summary", f"All {len(rows)} stages"), grid(head, rows)) if rows else Html()
+
+
 @evaluate.of_finished
 def shown(stage: Path, ids: tuple[str, ...], kind: type = Sample) -> dict:
     """{prompt id: record} of the prompts with these ids in a stage's samples or pairs."""
@@ -237,7 +248,7 @@ def write_report(path: Path) -> None:
         choices=choices,
         training=training_figures(folder),
         samples=samples(config, folder, pairs[:: len(pairs) // 5 or 1][:5]),
-        cost=[cost_table(table["cost"])],
+        cost=[cost_table(table["cost"]), stage_table(table["cost"])],
         settings=settings(config),
         environment=[" · ".join(f"{key} {value}" for key, value in environment.items())],
     )
