@@ -434,7 +434,7 @@ def test_every_kept_row_fits_whatever_the_text(tokenizer, tmp_path, seed):
         found, config = fitted(tokenizer, tmp_path, long, pair_of("hi"), *pairs)
         counts = found.counts["slices"]["d2"]
         reasons = ("rows", "over-long prompt", "over-long answer", "equal after the cut")
-    assert sum(counts.get(reason, 0) for reason in reasons) == 61
+        assert sum(counts.get(reason, 0) for reason in reasons) == 61
         for pair in found.slices["d2"]:
             assert len(render(tokenizer, "plain", pair.prompt).ids) <= config.data.max_prompt
             for text in (pair.chosen, pair.rejected):
