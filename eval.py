@@ -22,18 +22,24 @@ def method_of(name: str) -> str:
 
 def compare(paths: list[str]) -> list[dict]:
     """One row per method: mean over seeds of its last student's and teachers' gold, and the difference."""
-    from minmacpo.evaluate import gold_by_prompt, paired_interval, read_run
+    from minmacpo.evaluate import gold_by_prompt, paired_interval, pairs_of, read_run
 
     found: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
+    asked: dict[int, tuple[str, ...]] = {}  # test prompts by seed
     for folder, config in map(read_run, paths):
-        last, settings = config.macpo.rounds, config.macpo
+        last, settings, seed, method = config.macpo.rounds, config.macpo, config.run.seed, method_of(folder.name)
         if config.data.path:
             raise UserError(f"{folder}: has no gold reward to compare; see its table")
+        if seed in found.get(method, ()):
+            raise UserError(f"{folder}: a run of {method} with seed {seed} is there already; give each once")
+        prompts = tuple(pairs_of(folder, "test"))
+        if asked.setdefault(seed, prompts) != prompts:
+            raise UserError(f"{folder}: its test prompts are not those of the other runs with seed {seed}")
         names = [f"teacher{k + 1}" for k in range(settings.teachers)]
         taught = last if settings.update_teachers else 0
         student = gold_by_prompt(config, folder, "student", last)["gold"]
         teachers = np.mean([gold_by_prompt(config, folder, name, taught)["gold"] for name in names], 0)
-        found.setdefault(method_of(folder.name), {})[config.run.seed] = (student, teachers)
+        found.setdefault(method, {})[seed] = (student, teachers)
     first = next(iter(found.values()))
     rows = []
     for name, seeds in found.items():

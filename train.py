@@ -93,11 +93,11 @@ def main(argv: list[str]) -> int:
     run.begin()
     run.after_stage = lambda: write_report(run.path)
     run_all(run, source, prepared)
-    if not command.stage:
-        run.end()
     table = make_table(run.path)
-    (run.path / "eval").mkdir(exist_ok=True)
-    write_json(run.path / "eval/table.json", table)
+    if not command.stage:  # table.json says that the run is finished
+        run.end()
+        (run.path / "eval").mkdir(exist_ok=True)
+        write_json(run.path / "eval/table.json", table)
     write_report(run.path)
     print(format_table(table))
     print(f"\nreport: {run.path / 'report.html'}")

@@ -1,4 +1,4 @@
-"""The measured tables, RESULTS.md: python -m bench.world [--seeds=0,1,2,3,4] [--long=0] [--hh=RUN] [--root=runs].
+"""The measured tables, RESULTS.md: python -m bench.world [--seeds=0,1,2,3,4] [--long=0,1] [--hh=RUN] [--root=runs].
 
 Runs train.py for every seed and variant (finished stages are shared, finished runs are not redone; about
 9 CPU-minutes a seed), then writes the page from the runs on disk; --page only writes the page. --hh is a
@@ -182,7 +182,7 @@ def page(root: Path, seeds: list[int], long_seeds: list[int]) -> str:
 def main(argv: list[str]) -> None:
     options = dict(word.lstrip("-").partition("=")[::2] for word in argv)
     seeds = [int(s) for s in options.get("seeds", "0,1,2,3,4").split(",")]
-    long_seeds = [int(s) for s in options.get("long", "0").split(",") if s]
+    long_seeds = [int(s) for s in options.get("long", "0,1").split(",") if s]
     root = Path(options.get("root", "runs"))
     root.mkdir(parents=True, exist_ok=True)
     if "page" not in options:

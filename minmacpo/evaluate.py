@@ -19,6 +19,7 @@ from minmacpo.data import Pair, Sample
 from minmacpo.files import read_json, read_records, read_rows
 from minmacpo.macpo import Trained
 from minmacpo.page import words
+from minmacpo.run import Stage, verify
 from minmacpo.stages import sample, score_texts
 from minmacpo.workshop import Texts, Workshop
 
@@ -55,9 +56,15 @@ def notes_of(folder: Path) -> dict:
     return read_json(folder / "stage.json") if (folder / "stage.json").is_file() else {}
 
 
+def whole(stage: Path) -> Path:
+    """The folder of a finished stage; UserError if it is not finished or a file of it is damaged."""
+    verify(Stage(stage.name, stage, notes_of(stage).get("fingerprint", "")))
+    return stage
+
+
 def of_finished(function: Callable) -> Callable:
     """`function(*stage folders, **more)`, computed once per fingerprints; {} until they are all finished."""
-    remembered = functools.lru_cache(maxsize=8192)(lambda prints, stages, **more: function(*stages, **more))
+    remembered = functools.lru_cache(maxsize=8192)(lambda prints, stages, **more: function(*map(whole, stages), **more))
 
     def call(*stages: Path, **more: object) -> object:
         notes = [notes_of(stage) for stage in stages]
@@ -69,7 +76,7 @@ def of_finished(function: Callable) -> Callable:
 @functools.lru_cache(maxsize=8)
 def pairs_of(folder: Path, name: str) -> dict[str, Pair]:
     """A slice of a run, such as "test", by prompt id."""
-    return {pair.id: pair for pair in read_records(folder / f"data/slices/{name}.jsonl", Pair)}
+    return {pair.id: pair for pair in read_records(whole(folder / "data/slices") / f"{name}.jsonl", Pair)}
 
 
 def judge(config: Config, pair: Pair, response: str, finish: str = "stop") -> dict[str, float]:
@@ -83,7 +90,7 @@ def judge(config: Config, pair: Pair, response: str, finish: str = "stop") -> di
 def gold_by_prompt(config: Config, folder: Path, agent: str, t: int) -> dict[str, np.ndarray]:
     """{component: [test prompts]}, the mean over each prompt's sampled answers; {} without a world."""
     pairs, found = pairs_of(folder, "test"), {}
-    for s in read_records(folder / f"eval/round{t}_{agent}_samples/samples.jsonl", Sample):
+    for s in read_records(whole(folder / f"eval/round{t}_{agent}_samples") / "samples.jsonl", Sample):
         for name, value in judge(config, pairs[s.id], s.response, s.finish).items():
             found.setdefault(name, {}).setdefault(s.id, []).append(value)
     return {name: np.array([np.mean(values[i]) for i in pairs]) for name, values in found.items()}

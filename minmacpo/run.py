@@ -211,6 +211,8 @@ class Run:
                 self.link(stage, source, inputs)
             else:
                 self.compute(stage, recipe, inputs, compute)
+        except BrokenPipeError:  # nobody reads the output any more: what is done stays
+            raise
         except OSError:  # a full disk: give its space back
             for folder in (stage.fingerprint, f"link-{stage.fingerprint}"):
                 shutil.rmtree(self.path / PARTIAL / folder, ignore_errors=True)
