@@ -11,9 +11,12 @@ def source_of(config) -> dict:
     """What identifies the run's texts: the world and its seed, or the files' content."""
     from minmacpo.data import find_files
     from minmacpo.files import sha256_file
+    from minmacpo.prepare import TOKENIZER_TEXTS
 
     if config.data.path is None:
-        return {"world": asdict(config.world), "seed": config.run.seed}
+        few = config.pretrain.strong_steps * config.pretrain.batch  # documents the tokenizer may learn from
+        shorter = {"tokenizer_texts": few} if few < TOKENIZER_TEXTS else {}
+        return {"world": asdict(config.world), "seed": config.run.seed} | shorter
     data = {"shares": list(config.data.shares), "max_examples": config.data.max_examples, "seed": config.run.seed}
     return data | {"files": [[file.name, sha256_file(file)] for file in find_files(config.data.path)]}
 

@@ -118,8 +118,9 @@ def variants_table(root: Path, seeds: list[int]) -> str:
         for agent in ("student", "teachers"):
             found = values(runs, agent)
             cells += [mean(found), difference(values(full, agent), found) if flags else ""]
+            cells += [" ".join(f"{found[seed].mean():.3f}" for seed in sorted(found))] if agent == "student" else []
         rows.append(cells)
-    head = ["variant", "seeds", "student r3", "MACPO − variant", "teachers r3", "MACPO − variant"]
+    head = ["variant", "seeds", "student r3", "MACPO − variant", "by seed", "teachers r3", "MACPO − variant"]
     return markdown(head, rows)
 
 

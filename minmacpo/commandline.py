@@ -171,6 +171,8 @@ def parse(argv: list[str]) -> Command:
         path = preset_path(word)
         config = overlay(config, read_toml(path), str(path))
     preset, config = config, overlay(config, values, "command line")
+    if "hh" in files and config.data.path is None:
+        raise UserError("@hh needs --data.path=FOLDER_OR_FILE, HH-RLHF files as published")
     if config.run.name is None:
         label = "+".join(Path(word).stem for word in files) or "world"
         config = replace(config, run=replace(config.run, name=run_name(label, preset, config)))

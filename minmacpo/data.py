@@ -91,16 +91,6 @@ def example_id(prompt: tuple[Message, ...], occurrence: int = 0) -> str:
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def chosen_side(pair: Pair) -> Example:
-    """The pair's better answer as an Example."""
-    return Example(pair.id, pair.prompt, pair.chosen, pair.meta)
-
-
-def rejected_side(pair: Pair) -> Example:
-    """The pair's worse answer as an Example."""
-    return Example(pair.id, pair.prompt, pair.rejected, pair.meta)
-
-
 def find_files(path: str) -> list[Path]:
     """The .jsonl and .jsonl.gz files at `path` (a file of any name, or a folder), sorted."""
     root = Path(path)

@@ -1,6 +1,6 @@
 """Files that are whole or absent: atomic writes, JSON lines, hashes, hard links.
 
-Everything the project writes goes through here. A file is written under a temporary name in the
+All files but the two that only grow (log.txt, metrics.jsonl) are written here. A file is written under a temporary name in the
 same folder, flushed to the disk, and renamed; a kill leaves the old file, or the new one.
 """
 
@@ -102,3 +102,10 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def move_folder(folder: Path, target: Path) -> None:
+    """Rename a whole folder to its place, for good."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(folder, target)
+    sync_folder(target.parent)

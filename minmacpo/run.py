@@ -1,15 +1,14 @@
 """The run folder: stages that are whole or absent, their fingerprints, seeds, log and metrics.
 
 A stage is a function from finished stages to a folder. Its fingerprint says everything that its
-content depends on; a stage is computed only if no finished one with that fingerprint exists, here
-or in another run under the same root, whose files are then linked. So a killed run resumes, and a
-variant pays only for what differs.
+content depends on; it is computed only if no finished one with that fingerprint exists, here or in
+another run of the root, whose files are then linked. So a variant pays only for what differs.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -24,10 +23,10 @@ from minmacpo.config import Config, flatten
 from minmacpo.files import (
     fingerprint,
     link_or_copy,
+    move_folder,
     read_json,
     read_rows,
     sha256_file,
-    sync_folder,
     write_atomic,
     write_json,
     write_rows,
@@ -205,17 +204,18 @@ class Run:
         if stage.finished:
             verify(stage)
             return
+        if stage.path.exists():
+            raise UserError(f"{stage.path}: has no stage.json, so it is no finished stage; delete that folder and start again")
         source = self.find_sibling(stage.fingerprint)
         try:
             if source and sound(Stage(stage.name, source, stage.fingerprint)):
                 self.link(stage, source, inputs)
             else:
                 self.compute(stage, recipe, inputs, compute)
-        except BrokenPipeError:  # nobody reads the output any more: what is done stays
-            raise
-        except OSError:  # a full disk: give its space back
-            for folder in (stage.fingerprint, f"link-{stage.fingerprint}"):
-                shutil.rmtree(self.path / PARTIAL / folder, ignore_errors=True)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a full disk: give its space back
+                for torn in (self.path / PARTIAL).glob(f"*{stage.fingerprint}"):
+                    shutil.rmtree(torn, ignore_errors=True)
             raise
         self.after_stage()
 
@@ -302,9 +302,7 @@ def seal(folder: Path, stage: Stage, notes: dict) -> None:
     listed = {p.name: {"size": p.stat().st_size, "sha256": sha256_file(p)} for p in files}
     notes = {k: v for k, v in notes.items() if k != "checksum"} | {"files": listed}
     write_json(folder / "stage.json", notes | {"checksum": fingerprint(notes)})
-    stage.path.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(folder, stage.path)
-    sync_folder(stage.path.parent)
+    move_folder(folder, stage.path)
 
 
 def verify(stage: Stage) -> None:

@@ -1,7 +1,7 @@
 """How likely given texts are under the model that is loaded: summed log-probability, perplexity."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,10 +17,15 @@ def perplexity(logp: float, tokens: int) -> float:
 
 
 @torch.inference_mode()
-def score(model, rows: Sequence[Tokens], budget: int, progress: Progress | None = None) -> list[float]:
-    """Summed log-probability of each row's masked tokens; at most `budget` padded tokens per forward pass."""
+def score(
+    model, rows: Sequence[Tokens], budget: int, progress: Progress | None = None, check: Callable[[], None] | None = None
+) -> list[float]:
+    """Summed log-probability of each row's masked tokens; at most `budget` padded tokens per forward pass.
+    `check` is called between two passes, to stop there."""
     logps = [0.0] * len(rows)
     for group in plan_scoring([len(row.ids) for row in rows], budget):
+        if check:
+            check()
         batch = collate([rows[i] for i in group], next(model.parameters()).device)
         for i, logp in zip(group, sequence_logps(model, batch.tokens, batch.mask).tolist(), strict=True):
             logps[i] = logp

@@ -163,7 +163,7 @@ def score_texts(shop: Workshop, name: str, base: Base, adapter: Stage | None, te
         loaded, examples = shop.use(base, adapter), texts.read()
         rows = [shop.render(loaded, example.prompt, example.response) for example in examples]
         with work.progress(len(rows), "text") as progress:
-            logps = score(loaded.model, rows, shop.config.run.micro_tokens, progress)
+            logps = score(loaded.model, rows, shop.config.run.micro_tokens, progress, work.check)
         tokens = [sum(row.mask) for row in rows]
         scores = [{"id": e.id, "logp": logp, "tokens": n, "perplexity": perplexity(logp, n),
                    "characters": len(e.response)}
@@ -218,7 +218,7 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: dict[str, Texts], s
                                  ref_rejected_logps=bad_logps[i], meta=best.meta))  # fmt: skip
                 rows.append(sides[0])
         counts["pairs"] = len(made)
-        logps = score(loaded.model, rows, shop.config.run.micro_tokens)
+        logps = score(loaded.model, rows, shop.config.run.micro_tokens, check=work.check)
         made = [replace(pair, ref_chosen_logps=logp) for pair, logp in zip(made, logps, strict=True)]
         write_records(work.folder / "pairs.jsonl", made)
         if counts["negative_equal"] > 0.1 * len(bad):

@@ -17,14 +17,12 @@ from minmacpo.data import (
     Message,
     Pair,
     Sample,
-    chosen_side,
     example_id,
     find_files,
     from_json,
     parse_row,
     read_hh,
     read_lines,
-    rejected_side,
     split_dialogue,
     split_pairs,
     to_json,
@@ -357,12 +355,6 @@ def test_records_go_to_json_and_back(tmp_path, seed):
         assert [from_json(kind, to_json(record)) for record in records] == records
         write_records(tmp_path / "x.jsonl", records)
         assert read_records(tmp_path / "x.jsonl", kind) == records
-
-
-def test_sides_of_a_pair():
-    pair = Pair("i", (Message(USER, "q"),), "good", "bad", meta={"file": "f"})
-    assert chosen_side(pair) == Example("i", pair.prompt, "good", {"file": "f"})
-    assert rejected_side(pair) == Example("i", pair.prompt, "bad", {"file": "f"})
 
 
 # ---- over-long rows -------------------------------------------------------------------------
