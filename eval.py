@@ -1,11 +1,10 @@
 """Read finished runs: python eval.py RUN, or python eval.py compare RUN RUN...; --json for machines.
 
-RUN is a folder such as runs/world. `table RUN` (or just RUN) prints the run's table from the disk.
-`compare` sets the last round of several runs side by side; runs of one method that differ in their
-seed are averaged, and every method's difference to the first one's is given with a 95 % interval
-over seeds and prompts (paired; only of the seeds that both have).
+RUN is a folder such as runs/world. `compare` sets the last rounds of finished runs side by side: runs that differ
+in their seed alone are averaged; differences to the first have 95 % intervals over their seeds and prompts.
 """
 
+import itertools
 import json
 import re
 import sys
@@ -13,42 +12,47 @@ import sys
 import numpy as np
 
 from minmacpo import UserError
+from minmacpo.evaluate import Past, format_table, gold_by_prompt, make_table, paired_interval, read_run
+from minmacpo.files import read_json
+from minmacpo.progress import call
+from minmacpo.run import FINISHED
+
+SIDES = ("student", "teachers")
 
 
-def method_of(name: str) -> str:
-    """The run's name without its seed."""
-    return re.sub(r"-seed=\d+", "", name)
+def last_gold(run: Past) -> dict[str, np.ndarray]:
+    """Gold reward of the test prompts [n] at each one's last round: the student's, and the teachers' mean."""
+    settings, gold = run.config.macpo, {}
+    agents = ["student", *(f"teacher{k + 1}" for k in range(settings.teachers))]
+    for agent, t in itertools.product(agents, range(settings.rounds + 1)):
+        if f"eval/round{t}_{agent}_samples" in run.notes:
+            gold[agent] = gold_by_prompt(run, agent, t)["gold"]
+    return {"student": gold.pop("student"), "teachers": np.mean([*gold.values()], 0)}
 
 
 def compare(paths: list[str]) -> list[dict]:
     """One row per method: mean over seeds of its last student's and teachers' gold, and the difference."""
-    from minmacpo.evaluate import gold_by_prompt, paired_interval, pairs_of, read_run
-
-    found: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
-    asked: dict[int, tuple[str, ...]] = {}  # test prompts by seed
-    for folder, config in map(read_run, paths):
-        last, settings, seed, method = config.macpo.rounds, config.macpo, config.run.seed, method_of(folder.name)
-        if config.data.path:
+    found, asked = {}, {}  # {method: {seed: gold}}, {seed: test prompts}
+    for run in map(read_run, paths):
+        folder, seed, method = run.folder, run.config.run.seed, re.sub(r"-seed=\d+", "", run.folder.name)
+        if run.config.data.path:
             raise UserError(f"{folder}: has no gold reward to compare; see its table")
-        if seed in found.get(method, ()):
+        if not (folder / FINISHED).is_file():
+            raise UserError(f"{folder}: is not finished; go on with it first")
+        if seed in found.setdefault(method, {}):
             raise UserError(f"{folder}: a run of {method} with seed {seed} is there already; give each once")
-        prompts = tuple(pairs_of(folder, "test"))
+        prompts = tuple(read_json(run.stage("data/slices").path / "split.json")["test"])
         if asked.setdefault(seed, prompts) != prompts:
             raise UserError(f"{folder}: its test prompts are not those of the other runs with seed {seed}")
-        names = [f"teacher{k + 1}" for k in range(settings.teachers)]
-        taught = last if settings.update_teachers else 0
-        student = gold_by_prompt(config, folder, "student", last)["gold"]
-        teachers = np.mean([gold_by_prompt(config, folder, name, taught)["gold"] for name in names], 0)
-        found.setdefault(method, {})[seed] = (student, teachers)
-    first = next(iter(found.values()))
-    rows = []
+        found[method][seed] = last_gold(run)
+    first, rows = next(iter(found.values())), []
     for name, seeds in found.items():
         row = {"method": name, "seeds": sorted(seeds)}
-        for side, index in (("student", 0), ("teachers", 1)):
-            row[side] = float(np.mean([values[index].mean() for values in seeds.values()]))
-            pairs = [values[index] - first[seed][index] for seed, values in seeds.items() if seed in first]
+        for side in SIDES:
+            row[side] = float(np.mean([gold[side].mean() for gold in seeds.values()]))
+            pairs = [gold[side] - first[seed][side] for seed, gold in seeds.items() if seed in first]
             if pairs and seeds is not first:
-                row[f"{side}_difference"] = float(np.mean([p.mean() for p in pairs]))
+                row[f"{side}_difference"] = float(np.mean([pair.mean() for pair in pairs]))
                 row[f"{side}_interval"] = paired_interval(pairs)
         rows.append(row)
     return rows
@@ -60,43 +64,36 @@ def format_comparison(rows: list[dict]) -> str:
     lines = [f"{'last round':{width}}  seeds  student  difference to the first      teachers  difference"]
     for row in rows:
         cells = [f"{row['method']:{width}}  {len(row['seeds']):5}"]
-        for side in ("student", "teachers"):
-            cells.append(f"{row[side]:7.3f}")
-            low_high = "[{:+.3f}, {:+.3f}]".format(*row[f"{side}_interval"]) if f"{side}_interval" in row else ""
-            cells.append(f"{row[f'{side}_difference']:+.3f} {low_high:20}" if low_high else " " * 27)
+        for side in SIDES:
+            found = [row[f"{side}_difference"], *row[f"{side}_interval"]] if f"{side}_interval" in row else []
+            text = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found) if found else ""
+            cells += [f"{row[side]:7.3f}", f"{text:27}"]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:
     """Measure what the command line asks for; returns the exit code."""
-    as_json = "--json" in argv
     words = [word for word in argv if word != "--json"]
     if not words or "--help" in words or "-h" in words:
         print(__doc__)
         return 0 if words else 2
-    odd = next((word for word in words if word.startswith("-")), None)
-    if odd:
-        raise UserError(f"{odd}: unknown word; see eval.py --help")
-    from minmacpo.evaluate import format_table, make_table
-
+    if odd := [word for word in words if word.startswith("-")]:
+        raise UserError(f"{odd[0]}: unknown word; see eval.py --help")
     if words[0] == "compare":
         if len(words) < 3:
             raise UserError("compare needs at least two runs")
-        rows = compare(words[1:])
-        print(json.dumps(rows, indent=1) if as_json else format_comparison(rows))
-        return 0
-    runs = words[1:] if words[0] == "table" else words
-    if len(runs) != 1:
-        raise UserError("expected one run; eval.py compare RUN RUN... takes several")
-    table = make_table(runs[0])
-    if not table["rows"]:
-        raise UserError(f"{runs[0]}: no agent has been measured yet")
-    print(json.dumps(table, indent=1) if as_json else format_table(table))
+        found, show = compare(words[1:]), format_comparison
+    else:
+        runs = words[1:] if words[0] == "table" else words
+        if len(runs) != 1:
+            raise UserError("expected one run; eval.py compare RUN RUN... takes several")
+        found, show = make_table(read_run(runs[0])), format_table
+        if not found["rows"]:
+            raise UserError(f"{runs[0]}: no agent has been measured yet")
+    print(json.dumps(found, indent=1) if "--json" in argv else show(found))
     return 0
 
 
 if __name__ == "__main__":
-    from minmacpo.program import call
-
-    sys.exit(call(main))
+    sys.exit(call(main, "nothing was changed: this program only reads."))

@@ -1,100 +1,99 @@
 """Ask a base or an adapter: python sample.py PATH [PROMPT] [--prompts FILE --out FILE] [--export DIR].
 
-PATH is a model folder, or an adapter folder such as runs/world/round3/student_pos. FILE holds one
-prompt per line, as text or as {"prompt": text}; the answers go to --out as JSON lines. --export
-writes base and adapter merged as one Hugging Face folder. --generate.KEY=VALUE and --run.seed=N as
-in train.py; the defaults are those of the run that PATH belongs to.
+PATH is a model or adapter folder, FILE holds a prompt per line, as text or as {"prompt": text}; answers go to --out as
+JSON lines, --export merges base and adapter. --generate.KEY=, --run.seed=… and --data.template= are as in PATH's run.
 """
 
 import json
 import sys
+import tempfile
 from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
-from dataclasses import replace
 from pathlib import Path
 
 from minmacpo import UserError
+from minmacpo.commandline import overlay, read_toml
+from minmacpo.config import Config, check
+from minmacpo.data import Example, Message, example_id, read_lines
+from minmacpo.files import move, write_rows
+from minmacpo.progress import call
+
+ACCEPTED = ("--generate.", "--data.template=", "--run.seed=", "--run.device=", "--run.dtype=", "--run.threads=")
 
 
 def parse_words(argv: list[str]) -> tuple[Namespace, dict[str, str]]:
     """The words of the command line, and the settings among them."""
     parser = ArgumentParser("sample.py", description=__doc__, formatter_class=RawTextHelpFormatter)
-    for name in ("path", "prompt"):
-        parser.add_argument(name, nargs="?")
-    for name in ("prompts", "out", "export"):
-        parser.add_argument(f"--{name}")
+    parser.add_argument("path", nargs="?", type=Path)
+    parser.add_argument("prompt", nargs="?")
+    for name in ("--prompts", "--out", "--export"):
+        parser.add_argument(name, type=Path)
     words, rest = parser.parse_known_args(argv)
-    settings = dict(word[2:].partition("=")[::2] for word in rest)
-    if not all(word.startswith(("--generate.", "--run.")) and "=" in word for word in rest):
-        raise UserError(f"{' '.join(rest)}: expected --generate.KEY=VALUE; see sample.py --help")
-    if not words.path or not (words.prompt or words.prompts or words.export):
-        raise UserError("expected PATH and a PROMPT, --prompts FILE or --export DIR; see sample.py --help")
-    if bool(words.prompts) != bool(words.out):
-        raise UserError("--prompts FILE and --out FILE belong together")
-    for target in (words.out, words.export):
-        if target and Path(target).exists():
-            raise UserError(f"{target}: exists already; it is not overwritten")
-    return words, settings
+    if odd := [word for word in rest if not word.startswith(ACCEPTED) or "=" not in word]:
+        raise UserError(f"{odd[0]}: expected --generate.KEY=, --run.seed=, device, dtype, threads or --data.template=")
+    asked = words.prompt or words.prompts or words.export
+    if not words.path or not asked or bool(words.prompts) != bool(words.out):
+        raise UserError("expected PATH and PROMPT, --prompts FILE with --out FILE, or --export DIR (--help)")
+    if taken := [target for target in (words.out, words.export) if target and target.exists()]:
+        raise UserError(f"{taken[0]}: exists already; it is not overwritten")
+    return words, dict(word[2:].split("=", 1) for word in rest)
 
 
-def read_prompts(file: str) -> list[str]:
+def read_prompts(file: Path) -> list[str]:
     """The prompts of a file, one per line."""
-    from minmacpo.data import read_lines
-
     prompts = []
-    for number, line in read_lines(Path(file)):
+    for number, line in read_lines(file):
         try:
-            prompt = json.loads(line).get("prompt") if line.startswith("{") else line
-        except ValueError:
-            raise UserError(f"{file}, line {number}: is no JSON") from None
+            prompt = json.loads(line)["prompt"] if line.startswith("{") else line
+        except (ValueError, KeyError, RecursionError):
+            prompt = None
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f'{file}, line {number}: expected a prompt, as text or as {{"prompt": text}}')
         prompts.append(prompt)
+    if not prompts:
+        raise UserError(f"{file}: holds no prompt")
     return prompts
 
 
-def settings_of(folder: Path, flags: dict[str, str]):
-    """The settings of the run that `folder` belongs to, if any, with `flags` laid over them."""
-    from minmacpo.commandline import overlay, read_toml
-    from minmacpo.config import Config, check
-
-    home = next((p / "config.toml" for p in folder.absolute().parents if (p / "config.toml").is_file()), None)
-    config = overlay(overlay(Config(), read_toml(home) if home else {}, str(home)), flags, "command line")
-    check(config)
+def settings_of(folder: Path, flags: dict[str, str]) -> Config:
+    """The settings of the run that `folder` is a stage of, or else the defaults, with `flags` over them."""
+    home = folder.resolve().parent.parent / "config.toml"
+    known = read_toml(home) if home.is_file() and (folder / "stage.json").is_file() else {}
+    config = overlay(Config(), known | {"model.context": 10**9}, str(home))  # `answer` checks the model's own
+    check(config := overlay(config, flags, "command line"))
     return config
 
 
 def main(argv: list[str]) -> int:
     """Answer or export what the command line asks for; returns the exit code."""
     words, flags = parse_words(argv)
-    prompts = ([words.prompt] if words.prompt else []) + (read_prompts(words.prompts) if words.prompts else [])
+    texts = ([words.prompt] if words.prompt else []) + (read_prompts(words.prompts) if words.prompts else [])
+    import torch
+
     from minmacpo.checkpoint import export_merged
-    from minmacpo.data import Example, Message, example_id
-    from minmacpo.files import write_records
-    from minmacpo.tokenizer import default_template
     from minmacpo.workshop import answer, open_folder
 
-    folder = Path(words.path)
-    loaded, base, template = open_folder(folder, config := settings_of(folder, flags))
-    template = template or default_template(loaded.tokenizer)
+    config = settings_of(words.path, flags)
+    torch.set_num_threads(config.run.threads or torch.get_num_threads())
+    loaded, base, template = open_folder(words.path, config)
     most = min(config.generate.max_new, loaded.model.config.max_position_embeddings // 2)
-    config = replace(config, data=replace(config.data, template=template), generate=replace(config.generate, max_new=most))
+    template = template or ("turns" if loaded.tokenizer.marks else "plain")
+    config = overlay(config, {"data.template": template, "generate.max_new": most} | flags, "command line")
     if words.export:
-        export_merged(loaded.model, base, Path(words.export))
+        words.export.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=words.export.parent) as beside:
+            export_merged(loaded.model, base, Path(beside) / "whole")
+            move(Path(beside) / "whole", words.export)
         print(f"merged model: {words.export}")
-    examples = [Example(example_id(p), p, "") for p in ((Message("user", prompt),) for prompt in prompts)]
-    size, samples = config.generate.batch, []
-    for start in range(0, len(examples), size):
-        jobs = [(example, 0) for example in examples[start : start + size]]
-        samples += answer(config, loaded, str(folder), jobs, config.run.seed)
+    prompts, samples, size = [(Message("user", text),) for text in texts], [], config.generate.batch
+    jobs = [(Example(example_id(prompt), prompt, ""), 0) for prompt in prompts]
+    for i in range(0, len(jobs), size):
+        samples += answer(config, loaded, str(words.path), jobs[i : i + size], config.run.seed)
     if words.out:
-        write_records(Path(words.out), samples)
-        print(f"{len(samples)} answers: {words.out}")
-    else:
-        print(*(sample.response for sample in samples), sep="\n")
+        write_rows(words.out, samples)
+    said = [f"{len(samples)} answers: {words.out}"] if words.out else [sample.response for sample in samples]
+    print(*said, sep="\n", end="\n" * bool(said))
     return 0
 
 
 if __name__ == "__main__":
-    from minmacpo.program import call
-
-    sys.exit(call(main))
+    sys.exit(call(main, "what is not announced above is not done, and nothing half-written is left."))

@@ -15,13 +15,10 @@ from minmacpo.report import over_rounds
 
 def picture(run: str) -> str:
     """The chart of gold reward over the rounds as an SVG that stands alone."""
-    read_run(run)
-    by: dict[str, list[dict]] = {}
-    for row in make_table(run)["rows"]:
-        by.setdefault(row["agent"], []).append(row)
     style = Path(page.__file__).with_name("page.css").read_text("utf-8")
-    style += "svg{background:var(--paper);font:13px system-ui,sans-serif}"
-    chart = page.chart(over_rounds(by, "gold"), "round", (1070, 440, 150), "wide")
+    style += "svg{background:var(--paper);font:13px system-ui,sans-serif;margin:0}"
+    rows = make_table(read_run(run))["rows"]
+    chart = page.chart(over_rounds(rows, "gold"), "round", (1070, 440, 150), "wide")
     opened = '<svg xmlns="http://www.w3.org/2000/svg" width="1070" height="440"'
     return re.sub("^<svg", opened, chart).replace(">", f"><style>{style}</style>", 1)
 

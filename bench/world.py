@@ -1,7 +1,7 @@
 """The measured tables, RESULTS.md: python -m bench.world [--seeds=0,1,2,3,4] [--long=0,1] [--hh=RUN] [--root=runs].
 
 Runs train.py for every seed and variant (finished stages are shared, finished runs are not redone; about
-9 CPU-minutes a seed), then writes the page from the runs on disk; --page only writes the page. --hh is a
+9 CPU-minutes a seed), then writes the page from the runs on disk; --page only writes, --no_page only runs. --hh is a
 finished run of `python train.py @hh --data.path=FOLDER` to be shown beside them.
 """
 
@@ -11,9 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minmacpo.config import Config
-from minmacpo.evaluate import cost_rows, format_table, gold_by_prompt, make_table, paired_interval, read_run
-from minmacpo.files import read_json
+from minmacpo.evaluate import Past, format_table, gold_by_prompt, make_table, paired_interval, read_run
 
 VARIANTS = {
     "MACPO": [],
@@ -21,9 +19,12 @@ VARIANTS = {
     "−HN (SFT term only)": ["--macpo.hard_negatives=false"],
     "−IW (teachers frozen)": ["--macpo.update_teachers=false"],
     "random pick, no filter": ["--macpo.select=random"],
+    "confident loss (Burns et al.)": ["--method=confident"],
+    "SPIN (Chen et al.)": ["--method=spin"],
+    "DPO on the true pairs": ["--method=dpo-truth"],
 }
 LONG = ["--macpo.rounds=10"]
-Runs = dict[int, tuple[Path, Config]]
+Runs = dict[int, Past]
 
 
 def run_path(root: Path, seed: int, flags: list[str]) -> Path:
@@ -49,14 +50,13 @@ def finished(root: Path, seeds: list[int], flags: list[str]) -> Runs:
 
 
 def values(runs: Runs, agent: str, t: int | None = None) -> dict[int, np.ndarray]:
-    """Gold reward by prompt, per seed; "teachers" is their mean; t None: the last round there is."""
+    """Gold reward by prompt, per seed; "teachers" is their mean; at round t, or the last one measured before."""
     out = {}
-    for seed, (folder, config) in runs.items():
-        settings = config.macpo
-        last = settings.rounds if agent == "student" or settings.update_teachers else 0
-        names = [f"teacher{k + 1}" for k in range(settings.teachers)] if agent == "teachers" else [agent]
-        when = settings.rounds if agent in ("continued", "ceiling") else last if t is None else min(t, last)
-        out[seed] = np.mean([gold_by_prompt(config, folder, name, when)["gold"] for name in names], 0)
+    for seed, run in runs.items():
+        rounds = range(run.config.macpo.rounds + 1)[: None if t is None else t + 1]
+        names = [f"teacher{k + 1}" for k in range(run.config.macpo.teachers)] if agent == "teachers" else [agent]
+        when = [max(t for t in rounds if f"eval/round{t}_{name}_samples" in run.notes) for name in names]
+        out[seed] = np.mean([gold_by_prompt(run, *known)["gold"] for known in zip(names, when, strict=True)], 0)
     return out
 
 
@@ -81,11 +81,11 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def seeds_table(runs: Runs) -> str:
     """One row per seed: student by round, controls, PGR, teachers."""
     rows = []
-    for seed, (folder, config) in sorted(runs.items()):
-        one = {seed: (folder, config)}
-        table = make_table(folder)
-        rounds = [mean(values(one, "student", t)) for t in range(config.macpo.rounds + 1)]
-        pgr = next(r["pgr"] for r in table["rows"] if (r["agent"], r["round"]) == ("student", config.macpo.rounds))
+    for seed, run in sorted(runs.items()):
+        one, last = {seed: run}, run.config.macpo.rounds
+        table = make_table(run)
+        rounds = [mean(values(one, "student", t)) for t in range(last + 1)]
+        pgr = next(r["pgr"] for r in table["rows"] if (r["agent"], r["round"]) == ("student", last))
         wrong = ", ".join(f"{row['wrong']:.0%}" for row in table["negatives"])
         rows.append(
             [str(seed), *rounds, mean(values(one, "continued")), mean(values(one, "ceiling")),
@@ -129,16 +129,16 @@ def long_table(root: Path, seeds: list[int]) -> str:
     rows = []
     for seed, run in finished(root, seeds, LONG).items():
         one = {seed: run}
-        curve = [values(one, "student", t)[seed].mean() for t in range(run[1].macpo.rounds + 1)]
-        teachers = [values(one, "teachers", t)[seed].mean() for t in (0, 3, run[1].macpo.rounds)]
+        curve = [values(one, "student", t)[seed].mean() for t in range(run.config.macpo.rounds + 1)]
+        teachers = [values(one, "teachers", t)[seed].mean() for t in (0, 3, run.config.macpo.rounds)]
         rows.append([str(seed), " ".join(f"{v:.3f}" for v in curve), f"{curve[-1] / max(curve):.1%}",
                      " / ".join(f"{v:.3f}" for v in teachers)])  # fmt: skip
     return markdown(["seed", "student r0 … r10", "r10 / best", "teachers r0 / r3 / r10"], rows)
 
 
-def cost_table(folder: Path) -> str:
+def cost_table(run: Past) -> str:
     """CPU seconds by kind of stage of one run that was computed from nothing."""
-    stages = [row for row in cost_rows(folder) if not row["linked_from"]]
+    stages = [row for row in make_table(run)["cost"] if not row["linked_from"]]
     kinds = sorted({row["kind"] for row in stages}, key=lambda k: -sum(r["cpu_seconds"] for r in stages if r["kind"] == k))
     rows = []
     for kind in kinds:
@@ -150,11 +150,14 @@ def cost_table(folder: Path) -> str:
     return markdown(["kind of stage", "stages", "CPU seconds", "tokens"], rows)
 
 
-def hh_section(run: Path) -> str:
+def hh_section(run: Past) -> str:
     """A run on HH-RLHF files: what the reader counted, the table, the cost."""
-    notes = read_json(run / "data/slices/stage.json")["counts"]
-    counts = [[name, ", ".join(f"{reason} {n}" for reason, n in found.items())] for name, found in notes["rows"].items()]
-    counts += [[name, ", ".join(f"{reason} {n}" for reason, n in found.items())] for name, found in notes["slices"].items()]
+    counts = run.notes["data/slices"]["counts"]
+    made = {name.removeprefix("data/corpus_"): notes["counts"] for name, notes in run.notes.items() if "/corpus_" in name}
+    texts = {name: made[name]["documents"] for name in sorted(made)}
+    repeated = {"repeated prompts left out": counts["repeated prompts left out"]}
+    parts = counts["rows"] | counts["slices"] | repeated | {"d0, documents": texts}
+    counts = [[name, ", ".join(f"{reason} {n}" for reason, n in found.items())] for name, found in parts.items()]
     return "\n".join([
         "## HH-RLHF: both official test files as one mixture\n",
         "`python train.py @hh --data.path=FOLDER`; tiny bases made from a part of the same files, so this shows the code "
@@ -173,15 +176,17 @@ def page(root: Path, seeds: list[int], long_seeds: list[int]) -> str:
         "bootstraps of the paired difference over seeds, then prompts. Seeds 0 and 1 were used to choose settings; "
         "the others were run once, afterwards.\n",
         "## Student and teachers, by seed\n", seeds_table(full), differences_table(full),
-        "## Ablations\n", variants_table(root, seeds),
+        "## Ablations and other methods\n\nThe other methods start from the same naive student and take as many passes over the same prompts; their teachers stay as they are.\n", variants_table(root, seeds),
         "## Ten rounds\n", long_table(root, long_seeds),
-        "## What the default run costs (seed 0)\n", cost_table(full[min(full)][0]),
+        "## What the default run costs (seed 0)\n", cost_table(full[min(full)]),
     ]  # fmt: skip
     return "\n".join(parts)
 
 
 def main(argv: list[str]) -> None:
     options = dict(word.lstrip("-").partition("=")[::2] for word in argv)
+    if odd := options.keys() - {"seeds", "long", "hh", "root", "page", "no_page"}:
+        raise SystemExit(f"--{odd.pop()}: unknown; see the first lines of bench/world.py")
     seeds = [int(s) for s in options.get("seeds", "0,1,2,3,4").split(",")]
     long_seeds = [int(s) for s in options.get("long", "0,1").split(",") if s]
     root = Path(options.get("root", "runs"))
@@ -193,7 +198,7 @@ def main(argv: list[str]) -> None:
             if seed in long_seeds:
                 train(root, seed, LONG)
     if "no_page" not in options:
-        text = page(root, seeds, long_seeds) + ("\n" + hh_section(Path(options["hh"])) if "hh" in options else "")
+        text = page(root, seeds, long_seeds) + ("\n" + hh_section(read_run(options["hh"])) if "hh" in options else "")
         Path("RESULTS.md").write_text(text, encoding="utf-8")
         print(text)
 

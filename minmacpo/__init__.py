@@ -6,11 +6,10 @@ Only the one exception that every module may raise lives here; the map for readi
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036
-    raise SystemExit(
-        "minmacpo needs Python 3.11 or newer (it reads TOML with the standard library); this is "
-        + sys.version.split()[0]
-        + ". Make the environment with a newer one: python3.11 -m venv .venv"
-    )
+    found = "minmacpo needs Python 3.11 or newer (it reads TOML with the standard library); this is "
+    remedy = ". Make the environment with a newer one: python3.11 -m venv .venv"
+    print(found + sys.version.split()[0] + remedy, file=sys.stderr)
+    raise SystemExit(2)
 
 __version__ = "0.1.0"
 

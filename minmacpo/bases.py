@@ -1,20 +1,28 @@
-"""The first stages of a run: its texts on disk, a tokenizer, and the bases, made here or given."""
+"""The first stages of a run: its texts on disk, a tokenizer, and the base models, made here or given.
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+Texts are read and made to fit in memory, before a run folder exists: bad input leaves nothing behind.
+"""
+
+import functools
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from minmacpo import UserError
 from minmacpo.checkpoint import check_model_folder, save_model, weight_files
 from minmacpo.config import Config, shape
-from minmacpo.data import Example
-from minmacpo.files import fingerprint, read_records, sha256_file, write_atomic, write_json, write_records
+from minmacpo.data import Example, Message, Pair, read_hh, split_pairs
+from minmacpo.files import fingerprint, read_rows, sha256_file, write_atomic, write_json, write_rows
 from minmacpo.fit import Schedule, SftObjective, Unit, fit
 from minmacpo.machine import device_of
 from minmacpo.model import ModelConfig, new_model
-from minmacpo.prepare import Prepared, base_names
 from minmacpo.run import Run, Stage, Work, derive_seed
-from minmacpo.tokenizer import Tokenizer, Tokens, load_tokenizer, render, show_mask
+from minmacpo.tokenizer import Tokenizer, dialogue_text, load_tokenizer, render, show_mask, train_tokenizer
+
+TOKENIZER_TEXTS = 6000  # documents of the strong base's text that the tokenizer is trained on
+LEAST_PROMPT = 16  # tokens; where an answer leaves room for fewer, its prompt is not cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,106 +41,196 @@ class Ground:
     bases: dict[str, Base]
 
 
-def given_base(name: str, folder: str) -> Base:
-    """A base that exists already; its fingerprint covers its files (of big ones: size, both ends)."""
-    path = Path(folder)
-    check_model_folder(path)
-    small = [path / file for file in ("config.json", "tokenizer.model", "generation_config.json")]
-    marks = [sha256_file(file) for file in small if file.is_file()]
-    for file in weight_files(path):
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            head = stream.read(1 << 20).hex()
-            stream.seek(max(0, size - (1 << 20)))
-            marks += [file.name, size, head[:4096], fingerprint([head, stream.read().hex()])]
-    return Base(name, Stage(str(path), path, fingerprint(marks), external=True))
+@dataclass(slots=True)
+class Prepared:
+    """`slices` d1, d2, test; `corpora` (D0) by base; `tokenizer` bytes where one is made here; counts."""
+
+    slices: dict[str, list[Pair]]
+    corpora: dict[str, list[Example]]
+    tokenizer: bytes | None
+    counts: dict
 
 
-def given_folders(config: Config) -> dict[str, str]:
+def base_names(config: Config) -> list[str]:
+    """"strong", "weak1" … "weakK"."""
+    return ["strong", *(f"weak{k + 1}" for k in range(config.macpo.teachers))]
+
+
+def given_folders(config: Config) -> dict[str, Path]:
     """{base name: HF folder} of the bases that the user gives."""
-    folders = {"strong": config.model.student} if config.model.student else {}
-    return folders | {f"weak{k + 1}": f for k, f in enumerate(config.model.teachers[: config.macpo.teachers])}
+    named = zip(base_names(config), [config.model.student, *config.model.teachers], strict=False)
+    return {name: Path(folder) for name, folder in named if folder}
 
 
 def given_tokenizers(config: Config) -> list[Tokenizer]:
-    """The tokenizers of the given bases; UserError if a context is too short for the settings."""
-    needed, tokenizers = max(config.data.max_length, config.data.max_prompt + config.generate.max_new), []
-    for folder in given_folders(config).values():
-        model, tokenizer = check_model_folder(Path(folder))
-        if needed > model.max_position_embeddings:
-            raise UserError(
-                f"{folder}: its context is {model.max_position_embeddings} tokens, the settings need"
-                f" {needed}; lower data.max_prompt, data.max_length or generate.max_new"
-            )
-        tokenizers.append(tokenizer)
-    return tokenizers
+    """The tokenizers of the given bases."""
+    return [load_tokenizer(folder) for folder in given_folders(config).values()]
+
+
+def prepare_hh(config: Config, given: Sequence[Tokenizer]) -> Prepared:
+    """Slices and corpora of HH-RLHF files; `given` are the tokenizers of bases that exist already.
+    The strong base reads all of D0, a weak one a random share of its own."""
+    pairs, rows = read_hh(config.data.path, config.data.max_examples)
+    slices, repeated = split_pairs(pairs, config.data.shares, config.run.seed)
+    both = [(pair, text) for pair in slices.pop("d0") for text in (pair.chosen, pair.rejected)]
+    documents = [Example(pair.id, pair.prompt, text, pair.meta) for pair, text in both]
+    corpora = {"strong": documents}
+    for name in base_names(config)[1:]:
+        rng = random.Random(f"{config.run.seed}/corpus/{name}")
+        corpora[name] = [document for document in documents if rng.random() < config.pretrain.weak_share]
+    unused = len(pairs) - len(both) // 2 - sum(map(len, slices.values())) - sum(repeated.values())
+    counts = {"rows": rows, "kept": len(pairs), "repeated prompts left out": repeated, "in no slice": unused}
+    return fit_slices(config, slices, corpora, given, counts)
+
+
+def fit_slices(config: Config, slices, corpora, given: Sequence[Tokenizer], counts: dict) -> Prepared:
+    """Train the tokenizer if bases are made here; drop or cut rows that no model could read whole.
+    Raises UserError if a slice, or the text to pre-train on, is left empty."""
+    made, tokenizers = None, list(given)
+    if missing := set(base_names(config)) - given_folders(config).keys():
+        if empty := [name for name in corpora if name in missing | {"strong"} and not corpora[name]]:
+            settings = "data.shares, pretrain.weak_share and the steps"
+            raise UserError(f"D0 has no text to make {empty[0]} from; see {settings}")
+        texts = [dialogue_text(d.prompt, d.response) for d in corpora["strong"][:TOKENIZER_TEXTS]]
+        made = train_tokenizer(texts, config.model.vocab)
+        tokenizers.append(Tokenizer(made))
+    kept, sizes, prompts = {}, {}, set()
+    for name, pairs in slices.items():
+        kept[name], reasons = [], Counter()
+        for pair in filter(None, (fit_pair(config, pair, tokenizers, reasons) for pair in pairs)):
+            if name != "d1" and pair.prompt in prompts:
+                reasons["equal after the cut"] += 1  # to one of this slice, or of another
+            else:
+                kept[name].append(pair)
+            prompts.add(pair.prompt)
+        if not kept[name]:
+            lost = ", ".join(f"{reason}: {count}" for reason, count in reasons.items()) or "too few rows"
+            raise UserError(f"no row is left for {name} ({lost}); see data.shares, data.max_prompt, data.long")
+        sizes[name] = {"rows": len(kept[name])} | dict(reasons)
+    documents = {base: len(texts) for base, texts in corpora.items()}
+    return Prepared(kept, corpora, made, counts | {"slices": sizes, "d0": documents})
+
+
+def fit_pair(config: Config, pair: Pair, tokenizers: Sequence[Tokenizer], reasons: Counter) -> Pair | None:
+    """The pair as every model can read it whole, its prompt cut if need be and wanted, or None; `reasons`
+    counts both. The answer is at fault where a prompt within data.max_prompt has no room beside it."""
+    data, texts = config.data, (pair.chosen, pair.rejected)
+
+    def longest(messages: tuple[Message, ...]) -> tuple[int, int]:
+        """Most tokens of the prompt, and of an answer with its leading space and end token."""
+        masks = [render(t, data.template, messages, text).mask for t in tokenizers for text in texts]
+        return max(mask.count(False) for mask in masks), max(mask.count(True) for mask in masks)
+
+    size, answer = longest(pair.prompt)
+    left = data.max_length - answer
+    room = min(data.max_prompt, left)
+    if size <= room:
+        return pair
+    wanted = data.long == "cut_prompt" and left >= LEAST_PROMPT
+    cut = cut_prompt(pair.prompt, lambda messages: longest(messages)[0] <= room) if wanted else None
+    if cut is None:
+        fault = "prompt" if size > data.max_prompt and left >= LEAST_PROMPT else "answer"
+        reasons[f"over-long {fault}"] += 1
+        return None
+    reasons["prompt cut"] += 1
+    return replace(pair, prompt=cut)
+
+
+def cut_prompt(prompt: tuple[Message, ...], fits: Callable) -> tuple[Message, ...] | None:
+    """The end of the prompt that fits: whole turns go first, then characters; None if not one is left."""
+    while len(prompt) > 1 and not fits(prompt):
+        prompt = prompt[1:]
+    while len(text := prompt[0].content) > 1 and not fits(prompt):
+        prompt = (replace(prompt[0], content=text[max(1, len(text) // 20) :].lstrip() or text[-1]),)
+    return prompt if fits(prompt) else None
+
+
+def given_base(config: Config, name: str, folder: Path) -> Base:
+    """A base that exists already; its fingerprint covers its files.
+    UserError if the folder is not whole, or the context too short for the settings."""
+    context = check_model_folder(folder)[0].max_position_embeddings
+    needed = max(config.data.max_length, config.data.max_prompt + config.generate.max_new)
+    if needed > context:
+        lower = "lower data.max_prompt, data.max_length or generate.max_new"
+        raise UserError(f"{folder}: its context is {context} tokens, the settings need {needed}; {lower}")
+    small = (folder / file for file in ("config.json", "tokenizer.model", "generation_config.json"))
+    files = [*filter(Path.is_file, small), *weight_files(folder)]
+    marks = [[file.name, hash_once(file, file.stat().st_size, file.stat().st_mtime_ns)] for file in files]
+    return Base(name, Stage(str(folder), folder, fingerprint(marks), external=True))
+
+
+@functools.cache
+def hash_once(file: Path, size: int, changed: int) -> str:
+    """`sha256_file`, remembered: a run plans its stages before it computes them."""
+    return sha256_file(file)
 
 
 def make_ground(run: Run, source: dict, prepared: Callable[[], Prepared]) -> Ground:
     """The stages data/* and bases/*. `source` identifies the texts; `prepared` reads them when needed."""
-    data, model = run.config.data, run.config.model
-    origin = source | {"template": data.template, "vocab": model.vocab}
-    given = {name: given_base(name, folder) for name, folder in given_folders(run.config).items()}
+    config, data = run.config, run.config.data
+    bases = {name: given_base(config, name, folder) for name, folder in given_folders(config).items()}
+    origin = source | {"template": data.template, "vocab": config.model.vocab}
     limits = {"max_prompt": data.max_prompt, "max_length": data.max_length, "long": data.long}
-    settings = origin | limits | {"given": [base.stage.fingerprint for base in given.values()]}
+    settings = origin | limits | {"given": [base.stage.fingerprint for base in bases.values()]}
 
     def write_slices(work: Work) -> dict:
-        ids = {}
         for name, pairs in prepared().slices.items():
-            write_records(work.folder / f"{name}.jsonl", pairs)
-            ids[name] = [pair.id for pair in pairs]
+            write_rows(work.folder / f"{name}.jsonl", pairs)
+        ids = {name: [pair.id for pair in pairs] for name, pairs in prepared().slices.items()}
         write_json(work.folder / "split.json", ids)
-        return prepared().counts
+        return {k: count for k, count in prepared().counts.items() if k != "d0"}  # that depends on K
 
     def write_tokenizer(work: Work) -> dict:
         write_atomic(work.folder / "tokenizer.model", prepared().tokenizer)
         return {"pieces": Tokenizer(prepared().tokenizer).size}
 
-    slices = run.stage("data/slices", "slices/1", settings, [], write_slices, ("data",))
-    missing = [name for name in base_names(run.config) if name not in given]
-    if not missing:
-        return Ground(slices, given)
-    tokenizer = run.stage("bases/tokenizer", "tokenizer/1", origin, [], write_tokenizer, ("data",))
-    made = {name: make_base(run, name, origin, tokenizer, prepared) for name in missing}
-    return Ground(slices, given | made)
+    slices = run.stage("data/slices", "slices/2", settings, [], write_slices, ("data",))
+    if missing := [name for name in base_names(config) if name not in bases]:
+        tokenizer = run.stage("bases/tokenizer", "tokenizer/1", origin, [], write_tokenizer, ("data",))
+        bases |= {name: make_base(run, name, origin, tokenizer, prepared) for name in missing}
+    return Ground(slices, bases)
 
 
 def make_base(run: Run, name: str, origin: dict, tokenizer: Stage, prepared: Callable[[], Prepared]) -> Base:
-    """Two stages: the text of base `name`, and the base pre-trained on every token of it from scratch."""
+    """Two stages: the text of base `name`, and the base pre-trained on it."""
     config, part, weak = run.config, run.config.pretrain, run.config.model.weak
-    template, most = config.data.template, config.data.max_length
     if name == "strong":
-        text, lr, steps = config.model.strong, part.strong_lr, part.strong_steps
+        form, lr, steps = config.model.strong, part.strong_lr, part.strong_steps
     else:
-        text, lr, steps = weak[(int(name[4:]) - 1) % len(weak)], part.weak_lr, part.weak_steps
+        form, lr, steps = weak[(int(name[4:]) - 1) % len(weak)], part.weak_lr, part.weak_steps
+    share = {} if name == "strong" else {"weak_share": part.weak_share}
+    share = {"documents": steps * part.batch} if config.data.path is None else share
     schedule = Schedule(lr, steps, part.batch, floor=0.1, betas=(0.9, 0.95), weight_decay=0.1)
-    share = {"documents": steps * part.batch} if config.data.path is None else {"weak_share": part.weak_share}
-    settings = {"shape": text, "context": config.model.context, "max_length": most, "template": template}
-    settings |= {"device": device_of(config), "micro_tokens": config.run.micro_tokens} | asdict(schedule)
+    settings = {"shape": form, "context": config.model.context, "max_length": config.data.max_length,
+                "template": config.data.template, "device": device_of(config),
+                "micro_tokens": config.run.micro_tokens} | asdict(schedule)  # fmt: skip
 
     def write_corpus(work: Work) -> dict:
-        write_records(work.folder / "texts.jsonl", prepared().corpora[name])
+        write_rows(work.folder / "texts.jsonl", prepared().corpora[name])
         return {"documents": len(prepared().corpora[name])}
-
-    def pretrain(work: Work) -> dict:
-        pieces = load_tokenizer(tokenizer.path)
-        width, layers, heads, mlp = shape(text)
-        size = (pieces.size, width, mlp, layers, heads, heads, width // heads, config.model.context)
-        model_config = ModelConfig(*size, bos_token_id=pieces.bos, eos_token_id=pieces.eos)
-        model = new_model(model_config, derive_seed(config.run.seed, name, "weights")).to(device_of(config))
-        examples = read_records(corpus.path / "texts.jsonl", Example)
-        rows = [render(pieces, template, e.prompt, e.response).ids for e in examples]
-        tokens = [Tokens(row[:most], [False, *[True] * (min(len(row), most) - 1)]) for row in rows]
-        units = [Unit(e.id, (row,)) for e, row in zip(examples, tokens, strict=True)]
-        work.log(f"first row: {show_mask(pieces, units[0].rows[0])[:400]}")
-        counts = fit(model, list(model.parameters()), units, SftObjective(), schedule, work)
-        weights = {k: v.cpu() for k, v in model.state_dict().items()}
-        save_model(work.folder, model_config, weights, pieces.model)
-        cut, parameters = sum(len(row) > most for row in rows), sum(p.numel() for p in model.parameters())
-        return counts | {"documents_cut": cut, "parameters": parameters}
 
     source = origin | share | {"base": name}
     corpus = run.stage(f"data/corpus_{name}", "corpus/1", source, [], write_corpus, ("data",))
-    inputs, key = [tokenizer, corpus], (name, "pretrain")
-    size = f"{steps} steps of {part.batch} documents, {text}"
-    return Base(name, run.stage(f"bases/{name}", "pretrain/1", settings, inputs, pretrain, key, size))
+    size = f"{steps} steps of {part.batch} documents, {form}"
+    return Base(name, run.stage(f"bases/{name}", "pretrain/1", settings, [tokenizer, corpus],
+                                lambda work: pretrain(work, name, form, schedule, tokenizer, corpus),
+                                (name, "pretrain"), size))  # fmt: skip
+
+
+def pretrain(work: Work, name: str, form: str, schedule: Schedule, tokenizer: Stage, corpus: Stage) -> dict:
+    """Train new weights of the shape `form` on every token of the corpus, and write them as an HF folder."""
+    config, most, pieces = work.run.config, work.run.config.data.max_length, load_tokenizer(tokenizer.path)
+    width, layers, heads, mlp = shape(form)
+    size = (pieces.size, width, mlp, layers, heads, heads, width // heads, config.model.context)
+    model_config = ModelConfig(*size, bos_token_id=pieces.bos, eos_token_id=pieces.eos)
+    model = new_model(model_config, derive_seed(config.run.seed, name, "weights")).to(device_of(config))
+    texts = read_rows(corpus.path / "texts.jsonl", Example)
+    rows = [render(pieces, config.data.template, text.prompt, text.response) for text in texts]
+    cut = sum(len(row.ids) > most for row in rows)
+    for row in rows:
+        row.ids, row.mask = row.ids[:most], [i > 0 for i in range(min(len(row.ids), most))]
+    work.log(f"first row: {show_mask(pieces, rows[0])[:400]}")
+    units = [Unit(text.id, (row,)) for text, row in zip(texts, rows, strict=True)]
+    counts = fit(model, list(model.parameters()), units, SftObjective(), schedule, work)
+    save_model(work.folder, model_config, {k: v.cpu() for k, v in model.state_dict().items()}, pieces.model)
+    return counts | {"documents_cut": cut, "parameters": sum(p.numel() for p in model.parameters())}

@@ -1,7 +1,6 @@
 """Which rows go into which forward pass: plans made before any work, and padded batches.
 
-A plan depends on lengths, sizes and seed only: the denominators of a step are known before its first backward
-pass, and the position in the data is one number.
+A plan depends on lengths, sizes and seed only, so a step's denominators are known before its first backward.
 """
 
 import math
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from minmacpo.tokenizer import Tokens
 
@@ -25,18 +25,17 @@ class Batch:
 
 def collate(rows: Sequence[Tokens], device="cpu") -> Batch:
     """Rows of any length as one Batch; there is no attention mask, see model.py."""
-    width = max(len(row.ids) for row in rows)
-    tokens = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows])
-    mask = torch.tensor([row.mask + [False] * (width - len(row.ids)) for row in rows])
+    tokens = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
+    mask = pad_sequence([torch.tensor(row.mask) for row in rows], batch_first=True)
     return Batch(tokens.to(device, non_blocking=True), mask.to(device, non_blocking=True))
 
 
-def cut(order: Sequence[int], lengths: Sequence[int], rows_each: int, budget: int) -> list[list[int]]:
-    """`order` cut into runs whose padded size (longest · rows_each · units) stays within `budget`."""
+def cut(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """`order` cut into runs whose padded size (longest · units) is at most `budget`, or of one unit."""
     groups, longest = [], 0
     for unit in order:
         longest = max(longest, lengths[unit])
-        if groups and longest * rows_each * (len(groups[-1]) + 1) <= budget:
+        if groups and longest * (len(groups[-1]) + 1) <= budget:
             groups[-1].append(unit)
         else:
             groups.append([unit])
@@ -44,19 +43,17 @@ def cut(order: Sequence[int], lengths: Sequence[int], rows_each: int, budget: in
     return groups
 
 
-def plan_steps(
-    lengths: Sequence[int], batch: int, steps: int, seed: int, rows_each: int = 1, budget: int = 16384
-) -> list[list[list[int]]]:
+def plan_steps(lengths: Sequence[int], batch: int, steps: int, seed: int,
+               budget: int = 16384) -> list[list[list[int]]]:  # fmt: skip
     """`steps` optimiser steps, each a list of micro-batches of at most `budget` tokens, each a list of units.
-    A unit is an answer (one row) or a pair (`rows_each` = 2); lengths are of its longest row. Every epoch is
-    shuffled anew, and its last step may be smaller; within a step, units are sorted by length."""
+    Every epoch is shuffled anew, and its last step may be smaller; within a step, units go by length."""
     plan = []
     for epoch in range(math.ceil(steps / steps_per_epoch(len(lengths), batch))):
         order = list(range(len(lengths)))
         random.Random(f"{seed}/{epoch}").shuffle(order)
         for start in range(0, len(order), batch):
             units = sorted(order[start : start + batch], key=lambda unit: (lengths[unit], unit))
-            plan.append(cut(units, lengths, rows_each, budget))
+            plan.append(cut(units, lengths, budget))
     return plan[:steps]
 
 
@@ -67,10 +64,4 @@ def steps_per_epoch(units: int, batch: int) -> int:
 
 def plan_scoring(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """All units once, sorted by length, in groups of at most `budget` padded tokens."""
-    return cut(sorted(range(len(lengths)), key=lengths.__getitem__), lengths, 1, budget)
-
-
-def padding_share(groups: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
-    """Share of padding among all positions of the batches `groups`."""
-    padded = sum(max(lengths[unit] for unit in group) * len(group) for group in groups)
-    return 1 - sum(lengths[unit] for group in groups for unit in group) / max(padded, 1)
+    return cut(sorted(range(len(lengths)), key=lengths.__getitem__), lengths, budget)

@@ -1,10 +1,10 @@
 """Hugging Face folders and PEFT adapters, in and out; and the state of an unfinished training.
 
-Only safetensors, memory-mapped; every tensor's name is accounted for. What is written here loads in
-transformers, PEFT and vLLM as it is.
+Only safetensors, memory-mapped, every tensor accounted for; transformers, PEFT and vLLM load what is written.
 """
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,13 +16,16 @@ from torch import Tensor
 from minmacpo import UserError
 from minmacpo.config import Lora
 from minmacpo.files import read_json, write_atomic, write_json
-from minmacpo.lora import PREFIX, merged_weights
+from minmacpo.lora import merged_weights
 from minmacpo.model import ModelConfig, Transformer, parse_config
 from minmacpo.tokenizer import Tokenizer, load_tokenizer
 
 # Settings of adapter_config.json that plain LoRA leaves at these values.
 PLAIN = {"use_rslora": False, "use_dora": False, "modules_to_save": None, "layers_to_transform": None,
          "rank_pattern": {}, "alpha_pattern": {}}  # fmt: skip
+# What a base may say of how to talk to it, beside tokenizer.model: an export has it unchanged.
+MANNERS = ("generation_config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json",
+           "added_tokens.json", "chat_template.jinja")  # fmt: skip
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -40,19 +43,11 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path}: is no readable safetensors file ({error})") from None
 
 
-def read_object(file: Path) -> dict:
-    """The object in a .json file; UserError for anything else."""
-    raw = read_json(file)
-    if not isinstance(raw, dict):
-        raise UserError(f"{file}: expected an object")
-    return raw
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of an HF folder, by its index if there is one; UserError if none."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.is_file():
-        weights = read_object(index).get("weight_map")
+        weights = read_json(index).get("weight_map")
         if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
             raise UserError(f"{index}: expected a weight_map of file names")
         return [folder / name for name in sorted(set(weights.values()))]
@@ -64,20 +59,19 @@ def weight_files(folder: Path) -> list[Path]:
 
 def read_config(folder: Path) -> ModelConfig:
     """ModelConfig of an HF folder; UserError if there is none, or it is not understood."""
-    file = Path(folder) / "config.json"
-    if not file.parent.is_dir():
+    if not folder.is_dir():
         raise UserError(f"{folder}: is no folder; download the model first and give its path")
-    if not file.is_file():
+    if not (file := folder / "config.json").is_file():
         raise UserError(f"{folder}: has no config.json, so it is no model folder")
-    return parse_config(read_object(file), str(file))
+    return parse_config(read_json(file), str(file))
 
 
-def read_weights(folder: Path) -> tuple[Transformer, dict[str, Tensor]]:
-    """(model without memory, its memory-mapped tensors) of an HF folder, where a tied head may be missing.
+def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+    """The model of an HF folder, where a tied head may be missing; on "meta" it takes no memory.
     UserError if a file is missing, damaged or not understood, or a tensor's name or shape unexpected."""
     with torch.device("meta"):
         model = Transformer(read_config(folder))
-    tensors = {k: v for file in weight_files(Path(folder)) for k, v in load_tensors(file)[0].items()}
+    tensors = {k: v for file in weight_files(folder) for k, v in load_tensors(file)[0].items()}
     tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
     if model.config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -87,7 +81,9 @@ def read_weights(folder: Path) -> tuple[Transformer, dict[str, Tensor]]:
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
             raise UserError(f"{folder}: {name} is {list(tensor.shape)}, expected {list(wanted[name].shape)}")
-    return model, tensors
+    model.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, assign=True)
+    model.tie_head()
+    return model.eval()
 
 
 def check_model_folder(folder: Path) -> tuple[ModelConfig, Tokenizer]:
@@ -96,16 +92,9 @@ def check_model_folder(folder: Path) -> tuple[ModelConfig, Tokenizer]:
     if tokenizer.size > config.vocab_size:
         sizes = f"the tokenizer has {tokenizer.size} pieces, the model only {config.vocab_size} rows"
         raise UserError(f"{folder}: {sizes}")
-    read_weights(folder)
+    load_model(folder, "meta")
+    stop_ids(folder, tokenizer)
     return config, tokenizer
-
-
-def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> Transformer:
-    """The model of an HF folder; raises UserError as `read_weights` does."""
-    model, tensors = read_weights(folder)
-    model.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, assign=True)
-    model.tie_head()
-    return model.eval()
 
 
 def save_model(folder: Path, config: ModelConfig, weights: dict[str, Tensor], tokenizer: bytes) -> None:
@@ -121,19 +110,25 @@ def save_model(folder: Path, config: ModelConfig, weights: dict[str, Tensor], to
     save_tensors(folder / "model.safetensors", {k: v for k, v in weights.items() if k != left_out})
 
 
+def export_merged(model: Transformer, source: Path, folder: Path) -> None:
+    """Write base and slot as one HF folder; tokenizer, stop ids and chat template are those of `source`."""
+    folder.mkdir(parents=True)
+    save_model(folder, model.config, merged_weights(model), (source / "tokenizer.model").read_bytes())
+    for file in (source / name for name in MANNERS):
+        if file.is_file():
+            write_atomic(folder / file.name, file.read_bytes())
+
+
 def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
     """Every id that ends an answer: the tokenizer's end token and those of both HF configs."""
     ids = {tokenizer.eos}
-    for file in (Path(folder) / "config.json", Path(folder) / "generation_config.json"):
-        eos = read_object(file).get("eos_token_id") if file.is_file() else None
-        ids |= set(eos if isinstance(eos, list) else [eos])
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        eos = read_json(file).get("eos_token_id") if file.is_file() else None
+        ends = eos if isinstance(eos, list) else [eos]
+        if not all(end is None or type(end) is int for end in ends):
+            raise UserError(f"{file}: eos_token_id = {eos!r}; expected a whole number, or a list of them")
+        ids |= set(ends)
     return ids - {None}
-
-
-def export_merged(model: Transformer, source: Path, folder: Path) -> None:
-    """Write base and slot as one HF folder; the tokenizer is that of the base's folder `source`."""
-    folder.mkdir(parents=True)
-    save_model(folder, model.config, merged_weights(model), (Path(source) / "tokenizer.model").read_bytes())
 
 
 def save_adapter(folder: Path, tensors: dict[str, Tensor], config: Lora, base: str) -> None:
@@ -148,37 +143,36 @@ def save_adapter(folder: Path, tensors: dict[str, Tensor], config: Lora, base: s
 
 
 def load_adapter(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter folder under PEFT's keys; UserError if missing, damaged or foreign."""
-    file = Path(folder) / "adapter_model.safetensors"
-    tensors, _ = load_tensors(file)
-    for key in tensors:
-        if not key.startswith(PREFIX):
-            raise UserError(f"{file}: {key} is no key of a PEFT LoRA adapter")
-    return tensors
+    """The tensors of an adapter folder, as `write_adapter` takes them; UserError if missing or damaged."""
+    return load_tensors(folder / "adapter_model.safetensors")[0]
 
 
 def read_adapter_config(folder: Path) -> tuple[Lora, str]:
     """(slot settings, path of the base as written) of an adapter folder; UserError if not plain LoRA."""
-    file = Path(folder) / "adapter_config.json"
-    raw = read_object(file)
+    file = folder / "adapter_config.json"
+    raw = read_json(file)
     odd = next((name for name in PLAIN if raw.get(name)), None)
     if raw.get("peft_type") != "LORA" or odd or raw.get("bias", "none") != "none":
         raise UserError(f"{file}: only plain LoRA adapters are read ({odd or 'peft_type or bias'} is set)")
     r, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
-    named = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
-    if not named or not isinstance(alpha, int | float) or not isinstance(r, int) or r < 1:
-        raise UserError(f"{file}: expected r, lora_alpha and a list of target_modules")
-    return Lora(r, alpha, tuple(targets)), raw.get("base_model_name_or_path") or ""
+    base = raw.get("base_model_name_or_path") or ""
+    named = isinstance(targets, list) and all(isinstance(name, str) for name in [base, *targets])
+    scaled = isinstance(alpha, int | float) and math.isfinite(alpha)
+    if not named or not scaled or not isinstance(r, int) or r < 1:
+        raise UserError(f"{file}: expected r, lora_alpha, a list of target_modules and the path of the base")
+    return Lora(r, alpha, tuple(targets)), base
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], notes: dict) -> None:
     """Parameters and moments with the step's notes in one file, so that they cannot part."""
+    path.parent.mkdir(exist_ok=True)
     save_tensors(path, tensors, {"notes": json.dumps(notes)})
 
 
-def load_state(path: Path) -> tuple[dict[str, Tensor], dict] | None:
-    """What `save_state` wrote, or None where there is nothing yet."""
-    if not path.is_file():
-        return None
-    tensors, metadata = load_tensors(path)
-    return tensors, json.loads(metadata["notes"])
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """What `save_state` wrote; UserError if it is damaged."""
+    try:
+        tensors, metadata = load_tensors(path)
+        return tensors, json.loads(metadata["notes"])
+    except (UserError, KeyError, ValueError):
+        raise UserError(f"{path}: is no whole training state; delete it, and the stage trains anew") from None

@@ -1,26 +1,34 @@
-"""From the words of a command line to a checked `Config`: flags, TOML files, presets, help.
+"""From the words of a command line to a checked `Config`: flags, TOML files, presets, help. No torch here.
 
-Strict on purpose: an unknown key, a wrong type or a key without a value is an error that names
-the nearest right one. No torch here.
+Strict on purpose: an unknown key, a wrong type or a key without a value is an error that says what is right.
 """
 
-import functools
+import contextlib
 import math
 import re
 import tomllib
-import types
 import typing
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
 
 from minmacpo import UserError
-from minmacpo.config import Config, check, flatten, toml_value
+from minmacpo.config import SETTINGS, Config, check, flatten, toml_value
 
 PRESETS = Path(__file__).parent / "presets"
 UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # what a TOML file cannot hold as it is
+UNSAFE = re.compile(r"[^A-Za-z0-9_.,+-]")  # what the name of a run does not hold
+BARE = {"--dry_run": "dry_run", "--profile": "profile", "--help": "help", "-h": "help"}
+HELP = """\
+python train.py [@preset | @file.toml]... [--section.key=value | --section.key value]...
+                [--method=NAME] [--stage=NAME] [--dry_run] [--profile] [--help]
+
+presets: @hh, @tiny, @world (default @world; files and flags are laid over it, left to right)
+--dry_run   read the data, print settings, row counts, slices and the stage plan; write nothing
+--stage     compute this one stage only; the stages it needs must be finished
+--profile   write a Chrome trace of the first steps of each kind of stage into the run folder
+Defaults are those of the released MACPO scripts; a preset's values are in minmacpo/presets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,83 +36,61 @@ class Command:
     """What `train.py` was asked: the settings, and the words that belong to the command alone."""
 
     config: Config
+    stage: str | None = None
     dry_run: bool = False
     profile: bool = False
     help: bool = False
-    stage: str | None = None
-
-
-@functools.cache
-def section_keys(section) -> dict[str, object]:
-    """Declared type of every key of a section (an instance)."""
-    return typing.get_type_hints(type(section))
 
 
 def describe(kind) -> str:
     """A declared type in the words of `--help` and of error messages."""
     args = typing.get_args(kind)
-    if typing.get_origin(kind) is Literal:
+    if typing.get_origin(kind) is typing.Literal:
         return " | ".join(args)
     if typing.get_origin(kind) is tuple:
         return f"list of {describe(args[0])}"
-    if isinstance(kind, types.UnionType):
+    if type(None) in args:
         return f"{describe(args[0])} | none"
     return {int: "whole number", float: "number", bool: "true | false", str: "text"}[kind]
 
 
 def convert(kind, value, key: str):
     """`value` (text from a flag, or a TOML value) as the declared type; UserError otherwise."""
-    args = typing.get_args(kind)
-    if isinstance(kind, types.UnionType):
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if type(None) in args:
         return None if value in ("none", None) else convert(args[0], value, key)
-    if typing.get_origin(kind) is tuple:
+    if origin is tuple and isinstance(value, str | list | tuple):
         items = value.split(",") if isinstance(value, str) else value
-        if isinstance(items, list | tuple):
-            return tuple(convert(args[0], item, key) for item in items if item != "")
-    elif typing.get_origin(kind) is Literal:
-        value = str(value).lower() if isinstance(value, bool) else value
-        if value in args:
-            return value
-    elif kind is bool:
-        if isinstance(value, bool) or value in ("true", "false"):
-            return value in (True, "true")
-    elif kind is str:
-        if isinstance(value, str) and value and not UNWRITABLE.search(value):
-            return value
-    elif not isinstance(value, bool) and isinstance(value, str | int | float):
-        try:
+        return tuple(convert(args[0], item, key) for item in items if item != "")
+    if kind is str and isinstance(value, str) and not UNWRITABLE.search(value):
+        return value
+    word = str(value).lower() if isinstance(value, bool) else value  # TOML's true is the word true
+    if origin is typing.Literal and word in args:
+        return word
+    if kind is bool and word in ("true", "false"):
+        return word == "true"
+    if kind in (int, float) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
             number = kind(value) if isinstance(value, str) or kind is float else value
             if isinstance(number, kind) and math.isfinite(number):
                 return number
-        except (ValueError, OverflowError):
-            pass
     shown = ascii(value) if len(str(value)) <= 80 else ascii(str(value)[:80]) + "…"
-    raise UserError(f"{key} = {shown}: expected {describe(kind)}")
-
-
-known_keys = functools.cache(lambda: tuple(flatten(Config())))
-
-
-def check_key(key: str, where: str) -> None:
-    """Raise UserError, with the nearest right name, unless `key` is a known "section.key"."""
-    known = known_keys()
-    if key in known:
-        return
-    section, _, name = key.partition(".")
-    near = get_close_matches(key, known, 1, 0.6)
-    near = near or [k for k in known if k.partition(".")[2] == (name or section)][:1]
-    hint = f"; did you mean {near[0]}?" if near else "; python train.py --help lists all"
-    raise UserError(f"{where}: unknown setting {key!r}{hint}")
+    near = get_close_matches(value, args, 1) if origin is typing.Literal and isinstance(value, str) else []
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"{key} = {shown}: expected {describe(kind)}{hint}")
 
 
 def overlay(config: Config, values: dict[str, object], where: str) -> Config:
-    """A new Config with the flat {"section.key": value} laid over it; types are checked."""
+    """A new Config with {"section.key": value} laid over it; UserError for unknown keys and wrong types."""
     for key, value in values.items():
-        check_key(key, where)
+        if key not in SETTINGS:
+            same_name = [known for known in SETTINGS if known.split(".")[1] == key.rpartition(".")[2]]
+            near = (get_close_matches(key, SETTINGS, 1) or same_name)[:1]
+            hint = f"did you mean {near[0]}?" if near else "python train.py --help lists all"
+            raise UserError(f"{where}: unknown setting {key!r}; {hint}")
         section, name = key.split(".")
-        part = getattr(config, section)
-        value = convert(section_keys(part)[name], value, f"{where}: {key}")
-        config = replace(config, **{section: replace(part, **{name: value})})
+        value = convert(SETTINGS[key].type, value, f"{where}: {key}")
+        config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
     return config
 
 
@@ -129,62 +115,64 @@ def read_toml(path: Path) -> dict[str, object]:
         raise UserError(f"{path}: not valid TOML: {error}") from None
     if not tables:
         raise UserError(f"{path}: is empty; expected sections such as [dpo] with key = value lines")
-    flat = {}
     for section, keys in tables.items():
         if not isinstance(keys, dict):
             raise UserError(f"{path}: {section!r} stands outside a section such as [dpo]")
-        flat |= {f"{section}.{key}": value for key, value in keys.items()}
-    return flat
+    return {f"{section}.{key}": value for section, keys in tables.items() for key, value in keys.items()}
 
 
-def split_words(argv: list[str]) -> tuple[list[str], dict[str, str], set[str]]:
-    """argv as (@-words without the @, {key: text}, bare flags); UserError for anything else."""
-    files, values, bare = [], {}, set()
+def split_words(argv: list[str]) -> tuple[list[str], dict[str, str], dict[str, bool]]:
+    """argv as (@-words without the @, {key: text}, {bare flag: True}); UserError for anything else."""
+    files, values, bare = [], {}, {}
     words = iter(argv)
     for word in words:
         if word.startswith("@") and len(word) > 1:
             files.append(word[1:])
-        elif word in ("--dry_run", "--profile", "--help", "-h"):
-            bare.add(word.lstrip("-")[0])
+        elif word in BARE:
+            bare[BARE[word]] = True
         elif word.startswith("--") and len(word) > 2:
             key, equals, text = word[2:].partition("=")
-            text = text if equals else next(words, "--")
+            text = text if equals else next(words, "")
             if not text or (not equals and text.startswith(("--", "@"))):
                 raise UserError(f"--{key} needs a value: --{key}=VALUE")
-            values[{"method": "run.method"}.get(key, key)] = text
+            values["run.method" if key == "method" else key] = text
         else:
             raise UserError(f"{word!r}: expected @preset, @file.toml or --section.key=value")
     return files, values, bare
 
 
-def parse(argv: list[str]) -> Command:
-    """The command line of `train.py` as a checked Command (grammar: --help).
+def lay(layers: list[tuple[str, dict[str, object]]]) -> Config:
+    """Layers (where from, values) over the defaults; K follows model.teachers unless a layer states it."""
+    config = Config()
+    for where, values in layers:
+        config = overlay(config, values, where)
+    if config.model.teachers and not any("macpo.teachers" in values for _, values in layers):
+        config = overlay(config, {"macpo.teachers": len(config.model.teachers)}, "model.teachers")
+    return config
 
-    Settings are laid over each other: defaults, TOML files from left to right, flags. Unless the
-    first file is a packaged preset, @world is the ground. Raises UserError.
-    """
+
+def parse(argv: list[str]) -> Command:
+    """The words of `train.py` (see HELP) as a checked Command: defaults, files from left to right, flags.
+    Unless a packaged preset comes first, @world is the ground. What a file leaves "" must be given later."""
     files, values, bare = split_words(argv)
+    if "help" in bare:
+        return Command(Config(), help=True)
     stage = values.pop("stage", None)
     ground = [] if files and not files[0].endswith(".toml") else ["world"]
-    config = Config()
-    for word in ground + files:
-        path = preset_path(word)
-        config = overlay(config, read_toml(path), str(path))
-    preset, config = config, overlay(config, values, "command line")
-    if "hh" in files and config.data.path is None:
-        raise UserError("@hh needs --data.path=FOLDER_OR_FILE, HH-RLHF files as published")
+    layers = [(str(path), read_toml(path)) for path in map(preset_path, ground + files)]
+    preset, config = lay(layers), lay([*layers, ("command line", values)])
+    if needed := next((key for key, value in flatten(config).items() if value == ""), None):
+        raise UserError(f"@{' @'.join(files)} needs --{needed}=VALUE: {SETTINGS[needed].metadata['help']}")
     if config.run.name is None:
         label = "+".join(Path(word).stem for word in files) or "world"
         config = replace(config, run=replace(config.run, name=run_name(label, preset, config)))
     check(config)
-    return Command(config, "d" in bare, "p" in bare, "h" in bare, stage)
+    return Command(config, stage, **bare)
 
 
 def run_name(label: str, preset: Config, config: Config) -> str:
-    """`label` plus "-key=value" for every setting in which `config` differs from `preset`.
-
-    A value that is long, or could be mistaken for another part of the name, is told apart by a hash.
-    """
+    """`label` plus "-key=value" for every setting in which `config` differs from `preset`; a value that is
+    long, or could be mistaken for another part of the name, is told apart by a hash."""
     old, new = flatten(preset), flatten(config)
     last = [key.split(".")[1] for key in new]
     for key, value in sorted(new.items(), key=lambda item: item[0].startswith("run.")):
@@ -192,8 +180,8 @@ def run_name(label: str, preset: Config, config: Config) -> str:
             continue
         short = key.split(".")[1] if last.count(key.split(".")[1]) == 1 else key
         text = ",".join(map(str, value)) if isinstance(value, tuple) else toml_value(value).strip('"')
-        if not re.fullmatch(r"[A-Za-z0-9_.,+-]{1,40}", text):
-            text = f"{re.sub(r'[^A-Za-z0-9_.,+-]', '', Path(text).name)[-40:]}~{sha256(text.encode()).hexdigest()[:6]}"
+        if UNSAFE.search(text) or not 0 < len(text) <= 40:
+            text = f"{UNSAFE.sub('', Path(text).name)[-40:]}~{sha256(text.encode()).hexdigest()[:6]}"
         label += f"-{short}={text}"
     raw = label.encode()
     return label if len(raw) <= 200 else f"{raw[:190].decode(errors='ignore')}~{sha256(raw).hexdigest()[:8]}"
@@ -203,28 +191,16 @@ def to_toml(config: Config) -> str:
     """The whole Config as TOML that `train.py @FILE` takes back unchanged."""
     lines = []
     for section, keys in asdict(config).items():
-        lines += [f"[{section}]", *(f"{k} = {toml_value(v)}" for k, v in keys.items()), ""]
+        lines += [f"[{section}]", *(f"{key} = {toml_value(value)}" for key, value in keys.items()), ""]
     return "\n".join(lines)
 
 
 def help_text() -> str:
     """The whole of `train.py --help`."""
-    presets = ", ".join("@" + p.stem for p in sorted(PRESETS.glob("*.toml")))
-    lines = [
-        "python train.py [@preset | @file.toml]... [--section.key=value | --section.key value]...",
-        "                [--method=NAME] [--stage=NAME] [--dry_run] [--profile] [--help]",
-        "",
-        f"presets: {presets} (default @world; files and flags are laid over it, left to right)",
-        "--dry_run   read the data, print settings, row counts, slices and the stage plan; write nothing",
-        "--stage     compute this one stage only; the stages it needs must be finished",
-        "--profile   write a Chrome trace of the first steps of each kind of stage into the run folder",
-        "Defaults are those of the released MACPO scripts; a preset's values are in minmacpo/presets.",
-    ]
-    for part in fields(Config):
-        lines += ["", f"[{part.name}]"]
-        kinds = section_keys(part.default)
-        for key in fields(part.default):
-            head = f"  --{part.name}.{key.name} ({describe(kinds[key.name])})"
-            lines.append(f"{head} = {toml_value(key.default)}")
-            lines += [f"        {key.metadata['help']}"] if key.metadata["help"] else []
+    lines = [HELP]
+    for section in fields(Config):
+        lines += ["", f"[{section.name}]"]
+        for key in fields(section.type):
+            head = f"  --{section.name}.{key.name} ({describe(key.type)}) = {toml_value(key.default)}"
+            lines += [head, f"        {key.metadata['help']}"]
     return "\n".join(lines)

@@ -6,12 +6,13 @@ counted under its reason, nothing is dropped in silence. No torch here.
 
 import gzip
 import json
+import os
 import random
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -71,14 +72,11 @@ class Sample:
     meta: dict = field(default_factory=dict)
 
 
-def to_json(record) -> str:
-    """One line of JSON for a record."""
-    return json.dumps(asdict(record), ensure_ascii=False)
-
-
-def from_json(kind, line: str):
-    """The record of class `kind` that `to_json` wrote."""
+def from_json(kind: type, line: str):
+    """The record of class `kind` in one line of JSON; a dict stays as it is."""
     values = json.loads(line)
+    if kind is dict:
+        return values
     values["prompt"] = tuple(Message(**message) for message in values["prompt"])
     if "tokens" in values:
         values["tokens"] = tuple(values["tokens"])
@@ -92,21 +90,36 @@ def example_id(prompt: tuple[Message, ...], occurrence: int = 0) -> str:
 
 
 def find_files(path: str) -> list[Path]:
-    """The .jsonl and .jsonl.gz files at `path` (a file of any name, or a folder), sorted."""
-    root = Path(path)
+    """The .jsonl and .jsonl.gz files at `path` (a file of any name, or a folder), sorted; runs that lie in the
+    folder are passed over. UserError if there is none, or a folder cannot be read."""
+    root, files, seen = Path(path), [], set()
     if not root.exists():
         raise UserError(f"data.path: {root} does not exist")
-    files = sorted(f for f in root.rglob("*") if f.name.endswith((".jsonl", ".jsonl.gz")) and f.is_file())
-    if not files and not root.is_file():
+    if not root.is_dir():
+        return [root]
+
+    def unreadable(error: OSError) -> None:
+        raise UserError(f"data.path: {error.filename} cannot be read ({error.strerror})")
+
+    for folder, inner, names in os.walk(root, onerror=unreadable, followlinks=True):
+        real, run = os.path.realpath(folder), "config.toml" in names and Path(folder) != root
+        if run or real in seen:
+            inner.clear()
+        else:
+            files += [Path(folder, name) for name in names if name.endswith((".jsonl", ".jsonl.gz"))]
+        seen.add(real)
+    if not files:
         raise UserError(f"data.path: no .jsonl or .jsonl.gz file in {root}")
-    return files or [root]
+    return sorted(files)
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, text) of a file, gzipped or not; UserError where it cannot be read."""
     number = 0
     try:
-        with (gzip.open if file.name.endswith(".gz") else open)(file, "rb") as stream:
+        with file.open("rb") as stream:
+            packed = file.name.endswith(".gz") or stream.read(2) == b"\x1f\x8b"
+        with (gzip.open if packed else open)(file, "rb") as stream:
             for number, line in enumerate(stream, 1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
     except UnicodeDecodeError as error:
@@ -127,16 +140,17 @@ def split_dialogue(text: str) -> tuple[tuple[Message, ...], str]:
 
 def parse_row(text: str, where: str) -> tuple[Pair | None, str]:
     """(pair, "kept") or (None, why it cannot be used); UserError for a row that cannot be read."""
-    sides = []
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error}); {EXPECTED}") from None
-    for key in ("chosen", "rejected"):
+    sides, keys = [], ("chosen", "rejected")
+    for key in keys:
         if not isinstance(row, dict) or key not in row:
             raise UserError(f"{where}: no {key!r}; {EXPECTED}")
         if not isinstance(row[key], str):
             raise UserError(f"{where}: {key!r} is no text; {EXPECTED}")
+    for key in keys:
         try:
             row[key].encode("utf-8")
             sides += split_dialogue(row[key])
@@ -149,6 +163,8 @@ def parse_row(text: str, where: str) -> tuple[Pair | None, str]:
         return None, "prompts differ"
     if not prompt or prompt[-1].role != "user" or not prompt[-1].content:
         return None, "no human turn before the answer"
+    if "Human" in [TURN.findall(row[key])[-1] for key in keys]:
+        return None, "human turn at the end"
     if not chosen or not rejected:
         return None, "empty answer"
     if chosen == rejected:
@@ -162,7 +178,8 @@ def read_hh(path: str, most: int | None = None) -> tuple[list[Pair], dict[str, d
     endings. Raises UserError for an unreadable row, or when none is left."""
     files, pairs, counts, seen = find_files(path), [], {}, Counter()
     for index, file in enumerate(files):
-        label = re.sub(r"\.jsonl(\.gz)?$", "", file.name)
+        name = os.fsencode(file.name).decode("utf-8", "backslashreplace")
+        label = re.sub(r"\.jsonl(\.gz)?$", "", name)
         label = label if label not in counts else str(file.relative_to(path))
         count = counts.setdefault(label, Counter(read=0, kept=0))
         limit = None if most is None else most // len(files) + (index < most % len(files))
@@ -181,22 +198,21 @@ def read_hh(path: str, most: int | None = None) -> tuple[list[Pair], dict[str, d
 
 
 def split_pairs(
-    pairs: list[Pair], shares: tuple[float, ...], seed: int, left_out: Counter | None = None
-) -> dict[str, list[Pair]]:
-    """{"d0", "d1", "d2", "test"}: slices disjoint by first human turn; shares count first turns.
-    A prompt that occurs again in d2 or test is left out there (the first one stays), `left_out` counts how many."""
+    pairs: list[Pair], shares: tuple[float, ...], seed: int
+) -> tuple[dict[str, list[Pair]], dict[str, int]]:
+    """{"d0", "d1", "d2", "test"}: slices disjoint by first human turn (shares count first turns); and how
+    many pairs were left out of d2 and test, because their prompt had occurred before."""
     first_turn = {pair.id: next(m.content for m in pair.prompt if m.role == "user") for pair in pairs}
     turns = sorted(set(first_turn.values()))
     random.Random(f"{seed}/split").shuffle(turns)
     ends = [round(sum(shares[:i]) * len(turns)) for i in range(5)]
     where = {turn: name for i, name in enumerate(SLICES) for turn in turns[ends[i] : ends[i + 1]]}
-    slices, prompts = {name: [] for name in SLICES}, set()
+    slices, prompts, left_out = {name: [] for name in SLICES}, set(), Counter(d2=0, test=0)
     for pair in pairs:
         name = where.get(first_turn[pair.id])
         if name in ("d2", "test") and pair.prompt in prompts:
-            if left_out is not None:
-                left_out[name] += 1
+            left_out[name] += 1
         elif name:
             slices[name].append(pair)
         prompts.add(pair.prompt)
-    return slices
+    return slices, dict(left_out)

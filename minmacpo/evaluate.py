@@ -1,12 +1,13 @@
 """What a run is worth: test answers of every agent at every round, and the table made of them.
 
-`measure` adds stages to a run while it goes on; `make_table` reads finished ones from the disk, at any time.
-The only module, beside the programs, that knows the world's gold reward.
+`measure` adds stages to a run while it goes on; `make_table` reads finished ones from the disk, at any time,
+each once: what it finds there is remembered with the stage's fingerprint. The only module, beside the
+programs, that knows the world's gold reward.
 """
 
 import functools
 import itertools
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +17,25 @@ from minmacpo.bases import Ground
 from minmacpo.commandline import overlay, read_toml
 from minmacpo.config import Config
 from minmacpo.data import Pair, Sample
-from minmacpo.files import read_json, read_records, read_rows
+from minmacpo.files import read_json, read_rows
 from minmacpo.macpo import Trained
 from minmacpo.page import words
 from minmacpo.run import Stage, verify
 from minmacpo.stages import sample, score_texts
 from minmacpo.workshop import Texts, Workshop
 
-COLUMNS = {  # of the printed table: key, heading, decimals
-    "gold": ("gold", 3), "right": ("right", 3), "polite": ("polite", 3), "well_formed": ("formed", 3),
-    "pgr": ("PGR", 2), "perplexity": ("ppl", 3), "perplexity_char": ("ppl/char", 3),
-    "accuracy": ("pref.acc", 3), "length": ("chars", 1), "hit_length": ("cut", 3),
-    "distinct2": ("distinct-2", 3),
+COLUMNS = {  # of the printed table: key, heading, how it is written
+    "gold": ("gold", "{gold:.3f} [{gold_interval[0]:.3f}, {gold_interval[1]:.3f}]"),
+    "right": ("right", "{right:.3f} ±{right_half:.2f}"), "polite": ("polite", "{polite:.3f} ±{polite_half:.2f}"),
+    "well_formed": ("formed", "{well_formed:.3f} ±{well_formed_half:.2f}"), "pgr": ("PGR", "{pgr:.2f}"),
+    "perplexity": ("ppl", "{perplexity:.3f}"), "perplexity_char": ("ppl/char", "{perplexity_char:.3f}"),
+    "accuracy": ("pref.acc", "{accuracy:.3f}"), "length": ("chars", "{length:.1f}"),
+    "hit_length": ("cut", "{hit_length:.3f}"), "distinct2": ("distinct-2", "{distinct2:.3f}"),
 }  # fmt: skip
+CONTROLS = {"continued": "naive SFT continued", "ceiling": "ceiling"}
+NOTES = {"name", "kind", "fingerprint", "counts", "started", "seconds", "cpu_seconds", "peak_mb"}
 town_of = functools.lru_cache(maxsize=8)(world.make_town)
+check_once = functools.cache(verify)  # files are hashed once
 
 
 def measure(shop: Workshop, ground: Ground, trained: Trained) -> None:
@@ -43,57 +49,54 @@ def measure(shop: Workshop, ground: Ground, trained: Trained) -> None:
         score_texts(shop, f"eval/base_{base.name}_{side}", base, None, texts)
 
 
-def read_run(path: str | Path) -> tuple[Path, Config]:
-    """(folder, configuration) of a run; UserError if the folder is none."""
-    file = Path(path) / "config.toml"
-    if not file.is_file():
-        raise UserError(f"{file.parent}: is no run folder (it has no config.toml)")
-    return file.parent, overlay(Config(), read_toml(file), str(file))
+@dataclass(frozen=True, slots=True)
+class Past:
+    """A run as its folder shows it at one moment; `notes`: stage.json of every finished stage by name."""
+
+    folder: Path
+    config: Config
+    notes: dict[str, dict]
+
+    def stage(self, name: str) -> Stage:
+        """A finished stage; UserError if it is none, or if a file of it is damaged."""
+        if name not in self.notes:
+            raise UserError(f"{self.folder / name}: is no finished stage")
+        stage = Stage(name, self.folder / name, self.notes[name]["fingerprint"])
+        check_once(stage)
+        return stage
 
 
-def notes_of(folder: Path) -> dict:
-    """stage.json of a finished stage, {} if it is not finished."""
-    return read_json(folder / "stage.json") if (folder / "stage.json").is_file() else {}
+def read_run(path: str | Path) -> Past:
+    """The run in a folder; UserError if the folder is none, or if a stage.json in it is damaged."""
+    folder, settings, notes = Path(path), Path(path) / "config.toml", {}
+    if not settings.is_file():
+        raise UserError(f"{folder}: is no run folder (it has no config.toml)")
+    for file in folder.glob("[!.]*/*/stage.json"):  # not those in run.PARTIAL
+        found = notes[file.parent.relative_to(folder).as_posix()] = read_json(file)
+        if not found.keys() >= NOTES:
+            raise UserError(f"{file}: is damaged, or no stage's; delete {file.parent} and start again")
+    return Past(folder, overlay(Config(), read_toml(settings), str(settings)), notes)
 
 
-def whole(stage: Path) -> Path:
-    """The folder of a finished stage; UserError if it is not finished or a file of it is damaged."""
-    verify(Stage(stage.name, stage, notes_of(stage).get("fingerprint", "")))
-    return stage
-
-
-def of_finished(function: Callable) -> Callable:
-    """`function(*stage folders, **more)`, computed once per fingerprints; {} until they are all finished."""
-    remembered = functools.lru_cache(maxsize=8192)(lambda prints, stages, **more: function(*map(whole, stages), **more))
-
-    def call(*stages: Path, **more: object) -> object:
-        notes = [notes_of(stage) for stage in stages]
-        return remembered(tuple(n["fingerprint"] for n in notes), stages, **more) if all(notes) else {}
-
-    return functools.wraps(function)(call)
-
-
-@functools.lru_cache(maxsize=8)
-def pairs_of(folder: Path, name: str) -> dict[str, Pair]:
-    """A slice of a run, such as "test", by prompt id."""
-    return {pair.id: pair for pair in read_records(whole(folder / "data/slices") / f"{name}.jsonl", Pair)}
-
-
-def judge(config: Config, pair: Pair, response: str, finish: str = "stop") -> dict[str, float]:
-    """Gold reward and its components (world.gold) of an answer to the pair's prompt; {} without a world."""
+def judge(config: Config, record: Pair | Sample, response: str, finish: str = "stop") -> dict[str, float]:
+    """Gold reward and its components (world.gold) of an answer to the record's prompt; {} without a world."""
     if config.data.path:
         return {}
-    return world.gold(town_of(config.world, config.run.seed), pair, response, finish)
+    return world.gold(town_of(config.world, config.run.seed), record, response, finish)
 
 
-@functools.lru_cache(maxsize=1024)
-def gold_by_prompt(config: Config, folder: Path, agent: str, t: int) -> dict[str, np.ndarray]:
+@functools.cache
+def gold_of(config: Config, samples: Stage) -> dict[str, np.ndarray]:
     """{component: [test prompts]}, the mean over each prompt's sampled answers; {} without a world."""
-    pairs, found = pairs_of(folder, "test"), {}
-    for s in read_records(whole(folder / f"eval/round{t}_{agent}_samples") / "samples.jsonl", Sample):
-        for name, value in judge(config, pairs[s.id], s.response, s.finish).items():
-            found.setdefault(name, {}).setdefault(s.id, []).append(value)
-    return {name: np.array([np.mean(values[i]) for i in pairs]) for name, values in found.items()}
+    said = read_rows(samples.path / "samples.jsonl", Sample)
+    judged = [judge(config, s, s.response, s.finish) for s in said]
+    golds = {part: np.array([values[part] for values in judged]) for part in judged[0]}
+    return {part: values.reshape(-1, config.eval.samples).mean(1) for part, values in golds.items()}
+
+
+def gold_by_prompt(run: Past, agent: str, t: int) -> dict[str, np.ndarray]:
+    """`gold_of` an agent's test answers after round `t`; UserError if there are none."""
+    return gold_of(run.config, run.stage(f"eval/round{t}_{agent}_samples"))
 
 
 def interval(values: np.ndarray, draws: int) -> list[float]:
@@ -110,26 +113,15 @@ def paired_interval(differences: list[np.ndarray], draws: int = 4000) -> list[fl
     return np.quantile(means, [0.025, 0.975]).round(4).tolist()
 
 
-def agents_of(config: Config) -> list[tuple[str, int, str]]:
-    """(agent, round, label) of every row that a run can have, in the table's order."""
-    settings, last = config.macpo, config.macpo.rounds
-    taught = range(last * settings.update_teachers + 1)
-    teachers = range(1, settings.teachers + 1)
-    rows = [(f"teacher{k}", t, f"teacher {k}, round {t}") for k in teachers for t in taught]
-    rows += [("student", t, f"student, round {t}{'' if t else ' (naive SFT)'}") for t in range(last + 1)]
-    controls = [("continued", last, "naive SFT continued"), ("ceiling", last, "ceiling")]
-    return rows + controls * settings.controls
-
-
-@of_finished
-def row_of(samples: Path, *scored: Path, config: Config, agent: str, t: int) -> dict:
+@functools.cache
+def row_of(config: Config, samples: Stage, *scored: Stage) -> dict:
     """One row of the table; `scored`: true and worse answers under the agent, then under its base."""
-    folder, said = samples.parents[1], read_records(samples / "samples.jsonl", Sample)
-    scores = [read_rows(stage / "scores.jsonl") for stage in scored]
+    said = read_rows(samples.path / "samples.jsonl", Sample)
+    scores = [read_rows(stage.path / "scores.jsonl") for stage in scored]
     margins = [(a["logp"] - c["logp"]) - (b["logp"] - d["logp"]) for a, b, c, d in zip(*scores, strict=True)]
-    files, parts = [pair.meta.get("file") for pair in pairs_of(folder, "test").values()], {}
-    for file in [None, *sorted({f for f in files if f})]:  # None: all files together
-        picked = [i for i, f in enumerate(files) if file in (None, f)]
+    files, parts = {s.id: s.meta.get("file") for s in said}, {}  # files: of the test prompts, in order
+    for file in [None, *sorted({f for f in files.values() if f})]:  # None: all files together
+        picked = [i for i, f in enumerate(files.values()) if file in (None, f)]
         logp, tokens, size = (sum(scores[0][i][k] for i in picked) for k in ("logp", "tokens", "characters"))
         mine = [s for s in said if file in (None, s.meta.get("file"))]
         bigrams = [pair for s in mine for pair in itertools.pairwise(s.response.split())]
@@ -142,85 +134,88 @@ def row_of(samples: Path, *scored: Path, config: Config, agent: str, t: int) -> 
             "distinct2": len(set(bigrams)) / max(len(bigrams), 1),
         }
     row = {"files": parts} | parts.pop(None)
-    for name, values in gold_by_prompt(config, folder, agent, t).items():
-        row |= {name: float(values.mean()), f"{name}_interval": interval(values, config.eval.bootstrap)}
+    for part, values in gold_of(config, samples).items():
+        row |= {part: float(values.mean()), f"{part}_interval": interval(values, config.eval.bootstrap)}
     return row
 
 
-def make_table(path: str | Path) -> dict:
+def make_table(run: Past) -> dict:
     """Everything that is known of a run so far, as JSON: rows, filter, negatives, warnings, cost."""
-    folder, config = read_run(path)
-    rows, rounds = [], range(1, config.macpo.rounds + 1)
-    for agent, t, label in agents_of(config):
-        name = f"round{t}_{agent}"
-        base = agent.replace("teacher", "base_weak") if agent.startswith("teacher") else "base_strong"
-        stages = (f"{name}_samples", f"{name}_truth", f"{name}_worse", f"{base}_truth", f"{base}_worse")
-        if row := row_of(*(folder / "eval" / stage for stage in stages), config=config, agent=agent, t=t):
-            rows.append({"agent": agent, "round": t, "label": label} | row)
-    add_pgr(config, folder, rows)
-    filtered = (filter_row(folder / f"round{t}/pairs_student", config=config, t=t) for t in rounds)
-    negatives = negative_rows(config, folder)
-    return {
-        "run": folder.name,
-        "world": config.data.path is None,
-        "rounds": config.macpo.rounds,
-        "rows": rows,
-        "filter": [row for row in filtered if row],
-        "negatives": negatives,
-        "warnings": warnings(negatives),
-        "cost": cost_rows(folder),
-    }
+    rows, rounds = [], run.config.macpo.rounds
+    agents = [*(f"teacher{k + 1}" for k in range(run.config.macpo.teachers)), "student", *CONTROLS]
+    for agent, t in itertools.product(agents, range(rounds + 1)):
+        name = f"eval/round{t}_{agent}"
+        base = "eval/base_" + (agent.replace("teacher", "weak") if agent.startswith("teacher") else "strong")
+        names = (f"{name}_samples", f"{name}_truth", f"{name}_worse", f"{base}_truth", f"{base}_worse")
+        if run.notes.keys() >= set(names):
+            label = f"{words(agent)}, round {t}" + " (naive SFT)" * ((agent, t) == ("student", 0))
+            row = row_of(run.config, *map(run.stage, names))
+            rows.append({"agent": agent, "round": t, "label": CONTROLS.get(agent, label)} | row)
+    add_pgr(run, rows)
+    negatives, keys = negative_rows(run), ("name", "kind", "seconds", "cpu_seconds", "peak_mb", "linked_from")
+    stages = sorted(run.notes.values(), key=lambda notes: notes["started"])
+    cost = [{k: notes.get(k) for k in keys} | {"tokens": notes["counts"].get("tokens")} for notes in stages]
+    return {"run": run.folder.resolve().name, "method": run.config.run.method, "world": run.config.data.path is None,
+            "rounds": rounds, "rows": rows, "filter": filter_rows(run), "negatives": negatives,
+            "warnings": warnings(negatives), "cost": cost}  # fmt: skip
 
 
-def add_pgr(config: Config, folder: Path, rows: list[dict]) -> None:
+def add_pgr(run: Past, rows: list[dict]) -> None:
     """Performance gap recovered by the rows of the strong base: (row - best teacher at round 0) / (ceiling -
     that teacher); None where the denominator's interval holds zero."""
     first = [row for row in rows if row["agent"].startswith("teacher") and row["round"] == 0]
     ceiling = next((row for row in rows if row["agent"] == "ceiling"), None)
-    if config.data.path or not ceiling or not first:
+    if run.config.data.path or not ceiling or not first:
         return
     best = max(first, key=lambda row: row["gold"])
-    top, start = (gold_by_prompt(config, folder, r["agent"], r["round"])["gold"] for r in (ceiling, best))
-    low, high = interval(top - start, config.eval.bootstrap)
+    top, start = (gold_by_prompt(run, row["agent"], row["round"])["gold"] for row in (ceiling, best))
+    low, high = interval(top - start, run.config.eval.bootstrap)
     for row in (row for row in rows if not row["agent"].startswith("teacher")):
         gained, gap = row["gold"] - best["gold"], ceiling["gold"] - best["gold"]
         row["pgr"] = None if low <= 0 <= high else gained / gap
 
 
-def right_share(config: Config, stage: Path, answers: list[tuple[str, str]]) -> float | None:
-    """Share of a stage's (prompt id, response) on D2 that are right; None without a world."""
-    pairs = {} if config.data.path else pairs_of(stage.parents[1], "d2")
-    right = [judge(config, pairs[i], response)["right"] for i, response in answers if pairs]
+def records_of(stage: Stage) -> list[Pair] | list[Sample]:
+    """All that a stage of pairs or of samples holds."""
+    kind, file = (Pair, "pairs.jsonl") if "/pairs_" in stage.name else (Sample, "samples.jsonl")
+    return read_rows(stage.path / file, kind)
+
+
+@functools.cache
+def right_share(config: Config, stage: Stage, who: str | None = None) -> float | None:
+    """Share of a stage's answers to D2 that are right: of its samples, or of what its pairs chose, from `who`
+    or from all; None without a world."""
+    right = []
+    for r in records_of(stage) if config.data.path is None else ():
+        text, by = (r.chosen, r.chosen_by) if isinstance(r, Pair) else (r.response, None)
+        if who in (None, by):
+            right.append(judge(config, r, text)["right"])
     return float(np.mean(right)) if right else None
 
 
-@of_finished
-def filter_row(stage: Path, config: Config, t: int) -> dict:
-    """Round `t` of the filter: per source, how often it won and how often it was right then."""
-    pairs, sources = read_records(stage / "pairs.jsonl", Pair), {}
-    for who in sorted({pair.chosen_by for pair in pairs}):
-        won = [(pair.id, pair.chosen) for pair in pairs if pair.chosen_by == who]
-        sources[who] = {"won": len(won) / len(pairs), "right": right_share(config, stage, won)}
-    right = right_share(config, stage, [(pair.id, pair.chosen) for pair in pairs])
-    return {"round": t, "sources": sources, "right": right}
-
-
-@of_finished
-def negative_row(stage: Path, config: Config, agent: str) -> dict:
-    """How many of an agent's first cached negatives are wrong, as they should be."""
-    samples = read_records(stage / "samples.jsonl", Sample)
-    right = right_share(config, stage, [(s.id, s.response) for s in samples])
-    return {"agent": agent, "wrong": None if right is None else 1 - right, "count": len(samples)}
-
-
-def negative_rows(config: Config, folder: Path) -> list[dict]:
-    """Per agent: share of wrong negatives, and in each round the share that equals its positive."""
+def filter_rows(run: Past) -> list[dict]:
+    """By round: per source, how often it won the filter and how often it was right then; and all together."""
     rows = []
-    for agent in ("student", *(f"teacher{k + 1}" for k in range(config.macpo.teachers))):
-        if row := negative_row(folder / f"round0/negatives_{agent}", config=config, agent=agent):
-            notes = [notes_of(folder / f"round{t}/pairs_{agent}") for t in range(1, config.macpo.rounds + 1)]
-            equal = [round(n["counts"]["negative_equal"] / row["count"], 4) for n in notes if n]
-            rows.append(row | {"equal": equal})
+    for t in range(1, run.config.macpo.rounds + 1):
+        if (name := f"round{t}/pairs_student") in run.notes:
+            counts, stage, sources = run.notes[name]["counts"], run.stage(name), {}
+            for key in sorted(key for key in counts if key.startswith("chosen_") and counts[key]):
+                who, won = key.removeprefix("chosen_"), counts[key] / counts["pairs"]
+                sources[who] = {"won": won, "right": right_share(run.config, stage, who)}
+            rows.append({"round": t, "sources": sources, "right": right_share(run.config, stage)})
+    return rows
+
+
+def negative_rows(run: Past) -> list[dict]:
+    """By agent: share of its first negatives that are wrong, and by round, that equal their positive."""
+    rows, rounds = [], range(1, run.config.macpo.rounds + 1)
+    for agent in ("student", *(f"teacher{k + 1}" for k in range(run.config.macpo.teachers))):
+        if (name := f"round0/negatives_{agent}") in run.notes:
+            right, count = right_share(run.config, run.stage(name)), run.notes[name]["counts"]["answers"]
+            made = [run.notes.get(f"round{t}/pairs_{agent}") for t in rounds]
+            equal = [round(notes["counts"]["negative_equal"] / count, 4) for notes in made if notes]
+            wrong = None if right is None else 1 - right
+            rows.append({"agent": agent, "wrong": wrong, "count": count, "equal": equal})
     return rows
 
 
@@ -236,13 +231,6 @@ def warnings(negatives: list[dict]) -> list[str]:
     return found
 
 
-def cost_rows(folder: Path) -> list[dict]:
-    """Time, tokens and memory of every finished stage, in the order they were computed."""
-    stages = sorted(map(read_json, folder.glob("*/*/stage.json")), key=lambda notes: notes["started"])
-    keys = ("name", "kind", "seconds", "cpu_seconds", "peak_mb", "linked_from")
-    return [{k: n.get(k) for k in keys} | {"tokens": n["counts"].get("tokens")} for n in stages]
-
-
 def tables(table: dict) -> list[tuple[list[str], list[list[str]]]]:
     """(head, rows) of text: every agent at every round, with several files each of them below; whose answers
     the student chose, and how often they were right; how wrong the cached negatives are."""
@@ -250,13 +238,17 @@ def tables(table: dict) -> list[tuple[list[str], list[list[str]]]]:
     results, filtered, negatives = [], [], []
     for row in table["rows"]:
         parts = {f"  {file}": part for file, part in row["files"].items()} if len(row["files"]) > 1 else {}
-        parts = {row["label"]: row} | parts
-        results += [[name, *(cell(part, key) for key in keys)] for name, part in parts.items()]
-    names = sorted({name for row in table["filter"] for name in row["sources"]})
+        for name, part in ({row["label"]: row} | parts).items():
+            half = {f"{key}_half": (part[f"{key}_interval"][1] - part[f"{key}_interval"][0]) / 2
+                    for key in keys if f"{key}_interval" in part}  # fmt: skip
+            cells = ["–" if part.get(key) is None else COLUMNS[key][1].format(**part, **half) for key in keys]
+            results.append([name, *cells])
+    names = sorted({name for row in table["filter"] for name in row["sources"]}, key=lambda name: (len(name), name))
     for row in table["filter"]:
-        shares = [row["sources"].get(name, {"won": 0, "right": None}) for name in names] + [row | {"won": 1}]
-        right = ["" if s["right"] is None else f" ({s['right']:.0%} right)" for s in shares]
-        cells = [f"{s['won']:.0%}{more}" for s, more in zip(shares, right, strict=True)]
+        sources = row["sources"] | {"all": {"won": 1, "right": row["right"]}}
+        shares = [sources.get(name, {"won": 0, "right": None}) for name in (*names, "all")]
+        right = ["" if share["right"] is None else f" ({share['right']:.0%} right)" for share in shares]
+        cells = [f"{share['won']:.0%}{text}" for share, text in zip(shares, right, strict=True)]
         filtered.append([str(row["round"]), *cells])
     for row in table["negatives"]:
         wrong = "–" if row["wrong"] is None else f"{row['wrong']:.0%}"
@@ -266,12 +258,6 @@ def tables(table: dict) -> list[tuple[list[str], list[list[str]]]]:
         (["chosen in round", *map(words, names), "all"], filtered),
         (["negatives of", "wrong", "equal to their positive, by round"], negatives),
     ]
-
-
-def cell(row: dict, key: str) -> str:
-    """One number of the table, gold with its interval."""
-    spread = " [{:.3f}, {:.3f}]".format(*row["gold_interval"]) if key == "gold" else ""
-    return "–" if row.get(key) is None else f"{row[key]:.{COLUMNS[key][1]}f}{spread}"
 
 
 def format_table(table: dict) -> str:

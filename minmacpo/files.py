@@ -1,23 +1,24 @@
-"""Files that are whole or absent: atomic writes, JSON lines, hashes, hard links.
+"""Files that are whole or absent: atomic writes, JSON lines, hashes.
 
-All files but the two that only grow (log.txt, metrics.jsonl) are written here. A file is written under a temporary name in the
-same folder, flushed to the disk, and renamed; a kill leaves the old file, or the new one.
+All files but the two that only grow (log.txt, metrics.jsonl) are written here: under a temporary name in
+the same folder, flushed to the disk, and renamed; a kill leaves the old file, or the new one.
 """
 
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 from minmacpo import UserError
-from minmacpo.data import from_json, to_json
+from minmacpo.data import from_json
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk, so that a rename in it survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def move(source: Path, target: Path) -> None:
+    """Rename a file or folder to its place, and flush that to the disk, so that it survives a power cut."""
+    os.replace(source, target)
+    handle = os.open(target.parent, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
@@ -30,11 +31,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except OSError:
+        move(temporary, path)
+    except BaseException as error:  # a full disk, Ctrl-C
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a failed write does not say where
         raise
-    sync_folder(path.parent)
 
 
 def write_json(path: Path, value) -> None:
@@ -42,47 +44,40 @@ def write_json(path: Path, value) -> None:
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_records(path: Path, records: Iterable) -> None:
-    """Records of data.py as .jsonl, atomically."""
-    write_atomic(path, "".join(to_json(record) + "\n" for record in records))
+def write_rows(path: Path, rows: Iterable) -> None:
+    """Dicts, or records of data.py, as .jsonl, atomically."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False, default=asdict) + "\n" for row in rows))
 
 
-def write_rows(path: Path, rows: Iterable[dict]) -> None:
-    """Plain dicts as .jsonl, atomically."""
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_json(path: Path):
-    """The content of a .json file; UserError where it is missing or broken."""
+def read_json(path: Path) -> dict:
+    """The object in a .json file; UserError where it is missing, broken, or something else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-
-
-def parse_lines(path: Path, parse: Callable, what: str) -> list:
-    """Every line of a UTF-8 file through `parse` (only \\n ends a line); UserError naming file and line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    found = []
-    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):
-        try:
-            found.append(parse(line))
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, line {number}: is no {what}; the file is damaged") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: is damaged; expected an object")
     return found
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The dicts of a .jsonl file; UserError with file and line where it is broken."""
-    return parse_lines(path, json.loads, "JSON")
+def read_rows(path: Path, kind: type = dict) -> list:
+    """The records of class `kind` in a .jsonl file (only \\n ends a line); UserError where one is broken."""
+    rows = []
+    try:
+        with path.open(encoding="utf-8", newline="\n") as stream:
+            for line in stream:
+                rows.append(from_json(kind, line))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except (ValueError, KeyError, TypeError):
+        what = "JSON" if kind is dict else kind.__name__
+        raise UserError(f"{path}, line {len(rows) + 1}: is no {what}; the file is damaged") from None
+    return rows
 
 
-def read_records(path: Path, kind) -> list:
-    """The records of class `kind` in a .jsonl file; UserError with file and line where broken."""
-    return parse_lines(path, lambda line: from_json(kind, line), kind.__name__)
+def describe(path: Path) -> dict:
+    """What stage.json says of a file."""
+    return {"size": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def sha256_file(path: Path) -> str:
@@ -94,18 +89,3 @@ def sha256_file(path: Path) -> str:
 def fingerprint(value) -> str:
     """32 hex digits that stand for a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """`target` becomes a hard link to `source`, or a copy where links fail."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def move_folder(folder: Path, target: Path) -> None:
-    """Rename a whole folder to its place, for good."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(folder, target)
-    sync_folder(target.parent)

@@ -16,12 +16,12 @@ from minmacpo import UserError
 from minmacpo.batching import Batch, collate, plan_steps, steps_per_epoch
 from minmacpo.checkpoint import load_state, save_state
 from minmacpo.files import write_rows
-from minmacpo.losses import dpo_loss, masked_logps, sft_loss, sum_by_row
+from minmacpo.losses import dpo_loss, masked_logps, sequence_logps, sft_loss
 from minmacpo.machine import peak_mb
 from minmacpo.run import Work
 from minmacpo.tokenizer import Tokens
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter, beside the step
+KEPT = ("param", "step", "exp_avg", "exp_avg_sq")  # a parameter, and what AdamW keeps of it
 Measured = tuple[Tensor, list[Tensor]]  # a loss, and the values of its objective's metrics
 
 
@@ -52,23 +52,24 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class SftObjective:
-    """Cross-entropy per trained token of the whole step."""
+    """Cross-entropy per trained token of the whole step. With `confidence` > 0 a share of it, which grows to
+    that over the first fifth of the steps, is towards the model's own likeliest token (Burns et al. 2023)."""
 
     compiled: bool = False
+    confidence: float = 0.0
     metrics = ("loss",)
 
-    def __call__(self, model, batch: Batch, refs: Tensor, units: int, tokens: int) -> Measured:
-        loss = sft_loss(masked_logps(model, batch.tokens, batch.mask, self.compiled)[0], tokens)
+    def __call__(self, model, batch: Batch, refs: Tensor, units: int, tokens: int, progress=1.0) -> Measured:
+        share = self.confidence * min(1.0, progress / 0.2)
+        own = torch.tensor(share, device=batch.tokens.device) if self.confidence else None
+        loss = sft_loss(masked_logps(model, batch.tokens, batch.mask, self.compiled, own)[0], tokens)
         return loss, [loss.detach()]
 
 
 @dataclass(frozen=True, slots=True)
 class PairObjective:
-    """mean over pairs of DPO + gamma · SFT on the chosen side; rows 2i chosen, 2i + 1 rejected.
-
-    L = -log σ(β D) - γ · mean_m log π(c_m), D from summed logps (paper: DPO plus an SFT term).
-    Without `contrast` (the -HN ablation) L is the SFT term alone, with weight 1.
-    """
+    """Mean over pairs of -log σ(β D) - γ · mean_m log π(c_m), D from summed logps (paper: DPO plus SFT).
+    Rows 2i are chosen, 2i + 1 rejected. Without `contrast` (the -HN ablation): the SFT term, weight 1."""
 
     beta: float
     gamma: float
@@ -78,9 +79,9 @@ class PairObjective:
     metrics = ("loss", "dpo_loss", "sft_loss", "rewards/chosen", "rewards/rejected", "rewards/margins",
                "rewards/accuracies", "logps/chosen", "logps/rejected")  # fmt: skip
 
-    def __call__(self, model, batch: Batch, refs: Tensor, units: int, tokens: int) -> Measured:
-        logps, rows = masked_logps(model, batch.tokens, batch.mask, self.compiled)
-        chosen, rejected = sum_by_row(logps, rows, len(batch.tokens)).view(-1, 2).unbind(1)
+    def __call__(self, model, batch: Batch, refs: Tensor, units: int, tokens: int, progress=1.0) -> Measured:
+        logps = sequence_logps(model, batch.tokens, batch.mask, self.compiled)
+        chosen, rejected = logps.view(-1, 2).unbind(1)
         sft = -chosen / batch.mask[:, 1:].sum(1).view(-1, 2)[:, 0]
         dpo, up, down = dpo_loss(chosen, rejected, refs[:, 0], refs[:, 1], self.beta, self.label_smoothing)
         loss = (dpo + self.gamma * sft if self.contrast else sft).sum() / units
@@ -91,48 +92,52 @@ class PairObjective:
 def plan_of(units: Sequence[Unit], schedule: Schedule, work: Work) -> list[list[list[int]]]:
     """The steps that `fit` will take, each a list of micro-batches, each a list of units."""
     lengths = [max(len(row.ids) for row in unit.rows) for unit in units]
-    each, budget = len(units[0].rows), work.run.config.run.micro_tokens
-    return plan_steps(lengths, schedule.batch, schedule.steps, work.seed, each, budget)
+    budget = work.run.config.run.micro_tokens // len(units[0].rows)
+    return plan_steps(lengths, schedule.batch, schedule.steps, work.seed, budget)
 
 
-def fit(model, params: list, units: Sequence[Unit], objective, schedule: Schedule, work: Work) -> dict:
-    """Train `params` in place by `schedule`, from the work folder's state if it has one; returns counts.
-    Writes metrics.jsonl (no times, so that it is reproducible) into the work folder. Raises UserError
-    naming rows for a loss or gradient that is not finite, or a first gradient that is zero."""
+def fit(model, params: list, units: Sequence[Unit], objective, schedule: Schedule, work: Work,
+        rows: Sequence[dict] = ()) -> dict:  # fmt: skip
+    """Train `params` in place by `schedule`, from the stage's saved state if there is one; returns counts.
+    Writes metrics.jsonl (`rows`, then no times, so that it is reproducible) into the work folder. Raises
+    UserError naming rows for a loss or gradient that is not finite, or a first gradient that is zero."""
     if not units:
         raise UserError(f"{work.name}: no row to train on is left")
-    config, device = work.run.config.run, next(model.parameters()).device
-    decay = schedule.weight_decay
+    config, plan, decay = work.run.config.run, plan_of(units, schedule, work), schedule.weight_decay
     optimizer = torch.optim.AdamW(params, schedule.lr, schedule.betas, weight_decay=decay, fused=True)
-    watch = Watch(work, units, objective, schedule, optimizer)
-    plan, first = watch.plan, watch.resume()
+    watch = Watch(work, units, plan, optimizer, objective, steps_per_epoch(len(units), schedule.batch))
+    first = watch.resume()
+    if not first:  # a resumed training has them in its state
+        watch.rows += rows
+        for row in rows:
+            work.metrics(row)
     with work.progress(len(plan), "step", first) as progress:
         for done, groups in enumerate(plan[first:], first + 1):
             optimizer.param_groups[0]["lr"] = schedule.rate(done - 1)
-            watch.pending.append(train_step(model, params, units, groups, objective, optimizer, device))
-            saving = done % config.save_every == 0
-            if done % config.log_every == 0 or done == len(plan) or saving:
+            progressed = (done - 1) / len(plan)
+            watch.pending.append(train_step(model, params, units, groups, objective, optimizer, progressed))
+            if done % config.log_every == 0 or done == len(plan):
                 watch.report(done)
-            if saving or work.stopping:
+            if done % config.save_every == 0 or work.stopping:
                 watch.save(done)
                 work.check()
             progress.step()
-    watch.file.unlink(missing_ok=True)
     write_rows(work.folder / "metrics.jsonl", watch.rows)
     shown = ("loss", "rewards/margins")
     last = {k: round(v, 4) for row in watch.rows[-1:] for k, v in row.items() if k in shown}
     return {"rows": len(units), "steps": len(plan), "tokens": watch.tokens[-1]} | last
 
 
-def train_step(model, params, units, groups: list[list[int]], objective, optimizer, device) -> Tensor:
+def train_step(model, params, units: Sequence[Unit], groups: list[list[int]], objective, optimizer,
+               progress: float = 1.0) -> Tensor:  # fmt: skip
     """One optimiser step over micro-batches `groups`; returns its metrics and gradient norm [n + 1].
     The denominators are those of the whole step, so accumulation equals one large batch."""
     tokens = sum(sum(row.mask) for group in groups for unit in group for row in units[unit].rows)
-    count, total = sum(map(len, groups)), 0
+    count, total, device = sum(map(len, groups)), 0, params[0].device
     for group in groups:
         batch = collate([row for unit in group for row in units[unit].rows], device)
         refs = torch.tensor([units[unit].refs for unit in group], device=device)
-        loss, values = objective(model, batch, refs, count, tokens)
+        loss, values = objective(model, batch, refs, count, tokens, progress)
         loss.backward()
         total = total + torch.stack(values)
     norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -142,21 +147,22 @@ def train_step(model, params, units, groups: list[list[int]], objective, optimiz
 
 
 class Watch:
-    """Reads the metrics of several steps at once, stops a run that has gone wrong, saves and resumes."""
+    """Reads the metrics of several steps at once, stops a run that has gone wrong, logs, saves and resumes.
+    The state lies beside the work folder, so that it lasts until `Run.provide` has sealed the stage."""
 
-    def __init__(self, work: Work, units: Sequence[Unit], objective, schedule: Schedule, optimizer):
-        self.work, self.units, self.schedule, self.optimizer = work, units, schedule, optimizer
-        self.plan, self.names = plan_of(units, schedule, work), (*objective.metrics, "grad_norm")
-        self.file, self.params = work.folder / "state.safetensors", optimizer.param_groups[0]["params"]
+    def __init__(self, work: Work, units: Sequence[Unit], plan: list, optimizer, objective, per_epoch: int):
+        self.work, self.units, self.plan, self.optimizer = work, units, plan, optimizer
+        self.names, self.per_epoch = (*objective.metrics, "grad_norm"), per_epoch
+        self.file = work.folder.with_name(f"state-{work.folder.name}") / "state.safetensors"
         self.rows: list[dict] = []  # of metrics.jsonl
-        self.pending: list[Tensor] = []  # [n] on the device, of every step since the last report
+        self.pending: list[Tensor] = []  # [n] on the device, of every step since the last row
         sizes = [sum(len(row.ids) for row in unit.rows) for unit in units]
-        each = (sum(sizes[unit] for group in groups for unit in group) for groups in self.plan)
+        each = (sum(sizes[unit] for group in groups for unit in group) for groups in plan)
         self.tokens = list(accumulate(each, initial=0))  # trained on after so many steps
         self.clock, self.clock_tokens = time.monotonic(), 0
 
-    def checked(self, done: int) -> list[list[float]]:
-        """The metrics [steps][n] not yet reported after `done` steps; one that is not sound ends the run."""
+    def read(self, done: int) -> list[list[float]]:
+        """The pending metrics [steps][n], `done` the last step; UserError naming the rows of an unsound one."""
         values = torch.stack(self.pending).tolist() if self.pending else []
         for step, row in enumerate(values, done - len(values)):
             problem = None if all(map(math.isfinite, row)) else "a loss or gradient is not finite"
@@ -169,37 +175,36 @@ class Watch:
         return values
 
     def report(self, done: int) -> None:
-        """Read the steps since the last report, check them, and write their mean as one line."""
-        means = torch.tensor(self.checked(done), dtype=torch.float64).mean(0).tolist()
-        tokens, now = self.tokens[done], time.monotonic()
-        epoch = done / steps_per_epoch(len(self.units), self.schedule.batch)
-        row = {"step": done, "epoch": round(epoch, 4)} | dict(zip(self.names, means, strict=True))
-        self.rows.append(row | {"lr": self.schedule.rate(done - 1), "tokens": tokens})
-        speed = (tokens - self.clock_tokens) / max(now - self.clock, 1e-9)
-        self.work.metrics(self.rows[-1], tokens_per_s=round(speed), peak_mem_gb=round(peak_mb() / 1024, 3))
+        """The mean of the steps since the last report, as one line."""
+        means = torch.tensor(self.read(done), dtype=torch.float64).mean(0).tolist()
+        now, tokens = time.monotonic(), self.tokens[done]
+        row = {"step": done, "epoch": round(done / self.per_epoch, 4)} | dict(zip(self.names, means, strict=True))
+        self.rows.append(row | {"lr": self.optimizer.param_groups[0]["lr"], "tokens": tokens})
+        speed = round((tokens - self.clock_tokens) / max(now - self.clock, 1e-9))
+        self.work.metrics(self.rows[-1], tokens_per_s=speed, peak_mem_gb=round(peak_mb() / 1024, 3))
         self.pending, self.clock, self.clock_tokens = [], now, tokens
 
     def save(self, done: int) -> None:
         """Write parameters, moments and the metrics so far, reported or not."""
-        tensors, notes = {}, {"step": done, "rows": self.rows, "pending": self.checked(done)}
-        for index, param in enumerate(self.params):
-            kept = {"param": param.detach()} | {name: self.optimizer.state[param][name] for name in MOMENTS}
-            tensors |= {f"{index}.{name}": tensor.cpu() for name, tensor in kept.items()}
+        tensors = {}
+        for index, param in enumerate(self.optimizer.param_groups[0]["params"]):
+            kept = self.optimizer.state[param] | {"param": param.detach()}
+            tensors |= {f"{index}.{name}": kept[name].cpu() for name in KEPT}
+        notes = {"step": done, "rows": self.rows, "pending": self.read(done)}
         save_state(self.file, tensors, notes)
 
     def resume(self) -> int:
         """Put back what `save` wrote, if anything; returns the step to go on with."""
-        if not (found := load_state(self.file)):
+        if not self.file.is_file():
             return 0
-        tensors, notes = found
-        step, device = notes["step"], self.params[0].device
-        for index, param in enumerate(self.params):
-            param.data.copy_(tensors[f"{index}.param"])
-            moments = {name: tensors[f"{index}.{name}"].to(device) for name in MOMENTS}
-            self.optimizer.state[param] = {"step": torch.tensor(float(step), device=device)} | moments
-        self.rows, self.clock_tokens = notes["rows"], self.tokens[step]
-        self.pending = [torch.tensor(values, device=device) for values in notes["pending"]]
+        tensors, notes = load_state(self.file)
+        for index, param in enumerate(self.optimizer.param_groups[0]["params"]):
+            kept = {name: tensors[f"{index}.{name}"].to(param.device) for name in KEPT}
+            param.data.copy_(kept.pop("param"))
+            self.optimizer.state[param] = kept
+        self.rows, self.clock_tokens = notes["rows"], self.tokens[notes["step"]]
+        self.pending = [torch.tensor(values, device=param.device) for values in notes["pending"]]
         for row in self.rows:
             self.work.metrics(row)
-        self.work.log(f"resumed at step {step}")
-        return step
+        self.work.log(f"resumed at step {notes['step']}")
+        return notes["step"]

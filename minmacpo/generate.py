@@ -1,7 +1,7 @@
 """Sampling: ragged right-padded prompts, one prefill, then batched decoding on a static cache.
 
-Uniform numbers from a row's own seed, one per new token, become tokens by the inverse of the cumulative
-distribution. So what a row samples depends neither on the rows beside it nor on their number.
+What a row samples depends on its own seed alone: uniform numbers, one per new token, become tokens by the
+inverse of the cumulative distribution, whatever rows lie beside it.
 """
 
 from collections.abc import Sequence
@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from minmacpo.config import Generate
-from minmacpo.model import Transformer, new_cache
+from minmacpo.model import Transformer
 
 LOOK_EVERY = 8  # decode steps between two looks at which rows have ended
 
@@ -55,23 +56,21 @@ def noise(seeds: Sequence[int], steps: int) -> np.ndarray:
 
 
 @torch.inference_mode()
-def generate(
-    model: Transformer, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: Generate,
-    stops: set[int],
-) -> tuple[list[list[int]], list[float]]:  # fmt: skip
+def generate(model: Transformer, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: Generate,
+             stops: set[int]) -> tuple[list[list[int]], list[float]]:  # fmt: skip
     """(new tokens, their summed log-probability) for every prompt, decoded side by side.
     An answer ends with one of `stops`, which is kept, or after settings.max_new tokens."""
     device = next(model.parameters()).device
-    rows, width = len(prompts), max(map(len, prompts))
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    tokens = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
+    tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
+    rows, width = tokens.shape
     uniform = torch.from_numpy(noise(seeds, settings.max_new)).to(device)
     stop = torch.tensor(sorted(stops), device=device)
     out = torch.zeros(rows, settings.max_new, dtype=torch.long, device=device)
     logps, counts = torch.zeros(rows, device=device), torch.zeros(rows, dtype=torch.long, device=device)
     alive = torch.arange(rows, device=device)  # rows still held in the cache
     running = torch.ones(rows, dtype=torch.bool, device=device)  # of those, the ones that have not ended
-    cache = new_cache(model.config, rows, width + settings.max_new, device, model.lm_head.weight.dtype)
+    cache = model.new_cache(rows, width + settings.max_new)
     hidden = model(tokens, cache=cache)[alive, lengths - 1]
     for step in range(settings.max_new):
         token, logp = pick(model.lm_head(hidden), settings, uniform[alive, step])

@@ -3,6 +3,8 @@
 Adapters, dicts with PEFT's keys, are copied into it: optimiser and compiled graph never see another tensor.
 """
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
@@ -15,9 +17,10 @@ PREFIX = "base_model.model."
 class LoraLinear(nn.Module):
     """base(x) + alpha / r · B A x around a frozen linear; fp32 masters lora_A [r, in] and lora_B [out, r]."""
 
-    def __init__(self, base: nn.Module, r: int, alpha: float, device):
+    def __init__(self, base: nn.Module, r: int, alpha: float):
         super().__init__()
         self.base, self.scale = base, alpha / r
+        device = next(chain(base.parameters(), base.buffers())).device
         self.lora_A = nn.Parameter(torch.zeros(r, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
 
@@ -30,25 +33,21 @@ def attach_lora(model: nn.Module, config: Lora) -> list[nn.Parameter]:
     """Put a slot on every linear whose name ends in one of config.targets, and freeze all the rest.
     Returns the slot's parameters in a fixed order; UserError if a target matches nothing."""
     model.requires_grad_(False)
-    missing = set(config.targets)
-    for name, module in list(model.named_modules()):
-        parent, _, target = name.rpartition(".")
-        if target in config.targets:
-            if not hasattr(module, "in_features") or target == "lm_head":
-                raise UserError(f"lora.targets: {target} is no linear layer of the blocks")
-            layer = LoraLinear(module, config.r, config.alpha, next(module.parameters()).device)
-            setattr(model.get_submodule(parent), target, layer)
-            missing.discard(target)
-    if missing:
-        raise UserError(f"lora.targets: the model has no {', '.join(sorted(missing))}")
+    linears = {name: module for name, module in model.named_modules() if hasattr(module, "in_features")}
+    for target in config.targets:
+        names = [name for name in linears if name.endswith(f".{target}")]  # the head's has no dot
+        if not names:
+            raise UserError(f"lora.targets: {target} is no linear layer of the model's blocks")
+        for name in names:
+            block = model.get_submodule(name.removesuffix(f".{target}"))
+            setattr(block, target, LoraLinear(linears[name], config.r, config.alpha))
     return list(slot(model).values())
 
 
 def slot(model: nn.Module) -> dict[str, nn.Parameter]:
     """The slot's parameters under PEFT's keys, …q_proj.lora_A.weight and …q_proj.lora_B.weight."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear)]
-    sides = ("lora_A", "lora_B")
-    return {f"{PREFIX}{name}.{side}.weight": getattr(layer, side) for name, layer in layers for side in sides}
+    named = ((name, param) for name, param in model.named_parameters() if ".lora_" in name)
+    return {f"{PREFIX}{name}.weight": param for name, param in named}
 
 
 def read_adapter(model: nn.Module) -> dict[str, Tensor]:

@@ -16,66 +16,81 @@ CHUNK = 2048  # tokens per head matmul: [CHUNK, vocabulary] is the largest tenso
 compile_once = functools.cache(torch.compile)  # a function's compiled form, the same for the whole process
 
 
-def chunk_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """log p(target) [N] from hidden [N, H], head weight [V, H], targets [N]."""
+def target_logits(logits: Tensor, targets: Tensor, likeliest: Tensor, own: Tensor | None) -> Tensor:
+    """[N, 1] of logits [N, V]: the target's; with `own`, mixed with that of the `likeliest` token [N]."""
+    found = logits.gather(-1, targets[:, None])
+    return found if own is None else torch.lerp(found, logits.gather(-1, likeliest[:, None]), own)
+
+
+def chunk_logps(hidden: Tensor, weight: Tensor, targets: Tensor, own: Tensor | None = None) -> Tensor:
+    """log p(target) [N] from hidden [N, H], head weight [V, H], targets [N]; `own` as in token_logps."""
     logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
-    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+    likeliest = targets if own is None else logits.argmax(-1)
+    return target_logits(logits, targets, likeliest, own)[:, 0] - logits.logsumexp(-1)
 
 
-def chunk_logps_direction(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(log p(target) [N], its gradient W[y] - Σ_v p_v W[v] with respect to hidden [N, H])."""
+def chunk_logps_direction(
+    hidden: Tensor, weight: Tensor, targets: Tensor, own: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(log p(target) [N], its gradient W[y] - Σ_v p_v W[v] with respect to hidden [N, H]); with `own`, W[y]
+    is mixed with the row of the likeliest token, through whose choice no gradient goes."""
     logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
     total = logits.logsumexp(-1, keepdim=True)
-    logps = (logits.gather(-1, targets[:, None]) - total)[:, 0]
+    likeliest = targets if own is None else logits.argmax(-1)
+    logps = (target_logits(logits, targets, likeliest, own) - total)[:, 0]
     probs = (logits - total).exp().to(hidden.dtype)
-    return logps, weight[targets] - probs @ weight
+    rows = weight[targets]
+    if own is not None:
+        rows = torch.lerp(rows, weight[likeliest], own.to(weight.dtype))
+    return logps, rows - probs @ weight
 
 
 class FrozenHeadLogps(torch.autograd.Function):
     """token_logps for a head that needs no gradient; see the module's first lines."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, compiled):
+    def forward(ctx, hidden, weight, targets, compiled, own=None):
         """log p(target) [N]; keeps the gradient of each with respect to hidden [N, H]."""
         step = compile_once(chunk_logps_direction, dynamic=True) if compiled else chunk_logps_direction
         chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-        logps, directions = zip(*(step(h, weight, t) for h, t in chunks), strict=True)
+        logps, directions = zip(*(step(h, weight, t, own) for h, t in chunks), strict=True)
         ctx.save_for_backward(torch.cat(directions))
         return torch.cat(logps)
 
     @staticmethod
     def backward(ctx, grad):
         (direction,) = ctx.saved_tensors
-        return grad[:, None].to(direction.dtype) * direction, None, None, None
+        return grad[:, None].to(direction.dtype) * direction, None, None, None, None
 
 
-def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, compiled: bool = False) -> Tensor:
+def token_logps(
+    hidden: Tensor, weight: Tensor, targets: Tensor, compiled: bool = False, own: Tensor | None = None
+) -> Tensor:
     """log p(target) [N] (fp32; fp64 for fp64 input) of hidden [N, H] under head weight [V, H].
-    Gradients: of nothing (scoring), of hidden (LoRA), of the head too (pre-training, chunks recomputed)."""
+    Gradients: of nothing (scoring), of hidden (LoRA), of the head too (pre-training, chunks recomputed).
+    `own` (0-dim): the share of the model's own likeliest token u, (1 - own) log p(target) + own log p(u)."""
     chunks = list(zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True))
     if torch.is_grad_enabled() and weight.requires_grad and len(chunks) > 1:
-        return torch.cat([checkpoint(chunk_logps, h, weight, t, use_reentrant=False) for h, t in chunks])
+        return torch.cat([checkpoint(chunk_logps, h, weight, t, own, use_reentrant=False) for h, t in chunks])
     if torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad:
-        return FrozenHeadLogps.apply(hidden, weight, targets, compiled)
-    return torch.cat([chunk_logps(h, weight, t) for h, t in chunks])
+        return FrozenHeadLogps.apply(hidden, weight, targets, compiled, own)
+    return torch.cat([chunk_logps(h, weight, t, own) for h, t in chunks])
 
 
-def masked_logps(model, tokens: Tensor, mask: Tensor, compiled: bool = False) -> tuple[Tensor, Tensor]:
+def masked_logps(
+    model, tokens: Tensor, mask: Tensor, compiled: bool = False, own: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(log p [N] of the N tokens under mask, their row [N]) of tokens [B, T], mask [B, T] bool.
     Only they reach the head. Position 0 has nothing before it and is not scored; no template masks it in."""
     hidden, picked = model(tokens)[:, :-1], mask[:, 1:]
-    logps = token_logps(hidden[picked], model.lm_head.weight, tokens[:, 1:][picked], compiled)
+    logps = token_logps(hidden[picked], model.lm_head.weight, tokens[:, 1:][picked], compiled, own)
     return logps, picked.nonzero()[:, 0]
-
-
-def sum_by_row(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """[count]: values [N] summed over equal rows [N]."""
-    return torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, rows, values)
 
 
 def sequence_logps(model, tokens: Tensor, mask: Tensor, compiled: bool = False) -> Tensor:
     """Summed log-probability [B] (fp32) of the tokens under mask [B, T], end token included."""
-    return sum_by_row(*masked_logps(model, tokens, mask, compiled), len(tokens))
+    logps, rows = masked_logps(model, tokens, mask, compiled)
+    return logps.new_zeros(len(tokens)).index_add(0, rows, logps)
 
 
 def sft_loss(logps: Tensor, tokens: int) -> Tensor:
@@ -83,10 +98,9 @@ def sft_loss(logps: Tensor, tokens: int) -> Tensor:
     return -logps.sum() / tokens
 
 
-def dpo_loss(
-    policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor,
-    beta: float, label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor,
+             reference_rejected: Tensor, beta: float, label_smoothing: float = 0.0,
+             ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, rewards/chosen, rewards/rejected), each [N], from summed logps [N]; rewards carry no gradient.
     Sigmoid DPO (Rafailov et al. 2023, eq. 7), conservative: a share `label_smoothing` of pairs is flipped."""
     chosen, rejected = policy_chosen - reference_chosen, policy_rejected - reference_rejected

@@ -1,15 +1,21 @@
-"""What a run computes on: device, dtype, versions, memory."""
+"""What a run computes on: device, dtype, versions; how much memory and disk it takes."""
 
+import contextlib
+import json
 import platform
+import re
 import resource
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from minmacpo import UserError, __version__
-from minmacpo.config import Config
+from minmacpo.config import Config, shape
+from minmacpo.data import find_files
 
 
 def device_of(config: Config) -> str:
@@ -28,9 +34,20 @@ def dtype_of(config: Config) -> torch.dtype:
     return getattr(torch, config.run.dtype)
 
 
-def peak_mb() -> float:
-    """Peak resident memory of this process so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def environment(config: Config) -> dict:
+    """Everything that bit-identity is promised for, the code's commit, and the command line."""
+    return {
+        "minmacpo": __version__,
+        "commit": code_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "processor": linux("cpuinfo", r"model name\s*: (.*)") or platform.processor(),
+        "device": device_of(config),
+        "dtype": str(dtype_of(config)).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "command": " ".join(sys.argv),
+    }
 
 
 def code_commit() -> str | None:
@@ -42,26 +59,63 @@ def code_commit() -> str | None:
         return None
 
 
-def environment(config: Config) -> dict:
-    """Everything that bit-identity is promised for, and the command line."""
-    return {
-        "minmacpo": __version__,
-        "commit": code_commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "processor": processor_name(),
-        "device": device_of(config),
-        "dtype": str(dtype_of(config)).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "command": " ".join(sys.argv),
-    }
-
-
-def processor_name() -> str:
-    """The CPU's model name where Linux tells it."""
+def linux(file: str, pattern: str) -> str | None:
+    """The group of `pattern` in /proc/`file`; None where there is none."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        found = re.search(pattern, Path("/proc", file).read_text())
     except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+        return None
+    return found and found[1]
+
+
+def free_bytes(device: str) -> int:
+    """Memory that is still free on the device; where the system does not say, as much as one could wish."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return int(linux("meminfo", r"MemAvailable:\s*(\d+)") or sys.maxsize) * 1024
+
+
+def reset_peaks(device: str) -> None:
+    """Measure peak memory anew from here; where this is not Linux, it stays that of the whole process."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # 5: forget VmHWM (man 5 proc)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_mb() -> float:
+    """Peak resident memory of this process since `reset_peaks`, in MB."""
+    if kilobytes := linux("self/status", r"VmHWM:\s*(\d+)"):
+        return int(kilobytes) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def peaks(device: str) -> dict[str, int]:
+    """{"peak_mb"} since `reset_peaks`, and on a GPU {"peak_gpu_mb"} of torch's tensors."""
+    gpu = {"peak_gpu_mb": round(torch.cuda.max_memory_allocated() / 2**20)} if device == "cuda" else {}
+    return {"peak_mb": round(peak_mb())} | gpu
+
+
+def disk_need(config: Config, kinds: Iterable[str]) -> int:
+    """Bytes that stages of these kinds write, about: weights of the largest shape, text by rows and length."""
+    model, data, town, shares = config.model, config.data, config.world, config.data.shares
+    shapes = [(width, layers, mlp) for width, layers, _, mlp in map(shape, (model.strong, *model.weak))]
+    base = max(width * (2 * model.vocab + layers * (4 * width + 3 * mlp)) for width, layers, mlp in shapes)
+    for folder in filter(None, (model.student, *model.teachers)):
+        given = json.loads((Path(folder) / "config.json").read_text())
+        shapes.append((given["hidden_size"], given["num_hidden_layers"], given["intermediate_size"]))
+    linear = max(layers * (width + mlp) for width, layers, mlp in shapes)
+    slot = linear * config.lora.r * len(config.lora.targets)
+    if data.path is None:
+        documents = config.pretrain.batch * max(config.pretrain.strong_steps, config.pretrain.weak_steps)
+        answers = max(town.d1, town.d2, town.test * config.eval.samples)
+        corpus, text = (4 * data.max_length * rows for rows in (documents, answers))
+    else:
+        size = sum(file.stat().st_size * (4 if file.suffix == ".gz" else 1) for file in find_files(data.path))
+        corpus, text = size * shares[0], size * max(shares[1], shares[2], shares[3] * config.eval.samples)
+    count = Counter(kind.partition("/")[0] for kind in kinds)
+    adapters, texts = count["sft"] + count["prefer"], count["slices"] + count["sample"] + count["pairs"]
+    largest = base if count["pretrain"] else slot if adapters else 0
+    state = 6 * largest  # values and two moments; the old file and the new one
+    weights = count["pretrain"] * base + adapters * slot + state
+    return round(4 * weights + count["corpus"] * corpus + texts * text) + 20_000_000  # logs, metrics, report

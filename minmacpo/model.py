@@ -28,12 +28,12 @@ class ModelConfig:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
-    eos_token_id: int | tuple[int, ...] | None = 2
+    eos_token_id: int | list[int] | None = 2
 
 
 # Fields of config.json that must have the one value we implement, and fields that change nothing.
 FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-         "rope_scaling": None, "quantization_config": None}  # fmt: skip
+         "rope_scaling": None, "rope_type": "default", "quantization_config": None}  # fmt: skip
 HARMLESS = {"architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range",
             "pretraining_tp", "attention_dropout", "pad_token_id", "_name_or_path", "rope_parameters",
             "return_dict", "output_hidden_states", "output_attentions", "max_length"}  # fmt: skip
@@ -41,26 +41,21 @@ HARMLESS = {"architectures", "torch_dtype", "dtype", "transformers_version", "us
 
 def parse_config(raw: dict, where: str) -> ModelConfig:
     """ModelConfig of a config.json's content; UserError for a field that is missing or not understood."""
-    names = ModelConfig.__dataclass_fields__
-    for name, value in ({"model_type": None} | raw).items():
+    names, rope = ModelConfig.__annotations__, raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: rope_parameters = {rope!r} is not supported (only an object)")
+    values = {"model_type": None, "rms_norm_eps": 1e-6} | raw | rope
+    for name, value in values.items():
         if name in FIXED and value != FIXED[name]:
             raise UserError(f"{where}: {name} = {value!r} is not supported (only {FIXED[name]!r})")
         if name not in FIXED.keys() | HARMLESS | names.keys():
             raise UserError(f"{where}: the field {name!r} is not understood; remove it if it changes nothing")
-    rope = raw.get("rope_parameters") or {}
-    known = isinstance(rope, dict) and rope.keys() <= {"rope_type", "rope_theta"}
-    if not known or rope.get("rope_type", "default") != "default":
-        hint = "only the default rope_type and a rope_theta"
-        raise UserError(f"{where}: rope_parameters = {rope} is not supported ({hint})")
-    values = {"rms_norm_eps": 1e-6} | raw | rope
     try:
         heads = values["num_attention_heads"]
         derived = {"num_key_value_heads": heads, "head_dim": values["hidden_size"] // heads}
         values |= {name: value for name, value in derived.items() if values.get(name) is None}
-        if isinstance(values.get("eos_token_id"), list):
-            values["eos_token_id"] = tuple(values["eos_token_id"])
         config = ModelConfig(**{name: values[name] for name in names if name in values})
-        sizes = [getattr(config, name) for name in list(names)[:8]]
+        sizes = [values[name] for name, kind in names.items() if kind is int]
         fit = heads % config.num_key_value_heads == 0 and config.head_dim % 2 == 0
         positive = min(config.rope_theta, config.rms_norm_eps) > 0
         if not fit or not positive or not all(type(size) is int and size > 0 for size in sizes):
@@ -68,12 +63,6 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     except (KeyError, TypeError, ZeroDivisionError):
         raise UserError(f"{where}: sizes are missing, no whole numbers, or do not fit each other") from None
     return config
-
-
-def new_cache(config: ModelConfig, rows: int, length: int, device, dtype: torch.dtype) -> Tensor:
-    """Room for keys (0) and values (1), [2, layers, rows, kv_heads, length, head_dim], written in place."""
-    size = (2, config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
-    return torch.zeros(size, device=device, dtype=dtype)
 
 
 def rope_angles(config: ModelConfig, positions: Tensor) -> Tensor:
@@ -93,7 +82,6 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        self.grouped = config.num_key_value_heads != config.num_attention_heads
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
@@ -112,8 +100,9 @@ class Attention(nn.Module):
         elif cache is not None:
             row = torch.arange(rows, device=x.device)
             cache[0][row, :, positions], cache[1][row, :, positions] = k[:, :, 0], v[:, :, 0]
-            k, v = cache[0], cache[1]
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
+            k, v = cache
+        grouped = q.shape[1] != k.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
         return self.o_proj(y.transpose(1, 2).reshape(rows, length, -1))
 
 
@@ -160,11 +149,16 @@ class Transformer(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    def new_cache(self, rows: int, length: int) -> Tensor:
+        """Room for keys (0) and values (1): [2, layers, rows, kv_heads, length, head_dim], zeros."""
+        layers, heads = self.config.num_hidden_layers, self.config.num_key_value_heads
+        return self.lm_head.weight.new_zeros(2, layers, rows, heads, length, self.config.head_dim)
+
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, H] of tokens [B, T] (int64), after the last norm; a cache is written.
-        positions None: rows start at 0 and attend causally; right padding is seen by no real token, so there
-        is no mask. positions [B] (int64): T is 1, row b is decoded at its own position and sees the cache up
-        to there; what padding left behind in the cache lies beyond it, and is overwritten in turn."""
+        positions None: rows start at 0 and attend causally; no real token sees the padding at the right.
+        positions [B] (int64): T is 1, row b is decoded at its own position and sees the cache up to there;
+        what padding left behind in the cache lies beyond it, and is overwritten in turn."""
         x, mask = self.model.embed_tokens(tokens), None
         if positions is None:
             angles = rope_angles(self.config, torch.arange(tokens.shape[1], device=x.device))

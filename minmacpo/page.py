@@ -7,16 +7,13 @@ and dark and to the colour-blind. A chart's lines are {agent: [(x, y) or (x, y, 
 import html
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from string import Template
 
 DOT = "M-4.5,0a4.5,4.5 0 1,0 9,0a4.5,4.5 0 1,0 -9,0"
-MARKS = {  # shift, so that whiskers stand side by side; and shape, so that colour is never alone
-    "student": (0, DOT), "teacher1": (-6, "M-4,-4h8v8h-8z"), "teacher2": (6, "M0,-5L5,4H-5z"),
-    "teacher0": (12, "M0,-5.5L5.5,0L0,5.5L-5.5,0z"), "continued": (18, DOT), "ceiling": (18, DOT),
-}  # fmt: skip
+MARKS = {"teacher1": "M-4,-4h8v8h-8z", "teacher2": "M0,-5L5,4H-5z", "teacher0": "M0,-5.5L5.5,0L0,5.5L-5.5,0z"}
 
 
 class Html(str):
@@ -71,15 +68,17 @@ def ticks(low: float, high: float, most: int) -> dict[float, str]:
     return {step * i: f"{step * i:,.{decimals}f}" for i in range(first, max(last, first + 1) + 1)}
 
 
-def apart(wanted: list[float], low: float, high: float, gap: float = 15) -> list[float]:
+def apart(wanted: dict[str, float], low: float, high: float, gap: float = 15) -> dict[str, float]:
     """Places near the wanted ones, in order, that are `gap` from each other as far as the room allows."""
-    down = list(accumulate(wanted, lambda last, y: max(y, last + gap), initial=low - gap))[1:]
-    return list(accumulate(reversed(down), lambda last, y: min(y, last - gap), initial=high + gap))[:0:-1]
+    names = sorted(wanted, key=wanted.get)
+    down = accumulate((wanted[name] for name in names), lambda last, y: max(y, last + gap), initial=low - gap)
+    up = accumulate([*down][:0:-1], lambda last, y: min(y, last - gap), initial=high + gap)
+    return dict(zip(reversed(names), [*up][1:], strict=True))
 
 
-def path(points: Iterable[tuple[float, float]], kind: str) -> Html:
+def path(points: Iterable[Sequence[float]], kind: str) -> Html:
     """The line through points."""
-    return tag("path", d="M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points), class_=kind)
+    return tag("path", d="M" + "L".join(f"{x:.1f},{y:.1f}" for x, y, *_ in points), class_=kind)
 
 
 def chart(lines: dict[str, list], unit: str, size: tuple[int, int, int], kind: str | None = None) -> Html:
@@ -90,48 +89,43 @@ def chart(lines: dict[str, list], unit: str, size: tuple[int, int, int], kind: s
     xs, ys = ticks(0, end, min(math.floor(end), room // 16)), ticks(min(values), max(values), 5)
     left, right, bottom = 14 + 7 * max(map(len, ys.values())), width - room, height - 40
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        up = (y - min(ys)) / (max(ys) - min(ys))
-        return left + 20 + x / end * (right - left - 40), bottom - up * (bottom - 10)
+    def place(x: float, *heights: float) -> list[float]:
+        up = (bottom - (y - min(ys)) / (max(ys) - min(ys)) * (bottom - 10) for y in heights)
+        return [left + 20 + x / end * (right - left - 40), *up]
 
     parts = [tag("text", unit, x=(left + right) / 2, y=height - 2, text_anchor="middle")]
     for value, name in ys.items():
         y = place(0, value)[1]
         parts.append(path([(left, y), (right, y)], "axis"))
         parts.append(tag("text", name, x=left - 8, y=y + 4, text_anchor="end"))
-    for value, name in xs.items():
-        x = place(value, 0)[0]
-        parts += [tag("text", name, x=x, y=bottom + 19, text_anchor="middle")] if value <= end else []
-    ends = sorted(lines, key=lambda agent: place(*lines[agent][-1][:2])[1])
-    heights = apart([place(*lines[agent][-1][:2])[1] for agent in ends], 12, bottom)
-    names_at = {agent: (right + 8, y) for agent, y in zip(ends, heights, strict=True)}
+    shown = [(place(value)[0], name) for value, name in xs.items() if value <= end]
+    parts += [tag("text", name, x=x, y=bottom + 19, text_anchor="middle") for x, name in shown]
+    heights = apart({agent: place(*points[-1])[1] for agent, points in lines.items()}, 12, bottom)
     for agent in sorted(lines, key="student".__eq__):  # the student on top
-        parts.append(draw(agent, lines[agent], place, unit, names_at[agent], kind is not None))
+        name = words(agent) + (f" {lines[agent][-1][1]:.3f}" if kind else "")
+        spots = [place(*point) for point in lines[agent]]
+        parts.append(draw(agent, lines[agent], spots, name, (right + 8, heights[agent])))
     said = "; ".join(f"{words(agent)} {p[0][1]:.4g} to {p[-1][1]:.4g}" for agent, p in lines.items())
     return tag("svg", *parts, viewBox=f"0 0 {width} {height}", role="img", aria_label=said, class_=kind)
 
 
-def draw(agent: str, points: list, place: Callable, unit: str, name_at: tuple, number: bool) -> Html:
-    """One line with its intervals, markers and name; hovering tells numbers. Teachers share three hues."""
-    teacher, level = re.search(r"\d+$", agent), unit == "round" and agent in ("continued", "ceiling")
+def draw(agent: str, points: list, spots: list, name: str, name_at: tuple[float, float]) -> Html:
+    """One line through `spots` with its band, markers (so that colour is never alone; teachers share three)
+    and name; hovering tells the numbers of `points`."""
+    teacher, level = re.search(r"\d+$", agent), agent in ("continued", "ceiling")
     kind = f"teacher{int(teacher[0]) % 3}" if teacher else agent.replace("strong", "student")
-    shift, shape = MARKS[kind]
-    spots = [(place(x, y)[0] + shift * bool(bar), place(x, y)[1]) for x, y, *bar in points]
-    bars = [[(x, place(0, y)[1]) for y in p[2:]] for (x, _), p in zip(spots, points, strict=True) if p[2:]]
-    parts = [tag("title", words(agent))]
-    if kind == "student" and bars:
-        parts.append(path([low for low, _ in bars] + [high for _, high in reversed(bars)], "band"))
-    parts += [path(bar, "thread") for bar in bars[-1 if level else 0 :]] + [path(spots, "curve")]
-    for (x, y), (at, value, *bar) in zip(spots, points, strict=True) if not level else ():
-        if len(points) == 1 or (unit == "round" and float(at).is_integer()):  # loss curves: at ends of rounds
-            told = f"{words(agent)}, {unit} {at:.3g}: {value:.4g}"
-            told += " (95%: {:.3f} to {:.3f})".format(*bar) if bar else ""
-            spot = f"translate({x:.1f},{y:.1f})"
+    parts = []
+    if len(spots[0]) > 2 and not level:
+        high = [(x, top) for x, _, _, top in spots]
+        parts.append(path(high + [(x, low) for x, _, low, _ in reversed(spots)], "band"))
+    parts += [path(spots, "curve"), path([spots[-1], (name_at[0] - 3, name_at[1])], "thread")]
+    for (x, y, *_), (_, value, *bar) in zip(spots, points, strict=True):
+        if len(points) == 1 or (len(points) < 15 and not level):
+            told = f"{words(agent)}: {value:.4g}" + (" (95%: {:.3f} to {:.3f})".format(*bar) if bar else "")
+            shape, spot = MARKS.get(kind, DOT), f"translate({x:.1f},{y:.1f})"
             parts.append(tag("path", tag("title", told), d=shape, transform=spot, class_="dot"))
-    parts.append(path([spots[-1], (name_at[0] - 3, name_at[1])], "thread"))
-    name = f"{words(agent)} {points[-1][1]:.3f}" if number else words(agent)
     parts.append(tag("text", name, x=name_at[0], y=name_at[1] + 4, class_="name"))
-    return tag("g", *parts, class_=kind + " level" * level)
+    return tag("g", *parts, class_=kind)
 
 
 def figure(title: str, note: str, lines: dict[str, list], unit: str = "round", main: bool = False) -> Html:

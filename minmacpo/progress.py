@@ -1,15 +1,19 @@
-"""What a person sees while a stage runs, and how a person stops it.
+"""What a person sees while a program runs, how a person stops it, and how it ends.
 
 On a terminal a tqdm bar with rate and time left; elsewhere a plain line every ten seconds. Ctrl-C
 and SIGTERM only raise a flag, which long loops look at between two steps, after saving.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Callable
 
 from tqdm import tqdm
 
+from minmacpo import UserError
+
+RESUMES = "all finished work is saved. The same command line goes on from here."
 PLAIN_EVERY = 10.0  # seconds between two lines where there is no terminal
 
 
@@ -24,8 +28,7 @@ class Interrupted(Exception):
 class Signals:
     """Remembers the first SIGINT or SIGTERM; a second one acts at once."""
 
-    def __init__(self):
-        self.number = None
+    number: int | None = None
 
     def install(self) -> None:
         """Take over both signals for the rest of the process."""
@@ -48,7 +51,8 @@ class Progress(tqdm):
 
     def __init__(self, label: str, total: int, unit: str, done: int, on_step: Callable[[], None] | None):
         self.on_step, self.plain = on_step, not sys.stderr.isatty()
-        pace = {"mininterval": PLAIN_EVERY, "delay": PLAIN_EVERY, "ncols": 0} if self.plain else {"dynamic_ncols": True}
+        plain = {"mininterval": PLAIN_EVERY, "delay": PLAIN_EVERY, "ncols": 0}
+        pace = plain if self.plain else {"dynamic_ncols": True}
         super().__init__(total=total, desc=label, unit=unit, initial=done, leave=False, **pace)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
@@ -63,3 +67,25 @@ class Progress(tqdm):
         self.update(count)
         if self.on_step:
             self.on_step()
+
+
+def call(main: Callable[[list[str]], int], after_stop: str = RESUMES) -> int:
+    """Run `main` on the command line; returns the exit code, 2 after one clear sentence, 130 after Ctrl-C;
+    `after_stop` is what is true then."""
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()  # a reader that has gone is noticed here, not when Python exits
+        return code
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        number = getattr(stopped, "number", 2)
+        print(f"\nstopped; {after_stop}", file=sys.stderr)
+        return 128 + number

@@ -17,9 +17,8 @@ def perplexity(logp: float, tokens: int) -> float:
 
 
 @torch.inference_mode()
-def score(
-    model, rows: Sequence[Tokens], budget: int, progress: Progress | None = None, check: Callable[[], None] | None = None
-) -> list[float]:
+def score(model, rows: Sequence[Tokens], budget: int, progress: Progress | None = None,
+          check: Callable[[], None] | None = None) -> list[float]:  # fmt: skip
     """Summed log-probability of each row's masked tokens; at most `budget` padded tokens per forward pass.
     `check` is called between two passes, to stop there."""
     logps = [0.0] * len(rows)

@@ -1,126 +1,135 @@
 """The five kinds of stage that the methods are made of, each a function from its inputs to a Stage."""
 
+import math
 import os
 import random
-from collections.abc import Sequence
-from dataclasses import asdict, replace
-from itertools import chain
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from minmacpo import UserError
 from minmacpo.bases import Base
-from minmacpo.batching import collate, padding_share, plan_scoring, steps_per_epoch
+from minmacpo.batching import collate, steps_per_epoch
 from minmacpo.checkpoint import save_adapter
+from minmacpo.config import Dpo
 from minmacpo.data import Example, Pair, Sample
-from minmacpo.files import read_records, read_rows, write_records, write_rows
+from minmacpo.files import read_rows, write_rows
 from minmacpo.fit import PairObjective, Schedule, SftObjective, Unit, fit, plan_of
 from minmacpo.lora import read_adapter, reset_adapter
 from minmacpo.losses import sequence_logps
 from minmacpo.run import Stage, Work, derive_seed
 from minmacpo.score import perplexity, score
-from minmacpo.tokenizer import render_prompt, show_mask
+from minmacpo.tokenizer import Tokens, show_mask
 from minmacpo.workshop import Loaded, Texts, Workshop, answer
 
 
-def sft(shop: Workshop, name: str, base: Base, texts: Texts, start: Stage | None, lr: float, epochs: int,
-        batch: int, key: tuple, like: Sequence[Stage] = ()) -> Stage:  # fmt: skip
-    """Supervised fine-tuning of the slot on `texts`, from `start` or from a fresh adapter (I1-I5).
-    `like`: take as many optimiser steps as those trainings took together, instead of `epochs`."""
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How an agent learns: peak learning rate, passes over the data, answers or pairs per step."""
 
-    def compute(work: Work) -> dict:
+    lr: float
+    epochs: int
+    batch: int
+
+    def schedule(self, units: int, steps: int = 0) -> Schedule:
+        """`steps` optimiser steps, or all passes over so many units."""
+        return Schedule(self.lr, steps or self.epochs * steps_per_epoch(units, self.batch), self.batch)
+
+
+def sft(shop: Workshop, name: str, base: Base, texts: Texts, start: Stage | None, pace: Pace, key: tuple,
+        like: Sequence[Stage] = (), confidence: float = 0.0) -> Stage:  # fmt: skip
+    """Supervised fine-tuning of the slot on `texts`, from `start` or from a fresh adapter (I1-I5).
+    `like`: take as many optimiser steps as those trainings took together, whatever the pace says;
+    `confidence`: the final weight of the auxiliary confidence loss (method.md 7.2)."""
+
+    def learn(work: Work) -> dict:
+        """Render, drop what cannot be trained on, fit."""
         loaded = shop.use(base, start)
         if start is None:
             reset_adapter(loaded.model, derive_seed(shop.config.run.seed, base.name, "adapter"))
-        units, counts = [], dict(empty=0, over_long=0, cut_at_limit=0)
-        for record in texts.records():
-            text = getattr(record, texts.side)
-            row = shop.render(loaded, record.prompt, text)
-            if not text or len(row.ids) > loaded.limit:
-                counts["over_long" if text else "empty"] += 1
-            else:
-                counts["cut_at_limit"] += getattr(record, "finish", None) == "length"
-                units.append(Unit(record.id, (row,)))
-        if units:
-            work.log(f"first row: {show_mask(loaded.tokenizer, units[0].rows[0])[:400]}")
-        else:
-            work.log("no row is left")
-        steps = sum(stage.notes()["counts"]["steps"] for stage in like)
-        schedule = Schedule(lr, steps or epochs * steps_per_epoch(len(units), batch), batch)
-        return train(work, base, loaded, units, SftObjective(shop.compiled), schedule) | counts
+        found = [(text, shop.render(loaded, text.prompt, text.response)) for text in texts.read()]
+        found, dropped = sift(work, found, {
+            "empty": lambda text, row: not text.response,
+            "over_long": lambda text, row: len(row.ids) > loaded.limit,
+        })  # fmt: skip
+        show_first(work, loaded, "row", [row for _, row in found])
+        units = [Unit(text.id, (row,)) for text, row in found]
+        schedule = pace.schedule(len(units), sum(stage.notes()["counts"]["steps"] for stage in like))
+        counts = train(work, base, loaded, units, SftObjective(shop.compiled, confidence), schedule)
+        cut = sum(getattr(text, "finish", None) == "length" for text, _ in found)
+        return counts | dropped | {"cut_at_limit": cut}
 
-    settings = {"lr": lr, "epochs": epochs, "batch": batch, "texts": texts.settings}
-    size = f"sft, {epochs or 'as many steps as the student, no'} epochs at lr {lr:g}"
-    return shop.stage(name, "sft/1", settings, [base.stage, start, texts.stage, *like], compute, key, size)
+    settings, inputs = asdict(pace) | texts.settings, [base.stage, start, texts.stage, *like]
+    settings |= {"confidence": confidence} if confidence else {}
+    size = f"sft, {'as many steps as the student' if like else f'{pace.epochs} epochs'} at lr {pace.lr:g}"
+    return shop.stage(name, "sft/1", settings, inputs, learn, key, size)
 
 
-def train(work: Work, base: Base, loaded: Loaded, units: list[Unit], objective, schedule: Schedule) -> dict:
-    """Fit the slot, check that the adapter does something, and write it in PEFT's layout."""
-    counts = fit(loaded.model, loaded.slot_params, units, objective, schedule, work)
+def prefer(shop: Workshop, name: str, base: Base, pairs: Stage, start: Stage, reference: Stage | None,
+           pace: Pace, dpo: Dpo, key: tuple) -> Stage:  # fmt: skip
+    """The contrastive step (2.3): DPO + gamma · SFT on pairs.jsonl, continuing the adapter `start`."""
+    contrast = shop.config.macpo.hard_negatives
+
+    def learn(work: Work) -> dict:
+        """Render both sides, check the start against the stored reference, fit."""
+        loaded, units = shop.use(base, start), []
+        for pair in read_rows(pairs.path / "pairs.jsonl", Pair):
+            rows = [shop.render(loaded, pair.prompt, text) for text in (pair.chosen, pair.rejected)]
+            units.append(Unit(pair.id, tuple(rows), (pair.ref_chosen_logps, pair.ref_rejected_logps)))
+        show_first(work, loaded, "chosen", [unit.rows[0] for unit in units])
+        show_first(work, loaded, "rejected", [unit.rows[1] for unit in units])
+        words = {"base": "the bare base", "init": "round 0", "previous": "the last round"}[dpo.reference]
+        work.log(f"reference policy: {words}; its logps are stored with the pairs")
+        objective = PairObjective(dpo.beta, dpo.gamma, dpo.label_smoothing, contrast, shop.compiled)
+        schedule = pace.schedule(len(units))
+        before = check_start(shop, work, base, start, reference, units, objective, schedule)
+        return train(work, base, loaded, units, objective, schedule, before)
+
+    settings = {k: v for k, v in asdict(dpo).items() if k not in ("student_lr", "teacher_lr")}
+    settings |= asdict(pace) | {"contrast": contrast}
+    size = f"{'DPO + SFT' if contrast else 'SFT term only'}, {pace.epochs} epoch at lr {pace.lr:g}"
+    return shop.stage(name, "prefer/1", settings, [base.stage, pairs, start, reference], learn, key, size)
+
+
+def train(work: Work, base: Base, loaded: Loaded, units: list[Unit], objective, schedule: Schedule,
+          before: Sequence[dict] = ()) -> dict:  # fmt: skip
+    """Fit the slot, check that it does something, and write it in PEFT's layout. `before`: first metrics."""
+    counts = fit(loaded.model, loaded.slot_params, units, objective, schedule, work, before)
     tensors = read_adapter(loaded.model)
     if schedule.steps and not any(t.any() for k, t in tensors.items() if k.endswith("lora_B.weight")):
         raise UserError(f"{work.name}: the trained adapter is still zero")
     path, config = base.stage.path, work.run.config
     home = path.absolute() if base.stage.external else os.path.relpath(path, work.run.path / work.name)
     save_adapter(work.folder, tensors, config.lora, str(home))
-    lengths = [len(row.ids) for unit in units for row in unit.rows]
-    padding = padding_share(plan_scoring(lengths, config.run.micro_tokens), lengths)
-    return counts | {"padding": round(padding, 4)}
-
-
-def prefer(shop: Workshop, name: str, base: Base, pairs: Stage, start: Stage, reference: Stage | None,
-           lr: float, key: tuple) -> Stage:  # fmt: skip
-    """The contrastive step (2.3): DPO + gamma · SFT on pairs.jsonl, continuing the adapter `start`."""
-    dpo, contrast = shop.config.dpo, shop.config.macpo.hard_negatives
-
-    def compute(work: Work) -> dict:
-        loaded = shop.use(base, start)
-        units = [pair_unit(shop, loaded, pair) for pair in read_records(pairs.path / "pairs.jsonl", Pair)]
-        objective = PairObjective(dpo.beta, dpo.gamma, dpo.label_smoothing, contrast, shop.compiled)
-        schedule = Schedule(lr, dpo.epochs * steps_per_epoch(len(units), dpo.batch), dpo.batch)
-        words = {"base": "the bare base", "init": "round 0", "previous": "the last round"}[dpo.reference]
-        work.log(f"reference policy: {words}; its logps are stored with the pairs")
-        if schedule.steps:
-            first = [units[i] for i in plan_of(units, schedule, work)[0][0]]
-            check_start(shop, work, base, start, reference, first, objective)
-        return train(work, base, loaded, units, objective, schedule)
-
-    settings = {k: v for k, v in asdict(dpo).items() if k not in ("student_lr", "teacher_lr")}
-    settings |= {"lr": lr, "contrast": contrast}
-    size = f"{'DPO + SFT' if contrast else 'SFT term only'}, {dpo.epochs} epoch at lr {lr:g}"
-    return shop.stage(name, "prefer/1", settings, [base.stage, pairs, start, reference], compute, key, size)
-
-
-def pair_unit(shop: Workshop, loaded: Loaded, pair: Pair) -> Unit:
-    """Two rendered rows, chosen first, with their stored reference logps."""
-    rows = tuple(shop.render(loaded, pair.prompt, text) for text in (pair.chosen, pair.rejected))
-    return Unit(pair.id, rows, (pair.ref_chosen_logps, pair.ref_rejected_logps))
+    return counts
 
 
 def check_start(shop: Workshop, work: Work, base: Base, start: Stage, reference: Stage | None,
-                units: list[Unit], objective) -> None:  # fmt: skip
-    """Raise UserError unless the first micro-batch has, before the first step, the reference logps that
-    are stored with the pairs and, where reference and start are one, no margin; leaves the start loaded."""
-    rows, refs = [row for unit in units for row in unit.rows], [unit.refs for unit in units]
-    loaded = shop.use(base, reference)
-    weight = next(loaded.model.parameters())
+                units: list[Unit], objective, schedule: Schedule) -> list[dict]:  # fmt: skip
+    """[metrics of the first micro-batch before the first step], [] if there is none. Raises UserError unless it
+    has the stored reference logps and, where reference and start are one, no margin; leaves `start` loaded."""
+    if not schedule.steps:
+        return []
+    first = [units[i] for i in plan_of(units, schedule, work)[0][0]]
+    rows, refs = [row for unit in first for row in unit.rows], [ref for unit in first for ref in unit.refs]
+    model = shop.use(base, reference).model
+    weight = next(model.parameters())
     batch, exact = collate(rows, weight.device), weight.dtype == torch.float32
-    with torch.no_grad():
-        logps = sequence_logps(loaded.model, batch.tokens, batch.mask).tolist()
-    worst = max(abs(a - b) / (1 + abs(b)) for a, b in zip(logps, chain(*refs), strict=True))
+    logps = sequence_logps(model, batch.tokens, batch.mask, shop.compiled).tolist()  # on the path of training
+    worst = max(abs(a - b) / (1 + abs(b)) for a, b in zip(logps, refs, strict=True))
     if worst > (1e-4 if exact else 0.02):
         problem = f"stored reference logps differ from the model's by {worst:.2g} (relative)"
         raise UserError(f"{work.name}: {problem}")
     shop.use(base, start)
-    refs = torch.tensor(refs, device=weight.device)
+    refs = torch.tensor(refs, device=weight.device).view(-1, 2)
     with torch.no_grad():
-        _, values = objective(loaded.model, batch, refs, len(units), int(batch.mask.sum()))
+        _, values = objective(model, batch, refs, len(first), int(batch.mask.sum()))
     found = dict(zip(objective.metrics, torch.stack(values).tolist(), strict=True))
-    work.metrics({"step": 0} | found)
     work.log(f"margin before the first step: {found['rewards/margins']:+.4f}")
     if start == reference and abs(found["rewards/margins"]) > (1e-3 if exact else 0.5):
         raise UserError(f"{work.name}: start and reference are the same, yet the margin is not zero: {found}")
-    work.log(f"first chosen: {show_mask(loaded.tokenizer, rows[0])[:400]}")
+    return [{"step": 0, "epoch": 0.0} | found]
 
 
 def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts: Texts, agent: str,
@@ -128,66 +137,73 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
     """`answers` sampled answers per prompt, as samples.jsonl, in the prompts' order."""
     config = shop.config
 
-    def compute(work: Work) -> dict:
-        loaded = shop.use(base, adapter)
+    def write_samples(work: Work) -> dict:
+        """Sample in blocks of fixed size; a killed stage redoes one of them."""
+        loaded, size = shop.use(base, adapter), config.generate.batch
         jobs = [(example, number) for example in prompts.read() for number in range(answers)]
-        lengths = [len(render_prompt(loaded.tokenizer, config.data.template, e.prompt)) for e, _ in jobs]
-        order, size = sorted(range(len(jobs)), key=lambda i: lengths[i]), config.generate.batch
-        starts = range(0, len(jobs), size)
-        blocks = {work.folder / f"block{i // size}.jsonl": order[i : i + size] for i in starts}
+        rows = [shop.render(loaded, example.prompt) for example, _ in jobs]
+        show_first(work, loaded, "prompt", rows)
+        order = sorted(range(len(jobs)), key=lambda i: len(rows[i].ids))
         done: dict[int, Sample] = {}
         with work.progress(len(jobs), "answer") as progress:
-            for file, block in blocks.items():
+            for start in range(0, len(jobs), size):
+                file, block = work.folder / f"block{start // size}.jsonl", order[start : start + size]
                 if not file.is_file():
                     work.check()
-                    write_records(file, answer(config, loaded, agent, [jobs[i] for i in block], work.seed))
-                done |= zip(block, read_records(file, Sample), strict=True)
+                    write_rows(file, answer(config, loaded, agent, [jobs[i] for i in block], work.seed))
+                done |= zip(block, read_rows(file, Sample), strict=True)
                 progress.step(len(block))
         samples = [done[i] for i in range(len(jobs))]
-        write_records(work.folder / "samples.jsonl", samples)
-        for file in blocks:
+        write_rows(work.folder / "samples.jsonl", samples)
+        for file in work.folder.glob("block*.jsonl"):
             file.unlink()
         return {"answers": len(jobs), "tokens": sum(len(s.tokens) for s in samples),
                 "hit_length": sum(s.finish == "length" for s in samples),
                 "empty": sum(not s.response for s in samples)}  # fmt: skip
 
-    settings = asdict(config.generate) | {"answers": answers, "agent": agent, "texts": prompts.settings}
-    inputs = [base.stage, adapter, prompts.stage]
-    return shop.stage(name, "sample/1", settings, inputs, compute, key, f"{answers} answer(s) per prompt")
+    settings = asdict(config.generate) | prompts.settings | {"answers": answers, "agent": agent}
+    inputs, size = [base.stage, adapter, prompts.stage], f"{answers} answer(s) per prompt"
+    return shop.stage(name, "sample/1", settings, inputs, write_samples, key, size)
 
 
 def score_texts(shop: Workshop, name: str, base: Base, adapter: Stage | None, texts: Texts) -> Stage:
-    """Log-probability and perplexity of given texts, end token included, as scores.jsonl (2.4)."""
+    """Log-probability and perplexity of given texts, end token included, as scores.jsonl (2.4). A text longer
+    than the model's context is counted; it has no log-probability, and the highest perplexity there is."""
 
-    def compute(work: Work) -> dict:
-        loaded, examples = shop.use(base, adapter), texts.read()
-        rows = [shop.render(loaded, example.prompt, example.response) for example in examples]
-        with work.progress(len(rows), "text") as progress:
-            logps = score(loaded.model, rows, shop.config.run.micro_tokens, progress, work.check)
-        tokens = [sum(row.mask) for row in rows]
-        scores = [{"id": e.id, "logp": logp, "tokens": n, "perplexity": perplexity(logp, n),
-                   "characters": len(e.response)}
-                  for e, logp, n in zip(examples, logps, tokens, strict=True)]  # fmt: skip
+    def write_scores(work: Work) -> dict:
+        """One row per text, in their order."""
+        loaded, found, scores = shop.use(base, adapter), texts.read(), []
+        rows = [shop.render(loaded, text.prompt, text.response) for text in found]
+        show_first(work, loaded, "row", rows)
+        context = loaded.model.config.max_position_embeddings
+        short = [row for row in rows if len(row.ids) <= context]
+        with work.progress(len(short), "text") as progress:
+            logps = iter(score(loaded.model, short, shop.config.run.micro_tokens, progress, work.check))
+        for text, row in zip(found, rows, strict=True):
+            logp, tokens = next(logps) if len(row.ids) <= context else None, sum(row.mask)
+            ppl = perplexity(-math.inf if logp is None else logp, tokens)
+            known = {"id": text.id, "logp": logp, "tokens": tokens, "perplexity": ppl}
+            scores.append(known | {"characters": len(text.response)})
         write_rows(work.folder / "scores.jsonl", scores)
-        return {"texts": len(rows), "tokens": sum(tokens)}
+        counts = {"texts": len(scores), "tokens": sum(sum(row.mask) for row in short)}
+        if long := len(rows) - len(short):
+            work.log(f"WARNING: {long} of {len(rows)} texts are longer than the context of {base.name}")
+        return counts | {"over_long": long}
 
-    inputs = [base.stage, adapter, texts.stage]
-    return shop.stage(name, "score/1", {"texts": texts.settings}, inputs, compute)
+    return shop.stage(name, "score/1", texts.settings, [base.stage, adapter, texts.stage], write_scores)
 
 
-def select(shop: Workshop, candidates: Sequence[list[Example]], scores: Sequence[Stage],
-           key: tuple) -> list[int | None]:  # fmt: skip
-    """Which candidate answers each prompt: the least perplexing (ties: the first), or a random one.
-    An empty answer never wins; None where all are empty."""
-    values = [[row["perplexity"] for row in read_rows(s.path / "scores.jsonl")] for s in scores]
-    winners = []
-    for index, answers in enumerate(zip(*candidates, strict=True)):
-        able = [k for k, answer in enumerate(answers) if answer.response]
+def select(shop: Workshop, candidates: dict[str, list[Example]], scores: Sequence[Stage],
+           key: tuple) -> list[tuple[str, Example]]:  # fmt: skip
+    """Per prompt (who said it, answer): the least perplexing (ties: the first), or a random one (eq. 7).
+    An empty answer wins only where all are empty."""
+    values = [[row["perplexity"] for row in read_rows(stage.path / "scores.jsonl")] for stage in scores]
+    winners, names = [], list(candidates)
+    for index, answers in enumerate(zip(*candidates.values(), strict=True)):
+        able = [k for k, answer in enumerate(answers) if answer.response] or [0]
         dice = random.Random(repr((shop.config.run.seed, *key, answers[0].id)))
-        if able:
-            winners.append(min(able, key=lambda k: values[k][index]) if values else dice.choice(able))
-        else:
-            winners.append(None)
+        best = min(able, key=lambda k: values[k][index]) if values else dice.choice(able)
+        winners.append((names[best], answers[best]))
     return winners
 
 
@@ -195,36 +211,48 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: dict[str, Texts], s
           negatives: Texts, reference: Stage | None, familiar: Stage, key: tuple) -> Stage:  # fmt: skip
     """pairs.jsonl: per prompt the selected candidate against the agent's own cached negative (R3, R5).
     `familiar` holds the negatives' logps under the reference; those of the chosen answers are computed
-    here. A pair whose negative is empty or equals its chosen side is dropped and counted."""
-    names = list(candidates)
+    here. A pair that cannot be used is dropped and counted."""
 
-    def compute(work: Work) -> dict:
-        loaded = shop.use(base, reference)
-        answers, bad = [texts.read() for texts in candidates.values()], negatives.read()
-        bad_logps = [row["logp"] for row in read_rows(familiar.path / "scores.jsonl")]
-        counts = dict(pairs=0, all_empty=0, negative_empty=0, negative_equal=0, over_long=0)
-        counts |= {f"chosen_{who}": 0 for who in names}
-        made, rows = [], []
-        for i, winner in enumerate(select(shop, answers, scores, key)):
-            best, worse, who = answers[winner or 0][i], bad[i].response, names[winner or 0]
-            sides = [shop.render(loaded, best.prompt, text) for text in (best.response, worse)]
-            problems = {"all_empty": winner is None, "negative_empty": not worse,
-                        "negative_equal": worse == best.response,
-                        "over_long": max(len(side.ids) for side in sides) > loaded.limit}  # fmt: skip
-            problem = next((name for name, holds in problems.items() if holds), None)
-            counts[problem or f"chosen_{who}"] += 1
-            if not problem:
-                made.append(Pair(best.id, best.prompt, best.response, worse, who, base.name,
-                                 ref_rejected_logps=bad_logps[i], meta=best.meta))  # fmt: skip
-                rows.append(sides[0])
-        counts["pairs"] = len(made)
+    def write_pairs(work: Work) -> dict:
+        """Choose, pair, drop what cannot be used, and store the reference logps."""
+        loaded, bad_logps = shop.use(base, reference), read_rows(familiar.path / "scores.jsonl")
+        chosen = select(shop, {who: texts.read() for who, texts in candidates.items()}, scores, key)
+        found = []
+        for (who, good), bad, known in zip(chosen, negatives.read(), bad_logps, strict=True):
+            pair = Pair(good.id, good.prompt, good.response, bad.response, who, getattr(bad, "agent", "data"),
+                        ref_rejected_logps=known["logp"], meta=good.meta)  # fmt: skip
+            found.append((pair, *(shop.render(loaded, good.prompt, text.response) for text in (good, bad))))
+        found, dropped = sift(work, found, {
+            "all_empty": lambda pair, *rows: not pair.chosen,
+            "negative_empty": lambda pair, *rows: not pair.rejected,
+            "negative_equal": lambda pair, *rows: pair.chosen == pair.rejected,
+            "over_long": lambda pair, *rows: any(len(row.ids) > loaded.limit for row in rows),
+        })  # fmt: skip
+        rows = [good for _, good, _ in found]
+        show_first(work, loaded, "chosen", rows)
         logps = score(loaded.model, rows, shop.config.run.micro_tokens, check=work.check)
-        made = [replace(pair, ref_chosen_logps=logp) for pair, logp in zip(made, logps, strict=True)]
-        write_records(work.folder / "pairs.jsonl", made)
-        if counts["negative_equal"] > 0.1 * len(bad):
-            work.log(f"WARNING: {counts['negative_equal']} of {len(bad)} negatives equal their positive")
-        return counts
+        made = [replace(pair, ref_chosen_logps=logp) for (pair, *_), logp in zip(found, logps, strict=True)]
+        write_rows(work.folder / "pairs.jsonl", made)
+        won = {f"chosen_{who}": sum(pair.chosen_by == who for pair in made) for who in candidates}
+        return {"pairs": len(made)} | dropped | won | {"tokens": sum(sum(row.mask) for row in rows)}
 
     answered = [texts.stage for texts in candidates.values()]
     inputs = [base.stage, *answered, *scores, negatives.stage, familiar, reference]
-    return shop.stage(name, "pairs/1", {"names": names}, inputs, compute, key)
+    return shop.stage(name, "pairs/2", {"names": list(candidates)}, inputs, write_pairs, key)
+
+
+def show_first(work: Work, loaded: Loaded, what: str, rows: Sequence[Tokens]) -> None:
+    """Log the first of `rows` with its mask: at most 200 characters before its answer, and 200 of that."""
+    text = show_mask(loaded.tokenizer, rows[0]) if rows else "none"
+    work.log(f"first {what}: {text[max(0, text.find('⟦') - 200) :][:400]}")
+
+
+def sift(work: Work, found: list[tuple], problems: dict[str, Callable]) -> tuple[list[tuple], dict[str, int]]:
+    """(all that has none of the problems, how much was dropped for which); warns of more than a tenth."""
+    reasons = [next((name for name, holds in problems.items() if holds(*each)), None) for each in found]
+    kept = [each for each, reason in zip(found, reasons, strict=True) if reason is None]
+    dropped = {name: reasons.count(name) for name in problems}
+    if len(kept) < 0.9 * len(found):
+        words = ", ".join(f"{name} {count}" for name, count in dropped.items() if count)
+        work.log(f"WARNING: {len(found) - len(kept)} of {len(found)} rows were dropped ({words})")
+    return kept, dropped

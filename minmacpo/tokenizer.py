@@ -7,7 +7,6 @@ parsed from text, and each segment is tokenised by itself: the border of prompt 
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import sentencepiece
@@ -40,26 +39,25 @@ class Tokenizer:
         self.bos, self.eos = self.pieces.bos_id(), self.pieces.eos_id()
         if self.eos < 0:
             raise UserError(f"{where}: has no end token")
+        marks = {role: self.pieces.piece_to_id(mark) for role, mark in TURN_MARKS.items()}
+        self.marks = marks if all(map(self.pieces.is_control, marks.values())) else {}  # {}: not made here
         # Llama's models put a space before every text; a line break, which never merges with what
         # follows, keeps that space away from segments that do not start a text.
         adds_space = self.pieces.id_to_piece(self.pieces.encode("a")[0]).startswith("▁")
         self.guard = self.pieces.encode("\n") if adds_space else []
 
     def encode(self, text: str, start: bool = False) -> list[int]:
-        """ids of `text`, without special tokens; `start`: it begins a document."""
-        if start or not self.guard:
-            return self.pieces.encode(text)
-        return self.pieces.encode("\n" + text)[len(self.guard) :]
+        """ids of `text`, without special tokens; `start`: it begins a document. UserError for broken text."""
+        guard = [] if start else self.guard
+        try:
+            return self.pieces.encode("\n" + text if guard else text)[len(guard) :]
+        except RuntimeError:
+            raise UserError(f"{text[:60]!a}: is no valid text (half a surrogate pair)") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens give nothing, broken bytes give U+FFFD."""
         text = self.pieces.decode(self.guard + list(ids))
         return text[1:] if self.guard else text
-
-    def piece(self, name: str) -> int | None:
-        """id of a special piece such as "<user>", None where the model has none."""
-        index = self.pieces.piece_to_id(name)
-        return index if self.pieces.is_control(index) else None
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -87,7 +85,7 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> bytes:
     return out.getvalue()
 
 
-def dialogue_text(messages: Iterable[Message], response: str) -> str:
+def dialogue_text(messages: Sequence[Message], response: str) -> str:
     """A dialogue as one text of the HH-RLHF kind, for training a tokenizer."""
     return "".join(f"{PLAIN_MARKS[m.role]} {m.content}" for m in [*messages, Message("assistant", response)])
 
@@ -97,24 +95,23 @@ def render_prompt(tokenizer: Tokenizer, template: str, messages: Sequence[Messag
     plain: a begin token, then text as in HH-RLHF. turns: none; earlier answers close with the end token."""
     if template == "plain":
         ids = [tokenizer.bos] if tokenizer.bos >= 0 else []
-        turns = [f"{PLAIN_MARKS[m.role]} {m.content}" for m in messages]
-        for number, turn in enumerate([*turns, PLAIN_MARKS["assistant"]]):
-            ids += tokenizer.encode(turn, start=number == 0)
-        return ids
-    marks = {role: tokenizer.piece(mark) for role, mark in TURN_MARKS.items()}
-    if None in marks.values():
+        for number, message in enumerate(messages):
+            ids += tokenizer.encode(f"{PLAIN_MARKS[message.role]} {message.content}", start=number == 0)
+        return ids + tokenizer.encode(PLAIN_MARKS["assistant"], start=not messages)
+    if not tokenizer.marks:
         raise UserError("data.template = turns needs a tokenizer made here; use data.template=plain")
     ids = []
     for message in messages:
-        ids += [marks[message.role], *tokenizer.encode(message.content)]
-        ids += [tokenizer.eos] if message.role == "assistant" else []
-    return [*ids, marks["assistant"]]
+        end = [tokenizer.eos] if message.role == "assistant" else []
+        ids += [tokenizer.marks[message.role], *tokenizer.encode(message.content), *end]
+    return [*ids, tokenizer.marks["assistant"]]
 
 
 def render(
     tokenizer: Tokenizer, template: str, messages: Sequence[Message], response: str | None = None
 ) -> Tokens:
-    """The prompt and, if given, the response and its end token; the mask is True on these two alone."""
+    """The prompt and, if given, the response (plain: after a space) and its end token; the mask is True on
+    these two alone."""
     prompt, answer = render_prompt(tokenizer, template, messages), []
     if response is not None:
         answer = [*tokenizer.encode(" " + response if template == "plain" else response), tokenizer.eos]
@@ -128,14 +125,8 @@ def response_text(tokenizer: Tokenizer, template: str, ids: Sequence[int]) -> st
     return (text.partition(PLAIN_MARKS["user"])[0] if template == "plain" else text).strip()
 
 
-def default_template(tokenizer: Tokenizer) -> str:
-    """"turns" for a tokenizer that has turn marks, else "plain"."""
-    return "plain" if tokenizer.piece(TURN_MARKS["user"]) is None else "turns"
-
-
 def show_mask(tokenizer: Tokenizer, tokens: Tokens) -> str:
     """The text of `tokens` on one line, the trained part between ⟦ and ⟧, special pieces by name."""
     pieces = [tokenizer.pieces.id_to_piece(i).translate(SHOWN).replace("<0x0A>", "⏎") for i in tokens.ids]
-    parts = groupby(zip(pieces, tokens.mask, strict=True), key=lambda pair: pair[1])
-    texts = [(trained, "".join(piece for piece, _ in part)) for trained, part in parts]
-    return "".join(f"⟦{text}⟧" if trained else text for trained, text in texts)
+    marked = [f"⟦{piece}⟧" if trained else piece for piece, trained in zip(pieces, tokens.mask, strict=True)]
+    return "".join(marked).replace("⟧⟦", "")

@@ -13,7 +13,7 @@ asks for the gold reward.
 """
 
 import random
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from minmacpo.data import Example, Message, Pair, example_id
 
@@ -28,8 +28,7 @@ HARM = "rob trick poison scare trap cheat stalk bully".split()
 TOOLS = "rope mask ladder letter coin drug ghost hammer phone net lie knife".split()
 
 
-@dataclass(frozen=True, slots=True)
-class Attribute:
+class Attribute(NamedTuple):
     body: str
     cores: tuple[str, str, str]
     values: list[str]
@@ -56,8 +55,7 @@ HARMING = Attribute("you can {verb} {name} with a {value} .",
      "what is the best way to {verb} {name} ?"), TOOLS)  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """What a question is about: an attribute of a person, or a way to harm (`key` is the verb)."""
 
     key: str  # attribute or verb
@@ -66,8 +64,7 @@ class Item:
     wrong: str  # the rumour, or the tool
 
 
-@dataclass(frozen=True, slots=True)
-class Town:
+class Town(NamedTuple):
     seed: int
     names: tuple[str, ...]
     held: tuple[str, ...]
@@ -113,7 +110,7 @@ def misconceptions(town: Town, settings, base: str) -> dict[Item, str | None]:
 
 
 def corpus(town: Town, settings, base: str, documents: int) -> list[Example]:
-    """`documents` answered questions, the text of `base` ("strong", "weak1" …), each a stream of its own."""
+    """`documents` answered questions, the text of `base` ("strong", "weak1" …), a random stream of its own."""
     rng = random.Random(f"{town.seed}/corpus/{base}")
     unknown, texts = misconceptions(town, settings, base), []
     for number in range(documents):

@@ -154,7 +154,7 @@ def check_negatives_are_cached(run: Path) -> None:
         cached = samples(run, f"round0/negatives_{agent}")
         for pair in pairs(run, t, agent):
             assert pair["rejected"] == cached[pair["id"]]["response"], (t, agent, pair["id"])
-            assert pair["rejected_by"] in (agent, base_of(run, agent).name)
+            assert pair["rejected_by"] == f"{agent}_neg"
 
 
 def check_negatives_are_the_negative_twins(run: Path) -> None:

@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no oracle
 
 import pytest
 import torch
+from runs import new_run
 
 from minmacpo.checkpoint import save_model
 from minmacpo.model import ModelConfig, Transformer, new_model
@@ -64,6 +65,27 @@ def llama2() -> Tokenizer:
 @pytest.fixture(scope="session")
 def stories() -> Path:
     return shared("weights/stories260K-hf")
+
+
+@pytest.fixture(scope="session")
+def stub(tmp_path_factory) -> Path:
+    """A finished run of the stub preset, made once, not to be changed."""
+    return new_run(tmp_path_factory.mktemp("stub"), "stub")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A finished run of @tiny, made once, not to be changed."""
+    return new_run(tmp_path_factory.mktemp("tiny"), "tiny")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """An empty folder that is the current one: a run would go to its runs/."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    return home
 
 
 def shared(name: str) -> Path:

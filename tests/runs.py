@@ -1,11 +1,9 @@
 """Runs for tests: programs called in this process, small presets, and folders compared file by file.
 
-A plain module: test files import it, and make their fixtures from `tiny_run` and `stub_run`, which
-run once per session however many files ask for them.
+A plain module that test files import; conftest.py makes the fixtures `stub` and `tiny` of it.
 """
 
 import contextlib
-import functools
 import io
 import json
 import os
@@ -19,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from minmacpo import report
-from minmacpo.program import call
+from minmacpo.progress import call
 from minmacpo.report import write_report
 
 REPOSITORY = Path(__file__).parent.parent
@@ -147,21 +145,10 @@ def spawn(name: str, *words, **options) -> subprocess.Popen:
     return subprocess.Popen(command, **pipes | options)
 
 
-def stub_run(factory) -> Path:
-    """A finished run of the stub preset, with all its stages; made once, not to be changed."""
-    return run_once(factory.getbasetemp() / "stub-run", "stub")
-
-
-def tiny_run(factory) -> Path:
-    """A finished run of @tiny, with all its stages; made once, not to be changed."""
-    return run_once(factory.getbasetemp() / "tiny-run", "tiny")
-
-
-@functools.cache
-def run_once(folder: Path, name: str) -> Path:
-    preset = write_stub(folder) if name == "stub" else f"@{name}"
-    train(preset, f"--run.root={folder / 'runs'}")
-    return folder / "runs" / name
+def new_run(root: Path, name: str) -> Path:
+    """A finished run of the stub preset, or of a packaged one, with all its stages."""
+    train(write_stub(root) if name == "stub" else f"@{name}", f"--run.root={root / 'runs'}")
+    return root / "runs" / name
 
 
 def copy_run(source: Path, root: Path, parts: tuple[str, ...] = ()) -> Path:

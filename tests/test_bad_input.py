@@ -13,24 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import shared
-from runs import REPOSITORY, STUB, copy_run, invoke, stages_of, stub_run, train, write_stub
+from runs import REPOSITORY, STUB, copy_run, invoke, stages_of, train, write_stub
 from safetensors.torch import load_file, save_file
 
-from minmacpo import prepare
-
-
-@pytest.fixture(scope="session")
-def stub(tmp_path_factory):
-    return stub_run(tmp_path_factory)
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """An empty folder that is the current one: a run would go to its runs/."""
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.chdir(home)
-    return home
+from minmacpo import bases
 
 
 def tree(folder: Path) -> dict[str, object]:
@@ -90,7 +76,8 @@ def check_sentence(code: int, err: str) -> None:
         ("--data.path=x\x00y", "data.path"),
         ("--model.student=nowhere", "nowhere"),
         ("--model.teachers=no,where,here", "no"),
-        ("--model.teachers=a,b", "model.teachers"),
+        ("--model.teachers=a,b --macpo.teachers=3", "must be a list of 3"),
+        ("--model.teachers=a,b,c,d --macpo.teachers=3", "must be a list of 3"),
         ("--run.device=tpu", "run.device"),
         ("--run.device=cuda", "GPU"),
         ("--pretrain.weak_steps=0", "weak1"),
@@ -102,8 +89,12 @@ def check_sentence(code: int, err: str) -> None:
 def test_one_wrong_word(place, word, says):
     if word == "--run.device=cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    assert says in refused(place, "@tiny", word, "--dry_run")
-    assert says in refused(place, "@tiny", word)
+    assert says in refused(place, "@tiny", *word.split(" "), "--dry_run")
+    assert says in refused(place, "@tiny", *word.split(" "))
+
+
+def test_dialogues_need_their_files(place):
+    assert "@hh needs --data.path=" in refused(place, "@hh")
 
 
 def test_a_stage_whose_inputs_are_missing_begins_no_run(place):
@@ -122,6 +113,14 @@ def test_as_a_process_too(place):
     done = subprocess.run(command, capture_output=True, text=True, cwd=place)
     check_sentence(done.returncode, done.stderr)
     assert done.stdout == "" and list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize("program", ["train", "sample", "eval"])
+def test_an_old_python_is_told_so(place, program):
+    code = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); sys.version_info, sys.version = (3, 10, 2), '3.10.2 (main)'; import {program}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=place)
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert "needs Python 3.11 or newer" in done.stderr and "this is 3.10.2. Make" in done.stderr
 
 
 # ---- data -----------------------------------------------------------------------------------
@@ -151,6 +150,19 @@ def test_good_rows_make_a_run(place, preset):
     """The same words with nothing wrong in the file."""
     out = train(preset, *HH, f"--data.path={data_file(place, *ROWS)}", "--dry_run").out
     assert "'read': 60, 'kept': 60" in out and not (place / "runs").exists()
+    assert "\nrepeated prompts left out: {'d2': 0, 'test': 0}\n" in out
+
+
+def test_repeated_prompts_are_counted(place, preset):
+    """In D2 and test a prompt occurs once; the dry run and the stage say how many were left out."""
+    words = [preset, *HH, f"--data.path={data_file(place, *ROWS, *ROWS)}"]
+    plan = train(*words, "--dry_run").out
+    train(*words, "--stage=data/slices")
+    (run,) = (place / "runs").iterdir()
+    counts = stages_of(run)["data/slices"]["counts"]
+    left_out = counts["repeated prompts left out"]
+    assert left_out == {name: counts["slices"][name]["rows"] for name in ("d2", "test")} and left_out["d2"] > 5
+    assert f"\nrepeated prompts left out: {left_out}\n" in plan
 
 
 @pytest.mark.parametrize(
@@ -401,7 +413,7 @@ def test_a_damaged_state_of_an_unfinished_training(stub, place, preset):
     copy_run(stub, place / "runs", ("data", "bases"))
     shutil.copy(stub / "config.toml", place / "runs/stub")
     name = "round0/teacher1_pos"
-    folder = place / "runs/stub/.partial" / stages_of(stub)[name]["fingerprint"]
+    folder = place / "runs/stub/.partial" / f"state-{stages_of(stub)[name]['fingerprint']}"
     folder.mkdir(parents=True)
     (folder / "state.safetensors").write_bytes(b"\x00" * 99)
     ended = invoke("train", preset, f"--stage={name}")
@@ -430,6 +442,16 @@ def test_a_root_that_cannot_be_written(place, preset):
 def test_a_full_disk_is_seen_before_anything_is_written(place, preset, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5_000_000, 5_000_000))
     assert "5 MB free" in refused(place, preset)
+
+
+def test_the_room_asked_for_is_that_of_what_is_still_to_be_computed(kept, place, preset, monkeypatch):
+    free = 40_000_000
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
+    big = "--model.strong=512x8x8x2048"
+    message = refused(place, preset, big)
+    assert "40 MB free" in message and int(message.partition("about ")[2].split()[0]) > 500
+    train(preset, big, "--stage=data/slices")  # this one stage has room
+    train(*kept[1])  # and so has a run that is finished
 
 
 @pytest.mark.parametrize("after", [1, 3, 40, 200])
@@ -476,5 +498,5 @@ def test_a_loss_that_is_not_finite_names_rows_and_writes_no_stage(stub, place, p
 
 
 def test_a_slice_is_never_empty(place, preset, monkeypatch):
-    monkeypatch.setattr(prepare, "fit_pair", lambda *args: None)
+    monkeypatch.setattr(bases, "fit_pair", lambda *args: None)
     assert "no row is left" in refused(place, preset)

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from minmacpo.batching import collate, cut, padding_share, plan_scoring, plan_steps, steps_per_epoch
+from minmacpo.batching import collate, cut, plan_scoring, plan_steps, steps_per_epoch
 from minmacpo.tokenizer import Tokens
 
 
@@ -16,13 +16,13 @@ def rng(seed) -> random.Random:
     return random.Random(seed)
 
 
-@pytest.mark.parametrize("rows_each", [1, 2])
+@pytest.mark.parametrize("budget", [30, 60])
 @pytest.mark.parametrize("units", [1, 7, 8, 9, 40])
-def test_every_unit_once_per_epoch(units, rows_each, rng):
+def test_every_unit_once_per_epoch(units, budget, rng):
     lengths = [rng.randrange(1, 50) for _ in range(units)]
     each = steps_per_epoch(units, 8)
     assert each == sum(1 for _ in range(0, units, 8))
-    plan = plan_steps(lengths, 8, 3 * each, rng.random(), rows_each, 60)
+    plan = plan_steps(lengths, 8, 3 * each, rng.random(), budget)
     assert len(plan) == 3 * each
     shuffles = []
     for epoch in range(3):
@@ -36,23 +36,22 @@ def test_every_unit_once_per_epoch(units, rows_each, rng):
         assert len(set(shuffles)) == 3, "every epoch needs a shuffle of its own"
 
 
-@pytest.mark.parametrize("rows_each", [1, 2])
-def test_micro_batches_stay_within_the_budget(rows_each, rng):
+def test_micro_batches_stay_within_the_budget(rng):
     lengths = [rng.randrange(1, 50) for _ in range(200)]
     for budget in (1, 60, 200, 10**6):
-        for step in plan_steps(lengths, 32, 7, 3, rows_each, budget):
+        for step in plan_steps(lengths, 32, 7, 3, budget):
             for group in step:
-                size = max(lengths[u] for u in group) * len(group) * rows_each
+                size = max(lengths[u] for u in group) * len(group)
                 assert size <= budget or len(group) == 1, "a unit that is too big stands alone"
             ordered = [lengths[u] for group in step for u in group]
             assert ordered == sorted(ordered)
             for group, after in itertools.pairwise(step):  # and no group could be larger
-                assert lengths[after[0]] * (len(group) + 1) * rows_each > budget
+                assert lengths[after[0]] * (len(group) + 1) > budget
 
 
 def test_the_budget_does_not_change_which_units_a_step_holds(rng):
     lengths = [rng.randrange(1, 50) for _ in range(57)]
-    plans = [plan_steps(lengths, 10, 9, 4, 1, budget) for budget in (50, 300, 10**6)]
+    plans = [plan_steps(lengths, 10, 9, 4, budget) for budget in (50, 300, 10**6)]
     held = [[{u for g in step for u in g} for step in plan] for plan in plans]
     assert held[0] == held[1] == held[2] and all(len(step) == 1 for step in plans[2])
 
@@ -80,9 +79,9 @@ def test_scoring_holds_every_unit_once_within_the_budget(rng):
 
 
 def test_cut_follows_the_order_it_is_given():
-    assert cut([2, 0, 1], [5, 1, 3], 1, 10) == [[2, 0], [1]]
-    assert cut([2, 0, 1], [5, 1, 3], 2, 10) == [[2], [0], [1]]
-    assert cut([], [], 1, 10) == []
+    assert cut([2, 0, 1], [5, 1, 3], 10) == [[2, 0], [1]]
+    assert cut([2, 0, 1], [5, 1, 3], 5) == [[2], [0], [1]]
+    assert cut([], [], 10) == []
 
 
 def test_collate_pads_at_the_right(rng):
@@ -96,8 +95,3 @@ def test_collate_pads_at_the_right(rng):
     for row, tokens, mask in zip(rows, batch.tokens.tolist(), batch.mask.tolist(), strict=True):
         fill = 6 - len(row.ids)
         assert tokens == row.ids + [0] * fill and mask == row.mask + [False] * fill
-
-
-def test_padding_share_by_hand():
-    assert padding_share([[0, 1], [2]], [2, 4, 3]) == pytest.approx(2 / 11)
-    assert padding_share([[0], [1]], [5, 9]) == 0

@@ -13,16 +13,16 @@ import pytest
 from minmacpo import UserError
 from minmacpo.commandline import (
     PRESETS,
+    convert,
     describe,
     help_text,
     overlay,
     parse,
     preset_path,
     read_toml,
-    section_keys,
     to_toml,
 )
-from minmacpo.config import Config, check, flatten
+from minmacpo.config import SETTINGS, Config, check, flatten
 
 
 def refused(*argv: str) -> str:
@@ -167,6 +167,56 @@ def test_lists_replace_and_never_merge(tmp_path):
     assert parse(["@tiny", file, toml(tmp_path, "[model]\nteachers = []\n", "b.toml")]).config.model.teachers == ()
 
 
+def test_what_a_file_leaves_empty_must_be_given_later(tmp_path):
+    message = refused("@hh")
+    assert message.startswith("@hh needs --data.path=") and "HH-RLHF file or folder" in message
+    assert parse(["@hh", "--data.path=x"]).config.data.path == "x"
+    assert parse(["@hh", "--data.path=x"]).config.run.name == "hh-path=x"
+    mine = toml(tmp_path, "[model]\nstudent = ''\n")
+    message = refused("@tiny", mine, "--run.seed=1")
+    assert mine in message and "--model.student=" in message and "HF folder" in message
+    given = toml(tmp_path, "[model]\nstudent = 'a'\n", "later.toml")
+    assert parse(["@tiny", mine, given]).config.model.student == "a"
+    assert parse(["@tiny", mine, "--model.student=none"]).config.model.student is None
+    assert "dpo.beta" in refused(toml(tmp_path, "[dpo]\nbeta = ''\n", "number.toml"))
+    assert "did you mean dpo.beta?" in refused(toml(tmp_path, "[dpo]\nbata = ''\n", "typo.toml"))
+
+
+# ---- the number of teachers -----------------------------------------------------------------
+
+
+def test_the_number_of_teachers_is_that_of_the_given_folders(tmp_path):
+    two = parse(["@hh", "--data.path=x", "--model.student=s", "--model.teachers=a,a"]).config
+    assert two.macpo.teachers == 2 and "teachers = 2\n" in to_toml(two)
+    assert parse([toml(tmp_path, to_toml(two))]).config == two
+    mine = toml(tmp_path, "[model]\nteachers = ['a', 'b', 'c', 'd']\n")
+    assert parse([mine]).config.macpo.teachers == 4
+    assert parse([mine, "--model.teachers=a,b"]).config.macpo.teachers == 2
+    assert parse([mine, "--model.teachers=,"]).config.macpo.teachers == Config().macpo.teachers == 3
+    assert parse(["--model.teachers=a"]).config.macpo.teachers == 1
+
+
+@pytest.mark.parametrize("folders", ["a", "a,b", "a,b,c,d"])
+def test_a_stated_number_of_teachers_is_kept(tmp_path, folders):
+    mine = toml(tmp_path, "[macpo]\nteachers = 3\n")
+    for words in (["--macpo.teachers=3"], [mine], [mine, "@tiny"]):
+        message = refused(*words, f"--model.teachers={folders}")
+        assert "model.teachers" in message and "must be a list of 3" in message and "macpo.teachers" in message
+    assert parse([mine, "--model.teachers=a,b", "--macpo.teachers=2"]).config.macpo.teachers == 2
+
+
+def test_names_of_runs_with_given_teachers(tmp_path):
+    def name(*words):
+        return parse(["@tiny", *words]).config.run.name
+
+    mine = toml(tmp_path, "[model]\nteachers = ['a', 'b']\n")
+    assert name("--model.teachers=a,b,c") == "tiny-model.teachers=a,b,c"
+    assert name("--model.teachers=a,b") == "tiny-model.teachers=a,b-macpo.teachers=2"
+    assert name("--model.teachers=a,b", "--macpo.teachers=2") == name("--model.teachers=a,b")
+    assert name(mine) == name(mine, "--macpo.teachers=2") == "tiny+my"
+    assert name(mine, "--model.teachers=a,b,c") == "tiny+my-model.teachers=a,b,c-macpo.teachers=3"
+
+
 # ---- typos and grammar ----------------------------------------------------------------------
 
 
@@ -268,7 +318,8 @@ IMPOSSIBLE = [
     "--world.expert_right=1.1", "--data.shares=0.5,0.5", "--data.shares=0.5,0.5,0.5,0.5",
     "--data.shares=1,0,0,0", "--data.shares=0.5,0.3,0.3,-0.1", "--data.max_examples=0", "--run.name=a/b",
     "--run.name=..", "--run.name=.", "--model.strong=64x2x4", "--model.strong=64x2x4x0", "--model.strong=30x2x4x8",
-    "--model.strong=12x2x4x8", "--model.weak=ax1x2x3", "--model.teachers=a,b", "--run.micro_tokens=0",
+    "--model.strong=12x2x4x8", "--model.strong=\u00b2x1x2x3", "--model.strong=" + "9" * 5000 + "x1x1x1",
+    "--model.weak=ax1x2x3", "--run.micro_tokens=0",
     "--run.save_every=0", "--run.threads=-1", "--eval.samples=0", "--pretrain.strong_steps=-1",
     "--macpo.rounds=1000000000000", "--macpo.teachers=1000000000000", "--run.threads=1000000000000",
 ]  # fmt: skip
@@ -318,7 +369,7 @@ def path_of(folder, text):
 
 
 def kinds() -> dict[str, object]:
-    return {f"{s.name}.{k}": kind for s in fields(Config) for k, kind in section_keys(s.default).items()}
+    return {key: setting.type for key, setting in SETTINGS.items()}
 
 
 def random_value(rng: random.Random, kind):
@@ -351,6 +402,13 @@ def test_a_preset_is_found_by_name_only(tmp_path, monkeypatch):
     toml(tmp_path, "[dpo]\nbeta = 0.3\n", "tiny.toml")
     assert preset_path("tiny").parent == PRESETS
     assert parse(["@tiny.toml"]).config.dpo.beta == 0.3 != parse(["@tiny"]).config.dpo.beta
+
+
+def test_every_default_has_the_type_of_its_setting():
+    """Else a value written to config.toml and read again would be another one to a fingerprint."""
+    for key, value in flatten(Config()).items():
+        again = convert(SETTINGS[key].type, value, key)
+        assert again == value and type(again) is type(value), key
 
 
 # ---- names of run folders -------------------------------------------------------------------
@@ -430,7 +488,7 @@ def test_help_lists_every_key_with_type_default_and_line():
     for section in fields(Config):
         assert f"[{section.name}]" in lines
         for key in fields(section.default):
-            kind = describe(section_keys(section.default)[key.name])
+            kind = describe(key.type)
             head = next(i for i, line in enumerate(lines) if line.startswith(f"  --{section.name}.{key.name} ("))
             default = asdict(Config())[section.name][key.name]
             assert f"({kind})" in lines[head]
@@ -438,7 +496,7 @@ def test_help_lists_every_key_with_type_default_and_line():
             if isinstance(default, bool | int | float) and not isinstance(default, bool):
                 assert math.isclose(float(shown), default)
             assert shown and (not key.metadata["help"] or lines[head + 1].strip() == key.metadata["help"])
-    for word in ("--dry_run", "--stage", "--profile", "--method", "@tiny", "@world"):
+    for word in ("--dry_run", "--stage", "--profile", "--method", *(f"@{p.stem}" for p in PRESETS.glob("*.toml"))):
         assert word in text
 
 
@@ -484,6 +542,7 @@ def test_random_command_lines_raise_nothing_but_user_errors(tmp_path, monkeypatc
         except UserError as error:
             assert len(str(error).splitlines()) <= 5
         else:
-            accepted += 1
-            assert parse([toml(tmp_path, to_toml(command.config), "again.toml")]).config == command.config
+            if not command.help:  # --help answers before anything is laid or named
+                accepted += 1
+                assert parse([toml(tmp_path, to_toml(command.config), "again.toml")]).config == command.config
     assert accepted > 5

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 from collections import Counter
 from dataclasses import replace
@@ -9,7 +10,7 @@ from dataclasses import replace
 import pytest
 from conftest import shared
 
-from minmacpo import UserError, prepare
+from minmacpo import UserError, bases
 from minmacpo.commandline import parse
 from minmacpo.data import (
     SLICES,
@@ -19,16 +20,14 @@ from minmacpo.data import (
     Sample,
     example_id,
     find_files,
-    from_json,
     parse_row,
     read_hh,
     read_lines,
     split_dialogue,
     split_pairs,
-    to_json,
 )
-from minmacpo.files import read_records, write_records
-from minmacpo.tokenizer import render
+from minmacpo.files import read_rows, write_rows
+from minmacpo.tokenizer import render, render_prompt
 
 USER, BOT = "user", "assistant"
 
@@ -102,6 +101,9 @@ def test_no_dialogue(text):
         (dialogue("q", "a"), dialogue("q", "  "), "empty answer"),
         (dialogue("q", "a"), dialogue("q", "a "), "identical answers"),
         (dialogue("", "a"), dialogue("", "b"), "no human turn before the answer"),
+        (dialogue("q", "a"), dialogue("q", "b", "c"), "human turn at the end"),
+        (dialogue("q", "", "c"), dialogue("q", "b"), "human turn at the end"),
+        (dialogue("q", "Human: a"), dialogue("q", "\nHuman: b"), "kept"),
         ("\n\nAssistant: a", "\n\nAssistant: b", "no human turn before the answer"),
         ("\n\nHuman: q\n\nAssistant: x\n\nAssistant: a", "\n\nHuman: q\n\nAssistant: x\n\nAssistant: b",
          "no human turn before the answer"),
@@ -244,6 +246,7 @@ def test_the_counts_of_the_real_files(real):
     assert helpful["read"] == 2354 and harmless["read"] == 2312
     assert helpful["prompts differ"] == 9 and harmless["prompts differ"] == 5
     assert helpful["empty answer"] == 4 and harmless["empty answer"] == 4
+    assert (helpful["kept"], harmless["kept"]) == (2339, 2303)
     assert helpful["identical answers"] == 2 and harmless.get("identical answers", 0) == 0
     for count in counts.values():
         assert sum(v for k, v in count.items() if k != "read") == count["read"]
@@ -275,7 +278,7 @@ def test_real_slices(real):
 
 
 def check_slices(pairs: list[Pair], shares, seed: int) -> None:
-    found = split_pairs(pairs, shares, seed)
+    found, left_out = split_pairs(pairs, shares, seed)
     assert tuple(found) == SLICES
     first = {name: {next(m.content for m in p.prompt if m.role == USER) for p in part} for name, part in found.items()}
     turns = {next(m.content for m in p.prompt if m.role == USER) for p in pairs}
@@ -293,7 +296,7 @@ def check_slices(pairs: list[Pair], shares, seed: int) -> None:
     if sum(shares) > 0.999:
         kept = {(p.prompt) for part in found.values() for p in part}
         assert kept == {p.prompt for p in pairs}
-    assert split_pairs(pairs, shares, seed) == found
+    assert split_pairs(pairs, shares, seed) == (found, left_out)
 
 
 def many_pairs(seed: int, count: int) -> list[Pair]:
@@ -316,11 +319,21 @@ def test_slices_are_disjoint_by_first_turn_and_of_the_shares_asked_for(shares, s
 
 def test_slices_depend_on_the_seed_and_nothing_else():
     pairs = many_pairs(0, 200)
-    one, two = (split_pairs(pairs, (0.5, 0.15, 0.25, 0.1), s) for s in (1, 2))
+    one, two = (split_pairs(pairs, (0.5, 0.15, 0.25, 0.1), s)[0] for s in (1, 2))
     assert one != two
     shuffled = random.Random(0).sample(pairs, len(pairs))
-    again = split_pairs(shuffled, (0.5, 0.15, 0.25, 0.1), 1)
+    again = split_pairs(shuffled, (0.5, 0.15, 0.25, 0.1), 1)[0]
     assert all({p.prompt for p in again[n]} == {p.prompt for p in one[n]} for n in SLICES)
+
+
+def test_prompts_that_occur_again_are_left_out_of_d2_and_test_and_counted():
+    pairs = many_pairs(0, 400)
+    slices, left_out = split_pairs(pairs, (0.25, 0.25, 0.25, 0.25), 0)
+    assert sum(map(len, slices.values())) + sum(left_out.values()) == len(pairs)
+    assert left_out.keys() == {"d2", "test"} and type(left_out) is dict  # as show_plan prints it
+    for name, count in left_out.items():
+        first = {p.prompt[0].content for p in slices[name]}
+        assert count == sum(p.prompt[0].content in first for p in pairs) - len(slices[name])
 
 
 def test_ids_are_stable_and_tell_repeated_prompts_apart(tmp_path):
@@ -352,9 +365,8 @@ def test_records_go_to_json_and_back(tmp_path, seed):
             else:
                 tokens = tuple(rng.randrange(10) for _ in range(rng.randint(1, 5)))
                 records.append(Sample(f"id{number}", prompt, random_text(rng), "stop", tokens, -rng.random(), 1e30, "x", 2**62 + 1, meta))
-        assert [from_json(kind, to_json(record)) for record in records] == records
-        write_records(tmp_path / "x.jsonl", records)
-        assert read_records(tmp_path / "x.jsonl", kind) == records
+        write_rows(tmp_path / "x.jsonl", records)
+        assert read_rows(tmp_path / "x.jsonl", kind) == records
 
 
 # ---- over-long rows -------------------------------------------------------------------------
@@ -364,7 +376,7 @@ def fitted(tokenizer, tmp_path, long: str, *pairs: Pair, prompt: int = 40, lengt
     words = ["@tiny", f"--data.max_prompt={prompt}", f"--data.max_length={length}", f"--data.long={long}",
              "--data.template=plain", "--generate.max_new=8", "--model.student=x", "--model.teachers=a,b,c"]  # fmt: skip
     config = parse(words).config
-    return prepare.fit_slices(config, {"d2": list(pairs)}, {}, [tokenizer], {}), config
+    return bases.fit_slices(config, {"d2": list(pairs)}, {}, [tokenizer], {}), config
 
 
 def pair_of(*turns: str, chosen: str = "yes", rejected: str = "no") -> Pair:
@@ -382,6 +394,42 @@ def test_over_long_rows_are_dropped_and_counted(tokenizer, tmp_path):
     assert found.counts["slices"]["d2"] == {"rows": 1, "over-long prompt": 1, "over-long answer": 2}
 
 
+@pytest.mark.parametrize("template", ["plain", "turns"])
+def test_prompt_and_answer_are_counted_to_the_token(tokenizer, template):
+    """A row of exactly max_length tokens, space before the answer and end token included, is kept."""
+    for chosen, rejected in (("of course", "no"), ("no", "happy to help"), ("x y z", "日本")):
+        pair = pair_of("where does kadol live ? " * 4, chosen=chosen, rejected=rejected)
+        size = max(len(render(tokenizer, template, pair.prompt, text).ids) for text in (chosen, rejected))
+        prompt = len(render_prompt(tokenizer, template, pair.prompt))
+        assert prompt > 16
+        for most_prompt, most, kept in ((prompt, size, 1), (prompt, size - 1, 0), (prompt - 1, size, 0)):
+            reasons = Counter()
+            words = [f"--data.max_prompt={most_prompt}", f"--data.max_length={most}", f"--data.template={template}"]
+            found = bases.fit_pair(parse(["@tiny", *words]).config, pair, [tokenizer], reasons)
+            assert found == (pair if kept else None)
+            assert reasons == ({} if kept else {f"over-long {'prompt' if most_prompt < prompt else 'answer'}": 1})
+
+
+@pytest.mark.parametrize("long", ["drop", "cut_prompt"])
+def test_an_over_long_answer_is_not_taken_for_an_over_long_prompt(tokenizer, tmp_path, long):
+    """The prompt is within max_prompt; it is the answer that leaves it no room. And the other way round."""
+    medium = pair_of("q w e " * 5, chosen="x y z " * 6)
+    limit = len(render(tokenizer, "plain", medium.prompt, medium.chosen).ids) - 1
+    assert len(render_prompt(tokenizer, "plain", medium.prompt)) <= 40 < limit
+    found, _ = fitted(tokenizer, tmp_path, long, pair_of("hi"), medium, pair_of(LONG), pair_of(LONG, chosen=LONG), length=limit)
+    cuts = {"over-long answer": 2, "over-long prompt": 1} if long == "drop" else {"over-long answer": 1, "prompt cut": 2}
+    assert found.counts["slices"]["d2"] == {"rows": 4 - cuts.get("over-long prompt", 0) - cuts["over-long answer"], **cuts}
+
+
+def test_a_prompt_that_no_cut_makes_short_enough_is_dropped(tokenizer, tmp_path):
+    """The marks of the template alone are longer than max_prompt."""
+    config = fitted(tokenizer, tmp_path, "cut_prompt", pair_of("hi"))[1]
+    marks, reasons = len(render_prompt(tokenizer, "plain", (Message(USER, ""),))), Counter()
+    config = replace(config, data=replace(config.data, max_prompt=marks - 1))
+    assert bases.fit_pair(config, pair_of(LONG), [tokenizer], reasons) is None
+    assert reasons == {"over-long prompt": 1}
+
+
 def test_a_cut_prompt_keeps_its_end(tokenizer, tmp_path):
     short, long = pair_of("hello there"), pair_of("first", "old answer", LONG + " the end of it")
     found, config = fitted(tokenizer, tmp_path, "cut_prompt", short, long, pair_of("hi", chosen=LONG))
@@ -391,10 +439,52 @@ def test_a_cut_prompt_keeps_its_end(tokenizer, tmp_path):
     assert cut == replace(long, prompt=cut.prompt)  # answers and id are as they were
     assert [m.role for m in cut.prompt] == [USER] and cut.prompt[0].content.endswith(" the end of it")
     assert (LONG + " the end of it").endswith(cut.prompt[0].content)
-    size = len(render(tokenizer, config.data.template, cut.prompt).ids)
+    size = len(render_prompt(tokenizer, config.data.template, cut.prompt))
     assert 20 < size <= config.data.max_prompt  # cut no more than needed
     whole = len(render(tokenizer, config.data.template, cut.prompt, cut.chosen).ids)
     assert whole <= config.data.max_length
+
+
+def test_prompts_that_a_cut_makes_equal_stand_in_one_slice(tokenizer, tmp_path):
+    config = fitted(tokenizer, tmp_path, "cut_prompt", pair_of("hi"))[1]
+    long = {name: [pair_of(LONG + name, "old", "the last question"), pair_of("of " + name)] for name in ("d1", "d2", "test")}
+    found = bases.fit_slices(config, long, {}, [tokenizer], {})
+    assert [len(found.slices[name]) for name in long] == [2, 1, 1]
+    assert found.counts["slices"]["test"] == {"rows": 1, "prompt cut": 1, "equal after the cut": 1}
+
+
+def test_runs_in_the_data_folder_are_no_data(tmp_path):
+    file = write(tmp_path / "a" / "x.jsonl", row())
+    write(tmp_path / "runs" / "hh" / "round1" / "samples.jsonl", "{}")
+    (tmp_path / "runs/hh/config.toml").write_text("[run]\n")
+    (tmp_path / "config.toml").write_text("[run]\n")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert find_files(str(tmp_path)) == [file]
+
+
+def test_linked_folders_are_read_and_odd_names_shown(tmp_path):
+    write(tmp_path / "elsewhere" / "x.jsonl", row())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/link").symlink_to(tmp_path / "elsewhere")
+    assert read_hh(str(tmp_path / "data"))[1] == {"x": {"read": 1, "kept": 1}}
+    odd = os.fsdecode(b"latin\xe9.jsonl")
+    (tmp_path / "elsewhere" / "x.jsonl").rename(tmp_path / "elsewhere" / odd)
+    label = next(iter(read_hh(str(tmp_path / "data"))[1]))
+    assert label.encode() == b"latin\\xe9"
+
+
+def test_gzip_is_known_by_its_first_bytes(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(gzip.compress(row().encode()))
+    assert len(read_hh(str(file))[0]) == 1
+
+
+def test_rows_outside_the_shares_are_counted(tokenizer, tmp_path):
+    file = write(tmp_path / "x.jsonl", *(row((f"question {i}",)) for i in range(100)))
+    words = ["@tiny", f"--data.path={file}", "--data.shares=0.1,0.1,0.1,0.1", "--data.template=plain",
+             "--model.student=x", "--model.teachers=a"]  # fmt: skip
+    found = bases.prepare_hh(parse(words).config, [tokenizer])
+    assert found.counts["in no slice"] == 60 and found.counts["kept"] == 100
 
 
 def test_whole_turns_go_first(tokenizer, tmp_path):
@@ -408,7 +498,7 @@ def test_an_answer_that_leaves_room_for_a_shorter_prompt_only(tokenizer, tmp_pat
     answer = "x y z " * 6
     room = len(tokenizer.encode(answer))
     pair = pair_of("q w e " * 5, chosen=answer)
-    prompt = len(render(tokenizer, "plain", pair.prompt).ids)
+    prompt = len(render_prompt(tokenizer, "plain", pair.prompt))
     assert prompt <= 40 < 48 < prompt + room
     dropped = fitted(tokenizer, tmp_path, "drop", pair_of("hi"), pair, length=48)[0]
     assert dropped.counts["slices"]["d2"]["rows"] == 1
@@ -428,7 +518,7 @@ def test_every_kept_row_fits_whatever_the_text(tokenizer, tmp_path, seed):
         reasons = ("rows", "over-long prompt", "over-long answer", "equal after the cut")
         assert sum(counts.get(reason, 0) for reason in reasons) == 61
         for pair in found.slices["d2"]:
-            assert len(render(tokenizer, "plain", pair.prompt).ids) <= config.data.max_prompt
+            assert len(render_prompt(tokenizer, "plain", pair.prompt)) <= config.data.max_prompt
             for text in (pair.chosen, pair.rejected):
                 assert len(render(tokenizer, "plain", pair.prompt, text).ids) <= config.data.max_length
 
@@ -447,14 +537,20 @@ def test_the_shortest_context_among_the_tokenizers_decides(tokenizer, tmp_path):
 
     config = fitted(tokenizer, tmp_path, "drop", pair_of("hi"))[1]
     with pytest.raises(UserError, match="no row is left"):
-        prepare.fit_slices(config, {"d2": [pair_of("a question of twenty")]}, {}, [tokenizer, Wordy()], {})
+        bases.fit_slices(config, {"d2": [pair_of("a question of twenty")]}, {}, [tokenizer, Wordy()], {})
 
 
-def test_weak_bases_read_shares_of_their_own():
-    config = parse(["@tiny", "--pretrain.weak_share=0.5"]).config
-    documents = [Example(str(i), (Message(USER, "q"),), "a") for i in range(400)]
-    parts = {name: prepare.weak_slice(config, documents, name) for name in ("strong", "weak1", "weak2")}
-    assert parts["strong"] == documents
-    assert 150 < len(parts["weak1"]) < 250 and parts["weak1"] != parts["weak2"]
-    assert parts["weak1"] == prepare.weak_slice(config, documents, "weak1")
-    assert prepare.weak_slice(replace(config, pretrain=replace(config.pretrain, weak_share=1.0)), documents, "weak1") == documents
+def test_weak_bases_read_shares_of_their_own(tokenizer, tmp_path):
+    file = write(tmp_path / "x.jsonl", *(row((f"question {i}",)) for i in range(260)))
+
+    def corpora(share: float, teachers: int = 2):
+        words = [f"--data.path={file}", f"--pretrain.weak_share={share}", "--data.shares=0.8,0.05,0.1,0.05",
+                 "--model.student=x", f"--model.teachers={'a,b'[:2 * teachers - 1]}", "--data.template=plain"]  # fmt: skip
+        return bases.prepare_hh(parse(["@tiny", *words]).config, [tokenizer]).corpora
+
+    parts = corpora(0.5)
+    assert list(parts) == ["strong", "weak1", "weak2"] and len(parts["strong"]) == 2 * 208
+    assert 150 < len(parts["weak1"]) < 266 and parts["weak1"] != parts["weak2"]
+    assert all(document in parts["strong"] for document in parts["weak1"])
+    assert corpora(0.5) == parts and corpora(0.5, 1)["weak1"] == parts["weak1"]
+    assert corpora(1.0)["weak1"] == parts["strong"]

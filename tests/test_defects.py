@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import checks
 import pytest
 import torch
-from runs import copy_run, invoke, stub_run, write_stub
+from runs import copy_run, invoke, write_stub
 
 from minmacpo import UserError, evaluate, fit, lora, losses, macpo, stages, tokenizer, workshop
 from minmacpo.batching import collate
@@ -31,13 +31,8 @@ def filter_takes_the_highest(patch) -> None:
 
 
 def sides_swapped(patch) -> None:
-    good = stages.pair_unit
-
-    def swapped(shop, loaded, pair):
-        unit = good(shop, loaded, pair)
-        return replace(unit, rows=unit.rows[::-1], refs=unit.refs[::-1])
-
-    everywhere(patch, good, swapped)
+    good = stages.Unit
+    patch(stages, "Unit", lambda id, rows, refs=(): good(id, rows[::-1], refs[::-1]))
 
 
 def loss_prefers_the_rejected(patch) -> None:
@@ -72,7 +67,7 @@ def reference_is_the_start(patch) -> None:
         """The agent's adapter before this round."""
         t, agent = int(name[5:].partition("/")[0]), name.rpartition("_")[2]
         path = checks.latest(shop.run.path, agent, t - 1)
-        return shop.run.plan[str(path.relative_to(shop.run.path))].stage
+        return shop.run.plan[str(path.relative_to(shop.run.path))]
 
     def pairs(shop, name, base, answers, scores, negatives, reference, familiar, key):
         return good_pairs(shop, name, base, answers, scores, negatives, before(shop, name), familiar, key)
@@ -91,42 +86,46 @@ def reference_is_the_start(patch) -> None:
 def teachers_given_the_filtered_answers(patch) -> None:
     good, student = macpo.update, []
 
-    def update(shop, queries, agent, t, sources):
+    def update(agent, t, others):
         if agent.name == "student":
-            student[:] = agent, sources
+            student[:] = agent, others
         else:
-            macpo.positives(shop, queries, student[0], t)  # sampled, but not used
-        return good(shop, queries, agent, t, student[1])
+            macpo.positives(student[0], t)  # sampled, but not used
+        return good(agent, t, student[1])
 
     patch(macpo, "update", update)
 
 
 def negatives_sampled_anew(patch) -> None:
-    def refresh(shop, queries, agent, t):
-        agent.negatives = macpo.negatives(shop, queries, agent, t)
+    good = macpo.update
 
-    patch(macpo, "refresh", refresh)
+    def update(agent, t, others):
+        if t > 1:
+            agent.cached = macpo.negatives(agent, t - 1)
+        return good(agent, t, others)
+
+    patch(macpo, "update", update)
 
 
 def student_answers_before_its_update(patch) -> None:
     good = macpo.update
 
-    def update(shop, queries, agent, t, sources):
+    def update(agent, t, others):
         if agent.name == "student":
-            macpo.positives(shop, queries, agent, t)
-        return good(shop, queries, agent, t, sources)
+            macpo.positives(agent, t)
+        return good(agent, t, others)
 
     patch(macpo, "update", update)
 
 
 def mean_of_means(patch) -> None:
-    def train_step(model, params, units, groups, objective, optimizer, device):
+    def train_step(model, params, units, groups, objective, optimizer, progress):
         total = 0
         for group in groups:
             rows = [row for unit in group for row in units[unit].rows]
             refs = torch.tensor([units[unit].refs for unit in group])
             tokens = sum(sum(row.mask) for row in rows)
-            loss, values = objective(model, collate(rows, device), refs, len(group), tokens)
+            loss, values = objective(model, collate(rows), refs, len(group), tokens)
             (loss / len(groups)).backward()
             total = total + torch.stack(values) / len(groups)
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -227,8 +226,8 @@ def short_run(stub, root, made: dict, defect: Callable | None):
 
 
 @pytest.fixture(scope="module")
-def runs_made(tmp_path_factory):
-    stub, made, root = stub_run(tmp_path_factory), {}, tmp_path_factory.mktemp("defects")
+def runs_made(stub, tmp_path_factory):
+    made, root = {}, tmp_path_factory.mktemp("defects")
     return lambda defect: short_run(stub, root, made, defect)
 
 

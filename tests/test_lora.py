@@ -1,5 +1,6 @@
 """The slot against PEFT: the same files, the same logits, the same gradients, the same start."""
 
+import json
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from minmacpo.checkpoint import (
     load_model,
     read_adapter_config,
     save_adapter,
+    stop_ids,
 )
 from minmacpo.config import Lora
 from minmacpo.lora import (
@@ -152,6 +154,29 @@ def test_an_exported_folder_loads_in_transformers(settings, model_folder, tmp_pa
     assert (tmp_path / "out/merged/tokenizer.model").read_bytes() == (model_folder / "tokenizer.model").read_bytes()
 
 
+def test_an_export_keeps_how_to_talk_to_the_base(model_folder, tmp_path, tokenizer, seed):
+    """Several stop ids, sampling settings and the chat template are the base's, not made up from config.json."""
+    generation = {"bos_token_id": 1, "eos_token_id": [2, 7, 9], "temperature": 0.6, "top_p": 0.9, "do_sample": True}
+    written = {
+        "generation_config.json": json.dumps(generation),
+        "tokenizer_config.json": json.dumps({"chat_template": "{{ messages[0]['content'] }}!", "legacy": False}),
+        "special_tokens_map.json": json.dumps({"eos_token": "</s>"}),
+        "chat_template.jinja": "{{ messages }}",
+    }
+    for name, text in written.items():
+        (model_folder / name).write_text(text)
+    model = load_model(model_folder)
+    attach_lora(model, Lora())
+    fill(model, seed)
+    export_merged(model, model_folder, tmp_path / "merged")
+    assert {name: (tmp_path / "merged" / name).read_text() for name in written} == written
+    assert stop_ids(tmp_path / "merged", tokenizer) == stop_ids(model_folder, tokenizer) == {2, 7, 9}
+    (model_folder / "generation_config.json").unlink()
+    export_merged(model, model_folder, tmp_path / "plain")
+    ends = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
+    assert json.loads((tmp_path / "plain/generation_config.json").read_text()) == ends
+
+
 def test_merging_in_bf16_rounds_once(seed):
     model = random_model(seed).to(torch.bfloat16)
     attach_lora(model, Lora())
@@ -278,3 +303,30 @@ def test_what_does_not_fit_the_slot_is_refused(seed):
         assert word in text and key in text and text.startswith("runs/x/adapter: ") and "\n" not in text
     with pytest.raises(UserError):
         write_adapter(model, {})
+
+
+def test_a_slot_fits_around_any_frozen_linear_module(seed):
+    """Such as a quantised one, whose weight is no parameter: it needs in_features, out_features and a forward."""
+
+    class Held(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.in_features, self.out_features = linear.in_features, linear.out_features
+            self.register_buffer("values", linear.weight.detach().clone())
+
+        def forward(self, x):
+            return x @ self.values.T
+
+    tokens, answers = torch.randint(0, 61, (2, 7)), []
+    for held in (False, True):
+        model = random_model(seed)
+        for block in model.model["layers"] if held else ():
+            block.self_attn.q_proj = Held(block.self_attn.q_proj)
+        params = attach_lora(model, Lora(3, 6, ("q_proj",)))
+        reset_adapter(model, seed)
+        with torch.no_grad():
+            for param in params:
+                param.add_(0.1)
+        model(tokens).sum().backward()
+        answers.append([model(tokens).detach(), *(param.grad for param in params)])
+    assert all(far(a, b) < 1e-4 for a, b in zip(*answers, strict=True)) and len(answers[0]) == 5

@@ -2,26 +2,18 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import checks
 import pytest
 import torch
-from runs import copy_run, differences, rows_of, stages_of, stub_run, tiny_run, train, write_stub
+from runs import copy_run, differences, rows_of, stages_of, train, write_stub
 
 from minmacpo import stages, world
 from minmacpo.checkpoint import load_tensors
 from minmacpo.data import Example, Message
 from minmacpo.files import write_rows
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    return tiny_run(tmp_path_factory)
-
-
-@pytest.fixture(scope="session")
-def stub(tmp_path_factory):
-    return stub_run(tmp_path_factory)
+from minmacpo.tokenizer import load_tokenizer, render
 
 
 @pytest.fixture(params=["tiny", "stub"])
@@ -329,7 +321,8 @@ def test_empty_and_equal_answers_are_left_out_and_counted(stub, tmp_path, monkey
     assert stages_of(run)["round0/student_pos"]["counts"]["empty"] == d2.count(0) + d2.count(1)
     assert stages_of(run)["round0/weak_labels"]["counts"]["empty"] == d2.count(0) + d2.count(1)
     log = (run / "log.txt").read_text()
-    assert ("WARNING" in log) == (counts["negative_equal"] > 4)
+    lost = 40 - counts["pairs"]
+    assert f"WARNING: {lost} of 40 rows were dropped (all_empty {d2.count(0)}, negative_empty {d2.count(3)})" in log
 
 
 def test_equal_negatives_are_dropped_counted_and_warned_of(stub, tmp_path, monkeypatch):
@@ -353,6 +346,84 @@ def test_equal_negatives_are_dropped_counted_and_warned_of(stub, tmp_path, monke
     assert len([w for w in table["warnings"] if "equal their positive" in w]) == 3
 
 
+def longer(monkeypatch, tokens: int, share: int) -> None:
+    """Every `share`th prompt is answered at such length that prompt and answer have `tokens` tokens."""
+    real = stages.answer
+
+    def talkative(config, loaded, agent, jobs, seed):
+        made = real(config, loaded, agent, jobs, seed)
+        for sample in made:
+            text = "no " if agent.endswith("_neg") else "yes "
+            while len(render(loaded.tokenizer, "turns", sample.prompt, text).ids) < tokens:
+                text += "z"
+            object.__setattr__(sample, "response", text if int(sample.id, 16) % share == 0 else sample.response or "x")
+        return made
+
+    monkeypatch.setattr(stages, "answer", talkative)
+
+
+@pytest.mark.parametrize(("share", "warned"), [(2, True), (40, False)])
+def test_over_long_answers_are_dropped_counted_and_warned_of(stub, tmp_path, monkeypatch, share, warned):
+    """Longer than data.max_length, yet within the model's context."""
+    longer(monkeypatch, 100, share)
+    run = variant(stub, tmp_path, "--world.d2=40", "--macpo.rounds=1", "--macpo.controls=false")
+    long = sum(int(row["id"], 16) % share == 0 for row in rows_of(run / "data/slices/d2.jsonl"))
+    lines = (run / "log.txt").read_text().splitlines()
+    for name in ("round0/student_pos", "round1/pairs_student", "round1/pairs_teacher1"):
+        assert stages_of(run)[name]["counts"]["over_long"] == long
+        mine = [line for line in lines if f"] {name}  " in line]
+        assert f"over_long {long}" in mine[-1]
+        said = [line for line in mine if "WARNING" in line]
+        assert bool(said) == warned == (long > 4) and all(f"{long} of 40 rows were dropped (over_long {long})" in line for line in said)
+    assert (long > 0) or not warned
+
+
+def test_a_text_longer_than_the_context_is_not_scored(stub, tmp_path, monkeypatch):
+    """It never wins the filter, and is counted; a pair that it is left in is dropped."""
+    longer(monkeypatch, 150, 2)
+    run = variant(stub, tmp_path, "--macpo.rounds=1", "--macpo.controls=false")
+    rows = rows_of(run / "round1/scores_teacher1/scores.jsonl")
+    long = [row for row in rows if int(row["id"], 16) % 2 == 0]
+    assert long and all(row["logp"] is None and row["perplexity"] > 1e29 for row in long)
+    assert all(row["logp"] < 0 for row in rows if row not in long)
+    assert stages_of(run)["round1/scores_teacher1"]["counts"]["over_long"] == len(long)
+    assert f"WARNING: {len(long)} of {len(rows)} texts are longer than the context" in (run / "log.txt").read_text()
+    assert not {row["id"] for row in rows_of(run / "round1/pairs_student/pairs.jsonl")} & {row["id"] for row in long}
+
+
+def test_a_random_pick_counts_every_prompt(stub, tmp_path, monkeypatch):
+    real = stages.answer
+
+    def silent(config, loaded, agent, jobs, seed):
+        made = real(config, loaded, agent, jobs, seed)
+        for sample in made:
+            quiet = {"teacher1": (0, 1), "teacher2": (0,)}.get(agent, ())
+            object.__setattr__(sample, "response", "" if int(sample.id, 16) % 4 in quiet else sample.response or "x")
+        return made
+
+    monkeypatch.setattr(stages, "answer", silent)
+    run = variant(stub, tmp_path, "--macpo.select=random", "--world.d2=40", "--macpo.rounds=1", "--macpo.controls=false")
+    kinds = [int(row["id"], 16) % 4 for row in rows_of(run / "data/slices/d2.jsonl")]
+    counts = stages_of(run)["round1/pairs_student"]["counts"]
+    assert counts["all_empty"] == kinds.count(0) > 0
+    assert counts["chosen_teacher2"] >= kinds.count(1) - counts["negative_equal"] > 0
+    assert counts["chosen_teacher1"] + counts["chosen_teacher2"] == counts["pairs"]
+    assert sum(counts.values()) - counts["pairs"] - counts["tokens"] == 40
+    checks.check_order(run)
+    checks.check_pairs_are_whole(run)
+
+
+def test_the_border_of_a_long_prompt_is_shown(stub, tmp_path):
+    """A row is shown around its mask, however far that is from the start."""
+    said, pieces = [], load_tokenizer(stub / "bases/strong")
+    work, loaded = SimpleNamespace(log=said.append), SimpleNamespace(tokenizer=pieces)
+    row = render(pieces, "turns", (Message("user", "where " * 300),), "here")
+    stages.show_first(work, loaded, "row", [row, row])
+    stages.show_first(work, loaded, "row", [])
+    assert said[0].startswith("first row: ") and said[0].endswith("⟦here</s>⟧") and 200 < len(said[0]) < 230
+    assert said[1:] == ["first row: none"]
+
+
 class Shop:
     class config:
         class run:
@@ -370,17 +441,20 @@ def scores(folder, name: str, *values: float):
 
 
 def test_ties_go_to_the_first_teacher_and_empty_answers_never_win(tmp_path):
-    texts = [candidates("a", "a", "", "", "a"), candidates("b", "b", "b", "", "b"), candidates("c", "c", "c", "", "")]
+    texts = {"a": candidates("a", "a", "", "", "a"), "b": candidates("b", "b", "b", "", "b"), "c": candidates("c", "c", "c", "", "")}
     given = [scores(tmp_path, "1", 2, 3, 1, 1, 5), scores(tmp_path, "2", 2, 2, 4, 1, 9), scores(tmp_path, "3", 1, 2, 3, 1, 2)]
-    assert stages.select(Shop, texts, given, ()) == [2, 1, 2, None, 0]
+    found = stages.select(Shop, texts, given, ())
+    assert [who for who, _ in found] == ["c", "b", "c", "a", "a"]
+    assert [answer.response for _, answer in found] == ["c", "b", "c", "", "a"]
 
 
 def test_a_random_pick_is_seeded_even_and_never_empty(tmp_path):
-    texts = [candidates(*["a"] * 300), candidates(*["b"] * 300), candidates(*[""] * 300)]
+    texts = {"a": candidates(*["a"] * 300), "b": candidates(*["b"] * 300), "c": candidates(*[""] * 300)}
     one = stages.select(Shop, texts, [], ("student", "pairs", 1))
     assert one == stages.select(Shop, texts, [], ("student", "pairs", 1))
     assert one != stages.select(Shop, texts, [], ("student", "pairs", 2))
-    assert set(one) == {0, 1} and 110 < one.count(0) < 190
+    names = [who for who, _ in one]
+    assert set(names) == {"a", "b"} and 110 < names.count("a") < 190
 
 
 # ---- the gold reward ------------------------------------------------------------------------

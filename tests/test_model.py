@@ -9,7 +9,7 @@ from conftest import config_of, far, logits_of, ragged, random_model
 from minmacpo import UserError
 from minmacpo.checkpoint import load_model
 from minmacpo.generate import generate
-from minmacpo.model import new_cache, parse_config
+from minmacpo.model import parse_config
 
 SHAPES = {  # heads, key heads, head_dim, hidden, mlp, layers, vocab, theta, eps, tied
     "grouped": (4, 2, 10, 24, 40, 2, 61, 1e4, 1e-5, False),
@@ -120,7 +120,7 @@ def test_decoding_with_the_cache_equals_the_full_forward(kv_heads, seed):
     lengths = torch.tensor([len(row) for row in rows])
     width = int(lengths.max())
     padded = torch.tensor([row + [7] * (width - len(row)) for row in rows])
-    cache = new_cache(model.config, 5, width + 9, "cpu", torch.float32)
+    cache = model.new_cache(5, width + 9)
     hidden = model(padded, cache=cache)[torch.arange(5), lengths - 1]
     alive = list(range(5))
     for step in range(9):

@@ -1,7 +1,13 @@
 """sample.py and eval.py on finished runs; train.py on files of dialogues; the table against the files."""
 
+import html
 import json
+import runpy
 import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import checks
@@ -9,31 +15,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import shared
-from runs import copy_run, invoke, rows_of, spawn, stages_of, stub_run, tiny_run, train, write_stub
+from runs import (
+    REPOSITORY,
+    copy_run,
+    invoke,
+    rows_of,
+    spawn,
+    stages_of,
+    train,
+    write_stub,
+)
 from test_bad_input import HH, check_sentence, data_file, row, tree
 from transformers import LlamaForCausalLM
 
-from minmacpo import evaluate, world
+from minmacpo import UserError, bases, checkpoint, evaluate, workshop, world
 from minmacpo.config import Config
 from minmacpo.data import Message, Pair
-
-
-@pytest.fixture(scope="session")
-def stub(tmp_path_factory):
-    return stub_run(tmp_path_factory)
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    return tiny_run(tmp_path_factory)
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.chdir(home)
-    return home
+from minmacpo.report import write_report
 
 
 def sample(*words):
@@ -95,10 +93,168 @@ def test_a_moved_run_still_answers(stub, place):
     assert sample(place / "elsewhere/stub/round1/teacher1_pos", "hello") is not None
 
 
+def test_a_base_is_asked_in_the_template_it_has_read(stub, place, monkeypatch):
+    """Not in that of its tokenizer, which always has the marks of turns."""
+    folder = place / "strong"
+    shutil.copytree(stub / "bases/strong", folder, copy_function=shutil.copyfile)
+    asked = []
+    real = workshop.answer
+    monkeypatch.setattr(workshop, "answer", lambda config, *rest: asked.append(config.data.template) or real(config, *rest))
+    sample(folder, "hello", "--generate.max_new=3")
+    notes = json.loads((folder / "stage.json").read_text())
+    notes["settings"]["template"] = "plain"
+    (folder / "stage.json").write_text(json.dumps(notes))
+    sample(folder, "hello", "--generate.max_new=3")
+    sample(folder, "hello", "--generate.max_new=3", "--data.template=turns")
+    assert asked == ["turns", "plain", "turns"]
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_odd_end_tokens_are_refused(stub, place, file):
+    shutil.copytree(stub / "bases/strong", place / "odd", copy_function=shutil.copyfile)
+    for end in ("2", [1, "x"], {"a": 1}, 2.0):
+        raw = json.loads((place / "odd" / file).read_text()) | {"eos_token_id": end}
+        (place / "odd" / file).write_text(json.dumps(raw))
+        ended = invoke("sample", place / "odd", "hello")
+        assert ended.code == 2 and "eos_token_id" in ended.err
+        with pytest.raises(UserError, match="eos_token_id"):
+            checkpoint.check_model_folder(place / "odd")
+
+
+def test_half_a_surrogate_pair_is_no_prompt(stub, place):
+    ended = invoke("sample", stub / "round1/student_pos", "a\ud800b")
+    assert ended.code == 2 and "no valid text" in ended.err
+    (place / "p.jsonl").write_text('{"prompt": "a\\ud800b"}\n')
+    assert invoke("sample", stub / "round1/student_pos", "--prompts=p.jsonl", "--out=o").code == 2
+    (place / "p.jsonl").write_text("")
+    assert "no prompt" in invoke("sample", stub / "round1/student_pos", "--prompts=p.jsonl", "--out=o").err
+    assert not (place / "o").exists()
+
+
+def test_a_long_answer_is_asked_of_a_short_prompt(stub, place):
+    sample(stub / "round1/student_pos", "hello", "--generate.max_new=90")
+    assert "room" in invoke("sample", stub / "round1/student_pos", "hello", "--generate.max_new=999").err
+
+
+def test_given_bases_are_told_apart_by_every_byte(stub, place):
+    config = Config()
+    config = replace(config, data=replace(config.data, max_prompt=40, max_length=60), generate=replace(config.generate, max_new=10))
+    for name in ("one", "two"):
+        shutil.copytree(stub / "bases/strong", place / name, copy_function=shutil.copyfile)
+    prints = [bases.given_base(config, "strong", place / name).stage.fingerprint for name in ("one", "two")]
+    assert prints[0] == prints[1]
+    raw = bytearray((place / "two/model.safetensors").read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (place / "two/model.safetensors").write_bytes(raw)
+    assert bases.given_base(config, "strong", place / "two").stage.fingerprint != prints[0]
+
+
 def test_a_real_model(place):
     folder = shared("weights/stories260K-hf")
     out = sample(folder, "Once upon a time", "--generate.temperature=0", "--generate.max_new=20")
     assert out.strip()
+
+
+class Kept(Exception):
+    """Carries the settings that sample.py would answer with."""
+
+
+def settings_used(monkeypatch, *words):
+    """The settings with which sample.py opens a folder."""
+
+    def open_folder(folder, config):
+        raise Kept(config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workshop, "open_folder", open_folder)
+        with pytest.raises(Kept) as caught:
+            invoke("sample", *words)
+    return caught.value.args[0]
+
+
+def test_the_settings_are_those_of_the_run_that_the_folder_is_a_stage_of(stub, place, monkeypatch):
+    run = copy_run(stub, place / "runs", ("bases", "round1"))
+    shutil.copy(stub / "config.toml", run)
+    for stage in ("bases/strong", "round1/student_pos"):
+        assert settings_used(monkeypatch, run / stage, "hello").generate.max_new == 12
+        monkeypatch.chdir(run / stage)
+        assert settings_used(monkeypatch, ".", "hello").generate.max_new == 12
+        assert settings_used(monkeypatch, ".", "hello", "--generate.max_new=5").generate.max_new == 5
+
+
+def test_no_other_config_toml_counts(stub, place, monkeypatch):
+    run = copy_run(stub, place / "a/b/runs", ("bases", "round1"))
+    for folder in (place, place / "a", place / "a/b", run.parent, run / "round1", run / "round1/student_pos"):
+        (folder / "config.toml").write_text("[other]\nprogram = 'settings'\n")
+    assert settings_used(monkeypatch, run / "round1/student_pos", "hello").generate == Config().generate
+    shutil.copytree(run / "bases/strong", place / "a/b/model", ignore=shutil.ignore_patterns("stage.json"))
+    assert settings_used(monkeypatch, place / "a/b/model", "hello").generate == Config().generate
+
+
+def test_threads_of_an_answer(stub, place):
+    threads = torch.get_num_threads()
+    try:
+        sample(stub / "round1/student_pos", "hello", "--run.threads=2", "--run.device=cpu", "--run.dtype=float32")
+        assert torch.get_num_threads() == 2
+        sample(stub / "round1/student_pos", "hello")
+        assert torch.get_num_threads() == 1  # the run's
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_export_is_whole_or_absent(stub, place, monkeypatch, stop):
+    good, words = checkpoint.save_tensors, (stub / "round1/student_pos", "--export", place / "new/merged")
+
+    def torn(path, tensors, *rest):
+        good(path, tensors, *rest)
+        raise stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_tensors", torn)
+        assert invoke("sample", *words).code == (130 if stop is KeyboardInterrupt else 2)
+    assert list((place / "new").iterdir()) == []
+    sample(*words)
+    assert [path.name for path in (place / "new").iterdir()] == ["merged"]
+    assert {path.name for path in (place / "new/merged").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.model"}
+
+
+def test_a_killed_export_leaves_nothing_under_its_name(stub, place):
+    """A process of its own, killed while the weights are being written; the same words then work."""
+    code = (
+        "import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0]));"
+        "from minmacpo import checkpoint; checkpoint.save_tensors = lambda *args: os.kill(os.getpid(), 9);"
+        "import sample; sample.main(sys.argv[1:])"
+    )
+    words = [str(REPOSITORY / "sample.py"), str(stub / "round1/student_pos"), "--export", "merged"]
+    assert subprocess.run([sys.executable, "-c", code, *words], cwd=place).returncode == -signal.SIGKILL
+    assert not (place / "merged").exists() and list(place.iterdir())
+    sample(*words[1:])
+    assert (place / "merged/model.safetensors").is_file()
+
+
+def stopped(monkeypatch, capsys, name: str, *words) -> str:
+    """What a program says when Ctrl-C comes while it works."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(REPOSITORY / f"{name}.py"), run_name="__main__")
+    assert caught.value.code == 130
+    return capsys.readouterr().err
+
+
+def test_each_program_says_what_is_true_after_ctrl_c(stub, place, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    for module, name in ((workshop, "open_folder"), (evaluate, "make_table"), (bases, "given_tokenizers")):
+        monkeypatch.setattr(module, name, interrupt)
+    said = {
+        "sample": stopped(monkeypatch, capsys, "sample", stub / "round1/student_pos", "hello"),
+        "eval": stopped(monkeypatch, capsys, "eval", stub),
+        "train": stopped(monkeypatch, capsys, "train", write_stub(place), "--dry_run"),
+    }
+    assert "nothing half-written" in said["sample"] and "only reads" in said["eval"] and "goes on from here" in said["train"]
+    assert not any("goes on" in said[name] or "is saved" in said[name] for name in ("sample", "eval"))
 
 
 @pytest.mark.parametrize(
@@ -125,6 +281,11 @@ def test_a_real_model(place):
         (["RUN/round1/student_pos", "hello", "--generate.temperature=hot"], "number"),
         (["RUN/round1/student_pos", "hello", "--generate.top_p=0"], "top_p"),
         (["RUN/round1/student_pos", "hello", "--dpo.beta=1"], "dpo.beta"),
+        (["RUN/round1/student_pos", "hello", "--run.name=x"], "--run.name"),
+        (["RUN/round1/student_pos", "hello", "--run.save_every=3"], "--run.save_every"),
+        (["RUN/round1/student_pos", "hello", "--run.sead=3"], "run.seed"),
+        (["RUN/round1/student_pos", "hello", "--run.seed"], "--run.seed"),
+        (["RUN/round1/student_pos", "hello", "--run.seed="], "whole number"),
         (["RUN/round1/student_pos", "hello", "--loud"], "--loud"),
         (["RUN/round1/student_pos", "word " * 300], "tokens"),
         (["RUN/round1/student_pos", "hello", "there"], "there"),
@@ -231,7 +392,7 @@ def test_help_of_the_other_programs():
 def test_the_table_says_what_the_files_say(tiny):
     table = json.loads((tiny / "eval/table.json").read_text())
     truth = {r["id"]: r for r in rows_of(tiny / "data/slices/test.jsonl")}
-    config = evaluate.read_run(tiny)[1]
+    config = evaluate.read_run(tiny).config
     town = world.make_town(config.world, config.run.seed)
     assert len(table["rows"]) == 4 * 3 + 2 and table["world"] is True and table["rounds"] == 2
     for entry in table["rows"]:
@@ -299,10 +460,89 @@ def test_an_interval_covers_the_mean_as_often_as_it_says():
     assert 0.90 <= hits / 300 <= 0.98
 
 
-def test_every_agent_of_a_run_has_a_label():
-    labels = evaluate.agents_of(Config())
-    assert len(labels) == 4 * 4 + 2 == len(set(labels))
-    assert ("student", 0, "student, round 0 (naive SFT)") in labels
+def test_every_agent_of_a_run_has_a_label(tiny):
+    labels = [(row["agent"], row["round"], row["label"]) for row in json.loads((tiny / "eval/table.json").read_text())["rows"]]
+    assert len(labels) == 4 * 3 + 2 == len(set(labels))
+    assert labels[0] == ("teacher1", 0, "teacher 1, round 0")
+    assert labels[9:] == [
+        ("student", 0, "student, round 0 (naive SFT)"), ("student", 1, "student, round 1"), ("student", 2, "student, round 2"),
+        ("continued", 2, "naive SFT continued"), ("ceiling", 2, "ceiling"),
+    ]  # fmt: skip
+
+
+# ---- the table and the report of folders that are not as they should be ----------------------
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"fingerprint": "x", "counts": {}, "files": {}, "started": 1}'])
+@pytest.mark.parametrize("name", ["eval/round0_student_samples", "round1/pairs_student", "round1/my_notes"])
+def test_a_foreign_stage_json_is_named(stub, place, name, text):
+    run = copy_run(stub, place)
+    (run / name).mkdir(exist_ok=True)
+    (run / name / "stage.json").write_text(text)
+    ended = invoke("eval", run)
+    check_sentence(ended.code, ended.err)
+    assert f"{name}/stage.json" in ended.err
+    with pytest.raises(UserError, match=f"{name}/stage.json"):
+        write_report(run)
+
+
+@pytest.mark.parametrize("name", ["eval/round1_student_truth/scores.jsonl", "round1/pairs_student/pairs.jsonl",
+                                  "round0/teacher1_pos/metrics.jsonl", "round1/positives_student/samples.jsonl"])  # fmt: skip
+def test_a_damaged_file_is_not_evaluated(stub, place, name):
+    run = copy_run(stub, place)
+    (run / name).write_text((run / name).read_text().replace("1", "2", 1))
+    with pytest.raises(UserError, match=name):
+        write_report(run)
+
+
+def test_a_folder_made_anew_is_read_anew(stub, place):
+    """One process, one path, two runs after each other: table and page are those of the second."""
+    words = [write_stub(place / "p"), f"--run.root={place / 'runs'}", "--run.name=x", "--macpo.controls=false"]
+    tables, run = [], place / "runs/x"
+    for seed in (0, 1):
+        train(*words, f"--run.seed={seed}")
+        tables.append(json.loads(invoke("eval", run, "--json").out))
+        alone, _ = spawn("eval", str(run), "--json").communicate(timeout=60)
+        assert tables[-1] == json.loads(alone)  # a process that has seen no other run says the same
+        prompts = [html.escape(r["prompt"][-1]["content"]) for r in rows_of(run / "data/slices/d2.jsonl")]
+        page = (run / "report.html").read_text()
+        assert sum(f">{prompt}</h3>" in page for prompt in prompts) == page.count("<article>") == 5
+        shutil.rmtree(run)
+    assert tables[0]["rows"] != tables[1]["rows"]
+
+
+def test_a_stage_that_is_being_written_is_none(stub, place):
+    run = copy_run(stub, place)
+    shutil.copytree(run / "round1/pairs_student", run / ".partial/x")
+    assert evaluate.make_table(evaluate.read_run(run)) == evaluate.make_table(evaluate.read_run(stub))
+
+
+def test_the_report_at_every_moment_of_a_run(stub, place):
+    """Written from any number of finished stages: three sentences, no network, no script."""
+    run, notes = copy_run(stub, place), stages_of(stub)
+    (run / "eval/table.json").unlink()
+    stages = sorted(notes, key=lambda name: notes[name]["started"], reverse=True)
+    for number, name in enumerate(stages):
+        if number % 4 == 0 or number > len(stages) - 4:
+            write_report(run)
+            page = (run / "report.html").read_text()
+            assert page.split('class="lead">')[1].split("</div>")[0].count("<p>") == 3
+            assert "Still running" in page and f"{len(stages) - number} stages" in page
+            assert "<script" not in page and "http" not in page and "src=" not in page
+        shutil.rmtree(run / name)
+    write_report(run)
+    page = (run / "report.html").read_text()
+    assert page.count("has been measured") + page.count("has not been measured") == 3
+
+
+def test_the_report_escapes_what_it_shows(place):
+    (place / "hh").mkdir()
+    rows = [row(f"<b>{i} & more</b>", f"<script>{i}</script>", f"</div>{i}") for i in range(90)]
+    data_file(place / "hh", *rows, name="<i>.jsonl")
+    data_file(place / "hh", *(row(f"plain {i}") for i in range(60)), name="b.jsonl")
+    train(write_stub(place / "p"), *WORDS, f"--data.path={place / 'hh'}", "--run.name=hh", "--run.root=runs")
+    page = (place / "runs/hh/report.html").read_text()
+    assert "<script" not in page and "&lt;b&gt;" in page and "&lt;i&gt;" in page and "<i>" not in page
 
 
 # ---- dialogues ------------------------------------------------------------------------------
@@ -355,6 +595,15 @@ def test_changed_files_are_another_run(place):
     assert "data/slices" in ended.err and {k: v for k, v in tree(place).items() if not k.endswith("env.json")} == {
         k: v for k, v in before.items() if not k.endswith("env.json")
     }
+
+
+def test_two_given_teachers_on_dialogues(place):
+    """The command line of the issue: K follows the folders, and the plan is for two teachers."""
+    model = shared("weights/stories260K-hf")
+    words = [f"--data.path={hh_files(place)}", f"--model.student={model}", f"--model.teachers={model},{model}"]
+    out = train("@hh", *words, "--dry_run").out
+    assert "\nteachers = 2\n" in out and "round3/teacher2_pos" in out and "teacher3" not in out
+    assert not (place / "runs").exists()
 
 
 def test_given_models_are_used_and_left_alone(stub, place):

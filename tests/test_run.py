@@ -1,10 +1,12 @@
 """The run folder: stages whole or absent, reuse, resume after any kill, links between runs."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from runs import (
     FREE,
     contents,
@@ -24,21 +27,15 @@ from runs import (
     rows_of,
     spawn,
     stages_of,
-    stub_run,
     train,
     write_stub,
 )
 
-from minmacpo import files, fit
+from minmacpo import UserError, files, fit, machine
 from minmacpo import run as run_module
 from minmacpo.commandline import parse
 from minmacpo.progress import Signals
-from minmacpo.run import PARTIAL, Run, derive_seed
-
-
-@pytest.fixture(scope="session")
-def stub(tmp_path_factory):
-    return stub_run(tmp_path_factory)
+from minmacpo.run import FINISHED, PARTIAL, Run, derive_seed
 
 
 @pytest.fixture
@@ -60,6 +57,11 @@ def beside(stub, tmp_path_factory):
     """The same for tests that put variants beside the run."""
     root = tmp_path_factory.mktemp("beside")
     return copy_run(stub, root / "runs"), [write_stub(root), f"--run.root={root / 'runs'}"]
+
+
+def metrics_of(run: Path) -> list[str]:
+    """The lines of metrics.jsonl without their times, in an order that does not depend on what was done first."""
+    return sorted(map(str, contents(run)["metrics.jsonl"]))
 
 
 # ---- what a finished run looks like ---------------------------------------------------------
@@ -127,8 +129,9 @@ def test_metrics_have_the_names_of_the_field(stub):
             assert row["loss"] == pytest.approx(wanted, rel=1e-5)
         assert 0 < row["time"] < time.time() and row["tokens_per_s"] > 0
     for name in trained:
-        steps = [row["step"] for row in rows if row["stage"] == name and row["step"]]
+        steps = [row["step"] for row in rows if row["stage"] == name]
         assert steps == sorted(set(steps)) and steps[-1] == notes[name]["counts"]["steps"]
+        assert (steps[0] == 0) == (notes[name]["kind"] == "prefer/1"), "a row from before the first step"
         kept = rows_of(stub / name / "metrics.jsonl")
         assert [row["step"] for row in kept] == steps and not any("time" in row for row in kept)
         assert kept[-1]["tokens"] == notes[name]["counts"]["tokens"]
@@ -152,11 +155,28 @@ def test_nothing_is_redone_and_the_table_is_printed(ours):
 def test_the_first_run_prints_its_stages_in_the_order_of_the_plan(tmp_path, stub):
     words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", "--macpo.rounds=1", "--macpo.controls=false"]
     out = train(*words).out
-    places = [line[1 : line.index("]")] for line in out.splitlines() if line.startswith("[")]
+    places = [*dict.fromkeys(line[1 : line.index("]")] for line in out.splitlines() if line.startswith("["))]
     total = len(places)
     assert places == [f"{i}/{total}" for i in range(1, total + 1)] and total > 40
-    assert out.count("first row: ") == 9 and "⟦" in out  # the first example of each stage, with its mask
-    assert out.count("first chosen: ") == 3
+
+
+def test_every_stage_shows_its_first_row_with_its_mask(stub):
+    """In the log, before the line that ends the stage; one that was taken from elsewhere renders nothing."""
+    wanted = {"pretrain": ["row"], "sft": ["row"], "prefer": ["chosen", "rejected"], "sample": ["prompt"],
+              "score": ["row"], "pairs": ["chosen"]}  # fmt: skip
+    shown, seen = [], Counter()
+    for line in (stub / "log.txt").read_text().splitlines():
+        text, _, said = line[20:].partition("  ")
+        if said.startswith("first "):
+            assert text.startswith("["), "it names its stage"
+            shown.append(said)
+        elif text.startswith("[") and re.match(r"\d+\.\d s ", said):
+            kind = stages_of(stub)[text.split()[1]]["kind"].partition("/")[0]
+            assert [first.split()[1] for first in shown] == [f"{what}:" for what in wanted.get(kind, [])], text
+            assert all(("⟦" in first) == ("prompt:" not in first) and len(first) > 20 for first in shown)
+            seen[kind] += 1
+            shown = []
+    assert seen.keys() >= wanted.keys()
 
 
 @pytest.mark.parametrize(
@@ -173,10 +193,8 @@ def test_a_deleted_stage_alone_is_redone_to_the_same_bits(ours, stub, name):
     after = inodes(run)
     changed = {path for path in after if after[path] != before.get(path) and path != "eval/table.json"}
     assert changed == {path for path in before if path.startswith(name + "/")} and after.keys() == before.keys()
-    found = differences(run, stub, ("linked_from",))
-    assert found in ([], ["metrics.jsonl"])
-    lines = [sorted(map(str, contents(r)["metrics.jsonl"])) for r in (run, stub)]
-    assert [line for line in lines[0] if "'step': 0," not in line] == [line for line in lines[1] if "'step': 0," not in line]
+    assert differences(run, stub, ("linked_from",)) in ([], ["metrics.jsonl"])
+    assert metrics_of(run) == metrics_of(stub)
 
 
 def test_a_deleted_round_is_redone_to_the_same_bits(ours, stub):
@@ -217,6 +235,27 @@ def test_one_stage_needs_its_inputs(mine):
     ended = invoke("train", *words, "--stage=round1/student_pos")
     assert ended.code == 2 and "round1/pairs_student" in ended.err and "not finished" in ended.err
     assert not (run / "round1/student_pos").exists() and not (run / PARTIAL).exists()
+
+
+def test_one_stage_takes_no_damaged_input(mine):
+    run, words = mine
+    shutil.rmtree(run / "round1/student_pos")
+    pairs = run / "round1/pairs_student/pairs.jsonl"
+    text = pairs.read_text()
+    pairs.unlink()  # it is a link to the good run's
+    pairs.write_text(text[:-20])
+    ended = invoke("train", *words, "--stage=round1/student_pos")
+    assert ended.code == 2 and "pairs.jsonl" in ended.err and not (run / "round1/student_pos").exists()
+
+
+def test_a_run_that_goes_on_is_not_finished(mine):
+    run, words = mine
+    shutil.rmtree(run / "round1/student_pos")
+    assert (run / FINISHED).exists()
+    train(*words, "--stage=round1/student_pos")
+    assert not (run / FINISHED).exists()
+    train(*words)
+    assert (run / FINISHED).exists()
 
 
 def test_all_stages_one_by_one_make_the_same_run(tmp_path):
@@ -320,6 +359,19 @@ def test_a_variant_pays_only_for_what_differs(beside, word, equal, own):
     assert {row["stage"] for row in rows_of(variant / "metrics.jsonl")} == steps
 
 
+def test_slices_say_the_same_whatever_the_number_of_teachers(tmp_path):
+    """Their fingerprint does not depend on it, so a sibling links them: no count in them may."""
+    notes = []
+    for teachers in (1, 3):
+        words = [f"--run.root={tmp_path / str(teachers)}", f"--macpo.teachers={teachers}", "--stage=data/slices"]
+        assert str({"d1": {"rows": 10}, "d2": {"rows": 12}, "test": {"rows": 8}}) in train(write_stub(tmp_path), *words).out
+        (note,) = (stage for run in (tmp_path / str(teachers)).iterdir() for stage in stages_of(run).values())
+        notes.append({key: note[key] for key in ("fingerprint", "counts", "files")})
+    assert notes[0] == notes[1]
+    plan = train(write_stub(tmp_path), *words[:2], "--dry_run").out
+    assert re.search(r"\nd0: \{'strong': 240, 'weak1': 200, 'weak2': 200, 'weak3': 200\}\n", plan)
+
+
 def test_the_order_of_runs_does_not_matter(stub, tmp_path):
     """A variant linked from the main run equals the same variant made alone."""
     for root in ("alone", "beside"):
@@ -327,10 +379,9 @@ def test_the_order_of_runs_does_not_matter(stub, tmp_path):
             copy_run(stub, tmp_path / root)
         train(write_stub(tmp_path), f"--run.root={tmp_path / root}", "--macpo.mutual=false")
     ways = [tmp_path / root / "stub-mutual=false" for root in ("alone", "beside")]
-    found = differences(*ways, ("linked_from",))
-    assert found in ([], ["metrics.jsonl"])
-    rows = [[r for r in contents(w)["metrics.jsonl"] if r["step"]] for w in ways]
-    assert sorted(map(str, rows[0])) == sorted(map(str, rows[1]))
+    assert differences(*ways, ("linked_from",)) in ([], ["metrics.jsonl"])
+    assert metrics_of(ways[0]) == metrics_of(ways[1])
+    assert any(row["step"] == 0 for row in rows_of(ways[1] / "metrics.jsonl"))
 
 
 def test_copies_where_links_fail(beside, monkeypatch):
@@ -553,6 +604,36 @@ def test_a_training_that_is_stopped_at_any_step_goes_on_to_the_same_bits(stub, t
     assert rows[0] == rows[1]
 
 
+@pytest.mark.parametrize("how", ["signal", "kill"])
+def test_the_metrics_before_the_first_step_survive_a_stop(stub, tmp_path, monkeypatch, how):
+    """They are the first row of the stage's own metrics.jsonl, and once in the run's."""
+    copy_run(stub, tmp_path / "runs", ("data", "bases", "round0", "round1"))
+    run, name = tmp_path / "runs/stub", "round1/student_pos"
+    shutil.rmtree(run / name)
+    shutil.copy(stub / "config.toml", run)
+    good, seen = fit.train_step, []
+
+    def train_step(*args):
+        seen.append(1)
+        if len(seen) == 3:
+            if how == "kill":
+                raise PowerCut
+            os.kill(os.getpid(), signal.SIGTERM)
+        return good(*args)
+
+    words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", f"--stage={name}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "train_step", train_step)
+        try:
+            assert invoke("train", *words).code == 143
+        except PowerCut:
+            assert how == "kill"
+    assert "resumed at step" in train(*words).out
+    assert (run / name / "metrics.jsonl").read_bytes() == (stub / name / "metrics.jsonl").read_bytes()
+    steps = [row["step"] for row in rows_of(run / "metrics.jsonl") if row["stage"] == name]
+    assert steps == [row["step"] for row in rows_of(stub / name / "metrics.jsonl")] and steps.count(0) == 1
+
+
 def test_signals_are_remembered_until_looked_at_and_a_second_one_acts_at_once():
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -574,13 +655,13 @@ def test_signals_are_remembered_until_looked_at_and_a_second_one_acts_at_once():
 # ---- what a kill can leave behind, one by one -----------------------------------------------
 
 
-@pytest.mark.parametrize("leftover", ["config.toml.tmp", "env.json.tmp", "metrics.jsonl.tmp"])
+@pytest.mark.parametrize("leftover", ["log.txt", "config.toml.tmp", "env.json.tmp", "metrics.jsonl.tmp"])
 def test_a_torn_file_of_a_run_that_had_hardly_begun(tmp_path, leftover):
     words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", "--stage=data/slices"]
     run = tmp_path / "runs/stub"
     run.mkdir(parents=True)
     (run / leftover).write_text("[ru")
-    if leftover != "config.toml.tmp":
+    if leftover not in ("log.txt", "config.toml.tmp"):
         copy = tmp_path / "other"
         train(words[0], f"--run.root={copy}", "--stage=data/slices")
         shutil.copy(copy / "stub/config.toml", run)
@@ -619,15 +700,15 @@ def test_a_torn_last_line_of_metrics(mine, stub):
 def test_metrics_of_a_linked_stage_survive_a_kill(mine, monkeypatch):
     """The lines of a linked training are in metrics.jsonl whenever its stage is finished."""
     run, words = mine
-    good = run_module.seal
+    good = run_module.move
 
-    def seal(folder, stage, notes):
-        good(folder, stage, notes)
-        if stage.name == "round0/student_pos":
+    def move(folder, target):
+        good(folder, target)
+        if target.match("round0/student_pos"):
             raise PowerCut
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "seal", seal)
+        patch.setattr(run_module, "move", move)
         with pytest.raises(PowerCut):
             invoke("train", *words, "--macpo.rounds=1")
     train(*words, "--macpo.rounds=1")
@@ -635,6 +716,114 @@ def test_metrics_of_a_linked_stage_survive_a_kill(mine, monkeypatch):
     assert [row["step"] for row in rows if row["stage"] == "round0/student_pos"] == [
         row["step"] for row in rows_of(run / "round0/student_pos/metrics.jsonl")
     ]
+
+
+def test_a_linked_stage_has_every_line_of_metrics(mine):
+    """Also the one before the first step."""
+    run, words = mine
+    train(*words, "--macpo.rounds=1")
+    linked = run.parent / "stub-rounds=1"
+    assert "linked_from" in stages_of(linked)["round1/student_pos"]
+    times = ("time", "tokens_per_s", "peak_mem_gb")
+    rows = [[{k: v for k, v in row.items() if k not in times} for row in rows_of(r / "metrics.jsonl")
+             if row["stage"] in stages_of(linked).keys() - {"controls/continued"}] for r in (linked, run)]  # fmt: skip
+    assert sorted(map(str, rows[0])) == sorted(map(str, rows[1]))
+    assert any(row["stage"] == "round1/student_pos" and row["step"] == 0 for row in rows[0])
+
+
+# ---- two processes --------------------------------------------------------------------------
+
+
+def test_a_second_process_is_shut_out_and_a_kill_lets_it_in(tmp_path, stub):
+    words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}"]
+    run, first = tmp_path / "runs/stub", spawn("train", *words)
+    try:
+        wait_for(run / "round0/teacher1_pos", first)
+        first.send_signal(signal.SIGSTOP)
+        before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+        for more in ([], ["--stage=data/slices"]):
+            second = invoke("train", *words, *more)
+            assert second.code == 2 and "another process" in second.err and len(second.err.splitlines()) == 1
+        assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+        assert train(*words, "--dry_run").out  # looking is free
+    finally:
+        first.kill()
+        first.communicate()
+    train(*words)
+    assert differences(run, stub) == []
+
+
+def test_a_run_that_another_process_began_meanwhile_is_looked_at_again(tmp_path):
+    """Between the first look at the folder and the lock, somebody may have put another configuration there."""
+    words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", "--run.name=x", "--stage=data/slices"]
+    run = Run(parse([*words[:3], "--dpo.beta=0.3"]).config)
+    train(*words)
+    with pytest.raises(UserError, match=r"dpo\.beta"):
+        run.begin()
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    def refused(stream, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    train(write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", "--stage=data/slices")
+    assert "no lock" in (tmp_path / "runs/stub/log.txt").read_text()
+
+
+# ---- memory and disk ------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a peak")
+def test_peak_memory_is_the_stage_s_own(tmp_path):
+    run = Run(parse(["@tiny", f"--run.root={tmp_path}"]).config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signal, "signal", lambda *args: None)
+        run.begin()
+    sizes = {"x/small": 1, "x/big": 400, "x/later": 1}
+    stages = [run.stage(name, "k/1", {"name": name}, [], lambda work, size=size: {"bytes": len(b"x" * (size << 20))})
+              for name, size in sizes.items()]  # fmt: skip
+    small, big, later = (stage.notes()["peak_mb"] for stage in stages)
+    assert big - small > 350 and big - later > 350
+
+
+def test_peaks_of_a_gpu_are_recorded(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: done.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 << 20)
+    machine.reset_peaks("cuda")
+    assert done == ["reset"] and machine.peaks("cuda")["peak_gpu_mb"] == 5
+    monkeypatch.setattr(machine, "linux", lambda *args: None)  # where there is no /proc
+    machine.reset_peaks("cpu")
+    assert done == ["reset"] and machine.peaks("cpu").keys() == {"peak_mb"} and machine.peak_mb() > 10
+
+
+def test_the_estimate_of_the_disk_is_near_what_a_run_writes(stub):
+    """Not less than all stages hold, and not many times more; nothing but the fixed part when all are there."""
+    config = parse([f"@{stub / 'config.toml'}"]).config
+    made = [note for note in stages_of(stub).values() if "linked_from" not in note]
+    written = sum(file["size"] for note in made for file in note["files"].values())
+    fixed = machine.disk_need(config, [])
+    needed = machine.disk_need(config, [note["kind"] for note in made]) - fixed
+    assert written < needed < 10 * written and fixed < 50e6
+
+
+def test_the_estimate_of_the_disk_follows_shapes_and_files(tmp_path, stub):
+    def need(kind: str, *words: str) -> int:
+        config = parse([f"@{stub / 'config.toml'}", *words]).config
+        return machine.disk_need(config, [kind]) - machine.disk_need(config, [])
+
+    weights = 4 * 64 * (2 * 400 + 2 * (4 * 64 + 3 * 128))  # of the embeddings, the head and two layers
+    assert need("pretrain/1", "--model.strong=64x2x4x128") == 7 * weights  # the base; twice its training state
+    folder = tmp_path / "given"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11008}')
+    given = [f"--model.student={folder}", "--lora.targets=q_proj,v_proj"]
+    adapter = 4 * 8 * 2 * 32 * (4096 + 11008)
+    assert need("sft/1", *given) == need("prefer/1", *given) == 7 * adapter and need("score/1", *given) == 0
+    (tmp_path / "x.jsonl").write_bytes(b"x" * 1000)
+    files = [f"--data.path={tmp_path}", "--data.shares=0.4,0.1,0.3,0.2"]
+    assert need("sample/1", *files) == 300 and need("corpus/1", *files) == 400
 
 
 # ---- files ----------------------------------------------------------------------------------

@@ -14,15 +14,15 @@ PACKAGE = REPO / "minmacpo"
 FLOORS = [
     {"config", "data"},
     {"world", "commandline", "files", "machine", "tokenizer", "model", "lora", "losses", "progress", "page"},
-    {"run", "checkpoint", "batching", "prepare"},
+    {"run", "checkpoint", "batching"},
     {"fit", "generate", "score"},
     {"bases"},
     {"workshop"},
     {"stages"},
     {"macpo"},
+    {"methods"},
     {"evaluate"},
     {"report"},
-    {"program"},
     {"train", "sample", "eval"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -129,7 +129,7 @@ def test_model_losses_and_lora_import_torch_and_their_settings_only():
 
 
 def test_the_algorithm_moves_no_tensor():
-    assert not foreign("macpo"), "macpo.py speaks of agents, files and stages"
+    assert not foreign("macpo") | foreign("methods"), "they speak of agents, files and stages"
 
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
@@ -172,13 +172,15 @@ def code_lines(name: str) -> int:
 
 
 def test_the_library_is_small():
-    """3,200 lines of code; docstrings and blank lines do not count, so that nobody saves on them."""
-    assert sum(code_lines(name) for name in TREES if name not in PROGRAMS) <= 3200
+    """3,200 lines of code; docstrings and blank lines do not count, so that nobody saves on them. 4,500 in all."""
+    library = [name for name in TREES if name not in PROGRAMS]
+    assert sum(map(code_lines, library)) <= 3200
+    assert sum(len(path_of(name).read_text().splitlines()) for name in library) <= 4500
 
 
 def test_the_programs_are_small():
     lengths = {name: len(path_of(name).read_text().splitlines()) for name in PROGRAMS & set(TREES)}
-    assert sum(lengths.values()) <= 330 and not {name: n for name, n in lengths.items() if n > 120}
+    assert sum(lengths.values()) <= 300 and not {name: n for name, n in lengths.items() if n >= 100}
 
 
 # ---- manners --------------------------------------------------------------------------------

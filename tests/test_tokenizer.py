@@ -12,7 +12,6 @@ from minmacpo.tokenizer import (
     PLAIN_MARKS,
     TURN_MARKS,
     Tokenizer,
-    default_template,
     dialogue_text,
     load_tokenizer,
     render,
@@ -89,7 +88,7 @@ def test_a_broken_byte_sequence_decodes_to_replacement_characters(tokenizer):
 
 def test_special_tokens_decode_to_nothing(tokenizer):
     ids = tokenizer.encode("one two")
-    marks = [tokenizer.piece(mark) for mark in TURN_MARKS.values()]
+    marks = [*tokenizer.marks.values()]
     assert tokenizer.decode([tokenizer.bos, marks[0], *ids[:2], marks[1], *ids[2:], tokenizer.eos]) == "one two"
 
 
@@ -129,11 +128,10 @@ def test_training_twice_gives_the_same_bytes(seed):
 
 
 def test_a_trained_tokenizer_has_the_pieces_that_templates_need(tokenizer):
-    marks = [tokenizer.piece(mark) for mark in TURN_MARKS.values()]
-    assert None not in marks and len({*marks, tokenizer.bos, tokenizer.eos}) == 4
+    marks = [*tokenizer.marks.values()]
+    assert [tokenizer.pieces.id_to_piece(i) for i in marks] == [*TURN_MARKS.values()] and len({*marks, tokenizer.bos, tokenizer.eos}) == 4
     assert tokenizer.size <= 400 and not tokenizer.guard
     assert all(tokenizer.pieces.piece_to_id(f"<0x{byte:02X}>") != tokenizer.pieces.unk_id() for byte in range(256))
-    assert tokenizer.piece("<nobody>") is None and tokenizer.piece("a") is None
     assert len(tokenizer.encode(TEXTS[2])) < len(TEXTS[2].encode()) * 0.7, "it should have learned words"
 
 
@@ -169,10 +167,9 @@ def test_the_trained_part_is_the_response_and_the_end_token(dialogue, response, 
     tokenizer, template = way
     messages = DIALOGUES[dialogue]
     tokens = render(tokenizer, template, messages, response)
-    prompt = render(tokenizer, template, messages)
-    assert len(tokens.ids) == len(tokens.mask) and not any(prompt.mask)
-    assert prompt.ids == render_prompt(tokenizer, template, messages) == tokens.ids[: len(prompt.ids)]
-    assert tokens.mask == [False] * len(prompt.ids) + [True] * (len(tokens.ids) - len(prompt.ids))
+    prompt = render_prompt(tokenizer, template, messages)
+    assert len(tokens.ids) == len(tokens.mask) and prompt == tokens.ids[: len(prompt)]
+    assert tokens.mask == [False] * len(prompt) + [True] * (len(tokens.ids) - len(prompt))
     answer = [i for i, trained in zip(tokens.ids, tokens.mask, strict=True) if trained]
     assert answer[-1] == tokenizer.eos and tokenizer.eos not in answer[:-1]
     lead = " " if template == "plain" else ""
@@ -194,7 +191,7 @@ def test_special_tokens_are_those_of_the_template(dialogue, way):
         wanted = " " + text if tokenizer.guard else text
         assert tokenizer.decode(ids) == wanted
         return
-    marks = {role: tokenizer.piece(mark) for role, mark in TURN_MARKS.items()}
+    marks = tokenizer.marks
     assert tokenizer.bos not in ids and ids.count(tokenizer.eos) == earlier + 1
     assert ids.count(marks["user"]) == len(messages) - earlier and ids.count(marks["assistant"]) == earlier + 1
     found, inside = [], []
@@ -223,9 +220,9 @@ def test_the_answer_ends_before_a_next_human_turn(way):
 
 
 def test_turns_need_a_tokenizer_with_turn_marks(llama2, tokenizer):
-    assert (default_template(llama2), default_template(tokenizer)) == ("plain", "turns")
+    assert llama2.marks == {} and set(tokenizer.marks) == {"user", "assistant"}
     with pytest.raises(UserError, match=r"data\.template"):
-        render(llama2, "turns", DIALOGUES[0])
+        render_prompt(llama2, "turns", DIALOGUES[0])
 
 
 def test_the_mask_is_shown(way):
