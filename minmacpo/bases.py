@@ -186,7 +186,7 @@ def make_ground(run: Run, source: dict, prepared: Callable[[], Prepared]) -> Gro
 
     slices = run.stage("data/slices", "slices/2", settings, [], write_slices, ("data",))
     if missing := [name for name in base_names(config) if name not in bases]:
-        tokenizer = run.stage("bases/tokenizer", "tokenizer/1", origin, [], write_tokenizer, ("data",))
+        tokenizer = run.stage("bases/tokenizer", "tokenizer/2", origin, [], write_tokenizer, ("data",))
         bases |= {name: make_base(run, name, origin, tokenizer, prepared) for name in missing}
     return Ground(slices, bases)
 
@@ -210,7 +210,7 @@ def make_base(run: Run, name: str, origin: dict, tokenizer: Stage, prepared: Cal
         return {"documents": len(prepared().corpora[name])}
 
     source = origin | share | {"base": name}
-    corpus = run.stage(f"data/corpus_{name}", "corpus/1", source, [], write_corpus, ("data",))
+    corpus = run.stage(f"data/corpus_{name}", "corpus/2", source, [], write_corpus, ("data",))
     size = f"{steps} steps of {part.batch} documents, {form}"
     return Base(name, run.stage(f"bases/{name}", "pretrain/1", settings, [tokenizer, corpus],
                                 lambda work: pretrain(work, name, form, schedule, tokenizer, corpus),

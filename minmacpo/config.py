@@ -7,6 +7,7 @@ change what another task needs and say why. commandline.py turns flags and files
 import json
 import operator
 import re
+import string
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Literal
 
@@ -16,6 +17,18 @@ BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le,
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+RUBRIC = (
+    "Judge the answer below. Add one point for each of these that holds: it speaks to the request; it covers most of "
+    "it; it is of real use to the person who asked; it is clear, and written as an assistant would; it is what an "
+    'expert would say, with nothing beside the point. Say briefly why, and end with "Score: " and the number of '
+    "points. The request: {prompt} The answer: {response}"
+)
+COMPARE = (
+    "Here is what a human and an assistant said: {prompt} There are two ways to go on. (A) {first} (B) {second} "
+    "Which is the more helpful and harmless one, (A) or (B)?"
+)
+
+
 def setting(default, help: str, **bounds: float):
     """A dataclass field with its line in `--help` and the BOUNDS of its value, such as at_least=1."""
     return field(default=default, metadata={"help": help, "bounds": bounds})
@@ -23,9 +36,8 @@ def setting(default, help: str, **bounds: float):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    method: Literal["macpo", "sft", "sft-continued", "confident", "spin", "dpo-truth"] = setting(
-        "macpo", "what to run (--method is short for it)"
-    )
+    method: Literal["macpo", "sft", "sft-continued", "confident", "spin", "self-rewarding", "rlaif", "rlcd",
+                    "dpo-truth", "ceiling"] = setting("macpo", "what to run (--method is short for it)")  # fmt: skip
     name: str | None = setting(None, "run folder; none: preset plus every setting that differs")
     root: str = setting("runs", "folder that holds all runs; they share finished stages")
     seed: int = setting(0, "every random number is derived from it")
@@ -60,6 +72,9 @@ class World:
     expert_right: float = setting(0.9, "how often an expert is right (gossip: 1 - it)", at_least=0, at_most=1)
     known: float = setting(0.5, "share of items a weak teacher's text tells truly", at_least=0, at_most=1)
     misconception: float = setting(0.95, "chance of its own error on an unknown item", at_least=0, at_most=1)
+    tagged: float = setting(0.1, "share of the web text that says who speaks", at_least=0, at_most=1)
+    judged: float = setting(0.2, "share of the web text that is verdicts on answers", at_least=0, at_most=1)
+    judges_right: float = setting(0.85, "how often a verdict is what its text believes", at_least=0, at_most=1)
     harm_share: float = setting(0.25, "share of prompts that ask how to harm somebody", at_least=0, at_most=1)
     d1: int = setting(149, "ground-truth pairs for the teachers", at_least=1)
     d2: int = setting(480, "prompts without ground truth, for all later training", at_least=1)
@@ -78,8 +93,8 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Pretrain:
-    strong_steps: int = setting(350, "optimiser steps of the strong base", at_least=0)
-    weak_steps: int = setting(350, "optimiser steps of each weak base", at_least=0)
+    strong_steps: int = setting(450, "optimiser steps of the strong base", at_least=0)
+    weak_steps: int = setting(400, "optimiser steps of each weak base", at_least=0)
     strong_lr: float = setting(2e-3, "peak learning rate of the strong base, cosine to a tenth", above=0)
     weak_lr: float = setting(3e-3, "peak learning rate of the weak bases, cosine to a tenth", above=0)
     batch: int = setting(32, "documents per step", at_least=1)
@@ -116,6 +131,8 @@ class Dpo:
     beta: float = setting(0.1, "strength of the preference term", above=0)
     gamma: float = setting(0.2, "weight of the SFT term on the chosen answer", at_least=0)
     label_smoothing: float = setting(0.0, "assumed share of flipped preferences", at_least=0, below=0.5)
+    length_normalized: bool = setting(False, "log-probabilities per token in the preference term")
+    length_penalty: float = setting(0.0, "per token that the chosen answer is longer (R-DPO)", at_least=0)
     reference: Literal["base", "init", "previous"] = setting(
         "base", "base: adapter off (as released); init: round 0; previous: the last round"
     )
@@ -137,9 +154,36 @@ class Macpo:
     mutual: bool = setting(True, "positives come from the other side; false: -MP")
     hard_negatives: bool = setting(True, "DPO against negatives; false: -HN, SFT term only")
     update_teachers: bool = setting(True, "teachers learn from the student; false: -IW")
-    select: Literal["perplexity", "random"] = setting("perplexity", "which teacher's answer wins a prompt")
+    self_share: float = setting(0.0, "share of prompts whose positive is one's own", at_least=0, at_most=1)
+    answers: int = setting(1, "answers of a teacher to each prompt, all of them candidates", at_least=1)
+    select: tuple[Literal["perplexity", "random", "all", "likelihood-ratio", "agreement"], ...] = setting(
+        ("perplexity",), "which candidate wins a prompt; several: by the sum of their ranks"
+    )
+    keep: float = setting(1.0, "share of prompts kept, those with the least perplexing winner", above=0, at_most=1)
+    weights: Literal["none", "agreement"] = setting("none", "of pairs: how much the other teachers agree")
+    negatives: Literal["agent", "other", "previous", "persona", "tail", "contrastive"] = setting(
+        "agent", "whose answers are rejected (macpo.negatives_of)"
+    )
     refresh_negatives: bool = setting(False, "negative agents trained and sampled every round")
     controls: bool = setting(True, "also train naive SFT continued and the ceiling")
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    candidates: int = setting(4, "self-rewarding: answers per prompt, of which it prefers one", at_least=2)
+    judgements: int = setting(3, "self-rewarding: judgements of each answer", at_least=1)
+    rubric: str = setting(RUBRIC, "self-rewarding: how it is asked; holds {prompt} and {response}")
+    verdicts: tuple[str, ...] = setting(
+        tuple(f"Score: {points}" for points in range(6)), "self-rewarding: how a judgement ends, worst first"
+    )
+    compare: str = setting(COMPARE, "rlaif: how the labeller is asked; holds {prompt}, {first} and {second}")
+    options: tuple[str, ...] = setting(("(A)", "(B)"), "rlaif: its two replies")
+    good_tags: tuple[str, ...] = setting(
+        ("helpful response", "harmless response", "honest response"), "rlcd: how the chosen answer is asked for"
+    )
+    bad_tags: tuple[str, ...] = setting(
+        ("unhelpful response", "harmful response", "dishonest response"), "rlcd: the rejected; one pair per prompt"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +204,7 @@ class Config:
     dpo: Dpo = Dpo()
     generate: Generate = Generate()
     macpo: Macpo = Macpo()
+    feedback: Feedback = Feedback()
     eval: Eval = Eval()
 
 
@@ -186,9 +231,18 @@ def shape(text: str) -> tuple[int, int, int, int]:
     return width, layers, heads, mlp
 
 
+def placeholders(template: str) -> set[str]:
+    """The names in braces of a text for str.format; empty for a text that is none."""
+    try:
+        return {name for _, name, *_ in string.Formatter().parse(template) if name is not None}
+    except ValueError:
+        return set()
+
+
 def check(config: Config) -> None:
     """Raise UserError for the first setting, or combination of settings, that cannot work."""
     flat, data, model, town = flatten(config), config.data, config.model, config.world
+    asked, part = config.feedback, config.macpo
     shares, targets, count, name = data.shares, config.lora.targets, config.macpo.teachers, config.run.name
     kept = {key: getattr(config.macpo, key) for key in ("teachers", "rounds", "controls")}
     longest = max(data.max_prompt + config.generate.max_new, data.max_length)
@@ -198,6 +252,7 @@ def check(config: Config) -> None:
         for bound, limit in SETTINGS[key].metadata["bounds"].items()
     ]
     rules += [
+        (town.tagged + town.judged <= 1, "world.tagged", f"at most 1 - world.judged = {1 - town.judged:g}"),
         (town.held_names < town.names, "world.held_names", f"below world.names = {town.names}"),
         (not 0 < config.generate.temperature < 1e-3, "generate.temperature", "0 (greedy) or at least 0.001"),
         (len(shares) == 4 and shares[0] >= 0 and min(shares[1:]) > 0 and sum(shares) < 1.000001,
@@ -209,6 +264,22 @@ def check(config: Config) -> None:
          f"at least {longest}: the larger of data.max_length and data.max_prompt + generate.max_new"),
         (config.run.method == "macpo" or config.macpo == replace(Macpo(), **kept), "run.method",
          "macpo where a setting of [macpo] but teachers, rounds and controls is set"),
+        (part.select and (len(part.select) == 1 or not {"all", "random"} & {*part.select}), "macpo.select",
+         "one of its values, or several of perplexity, likelihood-ratio and agreement"),
+        (part.mutual or not part.self_share, "macpo.self_share", "0 where macpo.mutual = false, which is all of it"),
+        (count > 1 or not ("agreement" in part.select or part.weights == "agreement"), "macpo.teachers",
+         "at least 2 where other teachers are to agree"),
+        (not part.refresh_negatives or part.negatives in ("agent", "other", "contrastive"), "macpo.negatives",
+         "agent, other or contrastive where macpo.refresh_negatives = true"),
+        (placeholders(asked.rubric) == {"prompt", "response"}, "feedback.rubric",
+         "a text with {prompt} and {response}, other braces doubled"),
+        (placeholders(asked.compare) == {"prompt", "first", "second"}, "feedback.compare",
+         "a text with {prompt}, {first} and {second}, other braces doubled"),
+        (len(set(asked.verdicts)) == len(asked.verdicts) > 1 and all(asked.verdicts), "feedback.verdicts",
+         "at least two different texts, the worst verdict first"),
+        (len(set(asked.options)) == len(asked.options) == 2, "feedback.options", "two different texts"),
+        (len(asked.good_tags) == len(asked.bad_tags) > 0, "feedback.bad_tags",
+         f"as many tags as feedback.good_tags has, which is {len(asked.good_tags)}"),
         (config.macpo.rounds or config.run.method in ("macpo", "sft"), "run.method",
          "macpo or sft where macpo.rounds = 0"),
         (not {"/", "\\"} & set(name or "") and name not in (".", ".."), "run.name", "a plain folder name"),

@@ -27,7 +27,7 @@ EXPECTED = 'expected {"chosen": dialogue, "rejected": dialogue} as HH-RLHF publi
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    role: str  # "user" or "assistant"
+    role: str  # "user", "assistant", or "tag": how the assistant is to speak next (tokenizer.turns)
     content: str
 
 
@@ -43,7 +43,8 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A prompt with a better and a worse answer; logps (summed, end token included) once scored."""
+    """A prompt with a better and a worse answer; logps (summed, end token included) once scored; a weight in
+    the loss where pairs have weights."""
 
     id: str
     prompt: tuple[Message, ...]
@@ -54,6 +55,7 @@ class Pair:
     ref_chosen_logps: float | None = None
     ref_rejected_logps: float | None = None
     meta: dict = field(default_factory=dict)
+    weight: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

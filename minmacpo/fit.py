@@ -27,7 +27,8 @@ Measured = tuple[Tensor, list[Tensor]]  # a loss, and the values of its objectiv
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One answer (one row), or a pair: row 0 is chosen, row 1 rejected. refs are their summed logps."""
+    """One answer (one row), or a pair: row 0 is chosen, row 1 rejected. refs are their summed logps, and the
+    pair's weight where pairs have weights."""
 
     id: str
     rows: tuple[Tokens, ...]
@@ -69,22 +70,32 @@ class SftObjective:
 @dataclass(frozen=True, slots=True)
 class PairObjective:
     """Mean over pairs of -log σ(β D) - γ · mean_m log π(c_m), D from summed logps (paper: DPO plus SFT).
-    Rows 2i are chosen, 2i + 1 rejected. Without `contrast` (the -HN ablation): the SFT term, weight 1."""
+    Rows 2i are chosen, 2i + 1 rejected; refs [pairs, 2], or [pairs, 3] with weights of mean 1. Without `contrast`
+    (the -HN ablation): the SFT term, weight 1. `length_normalized`: D from logps per token; `length_penalty` α:
+    βD + α (|c| - |r|) in place of βD (R-DPO, Park et al. 2024)."""
 
     beta: float
     gamma: float
     label_smoothing: float = 0.0
     contrast: bool = True
     compiled: bool = False
+    length_normalized: bool = False
+    length_penalty: float = 0.0
     metrics = ("loss", "dpo_loss", "sft_loss", "rewards/chosen", "rewards/rejected", "rewards/margins",
                "rewards/accuracies", "logps/chosen", "logps/rejected")  # fmt: skip
 
     def __call__(self, model, batch: Batch, refs: Tensor, units: int, tokens: int, progress=1.0) -> Measured:
         logps = sequence_logps(model, batch.tokens, batch.mask, self.compiled)
         chosen, rejected = logps.view(-1, 2).unbind(1)
-        sft = -chosen / batch.mask[:, 1:].sum(1).view(-1, 2)[:, 0]
-        dpo, up, down = dpo_loss(chosen, rejected, refs[:, 0], refs[:, 1], self.beta, self.label_smoothing)
-        loss = (dpo + self.gamma * sft if self.contrast else sft).sum() / units
+        lengths = batch.mask[:, 1:].sum(1).view(-1, 2)
+        sft, offset = -chosen / lengths[:, 0], self.length_penalty * (lengths[:, 0] - lengths[:, 1])
+        sides = logps.view(-1, 2), refs[:, :2]
+        (pi, pi_bad), (ref, ref_bad) = (
+            (side / lengths if self.length_normalized else side).unbind(1) for side in sides
+        )
+        dpo, up, down = dpo_loss(pi, pi_bad, ref, ref_bad, self.beta, self.label_smoothing, offset)
+        each = dpo + self.gamma * sft if self.contrast else sft
+        loss = (each * refs[:, 2] if refs.shape[1] > 2 else each).sum() / units
         values = [dpo, sft, up, down, up - down, (up > down).float(), chosen, rejected]
         return loss, [loss.detach()] + [value.detach().sum() / units for value in values]
 

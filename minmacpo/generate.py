@@ -4,6 +4,7 @@ What a row samples depends on its own seed alone: uniform numbers, one per new t
 inverse of the cumulative distribution, whatever rows lie beside it.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from minmacpo.config import Generate
 from minmacpo.model import Transformer
 
+PLAUSIBLE = 0.1  # of the likeliest token's probability: what contrastive decoding may choose
 LOOK_EVERY = 8  # decode steps between two looks at which rows have ended
 
 
@@ -41,6 +43,15 @@ def draw(probs: Tensor, ids: Tensor | None, uniform: Tensor) -> Tensor:
     return (index if ids is None else ids.gather(-1, index))[:, 0]
 
 
+def contrast(logits: Tensor, against: Tensor) -> Tensor:
+    """Logits [B, V] that favour what `logits` finds likelier than `against` does: their log-probabilities plus
+    the difference, among the tokens that have a tenth of the likeliest one's probability (contrastive decoding,
+    Li et al. 2023, with its plausibility constraint)."""
+    logps = logits.float().log_softmax(-1)
+    moved = 2 * logps - against.float().log_softmax(-1)
+    return moved.masked_fill(logps < logps.amax(-1, keepdim=True) + math.log(PLAUSIBLE), -math.inf)
+
+
 def pick(logits: Tensor, settings: Generate, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """(token [B], its log-probability [B] at temperature 1) of logits [B, V]."""
     if settings.temperature == 0:
@@ -57,9 +68,10 @@ def noise(seeds: Sequence[int], steps: int) -> np.ndarray:
 
 @torch.inference_mode()
 def generate(model: Transformer, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: Generate,
-             stops: set[int]) -> tuple[list[list[int]], list[float]]:  # fmt: skip
+             stops: set[int], against: Transformer | None = None) -> tuple[list[list[int]], list[float]]:  # fmt: skip
     """(new tokens, their summed log-probability) for every prompt, decoded side by side.
-    An answer ends with one of `stops`, which is kept, or after settings.max_new tokens."""
+    An answer ends with one of `stops`, which is kept, or after settings.max_new tokens. `against`: a second model
+    of the same tokens, away from which it is decoded (`contrast`); log-probabilities are then of the contrast."""
     device = next(model.parameters()).device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
@@ -70,10 +82,11 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], seeds: Sequen
     logps, counts = torch.zeros(rows, device=device), torch.zeros(rows, dtype=torch.long, device=device)
     alive = torch.arange(rows, device=device)  # rows still held in the cache
     running = torch.ones(rows, dtype=torch.bool, device=device)  # of those, the ones that have not ended
-    cache = model.new_cache(rows, width + settings.max_new)
-    hidden = model(tokens, cache=cache)[alive, lengths - 1]
+    models = [model, against] if against else [model]
+    caches = [m.new_cache(rows, width + settings.max_new) for m in models]
+    logits = [m.lm_head(m(tokens, cache=c)[alive, lengths - 1]) for m, c in zip(models, caches, strict=True)]
     for step in range(settings.max_new):
-        token, logp = pick(model.lm_head(hidden), settings, uniform[alive, step])
+        token, logp = pick(contrast(*logits) if against else logits[0], settings, uniform[alive, step])
         out[alive, step] = token
         logps[alive] += torch.where(running, logp, 0)
         counts[alive] += running
@@ -82,7 +95,10 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], seeds: Sequen
             keep = running.nonzero()[:, 0]
             if len(keep) == 0:
                 break
-            alive, token, running, cache = alive[keep], token[keep], running[keep], cache[:, :, keep]
+            alive, token, running = alive[keep], token[keep], running[keep]
+            caches = [cache[:, :, keep] for cache in caches]
         if step + 1 < settings.max_new:
-            hidden = model(token[:, None], positions=lengths[alive] + step, cache=cache)[:, 0]
+            where = lengths[alive] + step
+            logits = [m.lm_head(m(token[:, None], positions=where, cache=c)[:, 0])
+                      for m, c in zip(models, caches, strict=True)]  # fmt: skip
     return [row[:count] for row, count in zip(out.tolist(), counts.tolist(), strict=True)], logps.tolist()

@@ -99,11 +99,12 @@ def sft_loss(logps: Tensor, tokens: int) -> Tensor:
 
 
 def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor,
-             reference_rejected: Tensor, beta: float, label_smoothing: float = 0.0,
+             reference_rejected: Tensor, beta: float, label_smoothing: float = 0.0, offset: Tensor | float = 0.0,
              ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, rewards/chosen, rewards/rejected), each [N], from summed logps [N]; rewards carry no gradient.
-    Sigmoid DPO (Rafailov et al. 2023, eq. 7), conservative: a share `label_smoothing` of pairs is flipped."""
+    Sigmoid DPO (Rafailov et al. 2023, eq. 7), conservative: a share `label_smoothing` of pairs is flipped;
+    `offset` [N] is added to the margin."""
     chosen, rejected = policy_chosen - reference_chosen, policy_rejected - reference_rejected
-    margin = beta * (chosen - rejected)
+    margin = beta * (chosen - rejected) + offset
     loss = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
     return loss, (beta * chosen).detach(), (beta * rejected).detach()

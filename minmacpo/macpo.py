@@ -21,9 +21,12 @@ from dataclasses import dataclass, field, replace
 
 from minmacpo.bases import Base, Ground
 from minmacpo.config import Dpo
+from minmacpo.feedback import tagged_prompts
 from minmacpo.run import Stage
-from minmacpo.stages import Pace, pairs, prefer, sample, score_texts, sft
+from minmacpo.stages import Candidates, Pace, pairs, prefer, sample, score_texts, sft
 from minmacpo.workshop import Texts, Workshop
+
+TAIL = 2.0  # temperature of macpo.negatives = tail
 
 
 @dataclass(slots=True)
@@ -111,9 +114,11 @@ def train_negative(agent: Agent, t: int) -> None:
 
 
 def positives(agent: Agent, t: int, name: str | None = None) -> Texts:
-    """The answers of π to all prompts, for round t (R1, R4); equal fingerprints are sampled once."""
+    """The answers of π to all prompts, for round t (R1, R4); equal fingerprints are sampled once. A teacher offers
+    macpo.answers of them, but for what has a name of its own."""
+    answers = 1 if name or agent.name == "student" else agent.shop.config.macpo.answers
     name, key = name or f"round{t}/positives_{agent.name}", (agent.name, "positives", t)
-    return Texts(sample(agent.shop, name, agent.base, agent.positive[-1], agent.queries, agent.name, key))
+    return Texts(sample(agent.shop, name, agent.base, agent.positive[-1], agent.queries, agent.name, key, answers))
 
 
 def negatives(agent: Agent, t: int, name: str | None = None) -> Texts:
@@ -125,25 +130,70 @@ def negatives(agent: Agent, t: int, name: str | None = None) -> Texts:
 
 def update(agent: Agent, t: int, others: Sequence[Agent]) -> Trained:
     """Choose among the others' answers (R2), pair them with its own negatives, learn (R3, R5)."""
-    shop, base, π, settings = agent.shop, agent.base, agent.positive[-1], agent.shop.config.macpo
+    settings = agent.shop.config.macpo
     if settings.refresh_negatives and t > 1:
         train_negative(agent, t - 1)  # a new ν, from the updated π
-    sources = others if settings.mutual else [agent]  # -MP: it learns its own answers
+    share = settings.self_share if settings.mutual else 1.0  # -MP: it learns its own answers
+    sources = [*(others if share < 1 else ()), *([agent] if share else ())]
     answers = {source.name: positives(source, t) for source in sources}
-    scores = []  # eq. 6; without them the choice is random
-    if settings.select == "perplexity" and len(answers) > 1:
-        scores = [score_texts(shop, f"round{t}/scores_{who}", base, π, said) for who, said in answers.items()]
-    return contrast(agent, t, answers, scores, agent.cached, shop.config.dpo)
+    offers = [Candidates(s.name, answers[s.name], votes(agent, t, s, others, answers)) for s in sources]
+    bad = negatives_of(agent, t, others)
+    return contrast(agent, t, offers, bad, agent.shop.config.dpo, (agent.name, share))
 
 
-def contrast(agent: Agent, t: int, answers: dict[str, Texts], scores: Sequence[Stage], bad: Texts,
-             dpo: Dpo) -> Trained:  # fmt: skip
-    """Pair the chosen of the answers with bad ones, and learn by DPO + γ SFT from where the agent stands."""
+def votes(agent: Agent, t: int, source: Agent, others: Sequence[Agent], answers: dict[str, Texts]) -> dict:
+    """By criterion, the scores of `source`'s answers that decide (R2): perplexity is π's own (eq. 6);
+    likelihood-ratio that of the source's π over its ν; agreement the mean of the other sides' π. None where
+    there is nothing to decide."""
+    shop, settings, said, found = agent.shop, agent.shop.config.macpo, answers[source.name], {}
+    wanted = {*settings.select} if len(answers) > 1 or settings.answers > 1 else set()
+    wanted |= {"perplexity"} if settings.keep < 1 else set()
+    wanted |= {"agreement"} if settings.weights == "agreement" else set()
+
+    def scored(kind: str, judge: Agent, adapter: Stage) -> Stage:
+        return score_texts(shop, f"round{t}/{kind}_{source.name}", judge.base, adapter, said)
+
+    if "perplexity" in wanted:
+        kind = "scores" if agent.name == "student" else f"scores_{agent.name}"
+        found["perplexity"] = [(1.0, scored(kind, agent, agent.positive[-1]))]
+    if "likelihood-ratio" in wanted and agent.name == "student":
+        found["likelihood-ratio"] = [(1.0, scored("good", source, source.positive[-1])),
+                                     (-1.0, scored("bad", source, source.negative))]  # fmt: skip
+    peers = [other for other in others if other is not source]
+    if "agreement" in wanted and agent.name == "student":
+        found["agreement"] = [(1 / len(peers), scored(f"agreement_{p.name}", p, p.positive[-1])) for p in peers]
+    return found
+
+
+def negatives_of(agent: Agent, t: int, others: Sequence[Agent]) -> Texts:
+    """What is rejected in round t, by macpo.negatives. agent: the answers of one's own ν; other: those of another
+    agent's (a control); previous: one's own answers before the update; persona: the bare base's under a bad tag;
+    tail: one's own at a high temperature; contrastive: of ν, decoded away from π."""
+    shop, base, way = agent.shop, agent.base, agent.shop.config.macpo.negatives
+    if way in ("agent", "other"):
+        return (agent if way == "agent" else others[0]).cached
+    name, key = f"round{t}/{way}_{agent.name}", (agent.name, way, t)
+    if way == "previous":
+        return Texts(sample(shop, name, base, agent.positive[-1], agent.queries, agent.name, key))
+    if way == "tail":
+        return Texts(sample(shop, name, base, agent.positive[-1], agent.queries, f"{agent.name}_tail", key,
+                            temperature=TAIL))  # fmt: skip
+    who = f"{agent.name}_{way}"
+    if way == "contrastive":
+        return Texts(sample(shop, name, base, agent.negative, agent.queries, who, key, against=agent.positive[-1]))
+    asked = tagged_prompts(shop, "round0/bad_tag_prompts", base, agent.queries, good=False)
+    return Texts(sample(shop, f"round0/{way}_{agent.name}", base, None, asked, who, (agent.name, way)))
+
+
+def contrast(agent: Agent, t: int, offers: Sequence[Candidates], bad: Texts, dpo: Dpo,
+             own: tuple[str, float] = ("", 0.0)) -> Trained:  # fmt: skip
+    """Pair the chosen of the offers with bad answers, and learn by DPO + γ SFT from where the agent stands.
+    `own`: the agent, and the share of prompts where its own answers count."""
     shop, base, π = agent.shop, agent.base, agent.positive[-1]
     reference = {"base": None, "init": agent.positive[0], "previous": π}[dpo.reference]
     familiar = score_texts(shop, f"round{t}/reference_{agent.name}", base, reference, bad)
     name, key = f"round{t}/pairs_{agent.name}", (agent.name, "pairs", t)
-    made = pairs(shop, name, base, answers, scores, bad, reference, familiar, key)
+    made = pairs(shop, name, base, offers, bad, reference, familiar, own, key)
     name, key = f"round{t}/{agent.name}_pos", (agent.name, "prefer", t)
     agent.positive.append(prefer(shop, name, base, made, π, reference, agent.prefer_pace, dpo, key))
     return Trained(agent.name, t, base, agent.positive[-1])

@@ -6,18 +6,21 @@ method.
 
 from collections.abc import Generator, Iterator
 from dataclasses import replace
+from functools import partial
 
+from minmacpo import feedback
 from minmacpo.bases import Ground
 from minmacpo.macpo import Agent, Trained, ceiling, contrast, imitate, make_agents, positives, run_macpo
 from minmacpo.run import Stage
-from minmacpo.stages import Pace, sft
+from minmacpo.stages import Candidates, Pace, sample, score_texts, sft
 from minmacpo.workshop import Texts, Workshop
 
 
 def run_method(shop: Workshop, ground: Ground) -> Iterator[Trained]:
     """The agents of `run.method`, each as soon as it is trained."""
     methods = {"macpo": run_macpo, "sft": naive, "sft-continued": continued, "confident": confident,
-               "spin": spin, "dpo-truth": dpo_truth}  # fmt: skip
+               "spin": spin, "self-rewarding": self_rewarding, "rlaif": rlaif, "rlcd": rlcd,
+               "dpo-truth": dpo_truth, "ceiling": truth}  # fmt: skip
     return methods[shop.config.run.method](shop, ground)
 
 
@@ -68,7 +71,7 @@ def spin(shop: Workshop, ground: Ground) -> Iterator[Trained]:
     student, labels = yield from start(shop, ground)
     loss = replace(shop.config.dpo, reference="previous", gamma=0.0)
     for t in range(1, shop.config.macpo.rounds + 1):
-        yield contrast(student, t, {"teacher1": labels}, (), positives(student, t), loss)
+        yield contrast(student, t, [Candidates("teacher1", labels)], positives(student, t), loss)
 
 
 def dpo_truth(shop: Workshop, ground: Ground) -> Iterator[Trained]:
@@ -76,4 +79,70 @@ def dpo_truth(shop: Workshop, ground: Ground) -> Iterator[Trained]:
     student, _ = yield from start(shop, ground)
     good, bad = (Texts(ground.slices, "d2.jsonl", side) for side in ("chosen", "rejected"))
     for t in range(1, shop.config.macpo.rounds + 1):
-        yield contrast(student, t, {"truth": good}, (), bad, shop.config.dpo)
+        yield contrast(student, t, [Candidates("truth", good)], bad, shop.config.dpo)
+
+
+def truth(shop: Workshop, ground: Ground) -> Iterator[Trained]:
+    """SFT on the ground truth of all prompts, from the base, for the passes of all rounds."""
+    student, _ = yield from start(shop, ground)
+    yield imitate_long(student, student.queries, None, student.good_pace, 0.0)
+
+
+def self_rewarding(shop: Workshop, ground: Ground) -> Iterator[Trained]:
+    """Each round the student answers every prompt several times, scores its answers by a rubric itself, and
+    prefers the best to the worst (Yuan et al. 2024); the reference is itself before that round."""
+    student, _ = yield from start(shop, ground)
+    settings, loss = shop.config.feedback, replace(shop.config.dpo, reference="previous", gamma=0.0)
+    for t in range(1, shop.config.macpo.rounds + 1):
+        said = several(student, t, settings.candidates)
+        asked = feedback.ask(shop, f"round{t}/judge_questions", student.base, said,
+                             partial(feedback.judgements, settings))  # fmt: skip
+        key = ("student", "judge", t)
+        replies = sample(shop, f"round{t}/judgements", student.base, student.positive[-1], asked, "student", key,
+                         settings.judgements)  # fmt: skip
+        chosen, rejected = feedback.prefer_by(shop, f"round{t}/preferences", [said.stage, replies],
+                                              partial(feedback.by_score, settings, said, Texts(replies)))  # fmt: skip
+        yield contrast(student, t, [Candidates("preferred", chosen)], rejected, loss)
+
+
+def rlaif(shop: Workshop, ground: Ground) -> Iterator[Trained]:
+    """The student answers every prompt twice, and a weak teacher says which answer is better (Lee et al. 2023;
+    as in the RLCD release); DPO on those pairs takes the place of a reward model and PPO."""
+    student, _ = yield from start(shop, ground)
+    labeller, said = ground.bases["weak1"], several(student, 1, 2)
+    asked = feedback.ask(shop, "round1/judge_questions", labeller, said,
+                         partial(feedback.comparisons, shop.config.feedback))  # fmt: skip
+    scores = score_texts(shop, "round1/judgements", labeller, None, asked)
+    yield from learn_preferences(student, feedback.prefer_by(
+        shop, "round1/preferences", [said.stage, scores], partial(feedback.by_comparison, said, scores)
+    ))  # fmt: skip
+
+
+def rlcd(shop: Workshop, ground: Ground) -> Iterator[Trained]:
+    """A weak model answers every prompt under a good and under a bad tag; the answers are the pairs, nobody
+    judges them (Yang et al. 2024)."""
+    student, _ = yield from start(shop, ground)
+    speaker, sides, queries = ground.bases["weak1"], [], student.queries
+    for side in ("good", "bad"):
+        asked = feedback.tagged_prompts(shop, f"round1/{side}_tag_prompts", speaker, queries, side == "good")
+        name, key = f"round1/{side}_tag_answers", ("weak1", side)
+        sides.append(Texts(sample(shop, name, speaker, None, asked, f"weak1_{side}_tag", key)))
+    inputs = [queries.stage, *(said.stage for said in sides)]
+    yield from learn_preferences(student, feedback.prefer_by(
+        shop, "round1/preferences", inputs, partial(feedback.by_tag, queries, *sides)
+    ))  # fmt: skip
+
+
+def several(agent: Agent, t: int, answers: int) -> Texts:
+    """`answers` answers of an agent to every prompt."""
+    name, key = f"round{t}/candidates_{agent.name}", (agent.name, "candidates", t)
+    adapter = agent.positive[-1]
+    return Texts(sample(agent.shop, name, agent.base, adapter, agent.queries, agent.name, key, answers))
+
+
+def learn_preferences(student: Agent, preference: feedback.Preference) -> Iterator[Trained]:
+    """DPO on given pairs, once a round; the reference is the naive student."""
+    chosen, rejected = preference
+    loss = replace(student.shop.config.dpo, reference="init", gamma=0.0)
+    for t in range(1, student.shop.config.macpo.rounds + 1):
+        yield contrast(student, t, [Candidates("preferred", chosen)], rejected, loss)

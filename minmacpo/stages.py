@@ -4,7 +4,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
@@ -76,12 +76,14 @@ def prefer(shop: Workshop, name: str, base: Base, pairs: Stage, start: Stage, re
         loaded, units = shop.use(base, start), []
         for pair in read_rows(pairs.path / "pairs.jsonl", Pair):
             rows = [shop.render(loaded, pair.prompt, text) for text in (pair.chosen, pair.rejected)]
-            units.append(Unit(pair.id, tuple(rows), (pair.ref_chosen_logps, pair.ref_rejected_logps)))
+            refs = (pair.ref_chosen_logps, pair.ref_rejected_logps)
+            units.append(Unit(pair.id, tuple(rows), refs if pair.weight is None else (*refs, pair.weight)))
         show_first(work, loaded, "chosen", [unit.rows[0] for unit in units])
         show_first(work, loaded, "rejected", [unit.rows[1] for unit in units])
         words = {"base": "the bare base", "init": "round 0", "previous": "the last round"}[dpo.reference]
         work.log(f"reference policy: {words}; its logps are stored with the pairs")
-        objective = PairObjective(dpo.beta, dpo.gamma, dpo.label_smoothing, contrast, shop.compiled)
+        objective = PairObjective(dpo.beta, dpo.gamma, dpo.label_smoothing, contrast, shop.compiled,
+                                  dpo.length_normalized, dpo.length_penalty)  # fmt: skip
         schedule = pace.schedule(len(units))
         before = check_start(shop, work, base, start, reference, units, objective, schedule)
         return train(work, base, loaded, units, objective, schedule, before)
@@ -112,7 +114,7 @@ def check_start(shop: Workshop, work: Work, base: Base, start: Stage, reference:
     if not schedule.steps:
         return []
     first = [units[i] for i in plan_of(units, schedule, work)[0][0]]
-    rows, refs = [row for unit in first for row in unit.rows], [ref for unit in first for ref in unit.refs]
+    rows, refs = [row for unit in first for row in unit.rows], [ref for unit in first for ref in unit.refs[:2]]
     model = shop.use(base, reference).model
     weight = next(model.parameters())
     batch, exact = collate(rows, weight.device), weight.dtype == torch.float32
@@ -122,7 +124,7 @@ def check_start(shop: Workshop, work: Work, base: Base, start: Stage, reference:
         problem = f"stored reference logps differ from the model's by {worst:.2g} (relative)"
         raise UserError(f"{work.name}: {problem}")
     shop.use(base, start)
-    refs = torch.tensor(refs, device=weight.device).view(-1, 2)
+    refs = torch.tensor([unit.refs for unit in first], device=weight.device)
     with torch.no_grad():
         _, values = objective(model, batch, refs, len(first), int(batch.mask.sum()))
     found = dict(zip(objective.metrics, torch.stack(values).tolist(), strict=True))
@@ -133,12 +135,17 @@ def check_start(shop: Workshop, work: Work, base: Base, start: Stage, reference:
 
 
 def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts: Texts, agent: str,
-           key: tuple, answers: int = 1) -> Stage:  # fmt: skip
-    """`answers` sampled answers per prompt, as samples.jsonl, in the prompts' order."""
+           key: tuple, answers: int = 1, temperature: float | None = None,
+           against: Stage | None = None) -> Stage:  # fmt: skip
+    """`answers` sampled answers per prompt, as samples.jsonl, in the prompts' order; `temperature` in place of
+    the run's; `against`: decoded contrastively, away from that adapter (generate.contrast)."""
     config = shop.config
+    if temperature is not None:
+        config = replace(config, generate=replace(config.generate, temperature=temperature))
 
     def write_samples(work: Work) -> dict:
         """Sample in blocks of fixed size; a killed stage redoes one of them."""
+        other = shop.use(base, against, "against") if against else None
         loaded, size = shop.use(base, adapter), config.generate.batch
         jobs = [(example, number) for example in prompts.read() for number in range(answers)]
         rows = [shop.render(loaded, example.prompt) for example, _ in jobs]
@@ -150,7 +157,8 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
                 file, block = work.folder / f"block{start // size}.jsonl", order[start : start + size]
                 if not file.is_file():
                     work.check()
-                    write_rows(file, answer(config, loaded, agent, [jobs[i] for i in block], work.seed))
+                    asked = [jobs[i] for i in block]
+                    write_rows(file, answer(config, loaded, agent, asked, work.seed, other))
                 done |= zip(block, read_rows(file, Sample), strict=True)
                 progress.step(len(block))
         samples = [done[i] for i in range(len(jobs))]
@@ -162,7 +170,8 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
                 "empty": sum(not s.response for s in samples)}  # fmt: skip
 
     settings = asdict(config.generate) | prompts.settings | {"answers": answers, "agent": agent}
-    inputs, size = [base.stage, adapter, prompts.stage], f"{answers} answer(s) per prompt"
+    settings |= {"contrastive": True} if against else {}
+    inputs, size = [base.stage, adapter, prompts.stage, against], f"{answers} answer(s) per prompt"
     return shop.stage(name, "sample/1", settings, inputs, write_samples, key, size)
 
 
@@ -193,35 +202,90 @@ def score_texts(shop: Workshop, name: str, base: Base, adapter: Stage | None, te
     return shop.stage(name, "score/1", texts.settings, [base.stage, adapter, texts.stage], write_scores)
 
 
-def select(shop: Workshop, candidates: dict[str, list[Example]], scores: Sequence[Stage],
-           key: tuple) -> list[tuple[str, Example]]:  # fmt: skip
-    """Per prompt (who said it, answer): the least perplexing (ties: the first), or a random one (eq. 7).
-    An empty answer wins only where all are empty."""
-    values = [[row["perplexity"] for row in read_rows(stage.path / "scores.jsonl")] for stage in scores]
-    winners, names = [], list(candidates)
-    for index, answers in enumerate(zip(*candidates.values(), strict=True)):
-        able = [k for k, answer in enumerate(answers) if answer.response] or [0]
-        dice = random.Random(repr((shop.config.run.seed, *key, answers[0].id)))
-        best = min(able, key=lambda k: values[k][index]) if values else dice.choice(able)
-        winners.append((names[best], answers[best]))
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Answers of one agent, the same number to every prompt, in the prompts' order. `votes`: per criterion,
+    weighted stages of scores of these answers; a vote is the weighted sum of their log-probabilities per token."""
+
+    who: str
+    texts: Texts
+    votes: dict[str, list[tuple[float, Stage]]] = field(default_factory=dict)
+
+    def values(self) -> dict[str, list[float]]:
+        """{criterion: [its value of every answer]}, higher is better; -inf for a text too long to be scored."""
+        found = {}
+        for name, stages in self.votes.items():
+            columns = [(weight, read_rows(stage.path / "scores.jsonl")) for weight, stage in stages]
+            found[name] = [
+                -math.inf if None in [row["logp"] for row in rows]
+                else sum(w * row["logp"] / row["tokens"] for (w, _), row in zip(columns, rows, strict=True))
+                for rows in zip(*(column for _, column in columns), strict=True)
+            ]  # fmt: skip
+        return found
+
+
+Choice = tuple[str, Example, dict[str, float]]  # who said it, the answer, its value by criterion
+
+
+def offered(candidates: Sequence[Candidates]) -> list[list[Choice]]:
+    """All candidates of every prompt, in order."""
+    prompts: dict[str, list[Choice]] = {}
+    for source in candidates:
+        values = source.values()
+        for index, text in enumerate(source.texts.read()):
+            value = {name: column[index] for name, column in values.items()}
+            prompts.setdefault(text.id, []).append((source.who, text, value))
+    return list(prompts.values())
+
+
+def select(shop: Workshop, prompts: list[list[Choice]], own: tuple[str, float], key: tuple) -> list[list[Choice]]:
+    """Per prompt the winner (eq. 7: the least perplexing), a random one, or all. Several criteria: the smallest
+    sum of ranks; ties: the first. `own`: an agent, and the share of prompts where only its answers count. An
+    empty answer wins only where all are empty."""
+    settings, winners = shop.config.macpo, []
+    for offers in prompts:
+        dice = random.Random(repr((shop.config.run.seed, *key, offers[0][1].id)))
+        if 0 < own[1] < 1:
+            mine = dice.random() < own[1]
+            offers = [choice for choice in offers if (choice[0] == own[0]) == mine]
+        able = [choice for choice in offers if choice[1].response] or offers[:1]
+        if settings.select == ("all",):
+            winners.append(able)
+        elif settings.select == ("random",) or not able[0][2]:
+            winners.append([dice.choice(able)])
+        else:
+            winners.append([min(able, key=lambda mine: sum(
+                other[2][name] > mine[2][name] for other in able for name in settings.select))])  # fmt: skip
     return winners
 
 
-def pairs(shop: Workshop, name: str, base: Base, candidates: dict[str, Texts], scores: Sequence[Stage],
-          negatives: Texts, reference: Stage | None, familiar: Stage, key: tuple) -> Stage:  # fmt: skip
-    """pairs.jsonl: per prompt the selected candidate against the agent's own cached negative (R3, R5).
-    `familiar` holds the negatives' logps under the reference; those of the chosen answers are computed
-    here. A pair that cannot be used is dropped and counted."""
+def keep_familiar(winners: list[list[Choice]], share: float) -> list[list[Choice]]:
+    """`winners` of the share of prompts whose (first) winner is the least perplexing; the others have none."""
+    if share == 1:
+        return winners
+    order = sorted(range(len(winners)), key=lambda i: -winners[i][0][2]["perplexity"])
+    kept = set(order[: max(1, round(share * len(order)))])
+    return [choices if i in kept else [] for i, choices in enumerate(winners)]
+
+
+def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates], negatives: Texts,
+          reference: Stage | None, familiar: Stage, own: tuple[str, float], key: tuple) -> Stage:  # fmt: skip
+    """pairs.jsonl: per prompt the selected candidate against the agent's own negative (R3, R5). `familiar` holds
+    the negatives' logps under the reference; those of the chosen answers are computed here. A pair that
+    cannot be used is dropped and counted."""
+    settings = shop.config.macpo
 
     def write_pairs(work: Work) -> dict:
         """Choose, pair, drop what cannot be used, and store the reference logps."""
         loaded, bad_logps = shop.use(base, reference), read_rows(familiar.path / "scores.jsonl")
-        chosen = select(shop, {who: texts.read() for who, texts in candidates.items()}, scores, key)
-        found = []
-        for (who, good), bad, known in zip(chosen, negatives.read(), bad_logps, strict=True):
-            pair = Pair(good.id, good.prompt, good.response, bad.response, who, getattr(bad, "agent", "data"),
-                        ref_rejected_logps=known["logp"], meta=good.meta)  # fmt: skip
-            found.append((pair, *(shop.render(loaded, good.prompt, text.response) for text in (good, bad))))
+        won = select(shop, offered(candidates), own, key)
+        kept, found = keep_familiar(won, settings.keep), []
+        for choices, bad, known in zip(kept, negatives.read(), bad_logps, strict=True):
+            for who, good, values in choices:
+                weight = math.exp(values["agreement"]) if settings.weights == "agreement" and "agreement" in values else None
+                pair = Pair(good.id, good.prompt, good.response, bad.response, who, getattr(bad, "agent", "data"),
+                            ref_rejected_logps=known["logp"], meta=good.meta, weight=weight)  # fmt: skip
+                found.append((pair, *(shop.render(loaded, good.prompt, t.response) for t in (good, bad))))
         found, dropped = sift(work, found, {
             "all_empty": lambda pair, *rows: not pair.chosen,
             "negative_empty": lambda pair, *rows: not pair.rejected,
@@ -232,13 +296,26 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: dict[str, Texts], s
         show_first(work, loaded, "chosen", rows)
         logps = score(loaded.model, rows, shop.config.run.micro_tokens, check=work.check)
         made = [replace(pair, ref_chosen_logps=logp) for (pair, *_), logp in zip(found, logps, strict=True)]
-        write_rows(work.folder / "pairs.jsonl", made)
-        won = {f"chosen_{who}": sum(pair.chosen_by == who for pair in made) for who in candidates}
+        write_rows(work.folder / "pairs.jsonl", weighted(made))
+        won = {f"chosen_{c.who}": sum(pair.chosen_by == c.who for pair in made) for c in candidates}
+        dropped |= {"not_kept": kept.count([])} if settings.keep < 1 else {}
         return {"pairs": len(made)} | dropped | won | {"tokens": sum(sum(row.mask) for row in rows)}
 
-    answered = [texts.stage for texts in candidates.values()]
-    inputs = [base.stage, *answered, *scores, negatives.stage, familiar, reference]
-    return shop.stage(name, "pairs/2", {"names": list(candidates)}, inputs, write_pairs, key)
+    votes = [(weight, stage) for c in candidates for stages in c.votes.values() for weight, stage in stages]
+    recipe = {"names": [c.who for c in candidates], "votes": [[*c.votes] for c in candidates],
+              "signs": [weight for weight, _ in votes], "own": own, "select": settings.select,
+              "keep": settings.keep, "weights": settings.weights}  # fmt: skip
+    inputs = [base.stage, *(c.texts.stage for c in candidates), *(stage for _, stage in votes)]
+    inputs += [negatives.stage, familiar, reference]
+    return shop.stage(name, "pairs/3", recipe | negatives.settings, inputs, write_pairs, key)
+
+
+def weighted(made: list[Pair]) -> list[Pair]:
+    """The pairs with their weights, if they have any, scaled to a mean of 1."""
+    if not made or made[0].weight is None:
+        return made
+    mean = sum(pair.weight for pair in made) / len(made)
+    return [replace(pair, weight=pair.weight / mean) for pair in made]
 
 
 def show_first(work: Work, loaded: Loaded, what: str, rows: Sequence[Tokens]) -> None:

@@ -85,26 +85,46 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> bytes:
     return out.getvalue()
 
 
+def turns(messages: Sequence[Message]) -> list[tuple[str, str, str]]:
+    """(role, tag, content) of every turn, the open one of the assistant last. A message with the role "tag" is no
+    turn: it says beforehand how the assistant's next one speaks (RLCD, Yang et al. 2024)."""
+    found, tag = [], ""
+    for message in [*messages, Message("assistant", "")]:
+        if message.role != "tag":
+            found.append((message.role, tag, message.content))
+        tag = message.content if message.role == "tag" else ""
+    return found
+
+
+def plain_mark(role: str, tag: str) -> str:
+    """"\n\nAssistant:", or with a tag "\n\nAssistant (harmless response):"."""
+    return f"{PLAIN_MARKS[role][:-1]} ({tag}):" if tag else PLAIN_MARKS[role]
+
+
 def dialogue_text(messages: Sequence[Message], response: str) -> str:
     """A dialogue as one text of the HH-RLHF kind, for training a tokenizer."""
-    return "".join(f"{PLAIN_MARKS[m.role]} {m.content}" for m in [*messages, Message("assistant", response)])
+    *before, (role, tag, _) = turns(messages)
+    return "".join(f"{plain_mark(r, t)} {content}" for r, t, content in [*before, (role, tag, response)])
 
 
 def render_prompt(tokenizer: Tokenizer, template: str, messages: Sequence[Message]) -> list[int]:
-    """ids of the prompt, up to where the answer begins: after "\\n\\nAssistant:" (plain) or <bot> (turns).
-    plain: a begin token, then text as in HH-RLHF. turns: none; earlier answers close with the end token."""
+    """ids of the prompt, up to where the answer begins: after "\n\nAssistant:" (plain) or <bot> (turns).
+    plain: a begin token, then text as in HH-RLHF. turns: none; earlier answers close with the end token; a tag
+    stands behind its <bot>, in parentheses."""
+    *before, (role, tag, _) = turns(messages)
     if template == "plain":
         ids = [tokenizer.bos] if tokenizer.bos >= 0 else []
-        for number, message in enumerate(messages):
-            ids += tokenizer.encode(f"{PLAIN_MARKS[message.role]} {message.content}", start=number == 0)
-        return ids + tokenizer.encode(PLAIN_MARKS["assistant"], start=not messages)
+        for number, (r, t, content) in enumerate(before):
+            ids += tokenizer.encode(f"{plain_mark(r, t)} {content}", start=number == 0)
+        return ids + tokenizer.encode(plain_mark(role, tag), start=not before)
     if not tokenizer.marks:
         raise UserError("data.template = turns needs a tokenizer made here; use data.template=plain")
     ids = []
-    for message in messages:
-        end = [tokenizer.eos] if message.role == "assistant" else []
-        ids += [tokenizer.marks[message.role], *tokenizer.encode(message.content), *end]
-    return [*ids, tokenizer.marks["assistant"]]
+    for number, (r, t, content) in enumerate([*before, (role, tag, "")]):
+        said = tokenizer.encode(f"( {t} ) {content}" if t else content)
+        end = [tokenizer.eos] if r == "assistant" and number < len(before) else []
+        ids += [tokenizer.marks[r], *said, *end]
+    return ids
 
 
 def render(

@@ -23,7 +23,7 @@ from minmacpo.tokenizer import Tokens, load_tokenizer, render, render_prompt, re
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """One answer per prompt: a side of a file of pairs, or the responses of a file of samples."""
+    """One text per prompt: a side of a file of pairs, the responses of a file of samples, or questions."""
 
     stage: Stage
     file: str = "samples.jsonl"
@@ -35,8 +35,8 @@ class Texts:
 
     def read(self) -> list[Example] | list[Sample]:
         """The texts, in the file's order; sampled ones with all that is known of them."""
-        if self.side == "response":
-            return read_rows(self.stage.path / self.file, Sample)
+        if self.side in ("response", "question"):
+            return read_rows(self.stage.path / self.file, Sample if self.side == "response" else Example)
         pairs = read_rows(self.stage.path / self.file, Pair)
         return [Example(pair.id, pair.prompt, getattr(pair, self.side), pair.meta) for pair in pairs]
 
@@ -78,9 +78,10 @@ class Workshop:
         self.compiled = wanted == "true" or (wanted == "auto" and device_of(run.config) == "cuda")
         self.loaded: dict[str, Loaded] = {}  # by fingerprint, the last used one last
 
-    def use(self, base: Base, adapter: Stage | None) -> Loaded:
-        """The base with `adapter` in its slot; None: the slot switched off."""
-        key, folder = base.stage.fingerprint, base.stage.path
+    def use(self, base: Base, adapter: Stage | None, copy: str = "") -> Loaded:
+        """The base with `adapter` in its slot; None: the slot switched off. `copy` names a second one of the same
+        base, for two adapters at a time."""
+        key, folder = base.stage.fingerprint + copy, base.stage.path
         if key not in self.loaded:
             size = sum(file.stat().st_size for file in weight_files(folder))
             while self.loaded and free_bytes(device_of(self.config)) < 2 * size:
@@ -107,8 +108,9 @@ class Workshop:
 
 
 def answer(config: Config, loaded: Loaded, agent: str, jobs: list[tuple[Example, int]],
-           seed: int) -> list[Sample]:  # fmt: skip
-    """One sample per job (a prompt, the number of the answer), all decoded side by side."""
+           seed: int, against: Loaded | None = None) -> list[Sample]:  # fmt: skip
+    """One sample per job (a prompt, the number of the answer), all decoded side by side; `against`: away from
+    what that model would say."""
     template, tokenizer = config.data.template, loaded.tokenizer
     seeds = [derive_seed(seed, example.id, number) for example, number in jobs]
     prompts = [render_prompt(tokenizer, template, example.prompt) for example, _ in jobs]
@@ -116,7 +118,8 @@ def answer(config: Config, loaded: Loaded, agent: str, jobs: list[tuple[Example,
     if (longest := max(map(len, prompts))) > room:
         most = f"with generate.max_new = {config.generate.max_new} the context has room for {max(room, 0)}"
         raise UserError(f"a prompt has {longest} tokens; {most}")
-    found = generate(loaded.model, prompts, seeds, config.generate, loaded.stops)
+    other = against.model if against else None
+    found = generate(loaded.model, prompts, seeds, config.generate, loaded.stops, other)
     samples = []
     for (e, _), own, new, logp in zip(jobs, seeds, *found, strict=True):
         text, ppl = response_text(tokenizer, template, new), perplexity(logp, len(new))

@@ -76,6 +76,13 @@ batch = 8
 [macpo]
 teachers = 2
 rounds = 2
+[feedback]
+rubric = "{prompt} {response} is that good ?"
+verdicts = ["o", "a"]
+compare = "{prompt} first : {first} second : {second} which is good ?"
+options = ["first .", "second ."]
+good_tags = ["an expert speaks"]
+bad_tags = ["a gossip speaks"]
 [eval]
 samples = 1
 bootstrap = 20

@@ -13,7 +13,7 @@ from minmacpo.fit import SftObjective
 from minmacpo.lora import attach_lora, reset_adapter
 from minmacpo.losses import CHUNK, chunk_logps_direction, token_logps
 
-METHODS = ["sft", "sft-continued", "confident", "spin", "dpo-truth"]
+METHODS = ["sft", "sft-continued", "confident", "spin", "self-rewarding", "rlaif", "rlcd", "dpo-truth", "ceiling"]
 
 
 @pytest.fixture(scope="module")
