@@ -69,8 +69,8 @@ def reference_is_the_start(patch) -> None:
         path = checks.latest(shop.run.path, agent, t - 1)
         return shop.run.plan[str(path.relative_to(shop.run.path))]
 
-    def pairs(shop, name, base, answers, scores, negatives, reference, familiar, key):
-        return good_pairs(shop, name, base, answers, scores, negatives, before(shop, name), familiar, key)
+    def pairs(shop, name, base, offers, negatives, reference, *rest):
+        return good_pairs(shop, name, base, offers, negatives, before(shop, name), *rest)
 
     def score_texts(shop, name, base, adapter, texts):
         return good_scores(shop, name, base, before(shop, name) if "/reference_" in name else adapter, texts)

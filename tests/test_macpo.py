@@ -5,13 +5,15 @@ import json
 from types import SimpleNamespace
 
 import checks
+import numpy as np
 import pytest
 import torch
 from runs import copy_run, differences, rows_of, stages_of, train, write_stub
 
-from minmacpo import stages, world
+from minmacpo import macpo, stages, world
 from minmacpo.checkpoint import load_tensors
-from minmacpo.data import Example, Message
+from minmacpo.config import Config, Macpo
+from minmacpo.data import Message, Pair, Sample
 from minmacpo.files import write_rows
 from minmacpo.tokenizer import load_tokenizer, render
 
@@ -293,8 +295,8 @@ def test_without_controls(stub, tmp_path):
 def test_empty_and_equal_answers_are_left_out_and_counted(stub, tmp_path, monkeypatch):
     real = stages.answer
 
-    def sometimes_nothing(config, loaded, agent, jobs, seed):
-        made = real(config, loaded, agent, jobs, seed)
+    def sometimes_nothing(config, loaded, agent, *rest):
+        made = real(config, loaded, agent, *rest)
         for sample in made:
             number = int(sample.id, 16)
             text = sample.response
@@ -328,8 +330,8 @@ def test_empty_and_equal_answers_are_left_out_and_counted(stub, tmp_path, monkey
 def test_equal_negatives_are_dropped_counted_and_warned_of(stub, tmp_path, monkeypatch):
     real = stages.answer
 
-    def parrots(config, loaded, agent, jobs, seed):
-        made = real(config, loaded, agent, jobs, seed)
+    def parrots(config, loaded, agent, *rest):
+        made = real(config, loaded, agent, *rest)
         for sample in made:
             if int(sample.id, 16) % 2:
                 object.__setattr__(sample, "response", "the same")
@@ -350,8 +352,8 @@ def longer(monkeypatch, tokens: int, share: int) -> None:
     """Every `share`th prompt is answered at such length that prompt and answer have `tokens` tokens."""
     real = stages.answer
 
-    def talkative(config, loaded, agent, jobs, seed):
-        made = real(config, loaded, agent, jobs, seed)
+    def talkative(config, loaded, agent, *rest):
+        made = real(config, loaded, agent, *rest)
         for sample in made:
             text = "no " if agent.endswith("_neg") else "yes "
             while len(render(loaded.tokenizer, "turns", sample.prompt, text).ids) < tokens:
@@ -394,8 +396,8 @@ def test_a_text_longer_than_the_context_is_not_scored(stub, tmp_path, monkeypatc
 def test_a_random_pick_counts_every_prompt(stub, tmp_path, monkeypatch):
     real = stages.answer
 
-    def silent(config, loaded, agent, jobs, seed):
-        made = real(config, loaded, agent, jobs, seed)
+    def silent(config, loaded, agent, *rest):
+        made = real(config, loaded, agent, *rest)
         for sample in made:
             quiet = {"teacher1": (0, 1), "teacher2": (0,)}.get(agent, ())
             object.__setattr__(sample, "response", "" if int(sample.id, 16) % 4 in quiet else sample.response or "x")
@@ -424,37 +426,173 @@ def test_the_border_of_a_long_prompt_is_shown(stub, tmp_path):
     assert said[1:] == ["first row: none"]
 
 
-class Shop:
-    class config:
-        class run:
-            seed = 0
+def shop_of(**settings) -> SimpleNamespace:
+    """What `select` looks at."""
+    return SimpleNamespace(config=Config(macpo=Macpo(**settings)))
 
 
-def candidates(*answers: str) -> list[Example]:
-    return [Example(str(i), (Message("user", "q"),), text) for i, text in enumerate(answers)]
+def source(folder, who: str, answers: str, **votes) -> stages.Candidates:
+    """Answers (one letter each; a blank is empty) with a value per answer and criterion."""
+    rows = [Sample(str(i), (Message("user", "q"),), text.strip(), "stop", (3,), -1.0, 1.0, who, 0) for i, text in enumerate(answers)]
+    (folder / who).mkdir()
+    write_rows(folder / who / "samples.jsonl", rows)
+    found = {}
+    for name, values in votes.items():
+        found[name.replace("_", "-")] = []
+        for number, (weight, column) in enumerate(values):
+            place = folder / f"{who}-{name}-{number}"
+            place.mkdir()
+            write_rows(place / "scores.jsonl", [{"logp": v if v is None else 2 * v, "tokens": 2} for v in column])
+            found[name.replace("_", "-")].append((weight, stages.Stage(place.name, place, place.name)))
+    return stages.Candidates(who, stages.Texts(stages.Stage(who, folder / who, who)), found)
 
 
-def scores(folder, name: str, *values: float):
-    (folder / name).mkdir()
-    write_rows(folder / name / "scores.jsonl", [{"perplexity": v} for v in values])
-    return stages.Stage(name, folder / name, name)
+def winners(shop, sources, key=(), own=("", 0.0)) -> list[list[str]]:
+    return [[who for who, _, _ in choices] for choices in stages.select(shop, stages.offered(sources), own, key)]
 
 
 def test_ties_go_to_the_first_teacher_and_empty_answers_never_win(tmp_path):
-    texts = {"a": candidates("a", "a", "", "", "a"), "b": candidates("b", "b", "b", "", "b"), "c": candidates("c", "c", "c", "", "")}
-    given = [scores(tmp_path, "1", 2, 3, 1, 1, 5), scores(tmp_path, "2", 2, 2, 4, 1, 9), scores(tmp_path, "3", 1, 2, 3, 1, 2)]
-    found = stages.select(Shop, texts, given, ())
-    assert [who for who, _ in found] == ["c", "b", "c", "a", "a"]
-    assert [answer.response for _, answer in found] == ["c", "b", "c", "", "a"]
+    one = source(tmp_path, "a", "aa  a", perplexity=[(1, [-2, -3, -1, -1, -5])])
+    two = source(tmp_path, "b", "bbb b", perplexity=[(1, [-2, -2, -4, -1, -9])])
+    three = source(tmp_path, "c", "ccc  ", perplexity=[(1, [-1, -2, -3, -1, -2])])
+    assert winners(shop_of(), [one, two, three]) == [["c"], ["b"], ["c"], ["a"], ["a"]]
 
 
 def test_a_random_pick_is_seeded_even_and_never_empty(tmp_path):
-    texts = {"a": candidates(*["a"] * 300), "b": candidates(*["b"] * 300), "c": candidates(*[""] * 300)}
-    one = stages.select(Shop, texts, [], ("student", "pairs", 1))
-    assert one == stages.select(Shop, texts, [], ("student", "pairs", 1))
-    assert one != stages.select(Shop, texts, [], ("student", "pairs", 2))
-    names = [who for who, _ in one]
+    sources = [source(tmp_path, who, text * 300) for who, text in (("a", "a"), ("b", "b"), ("c", " "))]
+    shop = shop_of(select=("random",))
+    one = winners(shop, sources, ("student", "pairs", 1))
+    assert one == winners(shop, sources, ("student", "pairs", 1)) != winners(shop, sources, ("student", "pairs", 2))
+    names = [who for (who,) in one]
     assert set(names) == {"a", "b"} and 110 < names.count("a") < 190
+
+
+def test_all_takes_every_answer_that_is_one(tmp_path):
+    sources = [source(tmp_path, "a", "a a "), source(tmp_path, "b", "bb  ")]
+    assert winners(shop_of(select=("all",)), sources) == [["a", "b"], ["b"], ["a"], ["a"]]
+
+
+def test_several_criteria_win_by_the_sum_of_their_ranks(tmp_path):
+    """Ranks by hand. Prompt 0: a is 0 + 2, b 1 + 0, c 2 + 1. Prompt 1: a ties with c, the first wins."""
+    one = source(tmp_path, "a", "aa", perplexity=[(1, [-1, -1])], agreement=[(1, [-9, -3])])
+    two = source(tmp_path, "b", "bb", perplexity=[(1, [-2, -4])], agreement=[(0.5, [-1, -9]), (0.5, [-2, -9])])
+    three = source(tmp_path, "c", "cc", perplexity=[(1, [-3, -3])], agreement=[(1, [-4, -1])])
+    both = ("perplexity", "agreement")
+    assert winners(shop_of(select=both), [one, two, three]) == [["b"], ["a"]]
+    assert winners(shop_of(select=("perplexity",)), [one, two, three]) == [["a"], ["a"]]
+    assert winners(shop_of(select=("agreement",)), [one, two, three]) == [["b"], ["c"]]
+
+
+def test_a_likelihood_ratio_is_of_mean_log_probabilities_and_a_text_too_long_never_wins(tmp_path):
+    one = source(tmp_path, "a", "aaa", likelihood_ratio=[(1.0, [-1, -2, None]), (-1.0, [-5, -2, -1])])
+    two = source(tmp_path, "b", "bbb", likelihood_ratio=[(1.0, [-3, -2, -9]), (-1.0, [-8, -3, -1])])
+    assert one.values() == {"likelihood-ratio": [4.0, 0.0, float("-inf")]}
+    assert two.values() == {"likelihood-ratio": [5.0, 1.0, -8.0]}
+    assert winners(shop_of(select=("likelihood-ratio",)), [one, two]) == [["b"], ["b"], ["b"]]
+
+
+def test_a_share_of_the_prompts_is_one_s_own(tmp_path):
+    sources = [source(tmp_path, who, who[0] * 400, perplexity=[(1, [value] * 400)]) for who, value in (("a", -1), ("me", -9))]
+    found = [who for (who,) in winners(shop_of(), sources, ("k",), ("me", 0.25))]
+    assert 60 < found.count("me") < 140 and found.count("a") == 400 - found.count("me")
+    assert found != [who for (who,) in winners(shop_of(), sources, ("other",), ("me", 0.25))]
+
+
+@pytest.mark.parametrize(("share", "kept"), [(1.0, [0, 1, 2, 3, 4]), (0.6, [0, 2, 4]), (0.2, [4]), (0.01, [4])])
+def test_the_least_perplexing_share_is_kept(tmp_path, share, kept):
+    one = source(tmp_path, "a", "aaaaa", perplexity=[(1, [-2, -5, -1.5, -4, -1])])
+    chosen = stages.select(shop_of(), stages.offered([one]), ("", 0.0), ())
+    assert [i for i, choices in enumerate(stages.keep_familiar(chosen, share)) if choices] == kept
+
+
+def test_weights_have_a_mean_of_one_and_keep_their_order():
+    made = [Pair(str(i), (), "a", "b", weight=w) for i, w in enumerate((0.1, 0.4, 0.7))]
+    assert [pair.weight for pair in stages.weighted(made)] == pytest.approx([0.25, 1.0, 1.75])
+    assert stages.weighted([Pair("x", (), "a", "b")])[0].weight is None and stages.weighted([]) == []
+
+
+# ---- settings beyond the paper ----------------------------------------------------------------
+
+BEYOND = {
+    "all": ["--macpo.select=all"],
+    "likelihood-ratio": ["--macpo.select=likelihood-ratio"],
+    "agreement": ["--macpo.select=agreement"],
+    "two": ["--macpo.select=perplexity,agreement"],
+    "answers": ["--macpo.answers=2"],
+    "keep": ["--macpo.keep=0.5"],
+    "weights": ["--macpo.weights=agreement"],
+    "self": ["--macpo.self_share=0.5"],
+    "other": ["--macpo.negatives=other"],
+    "previous": ["--macpo.negatives=previous"],
+    "persona": ["--macpo.negatives=persona"],
+    "tail": ["--macpo.negatives=tail"],
+    "contrastive": ["--macpo.negatives=contrastive"],
+    "normalized": ["--dpo.length_normalized=true"],
+    "penalty": ["--dpo.length_penalty=0.5"],
+}
+
+
+@pytest.fixture(scope="module")
+def beyond(stub, tmp_path_factory):
+    """A run of each setting, of three teachers (so that agreement has somebody to ask) and one round."""
+    root = tmp_path_factory.mktemp("beyond")
+    flags = ["--macpo.teachers=3", "--macpo.rounds=1", "--macpo.controls=false", "--sft.student_epochs=2"]
+    made = {}
+    for name, more in [("plain", []), *BEYOND.items()]:
+        train(write_stub(root), f"--run.root={root / 'runs'}", f"--run.name={name}", *flags, *more)
+        made[name] = root / "runs" / name
+    return made
+
+
+def test_each_setting_makes_another_student_and_no_two_the_same(beyond):
+    found = {name: checks.adapter_tensors(run / "round1/student_pos") for name, run in beyond.items()}
+    flat = {name: torch.cat([tensors[key].flatten() for key in sorted(tensors)]) for name, tensors in found.items()}
+    for name, values in flat.items():
+        for other, more in flat.items():
+            assert name == other or not torch.equal(values, more), (name, other)
+
+
+def test_negatives_are_whose_they_should_be(beyond):
+    places = {"plain": "round0/negatives_student", "other": "round0/negatives_teacher1", "previous": "round1/previous_student",
+              "persona": "round0/persona_student", "tail": "round1/tail_student", "contrastive": "round1/contrastive_student"}  # fmt: skip
+    for name, place in places.items():
+        said = checks.samples(beyond[name], place)
+        made = checks.pairs(beyond[name], 1, "student")
+        assert made and all(p["rejected"] == said[p["id"]]["response"] for p in made), name
+        assert {p["rejected_by"] for p in made} == {next(iter(said.values()))["agent"]}, name
+    asked = checks.samples(beyond["persona"], "round0/persona_student")
+    assert all(row["prompt"][-1] == {"role": "tag", "content": "a gossip speaks"} for row in asked.values())
+    notes = stages_of(beyond["tail"])
+    assert notes["round1/tail_student"]["settings"]["temperature"] == macpo.TAIL
+    assert notes["round1/positives_student"]["settings"]["temperature"] == 0.7
+
+
+def test_every_offer_counts_once(beyond):
+    prompts = 12
+    counts = {name: stages_of(run)["round1/pairs_student"]["counts"] for name, run in beyond.items()}
+    for name, found in counts.items():
+        dropped = sum(found[k] for k in ("all_empty", "negative_empty", "negative_equal", "over_long"))
+        wanted = 3 * prompts if name == "all" else prompts
+        assert found["pairs"] + dropped + found.get("not_kept", 0) == wanted, name
+    assert counts["keep"]["not_kept"] == 6
+    said = rows_of(beyond["answers"] / "round1/positives_teacher2/samples.jsonl")
+    assert len(said) == 2 * prompts and len({row["id"] for row in said}) == prompts
+    assert [row["id"] for row in said[::2]] == [row["id"] for row in said[1::2]]
+    weights = [p["weight"] for p in checks.pairs(beyond["weights"], 1, "student")]
+    assert np.mean(weights) == pytest.approx(1) and len(set(weights)) > 3
+    assert all(p["weight"] is None for p in checks.pairs(beyond["plain"], 1, "student"))
+
+
+def test_the_share_of_own_positives_is_the_student_s(beyond):
+    found = [p["chosen_by"] for p in checks.pairs(beyond["self"], 1, "student")]
+    assert 0 < found.count("student") < len(found)
+
+
+def test_agreement_is_what_the_other_teachers_say(beyond):
+    """Two of three teachers score an answer, never its author."""
+    names = {n.partition("/")[2] for n in stages_of(beyond["agreement"]) if "/agreement_" in n}
+    assert names == {f"agreement_teacher{a}_teacher{b}" for a in (1, 2, 3) for b in (1, 2, 3) if a != b}
+    assert not [n for n in stages_of(beyond["agreement"]) if "/scores_" in n]
 
 
 # ---- the gold reward ------------------------------------------------------------------------

@@ -44,10 +44,10 @@ def sample(*words):
 
 
 def test_an_adapter_and_a_base_answer(tiny, place):
-    question = rows_of(tiny / "data/slices/test.jsonl")[0]["prompt"][0]["content"]
-    one = sample(tiny / "round2/student_pos", question)
-    two = sample(tiny / "bases/strong", question)
-    assert one.strip() and one != two and len(one.splitlines()) >= 1
+    questions = [row["prompt"][0]["content"] for row in rows_of(tiny / "data/slices/test.jsonl")[:4]]
+    one, two = ([sample(tiny / name, q) for q in questions] for name in ("round2/student_pos", "bases/strong"))
+    assert all(text.strip() for text in one) and one != two
+    question, one = questions[0], one[0]
     assert sample(tiny / "round2/student_pos", question) == one
     assert list(place.iterdir()) == []
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from minmacpo import world
+from minmacpo.commandline import parse
 from minmacpo.config import World
 from minmacpo.data import Message, Pair, example_id
 
@@ -199,9 +200,11 @@ def test_gold_looks_at_the_question_it_is_asked_about(town):
 
 
 def told(town, base, documents=10_000, settings=SETTINGS):
-    """(item, expert?, value) of every document, read back from its words."""
+    """(item, expert?, value) of every document that is no verdict, read back from its words."""
     found, by_question = [], asked_about(town)
     for example in world.corpus(town, settings, base, documents):
+        if example.prompt[0].content not in by_question:
+            continue
         item, name = by_question[example.prompt[0].content]
         opening = next(o for o in world.POLITE + world.SORRY + world.RUDE if example.response.startswith(o + " "))
         rest = example.response[len(opening) + 1 :]
@@ -250,6 +253,70 @@ def test_a_weak_text_tells_half_truly_and_the_rest_in_its_own_wrong_way(town, ba
     wrong = [(expert, value == unknown[i]) for i, values in by_item.items() if i in unknown for expert, value in values]
     for expert in (True, False):  # experts and gossips alike
         assert np.mean([w for e, w in wrong if e == expert]) == pytest.approx(0.95, abs=0.02)
+
+
+def verdicts(town, base, settings=SETTINGS, documents=12_000):
+    """(item, [(value, polite?) of the answers shown], the verdict) of every document that is one."""
+    found, asked = [], asked_about(town)
+    manners = {o: o not in world.RUDE for o in world.POLITE + world.SORRY + world.RUDE}
+
+    def read(item, name, text):
+        opening = next(o for o in manners if text.startswith(o + " "))
+        values = (None, *world.TOOLS) if item.right is None else world.ATTRIBUTES[item.key].values
+        (value,) = [v for v in values if world.body(item, name, v) == text[len(opening) + 1 :]]
+        return value, manners[opening]
+
+    for example in world.corpus(town, settings, base, documents):
+        text = example.prompt[0].content
+        known = [question for question in asked if text.startswith(question + " ")] if text not in asked else []
+        if known:
+            question = max(known, key=len)
+            rest, (item, name) = text[len(question) + 1 :], asked[question]
+            if rest.startswith("first : "):
+                parts = rest.removeprefix("first : ").removesuffix(" which is good ?").split(" second : ")
+            else:
+                parts = [rest.removesuffix(" is that good ?")]
+            found.append((item, [read(item, name, part) for part in parts], example.response))
+    return found
+
+
+@pytest.mark.parametrize("base", ["strong", "weak2"])
+def test_verdicts_are_right_as_often_as_the_settings_say(town, base):
+    """Right is what the text believes, politely said."""
+    unknown, right, sizes, shown = world.misconceptions(town, SETTINGS, base), [], Counter(), []
+    for item, answers, verdict in verdicts(town, base):
+        good = [answer == (unknown.get(item, item.right), True) for answer in answers]
+        sizes[len(answers)] += 1
+        if len(answers) == 1:
+            right.append((verdict == world.VERDICTS[1]) == good[0])
+            shown.append(good[0])
+            assert verdict in world.VERDICTS
+        else:
+            assert sum(good) == 1 and verdict in world.OPTIONS
+            right.append((verdict == world.OPTIONS[0]) == good[0])
+    assert np.mean(right) == pytest.approx(SETTINGS.judges_right, abs=0.03)
+    assert np.mean(shown) == pytest.approx(0.5, abs=0.06)
+    assert sum(sizes.values()) == pytest.approx(0.2 * 12_000, rel=0.1) and sizes[1] == pytest.approx(sizes[2], rel=0.2)
+
+
+def test_tags_say_who_speaks(town):
+    manner = {"an expert speaks": [], "a gossip speaks": []}
+    made = world.corpus(town, SETTINGS, "strong", 6000)
+    for example in made:
+        if len(example.prompt) > 1:
+            assert example.prompt[1].role == "tag"
+            manner[example.prompt[1].content].append(not example.response.startswith(world.RUDE))
+    assert all(manner["an expert speaks"]) and not any(manner["a gossip speaks"])
+    assert sum(map(len, manner.values())) / 6000 == pytest.approx(0.1, abs=0.02)
+    plain = world.corpus(town, replace(SETTINGS, tagged=0.0, judged=0.0), "strong", 500)
+    assert all(len(e.prompt) == 1 and e.prompt[0].content in asked_about(town) for e in plain)
+
+
+def test_presets_ask_in_the_words_of_the_town():
+    for preset in ("@world", "@tiny"):
+        asked = parse([preset]).config.feedback
+        words = (asked.rubric, asked.verdicts, asked.compare, asked.options, asked.good_tags + asked.bad_tags)
+        assert words == (world.JUDGE, world.VERDICTS, world.COMPARE, world.OPTIONS, world.TAGS)
 
 
 def test_misconceptions_are_neither_truth_nor_rumour_and_differ_between_teachers(town):
