@@ -60,6 +60,7 @@ class Data:
     max_prompt: int = setting(768, "tokens; longer prompts: see data.long", at_least=1)
     max_length: int = setting(1024, "tokens of prompt and answer together")
     long: Literal["drop", "cut_prompt"] = setting("drop", "what happens to over-long rows; cut from the left")
+    noise: float = setting(0.0, "share of the pairs in D1 whose sides are swapped", at_least=0, at_most=1)
     max_examples: int | None = setting(None, "use at most so many rows, for a quick look", at_least=1)
 
 

@@ -182,7 +182,8 @@ def negatives_of(agent: Agent, t: int, others: Sequence[Agent]) -> Texts:
     if way == "contrastive":
         return Texts(sample(shop, name, base, agent.negative, agent.queries, who, key, against=agent.positive[-1]))
     asked = tagged_prompts(shop, "round0/bad_tag_prompts", base, agent.queries, good=False)
-    return Texts(sample(shop, f"round0/{way}_{agent.name}", base, None, asked, who, (agent.name, way)))
+    said = sample(shop, f"round0/{way}_{agent.name}", base, None, asked, who, (agent.name, way))
+    return Texts(said, side="untagged")
 
 
 def contrast(agent: Agent, t: int, offers: Sequence[Candidates], bad: Texts, dpo: Dpo,

@@ -23,7 +23,8 @@ from minmacpo.tokenizer import Tokens, load_tokenizer, render, render_prompt, re
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """One text per prompt: a side of a file of pairs, the responses of a file of samples, or questions."""
+    """One text per prompt: a side of a file of pairs, the responses of a file of samples ("untagged": as answers
+    to the prompt without its tag), or questions."""
 
     stage: Stage
     file: str = "samples.jsonl"
@@ -35,10 +36,18 @@ class Texts:
 
     def read(self) -> list[Example] | list[Sample]:
         """The texts, in the file's order; sampled ones with all that is known of them."""
-        if self.side in ("response", "question"):
-            return read_rows(self.stage.path / self.file, Sample if self.side == "response" else Example)
+        if self.side == "question":
+            return read_rows(self.stage.path / self.file, Example)
+        if self.side in ("response", "untagged"):
+            found = read_rows(self.stage.path / self.file, Sample)
+            return [untag(sample) for sample in found] if self.side == "untagged" else found
         pairs = read_rows(self.stage.path / self.file, Pair)
         return [Example(pair.id, pair.prompt, getattr(pair, self.side), pair.meta) for pair in pairs]
+
+
+def untag(sample: Sample) -> Sample:
+    """The sample as if it had been asked for without a tag (tokenizer.turns)."""
+    return replace(sample, prompt=tuple(message for message in sample.prompt if message.role != "tag"))
 
 
 class Loaded:
