@@ -1,4 +1,4 @@
-"""Run MACPO: python train.py [@preset | @file.toml]... [--section.key=value]... (see --help)."""
+"""Run MACPO: python train.py [@preset | @file.toml | @experiment-NAME]... [--section.key=value]... (see --help)."""
 
 import functools
 import sys
@@ -13,7 +13,7 @@ from minmacpo.progress import call
 
 def source_of(config) -> dict:
     """What identifies the run's texts: the world and its seed, or the files' content."""
-    from minmacpo.bases import TOKENIZER_TEXTS  # it loads torch, for which --help does not wait
+    from minmacpo.bases import TOKENIZER_TEXTS  # loads torch; --help does not wait for that
 
     data, seed = config.data, config.run.seed
     if data.path is None:
@@ -31,8 +31,7 @@ def prepare(config):
     given = given_tokenizers(config)
     if config.data.path is not None:
         return prepare_hh(config, given)
-    place, part = config.world, config.pretrain
-    town = world.make_town(place, config.run.seed)
+    place, part, town = config.world, config.pretrain, world.make_town(config.world, config.run.seed)
     steps = {name: part.strong_steps if name == "strong" else part.weak_steps for name in base_names(config)}
     corpora = {name: world.corpus(town, place, name, part.batch * count) for name, count in steps.items()}
     return fit_slices(config, world.slices(town, place), corpora, given, {})
@@ -55,16 +54,18 @@ def show_plan(run, counts: dict) -> None:
     print(to_toml(run.config), *(f"{name}: {count}" for name, count in counts.items()), sep="\n")
     print(f"\n{len(run.plan)} stages in {run.path}:")
     for number, stage in enumerate(run.plan.values(), 1):
-        state = "finished" if stage.finished else stage.size
-        print(f"{number:4} {stage.name:32} {stage.kind:12} {state}")
+        print(f"{number:4} {stage.name:32} {stage.kind:12} {'finished' if stage.finished else stage.size}")
 
 
 def main(argv: list[str]) -> int:
     """Run what the command line asks for; returns the exit code."""
+    if any(word.startswith("@experiment-") for word in argv):
+        from minmacpo.experiments import run_experiment
+
+        return run_experiment(argv, __file__)
     command = parse(argv)
     if command.help:
-        print(help_text())
-        return 0
+        return print(help_text()) or 0
     import torch
 
     from minmacpo.evaluate import format_table, make_table, read_run
@@ -79,8 +80,7 @@ def main(argv: list[str]) -> int:
     if command.stage and command.stage not in run.plan:
         raise UserError(f"--stage={command.stage}: no such stage; --dry_run lists them")
     if command.dry_run:
-        show_plan(run, prepared().counts)
-        return 0
+        return show_plan(run, prepared().counts) or 0
     if not all(stage.finished for name, stage in run.plan.items() if name.startswith(("data/", "bases/"))):
         prepared()  # bad data is an error before there is a run folder
     run.begin()

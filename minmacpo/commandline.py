@@ -23,8 +23,10 @@ BARE = {"--dry_run": "dry_run", "--profile": "profile", "--help": "help", "-h": 
 HELP = """\
 python train.py [@preset | @file.toml]... [--section.key=value | --section.key value]...
                 [--method=NAME] [--stage=NAME] [--dry_run] [--profile] [--help]
+python train.py @experiment-NAME [--seeds=0,1] [--dry_run] [what every run of it gets]
 
 presets: @hh, @tiny, @world (default @world; files and flags are laid over it, left to right)
+experiments: a file each in minmacpo/presets/experiments; finished runs are not redone
 --dry_run   read the data, print settings, row counts, slices and the stage plan; write nothing
 --stage     compute this one stage only; the stages it needs must be finished
 --profile   write a Chrome trace of the first steps of each kind of stage into the run folder

@@ -202,8 +202,27 @@ def filter_rows(run: Past) -> list[dict]:
             for key in sorted(key for key in counts if key.startswith("chosen_") and counts[key]):
                 who, won = key.removeprefix("chosen_"), counts[key] / counts["pairs"]
                 sources[who] = {"won": won, "right": right_share(run.config, stage, who)}
-            rows.append({"round": t, "sources": sources, "right": right_share(run.config, stage)})
+            offers = [run.stage(at) for who in counts if who.startswith("chosen_")
+                      if (at := f"round{t}/positives_{who[7:]}") in run.notes]  # fmt: skip
+            row = {"round": t, "sources": sources, "right": right_share(run.config, stage)}
+            rows.append(row | offered(run.config, *offers))
     return rows
+
+
+@functools.cache
+def offered(config: Config, *offers: Stage) -> dict[str, float | None]:
+    """Of the answers that the student could choose from: the share of prompts with a right one among them (what
+    an oracle would reach), and how many of a prompt's answers differ, as a share; {} where none is on the disk."""
+    right, texts = {}, {}
+    for stage in offers:
+        for said in read_rows(stage.path / "samples.jsonl", Sample):
+            texts.setdefault(said.id, []).append(said.response)
+            found = judge(config, said, said.response).get("right", 0.0)
+            right[said.id] = max(found, right.get(said.id, 0.0))
+    if not right:
+        return {}
+    different = float(np.mean([len(set(answers)) / len(answers) for answers in texts.values()]))
+    return {"offered": None if config.data.path else float(np.mean([*right.values()])), "different": different}
 
 
 def negative_rows(run: Past) -> list[dict]:
@@ -249,13 +268,14 @@ def tables(table: dict) -> list[tuple[list[str], list[list[str]]]]:
         shares = [sources.get(name, {"won": 0, "right": None}) for name in (*names, "all")]
         right = ["" if share["right"] is None else f" ({share['right']:.0%} right)" for share in shares]
         cells = [f"{share['won']:.0%}{text}" for share, text in zip(shares, right, strict=True)]
-        filtered.append([str(row["round"]), *cells])
+        best = "–" if row.get("offered") is None else f"{row['offered']:.0%}"
+        filtered.append([str(row["round"]), *cells, best])
     for row in table["negatives"]:
         wrong = "–" if row["wrong"] is None else f"{row['wrong']:.0%}"
         negatives.append([words(row["agent"]), wrong, ", ".join(f"{share:.1%}" for share in row["equal"])])
     return [
         ([table["run"], *(COLUMNS[key][0] for key in keys)], results),
-        (["chosen in round", *map(words, names), "all"], filtered),
+        (["chosen in round", *map(words, names), "all", "any right"], filtered),
         (["negatives of", "wrong", "equal to their positive, by round"], negatives),
     ]
 

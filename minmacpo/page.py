@@ -41,9 +41,9 @@ def grid(head: Sequence[object], rows: Iterable[Sequence[object]], kind: str = "
     return tag("div", table, class_="scroll", tabindex=0) if body else Html()
 
 
-def document(**parts: Iterable[object]) -> str:
-    """The whole page as a file, its parts put where page.html names them."""
-    frame, style = (Path(__file__).with_name(name).read_text("utf-8") for name in ("page.html", "page.css"))
+def document(template: str, **parts: Iterable[object]) -> str:
+    """The whole page as a file, its parts put where the template (page.html, experiment.html) names them."""
+    frame, style = (Path(__file__).with_name(name).read_text("utf-8") for name in (template, "page.css"))
     filled = {name: "".join(map(escape, children)) for name, children in parts.items()}
     return Template(frame).substitute(filled, style=style)
 
@@ -134,3 +134,28 @@ def figure(title: str, note: str, lines: dict[str, list], unit: str = "round", m
     sizes = {"wide": (1070, 440, 150), "narrow": (400, 350, 122)} if main else {None: (400, 250, 92)}
     charts = (chart(lines, unit, size, kind) for kind, size in sizes.items() if lines)
     return tag("figure", tag("figcaption", tag("b", title), " ", note), *charts) if lines else Html()
+
+
+def forest(title: str, rows: dict[str, Sequence[float]]) -> Html:
+    """[mean, low, high] by name, one under the other on one scale with a line at zero."""
+    width, step, left = 1070, 26, 14 + 8 * max(map(len, rows))
+    marks = ticks(min(0.0, *(low for _, low, _ in rows.values())), max(0.0, *(r[2] for r in rows.values())), 8)
+    bottom = step * len(rows) + 10
+
+    def place(value: float) -> float:
+        return left + (value - min(marks)) / (max(marks) - min(marks)) * (width - left - 70)
+
+    parts = []
+    for value, name in marks.items():
+        parts.append(path([(place(value), 4), (place(value), bottom)], "axis" if abs(value) > 1e-9 else "thread"))
+        parts.append(tag("text", name, x=place(value), y=bottom + 19, text_anchor="middle"))
+    for number, (name, (mean, low, high)) in enumerate(rows.items()):
+        y = step * number + 18
+        told = tag("title", f"{name}: {mean:+.3f} (95%: {low:+.3f} to {high:+.3f})")
+        spot = tag("path", told, d=DOT, transform=f"translate({place(mean):.1f},{y})", class_="dot")
+        parts.append(tag("g", path([(place(low), y), (place(high), y)], "curve"), spot,
+                         tag("text", f"{mean:+.3f}", x=place(high) + 8, y=y + 4, class_="name"), class_="student"))  # fmt: skip
+        parts.append(tag("text", name, x=left - 14, y=y + 4, text_anchor="end"))
+    said = "; ".join(f"{name} {mean:+.3f}" for name, (mean, *_) in rows.items())
+    drawn = tag("svg", *parts, viewBox=f"0 0 {width} {bottom + 26}", role="img", aria_label=said)
+    return tag("figure", tag("figcaption", tag("b", title)), drawn)

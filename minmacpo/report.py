@@ -189,6 +189,7 @@ def write_report(path: Path) -> None:
     last, environment = f"student, round {table['rounds']}", read_json(run.folder / "env.json")
     rows = [[tag("b", cell) for cell in cells] if cells[0].startswith(last) else cells for cells in rows]
     page = document(
+        "page.html",
         name=[config.run.name or run.folder.name],
         state=[f"{state} · {len(run.notes)} stages, {now} · seed {config.run.seed}"],
         story=[tag("p", sentence) for sentence in story(run, table["rows"])],

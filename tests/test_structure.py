@@ -22,7 +22,7 @@ FLOORS = [
     {"macpo"},
     {"methods"},
     {"evaluate"},
-    {"report"},
+    {"report", "experiments"},
     {"train", "sample", "eval"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

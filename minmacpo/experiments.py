@@ -1,0 +1,203 @@
+"""Many runs under one question: python train.py @experiment-NAME [--seeds=0,1] [--section.key=value]...
+
+A file in presets/experiments names variants by their flags. Every variant is an ordinary run for each seed; finished
+ones are not redone, so an experiment that was stopped goes on where it was. At the end it writes results.json and
+report.html into `<run.root>/experiment-NAME`. The first variant is what the others are compared with.
+"""
+
+import shlex
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+
+from minmacpo import UserError
+from minmacpo.commandline import PRESETS, parse
+from minmacpo.config import Config
+from minmacpo.evaluate import Past, gold_by_prompt, make_table, paired_interval, read_run
+from minmacpo.files import write_atomic, write_json
+from minmacpo.page import document, forest, grid, tag
+from minmacpo.run import FINISHED
+
+MARK = "@experiment-"
+HEAD = ("variant", "seeds", "student, last round", "first variant − it [95 %]", "win rate over naive SFT", "PGR",
+        "teachers", "chosen right", "any right", "CPU s", "tokens")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """A preset of presets/experiments: what is asked, and the flags of every variant."""
+
+    name: str
+    question: str
+    seeds: list[int]
+    variants: dict[str, list[str]]
+
+
+def read_experiment(name: str) -> Experiment:
+    """The experiment of this name; UserError with the nearest one if there is none."""
+    names = sorted(file.stem for file in (PRESETS / "experiments").glob("*.toml"))
+    if name not in names:
+        near = get_close_matches(name, names, 1) or names[:1]
+        raise UserError(f"{MARK}{name}: no such experiment ({', '.join(names)}); did you mean {near[0]}?")
+    found = tomllib.loads((PRESETS / "experiments" / f"{name}.toml").read_text("utf-8"))
+    variants = {label: shlex.split(flags) for label, flags in found["variants"].items()}
+    return Experiment(name, found["question"], found["seeds"], variants)
+
+
+def run_experiment(argv: Sequence[str], program: str) -> int:
+    """Run what is not finished of the experiment that argv names, with its other words as flags of every run;
+    then write and print what was found. `program` is train.py's path."""
+    names = [word.removeprefix(MARK) for word in argv if word.startswith(MARK)]
+    given = [word.removeprefix("--seeds=") for word in argv if word.startswith("--seeds=")]
+    shared = [word for word in argv if not word.startswith((MARK, "--seeds=", "--dry_run"))]
+    if len(names) != 1:
+        raise UserError(f"{' '.join(map(MARK.__add__, names))}: one experiment at a time")
+    experiment = read_experiment(names[0])
+    try:
+        seeds = [int(seed) for seed in given[-1].split(",")] if given else experiment.seeds
+    except ValueError:
+        raise UserError(f"--seeds={given[-1]}: expected whole numbers with commas between them") from None
+    plan = [(seed, label, [*shared, *flags, f"--run.seed={seed}"])
+            for seed in seeds for label, flags in experiment.variants.items()]  # fmt: skip
+    configs = [parse(words).config for *_, words in plan]  # a wrong flag is an error before anything runs
+    if configs[0].data.path:
+        raise UserError("an experiment needs the gold reward of the built-in world; leave out --data.path")
+    if "--dry_run" in argv:
+        print(*(f"seed {seed}  {label}: {folder(config)}"
+                for (seed, label, _), config in zip(plan, configs, strict=True)), sep="\n")  # fmt: skip
+        return 0
+    compute(plan, configs, program)
+    found = gather(experiment, seeds, plan, configs)
+    place = Path(configs[0].run.root) / f"experiment-{experiment.name}"
+    place.mkdir(parents=True, exist_ok=True)
+    write_json(place / "results.json", found)
+    write_atomic(place / "report.html", experiment_page(found))
+    print(as_text(found), f"\n\nreport: {place / 'report.html'}", sep="")
+    return 0
+
+
+def folder(config: Config) -> Path:
+    """Where a run lies."""
+    return Path(config.run.root) / config.run.name
+
+
+def compute(plan: Sequence[tuple[int, str, list[str]]], configs: Sequence[Config], program: str) -> None:
+    """Every run that is not finished, one after the other, each a process of its own; UserError if one fails."""
+    left = [i for i, config in enumerate(configs) if not (folder(config) / FINISHED).is_file()]
+    started = time.monotonic()
+    for number, i in enumerate(left):
+        seed, label, words = plan[i]
+        spent = time.monotonic() - started
+        eta = f", {spent / number * (len(left) - number) / 60:.0f} min left" if number else ""
+        print(f"[{number + 1}/{len(left)}{eta}] seed {seed}  {label}", flush=True)
+        done = subprocess.run([sys.executable, program, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        if done.returncode:
+            last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+            raise UserError(f"seed {seed}, {label}: exit {done.returncode}: {last[0]}")
+
+
+# ---- what was found ----------------------------------------------------------------------------
+
+Golds = dict[int, np.ndarray]  # by seed, the gold reward of every test prompt
+
+
+def golds(runs: dict[int, Past], agent: str, t: int | None = None) -> Golds:
+    """Gold reward by prompt, per seed; "teachers" is their mean; at round t, or the last one measured before."""
+    out = {}
+    for seed, run in runs.items():
+        rounds = range(run.config.macpo.rounds + 1)[: None if t is None else t + 1]
+        names = [f"teacher{k + 1}" for k in range(run.config.macpo.teachers)] if agent == "teachers" else [agent]
+        when = [max(t for t in rounds if f"eval/round{t}_{name}_samples" in run.notes) for name in names]
+        out[seed] = np.mean([gold_by_prompt(run, *known)["gold"] for known in zip(names, when, strict=True)], 0)
+    return out
+
+
+def with_interval(arrays: list[np.ndarray]) -> list[float]:
+    """[mean, low, high] of paired values over seeds and prompts; [] of nothing."""
+    return [float(np.mean([a.mean() for a in arrays])), *paired_interval(arrays)] if arrays else []
+
+
+def wins(mine: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Per prompt 1 where the gold reward is higher, 0.5 where it is equal, 0 where it is lower."""
+    return (mine > other) + 0.5 * (mine == other)
+
+
+def variant_row(label: str, words: list[str], runs: dict[int, Past], first: Golds) -> dict:
+    """What the runs of one variant gave, by seed; `first` is the student of the first variant."""
+    last, naive, tables = golds(runs, "student"), golds(runs, "student", 0), [make_table(r) for r in runs.values()]
+    rounds = max(run.config.macpo.rounds for run in runs.values())
+    chosen = [table["filter"][-1] for table in tables if table["filter"]]
+    pgr = [row["pgr"] for table in tables for row in table["rows"] if row["agent"] == "student"][rounds :: rounds + 1]
+    cost = [(sum(s["cpu_seconds"] for s in table["cost"]), sum(s["tokens"] or 0 for s in table["cost"]))
+            for table in tables]  # fmt: skip
+    return {
+        "name": label, "flags": shlex.join(words), "seeds": [*runs],
+        "by_round": [float(np.mean([g.mean() for g in golds(runs, "student", t).values()])) for t in range(rounds + 1)],
+        "by_seed": [float(g.mean()) for g in last.values()],
+        "student": float(np.mean([g.mean() for g in last.values()])),
+        "difference": with_interval([first[s] - last[s] for s in last if s in first]),
+        "wins": with_interval([wins(last[s], naive[s]) for s in last]),
+        "gain": with_interval([last[s] - naive[s] for s in last]),
+        "teachers": float(np.mean([g.mean() for g in golds(runs, "teachers").values()])),
+        "pgr": float(np.mean(pgr)) if pgr and None not in pgr else None,
+        **{key: float(np.mean([row[key] for row in chosen])) if chosen and None not in [row.get(key) for row in chosen]
+           else None for key in ("right", "offered", "different")},
+        "cpu_seconds": float(np.mean([c for c, _ in cost])), "tokens": float(np.mean([n for _, n in cost])),
+    }  # fmt: skip
+
+
+def gather(experiment: Experiment, seeds: Sequence[int], plan, configs: Sequence[Config]) -> dict:
+    """The whole result as JSON: one row per variant, from the finished runs on the disk."""
+    runs: dict[str, dict[int, Past]] = {}
+    for (seed, label, _), config in zip(plan, configs, strict=True):
+        runs.setdefault(label, {})[seed] = read_run(folder(config))
+    first = golds(next(iter(runs.values())), "student")
+    rows = [variant_row(label, experiment.variants[label], found, first) for label, found in runs.items()]
+    return {"name": experiment.name, "question": experiment.question, "seeds": list(seeds), "variants": rows}
+
+
+def cells(row: dict) -> list[str]:
+    """One row of the table as text."""
+
+    def number(value: float | None, form: str = ".3f") -> str:
+        return "–" if value is None else format(value, form)
+
+    mean, *bounds = row["difference"] or [0.0]
+    apart = "{:+.3f} [{:+.3f}, {:+.3f}]".format(mean, *bounds) if any(bounds) else ""
+    win = "{:.3f} [{:.3f}, {:.3f}]".format(*row["wins"])
+    return [row["name"], str(len(row["seeds"])), number(row["student"]), apart, win, number(row["pgr"], ".2f"),
+            number(row["teachers"]), number(row["right"], ".0%"), number(row["offered"], ".0%"),
+            number(row["cpu_seconds"], ",.0f"), number(row["tokens"], ",.0f")]  # fmt: skip
+
+
+def as_text(found: dict) -> str:
+    """The table for a terminal."""
+    rows = [list(HEAD), *map(cells, found["variants"])]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def experiment_page(found: dict) -> str:
+    """The report: the question, a picture of all variants, the table, the student by round."""
+    rows = found["variants"]
+    gains = {row["name"]: row["gain"] for row in rows}
+    rounds = range(max(len(row["by_round"]) for row in rows))
+    curve = [[row["name"], *(f"{v:.3f}" for v in row["by_round"])] for row in rows]
+    seeds = [[row["name"], *(f"{v:.3f}" for v in row["by_seed"])] for row in rows]
+    return document(
+        "experiment.html",
+        name=[f"experiment: {found['name']}"],
+        question=[found["question"]],
+        picture=[forest("Gain of the student's gold reward over naive SFT", gains)],
+        table=[grid(HEAD, map(cells, rows))],
+        rounds=[grid(["student", *(f"round {t}" for t in rounds)], curve)],
+        seeds=[grid(["student, last round", *(f"seed {s}" for s in found["seeds"])], seeds)],
+        flags=[grid(["variant", "flags of train.py"], [[r["name"], tag("code", r["flags"] or "none")] for r in rows])],
+    )

@@ -1,0 +1,95 @@
+"""Experiments: many runs of train.py under one question, resumable, with a table, a figure and a JSON."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import REPO
+from runs import invoke, stages_of, write_stub
+
+from minmacpo import experiments
+from minmacpo.commandline import PRESETS, parse
+from minmacpo.evaluate import gold_by_prompt, read_run
+
+NAMES = sorted(file.stem for file in (PRESETS / "experiments").glob("*.toml"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The experiment about self_share on two seeds of the stub, as a user runs it."""
+    root = tmp_path_factory.mktemp("experiment")
+    words = ["@experiment-self", "--seeds=0,1", write_stub(root), f"--run.root={root / 'runs'}"]
+    assert experiments.run_experiment(words, str(REPO / "train.py")) == 0
+    return root, words
+
+
+def test_every_experiment_can_be_planned_and_names_no_run_twice():
+    assert {"main", "ablations", "teachers", "rounds", "noise", "selection", "self", "negatives", "loss"} <= {*NAMES}
+    for name in NAMES:
+        found = experiments.read_experiment(name)
+        flags = [parse([*words, "--run.seed=7"]).config.run.name for words in found.variants.values()]
+        assert len(set(flags)) == len(flags) > 1 and found.question and len(found.seeds) > 1
+
+
+def test_the_main_experiment_has_every_method():
+    flags = [flag for words in experiments.read_experiment("main").variants.values() for flag in words]
+    from test_methods import METHODS
+
+    assert {flag.removeprefix("--method=") for flag in flags} == {*METHODS}
+
+
+def test_results_are_what_the_runs_say(finished):
+    root, _ = finished
+    found = json.loads((root / "runs/experiment-self/results.json").read_text())
+    names = {"0": "stub", "0.25": "stub-self_share=0.25", "0.5": "stub-self_share=0.5", "1": "stub-mutual=false"}
+    assert [row["name"] for row in found["variants"]] == [*names] and found["seeds"] == [0, 1]
+    gold = {}
+    for label, name in names.items():
+        runs = [read_run(root / "runs" / name), read_run(root / "runs" / f"{name}-seed=1")]
+        gold[label] = [[gold_by_prompt(run, "student", t)["gold"] for run in runs] for t in (0, 1, 2)]
+    for row in found["variants"]:
+        mine, first = gold[row["name"]], gold["0"]
+        assert row["by_round"] == pytest.approx([np.mean([g.mean() for g in at]) for at in mine])
+        assert row["student"] == pytest.approx(row["by_round"][-1]) == pytest.approx(np.mean(row["by_seed"]))
+        assert row["difference"][0] == pytest.approx(np.mean([(a - b).mean() for a, b in zip(first[-1], mine[-1], strict=True)]))
+        won = [np.mean((a > b) + (a == b) / 2) for a, b in zip(mine[-1], mine[0], strict=True)]
+        assert row["wins"][0] == pytest.approx(np.mean(won)) and row["wins"][1] <= row["wins"][0] <= row["wins"][2]
+        assert row["cpu_seconds"] > 0 and row["tokens"] > 1000
+    page = (root / "runs/experiment-self/report.html").read_text()
+    assert page.count("<tr>") > 12 and "<svg" in page and "<script" not in page and "$" not in page
+
+
+def test_finished_runs_are_not_redone_and_a_missing_one_is(finished, capsys):
+    root, words = finished
+    before = {p: p.stat().st_mtime_ns for p in root.glob("runs/stub*/*/*/*")}
+    shutil.rmtree(root / "runs/stub-self_share=0.25-seed=1")
+    assert experiments.run_experiment(words, str(REPO / "train.py")) == 0
+    shown = capsys.readouterr().out
+    assert "[1/1] seed 1  0.25" in shown and "[2/" not in shown and "variant" in shown
+    after = {p: p.stat().st_mtime_ns for p in root.glob("runs/stub*/*/*/*")}
+    assert {p for p in before if before[p] != after.get(p)} <= {p for p in before if "stub-self_share=0.25-seed=1" in str(p)}
+    assert stages_of(root / "runs/stub-self_share=0.25-seed=1")
+
+
+@pytest.mark.parametrize("words,wanted", [
+    (["@experiment-mian"], "main"),
+    (["@experiment-self", "@experiment-main"], "one experiment"),
+    (["@experiment-self", "--seeds=a"], "whole numbers"),
+    (["@experiment-self", "--macpo.muual=false"], "macpo.mutual"),
+    (["@experiment-self", "--data.path=x"], "world"),
+])  # fmt: skip
+def test_a_wrong_experiment_is_refused_before_anything_runs(place, words, wanted):
+    ended = invoke("train", *words)
+    assert ended.code == 2 and wanted in ended.err and not list(place.iterdir())
+
+
+def test_a_failing_run_ends_the_experiment_with_its_sentence(place):
+    ended = invoke("train", "@experiment-self", "--seeds=0", "@tiny", "--data.max_length=70", "--generate.max_new=12", "--sft.student_lr=1e30")
+    assert ended.code == 2 and "seed 0, 0: exit" in ended.err and "learning rate" in ended.err
+
+
+def test_dry_run_lists_every_run(place):
+    ended = invoke("train", "@experiment-loss", "--seeds=0,5", "--dry_run")
+    assert ended.code == 0 and len(ended.out.splitlines()) == 12 and "runs/world-seed=5" in ended.out
+    assert not list(place.iterdir())
