@@ -66,13 +66,32 @@ def read_config(folder: Path) -> ModelConfig:
     return parse_config(read_json(file), str(file))
 
 
-def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> Transformer:
-    """The model of an HF folder, where a tied head may be missing; on "meta" it takes no memory.
-    UserError if a file is missing, damaged or not understood, or a tensor's name or shape unexpected."""
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of an HF folder by name, without the tables that a model computes itself."""
+    tensors = {k: v for file in weight_files(folder) for k, v in load_tensors(file)[0].items()}
+    return {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
+
+
+def load_scorer(folder: Path) -> tuple[Transformer, Tensor]:
+    """(model, weight [H] of its head) of a sequence classifier with one label, a reward model: its score is the
+    weight times the last token's hidden state. UserError if the folder is none."""
+    read_config(folder)
+    tensors = read_weights(folder)
+    score = tensors.pop("score.weight", None)
+    if score is None or score.dim() != 2 or len(score) != 1:
+        raise UserError(f"{folder}: is no reward model; expected a sequence classifier with one label (score.weight)")
+    if "model.embed_tokens.weight" in tensors:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # it has no head, and none is used
+    return load_model(folder, tensors=tensors), score[0].float()
+
+
+def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32,
+               tensors: dict[str, Tensor] | None = None) -> Transformer:  # fmt: skip
+    """The model of an HF folder, where a tied head may be missing; on "meta" it takes no memory. `tensors` in
+    place of the folder's. UserError if a file is missing, damaged or not understood, or a tensor unexpected."""
     with torch.device("meta"):
         model = Transformer(read_config(folder))
-    tensors = {k: v for file in weight_files(folder) for k, v in load_tensors(file)[0].items()}
-    tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
+    tensors = read_weights(folder) if tensors is None else tensors
     if model.config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     wanted = model.state_dict()

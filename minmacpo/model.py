@@ -36,7 +36,8 @@ FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "
          "rope_scaling": None, "rope_type": "default", "quantization_config": None}  # fmt: skip
 HARMLESS = {"architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range",
             "pretraining_tp", "attention_dropout", "pad_token_id", "_name_or_path", "rope_parameters",
-            "return_dict", "output_hidden_states", "output_attentions", "max_length"}  # fmt: skip
+            "return_dict", "output_hidden_states", "output_attentions", "max_length", "id2label", "label2id",
+            "problem_type", "num_labels"}  # fmt: skip
 
 
 def parse_config(raw: dict, where: str) -> ModelConfig:

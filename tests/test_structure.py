@@ -22,7 +22,7 @@ FLOORS = [
     {"macpo"},
     {"methods"},
     {"evaluate"},
-    {"report", "experiments"},
+    {"report", "experiments", "compare", "judge", "reward"},
     {"train", "sample", "eval"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -225,5 +225,6 @@ def test_nothing_happens_at_import():
 
 
 def test_no_environment_variable_is_read():
-    for name, tree in TREES.items():
+    """But for the key of a judge, which has no other way in."""
+    for name, tree in ((name, tree) for name, tree in TREES.items() if name != "judge"):
         assert not [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv")], name

@@ -1,0 +1,164 @@
+"""Reward models as measures of answers: one trained here, a Hugging Face classifier, or scores from elsewhere.
+
+python eval.py reward RUN                      a Bradley-Terry head on the run's strong base, trained on its true pairs
+python eval.py reward RUN --model=FOLDER       LlamaForSequenceClassification with one label
+python eval.py reward RUN --scores=FILE        {"id", "agent", "round", "score"} lines, joined by prompt id
+
+Beside every score stands how often the model ranks held-out true pairs rightly; where the interval of that share
+includes one half, the scores are called not informative.
+"""
+
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minmacpo import UserError
+from minmacpo.batching import collate, plan_scoring
+from minmacpo.checkpoint import load_model, load_scorer
+from minmacpo.data import Message, Pair, Sample
+from minmacpo.evaluate import Past, interval, read_run
+from minmacpo.files import read_rows
+from minmacpo.tokenizer import Tokens, load_tokenizer, render
+
+Rate = Callable[[Sequence[tuple[Sequence[Message], str]]], np.ndarray]  # scores of (prompt, answer) texts
+
+
+@torch.inference_mode()
+def last_hidden(model, rows: Sequence[Tokens], budget: int) -> Tensor:
+    """Hidden states [N, H] of each row's last token, after the final norm, in fp32."""
+    out = [None] * len(rows)
+    device = next(model.parameters()).device
+    for group in plan_scoring([len(row.ids) for row in rows], budget):
+        hidden = model(collate([rows[i] for i in group], device).tokens)
+        for place, i in enumerate(group):
+            out[i] = hidden[place, len(rows[i].ids) - 1].float().cpu()
+    return torch.stack(out)
+
+
+def fit_head(chosen: Tensor, rejected: Tensor, decay: float = 1e-2, steps: int = 100) -> Tensor:
+    """Weights [H] of a Bradley-Terry head: minimise the mean of -log σ(w · (chosen - rejected)) + decay/2 · |w|²
+    over pairs [N, H], by L-BFGS in fp64; the problem is convex."""
+    difference = (chosen - rejected).double()
+    weight = torch.zeros(difference.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = -torch.nn.functional.logsigmoid(difference @ weight).mean() + decay / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach()
+
+
+def rater(model, weight: Tensor, folder: Path, run: Past) -> Rate:
+    """Scores by a head `weight` [H] on the last hidden states of the model that came from `folder`."""
+    tokenizer, most = load_tokenizer(folder), model.config.max_position_embeddings
+
+    def rate(texts: Sequence[tuple[Sequence[Message], str]]) -> np.ndarray:
+        """[N] scores; UserError for a text that the model cannot read whole."""
+        rows = [render(tokenizer, run.config.data.template, prompt, answer) for prompt, answer in texts]
+        if long := sum(len(row.ids) > most for row in rows):
+            raise UserError(f"{folder}: {long} texts are longer than its context of {most} tokens")
+        return (last_hidden(model, rows, 16384).to(weight.dtype) @ weight).numpy()
+
+    return rate
+
+
+def trained_here(run: Past) -> Rate:
+    """A Bradley-Terry head on the run's strong base, trained on the true pairs of D1 and D2."""
+    folder = run.stage("bases/strong").path if "bases/strong" in run.notes else Path(run.config.model.student or "")
+    model, tokenizer, template = load_model(folder), load_tokenizer(folder), run.config.data.template
+    pairs = [p for name in ("d1", "d2") for p in read_rows(run.stage("data/slices").path / f"{name}.jsonl", Pair)]
+    pairs = [pair for pair in pairs if "swapped" not in pair.meta]
+    chosen, rejected = (
+        last_hidden(model, [render(tokenizer, template, p.prompt, getattr(p, side)) for p in pairs], 16384)
+        for side in ("chosen", "rejected")
+    )
+    return rater(model, fit_head(chosen, rejected), folder, run)
+
+
+def accuracy(run: Past, rate: Rate) -> tuple[float, list[float]]:
+    """Share of the test pairs whose better answer is rated higher (equal ones count half), and its interval."""
+    pairs = read_rows(run.stage("data/slices").path / "test.jsonl", Pair)
+    better, worse = (rate([(p.prompt, text) for p, text in side])
+                     for side in ([(p, p.chosen) for p in pairs], [(p, p.rejected) for p in pairs]))  # fmt: skip
+    right = (better > worse) + 0.5 * (better == worse)
+    return float(right.mean()), interval(right, run.config.eval.bootstrap)
+
+
+def measured(run: Past) -> dict[tuple[int, str], list[Sample]]:
+    """The test answers of every agent after every round, on the disk."""
+    found = {}
+    for name in sorted(n for n in run.notes if n.startswith("eval/round") and n.endswith("_samples")):
+        t, _, agent = name[len("eval/round") : -len("_samples")].partition("_")
+        found[int(t), agent] = read_rows(run.stage(name).path / "samples.jsonl", Sample)
+    if not found:
+        raise UserError(f"{run.folder}: no agent has been measured yet")
+    return dict(sorted(found.items()))
+
+
+def outside(file: Path) -> dict[tuple[int, str], list[float]]:
+    """The scores of an external file by (round, agent); UserError for a line that is no score."""
+    found: dict[tuple[int, str], dict] = {}
+    for number, row in enumerate(read_rows(file), 1):
+        try:
+            found.setdefault((int(row["round"]), str(row["agent"])), {})[str(row["id"])] = float(row["score"])
+        except (KeyError, TypeError, ValueError):
+            form = '{"id": text, "agent": text, "round": number, "score": number}'
+            raise UserError(f"{file}, line {number}: is no score; expected {form}") from None
+    return found
+
+
+def joined(run: Past, file: Path) -> list[dict]:
+    """Rows of the table from an external file; UserError if an answer has no score."""
+    scores, rows = outside(file), []
+    for (t, agent), samples in measured(run).items():
+        if (t, agent) not in scores:
+            continue
+        ids = {sample.id for sample in samples}
+        if missing := ids - scores[t, agent].keys():
+            raise UserError(f"{file}: has no score of {agent}, round {t}, for prompt {min(missing)}")
+        values = np.array([scores[t, agent][name] for name in sorted(ids)])
+        rows.append({"agent": agent, "round": t, "score": float(values.mean()), "interval": interval(values, 1000)})
+    if not rows:
+        raise UserError(f"{file}: holds no score of an agent and round of {run.folder}")
+    return rows
+
+
+def run_reward(argv: Sequence[str]) -> dict:
+    """Rate every agent at every round; returns the accuracy on held-out pairs, and the rows."""
+    parser = ArgumentParser("eval.py reward", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--scores", type=Path)
+    words = parser.parse_args(argv)
+    run = read_run(words.run)
+    if words.scores:
+        return {"model": str(words.scores), "accuracy": None, "informative": None, "rows": joined(run, words.scores)}
+    rate = rater(*load_scorer(words.model), words.model, run) if words.model else trained_here(run)
+    share, (low, high) = accuracy(run, rate)
+    rows = []
+    for (t, agent), samples in measured(run).items():
+        values = rate([(s.prompt, s.response) for s in samples]).reshape(-1, run.config.eval.samples).mean(1)
+        bounds = interval(values, run.config.eval.bootstrap)
+        rows.append({"agent": agent, "round": t, "score": float(values.mean()), "interval": bounds})
+    return {"model": str(words.model or "Bradley-Terry head on the strong base"), "accuracy": share,
+            "accuracy_interval": [low, high], "informative": not low <= 0.5 <= high, "rows": rows}  # fmt: skip
+
+
+def as_text(found: dict) -> str:
+    """The table for a terminal."""
+    lines = [f"reward model: {found['model']}"]
+    if found["accuracy"] is not None:
+        told = "" if found["informative"] else "; NOT INFORMATIVE: the interval includes one half"
+        lines.append("held-out accuracy {:.3f} [{:.3f}, {:.3f}]".format(found["accuracy"], *found["accuracy_interval"]) + told)
+    for row in found["rows"]:
+        lines.append("{:10} round {}  {:8.3f} [{:.3f}, {:.3f}]".format(row["agent"], row["round"], row["score"], *row["interval"]))
+    return "\n".join(lines)
+

@@ -1,0 +1,271 @@
+"""The pairwise judge: against a real HTTP server with faults, by a local model, by people; and its statistics."""
+
+import csv
+import json
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from runs import invoke, rows_of
+
+from minmacpo import judge
+from minmacpo.data import Message, Sample
+from minmacpo.files import write_rows
+
+KEY = "sk-a-secret-that-nobody-may-see"
+
+
+def good_reply(body: dict) -> str:
+    """Prefers the answer with more of the letter z; of two equal ones none."""
+    text = body["messages"][0]["content"]
+    first, second = text.split("[Answer A]")[1].split("[Answer B]")
+    counts = first.count("z"), second.count("z")
+    return "Because. " + ("[[C]]" if counts[0] == counts[1] else "[[A]]" if counts[0] > counts[1] else "[[B]]")
+
+
+class Server(ThreadingHTTPServer):
+    """Chat completions; `faults` are taken one per request, from the front, before it answers well."""
+
+    daemon_threads = True
+
+    def __init__(self, faults=(), reply=good_reply):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.faults, self.reply, self.asked, self.keys, self.lock = [*faults], reply, [], [], threading.Lock()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.asked.append((self.path, body))
+            self.server.keys.append(self.headers.get("Authorization"))
+            fault = self.server.faults.pop(0) if self.server.faults else None
+        if fault == "hang":
+            time.sleep(3)
+            return
+        if isinstance(fault, int):
+            self.send_response(fault)
+            self.send_header("Retry-After", "0")
+            self.end_headers()
+            return
+        content = {"broken": "{nonsense", "empty": json.dumps({"choices": []})}.get(fault)
+        text = "I cannot say." if fault == "no verdict" else self.server.reply(body)
+        content = content or json.dumps({"choices": [{"message": {"content": text}}]})
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(content.encode())
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No waiting between attempts; what would have been waited."""
+    waited = []
+    monkeypatch.setattr(judge.time, "sleep", waited.append)
+    monkeypatch.setenv(judge.KEY, KEY)
+    return waited
+
+
+def answers(file, texts) -> None:
+    file.parent.mkdir(exist_ok=True)
+    prompt = (Message("user", "a question"),)
+    write_rows(file, [Sample(f"id{i}", prompt, t, "stop", (3,), -1.0, 2.0, "x", 0) for i, t in enumerate(texts)])
+
+
+@pytest.fixture
+def sides(place):
+    """A wins prompts 0, 1 and 4, loses 2; 3 is a tie."""
+    answers(place / "a/samples.jsonl", ["zz", "z", "none", "same", "zzz"])
+    answers(place / "b/samples.jsonl", ["z", "no", "z", "same", "a much longer answer"])
+    return ["judge", "a", "b/samples.jsonl", "--out=out"]
+
+
+def result(place) -> dict:
+    return json.loads((place / "out/result.json").read_text())
+
+
+def test_both_orders_are_asked_and_counted(place, sides, quick):
+    server = Server()
+    ended = invoke("eval", *sides, f"--url={server.url}", "--model=gpt")
+    found = result(place)
+    assert ended.code == 0 and "win rate 0.700" in ended.out
+    assert (found["win"], found["tie"], found["lose"]) == (0.6, 0.2, 0.2) and found["win_rate"] == pytest.approx(0.7)
+    assert found["interval"][0] <= 0.7 <= found["interval"][1] and found["prompts"] == 5 and found["unjudged"] == 0
+    assert found["characters"] == pytest.approx([np.mean([2, 1, 4, 4, 3]), np.mean([1, 2, 1, 4, 20])])
+    assert len(server.asked) == 10 and {path for path, _ in server.asked} == {"/v1/chat/completions"}
+    assert all(b["model"] == "gpt" and b["temperature"] == 0 for _, b in server.asked)
+    kept = rows_of(place / "out/verdicts.jsonl")
+    assert len(kept) == 10 and all("[[" in row["reply"] for row in kept)
+
+
+def test_a_judge_that_likes_the_first_place_gives_ties(place, sides, quick):
+    server = Server(reply=lambda body: "[[A]]")
+    assert invoke("eval", *sides, f"--url={server.url}").code == 0
+    assert result(place)["tie"] == 1.0 and result(place)["win_rate"] == 0.5
+
+
+def test_faults_are_tried_again_and_change_nothing(place, sides, quick):
+    server = Server([429, 500, "broken", "empty", "hang", 503])
+    ended = invoke("eval", *sides, f"--url={server.url}", "--workers=1", "--timeout=0.5", "--attempts=7")
+    assert ended.code == 0 and result(place)["win_rate"] == pytest.approx(0.7) and len(server.asked) == 16
+    assert len(quick) == 6
+
+
+def test_waiting_grows_and_is_what_the_server_asks_for(place, sides, quick):
+    server = Server(["broken"] * 4)
+    assert invoke("eval", *sides, f"--url={server.url}", "--workers=1", "--attempts=5").code == 0
+    assert quick == [1, 2, 4, 8]
+
+
+def test_a_missing_verdict_is_counted_and_its_prompt_left_out(place, sides, quick):
+    server = Server(["no verdict"])
+    assert invoke("eval", *sides, f"--url={server.url}", "--workers=1").code == 0
+    assert result(place)["unjudged"] == 1 and result(place)["without_verdict"] == 1 and result(place)["prompts"] == 4
+
+
+@pytest.mark.parametrize("fault", ["hang", 500, "broken"])
+def test_a_url_that_never_answers_ends_with_one_sentence_and_keeps_what_it_has(place, sides, quick, fault):
+    server = Server([None, None, None] + [fault] * 50)
+    words = [*sides, f"--url={server.url}", "--workers=1", "--timeout=0.3", "--attempts=2"]
+    ended = invoke("eval", *words)
+    assert ended.code == 2 and ended.err.count("\n") <= 2 and "2 attempts" in ended.err and "kept" in ended.err
+    assert len(rows_of(place / "out/verdicts.jsonl")) == 3 and not (place / "out/result.json").exists()
+    server.faults.clear()
+    before = len(server.asked)
+    assert invoke("eval", *words).code == 0 and len(server.asked) - before == 7, "what was judged is not asked again"
+
+
+def test_nobody_listens(place, sides, quick):
+    ended = invoke("eval", *sides, "--url=http://127.0.0.1:9/v1", "--attempts=2")
+    assert ended.code == 2 and "refused" in ended.err
+
+
+@pytest.mark.parametrize("code", [400, 401, 404])
+def test_what_no_attempt_can_mend_ends_at_once(place, sides, quick, code):
+    server = Server([code] * 99)
+    ended = invoke("eval", *sides, f"--url={server.url}", "--workers=1")
+    assert ended.code == 2 and str(code) in ended.err and len(server.asked) <= 2 and not quick
+
+
+def test_the_key_is_sent_and_never_shown(place, sides, quick):
+    server = Server([500, 401])
+    shown = [invoke("eval", *sides, f"--url={server.url}", "--workers=1") for _ in range(2)]
+    assert set(server.keys) == {f"Bearer {KEY}"}
+    written = "".join(file.read_text() for file in place.rglob("*") if file.is_file())
+    assert all(KEY not in e.out + e.err for e in shown) and KEY not in written
+
+
+def test_a_torn_line_is_asked_again(place, sides, quick):
+    server = Server()
+    invoke("eval", *sides, f"--url={server.url}")
+    kept = (place / "out/verdicts.jsonl").read_text()
+    (place / "out/verdicts.jsonl").write_text(kept[:-20])
+    assert invoke("eval", *sides, f"--url={server.url}").code == 0 and len(server.asked) == 11
+    assert result(place)["prompts"] == 5
+
+
+def test_another_answer_is_judged_anew(place, sides, quick):
+    server = Server()
+    invoke("eval", *sides, f"--url={server.url}")
+    answers(place / "a/samples.jsonl", ["zz", "z", "zzzz", "same", "zzz"])
+    assert invoke("eval", *sides, f"--url={server.url}").code == 0 and len(server.asked) == 12
+    assert result(place)["lose"] == 0
+
+
+def test_a_local_model_judges(tiny, place):
+    ended = invoke("eval", "judge", tiny, tiny / "eval/round0_student_samples", "--out=out", "--most=2", "--max_new=4",
+                   f"--judge={tiny / 'bases/strong'}")  # fmt: skip
+    assert ended.code == 2 and ("context" in ended.err or "no pair has a verdict" in ended.err)
+    assert not ended.err.startswith("Traceback")
+
+
+# ---- people ----------------------------------------------------------------------------------------
+
+
+def test_people_fill_a_blind_sheet(place, sides):
+    answers(place / "a/samples.jsonl", ["=zz" + "a" * i for i in range(40)])
+    answers(place / "b/samples.jsonl", ["b" * (i + 1) for i in range(40)])
+    assert "fill in" in invoke("eval", *sides, "--human").out
+    sheet = place / "out/human.csv"
+    rows = [*csv.DictReader(sheet.open())]
+    places = Counter("first" if "zz" in row["first"] else "second" for row in rows)
+    assert len(rows) == 40 and min(places.values()) > 8, "who stands first is drawn"
+    assert all(not row[side].startswith("=") for row in rows for side in ("first", "second"))
+    assert "a/samples" not in sheet.read_text() and {row["verdict"] for row in rows} == {""}
+    for number, row in enumerate(rows):  # A always wins, but for two ties and one without a verdict
+        row["verdict"] = "tie" if number < 2 else "" if number == 2 else "1" if "zz" in row["first"] else "2"
+    with sheet.open("w", newline="") as stream:
+        table = csv.DictWriter(stream, rows[0].keys())
+        table.writeheader()
+        table.writerows(rows)
+    assert invoke("eval", *sides, "--human").code == 0
+    found = result(place)
+    assert (found["prompts"], found["unjudged"]) == (39, 1) and found["win_rate"] == pytest.approx(38 / 39)
+
+
+def test_a_wrong_sheet_names_the_row(place, sides):
+    invoke("eval", *sides, "--human")
+    sheet = place / "out/human.csv"
+    sheet.write_text(sheet.read_text().replace("same,same,", "same,same,3"))
+    ended = invoke("eval", *sides, "--human")
+    assert ended.code == 2 and "id3" in ended.err and "'3'" in ended.err
+
+
+# ---- statistics --------------------------------------------------------------------------------------
+
+
+def test_outcomes_by_hand():
+    rows = [("a", "ab", "first"), ("a", "ba", "second"), ("b", "ab", "second"), ("b", "ba", "first"), ("c", "ab", "first"),
+            ("c", "ba", "first"), ("d", "ab", "tie"), ("d", "ba", "tie"), ("e", "ab", "tie"), ("e", "ba", "second"),
+            ("f", "ab", None), ("f", "ba", "second")]  # fmt: skip
+    found = judge.outcomes([{"id": i, "order": o, "verdict": v} for i, o, v in rows])
+    assert found == {"a": 1.0, "b": 0.0, "c": 0.5, "d": 0.5, "e": 0.5}
+
+
+def test_verdicts_are_the_last_mark():
+    assert judge.verdict_of("[[A]] no, [[B]]") == "second" and judge.verdict_of("[[C]]") == "tie"
+    assert judge.verdict_of("[[D]] A is better") is None
+
+
+def test_length_control_recovers_what_made_the_verdicts(seed):
+    """Verdicts drawn from a logistic model of known intercept; in numbers a Newton fit cannot miss by much."""
+    rng = np.random.default_rng(seed)
+    longer = rng.normal(30, 20, 20000)
+    p = 1 / (1 + np.exp(-(-0.4 + 1.5 * longer / longer.std())))
+    won = (rng.random(20000) < p).astype(float)
+    assert won.mean() > 0.75 and judge.controlled(won, longer) == pytest.approx(1 / (1 + np.exp(0.4)), abs=0.05)
+
+
+def test_length_control_of_easy_cases():
+    won = np.array([1.0, 0.5, 0.0, 1.0])
+    assert judge.controlled(won, np.zeros(4)) == won.mean()
+    assert judge.controlled(np.ones(50), np.arange(50.0)) > 0.9
+    length = np.array([-3.0, -2, -1, 1, 2, 3])
+    assert judge.controlled((length > 0).astype(float), length) == pytest.approx(0.5, abs=1e-6), "length decides all"
+
+
+@pytest.mark.parametrize("words,wanted", [
+    (["--url=ftp://x"], "http"),
+    ([], "one judge"),
+    (["--url=http://x", "--human"], "one judge"),
+    (["--human", "--workers=0"], "workers"),
+])  # fmt: skip
+def test_a_wrong_command_is_refused(place, sides, words, wanted):
+    ended = invoke("eval", *sides, *words)
+    assert ended.code == 2 and wanted in ended.err and not (place / "out").exists()
+
+
+def test_sides_without_a_common_prompt(place, sides):
+    write_rows(place / "a/samples.jsonl", [])
+    ended = invoke("eval", *sides, "--human")
+    assert ended.code == 2 and "no prompt in common" in ended.err
