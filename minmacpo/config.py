@@ -151,7 +151,10 @@ class Generate:
 @dataclass(frozen=True, slots=True)
 class Macpo:
     teachers: int = setting(3, "K, the number of weak teachers", at_least=1, at_most=100)
-    rounds: int = setting(3, "R", at_least=0, at_most=1000)
+    rounds: int = setting(3, "R; with macpo.stop the most there can be", at_least=0, at_most=1000)
+    stop: Literal["none", "converged", "collapsed"] = setting(
+        "none", "end the rounds when the monitor says so of the student (monitor.verdict)"
+    )
     mutual: bool = setting(True, "positives come from the other side; false: -MP")
     hard_negatives: bool = setting(True, "DPO against negatives; false: -HN, SFT term only")
     update_teachers: bool = setting(True, "teachers learn from the student; false: -IW")
@@ -245,7 +248,7 @@ def check(config: Config) -> None:
     flat, data, model, town = flatten(config), config.data, config.model, config.world
     asked, part = config.feedback, config.macpo
     shares, targets, count, name = data.shares, config.lora.targets, config.macpo.teachers, config.run.name
-    kept = {key: getattr(config.macpo, key) for key in ("teachers", "rounds", "controls")}
+    kept = {key: getattr(config.macpo, key) for key in ("teachers", "rounds", "stop", "controls")}
     longest = max(data.max_prompt + config.generate.max_new, data.max_length)
     rules = [
         (value is None or BOUNDS[bound](value, limit), key, f"{bound.replace('_', ' ')} {limit}")
@@ -264,7 +267,7 @@ def check(config: Config) -> None:
         ((model.student and model.teachers) or longest <= model.context, "model.context",
          f"at least {longest}: the larger of data.max_length and data.max_prompt + generate.max_new"),
         (config.run.method == "macpo" or config.macpo == replace(Macpo(), **kept), "run.method",
-         "macpo where a setting of [macpo] but teachers, rounds and controls is set"),
+         "macpo where a setting of [macpo] but teachers, rounds, stop and controls is set"),
         (part.select and (len(part.select) == 1 or not {"all", "random"} & {*part.select}), "macpo.select",
          "one of its values, or several of perplexity, likelihood-ratio and agreement"),
         (part.mutual or not part.self_share, "macpo.self_share", "0 where macpo.mutual = false, which is all of it"),

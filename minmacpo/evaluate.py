@@ -7,6 +7,7 @@ programs, that knows the world's gold reward.
 
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from minmacpo.bases import Ground
 from minmacpo.commandline import overlay, read_toml
 from minmacpo.config import Config
 from minmacpo.data import Pair, Sample
+from minmacpo.diversity import distinct2, refuses, self_bleu
 from minmacpo.files import read_json, read_rows
 from minmacpo.macpo import Trained
+from minmacpo.monitor import alarms, signs
 from minmacpo.page import words
 from minmacpo.run import Stage, verify
 from minmacpo.stages import sample, score_texts
@@ -30,8 +33,10 @@ COLUMNS = {  # of the printed table: key, heading, how it is written
     "well_formed": ("formed", "{well_formed:.3f} ±{well_formed_half:.2f}"), "pgr": ("PGR", "{pgr:.2f}"),
     "perplexity": ("ppl", "{perplexity:.3f}"), "perplexity_char": ("ppl/char", "{perplexity_char:.3f}"),
     "accuracy": ("pref.acc", "{accuracy:.3f}"), "length": ("chars", "{length:.1f}"),
-    "hit_length": ("cut", "{hit_length:.3f}"), "distinct2": ("distinct-2", "{distinct2:.3f}"),
+    "hit_length": ("cut", "{hit_length:.3f}"), "refusals": ("refusals", "{refusals:.3f}"),
+    "distinct2": ("distinct-2", "{distinct2:.3f}"), "self_bleu": ("self-BLEU", "{self_bleu:.3f}"),
 }  # fmt: skip
+SIGNS = ("surprise", "entropy", "kl", "same", "similarity", "loops")  # of the monitor, in tables
 CONTROLS = {"continued": "naive SFT continued", "ceiling": "ceiling"}
 NOTES = {"name", "kind", "fingerprint", "counts", "started", "seconds", "cpu_seconds", "peak_mb"}
 town_of = functools.lru_cache(maxsize=8)(world.make_town)
@@ -43,7 +48,9 @@ def measure(shop: Workshop, ground: Ground, trained: Trained) -> None:
     truth, worse = (Texts(ground.slices, "test.jsonl", side) for side in ("chosen", "rejected"))
     base, name = trained.base, f"eval/round{trained.round}_{trained.agent}"
     key, answers = ("eval", trained.agent, trained.round), shop.config.eval.samples
-    sample(shop, f"{name}_samples", base, trained.adapter, truth, trained.agent, key, answers)
+    said = sample(shop, f"{name}_samples", base, trained.adapter, truth, trained.agent, key, answers)
+    if trained.agent not in CONTROLS:
+        score_texts(shop, f"{name}_under_base", base, None, Texts(said))
     for side, texts in (("truth", truth), ("worse", worse)):
         score_texts(shop, f"{name}_{side}", base, trained.adapter, texts)
         score_texts(shop, f"eval/base_{base.name}_{side}", base, None, texts)
@@ -124,14 +131,15 @@ def row_of(config: Config, samples: Stage, *scored: Stage) -> dict:
         picked = [i for i, f in enumerate(files.values()) if file in (None, f)]
         logp, tokens, size = (sum(scores[0][i][k] for i in picked) for k in ("logp", "tokens", "characters"))
         mine = [s for s in said if file in (None, s.meta.get("file"))]
-        bigrams = [pair for s in mine for pair in itertools.pairwise(s.response.split())]
         parts[file] = {
             "perplexity": float(np.exp(-logp / tokens)),
             "perplexity_char": float(np.exp(-logp / size)),
             "accuracy": float(np.mean([margins[i] > 0 for i in picked])),
             "length": float(np.mean([len(s.response) for s in mine])),
             "hit_length": float(np.mean([s.finish == "length" for s in mine])),
-            "distinct2": len(set(bigrams)) / max(len(bigrams), 1),
+            "refusals": float(np.mean([refuses(s.response) for s in mine])),
+            "distinct2": distinct2([s.response for s in mine]),
+            "self_bleu": self_bleu([s.response for s in mine]),
         }
     row = {"files": parts} | parts.pop(None)
     for part, values in gold_of(config, samples).items():
@@ -152,12 +160,13 @@ def make_table(run: Past) -> dict:
             row = row_of(run.config, *map(run.stage, names))
             rows.append({"agent": agent, "round": t, "label": CONTROLS.get(agent, label)} | row)
     add_pgr(run, rows)
+    watched = monitor_rows(run)
     negatives, keys = negative_rows(run), ("name", "kind", "seconds", "cpu_seconds", "peak_mb", "linked_from")
     stages = sorted(run.notes.values(), key=lambda notes: notes["started"])
     cost = [{k: notes.get(k) for k in keys} | {"tokens": notes["counts"].get("tokens")} for notes in stages]
     return {"run": run.folder.resolve().name, "method": run.config.run.method, "world": run.config.data.path is None,
             "rounds": rounds, "rows": rows, "filter": filter_rows(run), "negatives": negatives,
-            "warnings": warnings(negatives), "cost": cost}  # fmt: skip
+            "monitor": watched, "warnings": warnings(negatives, watched), "cost": cost}  # fmt: skip
 
 
 def add_pgr(run: Past, rows: list[dict]) -> None:
@@ -238,9 +247,37 @@ def negative_rows(run: Past) -> list[dict]:
     return rows
 
 
-def warnings(negatives: list[dict]) -> list[str]:
-    """What breaks the method first: negatives that are right, or equal to their positive."""
+def monitor_rows(run: Past) -> list[dict]:
+    """The monitor's signs and alarms of every agent by round."""
+    rows = []
+    for agent in ("student", *(f"teacher{k + 1}" for k in range(run.config.macpo.teachers))):
+        history = []
+        for t in range(run.config.macpo.rounds + 1):
+            if f"eval/round{t}_{agent}_samples" in run.notes:
+                history.append(signs_of(run.folder, agent, t, fingerprint_of(run, agent, t)))
+                rows.append({"agent": agent, "round": t, "alarms": alarms(history)} | history[-1])
+    return rows
+
+
+def fingerprint_of(run: Past, agent: str, t: int) -> str:
+    """What stands for the stages that the signs of an agent are read from, those of the round before included."""
+    names = [f"eval/round{t}_{agent}_samples", f"eval/round{t - 1}_{agent}_samples", f"round{t}/pairs_{agent}",
+             f"eval/round{t}_{agent}_under_base", f"round{t}/{agent}_pos"]  # fmt: skip
+    return repr([run.notes[name]["fingerprint"] if name in run.notes else None for name in names])
+
+
+@functools.cache
+def signs_of(folder: Path, agent: str, t: int, stages: str) -> dict[str, float]:
+    """`monitor.signs`, read once for the same `stages`."""
+    return signs(folder, agent, t)
+
+
+def warnings(negatives: list[dict], watched: Sequence[dict] = ()) -> list[str]:
+    """What breaks the method first: negatives that are right, or equal to their positive; the monitor's alarms."""
     found = []
+    for row in watched:
+        if row["alarms"]:
+            found.append(f"{words(row['agent'])}, round {row['round']}: {', '.join(row['alarms'])} (monitor)")
     for row in negatives:
         agent, wrong, equal = row["agent"], row["wrong"], max(row["equal"], default=0)
         if wrong is not None and wrong < 0.7:
@@ -273,10 +310,14 @@ def tables(table: dict) -> list[tuple[list[str], list[list[str]]]]:
     for row in table["negatives"]:
         wrong = "–" if row["wrong"] is None else f"{row['wrong']:.0%}"
         negatives.append([words(row["agent"]), wrong, ", ".join(f"{share:.1%}" for share in row["equal"])])
+    watched = [[f"{words(row['agent'])}, round {row['round']}",
+                *("–" if row.get(sign) is None else f"{row[sign]:.3f}" for sign in SIGNS),
+                ", ".join(row["alarms"])] for row in table["monitor"]]  # fmt: skip
     return [
         ([table["run"], *(COLUMNS[key][0] for key in keys)], results),
         (["chosen in round", *map(words, names), "all", "any right"], filtered),
         (["negatives of", "wrong", "equal to their positive, by round"], negatives),
+        (["monitor", *SIGNS, "alarms"], watched),
     ]
 
 

@@ -27,7 +27,7 @@ from minmacpo.run import FINISHED
 
 MARK = "@experiment-"
 HEAD = ("variant", "seeds", "student, last round", "first variant − it [95 %]", "win rate over naive SFT", "PGR",
-        "teachers", "chosen right", "any right", "CPU s", "tokens")  # fmt: skip
+        "teachers", "chosen right", "any right", "collapsed", "alarm in", "CPU s", "tokens")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +129,16 @@ def wins(mine: np.ndarray, other: np.ndarray) -> np.ndarray:
     return (mine > other) + 0.5 * (mine == other)
 
 
+def first_alarm(table: dict) -> int | None:
+    """The first round in which the monitor warned of the student."""
+    return next((row["round"] for row in table["monitor"] if row["agent"] == "student" and row["alarms"]), None)
+
+
+def collapsed(curve: Sequence[float]) -> bool:
+    """Whether the last of an agent's gold rewards by round is below 97 % of the best."""
+    return bool(curve[-1] < 0.97 * max(curve))
+
+
 def variant_row(label: str, words: list[str], runs: dict[int, Past], first: Golds) -> dict:
     """What the runs of one variant gave, by seed; `first` is the student of the first variant."""
     last, naive, tables = golds(runs, "student"), golds(runs, "student", 0), [make_table(r) for r in runs.values()]
@@ -145,6 +155,9 @@ def variant_row(label: str, words: list[str], runs: dict[int, Past], first: Gold
         "difference": with_interval([first[s] - last[s] for s in last if s in first]),
         "wins": with_interval([wins(last[s], naive[s]) for s in last]),
         "gain": with_interval([last[s] - naive[s] for s in last]),
+        "alarms": [first_alarm(table) for table in tables],
+        "collapsed": [collapsed([g.mean() for t in range(rounds + 1) for g in [golds({s: r}, "student", t)[s]]])
+                      for s, r in runs.items()],
         "teachers": float(np.mean([g.mean() for g in golds(runs, "teachers").values()])),
         "pgr": float(np.mean(pgr)) if pgr and None not in pgr else None,
         **{key: float(np.mean([row[key] for row in chosen])) if chosen and None not in [row.get(key) for row in chosen]
@@ -174,6 +187,7 @@ def cells(row: dict) -> list[str]:
     win = "{:.3f} [{:.3f}, {:.3f}]".format(*row["wins"])
     return [row["name"], str(len(row["seeds"])), number(row["student"]), apart, win, number(row["pgr"], ".2f"),
             number(row["teachers"]), number(row["right"], ".0%"), number(row["offered"], ".0%"),
+            f"{sum(row['collapsed'])} of {len(row['seeds'])}", ", ".join(str(t or "–") for t in row["alarms"]),
             number(row["cpu_seconds"], ",.0f"), number(row["tokens"], ",.0f")]  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from minmacpo.bases import Base, Ground
 from minmacpo.config import Dpo
 from minmacpo.feedback import tagged_prompts
+from minmacpo.monitor import verdict
 from minmacpo.run import Stage
 from minmacpo.stages import Candidates, Pace, pairs, prefer, sample, score_texts, sft
 from minmacpo.workshop import Texts, Workshop
@@ -81,7 +82,7 @@ def run_macpo(shop: Workshop, ground: Ground) -> Iterator[Trained]:
     labels = positives(teachers[0], 1, "round0/weak_labels")  # I3
     yield initialise(student, labels, negatives(teachers[0], 0, "round0/weak_negatives"))  # I4 - I6
 
-    for t in range(1, settings.rounds + 1):
+    for t in rounds(shop):
         yield update(student, t, teachers)  # R1 - R3
         for teacher in teachers if settings.update_teachers else ():  # -IW: the teachers do not learn
             yield update(teacher, t, [student])  # R4, R5
@@ -90,6 +91,17 @@ def run_macpo(shop: Workshop, ground: Ground) -> Iterator[Trained]:
 
     if settings.controls:
         yield from controls(student, labels)
+
+
+def rounds(shop: Workshop) -> Iterator[int]:
+    """1 … R, or until the monitor sees in the student what macpo.stop says; the adapters of all rounds stay."""
+    wanted = shop.config.macpo.stop
+    for t in range(1, shop.config.macpo.rounds + 1):
+        found = "" if wanted == "none" or shop.run.planning else verdict(shop.run.path, "student", t - 1)
+        if found.startswith(wanted):
+            shop.run.log(f"the student has {found} in round {t - 1}: no further round (macpo.stop = {wanted})")
+            return
+        yield t
 
 
 def initialise(agent: Agent, good: Texts, bad: Texts) -> Trained:

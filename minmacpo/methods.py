@@ -10,7 +10,17 @@ from functools import partial
 
 from minmacpo import feedback
 from minmacpo.bases import Ground
-from minmacpo.macpo import Agent, Trained, ceiling, contrast, imitate, make_agents, positives, run_macpo
+from minmacpo.macpo import (
+    Agent,
+    Trained,
+    ceiling,
+    contrast,
+    imitate,
+    make_agents,
+    positives,
+    rounds,
+    run_macpo,
+)
 from minmacpo.run import Stage
 from minmacpo.stages import Candidates, Pace, sample, score_texts, sft
 from minmacpo.workshop import Texts, Workshop
@@ -70,7 +80,7 @@ def spin(shop: Workshop, ground: Ground) -> Iterator[Trained]:
     The opponent who gave them is the reference; there is no SFT term."""
     student, labels = yield from start(shop, ground)
     loss = replace(shop.config.dpo, reference="previous", gamma=0.0)
-    for t in range(1, shop.config.macpo.rounds + 1):
+    for t in rounds(shop):
         yield contrast(student, t, [Candidates("teacher1", labels)], positives(student, t), loss)
 
 
@@ -78,7 +88,7 @@ def dpo_truth(shop: Workshop, ground: Ground) -> Iterator[Trained]:
     """DPO + γ SFT on the ground-truth pairs of all prompts: what preferences could give at most."""
     student, _ = yield from start(shop, ground)
     good, bad = (Texts(ground.slices, "d2.jsonl", side) for side in ("chosen", "rejected"))
-    for t in range(1, shop.config.macpo.rounds + 1):
+    for t in rounds(shop):
         yield contrast(student, t, [Candidates("truth", good)], bad, shop.config.dpo)
 
 
@@ -93,7 +103,7 @@ def self_rewarding(shop: Workshop, ground: Ground) -> Iterator[Trained]:
     prefers the best to the worst (Yuan et al. 2024); the reference is itself before that round."""
     student, _ = yield from start(shop, ground)
     settings, loss = shop.config.feedback, replace(shop.config.dpo, reference="previous", gamma=0.0)
-    for t in range(1, shop.config.macpo.rounds + 1):
+    for t in rounds(shop):
         said = several(student, t, settings.candidates)
         asked = feedback.ask(shop, f"round{t}/judge_questions", student.base, said,
                              partial(feedback.judgements, settings))  # fmt: skip
@@ -144,5 +154,5 @@ def learn_preferences(student: Agent, preference: feedback.Preference) -> Iterat
     """DPO on given pairs, once a round; the reference is the naive student."""
     chosen, rejected = preference
     loss = replace(student.shop.config.dpo, reference="init", gamma=0.0)
-    for t in range(1, student.shop.config.macpo.rounds + 1):
+    for t in rounds(student.shop):
         yield contrast(student, t, [Candidates("preferred", chosen)], rejected, loss)

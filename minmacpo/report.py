@@ -185,7 +185,7 @@ def write_report(path: Path) -> None:
     state = "Finished" if ended else "Still running, or stopped; reload to see more"
     lines = {key: over_rounds(table["rows"], key) for key in CURVES}
     main, *curves = (figure(*CURVES[key], lines[key], main=key == "gold") for key in CURVES)
-    (head, rows), *choices = evaluate.tables(table)
+    (head, rows), *choices, watched = evaluate.tables(table)
     last, environment = f"student, round {table['rounds']}", read_json(run.folder / "env.json")
     rows = [[tag("b", cell) for cell in cells] if cells[0].startswith(last) else cells for cells in rows]
     page = document(
@@ -198,6 +198,7 @@ def write_report(path: Path) -> None:
         curves=curves,
         results=[grid(["", *head[1:]], rows)],
         choices=[grid(*choice) for choice in choices],
+        monitor=[grid(*watched)],
         training=training_figures(run),
         samples=samples(run),
         cost=cost_tables(table["cost"]),

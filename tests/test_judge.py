@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.keys.append(self.headers.get("Authorization"))
             fault = self.server.faults.pop(0) if self.server.faults else None
         if fault == "hang":
-            time.sleep(3)
+            time.sleep(1.5)
             return
         if isinstance(fault, int):
             self.send_response(fault)
@@ -71,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
 def quick(monkeypatch):
     """No waiting between attempts; what would have been waited."""
     waited = []
-    monkeypatch.setattr(judge.time, "sleep", waited.append)
+    monkeypatch.setattr(judge, "time", SimpleNamespace(sleep=waited.append))
     monkeypatch.setenv(judge.KEY, KEY)
     return waited
 

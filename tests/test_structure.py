@@ -13,8 +13,8 @@ from conftest import REPO
 PACKAGE = REPO / "minmacpo"
 FLOORS = [
     {"config", "data"},
-    {"world", "commandline", "files", "machine", "tokenizer", "model", "lora", "losses", "progress", "page"},
-    {"run", "checkpoint", "batching"},
+    {"diversity", "world", "commandline", "files", "machine", "tokenizer", "model", "lora", "losses", "progress", "page"},
+    {"run", "checkpoint", "batching", "monitor"},
     {"fit", "generate", "score"},
     {"bases"},
     {"workshop"},
@@ -28,7 +28,7 @@ FLOORS = [
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 PROGRAMS = FLOORS[-1]
 THIRD_PARTY = {"torch", "safetensors", "sentencepiece", "numpy", "tqdm"}
-WITHOUT_TORCH = ["config", "data", "world", "commandline"]
+WITHOUT_TORCH = ["config", "data", "world", "commandline", "diversity"]
 TREES = {
     file.stem: ast.parse(file.read_text(), str(file))
     for file in sorted([*PACKAGE.glob("*.py"), *REPO.glob("*.py")])
@@ -129,7 +129,7 @@ def test_model_losses_and_lora_import_torch_and_their_settings_only():
 
 
 def test_the_algorithm_moves_no_tensor():
-    assert not foreign("macpo") | foreign("methods"), "they speak of agents, files and stages"
+    assert not foreign("macpo") | foreign("methods") | foreign("feedback") | foreign("monitor"), "they speak of agents, files and stages"
 
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
