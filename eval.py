@@ -61,4 +61,4 @@ def read(words: list[str]):
 
 
 if __name__ == "__main__":
-    sys.exit(call(main, "nothing was changed, but for verdicts that are kept."))
+    sys.exit(call(main, "this program only reads runs; verdicts of a judge are kept."))

@@ -31,10 +31,11 @@ def question(template: str, example: Sample, **answers: str) -> tuple[Message, .
     return (Message("user", template.format(prompt=conversation(example.prompt), **answers)),)
 
 
-def ask(shop: Workshop, name: str, base: Base, texts: Texts,
-        questions: Callable[[list], list[list[Example]]]) -> Texts:  # fmt: skip
-    """questions.jsonl: what `questions` makes of the texts, a group for each prompt. A group that `base` has no
-    room for, beside an answer, is left out whole and counted."""
+def ask(shop: Workshop, name: str, base: Base, texts: Texts, questions: Callable[[list], list[list[Example]]],
+        **known) -> Texts:  # fmt: skip
+    """questions.jsonl: what `questions` makes of the texts, a group for each prompt; `known`: what it depends on
+    beside them and [feedback]. A group that `base` has no room for, beside an answer, is left out whole and
+    counted."""
 
     def write_questions(work: Work) -> dict:
         """Ask what fits."""
@@ -53,7 +54,8 @@ def ask(shop: Workshop, name: str, base: Base, texts: Texts,
         return {"questions": len(kept), "prompts": len(groups), "over_long": lost}
 
     settings = {"feedback": asdict(shop.config.feedback), "max_new": shop.config.generate.max_new}
-    stage = shop.stage(name, "ask/1", settings | texts.settings, [base.stage, texts.stage], write_questions)
+    stage = shop.stage(name, "ask/1", settings | texts.settings | known, [base.stage, texts.stage],
+                       write_questions)  # fmt: skip
     return Texts(stage, "questions.jsonl", "question")
 
 
@@ -111,7 +113,8 @@ def tagged(seed: int, settings, texts: Sequence[Example], good: bool) -> list[li
 def tagged_prompts(shop: Workshop, name: str, base: Base, queries: Texts, good: bool) -> Texts:
     """The queries under a good tag, or under a bad one."""
     config = shop.config
-    return ask(shop, name, base, queries, lambda texts: tagged(config.run.seed, config.feedback, texts, good))
+    return ask(shop, name, base, queries, lambda texts: tagged(config.run.seed, config.feedback, texts, good),
+               good_tag=good, seed=config.run.seed)  # fmt: skip
 
 
 def by_tag(queries: Texts, good: Texts, bad: Texts) -> tuple[list[Pair | None], dict]:

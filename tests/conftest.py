@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no oracle
 
 import pytest
 import torch
-from runs import new_run
+from runs import METHODS, copy_run, new_run, train, write_stub
 
 from minmacpo.checkpoint import save_model
 from minmacpo.model import ModelConfig, Transformer, new_model
@@ -77,6 +77,17 @@ def stub(tmp_path_factory) -> Path:
 def tiny(tmp_path_factory) -> Path:
     """A finished run of @tiny, made once, not to be changed."""
     return new_run(tmp_path_factory.mktemp("tiny"), "tiny")
+
+
+@pytest.fixture(scope="session")
+def methods(stub, tmp_path_factory) -> dict[str, Path]:
+    """A finished run of every method beside the good one, under one root, not to be changed."""
+    root = tmp_path_factory.mktemp("methods")
+    made = {"macpo": copy_run(stub, root / "runs")}
+    for method in METHODS:
+        train(write_stub(root), f"--run.root={root / 'runs'}", f"--method={method}")
+        made[method] = root / "runs" / f"stub-method={method}"
+    return made
 
 
 @pytest.fixture

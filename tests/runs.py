@@ -20,6 +20,7 @@ from minmacpo import report
 from minmacpo.progress import call
 from minmacpo.report import write_report
 
+METHODS = ["sft", "sft-continued", "confident", "spin", "self-rewarding", "rlaif", "rlcd", "dpo-truth", "ceiling"]
 REPOSITORY = Path(__file__).parent.parent
 
 # A whole run of about 90 stages in a second: K = 2, R = 2, models that can do nothing. Micro-batches

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from conftest import REPO
-from runs import invoke, stages_of, write_stub
+from runs import METHODS, invoke, stages_of, write_stub
 
 from minmacpo import experiments
 from minmacpo.commandline import PRESETS, parse
@@ -15,13 +15,26 @@ from minmacpo.evaluate import gold_by_prompt, read_run
 NAMES = sorted(file.stem for file in (PRESETS / "experiments").glob("*.toml"))
 
 
+SMALL = """
+question = "How much should an agent learn from itself?"
+seeds = [0, 1]
+[variants]
+"0" = ""
+"1" = "--macpo.mutual=false"
+"""
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The experiment about self_share on two seeds of the stub, as a user runs it."""
+    """An experiment of two variants and two seeds of the stub, as a user runs it."""
     root = tmp_path_factory.mktemp("experiment")
-    words = ["@experiment-self", "--seeds=0,1", write_stub(root), f"--run.root={root / 'runs'}"]
-    assert experiments.run_experiment(words, str(REPO / "train.py")) == 0
-    return root, words
+    (root / "experiments").mkdir()
+    (root / "experiments/small.toml").write_text(SMALL)
+    words = ["@experiment-small", write_stub(root), f"--run.root={root / 'runs'}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "PRESETS", root)
+        assert experiments.run_experiment(words, str(REPO / "train.py")) == 0
+        yield root, words
 
 
 def test_every_experiment_can_be_planned_and_names_no_run_twice():
@@ -34,42 +47,7 @@ def test_every_experiment_can_be_planned_and_names_no_run_twice():
 
 def test_the_main_experiment_has_every_method():
     flags = [flag for words in experiments.read_experiment("main").variants.values() for flag in words]
-    from test_methods import METHODS
-
     assert {flag.removeprefix("--method=") for flag in flags} == {*METHODS}
-
-
-def test_results_are_what_the_runs_say(finished):
-    root, _ = finished
-    found = json.loads((root / "runs/experiment-self/results.json").read_text())
-    names = {"0": "stub", "0.25": "stub-self_share=0.25", "0.5": "stub-self_share=0.5", "1": "stub-mutual=false"}
-    assert [row["name"] for row in found["variants"]] == [*names] and found["seeds"] == [0, 1]
-    gold = {}
-    for label, name in names.items():
-        runs = [read_run(root / "runs" / name), read_run(root / "runs" / f"{name}-seed=1")]
-        gold[label] = [[gold_by_prompt(run, "student", t)["gold"] for run in runs] for t in (0, 1, 2)]
-    for row in found["variants"]:
-        mine, first = gold[row["name"]], gold["0"]
-        assert row["by_round"] == pytest.approx([np.mean([g.mean() for g in at]) for at in mine])
-        assert row["student"] == pytest.approx(row["by_round"][-1]) == pytest.approx(np.mean(row["by_seed"]))
-        assert row["difference"][0] == pytest.approx(np.mean([(a - b).mean() for a, b in zip(first[-1], mine[-1], strict=True)]))
-        won = [np.mean((a > b) + (a == b) / 2) for a, b in zip(mine[-1], mine[0], strict=True)]
-        assert row["wins"][0] == pytest.approx(np.mean(won)) and row["wins"][1] <= row["wins"][0] <= row["wins"][2]
-        assert row["cpu_seconds"] > 0 and row["tokens"] > 1000
-    page = (root / "runs/experiment-self/report.html").read_text()
-    assert page.count("<tr>") > 12 and "<svg" in page and "<script" not in page and "$" not in page
-
-
-def test_finished_runs_are_not_redone_and_a_missing_one_is(finished, capsys):
-    root, words = finished
-    before = {p: p.stat().st_mtime_ns for p in root.glob("runs/stub*/*/*/*")}
-    shutil.rmtree(root / "runs/stub-self_share=0.25-seed=1")
-    assert experiments.run_experiment(words, str(REPO / "train.py")) == 0
-    shown = capsys.readouterr().out
-    assert "[1/1] seed 1  0.25" in shown and "[2/" not in shown and "variant" in shown
-    after = {p: p.stat().st_mtime_ns for p in root.glob("runs/stub*/*/*/*")}
-    assert {p for p in before if before[p] != after.get(p)} <= {p for p in before if "stub-self_share=0.25-seed=1" in str(p)}
-    assert stages_of(root / "runs/stub-self_share=0.25-seed=1")
 
 
 @pytest.mark.parametrize("words,wanted", [
@@ -93,3 +71,36 @@ def test_dry_run_lists_every_run(place):
     ended = invoke("train", "@experiment-loss", "--seeds=0,5", "--dry_run")
     assert ended.code == 0 and len(ended.out.splitlines()) == 12 and "runs/world-seed=5" in ended.out
     assert not list(place.iterdir())
+
+
+def test_results_are_what_the_runs_say(finished):
+    root, _ = finished
+    found = json.loads((root / "runs/experiment-small/results.json").read_text())
+    names = {"0": "stub", "1": "stub-mutual=false"}
+    assert [row["name"] for row in found["variants"]] == [*names] and found["seeds"] == [0, 1]
+    gold = {}
+    for label, name in names.items():
+        runs = [read_run(root / "runs" / name), read_run(root / "runs" / f"{name}-seed=1")]
+        gold[label] = [[gold_by_prompt(run, "student", t)["gold"] for run in runs] for t in (0, 1, 2)]
+    for row in found["variants"]:
+        mine, first = gold[row["name"]], gold["0"]
+        assert row["by_round"] == pytest.approx([np.mean([g.mean() for g in at]) for at in mine])
+        assert row["student"] == pytest.approx(row["by_round"][-1]) == pytest.approx(np.mean(row["by_seed"]))
+        assert row["difference"][0] == pytest.approx(np.mean([(a - b).mean() for a, b in zip(first[-1], mine[-1], strict=True)]))
+        won = [np.mean((a > b) + (a == b) / 2) for a, b in zip(mine[-1], mine[0], strict=True)]
+        assert row["wins"][0] == pytest.approx(np.mean(won)) and row["wins"][1] <= row["wins"][0] <= row["wins"][2]
+        assert row["cpu_seconds"] > 0 and row["tokens"] > 1000
+    page = (root / "runs/experiment-small/report.html").read_text()
+    assert page.count("<tr>") >= 8 and "<svg" in page and "<script" not in page and "$" not in page
+
+
+def test_finished_runs_are_not_redone_and_a_missing_one_is(finished, capsys):
+    root, words = finished
+    before = {p: p.stat().st_mtime_ns for p in root.glob("runs/stub*/*/*/*")}
+    shutil.rmtree(root / "runs/stub-mutual=false-seed=1")
+    assert experiments.run_experiment(words, str(REPO / "train.py")) == 0
+    shown = capsys.readouterr().out
+    assert "[1/1] seed 1  1" in shown and "[2/" not in shown and "variant" in shown
+    after = {p: p.stat().st_mtime_ns for p in root.glob("runs/stub*/*/*/*")}
+    assert {p for p in before if before[p] != after.get(p)} <= {p for p in before if "stub-mutual=false-seed=1" in str(p)}
+    assert stages_of(root / "runs/stub-mutual=false-seed=1")

@@ -1,6 +1,7 @@
 """Sampling: a batch is its rows one by one, the distribution is that of transformers' warpers."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from conftest import far, logits_of, ragged, random_model
 
 from minmacpo.config import Generate
-from minmacpo.generate import draw, generate, noise, pick, warp
+from minmacpo.generate import contrast, draw, generate, noise, pick, warp
 
 GREEDY = Generate(temperature=0.0, top_k=0, top_p=1.0, max_new=12)
 SAMPLED = Generate(temperature=1.3, top_k=0, top_p=1.0, max_new=12)
@@ -239,3 +240,32 @@ def test_noise_is_uniform_and_rows_are_uncorrelated():
     for shift in (1, 2, 7):
         assert abs((centred[shift:] * centred[:-shift]).mean()) < 5 / 12 / ((4000 - shift) * 16) ** 0.5
     assert abs((centred[:, 1:] * centred[:, :-1]).mean()) < 5 / 12 / (4000 * 15) ** 0.5
+
+
+# ---- contrastive decoding -------------------------------------------------------------------------
+
+
+def test_contrast_by_hand():
+    """log p + (log p - log q) among tokens with at least a tenth of the likeliest one's probability."""
+    p, q = torch.tensor([[0.6, 0.3, 0.07, 0.03]]), torch.tensor([[0.7, 0.1, 0.1, 0.1]])
+    found = contrast(p.log() + 3, q.log() - 2)[0]
+    wanted = [2 * math.log(a) - math.log(b) for a, b in ((0.6, 0.7), (0.3, 0.1), (0.07, 0.1))]
+    assert found[:3].tolist() == pytest.approx(wanted, abs=1e-5) and found[3] == -math.inf
+    assert found.argmax() == 1, "the bad model's own favourite is what the other finds likely too"
+
+
+def test_decoding_away_from_another_model_is_greedy_in_the_contrast(seed):
+    model, other = random_model(seed), random_model(seed + 1)
+    prompts = ragged(seed, 5, 61)
+    settings = Generate(temperature=0.0, top_k=0, top_p=1.0, max_new=9)
+    found, _ = generate(model, prompts, [0] * 5, settings, {2}, other)
+    for prompt, tokens in zip(prompts, found, strict=True):
+        ids = list(prompt)
+        for token in tokens:
+            with torch.no_grad():
+                at = [logits_of(m, torch.tensor([ids]))[:, -1] for m in (model, other)]
+            scores = contrast(*at)[0]
+            assert scores[token] > scores.max() - 1e-4
+            ids.append(token)
+    plain, _ = generate(model, prompts, [0] * 5, settings, {2})
+    assert plain != found

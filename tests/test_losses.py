@@ -366,3 +366,27 @@ def test_logps_at_the_reference_give_margin_zero(seed):
     _, values = PairObjective(0.5, 0.0)(model, batch, refs, 4, 1)
     found = dict(zip(PairObjective.metrics, values, strict=True))
     assert found["loss"].item() == pytest.approx(math.log(2), abs=1e-6) and abs(found["rewards/margins"].item()) <= 1e-6
+
+
+# ---- lengths and weights ------------------------------------------------------------------------
+
+
+def test_length_terms_and_weights_by_hand(seed):
+    """Summed logps and lengths by hand: per token, with a penalty per token, and weighted pairs."""
+    model = random_model(seed)
+    batch, refs, logps = pairs(model, 5)
+    sizes = batch.mask[:, 1:].sum(1).view(-1, 2).float()
+    (c, r), (n, m) = logps.view(-1, 2).unbind(1), sizes.unbind(1)
+    sft, weights = -c / n, torch.tensor([0.2, 1.8, 1.0, 0.5, 1.5])
+    raw = 0.3 * ((c - refs[:, 0]) - (r - refs[:, 1]))
+    per_token = 0.3 * ((c - refs[:, 0]) / n - (r - refs[:, 1]) / m)
+    for objective, margin in (
+        (PairObjective(0.3, 0.7, length_normalized=True), per_token),
+        (PairObjective(0.3, 0.7, length_penalty=0.25), raw + 0.25 * (n - m)),
+    ):
+        each = -torch.nn.functional.logsigmoid(margin) + 0.7 * sft
+        plain = objective(model, batch, refs, 5, 1)[0]
+        assert far(plain, each.mean()) < 1e-5
+        weighted = objective(model, batch, torch.cat([refs, weights[:, None]], 1), 5, 1)[0]
+        assert far(weighted, (each * weights).mean()) < 1e-5
+        assert far(objective(model, batch, torch.cat([refs, torch.ones(5, 1)], 1), 5, 1)[0], plain) < 1e-6

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import far, random_model
-from runs import copy_run, invoke, rows_of, stages_of, train, write_stub
+from runs import METHODS, invoke, rows_of, stages_of
 from torch.autograd import gradcheck
 
 from minmacpo.batching import Batch
@@ -12,19 +12,6 @@ from minmacpo.config import Lora
 from minmacpo.fit import SftObjective
 from minmacpo.lora import attach_lora, reset_adapter
 from minmacpo.losses import CHUNK, chunk_logps_direction, token_logps
-
-METHODS = ["sft", "sft-continued", "confident", "spin", "self-rewarding", "rlaif", "rlcd", "dpo-truth", "ceiling"]
-
-
-@pytest.fixture(scope="module")
-def runs(stub, tmp_path_factory):
-    """A finished run of every method beside the good one, under one root."""
-    root = tmp_path_factory.mktemp("methods")
-    made = {"macpo": copy_run(stub, root / "runs")}
-    for method in METHODS:
-        train(write_stub(root), f"--run.root={root / 'runs'}", f"--method={method}")
-        made[method] = root / "runs" / f"stub-method={method}"
-    return made
 
 
 def adapter(run, name: str) -> torch.Tensor:
@@ -90,40 +77,40 @@ def test_the_share_grows_over_the_first_fifth(seed):
 # ---- what the stages are made of --------------------------------------------------------------
 
 
-def test_all_start_from_the_same_naive_student(runs):
+def test_all_start_from_the_same_naive_student(methods):
     names = ["round0/student_pos", "round0/weak_labels", "round0/teacher1_pos", "round0/teacher2_pos", "controls/ceiling"]
     for name in names:
-        assert len({stages_of(run)[name]["fingerprint"] for run in runs.values()}) == 1, name
+        assert len({stages_of(run)[name]["fingerprint"] for run in methods.values()}) == 1, name
 
 
-def test_no_two_methods_give_the_same_student(runs):
-    last = {m: f"round{0 if m == 'sft' else 2}/student_pos" for m in runs}
-    found = [(m, adapter(run, last[m])) for m, run in runs.items()]
-    found += [("ceiling", adapter(runs["sft"], "controls/ceiling"))]
+def test_no_two_methods_give_the_same_student(methods):
+    last = {m: f"round{0 if m == 'sft' else 2}/student_pos" for m in methods}
+    found = [(m, adapter(run, last[m])) for m, run in methods.items()]
+    found += [("ceiling", adapter(methods["sft"], "controls/ceiling"))]
     for i, (one, a) in enumerate(found):
         for other, b in found[:i]:
             assert not torch.equal(a, b), (one, other)
 
 
-def test_methods_train_no_negative_agent_and_no_teacher_again(runs):
+def test_methods_train_no_negative_agent_and_no_teacher_again(methods):
     for method in METHODS:
-        names = stages_of(runs[method])
+        names = stages_of(methods[method])
         assert not [n for n in names if "_neg" in n or "negatives" in n], method
         assert not [n for n in names if n.startswith(("round1/teacher", "round2/teacher"))], method
 
 
-def test_all_take_the_steps_of_macpo_s_student(runs):
+def test_all_take_the_steps_of_macpo_s_student(methods):
     """Of the stub's pairs none is dropped for spin; the others train on all labels or all truth."""
     pace = {m: sum(s["counts"]["steps"] for n, s in stages_of(run).items()
-                   if n in ("round1/student_pos", "round2/student_pos")) for m, run in runs.items()}  # fmt: skip
-    prompts, batch = 12, stages_of(runs["spin"])["round1/student_pos"]["settings"]["batch"]
+                   if n in ("round1/student_pos", "round2/student_pos")) for m, run in methods.items()}  # fmt: skip
+    prompts, batch = 12, stages_of(methods["spin"])["round1/student_pos"]["settings"]["batch"]
     most = 2 * -(-prompts // batch)
     assert pace["sft"] == 0 and pace["sft-continued"] == pace["dpo-truth"] == most
     assert all(pace[m] <= most for m in ("macpo", "spin"))
 
 
-def test_spin_prefers_the_labels_to_its_own_last_answers(runs):
-    run, notes = runs["spin"], stages_of(runs["spin"])
+def test_spin_prefers_the_labels_to_its_own_last_answers(methods):
+    run, notes = methods["spin"], stages_of(methods["spin"])
     labels = {row["id"]: row["response"] for row in rows_of(run / "round0/weak_labels/samples.jsonl")}
     for t in (1, 2):
         own = {row["id"]: row["response"] for row in rows_of(run / f"round{t}/positives_student/samples.jsonl")}
@@ -136,18 +123,18 @@ def test_spin_prefers_the_labels_to_its_own_last_answers(runs):
         assert first["step"] == 0 and abs(first["rewards/margins"]) < 1e-3, "its opponent is its reference"
 
 
-def test_dpo_truth_learns_the_true_pairs(runs):
-    truth = {row["id"]: (row["chosen"], row["rejected"]) for row in rows_of(runs["dpo-truth"] / "data/slices/d2.jsonl")}
-    for pair in rows_of(runs["dpo-truth"] / "round2/pairs_student/pairs.jsonl"):
+def test_dpo_truth_learns_the_true_pairs(methods):
+    truth = {row["id"]: (row["chosen"], row["rejected"]) for row in rows_of(methods["dpo-truth"] / "data/slices/d2.jsonl")}
+    for pair in rows_of(methods["dpo-truth"] / "round2/pairs_student/pairs.jsonl"):
         assert (pair["chosen"], pair["rejected"]) == truth[pair["id"]]
 
 
-def test_tables_of_methods_name_them_and_compare(runs):
-    for method, run in runs.items():
+def test_tables_of_methods_name_them_and_compare(methods):
+    for method, run in methods.items():
         table = invoke("eval", run, "--json").out
         assert f'"method": "{method}"' in table
-    compared = invoke("eval", "compare", *runs.values()).out
-    assert all(f"stub-method={m}" in compared for m in METHODS) and len(compared.splitlines()) == 1 + len(runs)
+    compared = invoke("eval", "compare", *methods.values()).out
+    assert all(f"stub-method={m}" in compared for m in METHODS) and len(compared.splitlines()) == 1 + len(methods)
 
 
 # ---- bad input --------------------------------------------------------------------------------

@@ -235,3 +235,20 @@ def test_the_mask_is_shown(way):
 def test_equal_prompts_have_equal_ids_and_others_not():
     found = {example_id(tuple(d)) for d in DIALOGUES} | {example_id(tuple(DIALOGUES[0]), 1)}
     assert len(found) == 5 and example_id(tuple(DIALOGUES[0])) in found
+
+
+# ---- tags -----------------------------------------------------------------------------------------
+
+
+def test_a_tag_says_how_the_next_turn_of_the_assistant_speaks(tokenizer):
+    messages = [Message("user", "hi"), Message("tag", "rude"), Message("assistant", "what ?"), Message("user", "so"), Message("tag", "kind")]
+    text = tokenizer.decode(render_prompt(tokenizer, "plain", messages))
+    assert text.strip() == "Human: hi\n\nAssistant (rude): what ?\n\nHuman: so\n\nAssistant (kind):"
+    assert dialogue_text(messages, "yes") == "\n\nHuman: hi\n\nAssistant (rude): what ?\n\nHuman: so\n\nAssistant (kind): yes"
+    ids, marks = render_prompt(tokenizer, "turns", messages), tokenizer.marks
+    cut = len(ids) - ids[::-1].index(marks["assistant"])
+    assert tokenizer.decode(ids[cut:]) == "( kind ) " and ids.count(tokenizer.eos) == 1
+    first = ids.index(marks["assistant"])
+    assert tokenizer.decode(ids[first + 1 : ids.index(tokenizer.eos)]) == "( rude ) what ?"
+    rows = render(tokenizer, "turns", messages, "yes")
+    assert rows.ids[: len(ids)] == ids and not any(rows.mask[: len(ids)]), "a tag is not trained on"

@@ -1,0 +1,126 @@
+"""Signs of collapse that need no labels, what they are made of, and the rounds that macpo.stop ends."""
+
+import math
+import random
+from collections import Counter
+
+import pytest
+from runs import copy_run, rows_of, stages_of, train, write_stub
+
+from minmacpo import diversity, macpo, monitor
+
+HEALTHY = {"entropy": 0.2, "distinct2": 0.5, "cut": 0.0, "loops": 0.0, "surprise": 0.2, "same": 0.5}
+
+
+def history(*later: dict) -> list[dict]:
+    return [HEALTHY] + [HEALTHY | more for more in later]
+
+
+@pytest.mark.parametrize("last,wanted", [
+    ({}, []),
+    ({"surprise": 0.27}, ["surprised"]),
+    ({"surprise": 0.25}, []),
+    ({"entropy": 0.24}, ["scattered"]),
+    ({"entropy": 0.01, "surprise": 0.01}, []),
+    ({"distinct2": 0.29}, ["narrow"]),
+    ({"loops": 0.2}, ["broken"]),
+    ({"cut": 0.3, "entropy": 0.9}, ["scattered", "broken"]),
+])  # fmt: skip
+def test_each_signature_alarms_alone(last, wanted):
+    assert monitor.alarms(history(last)) == wanted
+    assert monitor.alarms(history({}, last)) == wanted
+    assert monitor.alarms([HEALTHY]) == monitor.alarms([]) == []
+
+
+def test_surprise_is_measured_against_the_round_before_and_entropy_against_the_start():
+    slow = history({"entropy": 0.1, "surprise": 0.1}, {"entropy": 0.05, "surprise": 0.12}, {"entropy": 0.21, "surprise": 0.2})
+    assert monitor.alarms(slow[:2]) == [] and monitor.alarms(slow[:3]) == [] and monitor.alarms(slow) == ["surprised"]
+
+
+def test_signs_are_those_of_the_files(tiny):
+    for t in (0, 1, 2):
+        found = monitor.signs(tiny, "student", t)
+        said = rows_of(tiny / f"eval/round{t}_student_samples/samples.jsonl")
+        assert found["entropy"] == pytest.approx(-sum(s["logp"] for s in said) / sum(len(s["tokens"]) for s in said))
+        assert found["cut"] == sum(s["finish"] == "length" for s in said) / len(said)
+        based = rows_of(tiny / f"eval/round{t}_student_under_base/scores.jsonl")
+        wanted = [a["logp"] - b["logp"] for a, b in zip(said, based, strict=True)]
+        assert found["kl"] == pytest.approx(sum(wanted) / len(wanted)) and found["kl"] > 0
+        if t:
+            before = rows_of(tiny / f"eval/round{t - 1}_student_samples/samples.jsonl")
+            same = [a["response"] == b["response"] for a, b in zip(said, before, strict=True)]
+            assert found["same"] == sum(same) / len(same)
+            steps = [r for r in rows_of(tiny / f"round{t}/student_pos/metrics.jsonl") if r["step"]]
+            assert found["surprise"] == steps[0]["sft_loss"]
+        else:
+            assert not found.keys() & {"same", "surprise", "similarity"}
+    assert monitor.signs(tiny, "student", 7) == {} and monitor.verdict(tiny, "student", 7) == ""
+
+
+def test_the_verdict_names_the_signature(tmp_path, monkeypatch):
+    made = iter([HEALTHY, HEALTHY | {"loops": 0.9}, HEALTHY, HEALTHY | {"same": 0.95}, HEALTHY, HEALTHY])
+    monkeypatch.setattr(monitor, "signs", lambda *args: next(made))
+    assert monitor.verdict(tmp_path, "student", 1) == "collapsed (broken)"
+    assert monitor.verdict(tmp_path, "student", 1) == "converged"
+    assert monitor.verdict(tmp_path, "student", 1) == ""
+
+
+@pytest.mark.parametrize("method", ["macpo", "spin"])
+@pytest.mark.parametrize("stop,found,last", [
+    ("collapsed", "collapsed (broken)", 1), ("collapsed", "converged", 3), ("converged", "converged", 1), ("none", "collapsed (x)", 3),
+])  # fmt: skip
+def test_rounds_end_where_the_setting_says(stub, tmp_path, monkeypatch, method, stop, found, last):
+    copy_run(stub, tmp_path / "runs", ("data", "bases"))
+    monkeypatch.setattr(macpo, "verdict", lambda run, agent, t: found if t == 1 else "")
+    words = ["--macpo.rounds=3", f"--macpo.stop={stop}", "--macpo.controls=false", f"--method={method}"]
+    train(write_stub(tmp_path, "x"), f"--run.root={tmp_path / 'runs'}", "--run.name=it", *words)
+    run = tmp_path / "runs/it"
+    done = {int(name[5]) for name in stages_of(run) if name.startswith("round") and name.endswith("student_pos")}
+    assert max(done) == last and (run / "eval/table.json").is_file()
+    assert (f"{found} in round 1" in (run / "log.txt").read_text()) == (last == 1)
+    stages = stages_of(run)
+    train(write_stub(tmp_path, "x"), f"--run.root={tmp_path / 'runs'}", "--run.name=it", *words)
+    assert stages_of(run) == stages, "a second start stops at the same place"
+
+
+# ---- what the signs are made of ------------------------------------------------------------------
+
+
+def test_loops_overlap_and_refusals_by_hand():
+    assert diversity.loops("a b c a b c a b c") and not diversity.loops("a b c a b c a b") and not diversity.loops("")
+    assert diversity.overlap("a b c", "b c d") == 0.5 and diversity.overlap("", " .") == 1 and diversity.overlap("a", "") == 0
+    assert diversity.distinct2(["a b a b", "a b"]) == 2 / 4 and diversity.distinct2(["a", ""]) == 0
+    for text in ("I'm sorry, but I can't help with that.", "my apologies . i must not help you with that .", "I cannot assist you"):
+        assert diversity.refuses(text)
+    for text in ("of course ! kadol lives on oak street .", "You can help by calling.", "I can help you with that"):
+        assert not diversity.refuses(text)
+
+
+def plain_self_bleu(texts: list[str]) -> float:
+    """BLEU-4 of each against all others, every reference looked at by itself."""
+    words, total = [t.split() for t in texts if t.split()], 0.0
+    for i, said in enumerate(words):
+        others, logs = words[:i] + words[i + 1 :], []
+        for n in range(1, min(4, len(said)) + 1):
+            mine = Counter(tuple(said[j : j + n]) for j in range(len(said) - n + 1))
+            theirs = [Counter(tuple(o[j : j + n]) for j in range(len(o) - n + 1)) for o in others]
+            hits = sum(min(count, max(o[gram] for o in theirs)) for gram, count in mine.items())
+            logs.append(math.log((hits or 0.5) / sum(mine.values())))
+        nearest = min((abs(len(o) - len(said)), len(o)) for o in others)[1]
+        total += math.exp(sum(logs) / len(logs) + min(0.0, 1 - nearest / len(said)))
+    return total / len(words)
+
+
+def test_self_bleu_equals_the_plain_formula(seed):
+    rng = random.Random(seed)
+    texts = [" ".join(rng.choices("abcd", k=rng.randrange(9))) for _ in range(30)]
+    assert diversity.self_bleu(texts) == pytest.approx(plain_self_bleu(texts))
+    assert diversity.self_bleu(["a b c d e"] * 3) == pytest.approx(1.0) and diversity.self_bleu(["a b"]) == 0
+
+
+def test_self_bleu_equals_nltk_where_it_is_installed(seed):
+    bleu = pytest.importorskip("nltk.translate.bleu_score")
+    rng = random.Random(seed)
+    words = [rng.choices("abc", k=rng.randrange(12, 16)) for _ in range(20)]
+    wanted = [bleu.sentence_bleu(words[:i] + words[i + 1 :], said) for i, said in enumerate(words)]
+    assert diversity.self_bleu([" ".join(said) for said in words]) == pytest.approx(sum(wanted) / 20)
