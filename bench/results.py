@@ -1,0 +1,157 @@
+"""RESULTS.md from assets/results: python -m bench.results [--collect=runs] [--hh=RUN].
+
+--collect takes results.json of every finished experiment (`python train.py @experiment-NAME`) of a run root, and what
+its default run cost, into assets/results; --hh does so with a finished `@hh` run. findings.toml there is written by
+hand: what each experiment says, and which claims of the paper hold in this world.
+"""
+
+import json
+import sys
+import tomllib
+from pathlib import Path
+
+from minmacpo.evaluate import format_table, make_table, read_run
+from minmacpo.experiments import HEAD, cells
+from minmacpo.files import write_atomic, write_json
+
+PLACE = Path("assets/results")
+ORDER = ("main", "ablations", "rounds", "selection", "self", "negatives", "loss", "teachers", "noise")
+INTRO = """# Results
+
+Every number on this page comes from the built-in world (`@world`, gold reward in [0, 1] on 320 held-out prompts, two
+sampled answers each), but for the last section. `python train.py @experiment-NAME` runs an experiment and writes its table;
+`python -m bench.results --collect=runs` makes this page. Brackets are 95 % bootstraps of the paired difference over
+seeds, then prompts; with two seeds they say little about other seeds. Seeds 0 and 1 were used to choose settings and the
+monitor's thresholds; seeds 2 to 4 were run once, afterwards. "Collapsed" counts seeds whose last student is below 97 %
+of its best round; "alarm in" is the first round in which the monitor, which sees no gold label, warned of the student.
+CPU seconds and tokens are those of all stages of one run, shared ones included.
+"""
+
+
+def markdown(head, rows) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def experiment_section(found: dict, finding: str) -> str:
+    """Question, table, student by round where there are many, and what was found."""
+    rows = found["variants"]
+    parts = [f"## {found['name']}\n", f"*{found['question']}* `python train.py @experiment-{found['name']}`\n",
+             markdown(HEAD, map(cells, rows)), finding + "\n"]  # fmt: skip
+    longest = max(len(row["by_round"]) for row in rows)
+    curve = [[row["name"], *(f"{v:.3f}" for v in row["by_round"])] for row in rows]
+    parts.append(markdown(["student", *(f"r{t}" for t in range(longest))], curve))
+    if len(found["seeds"]) > 2:
+        seeds = [[row["name"], *(f"{v:.3f}" for v in row["by_seed"])] for row in rows]
+        parts.append(markdown(["last round", *(f"seed {s}" for s in found["seeds"])], seeds))
+    return "\n".join(parts)
+
+
+def monitor_section(experiments: list[dict]) -> str:
+    """Alarms against collapses, over all variants and seeds of every experiment; seeds 0 and 1 apart."""
+    counts = {"seeds 0 and 1": [0] * 4, "other seeds": [0] * 4}
+    known = set()
+    for found in experiments:
+        for row in found["variants"]:
+            for seed, alarm, fell in zip(row["seeds"], row["alarms"], row["collapsed"], strict=True):
+                if (row["flags"], seed) not in known:
+                    known.add((row["flags"], seed))
+                    counts["seeds 0 and 1" if seed in (0, 1) else "other seeds"][2 * (alarm is None) + (not fell)] += 1
+    rows = [[name, *map(str, four)] for name, four in counts.items()]
+    return "## The monitor\n\n" + markdown(
+        ["runs", "collapsed, alarm", "not collapsed, alarm (false alarm, or never rose)", "collapsed, no alarm (miss)", "neither"], rows
+    )  # fmt: skip
+
+
+def mechanism_section(found: dict, finding: str) -> str:
+    """Whose answers are how familiar to whom, by round (bench/mechanism.py)."""
+    parts = ["## The mechanism\n", f"Median perplexity of an answer under a policy as it stands before the round, mean of {', '.join(found['runs'])}"
+             " (`python -m bench.mechanism RUN RUN`).\n"]  # fmt: skip
+    for t, measured in found["rounds"].items():
+        policies = list(next(iter(measured["perplexity"].values())))
+        rows = [[label, *(f"{row[p]:.3f}" for p in policies)] for label, row in measured["perplexity"].items()]
+        parts.append(markdown([f"round {t}: answers", *(f"under {p}" for p in policies)], rows))
+        parts.append("Prompts by how many teachers are right: " + ", ".join(f"{k} {v:.0%}" for k, v in measured["teachers right"].items()) + ".\n")
+    return "\n".join([*parts, finding + "\n"])
+
+
+def cost_section(cost: list[dict]) -> str:
+    """CPU seconds by kind of stage of one default run."""
+    kinds = {}
+    for row in cost:
+        kinds.setdefault(row["kind"].partition("/")[0], []).append(row)
+    rows = [[kind, str(len(mine)), f"{sum(r['cpu_seconds'] for r in mine):.1f}", f"{sum(r['tokens'] or 0 for r in mine):,}"]
+            for kind, mine in sorted(kinds.items(), key=lambda item: -sum(r["cpu_seconds"] for r in item[1]))]  # fmt: skip
+    total = f"**{sum(row['cpu_seconds'] for row in cost):.0f}**"
+    rows.append(["**all**", str(len(cost)), total, f"peak {max(row['peak_mb'] for row in cost)} MB"])
+    return "## What the default run costs (seed 0)\n\n" + markdown(["kind of stage", "stages", "CPU seconds", "tokens"], rows)
+
+
+def hh_section(found: dict) -> str:
+    """A run on HH-RLHF files: what the reader counted, the table, the cost."""
+    counts = [[name, ", ".join(f"{reason} {n}" for reason, n in reasons.items())] for name, reasons in found["counts"].items()]
+    return "\n".join([
+        "## HH-RLHF: both official test files as one mixture\n",
+        "`python train.py @hh --data.path=FOLDER`; tiny bases made from a part of the same files, so this shows the code "
+        "on real dialogues, not what MACPO does to a 7B model. Learning rates were not tuned.\n",
+        markdown(["file or slice", "rows"], counts), f"```\n{found['table']}\n```\n",
+        cost_section(found["cost"]).partition("\n\n")[2],
+    ])  # fmt: skip
+
+
+def collect(root: Path) -> None:
+    """Take what the experiments of a run root found, and the cost of its default run."""
+    for file in sorted(root.glob("experiment-*/results.json")):
+        write_json(PLACE / f"{file.parent.name.removeprefix('experiment-')}.json", json.loads(file.read_text("utf-8")))
+    keys = ("kind", "cpu_seconds", "tokens", "peak_mb")
+    cost = [{k: row[k] for k in keys} for row in make_table(read_run(root / "world"))["cost"] if not row["linked_from"]]
+    write_json(PLACE / "cost.json", {"stages": cost})
+
+
+def collect_hh(folder: str) -> None:
+    """Take the counts, the table and the cost of a run on HH-RLHF files."""
+    run = read_run(folder)
+    counts = run.notes["data/slices"]["counts"]
+    made = {name.removeprefix("data/corpus_"): n["counts"]["documents"] for name, n in run.notes.items() if "/corpus_" in name}
+    parts = counts["rows"] | counts["slices"] | {"repeated prompts left out": counts["repeated prompts left out"], "d0, documents": made}
+    table = make_table(run)
+    cost = [{k: row[k] for k in ("kind", "cpu_seconds", "tokens", "peak_mb")} for row in table["cost"]]
+    write_json(PLACE / "hh.json", {"counts": parts, "table": format_table(table), "cost": cost})
+
+
+def read(name: str) -> dict | None:
+    """assets/results/NAME.json, if it is there."""
+    file = PLACE / f"{name}.json"
+    return json.loads(file.read_text("utf-8")) if file.is_file() else None
+
+
+def page() -> str:
+    """RESULTS.md."""
+    written = tomllib.loads((PLACE / "findings.toml").read_text("utf-8"))
+    found = [result for name in ORDER if (result := read(name))]
+    claims = [[claim["says"], claim["verdict"], claim["why"]] for claim in written["claims"]]
+    parts = [INTRO, "## What the paper says, and what holds here\n", markdown(["claim", "in this world", "why"], claims)]
+    parts += [experiment_section(result, written["findings"].get(result["name"], "")) for result in found]
+    if mechanism := read("mechanism"):
+        parts.append(mechanism_section(mechanism, written["findings"].get("mechanism", "")))
+    parts += [monitor_section(found), written["findings"].get("monitor", "") + "\n"]
+    parts += [cost_section(cost["stages"])] if (cost := read("cost")) else []
+    parts += [hh_section(hh)] if (hh := read("hh")) else []
+    return "\n".join(parts)
+
+
+def main(argv: list[str]) -> None:
+    options = dict(word.lstrip("-").partition("=")[::2] for word in argv)
+    if odd := options.keys() - {"collect", "hh"}:
+        raise SystemExit(f"--{odd.pop()}: unknown; see the first lines of bench/results.py")
+    PLACE.mkdir(parents=True, exist_ok=True)
+    if "collect" in options:
+        collect(Path(options["collect"]))
+    if "hh" in options:
+        collect_hh(options["hh"])
+    write_atomic(Path("RESULTS.md"), page())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
