@@ -249,13 +249,14 @@ def select(shop: Workshop, prompts: list[list[Choice]], own: tuple[str, float], 
             mine = dice.random() < own[1]
             offers = [choice for choice in offers if (choice[0] == own[0]) == mine]
         able = [choice for choice in offers if choice[1].response] or offers[:1]
+        names = [name for name in settings.select if name in able[0][2]]
         if settings.select == ("all",):
             winners.append(able)
-        elif settings.select == ("random",) or not able[0][2]:
+        elif not names:  # a random pick, or only one source
             winners.append([dice.choice(able)])
         else:
             winners.append([min(able, key=lambda mine: sum(
-                other[2][name] > mine[2][name] for other in able for name in settings.select))])  # fmt: skip
+                other[2][name] > mine[2][name] for other in able for name in names))])  # fmt: skip
     return winners
 
 

@@ -520,6 +520,7 @@ BEYOND = {
     "two": ["--macpo.select=perplexity,agreement"],
     "answers": ["--macpo.answers=2"],
     "keep": ["--macpo.keep=0.5"],
+    "keep by ratio": ["--macpo.keep=0.75", "--macpo.select=likelihood-ratio", "--macpo.answers=2"],
     "weights": ["--macpo.weights=agreement"],
     "self": ["--macpo.self_share=0.5"],
     "other": ["--macpo.negatives=other"],
