@@ -236,11 +236,12 @@ def shape(text: str) -> tuple[int, int, int, int]:
 
 
 def placeholders(template: str) -> set[str]:
-    """The names in braces of a text for str.format; empty for a text that is none."""
+    """The names in braces of a text for str.format; empty for a text that is none, or that formats them."""
     try:
-        return {name for _, name, *_ in string.Formatter().parse(template) if name is not None}
+        found = [found for found in string.Formatter().parse(template) if found[1] is not None]
     except ValueError:
         return set()
+    return set() if any(form or conversion for *_, form, conversion in found) else {name for _, name, *_ in found}
 
 
 def check(config: Config) -> None:
@@ -268,7 +269,7 @@ def check(config: Config) -> None:
          f"at least {longest}: the larger of data.max_length and data.max_prompt + generate.max_new"),
         (config.run.method == "macpo" or config.macpo == replace(Macpo(), **kept), "run.method",
          "macpo where a setting of [macpo] but teachers, rounds, stop and controls is set"),
-        (part.select and (len(part.select) == 1 or not {"all", "random"} & {*part.select}), "macpo.select",
+        (len({*part.select}) == len(part.select) > 0 and (len(part.select) == 1 or not {"all", "random"} & {*part.select}), "macpo.select",
          "one of its values, or several of perplexity, likelihood-ratio and agreement"),
         (part.mutual or not part.self_share, "macpo.self_share", "0 where macpo.mutual = false, which is all of it"),
         (count > 1 or not ("agreement" in part.select or part.weights == "agreement"), "macpo.teachers",

@@ -57,11 +57,13 @@ def run_experiment(argv: Sequence[str], program: str) -> int:
     names = [word.removeprefix(MARK) for word in argv if word.startswith(MARK)]
     given = [word.removeprefix("--seeds=") for word in argv if word.startswith("--seeds=")]
     shared = [word for word in argv if not word.startswith((MARK, "--seeds=", "--dry_run"))]
+    if odd := [word for word in shared if word.startswith(("--run.name", "--run.seed", "--stage", "--profile", "--method"))]:
+        raise UserError(f"{odd[0]}: an experiment says this itself; run train.py without it for a single run")
     if len(names) != 1:
         raise UserError(f"{' '.join(map(MARK.__add__, names))}: one experiment at a time")
     experiment = read_experiment(names[0])
     try:
-        seeds = [int(seed) for seed in given[-1].split(",")] if given else experiment.seeds
+        seeds = sorted({int(seed) for seed in given[-1].split(",")}) if given else experiment.seeds
     except ValueError:
         raise UserError(f"--seeds={given[-1]}: expected whole numbers with commas between them") from None
     plan = [(seed, label, [*shared, *flags, f"--run.seed={seed}"])

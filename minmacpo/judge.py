@@ -14,6 +14,7 @@ import io
 import json
 import os
 import random
+import re
 import threading
 import time
 import urllib.error
@@ -28,7 +29,7 @@ import numpy as np
 
 from minmacpo import UserError
 from minmacpo.config import Config
-from minmacpo.data import Example, Message, Sample, from_json
+from minmacpo.data import Example, Message, Sample
 from minmacpo.evaluate import interval, read_run
 from minmacpo.feedback import conversation
 from minmacpo.files import read_rows, write_atomic, write_json
@@ -121,7 +122,7 @@ def over_http(words: Namespace) -> Ask:
             try:
                 request = urllib.request.Request(url, json.dumps(body).encode(), headers)
                 with urllib.request.urlopen(request, timeout=words.timeout) as answer:
-                    reply = json.load(answer)["choices"][0]["message"]["content"]
+                    reply = json.loads(read_within(answer, words.timeout))["choices"][0]["message"]["content"]
                 if isinstance(reply, str):
                     return reply
                 problem = "the reply holds no text"
@@ -129,16 +130,26 @@ def over_http(words: Namespace) -> Ask:
                 if error.code != 429 and error.code < 500:
                     raise UserError(f"{url}: answers {error.code} ({error.reason}); see --url, --model and ${KEY}") from None
                 problem, wait = f"it answers {error.code}", error.headers.get("Retry-After", "")
-                pause = float(wait) if wait.isdigit() else pause
+                pause = float(wait) if re.fullmatch(r"[0-9]{1,9}", wait) else pause
             except (OSError, HTTPException) as error:
                 problem = str(getattr(error, "reason", error)) or type(error).__name__
-            except (ValueError, KeyError, IndexError, TypeError):
+            except (ValueError, KeyError, IndexError, TypeError, RecursionError):
                 problem = "the reply is no chat completion"
             if attempt + 1 < words.attempts:
                 time.sleep(min(pause, words.timeout))
         raise UserError(f"{url}: no verdict after {words.attempts} attempts ({problem}); what was judged is kept")
 
     return ask
+
+
+def read_within(answer, seconds: float, most: int = 1 << 24) -> bytes:
+    """The body of a reply; OSError if it has not come whole in so many seconds, or is longer than `most` bytes."""
+    ends, body = time.monotonic() + seconds, b""
+    while part := answer.read1(1 << 16):
+        body += part
+        if time.monotonic() > ends or len(body) > most:
+            raise OSError("the reply is endless" if len(body) > most else "timed out")
+    return body
 
 
 def local(words: Namespace) -> Ask:
@@ -170,7 +181,7 @@ def judge_all(words: Namespace, pairs: Sequence[Pair], ask: Ask) -> list[dict]:
     is written as soon as it is there; the first error ends the asking, after what is under way."""
     file = words.out / "verdicts.jsonl"
     words.out.mkdir(parents=True, exist_ok=True)
-    judge, known = str(words.judge or words.model), {}
+    judge, known = str(words.judge or f"{words.model} at {words.url}"), {}
     for row in read_kept(file):
         known[row["id"], row["order"], row["judge"], row["answers"]] = row
     jobs = []
@@ -180,7 +191,9 @@ def judge_all(words: Namespace, pairs: Sequence[Pair], ask: Ask) -> list[dict]:
             jobs.append(((*key[:3], json.dumps(key[3])), QUESTION.format(
                 prompt=conversation(a.prompt), first=x.response, second=y.response)))  # fmt: skip
     left = [job for job in jobs if job[0] not in known]
+    torn = file.is_file() and file.read_bytes()[-1:] not in (b"", b"\n")
     with file.open("a", encoding="utf-8") as stream, ThreadPoolExecutor(words.workers if words.url else 1) as pool:
+        print(end="\n" * torn, file=stream)
         asked = {pool.submit(ask, question): key for key, question in left}
         try:
             with Progress("judging", len(jobs), "verdict", len(jobs) - len(left), None) as progress:
@@ -188,7 +201,7 @@ def judge_all(words: Namespace, pairs: Sequence[Pair], ask: Ask) -> list[dict]:
                     key, reply = asked[future], future.result()
                     row = dict(zip(("id", "order", "judge", "answers"), key, strict=True))
                     known[key] = row | {"verdict": verdict_of(reply), "reply": reply}
-                    print(json.dumps(known[key], ensure_ascii=False), file=stream, flush=True)
+                    print(json.dumps(known[key]), file=stream, flush=True)
                     progress.step()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -197,13 +210,14 @@ def judge_all(words: Namespace, pairs: Sequence[Pair], ask: Ask) -> list[dict]:
 
 
 def read_kept(file: Path) -> Iterator[dict]:
-    """The whole rows of a verdicts.jsonl; a last line that a kill has torn is asked again."""
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+    """The whole rows of a verdicts.jsonl; a line that a kill has torn is asked again."""
+    for line in file.read_bytes().split(b"\n") if file.is_file() else ():
         try:
-            row = from_json(dict, line)
-            if row.keys() >= {"id", "order", "judge", "answers", "verdict"}:
+            row = json.loads(line)
+            texts = [row[key] for key in ("id", "order", "judge", "answers")]
+            if all(isinstance(text, str) for text in texts) and row["verdict"] in (None, *MARKS.values()):
                 yield row
-        except (ValueError, AttributeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
 
 
@@ -228,19 +242,27 @@ def write_sheet(file: Path, pairs: Sequence[Pair]) -> None:
 
 
 def read_sheet(file: Path, pairs: Sequence[Pair]) -> list[dict]:
-    """Verdict rows ("ab", of A against B) of a filled CSV; empty ones are None. UserError for any other word."""
-    by_id, rows = {pair[0].id: pair for pair in pairs}, []
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        for row in csv.DictReader(stream):
-            where, said = f"{file}, row of {row.get('id')}", (row.get("verdict") or "").strip().lower()
-            if row.get("id") not in by_id:
-                raise UserError(f"{where}: is about no prompt that both sides have answered")
-            if said not in ("", "1", "2", "tie"):
-                raise UserError(f"{where}: verdict {said!r}; expected 1, 2, tie or nothing")
-            first = shown_first(by_id[row["id"]])
-            found = {"": None, "tie": "tie", "1": "first" if first else "second", "2": "second" if first else "first"}
-            rows.append({"id": row["id"], "order": "ab", "verdict": found[said]})
-    return rows
+    """Verdict rows ("ab", of A against B) of a filled CSV; empty ones are None. UserError for a sheet without its
+    columns, a row about another prompt or one twice, or another word than 1, 2 or tie."""
+    by_id, rows = {pair[0].id: pair for pair in pairs}, {}
+    try:
+        table = csv.DictReader(io.StringIO(file.read_bytes().decode("utf-8-sig"), newline=""))
+        lines, columns = [*table], table.fieldnames or []
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file}: is no CSV in UTF-8 ({error})") from None
+    if not {"id", "verdict"} <= {*columns}:
+        raise UserError(f"{file}: its first line must name the columns {','.join(HUMAN)}, with commas between them")
+    for number, row in enumerate((row for row in lines if any(v for v in row.values() if isinstance(v, str))), 1):
+        where, said = f"{file}, row {number}", (row["verdict"] or "").strip().lower()
+        if row["id"] not in by_id or row["id"] in rows:
+            problem = "is there twice" if row["id"] in rows else "is about no prompt that both sides have answered"
+            raise UserError(f"{where}: {row['id']!r} {problem}")
+        if said not in ("", "1", "2", "tie"):
+            raise UserError(f"{where}, {row['id']}: verdict {said!r}; expected 1, 2, tie or nothing")
+        first = shown_first(by_id[row["id"]])
+        found = {"": None, "tie": "tie", "1": "first" if first else "second", "2": "second" if first else "first"}
+        rows[row["id"]] = {"id": row["id"], "order": "ab", "verdict": found[said]}
+    return [*rows.values()]
 
 
 # ---- what it comes to ------------------------------------------------------------------------------

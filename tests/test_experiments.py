@@ -56,6 +56,8 @@ def test_the_main_experiment_has_every_method():
     (["@experiment-self", "--seeds=a"], "whole numbers"),
     (["@experiment-self", "--macpo.muual=false"], "macpo.mutual"),
     (["@experiment-self", "--data.path=x"], "world"),
+    (["@experiment-self", "--run.name=x"], "run.name"),
+    (["@experiment-self", "--method=spin"], "method"),
 ])  # fmt: skip
 def test_a_wrong_experiment_is_refused_before_anything_runs(place, words, wanted):
     ended = invoke("train", *words)

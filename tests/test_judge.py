@@ -37,6 +37,9 @@ class Server(ThreadingHTTPServer):
         self.faults, self.reply, self.asked, self.keys, self.lock = [*faults], reply, [], [], threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
+    def handle_error(self, *where):
+        """A client that has hung up is no news."""
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/v1"
@@ -60,7 +63,15 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Retry-After", "0")
             self.end_headers()
             return
-        content = {"broken": "{nonsense", "empty": json.dumps({"choices": []})}.get(fault)
+        if fault == "drip":
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(30):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+                time.sleep(0.1)
+            return
+        content = {"broken": "{nonsense", "empty": json.dumps({"choices": []}), "deep": "[" * 100_000}.get(fault)
         text = "I cannot say." if fault == "no verdict" else self.server.reply(body)
         content = content or json.dumps({"choices": [{"message": {"content": text}}]})
         self.send_response(200)
@@ -72,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
 def quick(monkeypatch):
     """No waiting between attempts; what would have been waited."""
     waited = []
-    monkeypatch.setattr(judge, "time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.setattr(judge, "time", SimpleNamespace(sleep=waited.append, monotonic=time.monotonic))
     monkeypatch.setenv(judge.KEY, KEY)
     return waited
 
@@ -134,7 +145,7 @@ def test_a_missing_verdict_is_counted_and_its_prompt_left_out(place, sides, quic
     assert result(place)["unjudged"] == 1 and result(place)["without_verdict"] == 1 and result(place)["prompts"] == 4
 
 
-@pytest.mark.parametrize("fault", ["hang", 500, "broken"])
+@pytest.mark.parametrize("fault", ["hang", "drip", 500, "broken", "deep"])
 def test_a_url_that_never_answers_ends_with_one_sentence_and_keeps_what_it_has(place, sides, quick, fault):
     server = Server([None, None, None] + [fault] * 50)
     words = [*sides, f"--url={server.url}", "--workers=1", "--timeout=0.3", "--attempts=2"]
@@ -173,6 +184,18 @@ def test_a_torn_line_is_asked_again(place, sides, quick):
     (place / "out/verdicts.jsonl").write_text(kept[:-20])
     assert invoke("eval", *sides, f"--url={server.url}").code == 0 and len(server.asked) == 11
     assert result(place)["prompts"] == 5
+    assert invoke("eval", *sides, f"--url={server.url}").code == 0 and len(server.asked) == 11, "it stands on a line of its own"
+
+
+def test_odd_rows_are_asked_again_and_odd_replies_are_kept(place, sides, quick):
+    server = Server(reply=lambda body: "\ud800 \u2028 [[A]]")
+    (place / "out").mkdir()
+    odd = [{"id": [1], "order": "ab", "judge": "x", "answers": "y", "verdict": None}, 5, {"id": "id0"}]
+    (place / "out/verdicts.jsonl").write_bytes(b"\n".join([*(json.dumps(row).encode() for row in odd), b"\xff{", b"[" * 9999]))
+    assert invoke("eval", *sides, f"--url={server.url}").code == 0 and len(server.asked) == 10
+    assert invoke("eval", *sides, f"--url={server.url}").code == 0 and len(server.asked) == 10
+    other = Server()
+    assert invoke("eval", *sides, f"--url={other.url}").code == 0 and len(other.asked) == 10, "another judge"
 
 
 def test_another_answer_is_judged_anew(place, sides, quick):
@@ -220,6 +243,17 @@ def test_a_wrong_sheet_names_the_row(place, sides):
     sheet.write_text(sheet.read_text().replace("same,same,", "same,same,3"))
     ended = invoke("eval", *sides, "--human")
     assert ended.code == 2 and "id3" in ended.err and "'3'" in ended.err
+
+
+@pytest.mark.parametrize("sheet,wanted", [
+    (b"", "columns"), (b"id;verdict\nid0;1\n", "columns"), (b"id,verdict\nid0,1\nid0,2\n", "twice"),
+    (b"id,verdict\nnobody,1\n", "nobody"), ("id,verdict\nid0,1\n".encode("utf-16"), "UTF-8"), (b"id,verdict\n\n", "no pair"),
+])  # fmt: skip
+def test_a_sheet_that_is_none_is_refused(place, sides, sheet, wanted):
+    (place / "out").mkdir()
+    (place / "out/human.csv").write_bytes(sheet)
+    ended = invoke("eval", *sides, "--human")
+    assert ended.code == 2 and wanted in ended.err and ended.err.count("\n") == 1
 
 
 # ---- statistics --------------------------------------------------------------------------------------
