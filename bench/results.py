@@ -110,14 +110,16 @@ def collect(root: Path) -> None:
 
 
 def collect_hh(folder: str) -> None:
-    """Take the counts, the table and the cost of a run on HH-RLHF files."""
+    """Take the counts, the table and the cost of a run on HH-RLHF files, as hh.md."""
     run = read_run(folder)
     counts = run.notes["data/slices"]["counts"]
     made = {name.removeprefix("data/corpus_"): n["counts"]["documents"] for name, n in run.notes.items() if "/corpus_" in name}
     parts = counts["rows"] | counts["slices"] | {"repeated prompts left out": counts["repeated prompts left out"], "d0, documents": made}
     table = make_table(run)
     cost = [{k: row[k] for k in ("kind", "cpu_seconds", "tokens", "peak_mb")} for row in table["cost"]]
-    write_json(PLACE / "hh.json", {"counts": parts, "table": format_table(table), "cost": cost})
+    commit = next(iter(run.notes.values()))["commit"]
+    section = hh_section({"counts": parts, "table": format_table(table), "cost": cost})
+    write_atomic(PLACE / "hh.md", f"{section}\nMeasured at commit {commit}.\n")
 
 
 def read(name: str) -> dict | None:
@@ -137,7 +139,7 @@ def page() -> str:
         parts.append(mechanism_section(mechanism, written["findings"].get("mechanism", "")))
     parts += [monitor_section(found), written["findings"].get("monitor", "") + "\n"]
     parts += [cost_section(cost["stages"])] if (cost := read("cost")) else []
-    parts += [hh_section(hh)] if (hh := read("hh")) else []
+    parts += [hh.read_text("utf-8")] if (hh := PLACE / "hh.md").is_file() else []
     return "\n".join(parts)
 
 
