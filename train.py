@@ -19,9 +19,8 @@ def source_of(config) -> dict:
     if data.path is None:
         few = config.pretrain.strong_steps * config.pretrain.batch  # documents the tokenizer may learn from
         shorter = {"tokenizer_texts": few} if few < TOKENIZER_TEXTS else {}
-        later = {"domain": "town", "remarks": 0, "strong_known": 1.0}  # a world made before they existed stays equal
-        told = {k: v for k, v in asdict(config.world).items() if (k, v) not in later.items()}
-        return {"world": told, "seed": seed} | shorter
+        plain = {("domain", "town"), ("remarks", 0), ("strong_known", 1.0)}  # as before there were such settings
+        return {"world": dict(asdict(config.world).items() - plain), "seed": seed} | shorter
     files = [[file.name, sha256_file(file)] for file in find_files(data.path)]
     return {"shares": list(data.shares), "max_examples": data.max_examples, "seed": seed, "files": files}
 

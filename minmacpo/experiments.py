@@ -162,6 +162,7 @@ def variant_row(case: Case, runs: dict[int, Past], first: Golds) -> dict:
     rounds = max(run.config.macpo.rounds for run in runs.values())
     chosen = [table["filter"][-1] for table in tables if table["filter"]]
     pgr = [row["pgr"] for table in tables for row in table["rows"] if row["agent"] == "student"][rounds :: rounds + 1]
+    lengths = [[row["length"] for row in table["rows"] if row["agent"] == "student"] for table in tables]
     cost = [(sum(s["cpu_seconds"] for s in table["cost"]), sum(s["tokens"] or 0 for s in table["cost"]))
             for table in tables]  # fmt: skip
     return {
@@ -176,6 +177,7 @@ def variant_row(case: Case, runs: dict[int, Past], first: Golds) -> dict:
         "collapsed": [collapsed([g.mean() for t in range(rounds + 1) for g in [golds({s: r}, "student", t)[s]]])
                       for s, r in runs.items()],
         "teachers": float(np.mean([g.mean() for g in golds(runs, "teachers").values()])),
+        "lengths": [float(np.mean([characters[i] for characters in lengths])) for i in (0, -1)],
         "pgr": float(np.mean(pgr)) if pgr and None not in pgr else None,
         **{key: float(np.mean([row[key] for row in chosen])) if chosen and None not in [row.get(key) for row in chosen]
            else None for key in ("right", "offered", "different")},
