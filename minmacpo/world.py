@@ -18,10 +18,11 @@ gossips. Answers can be open-ended (`world.remarks`), and the strong base can la
 """
 
 import random
+from dataclasses import asdict
 from typing import NamedTuple
 
 from minmacpo.data import Example, Message, Pair, example_id
-from minmacpo.domains import AS_IT_IS, DOMAINS, HARMING, TOOLS, TOPICS
+from minmacpo.domains import DOMAINS, HARMING, TOOLS, TOPICS
 
 POLITE = ("of course !", "happy to help .", "good question .")
 SORRY = ("i am sorry .", "my apologies .")
@@ -57,6 +58,13 @@ class Town(NamedTuple):
     harms: tuple[Item, ...]
     forms: dict[str, str]  # of domains.Domain
     remarks: int  # most closing remarks of an answer
+
+
+def identity(settings) -> dict:
+    """All settings of a world, but for those that came later and leave it as it was before: what stages were made of
+    that world stays valid."""
+    plain = {("domain", "town"), ("remarks", 0), ("strong_known", 1.0)}
+    return {key: value for key, value in asdict(settings).items() if (key, value) not in plain}
 
 
 def make_town(settings, seed: int) -> Town:
