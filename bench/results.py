@@ -15,7 +15,7 @@ from minmacpo.experiments import HEAD, cells
 from minmacpo.files import write_atomic, write_json
 
 PLACE = Path("assets/results")
-ORDER = ("main", "ablations", "rounds", "selection", "self", "negatives", "loss", "conditions", "teachers", "domains",
+ORDER = ("main", "ablations", "rounds", "selection", "self", "negatives", "loss", "lengths", "conditions", "teachers", "domains",
          "sizes", "noise")  # fmt: skip
 INTRO = """# Results
 
@@ -60,6 +60,7 @@ def crossed(rows: list[dict]) -> list[str]:
         "student, last round": lambda row: f"{row['student']:.3f}",
         f"{first} − it [95 %]": lambda row: "" if row["name"] == first else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["difference"]),
         "gain over naive SFT [95 %]": lambda row: "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["gain"]) if any(row["gain"]) else "",
+        "student that macpo.stop = rollback keeps": lambda row: f"{row['kept']:.3f}" if any(row["alarms"]) else "",
         "teachers, last round": lambda row: f"{row['teachers']:.3f}",
         "PGR": lambda row: "–" if row["pgr"] is None else f"{row['pgr']:.2f}",
         "chosen right / any right": lambda row: "–" if row["offered"] is None else f"{row['right']:.0%} / {row['offered']:.0%}",

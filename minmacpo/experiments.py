@@ -163,6 +163,8 @@ def variant_row(case: Case, runs: dict[int, Past], first: Golds) -> dict:
     chosen = [table["filter"][-1] for table in tables if table["filter"]]
     pgr = [row["pgr"] for table in tables for row in table["rows"] if row["agent"] == "student"][rounds :: rounds + 1]
     lengths = [[row["length"] for row in table["rows"] if row["agent"] == "student"] for table in tables]
+    alarms = [first_alarm(table) for table in tables]
+    kept = [golds({s: r}, "student", alarm and alarm - 1)[s].mean() for (s, r), alarm in zip(runs.items(), alarms, strict=True)]
     cost = [(sum(s["cpu_seconds"] for s in table["cost"]), sum(s["tokens"] or 0 for s in table["cost"]))
             for table in tables]  # fmt: skip
     return {
@@ -173,7 +175,7 @@ def variant_row(case: Case, runs: dict[int, Past], first: Golds) -> dict:
         "difference": with_interval([first[s] - last[s] for s in last if s in first]),
         "wins": with_interval([wins(last[s], naive[s]) for s in last]),
         "gain": with_interval([last[s] - naive[s] for s in last]),
-        "alarms": [first_alarm(table) for table in tables],
+        "alarms": alarms, "kept": float(np.mean(kept)),  # kept: what macpo.stop = rollback ends with
         "collapsed": [collapsed([g.mean() for t in range(rounds + 1) for g in [golds({s: r}, "student", t)[s]]])
                       for s, r in runs.items()],
         "teachers": float(np.mean([g.mean() for g in golds(runs, "teachers").values()])),

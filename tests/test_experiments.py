@@ -50,7 +50,7 @@ def finished(tmp_path_factory):
 
 def test_every_experiment_can_be_planned_and_names_no_run_twice():
     assert {"main", "ablations", "teachers", "rounds", "noise", "selection", "self", "negatives", "loss", "domains",
-            "sizes", "conditions"} <= {*NAMES}  # fmt: skip
+            "sizes", "conditions", "lengths"} <= {*NAMES}  # fmt: skip
     for name in NAMES:
         found = experiments.read_experiment(name)
         flags = [parse([*case.words, "--run.seed=7"]).config.run.name for case in found.cases]
@@ -110,6 +110,11 @@ def test_results_are_what_the_runs_say(finished):
         assert row["difference"][0] == pytest.approx(np.mean([(a - b).mean() for a, b in zip(first[-1], mine[-1], strict=True)]))
         won = [np.mean((a > b) + (a == b) / 2) for a, b in zip(mine[-1], mine[0], strict=True)]
         assert row["wins"][0] == pytest.approx(np.mean(won)) and row["wins"][1] <= row["wins"][0] <= row["wins"][2]
+        alarms = [experiments.first_alarm(json.loads((root / "runs" / name / "eval/table.json").read_text()))
+                  for name in (names[row["name"]], f"{names[row['name']]}-seed=1")]  # fmt: skip
+        assert row["alarms"] == alarms
+        kept = [mine[-1 if alarm is None else alarm - 1][i].mean() for i, alarm in enumerate(alarms)]
+        assert row["kept"] == pytest.approx(np.mean(kept))
         assert row["cpu_seconds"] > 0 and row["tokens"] > 1000
     page = (root / "runs/experiment-small/report.html").read_text()
     assert page.count("<tr>") >= 8 and "<svg" in page and "<script" not in page and "$" not in page
