@@ -38,7 +38,7 @@ def markdown(head, rows) -> str:
 def experiment_section(found: dict, finding: str) -> str:
     """Question, table, student by round where there are many, and what was found."""
     rows = found["variants"]
-    head = [f"## {found['name']}\n", f"*{found['question']}* `python train.py @experiment-{found['name']}`\n"]
+    head = [f"## {found['name']}\n", f"*{found['question']}* `python train.py @experiment-{found['name']}`\n", f"{cost_of(rows)}\n"]
     if any(row.get("group") for row in rows):
         return "\n".join([*head, *crossed(rows), finding + "\n"])
     parts = [*head, markdown(HEAD, map(cells, rows)), finding + "\n"]
@@ -49,6 +49,15 @@ def experiment_section(found: dict, finding: str) -> str:
         seeds = [[row["name"], *(f"{v:.3f}" for v in row["by_seed"])] for row in rows]
         parts.append(markdown(["last round", *(f"seed {s}" for s in found["seeds"])], seeds))
     return "\n".join(parts)
+
+
+def cost_of(rows: list[dict]) -> str:
+    """How many runs an experiment has and what they took, a stage that several share counted once where that is known."""
+    runs, known = sum(len(row["seeds"]) for row in rows), all("spent" in row for row in rows)
+    seconds = sum(row["spent" if known else "cpu_seconds"] * len(row["seeds"]) for row in rows)
+    how = "beside stages that other runs had made" if known else "stages that runs share counted in each"
+    seeds = ", ".join(map(str, rows[0]["seeds"]))
+    return f"Seeds {seeds}; {runs} runs, {seconds:,.0f} CPU seconds ({how})."
 
 
 def crossed(rows: list[dict]) -> list[str]:
@@ -72,7 +81,7 @@ def crossed(rows: list[dict]) -> list[str]:
         table = [[name, *(text(by[group, name]) for group in groups)] for name in names]
         if any(cell not in ("", "–") for _, *line in table for cell in line):
             parts.append(markdown([title, *groups], table))
-    return [f"Seeds: {', '.join(map(str, rows[0]['seeds']))}.\n", *parts]
+    return parts
 
 
 def monitor_section(experiments: list[dict]) -> str:

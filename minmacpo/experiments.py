@@ -161,12 +161,11 @@ def variant_row(case: Case, runs: dict[int, Past], first: Golds) -> dict:
     last, naive, tables = golds(runs, "student"), golds(runs, "student", 0), [make_table(r) for r in runs.values()]
     rounds = max(run.config.macpo.rounds for run in runs.values())
     chosen = [table["filter"][-1] for table in tables if table["filter"]]
-    pgr = [row["pgr"] for table in tables for row in table["rows"] if row["agent"] == "student"][rounds :: rounds + 1]
-    lengths = [[row["length"] for row in table["rows"] if row["agent"] == "student"] for table in tables]
+    students = [[row for row in table["rows"] if row["agent"] == "student"] for table in tables]
+    pgr = [measured[-1]["pgr"] for measured in students if "pgr" in measured[-1]]
     alarms = [first_alarm(table) for table in tables]
     kept = [golds({s: r}, "student", alarm and alarm - 1)[s].mean() for (s, r), alarm in zip(runs.items(), alarms, strict=True)]
-    cost = [(sum(s["cpu_seconds"] for s in table["cost"]), sum(s["tokens"] or 0 for s in table["cost"]))
-            for table in tables]  # fmt: skip
+    cost = [(s["cpu_seconds"], s["tokens"] or 0, not s["linked_from"]) for table in tables for s in table["cost"]]
     return {
         "group": case.group, "name": case.name, "flags": shlex.join(case.words), "seeds": [*runs],
         "by_round": [float(np.mean([g.mean() for g in golds(runs, "student", t).values()])) for t in range(rounds + 1)],
@@ -179,11 +178,12 @@ def variant_row(case: Case, runs: dict[int, Past], first: Golds) -> dict:
         "collapsed": [collapsed([g.mean() for t in range(rounds + 1) for g in [golds({s: r}, "student", t)[s]]])
                       for s, r in runs.items()],
         "teachers": float(np.mean([g.mean() for g in golds(runs, "teachers").values()])),
-        "lengths": [float(np.mean([characters[i] for characters in lengths])) for i in (0, -1)],
+        "lengths": [float(np.mean([measured[i]["length"] for measured in students])) for i in (0, -1)],
         "pgr": float(np.mean(pgr)) if pgr and None not in pgr else None,
         **{key: float(np.mean([row[key] for row in chosen])) if chosen and None not in [row.get(key) for row in chosen]
            else None for key in ("right", "offered", "different")},
-        "cpu_seconds": float(np.mean([c for c, _ in cost])), "tokens": float(np.mean([n for _, n in cost])),
+        "cpu_seconds": sum(seconds for seconds, *_ in cost) / len(runs), "tokens": sum(n for _, n, _ in cost) / len(runs),
+        "spent": sum(seconds for seconds, _, own in cost if own) / len(runs),  # beside what other runs had computed
     }  # fmt: skip
 
 

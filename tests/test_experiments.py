@@ -115,7 +115,14 @@ def test_results_are_what_the_runs_say(finished):
         assert row["alarms"] == alarms
         kept = [mine[-1 if alarm is None else alarm - 1][i].mean() for i, alarm in enumerate(alarms)]
         assert row["kept"] == pytest.approx(np.mean(kept))
-        assert row["cpu_seconds"] > 0 and row["tokens"] > 1000
+        tables = [json.loads((root / "runs" / name / "eval/table.json").read_text()) for name in (names[row["name"]], f"{names[row['name']]}-seed=1")]
+        last = [[r for r in table["rows"] if r["agent"] == "student"][-1] for table in tables]
+        if None in [r["pgr"] for r in last]:
+            assert row["pgr"] is None
+        else:
+            assert row["pgr"] == pytest.approx(np.mean([r["pgr"] for r in last]))
+        assert row["lengths"][1] == pytest.approx(np.mean([r["length"] for r in last]))
+        assert 0 < row["spent"] <= row["cpu_seconds"] and row["tokens"] > 1000
     page = (root / "runs/experiment-small/report.html").read_text()
     assert page.count("<tr>") >= 8 and "<svg" in page and "<script" not in page and "$" not in page
 
