@@ -152,3 +152,22 @@ def test_the_first_variant_of_a_group_is_what_its_others_are_compared_with(finis
     assert "one: 1" in shown and "one: 1" in (root / "runs/experiment-grouped/report.html").read_text()
     sections = results.experiment_section(json.loads((root / "runs/experiment-grouped/results.json").read_text()), "So it is.")
     assert f"| 1 | {found[1]['student']:.3f} | {found[3]['student']:.3f} |" in sections and "So it is." in sections
+
+
+@pytest.mark.parametrize("method,measured", [("sft", 1), ("sft-continued", 2), ("spin", 3)])
+def test_pgr_is_that_of_the_last_student_of_every_seed(methods, monkeypatch, method, measured):
+    """Also where a method has no rounds between the first and the last."""
+    real, given = experiments.make_table, iter([0.2, 0.6])
+
+    def make_table(run):
+        table = real(run)
+        students = [row for row in table["rows"] if row["agent"] == "student"]
+        assert len(students) == measured
+        for row in students:
+            row["pgr"] = -9.0
+        students[-1]["pgr"] = next(given)
+        return table
+
+    monkeypatch.setattr(experiments, "make_table", make_table)
+    run = read_run(methods[method])
+    assert experiments.variant_row(experiments.Case("", "x", []), {0: run, 1: run}, {})["pgr"] == pytest.approx(0.4)
