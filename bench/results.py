@@ -136,10 +136,19 @@ def hh_section(found: dict) -> str:
     ])  # fmt: skip
 
 
-def collect(root: Path) -> None:
-    """Take what the experiments of a run root found, and the cost of its default run."""
+def collect_experiments(root: Path) -> None:
+    """Take what the experiments of a run root found, as far as they were made as their presets say."""
     for file in sorted(root.glob("experiment-*/results.json")):
-        write_json(PLACE / f"{file.parent.name.removeprefix('experiment-')}.json", json.loads(file.read_text("utf-8")))
+        found = json.loads(file.read_text("utf-8"))
+        if found["shared"]:
+            print(f"{file}: left out, it was made with {' '.join(found['shared'])}")
+        else:
+            write_json(PLACE / f"{found['name']}.json", found)
+
+
+def collect(root: Path) -> None:
+    """Take all that a run root has for the page: experiments, and the cost of its default run."""
+    collect_experiments(root)
     keys = ("kind", "cpu_seconds", "tokens", "peak_mb")
     cost = [{k: row[k] for k in keys} for row in make_table(read_run(root / "world"))["cost"] if not row["linked_from"]]
     write_json(PLACE / "cost.json", {"stages": cost})

@@ -115,16 +115,19 @@ def fit_slices(config: Config, slices, corpora, given: Sequence[Tokenizer], coun
 
 
 def corrupt(pairs: list[Pair], config: Config) -> list[Pair]:
-    """The pairs, data.noise of them marked and corrupted: sides swapped, or chosen the answer to another prompt."""
+    """The pairs, data.noise of them corrupted and marked so: sides swapped, or chosen the answer to another prompt (a
+    pair for which none is found stays true)."""
     rng = random.Random(f"{config.run.seed}/noise")
     picked, made = set(rng.sample(range(len(pairs)), round(config.data.noise * len(pairs)))), []
     for i, pair in enumerate(pairs):
         if i in picked:
             good, bad = pair.rejected, pair.chosen
             if config.data.noise_kind == "label":
-                other = [p.chosen for p in pairs if p.prompt != pair.prompt and p.chosen not in (pair.chosen, pair.rejected)]
-                good, bad = rng.choice(other or [pair.chosen]), pair.rejected
-            pair = replace(pair, chosen=good, rejected=bad, meta=pair.meta | {"corrupted": config.data.noise_kind})
+                others = (rng.choice(pairs) for _ in pairs)  # as many tries as there are pairs
+                wrong = (p.chosen for p in others if p.prompt != pair.prompt and p.chosen not in (pair.chosen, pair.rejected))
+                good, bad = next(wrong, None), pair.rejected
+            if good is not None:
+                pair = replace(pair, chosen=good, rejected=bad, meta=pair.meta | {"corrupted": config.data.noise_kind})
         made.append(pair)
     return made
 

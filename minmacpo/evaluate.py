@@ -211,11 +211,16 @@ def filter_rows(run: Past) -> list[dict]:
             for key in sorted(key for key in counts if key.startswith("chosen_") and counts[key]):
                 who, won = key.removeprefix("chosen_"), counts[key] / counts["pairs"]
                 sources[who] = {"won": won, "right": right_share(run.config, stage, who)}
-            offers = [run.stage(at) for who in counts if who.startswith("chosen_")
-                      if (at := f"round{t}/positives_{who[7:]}") in run.notes]  # fmt: skip
+            offers = [offer_of(run, t, key.removeprefix("chosen_")) for key in counts if key.startswith("chosen_")]
             row = {"round": t, "sources": sources, "right": right_share(run.config, stage)}
-            rows.append(row | offered(run.config, *offers))
+            rows.append(row | offered(run.config, *filter(None, offers)))
     return rows
+
+
+def offer_of(run: Past, t: int, who: str) -> Stage | None:
+    """The answers of an agent that the student could choose from in round t, None where they are not on the disk."""
+    names = (f"round{t}/own_{who}", f"round{t}/positives_{who}")  # own: before its update (macpo.self_share)
+    return next((run.stage(name) for name in names if name in run.notes), None)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ it was. At the end it writes results.json and report.html into `<run.root>/exper
 group is what the others of that group are compared with.
 """
 
+import contextlib
 import shlex
 import subprocess
 import sys
@@ -24,9 +25,11 @@ from minmacpo.config import Config
 from minmacpo.evaluate import Past, gold_by_prompt, make_table, paired_interval, read_run
 from minmacpo.files import write_atomic, write_json
 from minmacpo.page import document, forest, grid, tag
+from minmacpo.progress import Signals
 from minmacpo.run import FINISHED
 
 MARK = "@experiment-"
+TOLD = ("--run.name", "--run.seed", "--run.method", "--method", "--stage", "--profile")  # what an experiment says itself
 HEAD = ("variant", "seeds", "student, last round", "first variant − it [95 %]", "win rate over naive SFT", "PGR",
         "teachers", "chosen right", "any right", "collapsed", "alarm in", "CPU s", "tokens")  # fmt: skip
 
@@ -72,7 +75,7 @@ def run_experiment(argv: Sequence[str], program: str) -> int:
     names = [word.removeprefix(MARK) for word in argv if word.startswith(MARK)]
     given = [word.removeprefix("--seeds=") for word in argv if word.startswith("--seeds=")]
     shared = [word for word in argv if not word.startswith((MARK, "--seeds=", "--dry_run"))]
-    if odd := [word for word in shared if word.startswith(("--run.name", "--run.seed", "--stage", "--profile", "--method"))]:
+    if odd := [word for word in shared if word.startswith(TOLD)]:
         raise UserError(f"{odd[0]}: an experiment says this itself; run train.py without it for a single run")
     if len(names) != 1:
         raise UserError(f"{' '.join(map(MARK.__add__, names))}: one experiment at a time")
@@ -91,7 +94,7 @@ def run_experiment(argv: Sequence[str], program: str) -> int:
                 for (seed, case, _), config in zip(plan, configs, strict=True)), sep="\n")  # fmt: skip
         return 0
     compute(plan, configs, program)
-    found = gather(experiment, seeds, plan, configs)
+    found = gather(experiment, seeds, plan, configs) | {"shared": [w for w in shared if not w.startswith("--run.root")]}
     place = Path(configs[0].run.root) / f"experiment-{experiment.name}"
     place.mkdir(parents=True, exist_ok=True)
     write_json(place / "results.json", found)
@@ -114,10 +117,27 @@ def compute(plan: Sequence[tuple[int, Case, list[str]]], configs: Sequence[Confi
         spent = time.monotonic() - started
         eta = f", {spent / number * (len(left) - number) / 60:.0f} min left" if number else ""
         print(f"[{number + 1}/{len(left)}{eta}] seed {seed}  {case.label}", flush=True)
-        done = subprocess.run([sys.executable, program, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        if done.returncode:
-            last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
-            raise UserError(f"seed {seed}, {case.label}: exit {done.returncode}: {last[0]}")
+        code, said = run_alone([sys.executable, program, *words])
+        if code:
+            last = said.strip().splitlines()[-1:] or ["no message"]
+            raise UserError(f"seed {seed}, {case.label}: exit {code}: {last[0]}")
+
+
+def run_alone(command: list[str]) -> tuple[int, str]:
+    """(exit code, what it said on stderr) of a process; a signal to this one is handed on once, so that the other can
+    save, and acts when that has ended."""
+    signals, told, said = Signals(), False, None
+    signals.install()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
+                          start_new_session=True) as process:  # fmt: skip
+        while said is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                said = process.communicate(timeout=0.2)[1]
+            if signals.number is not None and not told:
+                process.send_signal(signals.number)
+                told = True
+    signals.check()
+    return process.returncode, said
 
 
 # ---- what was found ----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from functools import partial
 
 from minmacpo import feedback
 from minmacpo.bases import Ground
+from minmacpo.choose import Candidates
 from minmacpo.macpo import (
     Agent,
     Trained,
@@ -23,7 +24,7 @@ from minmacpo.macpo import (
     run_macpo,
 )
 from minmacpo.run import Stage
-from minmacpo.stages import Candidates, Pace, sample, score_texts, sft
+from minmacpo.stages import Pace, sample, score_texts, sft
 from minmacpo.workshop import Texts, Workshop
 
 
@@ -127,7 +128,7 @@ def rlaif(shop: Workshop, ground: Ground) -> Iterator[Trained]:
     student, _ = yield from start(shop, ground)
     labeller, said = ground.bases["weak1"], several(student, 1, 2)
     asked = feedback.ask(shop, "round1/judge_questions", labeller, said,
-                         partial(feedback.comparisons, shop.config.feedback))  # fmt: skip
+                         partial(feedback.comparisons, shop.config.feedback), compare=True)  # fmt: skip
     scores = score_texts(shop, "round1/judgements", labeller, None, asked)
     yield from learn_preferences(student, feedback.prefer_by(
         shop, "round1/preferences", [said.stage, scores], partial(feedback.by_comparison, said, scores)

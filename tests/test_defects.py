@@ -14,7 +14,7 @@ import pytest
 import torch
 from runs import copy_run, invoke, write_stub
 
-from minmacpo import UserError, evaluate, fit, lora, losses, macpo, stages, tokenizer, workshop
+from minmacpo import UserError, choose, evaluate, fit, lora, losses, macpo, stages, tokenizer, workshop
 from minmacpo.batching import collate
 from minmacpo.tokenizer import Tokens
 
@@ -27,7 +27,7 @@ def everywhere(patch, good: Callable, bad: Callable) -> None:
 
 
 def filter_takes_the_highest(patch) -> None:
-    patch(stages, "min", lambda *args, key=None: builtins.max(args[0], key=key) if key else builtins.min(*args))
+    patch(choose, "min", lambda *args, key=None: builtins.max(args[0], key=key) if key else builtins.min(*args))
 
 
 def sides_swapped(patch) -> None:

@@ -1,12 +1,16 @@
 """Experiments: many runs of train.py under one question, resumable, with a table, a figure and a JSON."""
 
+import fcntl
 import json
+import os
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
 from conftest import REPO
-from runs import METHODS, invoke, stages_of, write_stub
+from runs import METHODS, invoke, spawn, stages_of, write_stub
 
 from bench import results
 from minmacpo import experiments
@@ -77,6 +81,8 @@ def test_the_main_experiment_has_every_method():
     (["@experiment-self", "--data.path=x"], "world"),
     (["@experiment-self", "--run.name=x"], "run.name"),
     (["@experiment-self", "--method=spin"], "method"),
+    (["@experiment-self", "--run.method=spin"], "run.method"),
+    (["@experiment-self", "--run.method", "spin"], "run.method"),
 ])  # fmt: skip
 def test_a_wrong_experiment_is_refused_before_anything_runs(place, words, wanted):
     ended = invoke("train", *words)
@@ -171,3 +177,33 @@ def test_pgr_is_that_of_the_last_student_of_every_seed(methods, monkeypatch, met
     monkeypatch.setattr(experiments, "make_table", make_table)
     run = read_run(methods[method])
     assert experiments.variant_row(experiments.Case("", "x", []), {0: run, 1: run}, {})["pgr"] == pytest.approx(0.4)
+
+
+def test_a_signal_reaches_the_run_once_and_the_experiment_goes_on_afterwards(tmp_path, place):
+    (tmp_path / "slow.toml").write_text("[pretrain]\nstrong_steps = 4000\n")
+    words = ["@experiment-self", "--seeds=0", "@tiny", f"@{tmp_path / 'slow.toml'}"]
+    process = spawn("train", *words, cwd=place, start_new_session=True)
+    state = place / "runs/tiny+slow"
+    while not [*state.glob(".partial/*/*"), *state.glob("bases/strong*")]:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    time.sleep(1.0)
+    os.kill(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and "goes on from here" in err and "Traceback" not in err
+    assert [*state.glob(".partial/state-*/state.safetensors")], "the run saved before it ended"
+    log = (state / "log.txt").open("a")
+    fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody works on it any more
+
+
+def test_only_what_was_made_without_further_flags_is_collected(finished, tmp_path, monkeypatch, capsys):
+    root, _ = finished
+    found = json.loads((root / "runs/experiment-small/results.json").read_text())
+    assert found["shared"] == [str(word) for word in finished[1][1:2]], "the preset, but not where the runs lie"
+    monkeypatch.setattr(results, "PLACE", tmp_path)
+    for name, shared in (("one", ["@tiny"]), ("two", [])):
+        (tmp_path / f"runs/experiment-{name}").mkdir(parents=True)
+        (tmp_path / f"runs/experiment-{name}/results.json").write_text(json.dumps(found | {"name": name, "shared": shared}))
+    results.collect_experiments(tmp_path / "runs")
+    assert (tmp_path / "two.json").is_file() and not (tmp_path / "one.json").exists()
+    assert "left out, it was made with @tiny" in capsys.readouterr().out

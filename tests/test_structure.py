@@ -18,6 +18,7 @@ FLOORS = [
     {"fit", "generate", "score"},
     {"bases"},
     {"workshop"},
+    {"choose"},
     {"stages", "feedback"},
     {"macpo"},
     {"methods"},
