@@ -44,7 +44,8 @@ def members(token: str) -> str:
 
 
 def compile_pattern(pattern: str) -> re.Pattern:
-    """A pattern of a tokenizer.json, for copies in stand-ins; ValueError if it is not understood."""
+    """A pattern of a tokenizer.json, for copies in stand-ins; ValueError or re.error if it is
+    not understood."""
 
     def translated(found: re.Match) -> str:
         if found[0][0] == "[":
@@ -52,11 +53,10 @@ def compile_pattern(pattern: str) -> re.Pattern:
         return f"[{'^' * (found[0][1] == 'S')}{members(found[0])}]"
 
     whole = BRACKETS_OR_CLASS.sub(translated, pattern)
-    try:
-        compiled = re.compile(f"({whole})")
-    except re.error:
-        compiled = None
-    if compiled is None or compiled.groups > 1 or UNKNOWN.search(pattern) or r"\S" in whole:
+    if UNKNOWN.search(pattern) or r"\S" in whole:
+        raise ValueError(f"pattern {pattern}")
+    compiled = re.compile(f"({whole})")
+    if compiled.groups > 1:
         raise ValueError(f"pattern {pattern}")
     return compiled
 
@@ -88,7 +88,7 @@ class BytePairs:
     def __init__(self, file: bytes, where: str):
         try:
             self.read(json.loads(file))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, re.error) as error:
             raise UserError(f"{where}: is no byte-level BPE that is understood here ({error!r:.200}); if the model "
                             "has a tokenizer.model too, put that beside it") from None  # fmt: skip
         self.letters, self.stand_ins = byte_letters(), StandIns()

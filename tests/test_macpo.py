@@ -15,7 +15,8 @@ from minmacpo.checkpoint import load_tensors
 from minmacpo.config import Config, Macpo
 from minmacpo.data import Message, Pair, Sample
 from minmacpo.files import write_rows
-from minmacpo.tokenizer import load_tokenizer, render
+from minmacpo.templates import render
+from minmacpo.tokenizer import load_tokenizer
 
 
 @pytest.fixture(params=["tiny", "stub"])
