@@ -47,10 +47,10 @@ TEMPLATES = {
     ),
     "turns": Template(user="<user>{tag}{}", mark="<bot>{tag}", tag="( {} ) ", tokens=("<user>", "<bot>")),
     "vicuna": Template(
-        user=" USER: {}", mark=" ASSISTANT{tag}:", lead=" ", begin="<bos>", system="{}", default=VICUNA, tag=" ({})"
+        user=" USER{tag}: {}", mark=" ASSISTANT{tag}:", lead=" ", begin="<bos>", system="{}", default=VICUNA, tag=" ({})"
     ),
     "alpaca": Template(
-        user="### Instruction:\n{}\n\n", mark="### Response{tag}:\n", past="<eos>\n\n", begin="<bos>",
+        user="### Instruction{tag}:\n{}\n\n", mark="### Response{tag}:\n", past="<eos>\n\n", begin="<bos>",
         system="{}\n\n", default=ALPACA, tag=" ({})",
     ),
     # As the released MACPO runs had them: no begin token, each part tokenised by itself, and a dialogue as one
@@ -140,8 +140,8 @@ def write(tokenizer: Tokenizer, name: str, pieces: Iterator[tuple[str, str, str]
             if part in special:
                 ids += [special[part]] if special[part] >= 0 else []
             elif text := part.format(content, tag=tag):
-                begins = TEMPLATES[name].apart or (ids[-1] == tokenizer.bos if ids else start)
-                ids += tokenizer.encode(text, start=begins)
+                first = (ids[-1] == tokenizer.bos if ids else start) and text[0] != " "  # mistral has its space
+                ids += tokenizer.encode(text, start=TEMPLATES[name].apart or first)
     return ids
 
 

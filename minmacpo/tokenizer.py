@@ -82,7 +82,7 @@ class Tokenizer:
             shown = self.names.get(i) or self.pieces.decode([i])
         else:
             shown = self.pieces.id_to_piece(i).replace("<0x0A>", "⏎")
-        return shown.translate(SHOWN)
+        return "".join(c if c.isprintable() else "�" for c in shown.translate(SHOWN))
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

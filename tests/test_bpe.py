@@ -133,7 +133,7 @@ def test_a_folder_of_the_family(tmp_path, style):
     assert (found.bos, found.eos) == wanted and found.marks == {} and found.guard == []
     assert found.size == found.special["<tool_call>"] + 1
     assert found.model == (tmp_path / "tokenizer.json").read_bytes()
-    assert "".join(map(found.piece, [1, *found.encode("a b\n"), 4])) == "<|begin_of_text|>a b⏎<|eot_id|>"
+    assert "".join(map(found.piece, [1, *found.encode("a b\n\x1b"), 4])) == "<|begin_of_text|>a b⏎�<|eot_id|>"
 
 
 def test_config_json_says_the_ends_where_nothing_names_them(tmp_path):
@@ -170,7 +170,7 @@ def test_what_is_not_done_here_is_refused(change):
         file["model"] |= change["model"]
     else:
         file |= change
-    with pytest.raises(UserError, match="here/tokenizer.json") as caught:
+    with pytest.raises(UserError, match="here/tokenizer") as caught:
         BytePairs(json.dumps(file).encode(), "here/tokenizer.json")
     assert "\n" not in str(caught.value) and "tokenizer.model" in str(caught.value)
 
