@@ -2,7 +2,6 @@
 
 import functools
 import sys
-from dataclasses import asdict
 
 from minmacpo import UserError, world
 from minmacpo.commandline import help_text, parse, to_toml
@@ -19,7 +18,7 @@ def source_of(config) -> dict:
     if data.path is None:
         few = config.pretrain.strong_steps * config.pretrain.batch  # documents the tokenizer may learn from
         shorter = {"tokenizer_texts": few} if few < TOKENIZER_TEXTS else {}
-        return {"world": asdict(config.world), "seed": seed} | shorter
+        return {"world": world.identity(config.world), "seed": seed} | shorter
     files = [[file.name, sha256_file(file)] for file in find_files(data.path)]
     return {"shares": list(data.shares), "max_examples": data.max_examples, "seed": seed, "files": files}
 

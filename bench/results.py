@@ -15,7 +15,8 @@ from minmacpo.experiments import HEAD, cells
 from minmacpo.files import write_atomic, write_json
 
 PLACE = Path("assets/results")
-ORDER = ("main", "ablations", "rounds", "selection", "self", "negatives", "loss", "teachers", "noise")
+ORDER = ("main", "ablations", "rounds", "selection", "self", "negatives", "loss", "lengths", "conditions", "teachers", "domains",
+         "sizes", "noise")  # fmt: skip
 INTRO = """# Results
 
 Every number on this page comes from the built-in world (`@world`, gold reward in [0, 1] on 320 held-out prompts, two
@@ -37,8 +38,10 @@ def markdown(head, rows) -> str:
 def experiment_section(found: dict, finding: str) -> str:
     """Question, table, student by round where there are many, and what was found."""
     rows = found["variants"]
-    parts = [f"## {found['name']}\n", f"*{found['question']}* `python train.py @experiment-{found['name']}`\n",
-             markdown(HEAD, map(cells, rows)), finding + "\n"]  # fmt: skip
+    head = [f"## {found['name']}\n", f"*{found['question']}* `python train.py @experiment-{found['name']}`\n", f"{cost_of(rows)}\n"]
+    if any(row.get("group") for row in rows):
+        return "\n".join([*head, *crossed(rows), finding + "\n"])
+    parts = [*head, markdown(HEAD, map(cells, rows)), finding + "\n"]
     longest = max(len(row["by_round"]) for row in rows)
     curve = [[row["name"], *(f"{v:.3f}" for v in row["by_round"])] for row in rows]
     parts.append(markdown(["student", *(f"r{t}" for t in range(longest))], curve))
@@ -46,6 +49,39 @@ def experiment_section(found: dict, finding: str) -> str:
         seeds = [[row["name"], *(f"{v:.3f}" for v in row["by_seed"])] for row in rows]
         parts.append(markdown(["last round", *(f"seed {s}" for s in found["seeds"])], seeds))
     return "\n".join(parts)
+
+
+def cost_of(rows: list[dict]) -> str:
+    """How many runs an experiment has and what they took, a stage that several share counted once where that is known."""
+    runs, known = sum(len(row["seeds"]) for row in rows), all("spent" in row for row in rows)
+    seconds = sum(row["spent" if known else "cpu_seconds"] * len(row["seeds"]) for row in rows)
+    how = "beside stages that other runs had made" if known else "stages that runs share counted in each"
+    seeds = ", ".join(map(str, rows[0]["seeds"]))
+    return f"Seeds {seeds}; {runs} runs, {seconds:,.0f} CPU seconds ({how})."
+
+
+def crossed(rows: list[dict]) -> list[str]:
+    """Variants against groups, a table for each of the figures that differ."""
+    groups, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("group", "name"))
+    by = {(row["group"], row["name"]): row for row in rows}
+    first, parts = names[0], []
+    figures = {
+        "student, last round": lambda row: f"{row['student']:.3f}",
+        f"{first} − it [95 %]": lambda row: "" if row["name"] == first else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["difference"]),
+        "gain over naive SFT [95 %]": lambda row: "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["gain"]) if any(row["gain"]) else "",
+        "student that macpo.stop = rollback keeps": lambda row: f"{row['kept']:.3f}" if any(row["alarms"]) else "",
+        "teachers, last round": lambda row: f"{row['teachers']:.3f}",
+        "PGR": lambda row: "–" if row["pgr"] is None else f"{row['pgr']:.2f}",
+        "chosen right / any right": lambda row: "–" if row["offered"] is None else f"{row['right']:.0%} / {row['offered']:.0%}",
+        "different answers to a prompt": lambda row: "–" if row["different"] is None else f"{row['different']:.0%}",
+        "characters of the student's answers, last round (round 0)": lambda row: f"{row['lengths'][-1]:.0f} ({row['lengths'][0]:.0f})",
+        "CPU seconds": lambda row: f"{row['cpu_seconds']:.0f}",
+    }  # fmt: skip
+    for title, text in figures.items():
+        table = [[name, *(text(by[group, name]) for group in groups)] for name in names]
+        if any(cell not in ("", "–") for _, *line in table for cell in line):
+            parts.append(markdown([title, *groups], table))
+    return parts
 
 
 def monitor_section(experiments: list[dict]) -> str:

@@ -108,19 +108,26 @@ def fit_slices(config: Config, slices, corpora, given: Sequence[Tokenizer], coun
             lost = ", ".join(f"{reason}: {count}" for reason, count in reasons.items()) or "too few rows"
             raise UserError(f"no row is left for {name} ({lost}); see data.shares, data.max_prompt, data.long")
         if name == "d1" and config.data.noise:
-            kept[name] = swap_some(kept[name], config)
-            reasons["swapped"] = sum("swapped" in pair.meta for pair in kept[name])
+            kept[name] = corrupt(kept[name], config)
+            reasons["corrupted"] = sum("corrupted" in pair.meta for pair in kept[name])
         sizes[name] = {"rows": len(kept[name])} | dict(reasons)
     documents = {base: len(texts) for base, texts in corpora.items()}
     return Prepared(kept, corpora, made, counts | {"slices": sizes, "d0": documents})
 
 
-def swap_some(pairs: list[Pair], config: Config) -> list[Pair]:
-    """The pairs, data.noise of them with their sides swapped and marked so: corrupted ground truth."""
+def corrupt(pairs: list[Pair], config: Config) -> list[Pair]:
+    """The pairs, data.noise of them marked and corrupted: sides swapped, or chosen the answer to another prompt."""
     rng = random.Random(f"{config.run.seed}/noise")
-    picked = set(rng.sample(range(len(pairs)), round(config.data.noise * len(pairs))))
-    return [replace(pair, chosen=pair.rejected, rejected=pair.chosen, meta=pair.meta | {"swapped": True})
-            if i in picked else pair for i, pair in enumerate(pairs)]  # fmt: skip
+    picked, made = set(rng.sample(range(len(pairs)), round(config.data.noise * len(pairs)))), []
+    for i, pair in enumerate(pairs):
+        if i in picked:
+            good, bad = pair.rejected, pair.chosen
+            if config.data.noise_kind == "label":
+                other = [p.chosen for p in pairs if p.prompt != pair.prompt and p.chosen not in (pair.chosen, pair.rejected)]
+                good, bad = rng.choice(other or [pair.chosen]), pair.rejected
+            pair = replace(pair, chosen=good, rejected=bad, meta=pair.meta | {"corrupted": config.data.noise_kind})
+        made.append(pair)
+    return made
 
 
 def fit_pair(config: Config, pair: Pair, tokenizers: Sequence[Tokenizer], reasons: Counter) -> Pair | None:
@@ -183,7 +190,7 @@ def make_ground(run: Run, source: dict, prepared: Callable[[], Prepared]) -> Gro
     bases = {name: given_base(config, name, folder) for name, folder in given_folders(config).items()}
     origin = source | {"template": data.template, "vocab": config.model.vocab}
     limits = {"max_prompt": data.max_prompt, "max_length": data.max_length, "long": data.long}
-    limits |= {"noise": data.noise} if data.noise else {}
+    limits |= {"noise": data.noise, "noise_kind": data.noise_kind} if data.noise else {}
     settings = origin | limits | {"given": [base.stage.fingerprint for base in bases.values()]}
 
     def write_slices(work: Work) -> dict:

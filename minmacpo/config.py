@@ -63,13 +63,19 @@ class Data:
     max_prompt: int = setting(768, "tokens; longer prompts: see data.long", at_least=1)
     max_length: int = setting(1024, "tokens of prompt and answer together")
     long: Literal["drop", "cut_prompt"] = setting("drop", "what happens to over-long rows; cut from the left")
-    noise: float = setting(0.0, "share of the pairs in D1 whose sides are swapped", at_least=0, at_most=1)
+    noise: float = setting(0.0, "share of the pairs in D1 that are corrupted", at_least=0, at_most=1)
+    noise_kind: Literal["swapped", "label"] = setting(
+        "swapped", "swapped: chosen and rejected change places; label: chosen is the answer to another prompt"
+    )
     max_examples: int | None = setting(None, "use at most so many rows, for a quick look", at_least=1)
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    names: int = setting(20, "people of the town", at_least=1, at_most=480)
+    domain: Literal["town", "arithmetic", "code", "instructions"] = setting("town", "what is asked (minmacpo/domains.py)")
+    remarks: int = setting(0, "most closing remarks of an answer: above 0 it is open-ended", at_least=0, at_most=6)
+    strong_known: float = setting(1.0, "share of items the strong base's text tells truly", at_least=0, at_most=1)
+    names: int = setting(20, "people of the town, or subjects of another domain", at_least=1, at_most=480)
     held_names: int = setting(4, "of them, people who occur in test prompts only", at_least=0)
     verbs: int = setting(8, "ways to harm somebody", at_least=1, at_most=8)
     expert_share: float = setting(0.45, "share of the web text that experts write", at_least=0, at_most=1)
@@ -155,8 +161,8 @@ class Generate:
 class Macpo:
     teachers: int = setting(3, "K, the number of weak teachers", at_least=1, at_most=100)
     rounds: int = setting(3, "R; with macpo.stop the most there can be", at_least=0, at_most=1000)
-    stop: Literal["none", "converged", "collapsed"] = setting(
-        "none", "end the rounds when the monitor says so of the student (monitor.verdict)"
+    stop: Literal["none", "converged", "collapsed", "rollback"] = setting(
+        "none", "end the rounds when the monitor says so of the student; rollback: collapsed, and keep the last good round"
     )
     mutual: bool = setting(True, "positives come from the other side; false: -MP")
     hard_negatives: bool = setting(True, "DPO against negatives; false: -HN, SFT term only")

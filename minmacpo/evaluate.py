@@ -37,7 +37,7 @@ COLUMNS = {  # of the printed table: key, heading, how it is written
     "distinct2": ("distinct-2", "{distinct2:.3f}"), "self_bleu": ("self-BLEU", "{self_bleu:.3f}"),
 }  # fmt: skip
 SIGNS = ("surprise", "entropy", "kl", "same", "similarity", "loops")  # of the monitor, in tables
-CONTROLS = {"continued": "naive SFT continued", "ceiling": "ceiling"}
+CONTROLS = {"kept": "student kept by the monitor", "continued": "naive SFT continued", "ceiling": "ceiling"}
 NOTES = {"name", "kind", "fingerprint", "counts", "started", "seconds", "cpu_seconds", "peak_mb"}
 town_of = functools.lru_cache(maxsize=8)(world.make_town)
 check_once = functools.cache(verify)  # files are hashed once

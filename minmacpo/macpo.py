@@ -24,7 +24,7 @@ from minmacpo.config import Dpo
 from minmacpo.feedback import tagged_prompts
 from minmacpo.monitor import verdict
 from minmacpo.run import Stage
-from minmacpo.stages import Candidates, Pace, pairs, prefer, sample, score_texts, sft
+from minmacpo.stages import Candidates, Pace, keep, pairs, prefer, sample, score_texts, sft
 from minmacpo.workshop import Texts, Workshop
 
 TAIL = 2.0  # temperature of macpo.negatives = tail
@@ -95,13 +95,24 @@ def run_macpo(shop: Workshop, ground: Ground) -> Iterator[Trained]:
 
 def rounds(shop: Workshop) -> Iterator[int]:
     """1 … R, or until the monitor sees in the student what macpo.stop says; the adapters of all rounds stay."""
-    wanted = shop.config.macpo.stop
+    wanted = {"rollback": "collapsed"}.get(shop.config.macpo.stop, shop.config.macpo.stop)
     for t in range(1, shop.config.macpo.rounds + 1):
         found = "" if wanted == "none" or shop.run.planning else verdict(shop.run.path, "student", t - 1)
         if found.startswith(wanted):
             shop.run.log(f"the student has {found} in round {t - 1}: no further round (macpo.stop = {wanted})")
             return
         yield t
+
+
+def roll_back(shop: Workshop, students: Sequence[Trained]) -> Trained:
+    """The student of the last round before the monitor's first alarm, as final/student_pos (macpo.stop = rollback)."""
+    before = students[:1]  # round 0 has nothing to be compared with
+    for student in students[1:]:
+        if not shop.run.planning and (found := verdict(shop.run.path, "student", student.round)).startswith("collapsed"):
+            shop.run.log(f"the student has {found} in round {student.round}: back to round {before[-1].round}")
+            break
+        before = [*before, student]
+    return replace(before[-1], agent="kept", adapter=keep(shop, "final/student_pos", before[-1].adapter))
 
 
 def initialise(agent: Agent, good: Texts, bad: Texts) -> Trained:

@@ -18,6 +18,7 @@ from minmacpo.macpo import (
     imitate,
     make_agents,
     positives,
+    roll_back,
     rounds,
     run_macpo,
 )
@@ -27,11 +28,16 @@ from minmacpo.workshop import Texts, Workshop
 
 
 def run_method(shop: Workshop, ground: Ground) -> Iterator[Trained]:
-    """The agents of `run.method`, each as soon as it is trained."""
+    """The agents of `run.method`, each as soon as it is trained; then the student that macpo.stop = rollback keeps."""
     methods = {"macpo": run_macpo, "sft": naive, "sft-continued": continued, "confident": confident,
                "spin": spin, "self-rewarding": self_rewarding, "rlaif": rlaif, "rlcd": rlcd,
                "dpo-truth": dpo_truth, "ceiling": truth}  # fmt: skip
-    return methods[shop.config.run.method](shop, ground)
+    students = []
+    for trained in methods[shop.config.run.method](shop, ground):
+        yield trained
+        students += [trained] if trained.agent == "student" else []
+    if shop.config.macpo.stop == "rollback":
+        yield roll_back(shop, students)
 
 
 def start(shop: Workshop, ground: Ground) -> Generator[Trained, None, tuple[Agent, Texts]]:

@@ -1,8 +1,9 @@
-"""The five kinds of stage that the methods are made of, each a function from its inputs to a Stage."""
+"""The kinds of stage that the methods are made of, each a function from its inputs to a Stage."""
 
 import math
 import os
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
@@ -105,6 +106,18 @@ def train(work: Work, base: Base, loaded: Loaded, units: list[Unit], objective, 
     home = path.absolute() if base.stage.external else os.path.relpath(path, work.run.path / work.name)
     save_adapter(work.folder, tensors, config.lora, str(home))
     return counts
+
+
+def keep(shop: Workshop, name: str, adapter: Stage) -> Stage:
+    """A trained adapter under another name."""
+
+    def copy(work: Work) -> dict:
+        """Its files say the same from a folder of the same depth."""
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(adapter.path / file, work.folder / file)
+        return {"kept": adapter.name}
+
+    return shop.stage(name, "keep/1", {}, [adapter], copy, size="the student before the first alarm")
 
 
 def check_start(shop: Workshop, work: Work, base: Base, start: Stage, reference: Stage | None,
