@@ -13,7 +13,7 @@ from minmacpo.data import Sample
 from minmacpo.evaluate import Past, judge, read_run
 from minmacpo.files import read_rows, write_json
 from minmacpo.score import perplexity, score
-from minmacpo.tokenizer import render
+from minmacpo.templates import render
 from minmacpo.workshop import open_folder
 
 

@@ -19,7 +19,8 @@ from minmacpo.fit import Schedule, SftObjective, Unit, fit
 from minmacpo.machine import device_of
 from minmacpo.model import ModelConfig, new_model
 from minmacpo.run import Run, Stage, Work, derive_seed
-from minmacpo.tokenizer import Tokenizer, dialogue_text, load_tokenizer, render, show_mask, train_tokenizer
+from minmacpo.templates import dialogue_text, render
+from minmacpo.tokenizer import FILES, Tokenizer, load_tokenizer, show_mask, train_tokenizer
 
 TOKENIZER_TEXTS = 6000  # documents of the strong base's text that the tokenizer is trained on
 LEAST_PROMPT = 16  # tokens; where an answer leaves room for fewer, its prompt is not cut
@@ -174,7 +175,7 @@ def given_base(config: Config, name: str, folder: Path) -> Base:
     if needed > context:
         lower = "lower data.max_prompt, data.max_length or generate.max_new"
         raise UserError(f"{folder}: its context is {context} tokens, the settings need {needed}; {lower}")
-    small = (folder / file for file in ("config.json", "tokenizer.model", "generation_config.json"))
+    small = (folder / file for file in ("config.json", FILES[0], "generation_config.json", *FILES[1:]))
     files = [*filter(Path.is_file, small), *weight_files(folder)]
     marks = [[file.name, hash_once(file, file.stat().st_size, file.stat().st_mtime_ns)] for file in files]
     return Base(name, Stage(str(folder), folder, fingerprint(marks), external=True))

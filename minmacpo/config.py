@@ -55,7 +55,10 @@ class Run:
 @dataclass(frozen=True, slots=True)
 class Data:
     path: str | None = setting(None, "HH-RLHF file or folder; none: the built-in world")
-    template: Literal["plain", "turns"] = setting("plain", "plain: as in the files; turns: a token per role")
+    template: Literal["plain", "turns", "vicuna", "alpaca", "vicuna-macpo", "alpaca-macpo", "llama-2", "llama-3",
+                      "mistral", "chatml", "zephyr"] = setting(
+        "plain", "plain: as in HH-RLHF; turns: a token per role; -macpo: as in its runs; the model's own if it has one"
+    )  # fmt: skip
     shares: tuple[float, ...] = setting((0.5, 0.15, 0.25, 0.1), "of first turns: D0 (pretrain), D1, D2, test")
     max_prompt: int = setting(768, "tokens; longer prompts: see data.long", at_least=1)
     max_length: int = setting(1024, "tokens of prompt and answer together")

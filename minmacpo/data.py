@@ -27,7 +27,7 @@ EXPECTED = 'expected {"chosen": dialogue, "rejected": dialogue} as HH-RLHF publi
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    role: str  # "user", "assistant", or "tag": how the assistant is to speak next (tokenizer.turns)
+    role: str  # "user", "assistant", "system", or "tag": how the assistant is to speak next
     content: str
 
 

@@ -22,7 +22,8 @@ from minmacpo.checkpoint import load_model, load_scorer
 from minmacpo.data import Message, Pair, Sample
 from minmacpo.evaluate import Past, interval, read_run
 from minmacpo.files import read_rows
-from minmacpo.tokenizer import Tokens, load_tokenizer, render
+from minmacpo.templates import render
+from minmacpo.tokenizer import Tokens, load_tokenizer
 
 Rate = Callable[[Sequence[tuple[Sequence[Message], str]]], np.ndarray]  # scores of (prompt, answer) texts
 

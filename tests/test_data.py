@@ -27,7 +27,7 @@ from minmacpo.data import (
     split_pairs,
 )
 from minmacpo.files import read_rows, write_rows
-from minmacpo.tokenizer import render, render_prompt
+from minmacpo.templates import render, render_prompt
 
 USER, BOT = "user", "assistant"
 

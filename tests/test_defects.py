@@ -14,7 +14,7 @@ import pytest
 import torch
 from runs import copy_run, invoke, write_stub
 
-from minmacpo import UserError, choose, evaluate, fit, lora, losses, macpo, stages, tokenizer, workshop
+from minmacpo import UserError, choose, evaluate, fit, lora, losses, macpo, stages, templates, workshop
 from minmacpo.batching import collate
 from minmacpo.tokenizer import Tokens
 
@@ -41,7 +41,7 @@ def loss_prefers_the_rejected(patch) -> None:
 
 
 def prompt_not_masked(patch) -> None:
-    good = tokenizer.render
+    good = templates.render
 
     def unmasked(*args):
         row = good(*args)
@@ -51,12 +51,12 @@ def prompt_not_masked(patch) -> None:
 
 
 def end_token_lost(patch) -> None:
-    good = tokenizer.render
+    good = templates.render
     everywhere(patch, good, lambda *args: Tokens(good(*args).ids[:-1], good(*args).mask[:-1]))
 
 
 def end_token_not_trained(patch) -> None:
-    good = tokenizer.render
+    good = templates.render
     everywhere(patch, good, lambda *args: Tokens(good(*args).ids, [*good(*args).mask[:-1], False]))
 
 

@@ -18,7 +18,8 @@ from minmacpo.config import Config, Macpo
 from minmacpo.data import Message, Pair, Sample
 from minmacpo.files import write_rows
 from minmacpo.run import Run
-from minmacpo.tokenizer import load_tokenizer, render
+from minmacpo.templates import render
+from minmacpo.tokenizer import load_tokenizer
 
 
 @pytest.fixture(params=["tiny", "stub"])

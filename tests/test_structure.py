@@ -12,9 +12,10 @@ from conftest import REPO
 
 PACKAGE = REPO / "minmacpo"
 FLOORS = [
-    {"config", "data", "domains"},
-    {"diversity", "world", "commandline", "files", "machine", "tokenizer", "model", "lora", "losses", "progress", "page"},
-    {"run", "checkpoint", "batching", "monitor"},
+    {"config", "data", "domains", "bpe"},
+    {"diversity", "world", "commandline", "files", "machine", "model", "lora", "losses", "progress", "page"},
+    {"tokenizer"},
+    {"run", "checkpoint", "batching", "monitor", "templates"},
     {"fit", "generate", "score"},
     {"bases"},
     {"workshop"},
@@ -29,7 +30,7 @@ FLOORS = [
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 PROGRAMS = FLOORS[-1]
 THIRD_PARTY = {"torch", "safetensors", "sentencepiece", "numpy", "tqdm"}
-WITHOUT_TORCH = ["config", "data", "domains", "world", "commandline", "diversity"]
+WITHOUT_TORCH = ["config", "data", "domains", "bpe", "world", "commandline", "diversity"]
 TREES = {
     file.stem: ast.parse(file.read_text(), str(file))
     for file in sorted([*PACKAGE.glob("*.py"), *REPO.glob("*.py")])
