@@ -13,7 +13,7 @@ from conftest import REPO
 PACKAGE = REPO / "minmacpo"
 FLOORS = [
     {"config", "data", "domains"},
-    {"diversity", "world", "commandline", "files", "machine", "tokenizer", "model", "lora", "losses", "progress", "page"},
+    {"forms", "diversity", "world", "commandline", "files", "machine", "tokenizer", "model", "lora", "losses", "progress", "page"},
     {"run", "checkpoint", "batching", "monitor"},
     {"fit", "generate", "score"},
     {"bases"},
@@ -28,7 +28,7 @@ FLOORS = [
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 PROGRAMS = FLOORS[-1]
 THIRD_PARTY = {"torch", "safetensors", "sentencepiece", "numpy", "tqdm"}
-WITHOUT_TORCH = ["config", "data", "domains", "world", "commandline", "diversity"]
+WITHOUT_TORCH = ["config", "data", "forms", "domains", "world", "commandline", "diversity"]
 TREES = {
     file.stem: ast.parse(file.read_text(), str(file))
     for file in sorted([*PACKAGE.glob("*.py"), *REPO.glob("*.py")])
