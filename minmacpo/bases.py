@@ -115,7 +115,7 @@ def fit_slices(config: Config, slices, corpora, given: Sequence[Tokenizer], coun
                 kept[name].append(pair)
             prompts.add(pair.prompt)
         if not kept[name]:
-            lost = ", ".join(f"{reason}: {count}" for reason, count in reasons.items()) or "too few rows"
+            lost = ", ".join(f"{reason}: {count}" for reason, count in reasons.items()) or "too few rows, or their prompts are in another slice"
             settings = f"data.{name}, data.shares, data.max_prompt, data.long"
             raise UserError(f"no row is left for {name} ({lost}); see {settings}")
         if name == "d1" and config.data.noise:
