@@ -13,9 +13,10 @@ from pathlib import Path
 from minmacpo import UserError
 from minmacpo.checkpoint import check_model_folder, save_model, weight_files
 from minmacpo.config import Config, shape
-from minmacpo.data import Example, Message, Pair, read_hh, split_pairs
+from minmacpo.data import Example, Message, Pair, split_pairs
 from minmacpo.files import fingerprint, read_rows, sha256_file, write_atomic, write_json, write_rows
 from minmacpo.fit import Schedule, SftObjective, Unit, fit
+from minmacpo.forms import read_data
 from minmacpo.machine import device_of
 from minmacpo.model import ModelConfig, new_model
 from minmacpo.run import Run, Stage, Work, derive_seed
@@ -24,6 +25,7 @@ from minmacpo.tokenizer import FILES, Tokenizer, load_tokenizer, show_mask, trai
 
 TOKENIZER_TEXTS = 6000  # documents of the strong base's text that the tokenizer is trained on
 LEAST_PROMPT = 16  # tokens; where an answer leaves room for fewer, its prompt is not cut
+NEEDED = {"d1": "rejected", "test": "chosen"}  # teachers learn both sides, tests score true answers; D2 gives prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +70,25 @@ def given_tokenizers(config: Config) -> list[Tokenizer]:
     return [load_tokenizer(folder) for folder in given_folders(config).values()]
 
 
-def prepare_hh(config: Config, given: Sequence[Tokenizer]) -> Prepared:
-    """Slices and corpora of HH-RLHF files; `given` are the tokenizers of bases that exist already.
+def prepare_data(config: Config, given: Sequence[Tokenizer]) -> Prepared:
+    """Slices and corpora of the user's files; `given` are the tokenizers of bases that exist already.
     The strong base reads all of D0, a weak one a random share of its own."""
-    pairs, rows = read_hh(config.data.path, config.data.max_examples)
-    slices, repeated = split_pairs(pairs, config.data.shares, config.run.seed)
-    both = [(pair, text) for pair in slices.pop("d0") for text in (pair.chosen, pair.rejected)]
+    data, found, reports = config.data, {}, {}
+    for key, path in data.files.items():
+        found[key], read = read_data(path, data.label, data.on_bad == "skip", data.max_examples, f"data.{key}")
+        reports |= read if key == "path" else {f"{key} {name}": report for name, report in read.items()}
+    total, pairs = sum(map(len, found.values())), found.pop("path")
+    slices, repeated = split_pairs(pairs, data.shares, config.run.seed, found)
+    unused = total - sum(map(len, slices.values())) - sum(repeated.values())
+    both = [(pair, text) for pair in slices.pop("d0") for text in (pair.chosen, pair.rejected) if text]
     documents = [Example(pair.id, pair.prompt, text, pair.meta) for pair, text in both]
     corpora = {"strong": documents}
     for name in base_names(config)[1:]:
         rng = random.Random(f"{config.run.seed}/corpus/{name}")
         corpora[name] = [document for document in documents if rng.random() < config.pretrain.weak_share]
-    unused = len(pairs) - len(both) // 2 - sum(map(len, slices.values())) - sum(repeated.values())
-    counts = {"rows": rows, "kept": len(pairs), "repeated prompts left out": repeated, "in no slice": unused}
+    counts = {"rows": {name: dict(report.counts) for name, report in reports.items()}, "kept": total,
+              "repeated prompts left out": repeated, "in no slice": unused}  # fmt: skip
+    counts |= {f"read {name}": str(report) for name, report in reports.items()}
     return fit_slices(config, slices, corpora, given, counts)
 
 
@@ -98,21 +106,36 @@ def fit_slices(config: Config, slices, corpora, given: Sequence[Tokenizer], coun
     kept, sizes, prompts = {}, {}, set()
     for name, pairs in slices.items():
         kept[name], reasons = [], Counter()
-        for pair in filter(None, (fit_pair(config, pair, tokenizers, reasons) for pair in pairs)):
+        able = [pair for pair in pairs if name not in NEEDED or getattr(pair, NEEDED[name])]
+        if len(able) < len(pairs):
+            reasons[f"without {NEEDED[name]} answer"] = len(pairs) - len(able)
+        for pair in filter(None, (fit_pair(config, pair, tokenizers, reasons) for pair in able)):
             if name != "d1" and pair.prompt in prompts:
                 reasons["equal after the cut"] += 1  # to one of this slice, or of another
             else:
                 kept[name].append(pair)
             prompts.add(pair.prompt)
         if not kept[name]:
-            lost = ", ".join(f"{reason}: {count}" for reason, count in reasons.items()) or "too few rows"
-            raise UserError(f"no row is left for {name} ({lost}); see data.shares, data.max_prompt, data.long")
+            lost = ", ".join(f"{reason}: {count}" for reason, count in reasons.items()) or "too few rows, or their prompts are in another slice"
+            settings = f"data.{name}, data.shares, data.max_prompt, data.long"
+            raise UserError(f"no row is left for {name} ({lost}); see {settings}")
         if name == "d1" and config.data.noise:
             kept[name] = corrupt(kept[name], config)
             reasons["corrupted"] = sum("corrupted" in pair.meta for pair in kept[name])
         sizes[name] = {"rows": len(kept[name])} | dict(reasons)
+    check_disjoint(config, kept)
     documents = {base: len(texts) for base, texts in corpora.items()}
     return Prepared(kept, corpora, made, counts | {"slices": sizes, "d0": documents})
+
+
+def check_disjoint(config: Config, slices: dict[str, list[Pair]]) -> None:
+    """No prompt stands in two slices; UserError where D2 lacks the answers that the method would train on."""
+    prompts = [{pair.prompt for pair in pairs} for pairs in slices.values()]
+    assert sum(map(len, prompts)) == len(set().union(*prompts)), "two slices have a prompt in common"
+    truth = {"dpo-truth": "rejected", "ceiling": "chosen"}.get(config.run.method, "chosen" * config.macpo.controls)
+    if truth and not any(getattr(pair, truth) for pair in slices.get("d2", ())):
+        remedy = "give a data.d2 that has them, or set macpo.controls=false (and another method)"
+        raise UserError(f"no row of d2 has a {truth} answer, on which the ceiling or the method trains; {remedy}")
 
 
 def corrupt(pairs: list[Pair], config: Config) -> list[Pair]:
@@ -148,6 +171,10 @@ def fit_pair(config: Config, pair: Pair, tokenizers: Sequence[Tokenizer], reason
     room = min(data.max_prompt, left)
     if size <= room:
         return pair
+    if data.long == "raise":
+        start = repr(pair.prompt[0].content[:60])
+        where = f"{pair.meta.get('file', 'data')}: the row that begins with {start}"
+        raise UserError(f"{where} is too long ({size} + {answer} tokens); see data.max_prompt, data.max_length, data.long")
     wanted = data.long == "cut_prompt" and left >= LEAST_PROMPT
     cut = cut_prompt(pair.prompt, lambda messages: longest(messages)[0] <= room) if wanted else None
     if cut is None:

@@ -54,13 +54,13 @@ def student_sentence(run: Past, rows: list[dict]) -> str:
         chance = ", which may be chance" if low <= 0 <= high else ""
         told[0] += f" ({(new - old).mean():+.3f}, 95% interval {low:+.3f} to {high:+.3f}{chance})"
     when = f"After {rows[-1]['round']} of {run.config.macpo.rounds} rounds"
-    return f"{when} the student's {', its '.join(told)} and its {last}."
+    return f"{when} the student's {' and its '.join([', its '.join(told)] * bool(told) + [last])}."
 
 
 def story(run: Past, rows: list[dict]) -> list[str]:
     """What happened, in three sentences: of the student, of what it is compared with, of the teachers."""
     by = {agent: [*group] for agent, group in itertools.groupby(rows, lambda row: row["agent"])}
-    key, student = "accuracy" if run.config.data.path else "gold", by.get("student")
+    key, student = next((key for key in ("gold", "accuracy") if key in [*rows, {}][0]), "perplexity"), by.get("student")
     name = CURVES[key][0].lower()
     ways = {"continued": "naive SFT continued", "ceiling": "the ceiling, SFT on the true answers,"}
     reached = [f"{way} reaches {by[agent][0][key]:.3f}" for agent, way in ways.items() if agent in by]

