@@ -40,7 +40,7 @@ def experiment_section(found: dict, finding: str) -> str:
     rows = found["variants"]
     head = [f"## {found['name']}\n", f"*{found['question']}* `python train.py @experiment-{found['name']}`\n", f"{cost_of(rows)}\n"]
     if any(row.get("group") for row in rows):
-        return "\n".join([*head, *crossed(rows), finding + "\n"])
+        return "\n".join([*head, *crossed(found["name"], rows), finding + "\n"])
     parts = [*head, markdown(HEAD, map(cells, rows)), finding + "\n"]
     longest = max(len(row["by_round"]) for row in rows)
     curve = [[row["name"], *(f"{v:.3f}" for v in row["by_round"])] for row in rows]
@@ -60,27 +60,40 @@ def cost_of(rows: list[dict]) -> str:
     return f"Seeds {seeds}; {runs} runs, {seconds:,.0f} CPU seconds ({how})."
 
 
-def crossed(rows: list[dict]) -> list[str]:
-    """Variants against groups, a table for each of the figures that differ."""
-    groups, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("group", "name"))
-    by = {(row["group"], row["name"]): row for row in rows}
-    first, parts = names[0], []
-    figures = {
-        "student, last round": lambda row: f"{row['student']:.3f}",
-        f"{first} − it [95 %]": lambda row: "" if row["name"] == first else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["difference"]),
-        "gain over naive SFT [95 %]": lambda row: "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["gain"]) if any(row["gain"]) else "",
-        "student that macpo.stop = rollback keeps": lambda row: f"{row['kept']:.3f}" if any(row["alarms"]) else "",
-        "teachers, last round": lambda row: f"{row['teachers']:.3f}",
-        "PGR": lambda row: "–" if row["pgr"] is None else f"{row['pgr']:.2f}",
-        "chosen right / any right": lambda row: "–" if row["offered"] is None else f"{row['right']:.0%} / {row['offered']:.0%}",
-        "different answers to a prompt": lambda row: "–" if row["different"] is None else f"{row['different']:.0%}",
-        "characters of the student's answers, last round (round 0)": lambda row: f"{row['lengths'][-1]:.0f} ({row['lengths'][0]:.0f})",
-        "CPU seconds": lambda row: f"{row['cpu_seconds']:.0f}",
-    }  # fmt: skip
-    for title, text in figures.items():
-        table = [[name, *(text(by[group, name]) for group in groups)] for name in names]
-        if any(cell not in ("", "–") for _, *line in table for cell in line):
-            parts.append(markdown([title, *groups], table))
+def plain(row: dict) -> str:
+    """An interval, nothing where there is nothing to tell."""
+    return "" if not any(row) else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row)
+
+
+FIGURES = {  # of an experiment with groups: title and text of a cell, "" where it has nothing to say
+    "student": ("student, last round", lambda row: f"{row['student']:.3f}"),
+    "difference": ("first variant − it [95 %]", lambda row: plain(row["difference"])),
+    "gain": ("gain over naive SFT [95 %]", lambda row: plain(row["gain"])),
+    "kept": ("student that macpo.stop = rollback keeps", lambda row: f"{row['kept']:.3f}" if any(row["alarms"]) else ""),
+    "teachers": ("teachers, last round", lambda row: f"{row['teachers']:.3f}"),
+    "pgr": ("PGR", lambda row: "" if row["pgr"] is None else f"{row['pgr']:.2f}"),
+    "right": ("chosen right / any right", lambda row: "" if row["offered"] is None else f"{row['right']:.0%} / {row['offered']:.0%}"),
+    "different": ("different answers to a prompt, share", lambda row: "" if row["different"] is None else f"{row['different']:.0%}"),
+    "lengths": ("characters of an answer, last round (round 0)", lambda row: "{1:.0f} ({0:.0f})".format(*row["lengths"])),
+    "cost": ("CPU seconds of a run, shared stages included", lambda row: f"{row['cpu_seconds']:.0f}"),
+}  # fmt: skip
+SHOWN = {
+    "conditions": ("student", "difference", "teachers", "right", "lengths"),
+    "teachers": ("student", "difference", "gain", "teachers", "right", "different", "cost"),
+    "domains": ("student", "difference", "pgr", "kept", "cost"),
+    "sizes": ("student", "gain", "pgr", "teachers", "cost"),
+    "noise": ("student", "difference", "teachers", "right", "kept"),
+    "lengths": ("student", "teachers", "lengths"),
+}
+
+
+def crossed(name: str, rows: list[dict]) -> list[str]:
+    """Variants against groups, a table for each figure of the experiment."""
+    groups, variants = (list(dict.fromkeys(row[key] for row in rows)) for key in ("group", "name"))
+    by, parts = {(row["group"], row["name"]): row for row in rows}, []
+    for title, text in (FIGURES[key] for key in SHOWN.get(name, FIGURES)):
+        table = [[variant, *(text(by[group, variant]) for group in groups)] for variant in variants]
+        parts.append(markdown([title, *groups], [line for line in table if any(line[1:])]))
     return parts
 
 
