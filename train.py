@@ -34,7 +34,7 @@ def prepare(config):
     place, part, town = config.world, config.pretrain, world.make_town(config.world, config.run.seed)
     steps = {name: part.strong_steps if name == "strong" else part.weak_steps for name in base_names(config)}
     corpora = {name: world.corpus(town, place, name, part.batch * count) for name, count in steps.items()}
-    return fit_slices(config, world.slices(town, place), corpora, given, {})
+    return fit_slices(config, made := world.slices(town, place), corpora, given, world.shorter(made, place))
 
 
 def run_all(run, source: dict, prepared) -> None:

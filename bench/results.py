@@ -22,7 +22,7 @@ INTRO = """# Results
 Every number on this page comes from the built-in world (`@world`, gold reward in [0, 1] on 320 held-out prompts, two
 sampled answers each), but for the last section. `python train.py @experiment-NAME` runs an experiment and writes its table;
 `python -m bench.results --collect=runs` makes this page. Brackets are 95 % bootstraps of the paired difference over
-seeds, then prompts; with two seeds they say little about other seeds. Seeds 0 and 1 were used to choose settings and the
+seeds, then prompts; with two seeds they say little about other seeds, with one nothing. Seeds 0 and 1 were used to choose settings and the
 monitor's thresholds; seeds 2 to 4 were run once, afterwards. "Collapsed" counts seeds whose last student is below 97 %
 of its best round; "alarm in" is the first round in which the monitor, which sees no gold label, warned of the student.
 CPU seconds and tokens are those of all stages of one run, shared ones included.
@@ -37,8 +37,9 @@ def markdown(head, rows) -> str:
 
 def experiment_section(found: dict, finding: str) -> str:
     """Question, table, student by round where there are many, and what was found."""
-    rows = found["variants"]
-    head = [f"## {found['name']}\n", f"*{found['question']}* `python train.py @experiment-{found['name']}`\n", f"{cost_of(rows)}\n"]
+    rows, seeds = found["variants"], ",".join(map(str, found["seeds"]))
+    command = f"`python train.py @experiment-{found['name']} --seeds={seeds}`"
+    head = [f"## {found['name']}\n", f"*{found['question']}* {command}\n", f"{cost_of(rows)}\n"]
     if any(row.get("group") for row in rows):
         return "\n".join([*head, *crossed(found["name"], rows), finding + "\n"])
     parts = [*head, markdown(HEAD, map(cells, rows)), finding + "\n"]

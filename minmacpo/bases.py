@@ -224,6 +224,8 @@ def make_ground(run: Run, source: dict, prepared: Callable[[], Prepared]) -> Gro
     settings = origin | limits | {"given": [base.stage.fingerprint for base in bases.values()]}
 
     def write_slices(work: Work) -> dict:
+        if short := prepared().counts.get("shorter than asked for"):
+            work.log(f"WARNING: too few questions: {', '.join(f'{name} {size}' for name, size in short.items())}; see world.names")
         for name, pairs in prepared().slices.items():
             write_rows(work.folder / f"{name}.jsonl", pairs)
         ids = {name: [pair.id for pair in pairs] for name, pairs in prepared().slices.items()}

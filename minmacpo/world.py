@@ -223,6 +223,13 @@ def slices(town: Town, settings) -> dict[str, list[Pair]]:
     return out
 
 
+def shorter(made: dict[str, list[Pair]], settings) -> dict[str, dict[str, str]]:
+    """{"shorter than asked for": {slice: "219 of 320"}} where a world has too few questions, else {}."""
+    wanted = {name: getattr(settings, name) for name in made}
+    short = {name: f"{len(pairs)} of {wanted[name]}" for name, pairs in made.items() if len(pairs) < wanted[name]}
+    return {"shorter than asked for": short} if short else {}
+
+
 def unclosed(town: Town, response: str) -> tuple[str, bool]:
     """An answer without the remarks at its end, and whether they were as many as are allowed, all different."""
     found, most = [], town.remarks

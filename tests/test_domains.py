@@ -213,3 +213,10 @@ def test_corruption_is_of_the_seed_and_a_single_row_has_no_other_label():
     assert bases.corrupt(pairs, config) != bases.corrupt(pairs, other)
     alone = replace(config, data=replace(config.data, noise=1.0))
     assert bases.corrupt(pairs[:1], alone) == pairs[:1], "and is not said to be corrupted"
+
+
+def test_a_world_with_too_few_questions_says_so():
+    made = train.prepare(parse(["--world.domain=code"]).config)
+    assert made.counts["shorter than asked for"] == {"test": f"{len(made.slices['test'])} of 320"} and len(made.slices["test"]) < 320
+    assert "shorter than asked for" not in train.prepare(parse(["--world.domain=code", "--world.names=24"]).config).counts
+    assert "shorter than asked for" not in train.prepare(parse([]).config).counts
