@@ -42,7 +42,7 @@ def matrix(run: Path, t: int) -> dict[str, dict[str, float]]:
 
 
 def complement(run: Path, t: int) -> dict[str, float]:
-    """Shares of prompts by how many of the teachers are right in round t; and right by the filter's choice."""
+    """Shares of prompts by how many of the teachers are right in round t."""
     past = read_run(run)
     right = []
     for k in range(past.config.macpo.teachers):
