@@ -164,9 +164,7 @@ class Run:
             if not source.finished:
                 raise UserError(f"--stage={name} needs {source.name}, which is not finished; run that first")
             verify(source)
-        known = self.named.setdefault((self.planning, name), stage.fingerprint)
-        if known != stage.fingerprint:
-            raise RuntimeError(f"{name}: one name for two different stages")  # a defect of the method, not of its user
+        self.check_name(stage)
         if self.planning:
             self.plan[name] = stage
         elif self.only in (None, name) and name not in self.provided:
@@ -175,6 +173,11 @@ class Run:
             named = {"name": name, "fingerprint": stage.fingerprint, "inputs": inputs}
             self.provide(stage, recipe | named, compute)
         return stage
+
+    def check_name(self, stage: Stage) -> None:
+        """Raise RuntimeError if another stage has this one's name: a defect of the method, not of its user."""
+        if self.named.setdefault((self.planning, stage.name), stage.fingerprint) != stage.fingerprint:
+            raise RuntimeError(f"{stage.name}: one name for two different stages")
 
     def provide(self, stage: Stage, notes: dict, compute: Callable[[Work], dict]) -> None:
         """Accept the stage if it is finished here, link it from another run, or compute it."""
