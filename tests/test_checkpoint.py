@@ -230,10 +230,12 @@ def test_adapter_files_that_are_foreign_or_damaged(adapter, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"peft_type": "IA3"}, {"use_dora": True}, {"use_rslora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]},
+        {"peft_type": "IA3"}, {"use_dora": True}, {"use_rslora": "yes"}, {"bias": "all"}, {"modules_to_save": ["lm_head"]},
         {"rank_pattern": {"q_proj": 4}}, {"alpha_pattern": {"q_proj": 4}}, {"layers_to_transform": [0]},
-        {"lora_alpha": None}, {"target_modules": "all-linear"}, {"target_modules": None}, {"r": None},
-        {"r": "8"}, {"r": 0}, {"lora_alpha": "16"}, {"target_modules": [1]},
+        {"lora_alpha": None}, {"target_modules": "(q_proj"}, {"target_modules": None}, {"r": None},
+        {"r": "8"}, {"r": 0}, {"lora_alpha": "16"}, {"target_modules": [1]}, {"lora_bias": True}, {"exclude_modules": "x"},
+        {"trainable_token_indices": [3]}, {"target_parameters": ["a"]}, {"layer_replication": [[0, 1]]},
+        {"init_lora_weights": "pissa"}, {"fan_in_fan_out": True}, {"use_qalora": True}, {"something_new": {"a": 1}},
     ],
 )  # fmt: skip
 def test_an_adapter_that_is_no_plain_lora_is_refused(changes, adapter):
