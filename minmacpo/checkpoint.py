@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from minmacpo.lora import merged_weights
 from minmacpo.model import Transformer
 from minmacpo.tokenizer import Tokenizer, load_tokenizer
 
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Settings of adapter_config.json that plain LoRA leaves at these values.
 PLAIN = {"use_rslora": False, "use_dora": False, "modules_to_save": None, "layers_to_transform": None,
          "rank_pattern": {}, "alpha_pattern": {}}  # fmt: skip
@@ -81,7 +82,7 @@ class Stored:
     dtype: str
 
     def read(self) -> Tensor:
-        """The tensor, memory-mapped. By a mapping of its own, so that what is then converted gives it back."""
+        """The tensor, in a memory mapping of its own."""
         with opened(self.file) as file:
             return file.get_tensor(self.name)
 
@@ -97,13 +98,13 @@ def weight_files(folder: Path) -> list[Path]:
     weights = read_json(index).get("weight_map")
     if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights.values()):
         raise UserError(f"{index}: expected a weight_map of file names")
-    files = [folder / name for name in sorted(set(weights.values()))]
     home = folder.resolve()
     homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]  # of the hub's cache
-    for file in files:
-        if file.name != str(file.relative_to(folder)) or not any(file.resolve().is_relative_to(h) for h in homes):
-            raise UserError(f"{index}: names {str(file)!r:.80}, which is no file of this folder")
-    return files
+    for name in set(weights.values()):
+        target = (folder / name).resolve()
+        if not name or name != Path(name).name or not any(target.is_relative_to(place) for place in homes):
+            raise UserError(f"{index}: names {name!r:.80}, which is no file of this folder")
+    return [folder / name for name in sorted(set(weights.values()))]
 
 
 def stored_weights(folder: Path) -> dict[str, Stored]:
@@ -117,6 +118,16 @@ def stored_weights(folder: Path) -> dict[str, Stored]:
                 part = file.get_slice(name)
                 found[name] = Stored(path, name, part.get_shape(), part.get_dtype())
     return {name: part for name, part in found.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def read_weights(stored: dict[str, Stored], device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors on `device` in `dtype`. Those that stay as they lie in a file share its mapping; one that is
+    converted is read by itself, as the pages that a mapping has read stay in memory for as long as it lives."""
+    stays = torch.device(device).type == "cpu"
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(opened(path)) for path in {part.file for part in stored.values()}}
+        return {name: files[part.file].get_tensor(name) if stays and FLOATS[part.dtype] == dtype
+                else part.read().to(device, dtype) for name, part in stored.items()}  # fmt: skip
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -168,11 +179,11 @@ def assemble(folder: Path, config: ModelConfig, stored: dict[str, Stored], devic
     for name, part in stored.items():
         if part.shape != list(wanted[name].shape):
             raise UserError(f"{folder}: {name} is {part.shape}, expected {list(wanted[name].shape)}")
-        if part.dtype not in ("F64", "F32", "BF16", "F16"):
+        if part.dtype not in FLOATS:
             raise UserError(f"{folder}: {name} is stored as {part.dtype}; only floats of 16 bits or more are read")
     if torch.device(device).type == "meta":
         return model.eval()
-    weights = {name: part.read().to(device, dtype) for name, part in stored.items()}
+    weights = read_weights(stored, device, dtype)
     if odd := [name for name, weight in weights.items() if not all(v.isfinite() for v in weight.aminmax())]:
         raise UserError(f"{folder}: {odd[0]} holds values that are not finite")
     if head and not torch.equal(head.read().to(device, dtype), weights[embedding]):
