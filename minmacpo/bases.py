@@ -14,11 +14,12 @@ from minmacpo import UserError
 from minmacpo.checkpoint import check_model_folder, save_model, weight_files
 from minmacpo.config import Config, shape
 from minmacpo.data import Example, Message, Pair, split_pairs
+from minmacpo.families import ModelConfig
 from minmacpo.files import fingerprint, read_rows, sha256_file, write_atomic, write_json, write_rows
 from minmacpo.fit import Schedule, SftObjective, Unit, fit
 from minmacpo.forms import read_data
 from minmacpo.machine import device_of
-from minmacpo.model import ModelConfig, new_model
+from minmacpo.model import new_model
 from minmacpo.run import Run, Stage, Work, derive_seed
 from minmacpo.templates import dialogue_text, render
 from minmacpo.tokenizer import FILES, Tokenizer, load_tokenizer, show_mask, train_tokenizer

@@ -5,7 +5,10 @@ Only safetensors, memory-mapped, every tensor accounted for; transformers, PEFT 
 
 import json
 import math
-from dataclasses import asdict
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,18 +17,26 @@ from safetensors.torch import save
 from torch import Tensor
 
 from minmacpo import UserError
-from minmacpo.config import Lora
+from minmacpo.config import LINEARS, Lora
+from minmacpo.families import ModelConfig, parse_config
 from minmacpo.files import read_json, write_atomic, write_json
 from minmacpo.lora import merged_weights
-from minmacpo.model import ModelConfig, Transformer, parse_config
+from minmacpo.model import Transformer
 from minmacpo.tokenizer import Tokenizer, load_tokenizer
 
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Settings of adapter_config.json that plain LoRA leaves at these values.
 PLAIN = {"use_rslora": False, "use_dora": False, "modules_to_save": None, "layers_to_transform": None,
          "rank_pattern": {}, "alpha_pattern": {}}  # fmt: skip
-# What a base may say of how to talk to it, beside tokenizer.model: an export has it unchanged.
-MANNERS = ("generation_config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json",
-           "added_tokens.json", "chat_template.jinja")  # fmt: skip
+# Its other fields that change nothing about what an adapter computes once it is trained.
+NOTES = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "r",
+         "inference_mode", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias", "init_lora_weights",
+         "layers_pattern", "eva_config", "loftq_config", "megatron_core", "qalora_group_size"}  # fmt: skip
+STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # values of init_lora_weights that leave the base alone
+# What a base may say of how to talk to it: an export has it unchanged.
+MANNERS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+           "merges.txt", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+           "generation_config.json")  # fmt: skip
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -34,73 +45,150 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     write_atomic(path, save(tensors, metadata or {"format": "pt"}))
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a .safetensors file, on the CPU; UserError if missing or damaged."""
+@contextmanager
+def opened(path: Path) -> Iterator:
+    """A .safetensors file, memory-mapped; UserError that says what is wrong with it."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: is no readable safetensors file ({error})") from None
+        raise UserError(f"{path}: {fault(path, error)}") from None
+
+
+def fault(path: Path, error: Exception) -> str:
+    """What is wrong with a file that is no safetensors file, as the end of a sentence."""
+    if path.is_dir():
+        return "is a folder, where a file is expected"
+    if not path.is_file():
+        return "is missing"
+    with path.open("rb") as stream:
+        pointer = stream.read(23) == b"version https://git-lfs"
+    return "is a git-lfs pointer; get the file itself with git lfs pull" if pointer else f"is cut short or damaged ({error})"
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a .safetensors file, on the CPU; UserError if missing or damaged."""
+    with opened(path) as file:
+        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a file, by its header alone."""
+
+    file: Path
+    name: str
+    shape: list[int]
+    dtype: str
+
+    def read(self) -> Tensor:
+        """The tensor, in a memory mapping of its own."""
+        with opened(self.file) as file:
+            return file.get_tensor(self.name)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of an HF folder, by its index if there is one; UserError if none."""
+    """The safetensors files of an HF folder, one or those of its index; UserError if none, or outside the folder."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if index.is_file():
-        weights = read_json(index).get("weight_map")
-        if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
-            raise UserError(f"{index}: expected a weight_map of file names")
-        return [folder / name for name in sorted(set(weights.values()))]
-    if single.is_file():
-        return [single]
-    pickles = "; its .bin files are pickles, which are not read: save it again with save_pretrained"
-    raise UserError(f"{folder}: has no model.safetensors{pickles if any(folder.glob('*.bin')) else ''}")
+    if single.exists() or not index.exists():
+        if single.exists():
+            return [single]
+        pickles = "; its .bin files are pickles, which are not read: save it again with save_pretrained"
+        raise UserError(f"{folder}: has no model.safetensors{pickles if any(folder.glob('*.bin')) else ''}")
+    weights = read_json(index).get("weight_map")
+    if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights.values()):
+        raise UserError(f"{index}: expected a weight_map of file names")
+    home = folder.resolve()
+    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]  # of the hub's cache
+    for name in set(weights.values()):
+        target = (folder / name).resolve()
+        if not name or name != Path(name).name or not any(target.is_relative_to(place) for place in homes):
+            raise UserError(f"{index}: names {name!r:.80}, which is no file of this folder")
+    return [folder / name for name in sorted(set(weights.values()))]
+
+
+def stored_weights(folder: Path) -> dict[str, Stored]:
+    """All tensors of an HF folder by name, without the tables that a model computes itself."""
+    found: dict[str, Stored] = {}
+    for path in weight_files(folder):
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                if name in found:
+                    raise UserError(f"{path}: has {name}, and so has {found[name].file.name}")
+                part = file.get_slice(name)
+                found[name] = Stored(path, name, part.get_shape(), part.get_dtype())
+    return {name: part for name, part in found.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def read_weights(stored: dict[str, Stored], device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors on `device` in `dtype`. Those that stay as they lie in a file share its mapping; one that is
+    converted is read by itself, as the pages that a mapping has read stay in memory for as long as it lives."""
+    stays = torch.device(device).type == "cpu"
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(opened(path)) for path in {part.file for part in stored.values()}}
+        return {name: files[part.file].get_tensor(name) if stays and FLOATS[part.dtype] == dtype
+                else part.read().to(device, dtype) for name, part in stored.items()}  # fmt: skip
 
 
 def read_config(folder: Path) -> ModelConfig:
     """ModelConfig of an HF folder; UserError if there is none, or it is not understood."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: is no folder; download the model first and give its path")
-    if not (file := folder / "config.json").is_file():
+        raise UserError(f"{folder}: {no_folder(folder)}")
+    if not (file := folder / "config.json").exists():
         raise UserError(f"{folder}: has no config.json, so it is no model folder")
     return parse_config(read_json(file), str(file))
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of an HF folder by name, without the tables that a model computes itself."""
-    tensors = {k: v for file in weight_files(folder) for k, v in load_tensors(file)[0].items()}
-    return {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
+def no_folder(path: Path | str) -> str:
+    """What to do where there is no model folder, as the end of a sentence."""
+    if Path(path).is_file():
+        return "is a file, where a model folder is expected"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        return f"is no folder; if it is a model of the hub, get it with: hf download {path} --local-dir {path}"
+    return "is no folder; download the model first and give its path"
+
+
+def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+    """The model of an HF folder in `dtype`, whatever dtype it is stored in; on "meta" only the headers are read.
+    UserError if a file is missing, damaged or not understood, or a tensor unexpected or not finite."""
+    return assemble(folder, read_config(folder), stored_weights(folder), device, dtype)
 
 
 def load_scorer(folder: Path) -> tuple[Transformer, Tensor]:
     """(model, weight [H] of its head) of a sequence classifier with one label, a reward model: its score is the
     weight times the last token's hidden state. UserError if the folder is none."""
-    read_config(folder)
-    tensors = read_weights(folder)
-    score = tensors.pop("score.weight", None)
-    if score is None or score.dim() != 2 or len(score) != 1:
+    config, stored = read_config(folder), stored_weights(folder)
+    score = stored.pop("score.weight", None)
+    if score is None or score.shape != [1, config.hidden_size]:
         raise UserError(f"{folder}: is no reward model; expected a sequence classifier with one label (score.weight)")
-    if "model.embed_tokens.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # it has no head, and none is used
-    return load_model(folder, tensors=tensors), score[0].float()
+    tied = replace(config, tie_word_embeddings=True)  # it has no head, and none is used
+    return assemble(folder, tied, stored), score.read()[0].float()
 
 
-def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32,
-               tensors: dict[str, Tensor] | None = None) -> Transformer:  # fmt: skip
-    """The model of an HF folder, where a tied head may be missing; on "meta" it takes no memory. `tensors` in
-    place of the folder's. UserError if a file is missing, damaged or not understood, or a tensor unexpected."""
+def assemble(folder: Path, config: ModelConfig, stored: dict[str, Stored], device="cpu",
+             dtype: torch.dtype = torch.float32) -> Transformer:  # fmt: skip
+    """A model of these weights, each of which is looked for and looked at; a tied head may be among them."""
     with torch.device("meta"):
-        model = Transformer(read_config(folder))
-    tensors = read_weights(folder) if tensors is None else tensors
-    if model.config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    wanted = model.state_dict()
-    for name in sorted(wanted.keys() ^ tensors.keys()):
+        model = Transformer(config)
+    wanted, embedding, head = model.state_dict(), "model.embed_tokens.weight", None
+    if config.tie_word_embeddings:
+        del wanted["lm_head.weight"]
+        head = stored.pop("lm_head.weight", None)
+    for name in sorted(wanted.keys() ^ stored.keys()):
         raise UserError(f"{folder}: {'lacks' if name in wanted else 'has an unexpected'} tensor {name}")
-    for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            raise UserError(f"{folder}: {name} is {list(tensor.shape)}, expected {list(wanted[name].shape)}")
-    model.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, assign=True)
+    for name, part in stored.items():
+        if part.shape != list(wanted[name].shape):
+            raise UserError(f"{folder}: {name} is {part.shape}, expected {list(wanted[name].shape)}")
+        if part.dtype not in FLOATS:
+            raise UserError(f"{folder}: {name} is stored as {part.dtype}; only floats of 16 bits or more are read")
+    if torch.device(device).type == "meta":
+        return model.eval()
+    weights = read_weights(stored, device, dtype)
+    if odd := [name for name, weight in weights.items() if not all(v.isfinite() for v in weight.aminmax())]:
+        raise UserError(f"{folder}: {odd[0]} holds values that are not finite")
+    if head and not torch.equal(head.read().to(device, dtype), weights[embedding]):
+        raise UserError(f"{folder}: has a head of its own, though config.json ties it to the embedding")
+    model.load_state_dict(weights | ({"lm_head.weight": weights[embedding]} if config.tie_word_embeddings else {}), assign=True)
     model.tie_head()
     return model.eval()
 
@@ -117,25 +205,40 @@ def check_model_folder(folder: Path) -> tuple[ModelConfig, Tokenizer]:
 
 
 def save_model(folder: Path, config: ModelConfig, weights: dict[str, Tensor], tokenizer: bytes) -> None:
-    """An ordinary HF folder: config.json, model.safetensors, generation_config.json, tokenizer.model."""
+    """An ordinary HF folder of a plain Llama: config.json, model.safetensors, generation_config.json, tokenizer.model."""
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    sizes = {name: value for name, value in asdict(config).items() if name != "variant"}
     kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": dtype}
     fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    write_json(folder / "config.json", kind | asdict(config) | fixed)
+    write_json(folder / "config.json", kind | sizes | fixed)
+    write_generation(folder, config)
+    write_atomic(folder / "tokenizer.model", tokenizer)
+    save_weights(folder, config, weights)
+
+
+def write_generation(folder: Path, config: ModelConfig) -> None:
+    """generation_config.json with the two ids that a config.json has."""
     ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     write_json(folder / "generation_config.json", ends)
-    write_atomic(folder / "tokenizer.model", tokenizer)
+
+
+def save_weights(folder: Path, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    """model.safetensors, where a tied head is the embedding."""
     left_out = "lm_head.weight" if config.tie_word_embeddings else None
     save_tensors(folder / "model.safetensors", {k: v for k, v in weights.items() if k != left_out})
 
 
 def export_merged(model: Transformer, source: Path, folder: Path) -> None:
-    """Write base and slot as one HF folder; tokenizer, stop ids and chat template are those of `source`."""
+    """Write base and slot as one HF folder; all but the weights and their dtype is that of `source`, the base."""
     folder.mkdir(parents=True)
-    save_model(folder, model.config, merged_weights(model), (source / "tokenizer.model").read_bytes())
+    raw, weights = read_json(source / "config.json"), merged_weights(model)
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    write_json(folder / "config.json", raw | {"dtype" if "dtype" in raw else "torch_dtype": dtype})
+    write_generation(folder, model.config)
     for file in (source / name for name in MANNERS):
         if file.is_file():
             write_atomic(folder / file.name, file.read_bytes())
+    save_weights(folder, model.config, weights)
 
 
 def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
@@ -163,23 +266,36 @@ def save_adapter(folder: Path, tensors: dict[str, Tensor], config: Lora, base: s
 
 def load_adapter(folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter folder, as `write_adapter` takes them; UserError if missing or damaged."""
-    return load_tensors(folder / "adapter_model.safetensors")[0]
+    file = folder / "adapter_model.safetensors"
+    if not file.exists() and (folder / "adapter_model.bin").exists():
+        raise UserError(f"{folder}: adapter_model.bin is a pickle, which is not read: save it again with save_pretrained")
+    return load_tensors(file)[0]
 
 
 def read_adapter_config(folder: Path) -> tuple[Lora, str]:
-    """(slot settings, path of the base as written) of an adapter folder; UserError if not plain LoRA."""
+    """(slot settings, path of the base as written) of an adapter folder; UserError if not plain LoRA.
+    A rank-stabilised one, scaled by alpha / sqrt(r), is a plain one with a larger alpha."""
     file = folder / "adapter_config.json"
     raw = read_json(file)
-    odd = next((name for name in PLAIN if raw.get(name)), None)
-    if raw.get("peft_type") != "LORA" or odd or raw.get("bias", "none") != "none":
-        raise UserError(f"{file}: only plain LoRA adapters are read ({odd or 'peft_type or bias'} is set)")
+    odd = [name for name, value in raw.items() if value and name not in NOTES]
+    odd += [name for name, plain in {"peft_type": ("LORA",), "bias": (None, "none"), "init_lora_weights": STARTS}.items()
+            if raw.get(name) not in list(plain)]  # fmt: skip
+    if odd:
+        raise UserError(f"{file}: {odd[0]} = {raw.get(odd[0])!r:.60} is not supported; only plain LoRA is read")
     r, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
-    base = raw.get("base_model_name_or_path") or ""
-    named = isinstance(targets, list) and all(isinstance(name, str) for name in [base, *targets])
-    scaled = isinstance(alpha, int | float) and math.isfinite(alpha)
+    base, stable = raw.get("base_model_name_or_path") or "", raw.get("use_rslora") or False
+    if isinstance(targets, str):
+        targets = LINEARS if targets.lower() == "all-linear" else [targets]
+    named = isinstance(targets, list | tuple) and all(isinstance(name, str) for name in [base, *targets])
+    scaled = isinstance(alpha, int | float) and math.isfinite(alpha) and type(stable) is bool
     if not named or not scaled or not isinstance(r, int) or r < 1:
-        raise UserError(f"{file}: expected r, lora_alpha, a list of target_modules and the path of the base")
-    return Lora(r, alpha, tuple(targets)), base
+        raise UserError(f"{file}: expected r, lora_alpha, target_modules and the path of the base")
+    try:
+        for target in targets:
+            re.compile(target)
+    except re.error as error:
+        raise UserError(f"{file}: target_modules holds a broken pattern ({error})") from None
+    return Lora(r, alpha * math.sqrt(r) if stable else alpha, tuple(targets)), base
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], notes: dict) -> None:

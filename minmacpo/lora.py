@@ -3,6 +3,7 @@
 Adapters, dicts with PEFT's keys, are copied into it: optimiser and compiled graph never see another tensor.
 """
 
+import re
 from itertools import chain
 
 import torch
@@ -30,17 +31,21 @@ class LoraLinear(nn.Module):
 
 
 def attach_lora(model: nn.Module, config: Lora) -> list[nn.Parameter]:
-    """Put a slot on every linear whose name ends in one of config.targets, and freeze all the rest.
+    """Put a slot on every linear of the blocks that config.targets picks, and freeze all the rest. As in PEFT, a
+    target is the end of a linear's name from a dot on, or a pattern (re) of the whole name.
     Returns the slot's parameters in a fixed order; UserError if a target matches nothing."""
     model.requires_grad_(False)
     linears = {name: module for name, module in model.named_modules() if hasattr(module, "in_features")}
+    linears.pop("lm_head", None)  # losses and sampling use its weight alone
+    picked = set()
     for target in config.targets:
-        names = [name for name in linears if name.endswith(f".{target}")]  # the head's has no dot
+        names = {name for name in linears if f".{name}".endswith(f".{target}") or re.fullmatch(target, name)}
         if not names:
             raise UserError(f"lora.targets: {target} is no linear layer of the model's blocks")
-        for name in names:
-            block = model.get_submodule(name.removesuffix(f".{target}"))
-            setattr(block, target, LoraLinear(linears[name], config.r, config.alpha))
+        picked |= names
+    for name in picked:
+        block, _, last = name.rpartition(".")
+        setattr(model.get_submodule(block), last, LoraLinear(linears[name], config.r, config.alpha))
     return list(slot(model).values())
 
 
@@ -61,10 +66,10 @@ def write_adapter(model: nn.Module, tensors: dict[str, Tensor], where: str = "ad
     mine = slot(model)
     for key in sorted(mine.keys() ^ tensors.keys()):
         problem = "lacks" if key in mine else "has an unexpected key"
-        raise UserError(f"{where}: {problem} {key}; its lora.targets are not those of this run")
+        raise UserError(f"{where}: {problem} {key}; it is for another base, or for other lora.targets")
     for key, tensor in tensors.items():
         if tensor.shape != mine[key].shape:
-            raise UserError(f"{where}: {key} is {list(tensor.shape)}, expected {list(mine[key].shape)}")
+            raise UserError(f"{where}: {key} is {list(tensor.shape)}, expected {list(mine[key].shape)}: for another base, or rank")
         if not torch.isfinite(tensor).all():
             raise UserError(f"{where}: {key} holds values that are not finite")
         mine[key].copy_(tensor)

@@ -3,74 +3,64 @@
 LoRA, losses and sampling come from outside. `forward` gives hidden states; who needs logits applies the head.
 """
 
-from dataclasses import dataclass
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minmacpo import UserError
+from minmacpo.families import ModelConfig, Rope
 
 
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """What a Llama config.json says of the structure (names as there)."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    tie_word_embeddings: bool = False
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-
-
-# Fields of config.json that must have the one value we implement, and fields that change nothing.
-FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-         "rope_scaling": None, "rope_type": "default", "quantization_config": None}  # fmt: skip
-HARMLESS = {"architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range",
-            "pretraining_tp", "attention_dropout", "pad_token_id", "_name_or_path", "rope_parameters",
-            "return_dict", "output_hidden_states", "output_attentions", "max_length", "id2label", "label2id",
-            "problem_type", "num_labels"}  # fmt: skip
+def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """Radians per position [head_dim / 2] in fp32 of every pair of coordinates that turns together. Scaled ropes
+    turn the slow pairs, which have not gone round once in the context of pre-training, slower by `factor`."""
+    powers = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    rope, plain = config.variant.rope, 1.0 / config.rope_theta**powers
+    if rope.rope_type == "default":
+        return plain
+    slow, context = plain / rope.factor, rope.original_max_position_embeddings
+    if rope.rope_type == "linear":
+        return slow
+    if rope.rope_type == "llama3":  # kept: the share of its own frequency that a pair keeps
+        rounds = context / (2 * math.pi / plain)
+        kept = (rounds - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    else:  # yarn (Peng et al. 2023): between the pairs that go round beta_fast and beta_slow times
+        bounds = [pair_that_turns(rounds, context, config) for rounds in (rope.beta_fast, rope.beta_slow)]
+        if rope.truncate:
+            bounds = [math.floor(bounds[0]), math.ceil(bounds[1])]
+        first, last = max(bounds[0], 0), min(bounds[1], config.head_dim - 1)
+        pairs = torch.arange(config.head_dim // 2, device=device).float()
+        kept = 1 - (pairs - first) / (last - first or 0.001)
+    kept = kept.clamp(0, 1)
+    return slow * (1 - kept) + plain * kept
 
 
-def parse_config(raw: dict, where: str) -> ModelConfig:
-    """ModelConfig of a config.json's content; UserError for a field that is missing or not understood."""
-    names, rope = ModelConfig.__annotations__, raw.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{where}: rope_parameters = {rope!r} is not supported (only an object)")
-    values = {"model_type": None, "rms_norm_eps": 1e-6} | raw | rope
-    for name, value in values.items():
-        if name in FIXED and value != FIXED[name]:
-            raise UserError(f"{where}: {name} = {value!r} is not supported (only {FIXED[name]!r})")
-        if name not in FIXED.keys() | HARMLESS | names.keys():
-            raise UserError(f"{where}: the field {name!r} is not understood; remove it if it changes nothing")
-    try:
-        heads = values["num_attention_heads"]
-        derived = {"num_key_value_heads": heads, "head_dim": values["hidden_size"] // heads}
-        values |= {name: value for name, value in derived.items() if values.get(name) is None}
-        config = ModelConfig(**{name: values[name] for name in names if name in values})
-        sizes = [values[name] for name, kind in names.items() if kind is int]
-        fit = heads % config.num_key_value_heads == 0 and config.head_dim % 2 == 0
-        positive = min(config.rope_theta, config.rms_norm_eps) > 0
-        if not fit or not positive or not all(type(size) is int and size > 0 for size in sizes):
-            raise TypeError
-    except (KeyError, TypeError, ZeroDivisionError):
-        raise UserError(f"{where}: sizes are missing, no whole numbers, or do not fit each other") from None
-    return config
+def pair_that_turns(rounds: float, context: int, config: ModelConfig) -> float:
+    """The number of the pair, as a fraction, that goes round so many times in so many tokens."""
+    return config.head_dim * math.log(context / (rounds * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+
+def rope_scale(rope: Rope) -> float:
+    """What yarn multiplies queries and keys by, so that attention over more tokens stays as sharp."""
+    if rope.rope_type != "yarn" or rope.attention_factor is not None:
+        return 1.0 if rope.attention_factor is None else rope.attention_factor
+    above, below = (rope.mscale, rope.mscale_all_dim) if rope.mscale and rope.mscale_all_dim else (1.0, 0.0)
+    growth = 0.1 * math.log(max(rope.factor, 1.0))
+    return (above * growth + 1) / (below * growth + 1)
 
 
 def rope_angles(config: ModelConfig, positions: Tensor) -> Tensor:
     """[..., head_dim] in fp32 for positions [...], halves repeated as in HF's Llama."""
-    powers = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    angles = positions[..., None] * (1.0 / config.rope_theta**powers)
+    angles = positions[..., None] * rope_frequencies(config, positions.device)
     return torch.cat((angles, angles), dim=-1)
+
+
+def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """True where a token at position `queries` sees one at `keys` (broadcast): itself and the past, of which the
+    last `window` tokens."""
+    mask = keys <= queries
+    return mask if window is None else mask & (keys > queries - window)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -85,17 +75,21 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        variant = config.variant
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=variant.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=variant.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=variant.qkv_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=variant.o_bias)
+        for name in ("q_norm", "k_norm"):
+            norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if variant.qk_norm else nn.Identity()
+            self.add_module(name, norm)
 
     def forward(self, x: Tensor, rope, positions: Tensor | None, mask: Tensor | None, cache) -> Tensor:
         """x [B, T, H] -> [B, T, H]; see Transformer.forward for positions, mask and cache (this layer's)."""
         rows, length, _ = x.shape
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (proj(x).view(rows, length, -1, self.head_dim).transpose(1, 2) for proj in projections)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
         if cache is not None and positions is None:
             cache[0, :, :, :length], cache[1, :, :, :length] = k, v
         elif cache is not None:
@@ -110,9 +104,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        bias = config.variant.mlp_bias
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -160,15 +155,21 @@ class Transformer(nn.Module):
         positions None: rows start at 0 and attend causally; no real token sees the padding at the right.
         positions [B] (int64): T is 1, row b is decoded at its own position and sees the cache up to there;
         what padding left behind in the cache lies beyond it, and is overwritten in turn."""
-        x, mask = self.model.embed_tokens(tokens), None
+        x, length = self.model.embed_tokens(tokens), tokens.shape[1]
+        layers, config = self.model.layers, self.config
         if positions is None:
-            angles = rope_angles(self.config, torch.arange(tokens.shape[1], device=x.device))
+            keys = torch.arange(length, device=x.device)
+            angles, queries = rope_angles(config, keys), keys[:, None]
         else:
-            angles = rope_angles(self.config, positions[:, None, None])
-            mask = torch.arange(cache.shape[4], device=x.device) <= positions[:, None, None, None]
-        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        for layer, block in enumerate(self.model.layers):
-            x = block(x, rope, positions, mask, None if cache is None else cache[:, layer])
+            keys = torch.arange(cache.shape[4], device=x.device)
+            angles, queries = rope_angles(config, positions[:, None, None]), positions[:, None, None, None]
+        rope = tuple((table * rope_scale(config.variant.rope)).to(x.dtype) for table in (angles.cos(), angles.sin()))
+        windows, masks = config.variant.windows or (None,) * len(layers), {}
+        for window in set(windows):  # plain causal attention needs no mask: it has a faster kernel of its own
+            causal = positions is None and (window is None or window >= length)
+            masks[window] = None if causal else visible(queries, keys, window)
+        for layer, (block, window) in enumerate(zip(layers, windows, strict=True)):
+            x = block(x, rope, positions, masks[window], None if cache is None else cache[:, layer])
         return self.model.norm(x)
 
 

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from minmacpo import UserError
 from minmacpo.bases import Base
-from minmacpo.checkpoint import load_adapter, load_model, read_adapter_config, stop_ids, weight_files
+from minmacpo.checkpoint import (
+    load_adapter,
+    load_model,
+    no_folder,
+    read_adapter_config,
+    stop_ids,
+    weight_files,
+)
 from minmacpo.config import Config
 from minmacpo.data import Example, Message, Pair, Sample
 from minmacpo.files import read_json, read_rows
@@ -68,13 +75,15 @@ def open_folder(folder: Path, config: Config) -> tuple[Loaded, Path, str | None]
     notes = read_json(folder / "stage.json") if (folder / "stage.json").is_file() else {}
     template = (notes.get("settings") or {}).get("template")
     if not (folder / "adapter_config.json").is_file():
-        if not (folder / "config.json").is_file():
+        if not folder.is_dir():
+            raise UserError(f"{folder}: {no_folder(folder)}")
+        if not (folder / "config.json").exists():
             raise UserError(f"{folder}: is no model: it has neither config.json nor adapter_config.json")
         return Loaded(folder, config), folder, template
     lora, named = read_adapter_config(folder)
     base = next((p for p in (folder / named, Path(named)) if named and p.is_dir()), None)
     if base is None:
-        raise UserError(f"{folder}: its base {named!r} is not there")
+        raise UserError(f"{folder}: its base {named!r} {no_folder(named)}")
     loaded = Loaded(base, replace(config, lora=lora))
     write_adapter(loaded.model, load_adapter(folder), str(folder))
     return loaded, base, template

@@ -15,7 +15,8 @@ import torch
 from runs import METHODS, copy_run, new_run, train, write_stub
 
 from minmacpo.checkpoint import save_model
-from minmacpo.model import ModelConfig, Transformer, new_model
+from minmacpo.families import ModelConfig
+from minmacpo.model import Transformer, new_model
 from minmacpo.tokenizer import Tokenizer, train_tokenizer
 
 REPO = Path(__file__).resolve().parent.parent

@@ -248,8 +248,8 @@ def test_a_model_folder_of_pickles(place, models, preset):
         ({"model_type": "gpt2"}, "gpt2"),
         ({"model_type": None}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),
+        ({"attention_bias": True}, "k_proj.bias"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_scaling"),
         ({"sliding_window": 4096}, "sliding_window"),
         ({"hidden_size": "16"}, "sizes"),
         ({"num_attention_heads": 0}, "sizes"),
@@ -296,6 +296,51 @@ def test_broken_weights_are_one_sentence(place, models, preset, how):
     broken_weights(place / "strong/model.safetensors", how)
     message = refused(place, preset, *models)
     assert "strong" in message
+
+
+def damaged(folder: Path, how: str) -> None:
+    """A model folder, or one of an adapter, made unreadable."""
+    file = folder / "model.safetensors"
+    if how == "not finite":
+        tensors = load_file(file)
+        tensors["model.norm.weight"][1] = float("nan")
+        save_file(tensors, file, {"format": "pt"})
+    elif how == "flipped":
+        whole = bytearray(file.read_bytes())
+        whole[20] ^= 4
+        file.write_bytes(whole)
+    elif how == "folder":
+        file.unlink()
+        file.mkdir()
+    elif how == "leads away":
+        names = dict.fromkeys(load_file(file), "../away.safetensors")
+        file.rename(folder.parent / "away.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    else:
+        raw = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(raw | {"model_type": "gpt_neox"}))
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [("not finite", "not finite"), ("flipped", "damaged"), ("folder", "is a folder"), ("leads away", "index.json"), ("family", "only llama, mistral")],
+)
+def test_an_export_of_a_damaged_model_leaves_nothing(place, models, how, says):
+    damaged(place / "strong", how)
+    assert says in refused(place, "strong", "--export", "merged", program="sample")
+    assert says in refused(place, "strong", "hello", program="sample")
+
+
+def test_an_adapter_of_another_base(place, models, stub):
+    adapter = place / "adapter"
+    shutil.copytree(stub / "round0/student_pos", adapter)
+    (adapter / "stage.json").unlink()
+    file = adapter / "adapter_config.json"
+    raw = json.loads(file.read_text())
+    for base, says in (("../weak1", "another base"), ("org/model", "hf download org/model --local-dir org/model"), ("../nowhere", "no folder")):
+        file.write_text(json.dumps(raw | {"base_model_name_or_path": base}))
+        assert says in refused(place, adapter, "--export", "merged", program="sample")
+    assert "hf download org/model" in refused(place, "org/model", "hello", program="sample")
 
 
 def test_a_model_whose_context_is_too_short(place, preset):

@@ -1,8 +1,11 @@
 """Folders in and out: what we write loads in transformers, what is broken is refused in one sentence."""
 
+import gc
 import json
+import random
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +29,7 @@ from minmacpo.checkpoint import (
 )
 from minmacpo.config import Lora
 from minmacpo.lora import attach_lora, read_adapter, reset_adapter, write_adapter
+from minmacpo.machine import linux, peak_mb, reset_peaks
 
 
 def refused(call, *words) -> str:
@@ -188,6 +192,133 @@ def test_stop_ids_are_those_of_all_three_files(config, generation, wanted, model
     assert stop_ids(model_folder, tokenizer) == wanted - ({5, 9} if generation != 2 else set())
 
 
+# ---- damaged and hostile folders ------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(model_folder):
+    """The folder with its weights in three shards, and its index."""
+    tensors = load_file(model_folder / "model.safetensors")
+    (model_folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    places = {name: f"model-{i % 3 + 1:05}-of-00003.safetensors" for i, name in enumerate(names)}
+    for file in set(places.values()):
+        save_file({n: tensors[n] for n in names if places[n] == file}, model_folder / file, {"format": "pt"})
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert load_model(model_folder)
+    return model_folder
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "./x.safetensors", "link"])
+def test_an_index_that_leads_out_of_its_folder(name, shards, tmp_path):
+    shard = shards / "model-00002-of-00003.safetensors"
+    for place in (tmp_path / "other.safetensors", shards / "x.safetensors"):
+        shutil.copy(shard, place)
+    (shards / "sub").mkdir()
+    shutil.copy(shard, shards / "sub/x.safetensors")
+    (shards / "link").symlink_to("../other.safetensors")
+    index = shards / "model.safetensors.index.json"
+    rewrite(index, lambda raw: {"weight_map": {k: name if v == shard.name else v for k, v in raw["weight_map"].items()}})
+    refused(lambda: load_model(shards), index, "no file of this folder")
+
+
+def test_links_within_a_folder_and_those_of_the_hubs_cache(shards, tmp_path):
+    before = load_model(shards).state_dict()
+    (tmp_path / "hub/blobs").mkdir(parents=True)
+    (tmp_path / "hub/snapshots").mkdir()
+    home = shards.rename(tmp_path / "hub/snapshots/abc")
+    for number, file in enumerate(home.iterdir()):
+        file.rename(tmp_path / f"hub/blobs/{number}")
+        file.symlink_to(f"../../blobs/{number}")
+    (home / "copy").symlink_to("model-00001-of-00003.safetensors")
+    after = load_model(home).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_shard_that_is_missing_doubled_or_a_folder(shards):
+    shard, other = (shards / f"model-0000{i}-of-00003.safetensors" for i in (2, 3))
+    rewrite(other, lambda tensors: tensors.update(load_file(shard)))
+    refused(lambda: load_model(shards), "and so has", shard.name)
+    shard.unlink()
+    refused(lambda: load_model(shards), shard, "is missing")
+    shard.mkdir()
+    refused(lambda: load_model(shards), shard, "is a folder")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite(value, model_folder):
+    file, name = model_folder / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    rewrite(file, lambda tensors: tensors[name][-1, -1:].fill_(value))
+    refused(lambda: load_model(model_folder), name, "not finite")
+
+
+def test_a_tied_head_may_be_stored_but_not_differ(model_folder):
+    rewrite(model_folder / "config.json", lambda raw: raw.update(tie_word_embeddings=True))
+    refused(lambda: load_model(model_folder), "head of its own")
+    file = model_folder / "model.safetensors"
+    rewrite(file, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    model = load_model(model_folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_what_is_no_weight_file(model_folder):
+    file, name = model_folder / "model.safetensors", "model.norm.weight"
+    rewrite(file, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    refused(lambda: load_model(model_folder), name, "I8")
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 5\n")
+    refused(lambda: load_model(model_folder), file, "git lfs pull")
+    file.unlink()
+    file.mkdir()
+    refused(lambda: load_model(model_folder), file, "is a folder")
+    (model_folder / "config.json").unlink()
+    (model_folder / "config.json").mkdir()
+    refused(lambda: load_model(model_folder), model_folder / "config.json")
+
+
+def test_no_flipped_bit_of_a_header_goes_unseen(model_folder, seed):
+    """Any of them: a sentence, or the tensors as they were (a space, or the note on the format)."""
+    file = model_folder / "model.safetensors"
+    whole, rng, told = file.read_bytes(), random.Random(seed), set()
+    before = load_model(model_folder).state_dict()
+    size = 8 + int.from_bytes(whole[:8], "little")
+    for place in [*range(8), *rng.sample(range(8, size), 150)]:
+        bad = bytearray(whole)
+        bad[place] ^= 1 << rng.randrange(8)
+        file.write_bytes(bad)
+        try:
+            after = load_model(model_folder).state_dict()
+        except UserError as error:
+            assert "\n" not in str(error) and str(model_folder) in str(error) and len(str(error)) < 600
+            told.add(str(error).split("(")[0])
+        else:
+            assert all(torch.equal(before[name], after[name]) for name in before), place
+    assert len(told) > 3
+
+
+def test_a_name_of_the_hub_is_answered_with_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = refused(lambda: load_model(Path("org/some-Name.1")), "hf download org/some-Name.1 --local-dir org/some-Name.1")
+    assert "org/some-Name.1: is no folder" in text
+    assert "hf " not in refused(lambda: load_model(tmp_path / "nowhere"), "is no folder")
+    (tmp_path / "file").write_text("x")
+    refused(lambda: load_model(tmp_path / "file"), "is a file")
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_loading_takes_the_memory_of_the_weights(stored, seed, tmp_path, tokenizer_bytes):
+    model = random_model(seed, hidden_size=256, intermediate_size=1024, num_hidden_layers=12)
+    save_model(tmp_path, model.config, {k: v.to(stored) for k, v in model.state_dict().items()}, tokenizer_bytes)
+    del model
+    load_model(tmp_path)
+    gc.collect()
+    size = (tmp_path / "model.safetensors").stat().st_size
+    reset_peaks("cpu")
+    before = int(linux("self/status", r"VmRSS:\s*(\d+)") or pytest.skip("needs /proc")) * 1024
+    found = load_model(tmp_path)
+    weights = sum(p.numel() * p.element_size() for p in found.parameters())
+    assert peak_mb() * 2**20 - before - weights < 0.3 * size + 2**21  # read at once, it would be all of `size`
+
+
 # ---- adapters -------------------------------------------------------------------------------
 
 
@@ -223,17 +354,21 @@ def test_adapter_files_that_are_foreign_or_damaged(adapter, tmp_path):
     model = random_model(0)
     attach_lora(model, read_adapter_config(folder)[0])
     refused(lambda: write_adapter(model, load_adapter(folder), str(folder)), folder, "lm_head.weight")
-    file.unlink()
-    refused(lambda: load_adapter(folder), file)
+    file.rename(folder / "adapter_model.bin")
+    refused(lambda: load_adapter(folder), "adapter_model.bin", "pickle", "save_pretrained")
+    (folder / "adapter_model.bin").unlink()
+    refused(lambda: load_adapter(folder), file, "missing")
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"peft_type": "IA3"}, {"use_dora": True}, {"use_rslora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]},
+        {"peft_type": "IA3"}, {"use_dora": True}, {"use_rslora": "yes"}, {"bias": "all"}, {"modules_to_save": ["lm_head"]},
         {"rank_pattern": {"q_proj": 4}}, {"alpha_pattern": {"q_proj": 4}}, {"layers_to_transform": [0]},
-        {"lora_alpha": None}, {"target_modules": "all-linear"}, {"target_modules": None}, {"r": None},
-        {"r": "8"}, {"r": 0}, {"lora_alpha": "16"}, {"target_modules": [1]},
+        {"lora_alpha": None}, {"target_modules": "(q_proj"}, {"target_modules": None}, {"r": None},
+        {"r": "8"}, {"r": 0}, {"lora_alpha": "16"}, {"target_modules": [1]}, {"lora_bias": True}, {"exclude_modules": "x"},
+        {"trainable_token_indices": [3]}, {"target_parameters": ["a"]}, {"layer_replication": [[0, 1]]},
+        {"init_lora_weights": "pissa"}, {"fan_in_fan_out": True}, {"use_qalora": True}, {"something_new": {"a": 1}},
     ],
 )  # fmt: skip
 def test_an_adapter_that_is_no_plain_lora_is_refused(changes, adapter):

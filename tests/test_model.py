@@ -8,8 +8,8 @@ from conftest import config_of, far, logits_of, ragged, random_model
 
 from minmacpo import UserError
 from minmacpo.checkpoint import load_model
+from minmacpo.families import parse_config
 from minmacpo.generate import generate
-from minmacpo.model import parse_config
 
 SHAPES = {  # heads, key heads, head_dim, hidden, mlp, layers, vocab, theta, eps, tied
     "grouped": (4, 2, 10, 24, 40, 2, 61, 1e4, 1e-5, False),
@@ -215,11 +215,11 @@ SIZES = dict(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model_type": "mistral"}, {"model_type": None}, {"sliding_window": 4096}, {"attention_bias": True},
-        {"mlp_bias": True}, {"hidden_act": "gelu"}, {"quantization_config": {"bits": 4}}, {"num_experts": 8},
-        {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        {"model_type": "gpt2"}, {"model_type": None}, {"model_type": ["llama"]}, {"sliding_window": 4096},
+        {"attention_bias": "yes"}, {"mlp_bias": 2}, {"hidden_act": "gelu"}, {"quantization_config": {"bits": 4}},
+        {"num_experts": 8}, {"rope_scaling": {"type": "linear"}}, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}},
-        {"rope_parameters": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"type": "dynamic", "factor": 2.0}}, {"rope_parameters": {"rope_type": 5}},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
         {"rope_parameters": "default"}, {"rope_theta": "10000"}, {"rope_theta": -1.0}, {"rms_norm_eps": None},
         {"num_key_value_heads": 3}, {"head_dim": 5}, {"hidden_size": "24"}, {"num_hidden_layers": 0},
