@@ -266,7 +266,7 @@ def test_each_program_says_what_is_true_after_ctrl_c(stub, place, monkeypatch, c
         (["RUN", "hello"], "no model"),
         (["RUN/round1", "hello"], "no model"),
         (["RUN/round1/pairs_student", "hello"], "no model"),
-        (["RUN/config.toml", "hello"], "no model"),
+        (["RUN/config.toml", "hello"], "model folder"),
         (["RUN/bases/tokenizer", "hello"], "no model"),
         (["RUN/round1/student_pos", "--prompts=none.txt", "--out=x"], "none.txt"),
         (["RUN/round1/student_pos", "--prompts=bad.txt", "--out=x"], "bad.txt, line 2"),
