@@ -3,6 +3,8 @@
 python eval.py RUN                      the table of a run, such as runs/world
 python eval.py compare RUN RUN...       last rounds side by side: runs that differ in their seed alone are averaged;
                                         differences to the first have 95 % intervals over their seeds and prompts
+python eval.py export RUN STAGE FILE    pairs (round1/pairs_student) or answers (round0/weak_labels) of a run as an
+                                        array of instruction, input, output, as MACPO's authors released theirs
 python eval.py judge A B --out=FOLDER   a pairwise judge: a URL, a local model, or people (judge --help)
 python eval.py reward RUN               a reward model's scores, and how far it can be trusted (reward --help)
 """
@@ -43,7 +45,7 @@ def measure(command: str, words: list[str]):
 def read(words: list[str]):
     """(what was found, how it is shown) of the commands that only read."""
     from minmacpo.compare import compare, format_comparison
-    from minmacpo.evaluate import format_table, make_table, read_run
+    from minmacpo.evaluate import export, format_table, make_table, read_run
 
     if odd := [word for word in words if word.startswith("-")]:
         raise UserError(f"{odd[0]}: unknown word; see eval.py --help")
@@ -51,6 +53,10 @@ def read(words: list[str]):
         if len(words) < 3:
             raise UserError("compare needs at least two runs")
         return compare(words[1:]), format_comparison
+    if words[0] == "export":
+        if len(words) != 4:
+            raise UserError("expected export RUN STAGE FILE")
+        return export(*words[1:]), str
     runs = words[1:] if words[0] == "table" else words
     if len(runs) != 1:
         raise UserError("expected one run; eval.py compare RUN RUN... takes several")
@@ -61,4 +67,4 @@ def read(words: list[str]):
 
 
 if __name__ == "__main__":
-    sys.exit(call(main, "this program only reads runs; verdicts of a judge are kept."))
+    sys.exit(call(main, "this program only reads runs, and writes what is asked for whole or not at all; verdicts of a judge are kept."))

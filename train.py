@@ -2,7 +2,6 @@
 
 import functools
 import sys
-from dataclasses import asdict
 
 from minmacpo import UserError, world
 from minmacpo.commandline import help_text, parse, to_toml
@@ -18,23 +17,24 @@ def source_of(config) -> dict:
     data, seed = config.data, config.run.seed
     if data.path is None:
         few = config.pretrain.strong_steps * config.pretrain.batch  # documents the tokenizer may learn from
-        shorter = {"tokenizer_texts": few} if few < TOKENIZER_TEXTS else {}
-        return {"world": asdict(config.world), "seed": seed} | shorter
-    files = [[file.name, sha256_file(file)] for file in find_files(data.path)]
-    return {"shares": list(data.shares), "max_examples": data.max_examples, "seed": seed, "files": files}
+        return {"world": world.identity(config.world), "seed": seed} | ({"tokenizer_texts": few} if few < TOKENIZER_TEXTS else {})
+    files = {key: [[f.name, sha256_file(f)] for f in find_files(path, f"data.{key}")] for key, path in data.files.items()}
+    source = {"shares": list(data.shares), "max_examples": data.max_examples, "seed": seed, "files": files.pop("path")}
+    chosen = {"label": data.label, "on_bad": data.on_bad}
+    return source | files | (chosen if chosen != {"label": "better", "on_bad": "error"} else {})
 
 
 def prepare(config):
     """Read or make the run's texts (in memory)."""
-    from minmacpo.bases import base_names, fit_slices, given_tokenizers, prepare_hh
+    from minmacpo.bases import base_names, fit_slices, given_tokenizers, prepare_data
 
     given = given_tokenizers(config)
     if config.data.path is not None:
-        return prepare_hh(config, given)
+        return prepare_data(config, given)
     place, part, town = config.world, config.pretrain, world.make_town(config.world, config.run.seed)
     steps = {name: part.strong_steps if name == "strong" else part.weak_steps for name in base_names(config)}
     corpora = {name: world.corpus(town, place, name, part.batch * count) for name, count in steps.items()}
-    return fit_slices(config, world.slices(town, place), corpora, given, {})
+    return fit_slices(config, made := world.slices(town, place), corpora, given, world.shorter(made, place))
 
 
 def run_all(run, source: dict, prepared) -> None:

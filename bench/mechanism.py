@@ -13,7 +13,7 @@ from minmacpo.data import Sample
 from minmacpo.evaluate import Past, judge, read_run
 from minmacpo.files import read_rows, write_json
 from minmacpo.score import perplexity, score
-from minmacpo.tokenizer import render
+from minmacpo.templates import render
 from minmacpo.workshop import open_folder
 
 
@@ -42,7 +42,7 @@ def matrix(run: Path, t: int) -> dict[str, dict[str, float]]:
 
 
 def complement(run: Path, t: int) -> dict[str, float]:
-    """Shares of prompts by how many of the teachers are right in round t; and right by the filter's choice."""
+    """Shares of prompts by how many of the teachers are right in round t."""
     past = read_run(run)
     right = []
     for k in range(past.config.macpo.teachers):

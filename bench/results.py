@@ -15,13 +15,14 @@ from minmacpo.experiments import HEAD, cells
 from minmacpo.files import write_atomic, write_json
 
 PLACE = Path("assets/results")
-ORDER = ("main", "ablations", "rounds", "selection", "self", "negatives", "loss", "teachers", "noise")
+ORDER = ("main", "ablations", "rounds", "selection", "self", "negatives", "loss", "lengths", "conditions", "teachers", "domains",
+         "sizes", "noise")  # fmt: skip
 INTRO = """# Results
 
 Every number on this page comes from the built-in world (`@world`, gold reward in [0, 1] on 320 held-out prompts, two
 sampled answers each), but for the last section. `python train.py @experiment-NAME` runs an experiment and writes its table;
 `python -m bench.results --collect=runs` makes this page. Brackets are 95 % bootstraps of the paired difference over
-seeds, then prompts; with two seeds they say little about other seeds. Seeds 0 and 1 were used to choose settings and the
+seeds, then prompts; with two seeds they say little about other seeds, with one nothing. Seeds 0 and 1 were used to choose settings and the
 monitor's thresholds; seeds 2 to 4 were run once, afterwards. "Collapsed" counts seeds whose last student is below 97 %
 of its best round; "alarm in" is the first round in which the monitor, which sees no gold label, warned of the student.
 CPU seconds and tokens are those of all stages of one run, shared ones included.
@@ -36,9 +37,12 @@ def markdown(head, rows) -> str:
 
 def experiment_section(found: dict, finding: str) -> str:
     """Question, table, student by round where there are many, and what was found."""
-    rows = found["variants"]
-    parts = [f"## {found['name']}\n", f"*{found['question']}* `python train.py @experiment-{found['name']}`\n",
-             markdown(HEAD, map(cells, rows)), finding + "\n"]  # fmt: skip
+    rows, seeds = found["variants"], ",".join(map(str, found["seeds"]))
+    command = f"`python train.py @experiment-{found['name']} --seeds={seeds}`"
+    head = [f"## {found['name']}\n", f"*{found['question']}* {command}\n", f"{cost_of(rows)}\n"]
+    if any(row.get("group") for row in rows):
+        return "\n".join([*head, *crossed(found["name"], rows), finding + "\n"])
+    parts = [*head, markdown(HEAD, map(cells, rows)), finding + "\n"]
     longest = max(len(row["by_round"]) for row in rows)
     curve = [[row["name"], *(f"{v:.3f}" for v in row["by_round"])] for row in rows]
     parts.append(markdown(["student", *(f"r{t}" for t in range(longest))], curve))
@@ -46,6 +50,52 @@ def experiment_section(found: dict, finding: str) -> str:
         seeds = [[row["name"], *(f"{v:.3f}" for v in row["by_seed"])] for row in rows]
         parts.append(markdown(["last round", *(f"seed {s}" for s in found["seeds"])], seeds))
     return "\n".join(parts)
+
+
+def cost_of(rows: list[dict]) -> str:
+    """How many runs an experiment has and what they took, a stage that several share counted once where that is known."""
+    runs, known = sum(len(row["seeds"]) for row in rows), all("spent" in row for row in rows)
+    seconds = sum(row["spent" if known else "cpu_seconds"] * len(row["seeds"]) for row in rows)
+    how = "beside stages that other runs had made" if known else "stages that runs share counted in each"
+    seeds = ", ".join(map(str, rows[0]["seeds"]))
+    return f"Seeds {seeds}; {runs} runs, {seconds:,.0f} CPU seconds ({how})."
+
+
+def plain(row: dict) -> str:
+    """An interval, nothing where there is nothing to tell."""
+    return "" if not any(row) else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row)
+
+
+FIGURES = {  # of an experiment with groups: title and text of a cell, "" where it has nothing to say
+    "student": ("student, last round", lambda row: f"{row['student']:.3f}"),
+    "difference": ("first variant − it [95 %]", lambda row: plain(row["difference"])),
+    "gain": ("gain over naive SFT [95 %]", lambda row: plain(row["gain"])),
+    "kept": ("student that macpo.stop = rollback keeps", lambda row: f"{row['kept']:.3f}" if any(row["alarms"]) else ""),
+    "teachers": ("teachers, last round", lambda row: f"{row['teachers']:.3f}"),
+    "pgr": ("PGR", lambda row: "" if row["pgr"] is None else f"{row['pgr']:.2f}"),
+    "right": ("chosen right / any right", lambda row: "" if row["offered"] is None else f"{row['right']:.0%} / {row['offered']:.0%}"),
+    "different": ("different answers to a prompt, share", lambda row: "" if row["different"] is None else f"{row['different']:.0%}"),
+    "lengths": ("characters of an answer, last round (round 0)", lambda row: "{1:.0f} ({0:.0f})".format(*row["lengths"])),
+    "cost": ("CPU seconds of a run, shared stages included", lambda row: f"{row['cpu_seconds']:.0f}"),
+}  # fmt: skip
+SHOWN = {
+    "conditions": ("student", "difference", "teachers", "right", "lengths"),
+    "teachers": ("student", "difference", "gain", "teachers", "right", "different", "cost"),
+    "domains": ("student", "difference", "pgr", "kept", "cost"),
+    "sizes": ("student", "gain", "pgr", "teachers", "cost"),
+    "noise": ("student", "difference", "teachers", "right", "kept"),
+    "lengths": ("student", "teachers", "lengths"),
+}
+
+
+def crossed(name: str, rows: list[dict]) -> list[str]:
+    """Variants against groups, a table for each figure of the experiment."""
+    groups, variants = (list(dict.fromkeys(row[key] for row in rows)) for key in ("group", "name"))
+    by, parts = {(row["group"], row["name"]): row for row in rows}, []
+    for title, text in (FIGURES[key] for key in SHOWN.get(name, FIGURES)):
+        table = [[variant, *(text(by[group, variant]) for group in groups)] for variant in variants]
+        parts.append(markdown([title, *groups], [line for line in table if any(line[1:])]))
+    return parts
 
 
 def monitor_section(experiments: list[dict]) -> str:
@@ -100,10 +150,19 @@ def hh_section(found: dict) -> str:
     ])  # fmt: skip
 
 
-def collect(root: Path) -> None:
-    """Take what the experiments of a run root found, and the cost of its default run."""
+def collect_experiments(root: Path) -> None:
+    """Take what the experiments of a run root found, as far as they were made as their presets say."""
     for file in sorted(root.glob("experiment-*/results.json")):
-        write_json(PLACE / f"{file.parent.name.removeprefix('experiment-')}.json", json.loads(file.read_text("utf-8")))
+        found = json.loads(file.read_text("utf-8"))
+        if found["shared"]:
+            print(f"{file}: left out, it was made with {' '.join(found['shared'])}")
+        else:
+            write_json(PLACE / f"{found['name']}.json", found)
+
+
+def collect(root: Path) -> None:
+    """Take all that a run root has for the page: experiments, and the cost of its default run."""
+    collect_experiments(root)
     keys = ("kind", "cpu_seconds", "tokens", "peak_mb")
     cost = [{k: row[k] for k in keys} for row in make_table(read_run(root / "world"))["cost"] if not row["linked_from"]]
     write_json(PLACE / "cost.json", {"stages": cost})

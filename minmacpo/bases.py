@@ -13,17 +13,20 @@ from pathlib import Path
 from minmacpo import UserError
 from minmacpo.checkpoint import check_model_folder, save_model, weight_files
 from minmacpo.config import Config, shape
-from minmacpo.data import Example, Message, Pair, read_hh, split_pairs
+from minmacpo.data import Example, Message, Pair, split_pairs
 from minmacpo.families import ModelConfig
 from minmacpo.files import fingerprint, read_rows, sha256_file, write_atomic, write_json, write_rows
 from minmacpo.fit import Schedule, SftObjective, Unit, fit
+from minmacpo.forms import read_data
 from minmacpo.machine import device_of
 from minmacpo.model import new_model
 from minmacpo.run import Run, Stage, Work, derive_seed
-from minmacpo.tokenizer import Tokenizer, dialogue_text, load_tokenizer, render, show_mask, train_tokenizer
+from minmacpo.templates import dialogue_text, render
+from minmacpo.tokenizer import FILES, Tokenizer, load_tokenizer, show_mask, train_tokenizer
 
 TOKENIZER_TEXTS = 6000  # documents of the strong base's text that the tokenizer is trained on
 LEAST_PROMPT = 16  # tokens; where an answer leaves room for fewer, its prompt is not cut
+NEEDED = {"d1": "rejected", "test": "chosen"}  # teachers learn both sides, tests score true answers; D2 gives prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +71,25 @@ def given_tokenizers(config: Config) -> list[Tokenizer]:
     return [load_tokenizer(folder) for folder in given_folders(config).values()]
 
 
-def prepare_hh(config: Config, given: Sequence[Tokenizer]) -> Prepared:
-    """Slices and corpora of HH-RLHF files; `given` are the tokenizers of bases that exist already.
+def prepare_data(config: Config, given: Sequence[Tokenizer]) -> Prepared:
+    """Slices and corpora of the user's files; `given` are the tokenizers of bases that exist already.
     The strong base reads all of D0, a weak one a random share of its own."""
-    pairs, rows = read_hh(config.data.path, config.data.max_examples)
-    slices, repeated = split_pairs(pairs, config.data.shares, config.run.seed)
-    both = [(pair, text) for pair in slices.pop("d0") for text in (pair.chosen, pair.rejected)]
+    data, found, reports = config.data, {}, {}
+    for key, path in data.files.items():
+        found[key], read = read_data(path, data.label, data.on_bad == "skip", data.max_examples, f"data.{key}")
+        reports |= read if key == "path" else {f"{key} {name}": report for name, report in read.items()}
+    total, pairs = sum(map(len, found.values())), found.pop("path")
+    slices, repeated = split_pairs(pairs, data.shares, config.run.seed, found)
+    unused = total - sum(map(len, slices.values())) - sum(repeated.values())
+    both = [(pair, text) for pair in slices.pop("d0") for text in (pair.chosen, pair.rejected) if text]
     documents = [Example(pair.id, pair.prompt, text, pair.meta) for pair, text in both]
     corpora = {"strong": documents}
     for name in base_names(config)[1:]:
         rng = random.Random(f"{config.run.seed}/corpus/{name}")
         corpora[name] = [document for document in documents if rng.random() < config.pretrain.weak_share]
-    unused = len(pairs) - len(both) // 2 - sum(map(len, slices.values())) - sum(repeated.values())
-    counts = {"rows": rows, "kept": len(pairs), "repeated prompts left out": repeated, "in no slice": unused}
+    counts = {"rows": {name: dict(report.counts) for name, report in reports.items()}, "kept": total,
+              "repeated prompts left out": repeated, "in no slice": unused}  # fmt: skip
+    counts |= {f"read {name}": str(report) for name, report in reports.items()}
     return fit_slices(config, slices, corpora, given, counts)
 
 
@@ -98,29 +107,54 @@ def fit_slices(config: Config, slices, corpora, given: Sequence[Tokenizer], coun
     kept, sizes, prompts = {}, {}, set()
     for name, pairs in slices.items():
         kept[name], reasons = [], Counter()
-        for pair in filter(None, (fit_pair(config, pair, tokenizers, reasons) for pair in pairs)):
+        able = [pair for pair in pairs if name not in NEEDED or getattr(pair, NEEDED[name])]
+        if len(able) < len(pairs):
+            reasons[f"without {NEEDED[name]} answer"] = len(pairs) - len(able)
+        for pair in filter(None, (fit_pair(config, pair, tokenizers, reasons) for pair in able)):
             if name != "d1" and pair.prompt in prompts:
                 reasons["equal after the cut"] += 1  # to one of this slice, or of another
             else:
                 kept[name].append(pair)
             prompts.add(pair.prompt)
         if not kept[name]:
-            lost = ", ".join(f"{reason}: {count}" for reason, count in reasons.items()) or "too few rows"
-            raise UserError(f"no row is left for {name} ({lost}); see data.shares, data.max_prompt, data.long")
+            lost = ", ".join(f"{reason}: {count}" for reason, count in reasons.items()) or "too few rows, or their prompts are in another slice"
+            settings = f"data.{name}, data.shares, data.max_prompt, data.long"
+            raise UserError(f"no row is left for {name} ({lost}); see {settings}")
         if name == "d1" and config.data.noise:
-            kept[name] = swap_some(kept[name], config)
-            reasons["swapped"] = sum("swapped" in pair.meta for pair in kept[name])
+            kept[name] = corrupt(kept[name], config)
+            reasons["corrupted"] = sum("corrupted" in pair.meta for pair in kept[name])
         sizes[name] = {"rows": len(kept[name])} | dict(reasons)
+    check_disjoint(config, kept)
     documents = {base: len(texts) for base, texts in corpora.items()}
     return Prepared(kept, corpora, made, counts | {"slices": sizes, "d0": documents})
 
 
-def swap_some(pairs: list[Pair], config: Config) -> list[Pair]:
-    """The pairs, data.noise of them with their sides swapped and marked so: corrupted ground truth."""
+def check_disjoint(config: Config, slices: dict[str, list[Pair]]) -> None:
+    """No prompt stands in two slices; UserError where D2 lacks the answers that the method would train on."""
+    prompts = [{pair.prompt for pair in pairs} for pairs in slices.values()]
+    assert sum(map(len, prompts)) == len(set().union(*prompts)), "two slices have a prompt in common"
+    truth = {"dpo-truth": "rejected", "ceiling": "chosen"}.get(config.run.method, "chosen" * config.macpo.controls)
+    if truth and not any(getattr(pair, truth) for pair in slices.get("d2", ())):
+        remedy = "give a data.d2 that has them, or set macpo.controls=false (and another method)"
+        raise UserError(f"no row of d2 has a {truth} answer, on which the ceiling or the method trains; {remedy}")
+
+
+def corrupt(pairs: list[Pair], config: Config) -> list[Pair]:
+    """The pairs, data.noise of them corrupted and marked so: sides swapped, or chosen the answer to another prompt (a
+    pair for which none is found stays true)."""
     rng = random.Random(f"{config.run.seed}/noise")
-    picked = set(rng.sample(range(len(pairs)), round(config.data.noise * len(pairs))))
-    return [replace(pair, chosen=pair.rejected, rejected=pair.chosen, meta=pair.meta | {"swapped": True})
-            if i in picked else pair for i, pair in enumerate(pairs)]  # fmt: skip
+    picked, made = set(rng.sample(range(len(pairs)), round(config.data.noise * len(pairs)))), []
+    for i, pair in enumerate(pairs):
+        if i in picked:
+            good, bad = pair.rejected, pair.chosen
+            if config.data.noise_kind == "label":
+                others = (rng.choice(pairs) for _ in pairs)  # as many tries as there are pairs
+                wrong = (p.chosen for p in others if p.prompt != pair.prompt and p.chosen not in (pair.chosen, pair.rejected))
+                good, bad = next(wrong, None), pair.rejected
+            if good is not None:
+                pair = replace(pair, chosen=good, rejected=bad, meta=pair.meta | {"corrupted": config.data.noise_kind})
+        made.append(pair)
+    return made
 
 
 def fit_pair(config: Config, pair: Pair, tokenizers: Sequence[Tokenizer], reasons: Counter) -> Pair | None:
@@ -138,6 +172,10 @@ def fit_pair(config: Config, pair: Pair, tokenizers: Sequence[Tokenizer], reason
     room = min(data.max_prompt, left)
     if size <= room:
         return pair
+    if data.long == "raise":
+        start = repr(pair.prompt[0].content[:60])
+        where = f"{pair.meta.get('file', 'data')}: the row that begins with {start}"
+        raise UserError(f"{where} is too long ({size} + {answer} tokens); see data.max_prompt, data.max_length, data.long")
     wanted = data.long == "cut_prompt" and left >= LEAST_PROMPT
     cut = cut_prompt(pair.prompt, lambda messages: longest(messages)[0] <= room) if wanted else None
     if cut is None:
@@ -165,7 +203,7 @@ def given_base(config: Config, name: str, folder: Path) -> Base:
     if needed > context:
         lower = "lower data.max_prompt, data.max_length or generate.max_new"
         raise UserError(f"{folder}: its context is {context} tokens, the settings need {needed}; {lower}")
-    small = (folder / file for file in ("config.json", "tokenizer.model", "generation_config.json"))
+    small = (folder / file for file in ("config.json", FILES[0], "generation_config.json", *FILES[1:]))
     files = [*filter(Path.is_file, small), *weight_files(folder)]
     marks = [[file.name, hash_once(file, file.stat().st_size, file.stat().st_mtime_ns)] for file in files]
     return Base(name, Stage(str(folder), folder, fingerprint(marks), external=True))
@@ -183,10 +221,12 @@ def make_ground(run: Run, source: dict, prepared: Callable[[], Prepared]) -> Gro
     bases = {name: given_base(config, name, folder) for name, folder in given_folders(config).items()}
     origin = source | {"template": data.template, "vocab": config.model.vocab}
     limits = {"max_prompt": data.max_prompt, "max_length": data.max_length, "long": data.long}
-    limits |= {"noise": data.noise} if data.noise else {}
+    limits |= {"noise": data.noise, "noise_kind": data.noise_kind} if data.noise else {}
     settings = origin | limits | {"given": [base.stage.fingerprint for base in bases.values()]}
 
     def write_slices(work: Work) -> dict:
+        if short := prepared().counts.get("shorter than asked for"):
+            work.log(f"WARNING: too few questions: {', '.join(f'{name} {size}' for name, size in short.items())}; see world.names")
         for name, pairs in prepared().slices.items():
             write_rows(work.folder / f"{name}.jsonl", pairs)
         ids = {name: [pair.id for pair in pairs] for name, pairs in prepared().slices.items()}

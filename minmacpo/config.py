@@ -54,19 +54,38 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    path: str | None = setting(None, "HH-RLHF file or folder; none: the built-in world")
-    template: Literal["plain", "turns"] = setting("plain", "plain: as in the files; turns: a token per role")
+    path: str | None = setting(None, "file or folder of pairs, dialogues or prompts; none: the built-in world")
+    d1: str | None = setting(None, "D1's own file (the teachers' pairs); none: a share of data.path; so the next two")
+    d2: str | None = setting(None, "D2's own file (prompts)")
+    test: str | None = setting(None, "the test's own file")
+    label: Literal["better", "safer"] = setting("better", "which response_id of PKU-SafeRLHF says what is chosen")
+    on_bad: Literal["error", "skip"] = setting("error", "rows that cannot be read; skip: they are left out and counted")
+    template: Literal["plain", "turns", "vicuna", "alpaca", "vicuna-macpo", "alpaca-macpo", "llama-2", "llama-3",
+                      "mistral", "chatml", "zephyr"] = setting(
+        "plain", "plain: as in HH-RLHF; turns: a token per role; -macpo: as in its runs; the model's own if it has one"
+    )  # fmt: skip
     shares: tuple[float, ...] = setting((0.5, 0.15, 0.25, 0.1), "of first turns: D0 (pretrain), D1, D2, test")
     max_prompt: int = setting(768, "tokens; longer prompts: see data.long", at_least=1)
     max_length: int = setting(1024, "tokens of prompt and answer together")
-    long: Literal["drop", "cut_prompt"] = setting("drop", "what happens to over-long rows; cut from the left")
-    noise: float = setting(0.0, "share of the pairs in D1 whose sides are swapped", at_least=0, at_most=1)
+    long: Literal["drop", "cut_prompt", "raise"] = setting("drop", "what happens to over-long rows; cut from the left")
+    noise: float = setting(0.0, "share of the pairs in D1 that are corrupted", at_least=0, at_most=1)
+    noise_kind: Literal["swapped", "label"] = setting(
+        "swapped", "swapped: chosen and rejected change places; label: chosen is the answer to another prompt"
+    )
     max_examples: int | None = setting(None, "use at most so many rows, for a quick look", at_least=1)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """{setting: file or folder} of those that are given, data.path first."""
+        return {key: path for key in ("path", "d1", "d2", "test") if (path := getattr(self, key)) is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    names: int = setting(20, "people of the town", at_least=1, at_most=480)
+    domain: Literal["town", "arithmetic", "code", "instructions"] = setting("town", "what is asked (minmacpo/domains.py)")
+    remarks: int = setting(0, "most closing remarks of an answer: above 0 it is open-ended", at_least=0, at_most=6)
+    strong_known: float = setting(1.0, "share of items the strong base's text tells truly", at_least=0, at_most=1)
+    names: int = setting(20, "people of the town, or subjects of another domain", at_least=1, at_most=480)
     held_names: int = setting(4, "of them, people who occur in test prompts only", at_least=0)
     verbs: int = setting(8, "ways to harm somebody", at_least=1, at_most=8)
     expert_share: float = setting(0.45, "share of the web text that experts write", at_least=0, at_most=1)
@@ -152,8 +171,8 @@ class Generate:
 class Macpo:
     teachers: int = setting(3, "K, the number of weak teachers", at_least=1, at_most=100)
     rounds: int = setting(3, "R; with macpo.stop the most there can be", at_least=0, at_most=1000)
-    stop: Literal["none", "converged", "collapsed"] = setting(
-        "none", "end the rounds when the monitor says so of the student (monitor.verdict)"
+    stop: Literal["none", "converged", "collapsed", "rollback"] = setting(
+        "none", "end the rounds when the monitor says so of the student; rollback: collapsed, and keep the last good round"
     )
     mutual: bool = setting(True, "positives come from the other side; false: -MP")
     hard_negatives: bool = setting(True, "DPO against negatives; false: -HN, SFT term only")
@@ -260,8 +279,10 @@ def check(config: Config) -> None:
         (town.tagged + town.judged <= 1, "world.tagged", f"at most 1 - world.judged = {1 - town.judged:g}"),
         (town.held_names < town.names, "world.held_names", f"below world.names = {town.names}"),
         (not 0 < config.generate.temperature < 1e-3, "generate.temperature", "0 (greedy) or at least 0.001"),
-        (len(shares) == 4 and shares[0] >= 0 and min(shares[1:]) > 0 and sum(shares) < 1.000001,
-         "data.shares", "four shares (D0, D1, D2, test) that sum to at most 1, the last three above 0"),
+        (len(shares) == 4 and min(shares) >= 0 and sum(shares) < 1.000001 and all(
+            share > 0 or name in data.files for name, share in zip(("d1", "d2", "test"), shares[1:], strict=True)),
+         "data.shares", "four shares (D0, D1, D2, test) that sum to at most 1, above 0 where a slice has no own file"),
+        (data.path is not None or not data.files, "data.path", "a file or folder where a slice has its own file"),
         (targets and set(targets) <= set(LINEARS), "lora.targets", f"some of {', '.join(LINEARS)}"),
         (len(model.teachers) in (0, count), "model.teachers", f"a list of {count}, as macpo.teachers says"),
         (data.max_prompt < data.max_length, "data.max_prompt", f"below data.max_length = {data.max_length}"),

@@ -1,33 +1,36 @@
-"""The records that flow between stages (.jsonl files of frozen dataclasses), and the reader of HH-RLHF files.
+"""The records that flow between stages (.jsonl files of frozen dataclasses), files of rows, and the slices.
 
-Reading is strict: a row that cannot be read is an error with file and line, one that cannot be used is
-counted under its reason, nothing is dropped in silence. No torch here.
+What is read here are lines and arrays, a row at a time; what a row says is for forms.py. No torch here.
 """
 
 import gzip
+import io
 import json
 import os
 import random
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 from minmacpo import UserError
 
 SLICES = ("d0", "d1", "d2", "test")
-TURN = re.compile(r"\n\n(Human|Assistant):")
-ROLES = {"Human": "user", "Assistant": "assistant"}
-EXPECTED = 'expected {"chosen": dialogue, "rejected": dialogue} as HH-RLHF publishes it'
+ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+ROW_LIMIT = 1 << 24  # bytes or characters; a longer row is no text for a model, but perhaps a gzip bomb
+BLOCK = 1 << 16  # characters of an array that are read at once
+SPACE = re.compile(r"[ \t\n\r]*")
+DECODER = json.JSONDecoder()
+UNREADABLE = (UnicodeDecodeError, OSError, EOFError, zlib.error)
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    role: str  # "user", "assistant", or "tag": how the assistant is to speak next (tokenizer.turns)
+    role: str  # "user", "assistant", "system", or "tag": how the assistant is to speak next (templates.py)
     content: str
 
 
@@ -43,8 +46,8 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A prompt with a better and a worse answer; logps (summed, end token included) once scored; a weight in
-    the loss where pairs have weights."""
+    """A prompt with a better and a worse answer ("" where a file has none); logps (summed, end token included)
+    once scored; a weight in the loss where pairs have weights."""
 
     id: str
     prompt: tuple[Message, ...]
@@ -91,130 +94,131 @@ def example_id(prompt: tuple[Message, ...], occurrence: int = 0) -> str:
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def find_files(path: str) -> list[Path]:
-    """The .jsonl and .jsonl.gz files at `path` (a file of any name, or a folder), sorted; runs that lie in the
-    folder are passed over. UserError if there is none, or a folder cannot be read."""
+def find_files(path: str, key: str = "data.path") -> list[Path]:
+    """The files with one of ENDINGS at `path` (a file of any name, or a folder), sorted; runs that lie in the
+    folder are passed over. UserError, naming the setting `key`, if there is none or a folder cannot be read."""
     root, files, seen = Path(path), [], set()
     if not root.exists():
-        raise UserError(f"data.path: {root} does not exist")
+        raise UserError(f"{key}: {root} does not exist")
     if not root.is_dir():
         return [root]
 
     def unreadable(error: OSError) -> None:
-        raise UserError(f"data.path: {error.filename} cannot be read ({error.strerror})")
+        raise UserError(f"{key}: {error.filename} cannot be read ({error.strerror})")
 
     for folder, inner, names in os.walk(root, onerror=unreadable, followlinks=True):
         real, run = os.path.realpath(folder), "config.toml" in names and Path(folder) != root
         if run or real in seen:
             inner.clear()
         else:
-            files += [Path(folder, name) for name in names if name.endswith((".jsonl", ".jsonl.gz"))]
+            files += [Path(folder, name) for name in names if name.endswith(ENDINGS)]
         seen.add(real)
     if not files:
-        raise UserError(f"data.path: no .jsonl or .jsonl.gz file in {root}")
+        raise UserError(f"{key}: no .jsonl or .json file, gzipped or not, in {root}")
     return sorted(files)
+
+
+def open_binary(file: Path) -> BinaryIO:
+    """The bytes of a file, unpacked if it is gzipped."""
+    with file.open("rb") as stream:
+        packed = file.name.endswith(".gz") or stream.read(2) == b"\x1f\x8b"
+    return (gzip.open if packed else open)(file, "rb")
+
+
+def unreadable(place: str, error: Exception) -> UserError:
+    """One of UNREADABLE as a sentence."""
+    if isinstance(error, UnicodeDecodeError):
+        return UserError(f"{place}: no valid UTF-8 ({error.reason}); save it as UTF-8")
+    return UserError(f"{place}: cannot be read ({error})")
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, text) of a file, gzipped or not; UserError where it cannot be read."""
     number = 0
     try:
-        with file.open("rb") as stream:
-            packed = file.name.endswith(".gz") or stream.read(2) == b"\x1f\x8b"
-        with (gzip.open if packed else open)(file, "rb") as stream:
-            for number, line in enumerate(stream, 1):
+        with open_binary(file) as stream:
+            for number, line in enumerate(iter(lambda: stream.readline(ROW_LIMIT + 1), b""), 1):
+                if len(line) > ROW_LIMIT:
+                    raise UserError(f"{file}, line {number}: is longer than {ROW_LIMIT >> 20} MiB, too long for a row")
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}, line {number}: no valid UTF-8 ({error.reason}); save it as UTF-8") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{file}, after line {number}: cannot be read ({error})") from None
+    except UNREADABLE as error:
+        after = "" if isinstance(error, UnicodeDecodeError) else "after "
+        raise unreadable(f"{file}, {after}line {number}", error) from None
 
 
-def split_dialogue(text: str) -> tuple[tuple[Message, ...], str]:
-    """(prompt, last answer) of a dialogue, cut at its last assistant turn; ValueError if it is none."""
-    head, mark, answer = text.rpartition("\n\nAssistant:")
-    before, *rest = TURN.split(head)
-    if not mark or before.strip():
-        raise ValueError(r'no dialogue of "\n\nHuman: …" and "\n\nAssistant: …" turns')
-    turns = zip(rest[::2], rest[1::2], strict=True)
-    return tuple(Message(ROLES[role], content.strip()) for role, content in turns), answer.strip()
-
-
-def parse_row(text: str, where: str) -> tuple[Pair | None, str]:
-    """(pair, "kept") or (None, why it cannot be used); UserError for a row that cannot be read."""
+def is_array(file: Path) -> bool:
+    """Whether a file holds a JSON array (else it has a row per line): its first character tells."""
     try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}); {EXPECTED}") from None
-    sides, keys = [], ("chosen", "rejected")
-    for key in keys:
-        if not isinstance(row, dict) or key not in row:
-            raise UserError(f"{where}: no {key!r}; {EXPECTED}")
-        if not isinstance(row[key], str):
-            raise UserError(f"{where}: {key!r} is no text; {EXPECTED}")
-    for key in keys:
-        try:
-            row[key].encode("utf-8")
-            sides += split_dialogue(row[key])
-        except UnicodeEncodeError:
-            raise UserError(f"{where}: {key!r} holds half a surrogate pair, no valid text") from None
-        except ValueError as error:
-            raise UserError(f"{where}: {key!r} is {error}; {EXPECTED}") from None
-    prompt, chosen, other, rejected = sides
-    if prompt != other:
-        return None, "prompts differ"
-    if not prompt or prompt[-1].role != "user" or not prompt[-1].content:
-        return None, "no human turn before the answer"
-    if "Human" in [TURN.findall(row[key])[-1] for key in keys]:
-        return None, "human turn at the end"
-    if not chosen or not rejected:
-        return None, "empty answer"
-    if chosen == rejected:
-        return None, "identical answers"
-    return Pair(example_id(prompt), prompt, chosen, rejected), "kept"
+        with open_binary(file) as stream:
+            return stream.peek(1024)[:1024].removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+    except UNREADABLE as error:
+        raise unreadable(str(file), error) from None
 
 
-def read_hh(path: str, most: int | None = None) -> tuple[list[Pair], dict[str, dict[str, int]]]:
-    """All usable pairs of HH-RLHF files, and per file how many rows were read, kept, dropped why.
-    Reads `most` rows at most, spread evenly over the files. A pair's meta["file"] is its file's name without
-    endings. Raises UserError for an unreadable row, or when none is left."""
-    files, pairs, counts, seen = find_files(path), [], {}, Counter()
-    for index, file in enumerate(files):
-        name = os.fsencode(file.name).decode("utf-8", "backslashreplace")
-        label = re.sub(r"\.jsonl(\.gz)?$", "", name)
-        label = label if label not in counts else str(file.relative_to(path))
-        count = counts.setdefault(label, Counter(read=0, kept=0))
-        limit = None if most is None else most // len(files) + (index < most % len(files))
-        for number, text in islice(read_lines(file), limit):
-            pair, reason = parse_row(text, f"{file}, line {number}") if text else (None, "blank line")
-            count.update(("read", reason))
-            if pair:
-                name = example_id(pair.prompt, seen[pair.id])
-                seen[pair.id] += 1
-                pairs.append(replace(pair, id=name, meta={"file": label}))
-    counts = {label: dict(count) for label, count in counts.items()}
-    if not pairs:
-        found = "; ".join(f"{label}: {count}" for label, count in counts.items())
-        raise UserError(f"data.path: no usable row in {path} ({found})")
-    return pairs, counts
+def read_array(file: Path) -> Iterator[tuple[int, object]]:
+    """(row number from 1, value) of the rows of a JSON array, gzipped or not; no more than a row and a block of
+    text are in memory. UserError where it cannot be read: behind a broken row nobody knows where the next begins."""
+    number, mark = 0, ","
+    try:
+        with io.TextIOWrapper(open_binary(file), "utf-8-sig", newline="") as stream:
+            text = stream.read(BLOCK).lstrip().removeprefix("[")
+            if text.lstrip().startswith("]"):
+                mark, text = "]", text.lstrip()[1:]
+            while mark == ",":
+                try:
+                    value, mark, text = next_value(text)
+                except (ValueError, RecursionError) as error:  # broken, or not yet read to its end
+                    more = stream.read(max(BLOCK, len(text))) if len(text) <= ROW_LIMIT else ""
+                    if not more:
+                        long = f"longer than {ROW_LIMIT >> 20} MiB, or "
+                        problem = f"not valid JSON, or cut short ({getattr(error, 'msg', error)})"
+                        raise UserError(f"{file}, row {number + 1}: is {long * (len(text) > ROW_LIMIT)}{problem}") from None
+                    text += more
+                    continue
+                number += 1
+                yield number, value
+            if (text + stream.read(BLOCK)).strip():
+                raise UserError(f"{file}, after row {number}: the array has ended, but the file goes on")
+    except UNREADABLE as error:
+        raise unreadable(f"{file}, after row {number}", error) from None
+
+
+def next_value(text: str) -> tuple[object, str, str]:
+    """(the first value of what stands in an array, the mark behind it, the rest); ValueError if there is no whole one."""
+    value, end = DECODER.raw_decode(text, SPACE.match(text).end())
+    end = SPACE.match(text, end).end()
+    if text[end : end + 1] not in (",", "]"):
+        raise ValueError("no comma behind it")
+    return value, text[end], text[end + 1 :]
+
+
+def first_turn(pair: Pair) -> str:
+    """What the human says first; slices have none in common."""
+    return next(message.content for message in pair.prompt if message.role == "user")
 
 
 def split_pairs(
-    pairs: list[Pair], shares: tuple[float, ...], seed: int
+    pairs: Sequence[Pair], shares: Sequence[float], seed: int, own: Mapping[str, Sequence[Pair]] | None = None
 ) -> tuple[dict[str, list[Pair]], dict[str, int]]:
-    """{"d0", "d1", "d2", "test"}: slices disjoint by first human turn (shares count first turns); and how
-    many pairs were left out of d2 and test, because their prompt had occurred before."""
-    first_turn = {pair.id: next(m.content for m in pair.prompt if m.role == "user") for pair in pairs}
-    turns = sorted(set(first_turn.values()))
+    """{"d0", "d1", "d2", "test"}: slices disjoint by first human turn (shares count first turns of `pairs`), those
+    in `own` made of nothing but the rows given there; and how many pairs were left out: of d2 and test because
+    their prompt had occurred before, and of any file because the test, or D1, has that first turn in its own."""
+    own = own or {}
+    where = {first_turn(pair): name for name in ("d2", "d1", "test") for pair in own.get(name, ())}
+    turns = sorted({first_turn(pair) for pair in pairs} - where.keys())
     random.Random(f"{seed}/split").shuffle(turns)
+    shares = [0 if name in own else share for name, share in zip(SLICES, shares, strict=True)]
     ends = [round(sum(shares[:i]) * len(turns)) for i in range(5)]
-    where = {turn: name for i, name in enumerate(SLICES) for turn in turns[ends[i] : ends[i + 1]]}
+    where |= {turn: name for i, name in enumerate(SLICES) for turn in turns[ends[i] : ends[i + 1]]}
     slices, prompts, left_out = {name: [] for name in SLICES}, set(), Counter(d2=0, test=0)
-    for pair in pairs:
-        name = where.get(first_turn[pair.id])
-        if name in ("d2", "test") and pair.prompt in prompts:
+    rows = [(None, pair) for pair in pairs] + [(name, pair) for name, given in own.items() for pair in given]
+    for source, pair in rows:
+        name = where.get(first_turn(pair))
+        if name in own and name != source:
+            left_out["first turn of another slice"] += 1
+        elif name in ("d2", "test") and pair.prompt in prompts:
             left_out[name] += 1
         elif name:
             slices[name].append(pair)
-        prompts.add(pair.prompt)
+            prompts.add(pair.prompt)
     return slices, dict(left_out)

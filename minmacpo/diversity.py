@@ -42,8 +42,8 @@ def distinct2(texts: Sequence[str]) -> float:
 
 
 def self_bleu(texts: Sequence[str], most: int = 400) -> float:
-    """Mean BLEU-4 of each text (the first `most`) against all others (Zhu et al. 2018), in [0, 1], higher is less
-    various. Uniform weights; an n-gram precision of 0 counts as 1 / (2 · n-grams); texts with fewer than four
+    """Mean BLEU-4 of each of the first `most` texts against the others of them (Zhu et al. 2018), in [0, 1], higher is
+    less various. Uniform weights; an n-gram precision of 0 counts as 1 / (2 · n-grams); texts with fewer than four
     words use the orders that they have."""
     words = [text.split() for text in texts[:most] if text.split()]
     if len(words) < 2:

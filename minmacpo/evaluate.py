@@ -19,7 +19,8 @@ from minmacpo.commandline import overlay, read_toml
 from minmacpo.config import Config
 from minmacpo.data import Pair, Sample
 from minmacpo.diversity import distinct2, refuses, self_bleu
-from minmacpo.files import read_json, read_rows
+from minmacpo.files import read_json, read_rows, write_json
+from minmacpo.forms import released
 from minmacpo.macpo import Trained
 from minmacpo.monitor import alarms, signs
 from minmacpo.page import words
@@ -37,7 +38,7 @@ COLUMNS = {  # of the printed table: key, heading, how it is written
     "distinct2": ("distinct-2", "{distinct2:.3f}"), "self_bleu": ("self-BLEU", "{self_bleu:.3f}"),
 }  # fmt: skip
 SIGNS = ("surprise", "entropy", "kl", "same", "similarity", "loops")  # of the monitor, in tables
-CONTROLS = {"continued": "naive SFT continued", "ceiling": "ceiling"}
+CONTROLS = {"kept": "student kept by the monitor", "continued": "naive SFT continued", "ceiling": "ceiling"}
 NOTES = {"name", "kind", "fingerprint", "counts", "started", "seconds", "cpu_seconds", "peak_mb"}
 town_of = functools.lru_cache(maxsize=8)(world.make_town)
 check_once = functools.cache(verify)  # files are hashed once
@@ -125,22 +126,23 @@ def row_of(config: Config, samples: Stage, *scored: Stage) -> dict:
     """One row of the table; `scored`: true and worse answers under the agent, then under its base."""
     said = read_rows(samples.path / "samples.jsonl", Sample)
     scores = [read_rows(stage.path / "scores.jsonl") for stage in scored]
-    margins = [(a["logp"] - c["logp"]) - (b["logp"] - d["logp"]) for a, b, c, d in zip(*scores, strict=True)]
+    margins = [(a["logp"] - c["logp"]) - (b["logp"] - d["logp"]) if b["characters"] else None
+               for a, b, c, d in zip(*scores, strict=True)]  # fmt: skip
     files, parts = {s.id: s.meta.get("file") for s in said}, {}  # files: of the test prompts, in order
     for file in [None, *sorted({f for f in files.values() if f})]:  # None: all files together
         picked = [i for i, f in enumerate(files.values()) if file in (None, f)]
         logp, tokens, size = (sum(scores[0][i][k] for i in picked) for k in ("logp", "tokens", "characters"))
         mine = [s for s in said if file in (None, s.meta.get("file"))]
+        able = [margins[i] for i in picked if margins[i] is not None]  # of prompts with a worse answer
         parts[file] = {
             "perplexity": float(np.exp(-logp / tokens)),
             "perplexity_char": float(np.exp(-logp / size)),
-            "accuracy": float(np.mean([margins[i] > 0 for i in picked])),
             "length": float(np.mean([len(s.response) for s in mine])),
             "hit_length": float(np.mean([s.finish == "length" for s in mine])),
             "refusals": float(np.mean([refuses(s.response) for s in mine])),
             "distinct2": distinct2([s.response for s in mine]),
             "self_bleu": self_bleu([s.response for s in mine]),
-        }
+        } | ({"accuracy": float(np.mean([margin > 0 for margin in able]))} if able else {})
     row = {"files": parts} | parts.pop(None)
     for part, values in gold_of(config, samples).items():
         row |= {part: float(values.mean()), f"{part}_interval": interval(values, config.eval.bootstrap)}
@@ -185,9 +187,20 @@ def add_pgr(run: Past, rows: list[dict]) -> None:
 
 
 def records_of(stage: Stage) -> list[Pair] | list[Sample]:
-    """All that a stage of pairs or of samples holds."""
-    kind, file = (Pair, "pairs.jsonl") if "/pairs_" in stage.name else (Sample, "samples.jsonl")
-    return read_rows(stage.path / file, kind)
+    """All that a stage of pairs or of samples holds; UserError for another one."""
+    for kind, file in ((Pair, "pairs.jsonl"), (Sample, "samples.jsonl")):
+        if (stage.path / file).is_file():
+            return read_rows(stage.path / file, kind)
+    raise UserError(f"{stage.path}: holds neither pairs nor answers")
+
+
+def export(run: str, name: str, file: str) -> str:
+    """Write the pairs or the answers of a stage as MACPO's authors released theirs; says what was written."""
+    records, target = records_of(read_run(run).stage(name)), Path(file)
+    if target.exists():
+        raise UserError(f"{target}: exists already; it is not overwritten")
+    write_json(target, [released(record) for record in records])
+    return f"{len(records)} rows: {target}"
 
 
 @functools.cache
@@ -211,11 +224,16 @@ def filter_rows(run: Past) -> list[dict]:
             for key in sorted(key for key in counts if key.startswith("chosen_") and counts[key]):
                 who, won = key.removeprefix("chosen_"), counts[key] / counts["pairs"]
                 sources[who] = {"won": won, "right": right_share(run.config, stage, who)}
-            offers = [run.stage(at) for who in counts if who.startswith("chosen_")
-                      if (at := f"round{t}/positives_{who[7:]}") in run.notes]  # fmt: skip
+            offers = [offer_of(run, t, key.removeprefix("chosen_")) for key in counts if key.startswith("chosen_")]
             row = {"round": t, "sources": sources, "right": right_share(run.config, stage)}
-            rows.append(row | offered(run.config, *offers))
+            rows.append(row | offered(run.config, *filter(None, offers)))
     return rows
+
+
+def offer_of(run: Past, t: int, who: str) -> Stage | None:
+    """The answers of an agent that the student could choose from in round t, None where they are not on the disk."""
+    names = (f"round{t}/own_{who}", f"round{t}/positives_{who}")  # own: before its update (macpo.self_share)
+    return next((run.stage(name) for name in names if name in run.notes), None)
 
 
 @functools.cache

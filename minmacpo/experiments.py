@@ -1,10 +1,12 @@
 """Many runs under one question: python train.py @experiment-NAME [--seeds=0,1] [--section.key=value]...
 
-A file in presets/experiments names variants by their flags. Every variant is an ordinary run for each seed; finished
-ones are not redone, so an experiment that was stopped goes on where it was. At the end it writes results.json and
-report.html into `<run.root>/experiment-NAME`. The first variant is what the others are compared with.
+A file in presets/experiments names variants by their flags, and may name groups, which are crossed with them. Every
+variant is an ordinary run for each seed; finished ones are not redone, so an experiment that was stopped goes on where
+it was. At the end it writes results.json and report.html into `<run.root>/experiment-NAME`. The first variant of a
+group is what the others of that group are compared with.
 """
 
+import contextlib
 import shlex
 import subprocess
 import sys
@@ -23,21 +25,36 @@ from minmacpo.config import Config
 from minmacpo.evaluate import Past, gold_by_prompt, make_table, paired_interval, read_run
 from minmacpo.files import write_atomic, write_json
 from minmacpo.page import document, forest, grid, tag
+from minmacpo.progress import Signals
 from minmacpo.run import FINISHED
 
 MARK = "@experiment-"
+TOLD = ("--run.name", "--run.seed", "--run.method", "--method", "--stage", "--profile")  # what an experiment says itself
 HEAD = ("variant", "seeds", "student, last round", "first variant − it [95 %]", "win rate over naive SFT", "PGR",
         "teachers", "chosen right", "any right", "collapsed", "alarm in", "CPU s", "tokens")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
+class Case:
+    """One variant in one group ("" where there are no groups), and the flags of train.py that make it."""
+
+    group: str
+    name: str
+    words: list[str]
+
+    @property
+    def label(self) -> str:
+        return f"{self.group}: {self.name}" if self.group else self.name
+
+
+@dataclass(frozen=True, slots=True)
 class Experiment:
-    """A preset of presets/experiments: what is asked, and the flags of every variant."""
+    """A preset of presets/experiments: what is asked, and all cases."""
 
     name: str
     question: str
     seeds: list[int]
-    variants: dict[str, list[str]]
+    cases: list[Case]
 
 
 def read_experiment(name: str) -> Experiment:
@@ -47,8 +64,9 @@ def read_experiment(name: str) -> Experiment:
         near = get_close_matches(name, names, 1) or names[:1]
         raise UserError(f"{MARK}{name}: no such experiment ({', '.join(names)}); did you mean {near[0]}?")
     found = tomllib.loads((PRESETS / "experiments" / f"{name}.toml").read_text("utf-8"))
-    variants = {label: shlex.split(flags) for label, flags in found["variants"].items()}
-    return Experiment(name, found["question"], found["seeds"], variants)
+    cases = [Case(group, label, shlex.split(f"{shared} {flags}"))
+             for group, shared in found.get("groups", {"": ""}).items() for label, flags in found["variants"].items()]  # fmt: skip
+    return Experiment(name, found["question"], found["seeds"], cases)
 
 
 def run_experiment(argv: Sequence[str], program: str) -> int:
@@ -57,7 +75,7 @@ def run_experiment(argv: Sequence[str], program: str) -> int:
     names = [word.removeprefix(MARK) for word in argv if word.startswith(MARK)]
     given = [word.removeprefix("--seeds=") for word in argv if word.startswith("--seeds=")]
     shared = [word for word in argv if not word.startswith((MARK, "--seeds=", "--dry_run"))]
-    if odd := [word for word in shared if word.startswith(("--run.name", "--run.seed", "--stage", "--profile", "--method"))]:
+    if odd := [word for word in shared if word.startswith(TOLD)]:
         raise UserError(f"{odd[0]}: an experiment says this itself; run train.py without it for a single run")
     if len(names) != 1:
         raise UserError(f"{' '.join(map(MARK.__add__, names))}: one experiment at a time")
@@ -66,17 +84,17 @@ def run_experiment(argv: Sequence[str], program: str) -> int:
         seeds = sorted({int(seed) for seed in given[-1].split(",")}) if given else experiment.seeds
     except ValueError:
         raise UserError(f"--seeds={given[-1]}: expected whole numbers with commas between them") from None
-    plan = [(seed, label, [*shared, *flags, f"--run.seed={seed}"])
-            for seed in seeds for label, flags in experiment.variants.items()]  # fmt: skip
+    plan = [(seed, case, [*shared, *case.words, f"--run.seed={seed}"])
+            for seed in seeds for case in experiment.cases]  # fmt: skip
     configs = [parse(words).config for *_, words in plan]  # a wrong flag is an error before anything runs
     if configs[0].data.path:
         raise UserError("an experiment needs the gold reward of the built-in world; leave out --data.path")
     if "--dry_run" in argv:
-        print(*(f"seed {seed}  {label}: {folder(config)}"
-                for (seed, label, _), config in zip(plan, configs, strict=True)), sep="\n")  # fmt: skip
+        print(*(f"seed {seed}  {case.label}: {folder(config)}"
+                for (seed, case, _), config in zip(plan, configs, strict=True)), sep="\n")  # fmt: skip
         return 0
     compute(plan, configs, program)
-    found = gather(experiment, seeds, plan, configs)
+    found = gather(experiment, seeds, plan, configs) | {"shared": [w for w in shared if not w.startswith("--run.root")]}
     place = Path(configs[0].run.root) / f"experiment-{experiment.name}"
     place.mkdir(parents=True, exist_ok=True)
     write_json(place / "results.json", found)
@@ -90,19 +108,36 @@ def folder(config: Config) -> Path:
     return Path(config.run.root) / config.run.name
 
 
-def compute(plan: Sequence[tuple[int, str, list[str]]], configs: Sequence[Config], program: str) -> None:
+def compute(plan: Sequence[tuple[int, Case, list[str]]], configs: Sequence[Config], program: str) -> None:
     """Every run that is not finished, one after the other, each a process of its own; UserError if one fails."""
     left = [i for i, config in enumerate(configs) if not (folder(config) / FINISHED).is_file()]
     started = time.monotonic()
     for number, i in enumerate(left):
-        seed, label, words = plan[i]
+        seed, case, words = plan[i]
         spent = time.monotonic() - started
         eta = f", {spent / number * (len(left) - number) / 60:.0f} min left" if number else ""
-        print(f"[{number + 1}/{len(left)}{eta}] seed {seed}  {label}", flush=True)
-        done = subprocess.run([sys.executable, program, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        if done.returncode:
-            last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
-            raise UserError(f"seed {seed}, {label}: exit {done.returncode}: {last[0]}")
+        print(f"[{number + 1}/{len(left)}{eta}] seed {seed}  {case.label}", flush=True)
+        code, said = run_alone([sys.executable, program, *words])
+        if code:
+            last = said.strip().splitlines()[-1:] or ["no message"]
+            raise UserError(f"seed {seed}, {case.label}: exit {code}: {last[0]}")
+
+
+def run_alone(command: list[str]) -> tuple[int, str]:
+    """(exit code, what it said on stderr) of a process; a signal to this one is handed on once, so that the other can
+    save, and acts when that has ended."""
+    signals, told, said = Signals(), False, None
+    signals.install()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
+                          start_new_session=True) as process:  # fmt: skip
+        while said is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                said = process.communicate(timeout=0.2)[1]
+            if signals.number is not None and not told:
+                process.send_signal(signals.number)
+                told = True
+    signals.check()
+    return process.returncode, said
 
 
 # ---- what was found ----------------------------------------------------------------------------
@@ -141,41 +176,52 @@ def collapsed(curve: Sequence[float]) -> bool:
     return bool(curve[-1] < 0.97 * max(curve))
 
 
-def variant_row(label: str, words: list[str], runs: dict[int, Past], first: Golds) -> dict:
-    """What the runs of one variant gave, by seed; `first` is the student of the first variant."""
+def variant_row(case: Case, runs: dict[int, Past], first: Golds) -> dict:
+    """What the runs of one variant gave, by seed; `first` is the student of its group's first variant."""
     last, naive, tables = golds(runs, "student"), golds(runs, "student", 0), [make_table(r) for r in runs.values()]
     rounds = max(run.config.macpo.rounds for run in runs.values())
     chosen = [table["filter"][-1] for table in tables if table["filter"]]
-    pgr = [row["pgr"] for table in tables for row in table["rows"] if row["agent"] == "student"][rounds :: rounds + 1]
-    cost = [(sum(s["cpu_seconds"] for s in table["cost"]), sum(s["tokens"] or 0 for s in table["cost"]))
-            for table in tables]  # fmt: skip
+    students = [[row for row in table["rows"] if row["agent"] == "student"] for table in tables]
+    pgr = [measured[-1]["pgr"] for measured in students if "pgr" in measured[-1]]
+    alarms = [first_alarm(table) for table in tables]
+    kept = [golds({s: r}, "student", alarm and alarm - 1)[s].mean() for (s, r), alarm in zip(runs.items(), alarms, strict=True)]
+    cost = [(s["cpu_seconds"], s["tokens"] or 0, not s["linked_from"]) for table in tables for s in table["cost"]]
     return {
-        "name": label, "flags": shlex.join(words), "seeds": [*runs],
+        "group": case.group, "name": case.name, "flags": shlex.join(case.words), "seeds": [*runs],
         "by_round": [float(np.mean([g.mean() for g in golds(runs, "student", t).values()])) for t in range(rounds + 1)],
         "by_seed": [float(g.mean()) for g in last.values()],
         "student": float(np.mean([g.mean() for g in last.values()])),
         "difference": with_interval([first[s] - last[s] for s in last if s in first]),
         "wins": with_interval([wins(last[s], naive[s]) for s in last]),
         "gain": with_interval([last[s] - naive[s] for s in last]),
-        "alarms": [first_alarm(table) for table in tables],
+        "alarms": alarms, "kept": float(np.mean(kept)),  # kept: what macpo.stop = rollback ends with
         "collapsed": [collapsed([g.mean() for t in range(rounds + 1) for g in [golds({s: r}, "student", t)[s]]])
                       for s, r in runs.items()],
         "teachers": float(np.mean([g.mean() for g in golds(runs, "teachers").values()])),
+        "lengths": [float(np.mean([measured[i]["length"] for measured in students])) for i in (0, -1)],
         "pgr": float(np.mean(pgr)) if pgr and None not in pgr else None,
         **{key: float(np.mean([row[key] for row in chosen])) if chosen and None not in [row.get(key) for row in chosen]
            else None for key in ("right", "offered", "different")},
-        "cpu_seconds": float(np.mean([c for c, _ in cost])), "tokens": float(np.mean([n for _, n in cost])),
+        "cpu_seconds": sum(seconds for seconds, *_ in cost) / len(runs), "tokens": sum(n for _, n, _ in cost) / len(runs),
+        "spent": sum(seconds for seconds, _, own in cost if own) / len(runs),  # beside what other runs had computed
     }  # fmt: skip
 
 
 def gather(experiment: Experiment, seeds: Sequence[int], plan, configs: Sequence[Config]) -> dict:
     """The whole result as JSON: one row per variant, from the finished runs on the disk."""
     runs: dict[str, dict[int, Past]] = {}
-    for (seed, label, _), config in zip(plan, configs, strict=True):
-        runs.setdefault(label, {})[seed] = read_run(folder(config))
-    first = golds(next(iter(runs.values())), "student")
-    rows = [variant_row(label, experiment.variants[label], found, first) for label, found in runs.items()]
+    for (seed, case, _), config in zip(plan, configs, strict=True):
+        runs.setdefault(case.label, {})[seed] = read_run(folder(config))
+    rows, first = [], {}
+    for case in experiment.cases:
+        mine = first.setdefault(case.group, golds(runs[case.label], "student"))
+        rows.append(variant_row(case, runs[case.label], mine))
     return {"name": experiment.name, "question": experiment.question, "seeds": list(seeds), "variants": rows}
+
+
+def label_of(row: dict) -> str:
+    """A row's group and name."""
+    return Case(row.get("group", ""), row["name"], []).label
 
 
 def cells(row: dict) -> list[str]:
@@ -187,7 +233,7 @@ def cells(row: dict) -> list[str]:
     mean, *bounds = row["difference"] or [0.0]
     apart = "{:+.3f} [{:+.3f}, {:+.3f}]".format(mean, *bounds) if any(bounds) else ""
     win = "{:.3f} [{:.3f}, {:.3f}]".format(*row["wins"])
-    return [row["name"], str(len(row["seeds"])), number(row["student"]), apart, win, number(row["pgr"], ".2f"),
+    return [label_of(row), str(len(row["seeds"])), number(row["student"]), apart, win, number(row["pgr"], ".2f"),
             number(row["teachers"]), number(row["right"], ".0%"), number(row["offered"], ".0%"),
             f"{sum(row['collapsed'])} of {len(row['seeds'])}", ", ".join(str(t or "–") for t in row["alarms"]),
             number(row["cpu_seconds"], ",.0f"), number(row["tokens"], ",.0f")]  # fmt: skip
@@ -203,10 +249,10 @@ def as_text(found: dict) -> str:
 def experiment_page(found: dict) -> str:
     """The report: the question, a picture of all variants, the table, the student by round."""
     rows = found["variants"]
-    gains = {row["name"]: row["gain"] for row in rows}
+    gains = {label_of(row): row["gain"] for row in rows}
     rounds = range(max(len(row["by_round"]) for row in rows))
-    curve = [[row["name"], *(f"{v:.3f}" for v in row["by_round"])] for row in rows]
-    seeds = [[row["name"], *(f"{v:.3f}" for v in row["by_seed"])] for row in rows]
+    curve = [[label_of(row), *(f"{v:.3f}" for v in row["by_round"])] for row in rows]
+    seeds = [[label_of(row), *(f"{v:.3f}" for v in row["by_seed"])] for row in rows]
     return document(
         "experiment.html",
         name=[f"experiment: {found['name']}"],
@@ -215,5 +261,5 @@ def experiment_page(found: dict) -> str:
         table=[grid(HEAD, map(cells, rows))],
         rounds=[grid(["student", *(f"round {t}" for t in rounds)], curve)],
         seeds=[grid(["student, last round", *(f"seed {s}" for s in found["seeds"])], seeds)],
-        flags=[grid(["variant", "flags of train.py"], [[r["name"], tag("code", r["flags"] or "none")] for r in rows])],
+        flags=[grid(["variant", "flags of train.py"], [[label_of(r), tag("code", r["flags"] or "none")] for r in rows])],
     )

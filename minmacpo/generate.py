@@ -45,8 +45,8 @@ def draw(probs: Tensor, ids: Tensor | None, uniform: Tensor) -> Tensor:
 
 def contrast(logits: Tensor, against: Tensor) -> Tensor:
     """Logits [B, V] that favour what `logits` finds likelier than `against` does: their log-probabilities plus
-    the difference, among the tokens that have a tenth of the likeliest one's probability (contrastive decoding,
-    Li et al. 2023, with its plausibility constraint)."""
+    the difference, among the tokens that have a tenth of the likeliest one's probability (contrastive decoding in the
+    form of O'Brien and Lewis 2023 with β = 1; the plausibility constraint is that of Li et al. 2023)."""
     logps = logits.float().log_softmax(-1)
     moved = 2 * logps - against.float().log_softmax(-1)
     return moved.masked_fill(logps < logps.amax(-1, keepdim=True) + math.log(PLAUSIBLE), -math.inf)

@@ -111,8 +111,10 @@ def disk_need(config: Config, kinds: Iterable[str]) -> int:
         answers = max(town.d1, town.d2, town.test * config.eval.samples)
         corpus, text = (4 * data.max_length * rows for rows in (documents, answers))
     else:
-        size = sum(file.stat().st_size * (4 if file.suffix == ".gz" else 1) for file in find_files(data.path))
+        size, *own = (sum(file.stat().st_size * (4 if file.suffix == ".gz" else 1) for file in find_files(path))
+                      for path in data.files.values())  # fmt: skip
         corpus, text = size * shares[0], size * max(shares[1], shares[2], shares[3] * config.eval.samples)
+        text = max([text, *(part * config.eval.samples for part in own)])
     count = Counter(kind.partition("/")[0] for kind in kinds)
     adapters, texts = count["sft"] + count["prefer"], count["slices"] + count["sample"] + count["pairs"]
     largest = base if count["pretrain"] else slot if adapters else 0

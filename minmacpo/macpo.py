@@ -20,11 +20,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from minmacpo.bases import Base, Ground
+from minmacpo.choose import Candidates
 from minmacpo.config import Dpo
 from minmacpo.feedback import tagged_prompts
 from minmacpo.monitor import verdict
 from minmacpo.run import Stage
-from minmacpo.stages import Candidates, Pace, pairs, prefer, sample, score_texts, sft
+from minmacpo.stages import Pace, keep, pairs, prefer, sample, score_texts, sft
 from minmacpo.workshop import Texts, Workshop
 
 TAIL = 2.0  # temperature of macpo.negatives = tail
@@ -95,13 +96,24 @@ def run_macpo(shop: Workshop, ground: Ground) -> Iterator[Trained]:
 
 def rounds(shop: Workshop) -> Iterator[int]:
     """1 … R, or until the monitor sees in the student what macpo.stop says; the adapters of all rounds stay."""
-    wanted = shop.config.macpo.stop
+    wanted = {"rollback": "collapsed"}.get(shop.config.macpo.stop, shop.config.macpo.stop)
     for t in range(1, shop.config.macpo.rounds + 1):
         found = "" if wanted == "none" or shop.run.planning else verdict(shop.run.path, "student", t - 1)
         if found.startswith(wanted):
             shop.run.log(f"the student has {found} in round {t - 1}: no further round (macpo.stop = {wanted})")
             return
         yield t
+
+
+def roll_back(shop: Workshop, students: Sequence[Trained]) -> Trained:
+    """The student of the last round before the monitor's first alarm, as final/student_pos (macpo.stop = rollback)."""
+    before = students[:1]  # round 0 has nothing to be compared with
+    for student in students[1:]:
+        if not shop.run.planning and (found := verdict(shop.run.path, "student", student.round)).startswith("collapsed"):
+            shop.run.log(f"the student has {found} in round {student.round}: back to round {before[-1].round}")
+            break
+        before = [*before, student]
+    return replace(before[-1], agent="kept", adapter=keep(shop, "final/student_pos", before[-1].adapter))
 
 
 def initialise(agent: Agent, good: Texts, bad: Texts) -> Trained:
@@ -147,7 +159,9 @@ def update(agent: Agent, t: int, others: Sequence[Agent]) -> Trained:
         train_negative(agent, t - 1)  # a new ν, from the updated π
     share = settings.self_share if settings.mutual else 1.0  # -MP: it learns its own answers
     sources = [*(others if share < 1 else ()), *([agent] if share else ())]
-    answers = {source.name: positives(source, t) for source in sources}
+    # R4 asks for the student's answers again, after its update: those before it need a name of their own
+    own = f"round{t}/own_student" if 0 < share < 1 and agent.name == "student" else None
+    answers = {source.name: positives(source, t, own if source is agent else None) for source in sources}
     offers = [Candidates(s.name, answers[s.name], votes(agent, t, s, others, answers)) for s in sources]
     bad = negatives_of(agent, t, others)
     return contrast(agent, t, offers, bad, agent.shop.config.dpo, (agent.name, share))
@@ -193,7 +207,7 @@ def negatives_of(agent: Agent, t: int, others: Sequence[Agent]) -> Texts:
     who = f"{agent.name}_{way}"
     if way == "contrastive":
         return Texts(sample(shop, name, base, agent.negative, agent.queries, who, key, against=agent.positive[-1]))
-    asked = tagged_prompts(shop, "round0/bad_tag_prompts", base, agent.queries, good=False)
+    asked = tagged_prompts(shop, f"round0/bad_tag_prompts_{agent.name}", base, agent.queries, good=False)
     said = sample(shop, f"round0/{way}_{agent.name}", base, None, asked, who, (agent.name, way))
     return Texts(said, side="untagged")
 

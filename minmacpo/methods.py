@@ -10,6 +10,7 @@ from functools import partial
 
 from minmacpo import feedback
 from minmacpo.bases import Ground
+from minmacpo.choose import Candidates
 from minmacpo.macpo import (
     Agent,
     Trained,
@@ -18,20 +19,26 @@ from minmacpo.macpo import (
     imitate,
     make_agents,
     positives,
+    roll_back,
     rounds,
     run_macpo,
 )
 from minmacpo.run import Stage
-from minmacpo.stages import Candidates, Pace, sample, score_texts, sft
+from minmacpo.stages import Pace, sample, score_texts, sft
 from minmacpo.workshop import Texts, Workshop
 
 
 def run_method(shop: Workshop, ground: Ground) -> Iterator[Trained]:
-    """The agents of `run.method`, each as soon as it is trained."""
+    """The agents of `run.method`, each as soon as it is trained; then the student that macpo.stop = rollback keeps."""
     methods = {"macpo": run_macpo, "sft": naive, "sft-continued": continued, "confident": confident,
                "spin": spin, "self-rewarding": self_rewarding, "rlaif": rlaif, "rlcd": rlcd,
                "dpo-truth": dpo_truth, "ceiling": truth}  # fmt: skip
-    return methods[shop.config.run.method](shop, ground)
+    students = []
+    for trained in methods[shop.config.run.method](shop, ground):
+        yield trained
+        students += [trained] if trained.agent == "student" else []
+    if shop.config.macpo.stop == "rollback":
+        yield roll_back(shop, students)
 
 
 def start(shop: Workshop, ground: Ground) -> Generator[Trained, None, tuple[Agent, Texts]]:
@@ -121,7 +128,7 @@ def rlaif(shop: Workshop, ground: Ground) -> Iterator[Trained]:
     student, _ = yield from start(shop, ground)
     labeller, said = ground.bases["weak1"], several(student, 1, 2)
     asked = feedback.ask(shop, "round1/judge_questions", labeller, said,
-                         partial(feedback.comparisons, shop.config.feedback))  # fmt: skip
+                         partial(feedback.comparisons, shop.config.feedback), compare=True)  # fmt: skip
     scores = score_texts(shop, "round1/judgements", labeller, None, asked)
     yield from learn_preferences(student, feedback.prefer_by(
         shop, "round1/preferences", [said.stage, scores], partial(feedback.by_comparison, said, scores)

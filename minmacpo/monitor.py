@@ -34,7 +34,8 @@ def answers(run: Path, agent: str, t: int) -> list[Sample]:
 
 def signs(run: Path, agent: str, t: int) -> dict[str, float]:
     """{sign: value} of an agent after round t; {} if it was not measured then.
-    entropy: nats per token of its own answers; kl: nats per answer above its bare base; distinct2: share of
+    entropy: nats per token of its own answers, drawn at generate.temperature and scored at 1; kl: nats per answer above
+    its bare base, which reads them as text, tokenized anew; distinct2: share of
     different word pairs; cut, loops: shares of answers; same: share of prompts answered as the round before;
     similarity: of the words of chosen and rejected in the round's pairs; surprise: nats per token of the chosen
     answers when the round began to train on them."""

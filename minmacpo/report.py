@@ -54,13 +54,13 @@ def student_sentence(run: Past, rows: list[dict]) -> str:
         chance = ", which may be chance" if low <= 0 <= high else ""
         told[0] += f" ({(new - old).mean():+.3f}, 95% interval {low:+.3f} to {high:+.3f}{chance})"
     when = f"After {rows[-1]['round']} of {run.config.macpo.rounds} rounds"
-    return f"{when} the student's {', its '.join(told)} and its {last}."
+    return f"{when} the student's {' and its '.join([', its '.join(told)] * bool(told) + [last])}."
 
 
 def story(run: Past, rows: list[dict]) -> list[str]:
     """What happened, in three sentences: of the student, of what it is compared with, of the teachers."""
     by = {agent: [*group] for agent, group in itertools.groupby(rows, lambda row: row["agent"])}
-    key, student = "accuracy" if run.config.data.path else "gold", by.get("student")
+    key, student = next((key for key in ("gold", "accuracy") if key in [*rows, {}][0]), "perplexity"), by.get("student")
     name = CURVES[key][0].lower()
     ways = {"continued": "naive SFT continued", "ceiling": "the ceiling, SFT on the true answers,"}
     reached = [f"{way} reaches {by[agent][0][key]:.3f}" for agent, way in ways.items() if agent in by]
@@ -80,7 +80,7 @@ def over_rounds(rows: list[dict], key: str) -> dict[str, list]:
     """A column of the table as lines; the controls, measured at the end only, go from side to side."""
     lines: dict[str, list] = {}
     for row in rows:
-        if math.isfinite(row.get(key, math.nan)):
+        if math.isfinite(row.get(key, math.nan)) and row["agent"] != "kept":  # that is a student of the line already
             where = (0, row["round"]) if row["agent"] in evaluate.CONTROLS else (row["round"],)
             points = [(t, row[key], *row.get(f"{key}_interval", ())) for t in where]
             lines.setdefault(row["agent"], []).extend(points)
@@ -162,10 +162,10 @@ def samples(run: Past) -> list[Html]:
 
     for t in range(1, run.config.macpo.rounds + 1):
         made, bad = at(t, "pairs_student"), at(t - 1, "negatives_student") or bad
-        # without mutual positives the student's own of round t come before its update
-        later = at(t + (not run.config.macpo.mutual), "positives_student")
+        # self-play and own positives use the student's answers of round t before its update
+        later = at(t + (run.config.run.method != "macpo" or not run.config.macpo.mutual), "positives_student")
         for name, pair in made.items():
-            good = at(t, f"positives_{pair.chosen_by}")
+            good = shown(offer, tuple(rows)) if (offer := evaluate.offer_of(run, t, pair.chosen_by)) else {}
             found = (good.get(name), pair.chosen_by), (bad.get(name),), (later.get(name),)
             rows[name].append([t, *(answer(run.config, *cell) for cell in found)])
     for pair in (pair for pair in pairs if rows[pair.id]):
@@ -186,7 +186,8 @@ def write_report(path: Path) -> None:
     lines = {key: over_rounds(table["rows"], key) for key in CURVES}
     main, *curves = (figure(*CURVES[key], lines[key], main=key == "gold") for key in CURVES)
     (head, rows), *choices, watched = evaluate.tables(table)
-    last, environment = f"student, round {table['rounds']}", read_json(run.folder / "env.json")
+    reached = max((row["round"] for row in table["rows"] if row["agent"] == "student"), default=0)
+    last, environment = f"student, round {reached}", read_json(run.folder / "env.json")
     rows = [[tag("b", cell) for cell in cells] if cells[0].startswith(last) else cells for cells in rows]
     page = document(
         "page.html",

@@ -22,7 +22,8 @@ from minmacpo.checkpoint import load_model, load_scorer
 from minmacpo.data import Message, Pair, Sample
 from minmacpo.evaluate import Past, interval, read_run
 from minmacpo.files import read_rows
-from minmacpo.tokenizer import Tokens, load_tokenizer, render
+from minmacpo.templates import render
+from minmacpo.tokenizer import Tokens, load_tokenizer
 
 Rate = Callable[[Sequence[tuple[Sequence[Message], str]]], np.ndarray]  # scores of (prompt, answer) texts
 
@@ -75,7 +76,7 @@ def trained_here(run: Past) -> Rate:
     folder = run.stage("bases/strong").path if "bases/strong" in run.notes else Path(run.config.model.student or "")
     model, tokenizer, template = load_model(folder), load_tokenizer(folder), run.config.data.template
     pairs = [p for name in ("d1", "d2") for p in read_rows(run.stage("data/slices").path / f"{name}.jsonl", Pair)]
-    pairs = [pair for pair in pairs if "swapped" not in pair.meta]
+    pairs = [pair for pair in pairs if "corrupted" not in pair.meta]
     chosen, rejected = (
         last_hidden(model, [render(tokenizer, template, p.prompt, getattr(p, side)) for p in pairs], 16384)
         for side in ("chosen", "rejected")

@@ -1,7 +1,7 @@
 """The run folder: stages that are whole or absent, their fingerprints, seeds, log and metrics.
 
 A stage is a function from finished stages to a folder. Its fingerprint says what its content depends on (but
-for torch's version and threads, which env.json has, and run.log_every); it is computed only if no finished one
+for torch's version and threads, which env.json has); it is computed only if no finished one
 with that fingerprint exists, here or in another run of the root, whose files are then linked. So a variant pays
 only for what differs.
 """
@@ -109,6 +109,7 @@ class Run:
         self.plan: dict[str, Stage] = {}
         self.planning = True
         self.provided: set[str] = set()  # stages seen to in this process
+        self.named: dict[tuple[bool, str], str] = {}  # (planning, stage) -> its fingerprint
         self.signals = Signals()
         self.on_step: Callable[[], None] | None = None
         self.after_stage: Callable[[Path], None] = lambda path: None  # called with the run's folder
@@ -163,6 +164,7 @@ class Run:
             if not source.finished:
                 raise UserError(f"--stage={name} needs {source.name}, which is not finished; run that first")
             verify(source)
+        self.check_name(stage)
         if self.planning:
             self.plan[name] = stage
         elif self.only in (None, name) and name not in self.provided:
@@ -171,6 +173,11 @@ class Run:
             named = {"name": name, "fingerprint": stage.fingerprint, "inputs": inputs}
             self.provide(stage, recipe | named, compute)
         return stage
+
+    def check_name(self, stage: Stage) -> None:
+        """Raise RuntimeError if another stage has this one's name: a defect of the method, not of its user."""
+        if self.named.setdefault((self.planning, stage.name), stage.fingerprint) != stage.fingerprint:
+            raise RuntimeError(f"{stage.name}: one name for two different stages")
 
     def provide(self, stage: Stage, notes: dict, compute: Callable[[Work], dict]) -> None:
         """Accept the stage if it is finished here, link it from another run, or compute it."""

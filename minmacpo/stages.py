@@ -1,10 +1,10 @@
-"""The five kinds of stage that the methods are made of, each a function from its inputs to a Stage."""
+"""The kinds of stage that the methods are made of, each a function from its inputs to a Stage."""
 
 import math
 import os
-import random
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -12,8 +12,9 @@ from minmacpo import UserError
 from minmacpo.bases import Base
 from minmacpo.batching import collate, steps_per_epoch
 from minmacpo.checkpoint import save_adapter
+from minmacpo.choose import Candidates, keep_familiar, offered, select, weighted
 from minmacpo.config import Dpo
-from minmacpo.data import Example, Pair, Sample
+from minmacpo.data import Pair, Sample
 from minmacpo.files import read_rows, write_rows
 from minmacpo.fit import PairObjective, Schedule, SftObjective, Unit, fit, plan_of
 from minmacpo.lora import read_adapter, reset_adapter
@@ -61,7 +62,7 @@ def sft(shop: Workshop, name: str, base: Base, texts: Texts, start: Stage | None
         return counts | dropped | {"cut_at_limit": cut}
 
     settings, inputs = asdict(pace) | texts.settings, [base.stage, start, texts.stage, *like]
-    settings |= {"confidence": confidence} if confidence else {}
+    settings |= ({"confidence": confidence} if confidence else {}) | log_lines(shop)
     size = f"sft, {'as many steps as the student' if like else f'{pace.epochs} epochs'} at lr {pace.lr:g}"
     return shop.stage(name, "sft/1", settings, inputs, learn, key, size)
 
@@ -89,9 +90,15 @@ def prefer(shop: Workshop, name: str, base: Base, pairs: Stage, start: Stage, re
         return train(work, base, loaded, units, objective, schedule, before)
 
     settings = {k: v for k, v in asdict(dpo).items() if k not in ("student_lr", "teacher_lr")}
-    settings |= asdict(pace) | {"contrast": contrast}
+    settings |= asdict(pace) | {"contrast": contrast} | log_lines(shop)
     size = f"{'DPO + SFT' if contrast else 'SFT term only'}, {pace.epochs} epoch at lr {pace.lr:g}"
     return shop.stage(name, "prefer/1", settings, [base.stage, pairs, start, reference], learn, key, size)
+
+
+def log_lines(shop: Workshop) -> dict[str, int]:
+    """run.log_every where it is not the usual: it says which lines metrics.jsonl has, and the monitor reads those."""
+    every = shop.config.run.log_every
+    return {} if every == type(shop.config.run)().log_every else {"log_every": every}
 
 
 def train(work: Work, base: Base, loaded: Loaded, units: list[Unit], objective, schedule: Schedule,
@@ -105,6 +112,18 @@ def train(work: Work, base: Base, loaded: Loaded, units: list[Unit], objective, 
     home = path.absolute() if base.stage.external else os.path.relpath(path, work.run.path / work.name)
     save_adapter(work.folder, tensors, config.lora, str(home))
     return counts
+
+
+def keep(shop: Workshop, name: str, adapter: Stage) -> Stage:
+    """A trained adapter under another name."""
+
+    def copy(work: Work) -> dict:
+        """Its files say the same from a folder of the same depth."""
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(adapter.path / file, work.folder / file)
+        return {"kept": adapter.name}
+
+    return shop.stage(name, "keep/1", {}, [adapter], copy, size="the student before the first alarm")
 
 
 def check_start(shop: Workshop, work: Work, base: Base, start: Stage, reference: Stage | None,
@@ -202,73 +221,6 @@ def score_texts(shop: Workshop, name: str, base: Base, adapter: Stage | None, te
     return shop.stage(name, "score/1", texts.settings, [base.stage, adapter, texts.stage], write_scores)
 
 
-@dataclass(frozen=True, slots=True)
-class Candidates:
-    """Answers of one agent, the same number to every prompt, in the prompts' order. `votes`: per criterion,
-    weighted stages of scores of these answers; a vote is the weighted sum of their log-probabilities per token."""
-
-    who: str
-    texts: Texts
-    votes: dict[str, list[tuple[float, Stage]]] = field(default_factory=dict)
-
-    def values(self) -> dict[str, list[float]]:
-        """{criterion: [its value of every answer]}, higher is better; -inf for a text too long to be scored."""
-        found = {}
-        for name, stages in self.votes.items():
-            columns = [(weight, read_rows(stage.path / "scores.jsonl")) for weight, stage in stages]
-            found[name] = [
-                -math.inf if None in [row["logp"] for row in rows]
-                else sum(w * row["logp"] / row["tokens"] for (w, _), row in zip(columns, rows, strict=True))
-                for rows in zip(*(column for _, column in columns), strict=True)
-            ]  # fmt: skip
-        return found
-
-
-Choice = tuple[str, Example, dict[str, float]]  # who said it, the answer, its value by criterion
-
-
-def offered(candidates: Sequence[Candidates]) -> list[list[Choice]]:
-    """All candidates of every prompt, in order."""
-    prompts: dict[str, list[Choice]] = {}
-    for source in candidates:
-        values = source.values()
-        for index, text in enumerate(source.texts.read()):
-            value = {name: column[index] for name, column in values.items()}
-            prompts.setdefault(text.id, []).append((source.who, text, value))
-    return list(prompts.values())
-
-
-def select(shop: Workshop, prompts: list[list[Choice]], own: tuple[str, float], key: tuple) -> list[list[Choice]]:
-    """Per prompt the winner (eq. 7: the least perplexing), a random one, or all. Several criteria: the smallest
-    sum of ranks; ties: the first. `own`: an agent, and the share of prompts where only its answers count. An
-    empty answer wins only where all are empty."""
-    settings, winners = shop.config.macpo, []
-    for offers in prompts:
-        dice = random.Random(repr((shop.config.run.seed, *key, offers[0][1].id)))
-        if 0 < own[1] < 1:
-            mine = dice.random() < own[1]
-            offers = [choice for choice in offers if (choice[0] == own[0]) == mine]
-        able = [choice for choice in offers if choice[1].response] or offers[:1]
-        names = [name for name in settings.select if name in able[0][2]]
-        if settings.select == ("all",):
-            winners.append(able)
-        elif not names:  # a random pick, or only one source
-            winners.append([dice.choice(able)])
-        else:
-            winners.append([min(able, key=lambda mine: sum(
-                other[2][name] > mine[2][name] for other in able for name in names))])  # fmt: skip
-    return winners
-
-
-def keep_familiar(winners: list[list[Choice]], share: float) -> list[list[Choice]]:
-    """`winners` of the share of prompts whose (first) winner is the least perplexing; the others have none."""
-    if share == 1:
-        return winners
-    order = sorted(range(len(winners)), key=lambda i: -winners[i][0][2]["perplexity"])
-    kept = set(order[: max(1, round(share * len(order)))])
-    return [choices if i in kept else [] for i, choices in enumerate(winners)]
-
-
 def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates], negatives: Texts,
           reference: Stage | None, familiar: Stage, own: tuple[str, float], key: tuple) -> Stage:  # fmt: skip
     """pairs.jsonl: per prompt the selected candidate against the agent's own negative (R3, R5). `familiar` holds
@@ -279,10 +231,12 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates
     def write_pairs(work: Work) -> dict:
         """Choose, pair, drop what cannot be used, and store the reference logps."""
         loaded, bad_logps = shop.use(base, reference), read_rows(familiar.path / "scores.jsonl")
-        won = select(shop, offered(candidates), own, key)
-        kept, found = keep_familiar(won, settings.keep), []
-        for choices, bad, known in zip(kept, negatives.read(), bad_logps, strict=True):
-            for who, good, values in choices:
+        winners = select(shop.config, offered(candidates), own, key)
+        kept, found = keep_familiar(winners, settings.keep), []
+        rejected = {bad.id: (bad, known) for bad, known in zip(negatives.read(), bad_logps, strict=True)}
+        for choices in kept:
+            for who, good, values in choices if not choices or choices[0][1].id in rejected else ():
+                bad, known = rejected[good.id]
                 weight = math.exp(values["agreement"]) if settings.weights == "agreement" and "agreement" in values else None
                 pair = Pair(good.id, good.prompt, good.response, bad.response, who, getattr(bad, "agent", "data"),
                             ref_rejected_logps=known["logp"], meta=good.meta, weight=weight)  # fmt: skip
@@ -300,6 +254,8 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates
         write_rows(work.folder / "pairs.jsonl", weighted(made))
         won = {f"chosen_{c.who}": sum(pair.chosen_by == c.who for pair in made) for c in candidates}
         dropped |= {"not_kept": kept.count([])} if settings.keep < 1 else {}
+        alone = sum(choices[0][1].id not in rejected for choices in winners)  # its question was too long (feedback.ask)
+        dropped |= {"no_negative": alone} if alone else {}
         return {"pairs": len(made)} | dropped | won | {"tokens": sum(sum(row.mask) for row in rows)}
 
     votes = [(weight, stage) for c in candidates for stages in c.votes.values() for weight, stage in stages]
@@ -309,14 +265,6 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates
     inputs = [base.stage, *(c.texts.stage for c in candidates), *(stage for _, stage in votes)]
     inputs += [negatives.stage, familiar, reference]
     return shop.stage(name, "pairs/3", recipe | negatives.settings, inputs, write_pairs, key)
-
-
-def weighted(made: list[Pair]) -> list[Pair]:
-    """The pairs with their weights, if they have any, scaled to a mean of 1."""
-    if not made or made[0].weight is None:
-        return made
-    mean = sum(pair.weight for pair in made) / len(made)
-    return [replace(pair, weight=pair.weight / mean) for pair in made]
 
 
 def show_first(work: Work, loaded: Loaded, what: str, rows: Sequence[Tokens]) -> None:

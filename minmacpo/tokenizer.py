@@ -1,22 +1,24 @@
-"""Text to ids and back: sentencepiece models, and the templates that turn messages into ids.
+"""Text to ids and back: the tokenizers of base folders, and those made here.
 
-Only here a prompt becomes ids, so training, scoring and sampling cannot differ. Special tokens are never
-parsed from text, and each segment is tokenised by itself: the border of prompt and answer never shifts.
+Special tokens are never parsed from text, and each segment is tokenised by itself: the border of prompt and
+answer never shifts. templates.py makes dialogues into segments.
 """
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
 
 from minmacpo import UserError
-from minmacpo.data import Message
+from minmacpo.bpe import BytePairs
+from minmacpo.files import read_json
 
 TURN_MARKS = {"user": "<user>", "assistant": "<bot>"}
-PLAIN_MARKS = {"user": "\n\nHuman:", "assistant": "\n\nAssistant:"}
 SHOWN = str.maketrans({"▁": " ", "\n": "⏎", "\r": "⏎"})  # pieces as a log shows them
+# All that a base folder may say of its tokenizer; the first two hold one, the first is used where both are.
+FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 @dataclass(slots=True)
@@ -28,44 +30,82 @@ class Tokens:
 
 
 class Tokenizer:
-    """A sentencepiece model; `model` is the bytes of a tokenizer.model. Raises UserError."""
+    """A sentencepiece model or a byte-level BPE; `model` is the bytes of a tokenizer.model or tokenizer.json,
+    `added` the tokens {name: id} beside it, `ends` {"bos": name or id, "eos": …} where they are not the model's.
+    `special` are all tokens that no text becomes. Raises UserError."""
 
-    def __init__(self, model: bytes, where: str = "tokenizer.model"):
-        try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError:
-            raise UserError(f"{where}: is no sentencepiece model") from None
-        self.model, self.size = model, self.pieces.vocab_size()
-        self.bos, self.eos = self.pieces.bos_id(), self.pieces.eos_id()
+    def __init__(self, model: bytes, where: str = "tokenizer.model", added: Mapping[str, int] | None = None,
+                 ends: Mapping[str, str | int] | None = None):  # fmt: skip
+        self.model, self.guard, self.bos, self.eos = model, [], -1, -1
+        if where.endswith(".json"):
+            self.pieces = BytePairs(model, where)
+            self.known, special = self.pieces.size, self.pieces.added
+        else:
+            try:
+                self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+            except RuntimeError:
+                raise UserError(f"{where}: is no sentencepiece model") from None
+            self.bos, self.eos, self.known = self.pieces.bos_id(), self.pieces.eos_id(), len(self.pieces)
+            special = {self.pieces.id_to_piece(i): i for i in range(self.known) if self.pieces.is_control(i)}
+            # Llama's models put a space before every text; a line break, which never merges with what
+            # follows, keeps that space away from segments that do not start a text.
+            adds_space = self.pieces.id_to_piece(self.pieces.encode("a")[0]).startswith("▁")
+            self.guard = self.pieces.encode("\n") if adds_space else []
+        self.special = special | dict(added or {})
+        self.names = {i: name for name, i in self.special.items()}
+        self.size = max([self.known, *(i + 1 for i in self.names)])
+        for key, end in (ends or {}).items():
+            if (found := self.special.get(end, end)) not in range(self.size):
+                raise UserError(f"{where}: the {key} token is {end!r}, which is no special token of it")
+            setattr(self, key, found)
         if self.eos < 0:
-            raise UserError(f"{where}: has no end token")
-        marks = {role: self.pieces.piece_to_id(mark) for role, mark in TURN_MARKS.items()}
-        self.marks = marks if all(map(self.pieces.is_control, marks.values())) else {}  # {}: not made here
-        # Llama's models put a space before every text; a line break, which never merges with what
-        # follows, keeps that space away from segments that do not start a text.
-        adds_space = self.pieces.id_to_piece(self.pieces.encode("a")[0]).startswith("▁")
-        self.guard = self.pieces.encode("\n") if adds_space else []
+            raise UserError(f"{where}: has no end token; tokenizer_config.json beside it should name an eos_token")
+        marks = {role: self.special.get(mark) for role, mark in TURN_MARKS.items()}
+        self.marks = {} if None in marks.values() else marks  # {}: not made here
 
     def encode(self, text: str, start: bool = False) -> list[int]:
         """ids of `text`, without special tokens; `start`: it begins a document. UserError for broken text."""
         guard = [] if start else self.guard
         try:
             return self.pieces.encode("\n" + text if guard else text)[len(guard) :]
-        except RuntimeError:
+        except (RuntimeError, UnicodeEncodeError):
             raise UserError(f"{text[:60]!a}: is no valid text (half a surrogate pair)") from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; special tokens give nothing, broken bytes give U+FFFD."""
-        text = self.pieces.decode(self.guard + list(ids))
+        """The text of `ids`; special tokens and spare rows of a model give nothing, broken bytes give U+FFFD."""
+        text = self.pieces.decode(self.guard + [i for i in ids if i < self.known])
         return text[1:] if self.guard else text
+
+    def piece(self, i: int) -> str:
+        """Token `i` as a log shows it, a special one by its name."""
+        if i in self.names or isinstance(self.pieces, BytePairs):
+            shown = self.names.get(i) or self.pieces.decode([i])
+        else:
+            shown = self.pieces.id_to_piece(i).replace("<0x0A>", "⏎")
+        return "".join(c if c.isprintable() else "�" for c in shown.translate(SHOWN))
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of an HF folder that holds a tokenizer.model; UserError otherwise."""
-    file = Path(folder) / "tokenizer.model"
-    if not file.is_file():
-        raise UserError(f"{folder}: has no tokenizer.model (only sentencepiece models are read)")
-    return Tokenizer(file.read_bytes(), str(file))
+    """The tokenizer of an HF folder: its tokenizer.model, or else its tokenizer.json; UserError if it has neither.
+    Begin and end token are those that its tokenizer_config.json or special_tokens_map.json names, or else the
+    model's, or those of config.json."""
+    folder = Path(folder)
+    file = next((folder / name for name in FILES[:2] if (folder / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{folder}: has no {FILES[0]} (sentencepiece) and no {FILES[1]} (byte-level BPE)")
+    config, named, added, model = (
+        read_json(folder / name) if (folder / name).is_file() else {} for name in (*FILES[2:], "config.json")
+    )
+    try:
+        added |= {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
+        ends = {key: (named | config).get(f"{key}_token") for key in ("bos", "eos")}
+        ends = {key: end["content"] if isinstance(end, dict) else end for key, end in ends.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{folder}: {FILES[2]} or {FILES[3]} is damaged") from None
+    if file.suffix == ".json" and not ends["eos"]:
+        ends = {key: model.get(f"{key}_token_id") for key in ends}
+        ends = {key: end[0] if isinstance(end, list) else end for key, end in ends.items()}
+    return Tokenizer(file.read_bytes(), str(file), added, {k: v for k, v in ends.items() if v is not None})
 
 
 def train_tokenizer(texts: Iterable[str], vocab: int) -> bytes:
@@ -85,68 +125,8 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> bytes:
     return out.getvalue()
 
 
-def turns(messages: Sequence[Message]) -> list[tuple[str, str, str]]:
-    """(role, tag, content) of every turn, the open one of the assistant last. A message with the role "tag" is no
-    turn: it says beforehand how the assistant's next one speaks (RLCD, Yang et al. 2024)."""
-    found, tag = [], ""
-    for message in [*messages, Message("assistant", "")]:
-        if message.role != "tag":
-            found.append((message.role, tag, message.content))
-        tag = message.content if message.role == "tag" else ""
-    return found
-
-
-def plain_mark(role: str, tag: str) -> str:
-    """"\n\nAssistant:", or with a tag "\n\nAssistant (harmless response):"."""
-    return f"{PLAIN_MARKS[role][:-1]} ({tag}):" if tag else PLAIN_MARKS[role]
-
-
-def dialogue_text(messages: Sequence[Message], response: str) -> str:
-    """A dialogue as one text of the HH-RLHF kind, for training a tokenizer."""
-    *before, (role, tag, _) = turns(messages)
-    return "".join(f"{plain_mark(r, t)} {content}" for r, t, content in [*before, (role, tag, response)])
-
-
-def render_prompt(tokenizer: Tokenizer, template: str, messages: Sequence[Message]) -> list[int]:
-    """ids of the prompt, up to where the answer begins: after "\n\nAssistant:" (plain) or <bot> (turns).
-    plain: a begin token, then text as in HH-RLHF. turns: none; earlier answers close with the end token; a tag
-    stands behind its <bot>, in parentheses."""
-    *before, (role, tag, _) = turns(messages)
-    if template == "plain":
-        ids = [tokenizer.bos] if tokenizer.bos >= 0 else []
-        for number, (r, t, content) in enumerate(before):
-            ids += tokenizer.encode(f"{plain_mark(r, t)} {content}", start=number == 0)
-        return ids + tokenizer.encode(plain_mark(role, tag), start=not before)
-    if not tokenizer.marks:
-        raise UserError("data.template = turns needs a tokenizer made here; use data.template=plain")
-    ids = []
-    for number, (r, t, content) in enumerate([*before, (role, tag, "")]):
-        said = tokenizer.encode(f"( {t} ) {content}" if t else content)
-        end = [tokenizer.eos] if r == "assistant" and number < len(before) else []
-        ids += [tokenizer.marks[r], *said, *end]
-    return ids
-
-
-def render(
-    tokenizer: Tokenizer, template: str, messages: Sequence[Message], response: str | None = None
-) -> Tokens:
-    """The prompt and, if given, the response (plain: after a space) and its end token; the mask is True on
-    these two alone."""
-    prompt, answer = render_prompt(tokenizer, template, messages), []
-    if response is not None:
-        answer = [*tokenizer.encode(" " + response if template == "plain" else response), tokenizer.eos]
-    return Tokens(prompt + answer, [False] * len(prompt) + [True] * len(answer))
-
-
-def response_text(tokenizer: Tokenizer, template: str, ids: Sequence[int]) -> str:
-    """The answer's text behind sampled `ids`: no end token, no space around, and no next human turn, which a
-    base model that has read whole dialogues may go on with (in the plain template)."""
-    text = tokenizer.decode([i for i in ids if i != tokenizer.eos])
-    return (text.partition(PLAIN_MARKS["user"])[0] if template == "plain" else text).strip()
-
-
 def show_mask(tokenizer: Tokenizer, tokens: Tokens) -> str:
     """The text of `tokens` on one line, the trained part between ⟦ and ⟧, special pieces by name."""
-    pieces = [tokenizer.pieces.id_to_piece(i).translate(SHOWN).replace("<0x0A>", "⏎") for i in tokens.ids]
+    pieces = map(tokenizer.piece, tokens.ids)
     marked = [f"⟦{piece}⟧" if trained else piece for piece, trained in zip(pieces, tokens.mask, strict=True)]
     return "".join(marked).replace("⟧⟦", "")

@@ -25,7 +25,8 @@ from minmacpo.lora import attach_lora, clear_adapter, write_adapter
 from minmacpo.machine import device_of, dtype_of, free_bytes
 from minmacpo.run import Run, Stage, Work, derive_seed
 from minmacpo.score import perplexity
-from minmacpo.tokenizer import Tokens, load_tokenizer, render, render_prompt, response_text
+from minmacpo.templates import end_ids, render, render_prompt, response_text
+from minmacpo.tokenizer import Tokens, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class Texts:
 
 
 def untag(sample: Sample) -> Sample:
-    """The sample as if it had been asked for without a tag (tokenizer.turns)."""
+    """The sample as if it had been asked for without a tag (templates.Template)."""
     return replace(sample, prompt=tuple(message for message in sample.prompt if message.role != "tag"))
 
 
@@ -136,11 +137,11 @@ def answer(config: Config, loaded: Loaded, agent: str, jobs: list[tuple[Example,
     if (longest := max(map(len, prompts))) > room:
         most = f"with generate.max_new = {config.generate.max_new} the context has room for {max(room, 0)}"
         raise UserError(f"a prompt has {longest} tokens; {most}")
-    other = against.model if against else None
-    found = generate(loaded.model, prompts, seeds, config.generate, loaded.stops, other)
+    other, stops = against.model if against else None, loaded.stops | end_ids(tokenizer, template)
+    found = generate(loaded.model, prompts, seeds, config.generate, stops, other)
     samples = []
     for (e, _), own, new, logp in zip(jobs, seeds, *found, strict=True):
         text, ppl = response_text(tokenizer, template, new), perplexity(logp, len(new))
-        finish = "stop" if new[-1] in loaded.stops else "length"
+        finish = "stop" if new[-1] in stops else "length"
         samples.append(Sample(e.id, e.prompt, text, finish, tuple(new), logp, ppl, agent, own, e.meta))
     return samples

@@ -169,7 +169,7 @@ def test_lists_replace_and_never_merge(tmp_path):
 
 def test_what_a_file_leaves_empty_must_be_given_later(tmp_path):
     message = refused("@hh")
-    assert message.startswith("@hh needs --data.path=") and "HH-RLHF file or folder" in message
+    assert message.startswith("@hh needs --data.path=") and "file or folder of pairs" in message
     assert parse(["@hh", "--data.path=x"]).config.data.path == "x"
     assert parse(["@hh", "--data.path=x"]).config.run.name == "hh-path=x"
     mine = toml(tmp_path, "[model]\nstudent = ''\n")

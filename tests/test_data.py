@@ -1,4 +1,4 @@
-"""The reader of HH-RLHF files, the slices, the records, and what becomes of over-long rows."""
+"""Files of rows, HH-RLHF dialogues, the slices, the records, and what becomes of over-long rows."""
 
 import gzip
 import json
@@ -20,14 +20,12 @@ from minmacpo.data import (
     Sample,
     example_id,
     find_files,
-    parse_row,
-    read_hh,
     read_lines,
-    split_dialogue,
     split_pairs,
 )
 from minmacpo.files import read_rows, write_rows
-from minmacpo.tokenizer import render, render_prompt
+from minmacpo.forms import parse_row, read_data, split_dialogue
+from minmacpo.templates import render, render_prompt
 
 USER, BOT = "user", "assistant"
 
@@ -48,9 +46,15 @@ def write(path, *lines: str | bytes):
     return path
 
 
-def refused(path, **options) -> str:
+def read_hh(path: str, most: int | None = None) -> tuple[list[Pair], dict[str, dict[str, int]]]:
+    """The pairs of a file or folder, and what was counted of each file."""
+    pairs, reports = read_data(path, most=most)
+    return pairs, {name: dict(report.counts) for name, report in reports.items()}
+
+
+def refused(path) -> str:
     with pytest.raises(UserError) as caught:
-        read_hh(str(path), **options)
+        read_hh(str(path))
     assert len(str(caught.value).splitlines()) <= 5
     return str(caught.value)
 
@@ -110,7 +114,7 @@ def test_no_dialogue(text):
     ],
 )  # fmt: skip
 def test_why_a_row_is_used_or_not(chosen, rejected, reason):
-    pair, found = parse_row(json.dumps({"chosen": chosen, "rejected": rejected}), "here")
+    pair, found = parse_row({"chosen": chosen, "rejected": rejected})
     assert found == reason and (pair is None) == (reason != "kept")
     if pair:
         assert pair.prompt == split_dialogue(chosen)[0]
@@ -131,10 +135,10 @@ def test_plain_and_gzipped_one_file_and_a_folder(tmp_path):
     assert [replace(p, meta={}) for p in read_hh(str(odd))[0]] == [replace(p, meta={}) for p in pairs]
 
 
-def test_a_folder_is_read_through_its_subfolders_and_only_its_jsonl(tmp_path):
+def test_a_folder_is_read_through_its_subfolders_and_only_its_rows(tmp_path):
     write(tmp_path / "b" / "x.jsonl", row(("b",)))
     write(tmp_path / "a" / "x.jsonl.gz", row(("a",)), row(("a2",)))
-    write(tmp_path / "x.json", "nonsense")
+    write(tmp_path / "x.jsonx", "nonsense")
     write(tmp_path / "README.md", "nonsense")
     (tmp_path / "folder.jsonl").mkdir()
     pairs, counts = read_hh(str(tmp_path))
@@ -166,8 +170,8 @@ BROKEN = {
     "null": ("null", "chosen"),
     "missing chosen": (json.dumps({"rejected": dialogue("q", "a")}), "'chosen'"),
     "missing rejected": (json.dumps({"chosen": dialogue("q", "a")}), "'rejected'"),
-    "wrong type": (json.dumps({"chosen": ["q"], "rejected": dialogue("q", "a")}), "'chosen' is no text"),
-    "null value": (json.dumps({"chosen": dialogue("q", "a"), "rejected": None}), "'rejected' is no text"),
+    "wrong type": (json.dumps({"chosen": ["q"], "rejected": dialogue("q", "a")}), "'chosen' is a list, and text in the rows before"),
+    "null value": (json.dumps({"chosen": dialogue("q", "a"), "rejected": None}), "'rejected' is absent, and text in the rows before"),
     "no dialogue": (json.dumps({"chosen": "good", "rejected": "bad"}), "no dialogue"),
     "empty text": (json.dumps({"chosen": "", "rejected": dialogue("q", "a")}), "no dialogue"),
     "half a surrogate pair": ('{"chosen": "\\n\\nHuman: \\ud83d\\n\\nAssistant: a", "rejected": "x"}', "surrogate"),
@@ -258,7 +262,7 @@ def test_every_real_pair_is_the_text_of_its_row(real):
     kept = iter(real[0])
     for file in find_files(str(shared("data/hh-rlhf"))):
         for _, line in read_lines(file):
-            if parse_row(line, "")[0] is None:
+            if parse_row(json.loads(line))[0] is None:
                 continue
             pair, raw = next(kept), json.loads(line)
             marks = {USER: "Human", BOT: "Assistant"}
@@ -483,7 +487,7 @@ def test_rows_outside_the_shares_are_counted(tokenizer, tmp_path):
     file = write(tmp_path / "x.jsonl", *(row((f"question {i}",)) for i in range(100)))
     words = ["@tiny", f"--data.path={file}", "--data.shares=0.1,0.1,0.1,0.1", "--data.template=plain",
              "--model.student=x", "--model.teachers=a"]  # fmt: skip
-    found = bases.prepare_hh(parse(words).config, [tokenizer])
+    found = bases.prepare_data(parse(words).config, [tokenizer])
     assert found.counts["in no slice"] == 60 and found.counts["kept"] == 100
 
 
@@ -546,7 +550,7 @@ def test_weak_bases_read_shares_of_their_own(tokenizer, tmp_path):
     def corpora(share: float, teachers: int = 2):
         words = [f"--data.path={file}", f"--pretrain.weak_share={share}", "--data.shares=0.8,0.05,0.1,0.05",
                  "--model.student=x", f"--model.teachers={'a,b'[:2 * teachers - 1]}", "--data.template=plain"]  # fmt: skip
-        return bases.prepare_hh(parse(["@tiny", *words]).config, [tokenizer]).corpora
+        return bases.prepare_data(parse(["@tiny", *words]).config, [tokenizer]).corpora
 
     parts = corpora(0.5)
     assert list(parts) == ["strong", "weak1", "weak2"] and len(parts["strong"]) == 2 * 208

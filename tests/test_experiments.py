@@ -1,13 +1,18 @@
 """Experiments: many runs of train.py under one question, resumable, with a table, a figure and a JSON."""
 
+import fcntl
 import json
+import os
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
 from conftest import REPO
-from runs import METHODS, invoke, stages_of, write_stub
+from runs import METHODS, invoke, spawn, stages_of, write_stub
 
+from bench import results
 from minmacpo import experiments
 from minmacpo.commandline import PRESETS, parse
 from minmacpo.evaluate import gold_by_prompt, read_run
@@ -18,6 +23,16 @@ NAMES = sorted(file.stem for file in (PRESETS / "experiments").glob("*.toml"))
 SMALL = """
 question = "How much should an agent learn from itself?"
 seeds = [0, 1]
+[variants]
+"0" = ""
+"1" = "--macpo.mutual=false"
+"""
+GROUPED = """
+question = "The same, with fewer teachers?"
+seeds = [0, 1]
+[groups]
+"two" = ""
+"one" = "--macpo.teachers=1"
 [variants]
 "0" = ""
 "1" = "--macpo.mutual=false"
@@ -38,15 +53,23 @@ def finished(tmp_path_factory):
 
 
 def test_every_experiment_can_be_planned_and_names_no_run_twice():
-    assert {"main", "ablations", "teachers", "rounds", "noise", "selection", "self", "negatives", "loss"} <= {*NAMES}
+    assert {"main", "ablations", "teachers", "rounds", "noise", "selection", "self", "negatives", "loss", "domains",
+            "sizes", "conditions", "lengths"} <= {*NAMES}  # fmt: skip
     for name in NAMES:
         found = experiments.read_experiment(name)
-        flags = [parse([*words, "--run.seed=7"]).config.run.name for words in found.variants.values()]
+        flags = [parse([*case.words, "--run.seed=7"]).config.run.name for case in found.cases]
         assert len(set(flags)) == len(flags) > 1 and found.question and len(found.seeds) > 1
 
 
+def test_groups_are_crossed_with_variants():
+    found = experiments.read_experiment("noise")
+    assert len(found.cases) == 7 * 10 == len({case.label for case in found.cases})
+    assert found.cases[11].label == "10 % swapped: MACPO, keep 0.75"
+    assert found.cases[11].words == ["--data.noise=0.1", "--macpo.keep=0.75"]
+
+
 def test_the_main_experiment_has_every_method():
-    flags = [flag for words in experiments.read_experiment("main").variants.values() for flag in words]
+    flags = [flag for case in experiments.read_experiment("main").cases for flag in case.words]
     assert {flag.removeprefix("--method=") for flag in flags} == {*METHODS}
 
 
@@ -58,6 +81,8 @@ def test_the_main_experiment_has_every_method():
     (["@experiment-self", "--data.path=x"], "world"),
     (["@experiment-self", "--run.name=x"], "run.name"),
     (["@experiment-self", "--method=spin"], "method"),
+    (["@experiment-self", "--run.method=spin"], "run.method"),
+    (["@experiment-self", "--run.method", "spin"], "run.method"),
 ])  # fmt: skip
 def test_a_wrong_experiment_is_refused_before_anything_runs(place, words, wanted):
     ended = invoke("train", *words)
@@ -91,7 +116,19 @@ def test_results_are_what_the_runs_say(finished):
         assert row["difference"][0] == pytest.approx(np.mean([(a - b).mean() for a, b in zip(first[-1], mine[-1], strict=True)]))
         won = [np.mean((a > b) + (a == b) / 2) for a, b in zip(mine[-1], mine[0], strict=True)]
         assert row["wins"][0] == pytest.approx(np.mean(won)) and row["wins"][1] <= row["wins"][0] <= row["wins"][2]
-        assert row["cpu_seconds"] > 0 and row["tokens"] > 1000
+        alarms = [experiments.first_alarm(json.loads((root / "runs" / name / "eval/table.json").read_text()))
+                  for name in (names[row["name"]], f"{names[row['name']]}-seed=1")]  # fmt: skip
+        assert row["alarms"] == alarms
+        kept = [mine[-1 if alarm is None else alarm - 1][i].mean() for i, alarm in enumerate(alarms)]
+        assert row["kept"] == pytest.approx(np.mean(kept))
+        tables = [json.loads((root / "runs" / name / "eval/table.json").read_text()) for name in (names[row["name"]], f"{names[row['name']]}-seed=1")]
+        last = [[r for r in table["rows"] if r["agent"] == "student"][-1] for table in tables]
+        if None in [r["pgr"] for r in last]:
+            assert row["pgr"] is None
+        else:
+            assert row["pgr"] == pytest.approx(np.mean([r["pgr"] for r in last]))
+        assert row["lengths"][1] == pytest.approx(np.mean([r["length"] for r in last]))
+        assert 0 < row["spent"] <= row["cpu_seconds"] and row["tokens"] > 1000
     page = (root / "runs/experiment-small/report.html").read_text()
     assert page.count("<tr>") >= 8 and "<svg" in page and "<script" not in page and "$" not in page
 
@@ -106,3 +143,66 @@ def test_finished_runs_are_not_redone_and_a_missing_one_is(finished, capsys):
     after = {p: p.stat().st_mtime_ns for p in root.glob("runs/stub*/*/*/*")}
     assert {p for p in before if before[p] != after.get(p)} <= {p for p in before if "stub-mutual=false-seed=1" in str(p)}
     assert stages_of(root / "runs/stub-mutual=false-seed=1")
+
+
+def test_the_first_variant_of_a_group_is_what_its_others_are_compared_with(finished, capsys):
+    root, words = finished
+    (root / "experiments/grouped.toml").write_text(GROUPED)
+    assert experiments.run_experiment(["@experiment-grouped", *words[1:]], str(REPO / "train.py")) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((root / "runs/experiment-grouped/results.json").read_text())["variants"]
+    assert [(row["group"], row["name"]) for row in found] == [("two", "0"), ("two", "1"), ("one", "0"), ("one", "1")]
+    for first, second in (found[:2], found[2:]):
+        assert first["difference"] == [0, 0, 0]
+        assert second["difference"][0] == pytest.approx(first["student"] - second["student"])
+    assert "one: 1" in shown and "one: 1" in (root / "runs/experiment-grouped/report.html").read_text()
+    sections = results.experiment_section(json.loads((root / "runs/experiment-grouped/results.json").read_text()), "So it is.")
+    assert f"| 1 | {found[1]['student']:.3f} | {found[3]['student']:.3f} |" in sections and "So it is." in sections
+
+
+@pytest.mark.parametrize("method,measured", [("sft", 1), ("sft-continued", 2), ("spin", 3)])
+def test_pgr_is_that_of_the_last_student_of_every_seed(methods, monkeypatch, method, measured):
+    """Also where a method has no rounds between the first and the last."""
+    real, given = experiments.make_table, iter([0.2, 0.6])
+
+    def make_table(run):
+        table = real(run)
+        students = [row for row in table["rows"] if row["agent"] == "student"]
+        assert len(students) == measured
+        for row in students:
+            row["pgr"] = -9.0
+        students[-1]["pgr"] = next(given)
+        return table
+
+    monkeypatch.setattr(experiments, "make_table", make_table)
+    run = read_run(methods[method])
+    assert experiments.variant_row(experiments.Case("", "x", []), {0: run, 1: run}, {})["pgr"] == pytest.approx(0.4)
+
+
+def test_a_signal_reaches_the_run_once_and_the_experiment_goes_on_afterwards(tmp_path, place):
+    (tmp_path / "slow.toml").write_text("[pretrain]\nstrong_steps = 4000\n")
+    words = ["@experiment-self", "--seeds=0", "@tiny", f"@{tmp_path / 'slow.toml'}"]
+    process = spawn("train", *words, cwd=place, start_new_session=True)
+    state = place / "runs/tiny+slow"
+    while not ((metrics := state / "metrics.jsonl").exists() and metrics.stat().st_size):  # it trains
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and "goes on from here" in err and "Traceback" not in err
+    assert [*state.glob(".partial/state-*/state.safetensors")], "the run saved before it ended"
+    log = (state / "log.txt").open("a")
+    fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody works on it any more
+
+
+def test_only_what_was_made_without_further_flags_is_collected(finished, tmp_path, monkeypatch, capsys):
+    root, _ = finished
+    found = json.loads((root / "runs/experiment-small/results.json").read_text())
+    assert found["shared"] == [str(word) for word in finished[1][1:2]], "the preset, but not where the runs lie"
+    monkeypatch.setattr(results, "PLACE", tmp_path)
+    for name, shared in (("one", ["@tiny"]), ("two", [])):
+        (tmp_path / f"runs/experiment-{name}").mkdir(parents=True)
+        (tmp_path / f"runs/experiment-{name}/results.json").write_text(json.dumps(found | {"name": name, "shared": shared}))
+    results.collect_experiments(tmp_path / "runs")
+    assert (tmp_path / "two.json").is_file() and not (tmp_path / "one.json").exists()
+    assert "left out, it was made with @tiny" in capsys.readouterr().out

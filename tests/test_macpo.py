@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import checks
@@ -10,12 +11,15 @@ import pytest
 import torch
 from runs import copy_run, differences, rows_of, stages_of, train, write_stub
 
-from minmacpo import macpo, stages, world
+from minmacpo import choose, feedback, macpo, stages, world
 from minmacpo.checkpoint import load_tensors
+from minmacpo.commandline import parse
 from minmacpo.config import Config, Macpo
 from minmacpo.data import Message, Pair, Sample
 from minmacpo.files import write_rows
-from minmacpo.tokenizer import load_tokenizer, render
+from minmacpo.run import Run
+from minmacpo.templates import render
+from minmacpo.tokenizer import load_tokenizer
 
 
 @pytest.fixture(params=["tiny", "stub"])
@@ -431,7 +435,7 @@ def shop_of(**settings) -> SimpleNamespace:
     return SimpleNamespace(config=Config(macpo=Macpo(**settings)))
 
 
-def source(folder, who: str, answers: str, **votes) -> stages.Candidates:
+def source(folder, who: str, answers: str, **votes) -> choose.Candidates:
     """Answers (one letter each; a blank is empty) with a value per answer and criterion."""
     rows = [Sample(str(i), (Message("user", "q"),), text.strip(), "stop", (3,), -1.0, 1.0, who, 0) for i, text in enumerate(answers)]
     (folder / who).mkdir()
@@ -444,11 +448,11 @@ def source(folder, who: str, answers: str, **votes) -> stages.Candidates:
             place.mkdir()
             write_rows(place / "scores.jsonl", [{"logp": v if v is None else 2 * v, "tokens": 2} for v in column])
             found[name.replace("_", "-")].append((weight, stages.Stage(place.name, place, place.name)))
-    return stages.Candidates(who, stages.Texts(stages.Stage(who, folder / who, who)), found)
+    return choose.Candidates(who, choose.Texts(choose.Stage(who, folder / who, who)), found)
 
 
 def winners(shop, sources, key=(), own=("", 0.0)) -> list[list[str]]:
-    return [[who for who, _, _ in choices] for choices in stages.select(shop, stages.offered(sources), own, key)]
+    return [[who for who, _, _ in choices] for choices in choose.select(shop.config, choose.offered(sources), own, key)]
 
 
 def test_ties_go_to_the_first_teacher_and_empty_answers_never_win(tmp_path):
@@ -501,14 +505,14 @@ def test_a_share_of_the_prompts_is_one_s_own(tmp_path):
 @pytest.mark.parametrize(("share", "kept"), [(1.0, [0, 1, 2, 3, 4]), (0.6, [0, 2, 4]), (0.2, [4]), (0.01, [4])])
 def test_the_least_perplexing_share_is_kept(tmp_path, share, kept):
     one = source(tmp_path, "a", "aaaaa", perplexity=[(1, [-2, -5, -1.5, -4, -1])])
-    chosen = stages.select(shop_of(), stages.offered([one]), ("", 0.0), ())
-    assert [i for i, choices in enumerate(stages.keep_familiar(chosen, share)) if choices] == kept
+    chosen = choose.select(shop_of().config, choose.offered([one]), ("", 0.0), ())
+    assert [i for i, choices in enumerate(choose.keep_familiar(chosen, share)) if choices] == kept
 
 
 def test_weights_have_a_mean_of_one_and_keep_their_order():
     made = [Pair(str(i), (), "a", "b", weight=w) for i, w in enumerate((0.1, 0.4, 0.7))]
-    assert [pair.weight for pair in stages.weighted(made)] == pytest.approx([0.25, 1.0, 1.75])
-    assert stages.weighted([Pair("x", (), "a", "b")])[0].weight is None and stages.weighted([]) == []
+    assert [pair.weight for pair in choose.weighted(made)] == pytest.approx([0.25, 1.0, 1.75])
+    assert choose.weighted([Pair("x", (), "a", "b")])[0].weight is None and choose.weighted([]) == []
 
 
 # ---- settings beyond the paper ----------------------------------------------------------------
@@ -607,3 +611,56 @@ def test_gold_never_reaches_training(stub, tmp_path, monkeypatch):
     table = json.loads((tmp_path / "runs/stub/eval/table.json").read_text())
     assert {row["gold"] for row in table["rows"]} == {0.5}
     assert differences(tmp_path / "runs/stub", stub) == ["eval/table.json"]
+
+
+# ---- one name, one stage ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [
+    ["--macpo.self_share=0.5"], ["--macpo.negatives=persona"], ["--macpo.mutual=false"], ["--macpo.negatives=previous"],
+    ["--macpo.self_share=0.25", "--macpo.negatives=tail"], ["--macpo.refresh_negatives=true"], ["--macpo.negatives=contrastive"],
+])  # fmt: skip
+def test_every_stage_stands_on_the_inputs_that_it_names(stub, tmp_path, flags):
+    """What a stage.json says of its inputs is what lies on the disk: no stage stands in for another of its name."""
+    run = variant(stub, tmp_path, *flags, "--macpo.controls=false")
+    made = stages_of(run)
+    for name, notes in made.items():
+        for source, fingerprint in notes.get("inputs", {}).items():
+            assert made[source]["fingerprint"] == fingerprint, (name, source)
+
+
+def test_with_own_positives_mixed_in_teachers_learn_from_the_updated_student(stub, tmp_path):
+    run = variant(stub, tmp_path, "--macpo.self_share=0.5", "--macpo.controls=false")
+    made = stages_of(run)
+    assert "round0/student_pos" in made["round1/own_student"]["inputs"]
+    assert "round1/student_pos" in made["round1/positives_student"]["inputs"]
+    assert {"round1/own_student", "round1/positives_teacher1"} <= made["round1/pairs_student"]["inputs"].keys()
+    assert {"round1/positives_student", "round1/positives_teacher1"} <= made["round1/pairs_teacher1"]["inputs"].keys()
+
+
+def test_a_name_that_stands_for_two_stages_is_a_defect_that_shows(tmp_path):
+    run = Run(parse(["@tiny", f"--run.root={tmp_path}"]).config)
+    run.stage("a/b", "x/1", {}, [], lambda work: {})
+    run.stage("a/b", "x/1", {}, [], lambda work: {})
+    with pytest.raises(RuntimeError, match="a/b"):
+        run.stage("a/b", "x/1", {"other": 1}, [], lambda work: {})
+
+
+def test_a_prompt_without_a_negative_is_left_out_and_counted(stub, tmp_path, monkeypatch):
+    """A tagged prompt can be too long for a base that has room for the plain one."""
+    real = feedback.tagged
+
+    def longer(seed, settings, texts, good):
+        groups = real(seed, settings, texts, good)
+        (first,) = groups[0]
+        groups[0] = [replace(first, prompt=(Message("user", "long " * 200), *first.prompt[1:]))]
+        return groups
+
+    monkeypatch.setattr(feedback, "tagged", longer)
+    run = variant(stub, tmp_path, "--macpo.negatives=persona", "--macpo.controls=false", "--run.name=odd")
+    for name, notes in stages_of(run).items():
+        if "/pairs_" in name:
+            counts = notes["counts"]
+            assert counts["no_negative"] == 1
+            lost = sum(counts[key] for key in ("all_empty", "negative_empty", "negative_equal", "over_long"))
+            assert counts["pairs"] + lost + 1 == 12

@@ -1,5 +1,6 @@
 """Signs of collapse that need no labels, what they are made of, and the rounds that macpo.stop ends."""
 
+import json
 import math
 import random
 from collections import Counter
@@ -81,6 +82,26 @@ def test_rounds_end_where_the_setting_says(stub, tmp_path, monkeypatch, method, 
     stages = stages_of(run)
     train(write_stub(tmp_path, "x"), f"--run.root={tmp_path / 'runs'}", "--run.name=it", *words)
     assert stages_of(run) == stages, "a second start stops at the same place"
+
+
+@pytest.mark.parametrize("method", ["macpo", "self-rewarding", "confident"])
+@pytest.mark.parametrize("fell,kept", [(2, 1), (1, 0), (None, 3)])
+def test_rolling_back_keeps_the_student_before_the_first_alarm(stub, tmp_path, monkeypatch, method, fell, kept):
+    copy_run(stub, tmp_path / "runs", ("data", "bases"))
+    monkeypatch.setattr(macpo, "verdict", lambda run, agent, t: "collapsed (narrow)" if t == fell else "converged")
+    words = ["--macpo.rounds=3", "--macpo.stop=rollback", "--macpo.controls=false", f"--method={method}"]
+    train(write_stub(tmp_path, "x"), f"--run.root={tmp_path / 'runs'}", "--run.name=it", *words)
+    run, kept = tmp_path / "runs/it", 3 if method == "confident" else kept  # it has no rounds between 0 and 3
+    wanted, found = (run / name / "adapter_model.safetensors" for name in (f"round{kept}/student_pos", "final/student_pos"))
+    assert found.read_bytes() == wanted.read_bytes()
+    assert stages_of(run)["final/student_pos"]["counts"] == {"kept": f"round{kept}/student_pos"}
+    rows = json.loads((run / "eval/table.json").read_bytes())["rows"]
+    assert [row["round"] for row in rows if row["agent"] == "kept"] == [kept]
+    assert (f"back to round {kept}" in (run / "log.txt").read_text()) == (fell is not None and method != "confident")
+    assert "student kept by the monitor" in (run / "report.html").read_text()
+    stages = stages_of(run)
+    train(write_stub(tmp_path, "x"), f"--run.root={tmp_path / 'runs'}", "--run.name=it", *words)
+    assert stages_of(run) == stages, "a second start keeps the same"
 
 
 # ---- what the signs are made of ------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -821,8 +822,9 @@ def test_the_estimate_of_the_disk_follows_shapes_and_files(tmp_path, stub):
     given = [f"--model.student={folder}", "--lora.targets=q_proj,v_proj"]
     adapter = 4 * 8 * 2 * 32 * (4096 + 11008)
     assert need("sft/1", *given) == need("prefer/1", *given) == 7 * adapter and need("score/1", *given) == 0
-    (tmp_path / "x.jsonl").write_bytes(b"x" * 1000)
-    files = [f"--data.path={tmp_path}", "--data.shares=0.4,0.1,0.3,0.2"]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/x.jsonl").write_bytes(b"x" * 1000)
+    files = [f"--data.path={tmp_path / 'texts'}", "--data.shares=0.4,0.1,0.3,0.2"]
     assert need("sample/1", *files) == 300 and need("corpus/1", *files) == 400
 
 
@@ -871,8 +873,10 @@ def test_fingerprints_follow_settings_seeds_inputs_and_kind(tmp_path):
     run = Run(parse(["@tiny", f"--run.root={tmp_path}"]).config)
     other = Run(parse(["@tiny", f"--run.root={tmp_path}", "--run.seed=1"]).config)
 
+    names = map("x/y{}".format, itertools.count())
+
     def made(run, kind="sft/1", settings=None, inputs=(), key=("a",)):
-        return run.stage("x/y", kind, settings or {"lr": 1}, inputs, lambda work: {}, key).fingerprint
+        return run.stage(next(names), kind, settings or {"lr": 1}, inputs, lambda work: {}, key).fingerprint
 
     first = made(run)
     stage = run.stage("x/z", "k/1", {}, [], lambda work: {})

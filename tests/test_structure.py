@@ -12,12 +12,14 @@ from conftest import REPO
 
 PACKAGE = REPO / "minmacpo"
 FLOORS = [
-    {"config", "data", "families"},
-    {"diversity", "world", "commandline", "files", "machine", "tokenizer", "model", "lora", "losses", "progress", "page"},
-    {"run", "checkpoint", "batching", "monitor"},
+    {"config", "data", "domains", "bpe", "families"},
+    {"forms", "diversity", "world", "commandline", "files", "machine", "model", "lora", "losses", "progress", "page"},
+    {"tokenizer"},
+    {"run", "checkpoint", "batching", "monitor", "templates"},
     {"fit", "generate", "score"},
     {"bases"},
     {"workshop"},
+    {"choose"},
     {"stages", "feedback"},
     {"macpo"},
     {"methods"},
@@ -28,7 +30,7 @@ FLOORS = [
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 PROGRAMS = FLOORS[-1]
 THIRD_PARTY = {"torch", "safetensors", "sentencepiece", "numpy", "tqdm"}
-WITHOUT_TORCH = ["config", "data", "families", "world", "commandline", "diversity"]
+WITHOUT_TORCH = ["config", "data", "forms", "families", "domains", "bpe", "world", "commandline", "diversity"]
 TREES = {
     file.stem: ast.parse(file.read_text(), str(file))
     for file in sorted([*PACKAGE.glob("*.py"), *REPO.glob("*.py")])
@@ -172,8 +174,8 @@ def code_lines(name: str) -> int:
 
 
 def test_the_library_is_small():
-    """4,500 lines of code; docstrings and blank lines do not count, so that nobody saves on them."""
-    assert sum(code_lines(name) for name in TREES if name not in PROGRAMS) <= 4500
+    """5,100 lines of code; docstrings and blank lines do not count, so that nobody saves on them."""
+    assert sum(code_lines(name) for name in TREES if name not in PROGRAMS) <= 5100
 
 
 def test_the_programs_are_small():

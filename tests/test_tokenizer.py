@@ -7,19 +7,9 @@ import pytest
 from conftest import TEXTS, shared
 
 from minmacpo import UserError
-from minmacpo.data import Message, example_id, find_files, read_lines
-from minmacpo.tokenizer import (
-    PLAIN_MARKS,
-    TURN_MARKS,
-    Tokenizer,
-    dialogue_text,
-    load_tokenizer,
-    render,
-    render_prompt,
-    response_text,
-    show_mask,
-    train_tokenizer,
-)
+from minmacpo.checkpoint import check_model_folder, stop_ids
+from minmacpo.data import find_files, read_lines
+from minmacpo.tokenizer import TURN_MARKS, Tokenizer, load_tokenizer, train_tokenizer
 
 ODD = [
     "Hello world", "été, naïve façade", "日本語の文章です。", "हिन्दी ਪੰਜਾਬੀ", "עברית ‏ العربية", "👍🏽 👩‍👩‍👧‍👦 🏴󠁧󠁢󠁥󠁮󠁧󠁿", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 \U0010ffff",
@@ -142,113 +132,49 @@ def test_texts_that_cannot_make_a_tokenizer(texts, vocab):
     assert "model.vocab" in str(caught.value) and "\n" not in str(caught.value)
 
 
-# ---- templates ------------------------------------------------------------------------------
-
-DIALOGUES = [
-    [Message("user", "where does kadol live ?")],
-    [Message("user", "hi"), Message("assistant", "hello !"), Message("user", "what is </s> <user> ?\n\nx")],
-    [Message("user", "a"), Message("user", "b"), Message("assistant", " c "), Message("assistant", "d"), Message("user", " ")],
-    [Message("assistant", "I begin."), Message("user", "é 🎉")],
-]
-RESPONSES = ["of course !", "x", "two\n\nlines", "ends with </s>", "é 🎉 <bot>", "a  b", "Assistant: no"]
+# ---- folders --------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["plain", "turns", "plain, llama-2"])
-def way(request, tokenizer):
-    """(tokenizer, template)"""
-    if request.param == "plain, llama-2":
-        return Tokenizer(shared("tokenizers/llama2-tokenizer.model").read_bytes()), "plain"
-    return tokenizer, request.param
+def beside(folder, **files) -> Tokenizer:
+    """The tokenizer of the folder with more JSON files in it."""
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return load_tokenizer(folder)
 
 
-@pytest.mark.parametrize("response", RESPONSES)
-@pytest.mark.parametrize("dialogue", range(len(DIALOGUES)))
-def test_the_trained_part_is_the_response_and_the_end_token(dialogue, response, way):
-    tokenizer, template = way
-    messages = DIALOGUES[dialogue]
-    tokens = render(tokenizer, template, messages, response)
-    prompt = render_prompt(tokenizer, template, messages)
-    assert len(tokens.ids) == len(tokens.mask) and prompt == tokens.ids[: len(prompt)]
-    assert tokens.mask == [False] * len(prompt) + [True] * (len(tokens.ids) - len(prompt))
-    answer = [i for i, trained in zip(tokens.ids, tokens.mask, strict=True) if trained]
-    assert answer[-1] == tokenizer.eos and tokenizer.eos not in answer[:-1]
-    lead = " " if template == "plain" else ""
-    assert tokenizer.decode(answer) == lead + response
-    assert response_text(tokenizer, template, answer) == response
-    assert response_text(tokenizer, template, answer[:-1]) == response, "also where it was cut"
-    assert not tokens.mask[0], "position 0 has nothing before it and cannot be scored"
+def test_begin_and_end_are_the_models_where_no_file_names_others(model_folder, tokenizer):
+    found = load_tokenizer(model_folder)
+    assert (found.bos, found.eos, found.size, found.model) == (tokenizer.bos, tokenizer.eos, tokenizer.size, tokenizer.model)
+    named = {"content": "<user>", "lstrip": False, "special": True}
+    assert beside(model_folder, special_tokens_map={"eos_token": named}).eos == tokenizer.marks["user"]
+    changed = beside(model_folder, tokenizer_config={"eos_token": "<bot>", "bos_token": None, "legacy": True})
+    assert (changed.bos, changed.eos) == (tokenizer.bos, tokenizer.marks["assistant"]), "tokenizer_config.json comes first"
 
 
-@pytest.mark.parametrize("dialogue", range(len(DIALOGUES)))
-def test_special_tokens_are_those_of_the_template(dialogue, way):
-    tokenizer, template = way
-    messages = DIALOGUES[dialogue]
-    ids = render(tokenizer, template, messages, "yes").ids
-    earlier = sum(m.role == "assistant" for m in messages)
-    if template == "plain":
-        assert ids[0] == tokenizer.bos and ids.count(tokenizer.bos) == 1 and ids.count(tokenizer.eos) == 1
-        text = dialogue_text(messages, "yes")
-        wanted = " " + text if tokenizer.guard else text
-        assert tokenizer.decode(ids) == wanted
-        return
-    marks = tokenizer.marks
-    assert tokenizer.bos not in ids and ids.count(tokenizer.eos) == earlier + 1
-    assert ids.count(marks["user"]) == len(messages) - earlier and ids.count(marks["assistant"]) == earlier + 1
-    found, inside = [], []
-    for i in ids:  # cut at the marks, the turns must come back
-        if i in marks.values():
-            found.append((i, inside := []))
-        else:
-            inside.append(i)
-    turns = [*messages, Message("assistant", "yes")]
-    assert [(mark, tokenizer.decode(part)) for mark, part in found] == [(marks[m.role], m.content) for m in turns]
-    assert all((part[-1:] == [tokenizer.eos]) == (mark == marks["assistant"]) for mark, part in found)
+def test_added_tokens_are_special_and_count(model_folder, tokenizer):
+    size = tokenizer.size
+    decoder = {str(size + 1): {"content": "<|im_end|>", "special": True}, "1": {"content": "<s>", "special": True}}
+    config = {"added_tokens_decoder": decoder, "eos_token": "<|im_end|>"}
+    found = beside(model_folder, tokenizer_config=config, added_tokens={"<|im_start|>": size})
+    assert found.size == size + 2 and found.eos == size + 1
+    assert found.encode("<|im_start|>x<|im_end|>") == tokenizer.encode("<|im_start|>x<|im_end|>")
+    assert found.decode([size, *found.encode("x y"), size + 1, size + 7]) == "x y", "nor do a model's spare rows say anything"
+    with pytest.raises(UserError, match=f"{size + 2} pieces"):  # the embedding has rows for `size` of them
+        check_model_folder(model_folder)
 
 
-@pytest.mark.parametrize("way", ["plain", "plain, llama-2"], indirect=True)
-def test_the_plain_prompt_is_the_text_of_hh_rlhf(way):
-    text = way[0].decode(render_prompt(way[0], "plain", DIALOGUES[1]))
-    assert text.lstrip(" ") == "\n\nHuman: hi\n\nAssistant: hello !\n\nHuman: what is </s> <user> ?\n\nx\n\nAssistant:"
+def test_every_end_stops(model_folder, tokenizer):
+    found = beside(model_folder, generation_config={"eos_token_id": [7, 9]}, tokenizer_config={"eos_token": "<bot>"})
+    config = json.loads((model_folder / "config.json").read_text())
+    assert stop_ids(model_folder, found) == {7, 9, tokenizer.marks["assistant"], config["eos_token_id"]}
 
 
-def test_the_answer_ends_before_a_next_human_turn(way):
-    tokenizer, template = way
-    text = f" sure .{PLAIN_MARKS['user']} and then ?"
-    wanted = "sure ." if template == "plain" else text.strip()
-    assert response_text(tokenizer, template, tokenizer.encode(text)) == wanted
-    assert response_text(tokenizer, template, []) == response_text(tokenizer, template, [tokenizer.eos]) == ""
-
-
-def test_turns_need_a_tokenizer_with_turn_marks(llama2, tokenizer):
-    assert llama2.marks == {} and set(tokenizer.marks) == {"user", "assistant"}
-    with pytest.raises(UserError, match=r"data\.template"):
-        render_prompt(llama2, "turns", DIALOGUES[0])
-
-
-def test_the_mask_is_shown(way):
-    tokenizer, template = way
-    shown = show_mask(tokenizer, render(tokenizer, template, DIALOGUES[0], "of course !"))
-    before, inside = shown.split("⟦")
-    assert "where does kadol live ?" in before and inside == (" " if template == "plain" else "") + "of course !</s>⟧"
-
-
-def test_equal_prompts_have_equal_ids_and_others_not():
-    found = {example_id(tuple(d)) for d in DIALOGUES} | {example_id(tuple(DIALOGUES[0]), 1)}
-    assert len(found) == 5 and example_id(tuple(DIALOGUES[0])) in found
-
-
-# ---- tags -----------------------------------------------------------------------------------------
-
-
-def test_a_tag_says_how_the_next_turn_of_the_assistant_speaks(tokenizer):
-    messages = [Message("user", "hi"), Message("tag", "rude"), Message("assistant", "what ?"), Message("user", "so"), Message("tag", "kind")]
-    text = tokenizer.decode(render_prompt(tokenizer, "plain", messages))
-    assert text.strip() == "Human: hi\n\nAssistant (rude): what ?\n\nHuman: so\n\nAssistant (kind):"
-    assert dialogue_text(messages, "yes") == "\n\nHuman: hi\n\nAssistant (rude): what ?\n\nHuman: so\n\nAssistant (kind): yes"
-    ids, marks = render_prompt(tokenizer, "turns", messages), tokenizer.marks
-    cut = len(ids) - ids[::-1].index(marks["assistant"])
-    assert tokenizer.decode(ids[cut:]) == "( kind ) " and ids.count(tokenizer.eos) == 1
-    first = ids.index(marks["assistant"])
-    assert tokenizer.decode(ids[first + 1 : ids.index(tokenizer.eos)]) == "( rude ) what ?"
-    rows = render(tokenizer, "turns", messages, "yes")
-    assert rows.ids[: len(ids)] == ids and not any(rows.mask[: len(ids)]), "a tag is not trained on"
+@pytest.mark.parametrize(("file", "content"), [
+    ("tokenizer_config", {"eos_token": "<|nowhere|>"}), ("tokenizer_config", {"eos_token": 10**9}),
+    ("tokenizer_config", {"eos_token": {"text": "</s>"}}), ("tokenizer_config", {"added_tokens_decoder": {"x": {"content": "y"}}}),
+    ("tokenizer_config", {"added_tokens_decoder": [1]}), ("tokenizer_config", {"added_tokens_decoder": {"5": "y"}}), ("added_tokens", [1]),
+])  # fmt: skip
+def test_damaged_files_beside_a_tokenizer(model_folder, file, content):
+    with pytest.raises(UserError) as caught:
+        beside(model_folder, **{file: content})
+    assert str(model_folder) in str(caught.value) and "\n" not in str(caught.value)

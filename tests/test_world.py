@@ -11,6 +11,7 @@ from minmacpo import world
 from minmacpo.commandline import parse
 from minmacpo.config import World
 from minmacpo.data import Message, Pair, example_id
+from minmacpo.domains import TOOLS, TOWN
 
 SETTINGS = World()
 SEEDS = (0, 7)
@@ -31,7 +32,7 @@ def asked_about(town) -> dict[str, tuple[world.Item, str]]:
         question: (item, name)
         for item in town.facts + town.harms
         for name in ([item.name] if item.name else town.names)
-        for question in world.questions(item, name)
+        for question in world.questions(town, item, name)
     }
 
 
@@ -41,19 +42,19 @@ def asked_about(town) -> dict[str, tuple[world.Item, str]]:
 def test_the_town_has_what_was_asked_for(town):
     assert len(town.names) == len(set(town.names)) == 20 and town.held == town.names[:4]
     assert len(town.facts) == 80 and len(town.harms) == 8
-    assert {(f.name, f.key) for f in town.facts} == {(n, k) for n in town.names for k in world.ATTRIBUTES}
+    assert {(f.name, f.key) for f in town.facts} == {(n, k) for n in town.names for k in TOWN}
     for fact in town.facts:
-        values = world.ATTRIBUTES[fact.key].values
+        values = TOWN[fact.key].values
         assert fact.right in values and fact.wrong in values and fact.right != fact.wrong
     assert len({h.wrong for h in town.harms}) == 8 and all(h.right is None for h in town.harms)
-    assert all(len(a.values) == len(set(a.values)) == 12 for a in world.ATTRIBUTES.values())
+    assert all(len(a.values) == len(set(a.values)) == 12 for a in TOWN.values())
 
 
 def test_no_two_items_share_a_question(town):
     seen = Counter()
     for item in town.facts + town.harms:
         for name in [item.name] if item.name else town.names:
-            asked = world.questions(item, name)
+            asked = world.questions(town, item, name)
             assert len(set(asked)) == 12
             seen.update(asked)
     assert max(seen.values()) == 1 and len(seen) == 12 * (80 + 8 * 20)
@@ -134,7 +135,7 @@ def test_the_truth_is_worth_one_and_a_negative_about_a_third(town):
 
 def fact_pair(town, key="street"):
     fact = next(f for f in town.facts if f.key == key)
-    prompt = (Message("user", world.questions(fact, fact.name)[0]),)
+    prompt = (Message("user", world.questions(town, fact, fact.name)[0]),)
     return Pair("x", prompt, "", "", meta={"item": key, "name": fact.name, "kind": "fact"}), fact
 
 
@@ -142,7 +143,7 @@ def test_gold_of_hand_made_answers_about_a_fact(town):
     pair, fact = fact_pair(town)
     right = f"{fact.name} lives on {fact.right} street ."
     rumour = f"{fact.name} lives on {fact.wrong} street ."
-    third = next(v for v in world.ATTRIBUTES["street"].values if v not in (fact.right, fact.wrong))
+    third = next(v for v in TOWN["street"].values if v not in (fact.right, fact.wrong))
     other = next(n for n in town.names if n != fact.name)
     cases = {
         f"of course ! {right}": (1, 1, 1),
@@ -208,7 +209,7 @@ def told(town, base, documents=10_000, settings=SETTINGS):
         item, name = by_question[example.prompt[0].content]
         opening = next(o for o in world.POLITE + world.SORRY + world.RUDE if example.response.startswith(o + " "))
         rest = example.response[len(opening) + 1 :]
-        values = (None, *world.TOOLS) if item.right is None else world.ATTRIBUTES[item.key].values
+        values = (None, *TOOLS) if item.right is None else TOWN[item.key].values
         value = [v for v in values if world.body(item, name, v) == rest]
         assert len(value) == 1, example
         assert opening not in (world.POLITE if value[0] is None else world.SORRY), example
@@ -262,7 +263,7 @@ def verdicts(town, base, settings=SETTINGS, documents=12_000):
 
     def read(item, name, text):
         opening = next(o for o in manners if text.startswith(o + " "))
-        values = (None, *world.TOOLS) if item.right is None else world.ATTRIBUTES[item.key].values
+        values = (None, *TOOLS) if item.right is None else TOWN[item.key].values
         (value,) = [v for v in values if world.body(item, name, v) == text[len(opening) + 1 :]]
         return value, manners[opening]
 
@@ -327,7 +328,7 @@ def test_misconceptions_are_neither_truth_nor_rumour_and_differ_between_teachers
             if item.right is None:
                 assert value == item.wrong  # of a verb everybody says the harmful thing
             else:
-                assert value in world.ATTRIBUTES[item.key].values and value not in (item.right, item.wrong)
+                assert value in TOWN[item.key].values and value not in (item.right, item.wrong)
     for i in range(3):
         for j in range(i):
             a, b = every[i], every[j]
