@@ -121,9 +121,9 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
         config = ModelConfig(**{name: values[name] for name in SIZES if name in values}, variant=variant)
         sizes = [values[name] for name, kind in ModelConfig.__annotations__.items() if kind is int]
         fit = heads % config.num_key_value_heads == 0 and config.head_dim % 2 == 0
-        positive = min(config.rope_theta, config.rms_norm_eps) > 0 and type(config.tie_word_embeddings) is bool
+        sound = 0 < config.rms_norm_eps < 1 < config.rope_theta < math.inf and type(config.tie_word_embeddings) is bool
         whole = all(type(size) is int and size > 0 for size in sizes) and (given or hidden % heads == 0)
-        if not fit or not positive or not whole:
+        if not fit or not sound or not whole:
             raise TypeError
     except (KeyError, TypeError, ZeroDivisionError):
         raise UserError(f"{where}: sizes are missing, no whole numbers, or do not fit each other") from None
@@ -144,6 +144,8 @@ def parse_rope(raw: dict, where: str) -> tuple[float, Rope]:
     """(theta, scaling) of a config.json, from rope_parameters (newer) or rope_theta and rope_scaling (older)."""
     place = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     found = raw.get(place) or {}
+    if (raw.get("rope_parameters") or found) != found:
+        raise UserError(f"{where}: rope_scaling and rope_parameters say different things")
     if not isinstance(found, dict):
         raise UserError(f"{where}: {place} = {found!r:.60} is not supported (only an object)")
     kinds = [found[name] for name in ("rope_type", "type") if found.get(name) is not None] or ["default"]
@@ -157,7 +159,8 @@ def parse_rope(raw: dict, where: str) -> tuple[float, Rope]:
     if lacking := [name for name in need if name not in given]:
         raise UserError(f"{where}: {place} of type {kinds[0]} lacks {lacking[0]}")
     for name, value in given.items():
-        if type(value) not in SCALING[name] or not 0 <= value < math.inf or (name in need and not value):
+        may_be_zero = name in ("truncate", "mscale", "mscale_all_dim")
+        if type(value) not in SCALING[name] or not 0 <= value < math.inf or not (value or may_be_zero):
             raise UserError(f"{where}: {place}: {name} = {value!r:.60} is not supported")
     rope = Rope(kinds[0], **given)
     if rope.low_freq_factor >= rope.high_freq_factor or rope.beta_slow > rope.beta_fast:
@@ -171,14 +174,15 @@ def parse_variant(values: dict, family: str, rope: Rope, where: str) -> Variant:
     if odd := [name for name, value in flags.items() if type(value) is not bool]:
         raise UserError(f"{where}: {odd[0]} = {values[odd[0]]!r:.60} is not supported (only true or false)")
     bias = flags["attention_bias"]
-    windows = parse_windows(values, where) if "sliding_window" in FAMILIES[family] else ()
+    windows = parse_windows(values, family, where) if "sliding_window" in FAMILIES[family] else ()
     return Variant(rope, bias or family == "qwen2", bias, flags["mlp_bias"], family == "qwen3", windows)
 
 
-def parse_windows(values: dict, where: str) -> tuple[int | None, ...]:
+def parse_windows(values: dict, family: str, where: str) -> tuple[int | None, ...]:
     """The window of every layer: all of Mistral's, those of Qwen that layer_types or max_window_layers names."""
     layers, types, first = (values.get(name) for name in ("num_hidden_layers", "layer_types", "max_window_layers"))
-    window = values["sliding_window"] if values.get("use_sliding_window", True) else None
+    used = values["use_sliding_window"] if "use_sliding_window" in FAMILIES[family] else True
+    window = values["sliding_window"] if used else None
     if type(layers) is not int or (window is not None and (type(window) is not int or window < 1)):
         raise UserError(f"{where}: sliding_window = {window!r:.60} is not supported (only a positive number or null)")
     if types is None:

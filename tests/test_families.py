@@ -340,6 +340,9 @@ WRONG = {
         dict(rope_scaling={"type": "linear", "factor": "4"}), dict(rope_scaling={"type": "linear", "rope_type": "yarn", "factor": 4.0}),
         dict(rope_scaling={"type": "yarn", "factor": 4.0}), dict(rope_scaling={"type": "longrope", "long_factor": [1.0]}),
         dict(partial_rotary_factor=0.5), dict(tie_word_embeddings="no"),
+        dict(rope_theta=1.0), dict(rms_norm_eps=float("nan")), dict(rope_theta=float("nan")),
+        dict(rope_scaling={"type": "linear", "factor": 2.0}, rope_parameters={"rope_type": "default"}),
+        dict(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 99, "beta_slow": 0}),
         dict(rope_scaling={"full_attention": {"rope_type": "default"}}),
     ],
     "llama 3.1": [{"rope_scaling": PUBLISHED["llama 3.1"]["rope_scaling"] | change} for change in (
@@ -373,6 +376,8 @@ def test_an_absent_field_means_what_transformers_takes_it_for(seed, tmp_path):
         for field in ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"):
             assert getattr(found, field) == getattr(known, field), (name, field)
         assert found.head_dim == getattr(known, "head_dim", 128) and found.rope_theta == known.rope_parameters["rope_theta"]
+        off = parse_config(raw | {"use_sliding_window": False}, "x")  # of no meaning for Mistral, there as here
+        assert off == found
         assert found.variant.windows == ((known.sliding_window,) * 30 if name == "Mistral" else ())
         sliding = parse_config(raw | {"use_sliding_window": True}, "x").variant.windows if "Qwen" in name else ()
         assert sliding in ((), (None,) * 28 + (4096,) * 2) and bool(sliding) == ("Qwen" in name)
