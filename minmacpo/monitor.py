@@ -79,9 +79,10 @@ def alarms(history: Sequence[dict[str, float]]) -> list[str]:
 
 def verdict(run: Path, agent: str, t: int) -> str:
     """What became of an agent by round t: "collapsed (…)", "converged", or ""."""
-    history = [found for i in range(t + 1) if (found := signs(run, agent, i))]
-    if len(history) < t + 1:
+    history = [signs(run, agent, i) for i in range(t + 1)]
+    if not history[-1]:
         return ""
+    history = [found for found in history if found]  # not every method measures every round
     if found := alarms(history):
         return f"collapsed ({', '.join(found)})"
     return "converged" if history[-1].get("same", 0) >= SAME else ""

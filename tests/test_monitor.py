@@ -66,6 +66,12 @@ def test_the_verdict_names_the_signature(tmp_path, monkeypatch):
     assert monitor.verdict(tmp_path, "student", 1) == ""
 
 
+def test_the_verdict_needs_no_round_but_the_first_and_its_own(tmp_path, monkeypatch):
+    known = {0: HEALTHY, 3: HEALTHY | {"loops": 0.9}}
+    monkeypatch.setattr(monitor, "signs", lambda run, agent, t: known.get(t, {}))
+    assert [monitor.verdict(tmp_path, "student", t) for t in range(5)] == ["", "", "", "collapsed (broken)", ""]
+
+
 @pytest.mark.parametrize("method", ["macpo", "spin"])
 @pytest.mark.parametrize("stop,found,last", [
     ("collapsed", "collapsed (broken)", 1), ("collapsed", "converged", 3), ("converged", "converged", 1), ("none", "collapsed (x)", 3),
