@@ -59,7 +59,7 @@ def show_plan(run, counts: dict) -> None:
 
 def main(argv: list[str]) -> int:
     """Run what the command line asks for; returns the exit code."""
-    if any(word.startswith("@experiment-") for word in argv):
+    if any(word.startswith("@experiment-") for word in argv) and not {"--help", "-h"} & {*argv}:
         from minmacpo.experiments import run_experiment
 
         return run_experiment(argv, __file__)

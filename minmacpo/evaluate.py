@@ -173,17 +173,17 @@ def make_table(run: Past) -> dict:
 
 def add_pgr(run: Past, rows: list[dict]) -> None:
     """Performance gap recovered by the rows of the strong base: (row - best teacher at round 0) / (ceiling -
-    that teacher); None where the denominator's interval holds zero."""
+    that teacher); None where the denominator's interval is not above zero."""
     first = [row for row in rows if row["agent"].startswith("teacher") and row["round"] == 0]
     ceiling = next((row for row in rows if row["agent"] == "ceiling"), None)
     if run.config.data.path or not ceiling or not first:
         return
     best = max(first, key=lambda row: row["gold"])
     top, start = (gold_by_prompt(run, row["agent"], row["round"])["gold"] for row in (ceiling, best))
-    low, high = interval(top - start, run.config.eval.bootstrap)
+    low, _ = interval(top - start, run.config.eval.bootstrap)
     for row in (row for row in rows if not row["agent"].startswith("teacher")):
         gained, gap = row["gold"] - best["gold"], ceiling["gold"] - best["gold"]
-        row["pgr"] = None if low <= 0 <= high else gained / gap
+        row["pgr"] = None if low <= 0 else gained / gap
 
 
 def records_of(stage: Stage) -> list[Pair] | list[Sample]:
@@ -224,7 +224,8 @@ def filter_rows(run: Past) -> list[dict]:
             for key in sorted(key for key in counts if key.startswith("chosen_") and counts[key]):
                 who, won = key.removeprefix("chosen_"), counts[key] / counts["pairs"]
                 sources[who] = {"won": won, "right": right_share(run.config, stage, who)}
-            offers = [offer_of(run, t, key.removeprefix("chosen_")) for key in counts if key.startswith("chosen_")]
+            mixed = 0 < run.config.macpo.self_share < 1  # of a prompt only one's own answers count, or only the others'
+            offers = [offer_of(run, t, key[7:]) for key in counts if key.startswith("chosen_") and not mixed]
             row = {"round": t, "sources": sources, "right": right_share(run.config, stage)}
             rows.append(row | offered(run.config, *filter(None, offers)))
     return rows
@@ -232,8 +233,7 @@ def filter_rows(run: Past) -> list[dict]:
 
 def offer_of(run: Past, t: int, who: str) -> Stage | None:
     """The answers of an agent that the student could choose from in round t, None where they are not on the disk."""
-    names = (f"round{t}/own_{who}", f"round{t}/positives_{who}")  # own: before its update (macpo.self_share)
-    return next((run.stage(name) for name in names if name in run.notes), None)
+    return next((run.stage(n) for n in (f"round{t}/own_{who}", f"round{t}/positives_{who}") if n in run.notes), None)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ group is what the others of that group are compared with.
 
 import contextlib
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ from minmacpo.evaluate import Past, gold_by_prompt, make_table, paired_interval,
 from minmacpo.files import write_atomic, write_json
 from minmacpo.page import document, forest, grid, tag
 from minmacpo.progress import Signals
-from minmacpo.run import FINISHED
+from minmacpo.run import FINISHED, check_folder
 
 MARK = "@experiment-"
 TOLD = ("--run.name", "--run.seed", "--run.method", "--method", "--stage", "--profile")  # what an experiment says itself
@@ -63,10 +64,17 @@ def read_experiment(name: str) -> Experiment:
     if name not in names:
         near = get_close_matches(name, names, 1) or names[:1]
         raise UserError(f"{MARK}{name}: no such experiment ({', '.join(names)}); did you mean {near[0]}?")
-    found = tomllib.loads((PRESETS / "experiments" / f"{name}.toml").read_text("utf-8"))
-    cases = [Case(group, label, shlex.split(f"{shared} {flags}"))
-             for group, shared in found.get("groups", {"": ""}).items() for label, flags in found["variants"].items()]  # fmt: skip
-    return Experiment(name, found["question"], found["seeds"], cases)
+    file = PRESETS / "experiments" / f"{name}.toml"
+    try:
+        found = tomllib.loads(file.read_text("utf-8"))
+        cases = [Case(group, label, shlex.split(f"{shared} {flags}"))
+                 for group, shared in found.get("groups", {"": ""}).items() for label, flags in found["variants"].items()]  # fmt: skip
+        experiment = Experiment(name, found["question"], found["seeds"], cases)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{file}: no experiment: {error}; expected question, seeds, [variants] of flags, perhaps [groups]") from None
+    if not experiment.cases or not experiment.seeds:
+        raise UserError(f"{file}: has no variant or no seed; an experiment needs one of each")
+    return experiment
 
 
 def run_experiment(argv: Sequence[str], program: str) -> int:
@@ -74,7 +82,7 @@ def run_experiment(argv: Sequence[str], program: str) -> int:
     then write and print what was found. `program` is train.py's path."""
     names = [word.removeprefix(MARK) for word in argv if word.startswith(MARK)]
     given = [word.removeprefix("--seeds=") for word in argv if word.startswith("--seeds=")]
-    shared = [word for word in argv if not word.startswith((MARK, "--seeds=", "--dry_run"))]
+    shared = [word for word in argv if not word.startswith((MARK, "--seeds=")) and word != "--dry_run"]
     if odd := [word for word in shared if word.startswith(TOLD)]:
         raise UserError(f"{odd[0]}: an experiment says this itself; run train.py without it for a single run")
     if len(names) != 1:
@@ -110,6 +118,8 @@ def folder(config: Config) -> Path:
 
 def compute(plan: Sequence[tuple[int, Case, list[str]]], configs: Sequence[Config], program: str) -> None:
     """Every run that is not finished, one after the other, each a process of its own; UserError if one fails."""
+    for config in configs:
+        check_folder(folder(config), config)  # a folder of that name may hold a run of other settings
     left = [i for i, config in enumerate(configs) if not (folder(config) / FINISHED).is_file()]
     started = time.monotonic()
     for number, i in enumerate(left):
@@ -127,6 +137,7 @@ def run_alone(command: list[str]) -> tuple[int, str]:
     """(exit code, what it said on stderr) of a process; a signal to this one is handed on once, so that the other can
     save, and acts when that has ended."""
     signals, told, said = Signals(), False, None
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signals.install()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
                           start_new_session=True) as process:  # fmt: skip
@@ -136,6 +147,8 @@ def run_alone(command: list[str]) -> tuple[int, str]:
             if signals.number is not None and not told:
                 process.send_signal(signals.number)
                 told = True
+    for number, handler in before.items():
+        signal.signal(number, handler)
     signals.check()
     return process.returncode, said
 
@@ -163,7 +176,7 @@ def with_interval(arrays: list[np.ndarray]) -> list[float]:
 
 def wins(mine: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Per prompt 1 where the gold reward is higher, 0.5 where it is equal, 0 where it is lower."""
-    return (mine > other) + 0.5 * (mine == other)
+    return (mine > other + 1e-9) + 0.5 * (abs(mine - other) <= 1e-9)
 
 
 def first_alarm(table: dict) -> int | None:

@@ -67,8 +67,10 @@ def words_of(argv: Sequence[str]) -> Namespace:
     if words.url and not words.url.startswith(("http://", "https://")):
         raise UserError(f"--url={words.url}: expected http:// or https://, such as http://localhost:8000/v1")
     for name in ("workers", "attempts", "most", "max_new", "timeout"):
-        if getattr(words, name) <= 0:
+        if not getattr(words, name) > 0:  # nan is not, either
             raise UserError(f"--{name} must be above 0")
+    if words.timeout > 1e6:
+        raise UserError(f"--timeout={words.timeout:g}: at most a million seconds")
     return words
 
 

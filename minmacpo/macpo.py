@@ -100,7 +100,7 @@ def rounds(shop: Workshop) -> Iterator[int]:
     for t in range(1, shop.config.macpo.rounds + 1):
         found = "" if wanted == "none" or shop.run.planning else verdict(shop.run.path, "student", t - 1)
         if found.startswith(wanted):
-            shop.run.log(f"the student has {found} in round {t - 1}: no further round (macpo.stop = {wanted})")
+            shop.run.log(f"the student has {found} in round {t - 1}: no further round (macpo.stop = {shop.config.macpo.stop})")
             return
         yield t
 

@@ -13,7 +13,7 @@ from conftest import REPO
 from runs import METHODS, invoke, spawn, stages_of, write_stub
 
 from bench import results
-from minmacpo import experiments
+from minmacpo import UserError, experiments
 from minmacpo.commandline import PRESETS, parse
 from minmacpo.evaluate import gold_by_prompt, read_run
 
@@ -206,3 +206,37 @@ def test_only_what_was_made_without_further_flags_is_collected(finished, tmp_pat
     results.collect_experiments(tmp_path / "runs")
     assert (tmp_path / "two.json").is_file() and not (tmp_path / "one.json").exists()
     assert "left out, it was made with @tiny" in capsys.readouterr().out
+
+
+def test_a_folder_of_another_configuration_is_no_run_of_the_experiment(finished):
+    root, words = finished
+    (root / "other").mkdir(exist_ok=True)
+    changed = write_stub(root / "other", extra="").removeprefix("@")
+    text = (root / "other/stub.toml").read_text().replace("beta = 0.1", "beta = 0.7")
+    (root / "other/stub.toml").write_text(text)
+    with pytest.raises(UserError, match=r"dpo\.beta = 0\.1"):
+        experiments.run_experiment([words[0], f"@{changed}", *words[2:]], str(REPO / "train.py"))
+
+
+def test_help_and_a_dry_run_with_a_value_start_nothing(place, monkeypatch):
+    monkeypatch.setattr(experiments, "PRESETS", PRESETS)  # in place of those of `finished`
+    assert "--seeds=0,1" in invoke("train", "@experiment-self", "--help").out
+    ended = invoke("train", "@experiment-self", "--dry_run=false")
+    assert ended.code == 2 and "dry_run" in ended.err and not list(place.iterdir())
+
+
+@pytest.mark.parametrize("text", [
+    "", "question = 'x'\nseeds = [0]\n[variants]\n", "question = 'x'\nseeds = []\n[variants]\na = ''\n", "seeds = [0",
+    "question = 'x'\nseeds = [0]\n[variants]\na = \"'\"\n", "question = 'x'\nseeds = [0]\n",
+])  # fmt: skip
+def test_a_broken_experiment_file_is_one_sentence(tmp_path, monkeypatch, text):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/odd.toml").write_text(text)
+    monkeypatch.setattr(experiments, "PRESETS", tmp_path)
+    with pytest.raises(UserError, match=r"odd\.toml"):
+        experiments.read_experiment("odd")
+
+
+def test_a_win_is_more_than_the_noise_of_a_float():
+    mine, other = np.array([0.1 + 0.2, 0.5, 0.2, 0.4]), np.array([0.3, 0.4, 0.4, 0.4])
+    assert experiments.wins(mine, other).tolist() == [0.5, 1, 0, 0.5]

@@ -160,7 +160,7 @@ def test_our_adapter_in_peft_and_merged(family, seed, tmp_path):
     ours, config = load_model(base), Lora(4, 6, LINEARS)
     attach_lora(ours, config)
     torch.manual_seed(seed)
-    write_adapter(ours, {key: 0.2 * torch.randn(t.shape) for key, t in read_adapter(ours).items()})
+    write_adapter(ours, {key: 0.05 * torch.randn(t.shape) for key, t in read_adapter(ours).items()})
     (tmp_path / "adapter").mkdir()
     save_adapter(tmp_path / "adapter", read_adapter(ours), config, "../base")
     for name in ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "chat_template.jinja", "special_tokens_map.json"):

@@ -275,9 +275,9 @@ def test_verdicts_are_the_last_mark():
 def test_length_control_recovers_what_made_the_verdicts(seed):
     """Verdicts drawn from a logistic model of known intercept; in numbers a Newton fit cannot miss by much."""
     rng = np.random.default_rng(seed)
-    longer = rng.normal(30, 20, 20000)
+    longer = rng.normal(30, 20, 200_000)
     p = 1 / (1 + np.exp(-(-0.4 + 1.5 * longer / longer.std())))
-    won = (rng.random(20000) < p).astype(float)
+    won = (rng.random(len(p)) < p).astype(float)
     assert won.mean() > 0.75 and judge.controlled(won, longer) == pytest.approx(1 / (1 + np.exp(0.4)), abs=0.05)
 
 
