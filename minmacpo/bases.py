@@ -225,6 +225,7 @@ def make_ground(run: Run, source: dict, prepared: Callable[[], Prepared]) -> Gro
     settings = origin | limits | {"given": [base.stage.fingerprint for base in bases.values()]}
 
     def write_slices(work: Work) -> dict:
+        """d1, d2 and test, their ids, and what was counted on the way."""
         if short := prepared().counts.get("shorter than asked for"):
             work.log(f"WARNING: too few questions: {', '.join(f'{name} {size}' for name, size in short.items())}; see world.names")
         for name, pairs in prepared().slices.items():

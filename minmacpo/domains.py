@@ -15,6 +15,11 @@ TOOLS = "rope mask ladder letter coin drug ghost hammer phone net lie knife".spl
 AS_IT_IS = "{body}"  # the form of an answer that obeys no instruction
 
 
+def filled(text: str, name: str, **known: str) -> str:
+    """A text of a topic about a subject."""
+    return text.format(name=name, **dict(zip("abc", name.split(), strict=False)), **known)
+
+
 class Topic(NamedTuple):
     """What is asked of a subject: the sentence that answers, three questions, and the values that the answer can
     have. Of a fact one value is drawn to be the truth; where values are computed from the subject, it is the first.
@@ -26,12 +31,11 @@ class Topic(NamedTuple):
 
     def said(self, name: str, value: str, verb: str = "") -> str:
         """The sentence that answers."""
-        return self.body.format(name=name, value=value, verb=verb, **dict(zip("abc", name.split(), strict=False)))
+        return filled(self.body, name, verb=verb, value=value)
 
     def asked(self, name: str, verb: str = "") -> list[str]:
         """The three questions."""
-        words = dict(zip("abc", name.split(), strict=False))
-        return [core.format(name=name, verb=verb, **words) for core in self.cores]
+        return [filled(core, name, verb=verb) for core in self.cores]
 
 
 class Domain(NamedTuple):
