@@ -107,13 +107,12 @@ def rounds(shop: Workshop) -> Iterator[int]:
 
 def roll_back(shop: Workshop, students: Sequence[Trained]) -> Trained:
     """The student of the last round before the monitor's first alarm, as final/student_pos (macpo.stop = rollback)."""
-    before = students[:1]  # round 0 has nothing to be compared with
-    for student in students[1:]:
-        if not shop.run.planning and (found := verdict(shop.run.path, "student", student.round)).startswith("collapsed"):
-            shop.run.log(f"the student has {found} in round {student.round}: back to round {before[-1].round}")
-            break
-        before = [*before, student]
-    return replace(before[-1], agent="kept", adapter=keep(shop, "final/student_pos", before[-1].adapter))
+    last = kept = students[-1]  # `rounds` went no further than that alarm
+    found = "" if shop.run.planning else verdict(shop.run.path, "student", last.round)
+    if found.startswith("collapsed"):
+        kept = students[-2]  # there is one: round 0 has nothing to be compared with
+        shop.run.log(f"the student has {found} in round {last.round}: back to round {kept.round}")
+    return replace(kept, agent="kept", adapter=keep(shop, "final/student_pos", kept.adapter))
 
 
 def initialise(agent: Agent, good: Texts, bad: Texts) -> Trained:
