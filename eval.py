@@ -45,7 +45,8 @@ def measure(command: str, words: list[str]):
 def read(words: list[str]):
     """(what was found, how it is shown) of the commands that only read."""
     from minmacpo.compare import compare, format_comparison
-    from minmacpo.evaluate import export, format_table, make_table, read_run
+    from minmacpo.evaluate import export, make_table, read_run
+    from minmacpo.tables import format_table
 
     if odd := [word for word in words if word.startswith("-")]:
         raise UserError(f"{odd[0]}: unknown word; see eval.py --help")

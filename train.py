@@ -3,7 +3,7 @@
 import functools
 import sys
 
-from minmacpo import UserError, world
+from minmacpo import UserError, tables, world
 from minmacpo.commandline import help_text, parse, to_toml
 from minmacpo.data import find_files
 from minmacpo.files import sha256_file, write_json
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
         return print(help_text()) or 0
     import torch
 
-    from minmacpo.evaluate import format_table, make_table, read_run
+    from minmacpo.evaluate import make_table, read_run
     from minmacpo.report import write_report
     from minmacpo.run import FINISHED, Run
 
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
         run.end()
         write_json(run.path / FINISHED, table)
     write_report(run.path)
-    print(f"{format_table(table)}\n\nreport, with what the columns mean: {run.path / 'report.html'}")
+    print(f"{tables.format_table(table)}\n\nreport, with what the columns mean: {run.path / 'report.html'}")
     return 0
 
 

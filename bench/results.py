@@ -10,9 +10,10 @@ import sys
 import tomllib
 from pathlib import Path
 
-from minmacpo.evaluate import format_table, make_table, read_run
+from minmacpo.evaluate import make_table, read_run
 from minmacpo.experiments import HEAD, cells
 from minmacpo.files import write_atomic, write_json
+from minmacpo.tables import format_table
 
 PLACE = Path("assets/results")
 ORDER = ("main", "ablations", "rounds", "selection", "self", "negatives", "loss", "lengths", "conditions", "teachers", "domains",

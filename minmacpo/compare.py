@@ -1,26 +1,30 @@
 """The last rounds of several finished runs side by side, with intervals of the paired differences."""
 
-import itertools
 import re
 
 import numpy as np
 
 from minmacpo import UserError
-from minmacpo.evaluate import Past, gold_by_prompt, paired_interval, read_run
+from minmacpo.evaluate import (
+    Past,
+    gold_by_prompt,
+    last_student,
+    measured,
+    paired_interval,
+    read_run,
+)
 from minmacpo.files import read_json
 from minmacpo.run import FINISHED
+from minmacpo.tables import aligned
 
 SIDES = ("student", "teachers")
 
 
 def last_gold(run: Past) -> dict[str, np.ndarray]:
-    """Gold reward of the test prompts [n] at each one's last round: the student's, and the teachers' mean."""
-    settings, gold = run.config.macpo, {}
-    agents = ["student", *(f"teacher{k + 1}" for k in range(settings.teachers))]
-    for agent, t in itertools.product(agents, range(settings.rounds + 1)):
-        if f"eval/round{t}_{agent}_samples" in run.notes:
-            gold[agent] = gold_by_prompt(run, agent, t)["gold"]
-    return {"student": gold.pop("student"), "teachers": np.mean([*gold.values()], 0)}
+    """Gold reward of the test prompts [n]: of the student that the run ends with, and the teachers' mean at last."""
+    last = [last_student(run), *((name, measured(run, name)[-1]) for name in run.teachers)]
+    student, *teachers = (gold_by_prompt(run, *agent)["gold"] for agent in last)
+    return {"student": student, "teachers": np.mean(teachers, 0)}
 
 
 def compare(paths: list[str]) -> list[dict]:
@@ -53,13 +57,11 @@ def compare(paths: list[str]) -> list[dict]:
 
 def format_comparison(rows: list[dict]) -> str:
     """`compare` as a table for a terminal."""
-    width = max(len(row["method"]) for row in rows)
-    lines = [f"{'last round':{width}}  seeds  student  difference to the first      teachers  difference"]
+    lines = []
     for row in rows:
-        cells = [f"{row['method']:{width}}  {len(row['seeds']):5}"]
+        cells = [row["method"], str(len(row["seeds"]))]
         for side in SIDES:
             found = [row[f"{side}_difference"], *row[f"{side}_interval"]] if f"{side}_interval" in row else []
-            text = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found) if found else ""
-            cells += [f"{row[side]:7.3f}", f"{text:27}"]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+            cells += [f"{row[side]:.3f}", "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found) if found else ""]
+        lines.append(cells)
+    return aligned(["last round", "seeds", "student", "difference to the first", "teachers", "difference"], lines)

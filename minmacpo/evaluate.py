@@ -28,16 +28,6 @@ from minmacpo.run import Stage, verify
 from minmacpo.stages import sample, score_texts
 from minmacpo.workshop import Texts, Workshop
 
-COLUMNS = {  # of the printed table: key, heading, how it is written
-    "gold": ("gold", "{gold:.3f} [{gold_interval[0]:.3f}, {gold_interval[1]:.3f}]"),
-    "right": ("right", "{right:.3f} ±{right_half:.2f}"), "polite": ("polite", "{polite:.3f} ±{polite_half:.2f}"),
-    "well_formed": ("formed", "{well_formed:.3f} ±{well_formed_half:.2f}"), "pgr": ("PGR", "{pgr:.2f}"),
-    "perplexity": ("ppl", "{perplexity:.3f}"), "perplexity_char": ("ppl/char", "{perplexity_char:.3f}"),
-    "accuracy": ("pref.acc", "{accuracy:.3f}"), "length": ("chars", "{length:.1f}"),
-    "hit_length": ("cut", "{hit_length:.3f}"), "refusals": ("refusals", "{refusals:.3f}"),
-    "distinct2": ("distinct-2", "{distinct2:.3f}"), "self_bleu": ("self-BLEU", "{self_bleu:.3f}"),
-}  # fmt: skip
-SIGNS = ("surprise", "entropy", "kl", "same", "similarity", "loops")  # of the monitor, in tables
 CONTROLS = {"kept": "student kept by the monitor", "continued": "naive SFT continued", "ceiling": "ceiling"}
 NOTES = {"name", "kind", "fingerprint", "counts", "started", "seconds", "cpu_seconds", "peak_mb"}
 town_of = functools.lru_cache(maxsize=8)(world.make_town)
@@ -48,7 +38,8 @@ def measure(shop: Workshop, ground: Ground, trained: Trained) -> None:
     """Sample test answers of an agent and score the true and the worse answers under it and its base."""
     truth, worse = (Texts(ground.slices, "test.jsonl", side) for side in ("chosen", "rejected"))
     base, name = trained.base, f"eval/round{trained.round}_{trained.agent}"
-    key, answers = ("eval", trained.agent, trained.round), shop.config.eval.samples
+    agent = "student" if trained.agent == "kept" else trained.agent  # the same adapter answers the same
+    key, answers = ("eval", agent, trained.round), shop.config.eval.samples
     said = sample(shop, f"{name}_samples", base, trained.adapter, truth, trained.agent, key, answers)
     if trained.agent not in CONTROLS:
         score_texts(shop, f"{name}_under_base", base, None, Texts(said))
@@ -64,6 +55,11 @@ class Past:
     folder: Path
     config: Config
     notes: dict[str, dict]
+
+    @property
+    def teachers(self) -> list[str]:
+        """Their names."""
+        return [f"teacher{k + 1}" for k in range(self.config.macpo.teachers)]
 
     def stage(self, name: str) -> Stage:
         """A finished stage; UserError if it is none, or if a file of it is damaged."""
@@ -105,6 +101,20 @@ def gold_of(config: Config, samples: Stage) -> dict[str, np.ndarray]:
 def gold_by_prompt(run: Past, agent: str, t: int) -> dict[str, np.ndarray]:
     """`gold_of` an agent's test answers after round `t`; UserError if there are none."""
     return gold_of(run.config, run.stage(f"eval/round{t}_{agent}_samples"))
+
+
+def measured(run: Past, agent: str) -> list[int]:
+    """The rounds after which an agent has been measured, in order."""
+    return [t for t in range(run.config.macpo.rounds + 1) if f"eval/round{t}_{agent}_samples" in run.notes]
+
+
+def last_student(run: Past) -> tuple[str, int]:
+    """(agent, round) of the student that a run ends with: the one that macpo.stop = rollback kept, or else that of the
+    last round. UserError if none has been measured."""
+    for agent in ("kept", "student"):
+        if rounds := measured(run, agent):
+            return agent, rounds[-1]
+    raise UserError(f"{run.folder}: no answers of its student are finished yet")
 
 
 def interval(values: np.ndarray, draws: int) -> list[float]:
@@ -152,7 +162,7 @@ def row_of(config: Config, samples: Stage, *scored: Stage) -> dict:
 def make_table(run: Past) -> dict:
     """Everything that is known of a run so far, as JSON: rows, filter, negatives, warnings, cost."""
     rows, rounds = [], run.config.macpo.rounds
-    agents = [*(f"teacher{k + 1}" for k in range(run.config.macpo.teachers)), "student", *CONTROLS]
+    agents = [*run.teachers, "student", *CONTROLS]
     for agent, t in itertools.product(agents, range(rounds + 1)):
         name = f"eval/round{t}_{agent}"
         base = "eval/base_" + (agent.replace("teacher", "weak") if agent.startswith("teacher") else "strong")
@@ -255,20 +265,26 @@ def offered(config: Config, *offers: Stage) -> dict[str, float | None]:
 def negative_rows(run: Past) -> list[dict]:
     """By agent: share of its first negatives that are wrong, and by round, that equal their positive."""
     rows, rounds = [], range(1, run.config.macpo.rounds + 1)
-    for agent in ("student", *(f"teacher{k + 1}" for k in range(run.config.macpo.teachers))):
+    for agent in ("student", *run.teachers):
         if (name := f"round0/negatives_{agent}") in run.notes:
             right, count = right_share(run.config, run.stage(name)), run.notes[name]["counts"]["answers"]
             made = [run.notes.get(f"round{t}/pairs_{agent}") for t in rounds]
-            equal = [round(notes["counts"]["negative_equal"] / count, 4) for notes in made if notes]
+            equal = [equal_share(notes["counts"]) for notes in made if notes]
             wrong = None if right is None else 1 - right
             rows.append({"agent": agent, "wrong": wrong, "count": count, "equal": equal})
     return rows
 
 
+def equal_share(counts: dict[str, int]) -> float:
+    """Of the pairs that a stage put together, those that it dropped because both sides were equal."""
+    together = sum(counts[key] for key in ("pairs", "all_empty", "negative_empty", "negative_equal", "over_long"))
+    return round(counts["negative_equal"] / together, 4) if together else 0.0
+
+
 def monitor_rows(run: Past) -> list[dict]:
     """The monitor's signs and alarms of every agent by round."""
     rows = []
-    for agent in ("student", *(f"teacher{k + 1}" for k in range(run.config.macpo.teachers))):
+    for agent in ("student", *run.teachers):
         history = []
         for t in range(run.config.macpo.rounds + 1):
             if f"eval/round{t}_{agent}_samples" in run.notes:
@@ -303,48 +319,3 @@ def warnings(negatives: list[dict], watched: Sequence[dict] = ()) -> list[str]:
         if equal > 0.1:
             found.append(f"{equal:.0%} of {agent}'s negatives equal their positive (10 % at most)")
     return found
-
-
-def tables(table: dict) -> list[tuple[list[str], list[list[str]]]]:
-    """(head, rows) of text: every agent at every round, with several files each of them below; whose answers
-    the student chose, and how often they were right; how wrong the cached negatives are."""
-    keys = [key for key in COLUMNS if any(key in row for row in table["rows"])]
-    results, filtered, negatives = [], [], []
-    for row in table["rows"]:
-        parts = {f"  {file}": part for file, part in row["files"].items()} if len(row["files"]) > 1 else {}
-        for name, part in ({row["label"]: row} | parts).items():
-            half = {f"{key}_half": (part[f"{key}_interval"][1] - part[f"{key}_interval"][0]) / 2
-                    for key in keys if f"{key}_interval" in part}  # fmt: skip
-            cells = ["–" if part.get(key) is None else COLUMNS[key][1].format(**part, **half) for key in keys]
-            results.append([name, *cells])
-    names = sorted({name for row in table["filter"] for name in row["sources"]}, key=lambda name: (len(name), name))
-    for row in table["filter"]:
-        sources = row["sources"] | {"all": {"won": 1, "right": row["right"]}}
-        shares = [sources.get(name, {"won": 0, "right": None}) for name in (*names, "all")]
-        right = ["" if share["right"] is None else f" ({share['right']:.0%} right)" for share in shares]
-        cells = [f"{share['won']:.0%}{text}" for share, text in zip(shares, right, strict=True)]
-        best = "–" if row.get("offered") is None else f"{row['offered']:.0%}"
-        filtered.append([str(row["round"]), *cells, best])
-    for row in table["negatives"]:
-        wrong = "–" if row["wrong"] is None else f"{row['wrong']:.0%}"
-        negatives.append([words(row["agent"]), wrong, ", ".join(f"{share:.1%}" for share in row["equal"])])
-    watched = [[f"{words(row['agent'])}, round {row['round']}",
-                *("–" if row.get(sign) is None else f"{row[sign]:.3f}" for sign in SIGNS),
-                ", ".join(row["alarms"])] for row in table["monitor"]]  # fmt: skip
-    return [
-        ([table["run"], *(COLUMNS[key][0] for key in keys)], results),
-        (["chosen in round", *map(words, names), "all", "any right"], filtered),
-        (["negatives of", "wrong", "equal to their positive, by round"], negatives),
-        (["monitor", *SIGNS, "alarms"], watched),
-    ]
-
-
-def format_table(table: dict) -> str:
-    """The tables for a terminal."""
-    text = []
-    for head, rows in tables(table):
-        first, *widths = (max(map(len, column)) for column in zip(head, *rows, strict=True))
-        for name, *cells in [head, *rows] if rows else ():
-            text.append("  ".join([f"{name:{first}}", *map(str.rjust, cells, widths)]))
-        text.append("")
-    return "\n".join(text[:-1] + [f"WARNING: {warning}" for warning in table["warnings"]])

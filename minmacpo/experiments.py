@@ -23,11 +23,19 @@ import numpy as np
 from minmacpo import UserError
 from minmacpo.commandline import PRESETS, parse
 from minmacpo.config import Config
-from minmacpo.evaluate import Past, gold_by_prompt, make_table, paired_interval, read_run
-from minmacpo.files import write_atomic, write_json
+from minmacpo.evaluate import (
+    Past,
+    gold_by_prompt,
+    make_table,
+    measured,
+    paired_interval,
+    read_run,
+)
+from minmacpo.files import read_json, write_atomic, write_json
 from minmacpo.page import document, forest, grid, tag
 from minmacpo.progress import Signals
 from minmacpo.run import FINISHED, check_folder
+from minmacpo.tables import aligned
 
 MARK = "@experiment-"
 TOLD = ("--run.name", "--run.seed", "--run.method", "--method", "--stage", "--profile")  # what an experiment says itself
@@ -116,11 +124,16 @@ def folder(config: Config) -> Path:
     return Path(config.run.root) / config.run.name
 
 
+def whole(run: Path) -> bool:
+    """Whether a run is finished, and all stages that its table tells of are there still."""
+    return (run / FINISHED).is_file() and {row["name"] for row in read_json(run / FINISHED)["cost"]} <= read_run(run).notes.keys()
+
+
 def compute(plan: Sequence[tuple[int, Case, list[str]]], configs: Sequence[Config], program: str) -> None:
     """Every run that is not finished, one after the other, each a process of its own; UserError if one fails."""
     for config in configs:
         check_folder(folder(config), config)  # a folder of that name may hold a run of other settings
-    left = [i for i, config in enumerate(configs) if not (folder(config) / FINISHED).is_file()]
+    left = [i for i, config in enumerate(configs) if not whole(folder(config))]
     started = time.monotonic()
     for number, i in enumerate(left):
         seed, case, words = plan[i]
@@ -162,9 +175,8 @@ def golds(runs: dict[int, Past], agent: str, t: int | None = None) -> Golds:
     """Gold reward by prompt, per seed; "teachers" is their mean; at round t, or the last one measured before."""
     out = {}
     for seed, run in runs.items():
-        rounds = range(run.config.macpo.rounds + 1)[: None if t is None else t + 1]
-        names = [f"teacher{k + 1}" for k in range(run.config.macpo.teachers)] if agent == "teachers" else [agent]
-        when = [max(t for t in rounds if f"eval/round{t}_{name}_samples" in run.notes) for name in names]
+        names = run.teachers if agent == "teachers" else [agent]
+        when = [max(r for r in measured(run, name) if t is None or r <= t) for name in names]
         out[seed] = np.mean([gold_by_prompt(run, *known)["gold"] for known in zip(names, when, strict=True)], 0)
     return out
 
@@ -254,9 +266,7 @@ def cells(row: dict) -> list[str]:
 
 def as_text(found: dict) -> str:
     """The table for a terminal."""
-    rows = [list(HEAD), *map(cells, found["variants"])]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return aligned(HEAD, [*map(cells, found["variants"])])
 
 
 def experiment_page(found: dict) -> str:

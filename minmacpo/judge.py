@@ -30,7 +30,7 @@ import numpy as np
 from minmacpo import UserError
 from minmacpo.config import Config
 from minmacpo.data import Example, Message, Sample
-from minmacpo.evaluate import interval, read_run
+from minmacpo.evaluate import interval, last_student, read_run
 from minmacpo.feedback import conversation
 from minmacpo.files import read_rows, write_atomic, write_json
 from minmacpo.progress import Progress
@@ -77,10 +77,8 @@ def words_of(argv: Sequence[str]) -> Namespace:
 def read_answers(path: Path) -> dict[str, Sample]:
     """{prompt id: first answer} of a samples.jsonl, of the stage that holds it, or of a run's last student."""
     if (path / "config.toml").is_file():
-        names = [name for name in read_run(path).notes if name.startswith("eval/") and name.endswith("_student_samples")]
-        if not names:
-            raise UserError(f"{path}: no answers of its student are finished yet")
-        path = path / max(names, key=lambda name: int(name[len("eval/round") :].partition("_")[0]))
+        agent, t = last_student(read_run(path))
+        path = path / f"eval/round{t}_{agent}_samples"
     file = path / "samples.jsonl" if path.is_dir() else path
     found: dict[str, Sample] = {}
     for sample in read_rows(file, Sample):

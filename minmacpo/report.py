@@ -20,6 +20,7 @@ from minmacpo.evaluate import Past
 from minmacpo.files import read_json, read_rows, write_atomic
 from minmacpo.page import Html, clip, document, figure, grid, tag, words
 from minmacpo.run import FINISHED, Stage
+from minmacpo.tables import tables
 
 CURVES = {
     "gold": ("Gold reward", "of test answers, from 0 to 1, with 95% intervals"),
@@ -61,6 +62,8 @@ def story(run: Past, rows: list[dict]) -> list[str]:
     """What happened, in three sentences: of the student, of what it is compared with, of the teachers."""
     by = {agent: [*group] for agent, group in itertools.groupby(rows, lambda row: row["agent"])}
     key, student = next((key for key in ("gold", "accuracy") if key in [*rows, {}][0]), "perplexity"), by.get("student")
+    if "kept" in by:  # it was rolled back: what came later is not what the run ends with
+        student = [row for row in student if row["round"] <= by["kept"][0]["round"]]
     name = CURVES[key][0].lower()
     ways = {"continued": "naive SFT continued", "ceiling": "the ceiling, SFT on the true answers,"}
     reached = [f"{way} reaches {by[agent][0][key]:.3f}" for agent, way in ways.items() if agent in by]
@@ -185,7 +188,7 @@ def write_report(path: Path) -> None:
     state = "Finished" if ended else "Still running, or stopped; reload to see more"
     lines = {key: over_rounds(table["rows"], key) for key in CURVES}
     main, *curves = (figure(*CURVES[key], lines[key], main=key == "gold") for key in CURVES)
-    (head, rows), *choices, watched = evaluate.tables(table)
+    (head, rows), *choices, watched = tables(table)
     reached = max((row["round"] for row in table["rows"] if row["agent"] == "student"), default=0)
     last, environment = f"student, round {reached}", read_json(run.folder / "env.json")
     rows = [[tag("b", cell) for cell in cells] if cells[0].startswith(last) else cells for cells in rows]

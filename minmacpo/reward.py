@@ -22,6 +22,8 @@ from minmacpo.checkpoint import load_model, load_scorer
 from minmacpo.data import Message, Pair, Sample
 from minmacpo.evaluate import Past, interval, read_run
 from minmacpo.files import read_rows
+from minmacpo.page import words
+from minmacpo.tables import aligned
 from minmacpo.templates import render
 from minmacpo.tokenizer import Tokens, load_tokenizer
 
@@ -159,7 +161,7 @@ def as_text(found: dict) -> str:
     if found["accuracy"] is not None:
         told = "" if found["informative"] else "; NOT INFORMATIVE: the interval includes one half"
         lines.append("held-out accuracy {:.3f} [{:.3f}, {:.3f}]".format(found["accuracy"], *found["accuracy_interval"]) + told)
-    for row in found["rows"]:
-        lines.append("{:10} round {}  {:8.3f} [{:.3f}, {:.3f}]".format(row["agent"], row["round"], row["score"], *row["interval"]))
-    return "\n".join(lines)
+    rows = [[f"{words(row['agent'])}, round {row['round']}", "{:.3f} [{:.3f}, {:.3f}]".format(row["score"], *row["interval"])]
+            for row in found["rows"]]  # fmt: skip
+    return "\n".join([*lines, aligned(["of the test answers", "mean score [95 %]"], rows)])
 
