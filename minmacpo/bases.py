@@ -26,6 +26,7 @@ from minmacpo.tokenizer import FILES, Tokenizer, load_tokenizer, show_mask, trai
 
 TOKENIZER_TEXTS = 6000  # documents of the strong base's text that the tokenizer is trained on
 LEAST_PROMPT = 16  # tokens; where an answer leaves room for fewer, its prompt is not cut
+LONGER = "true answers longer than generate.max_new"
 NEEDED = {"d1": "rejected", "test": "chosen"}  # teachers learn both sides, tests score true answers; D2 gives prompts
 
 
@@ -118,13 +119,16 @@ def fit_slices(config: Config, slices, corpora, given: Sequence[Tokenizer], coun
             prompts.add(pair.prompt)
         if not kept[name]:
             lost = ", ".join(f"{reason}: {count}" for reason, count in reasons.items()) or "too few rows, or their prompts are in another slice"
-            settings = f"data.{name}, data.shares, data.max_prompt, data.long"
+            settings = f"data.{name}, data.shares, data.max_prompt, data.long" if config.data.path else f"world.{name}, world.names, data.max_prompt"
             raise UserError(f"no row is left for {name} ({lost}); see {settings}")
         if name == "d1" and config.data.noise:
             kept[name] = corrupt(kept[name], config)
             reasons["corrupted"] = sum("corrupted" in pair.meta for pair in kept[name])
         sizes[name] = {"rows": len(kept[name])} | dict(reasons)
     check_disjoint(config, kept)
+    told = [pair for pairs in kept.values() for pair in pairs if pair.chosen]
+    if cut := sum(longest(config, tokenizers, pair.prompt, pair.chosen)[1] > config.generate.max_new for pair in told):
+        counts |= {LONGER: cut}
     documents = {base: len(texts) for base, texts in corpora.items()}
     return Prepared(kept, corpora, made, counts | {"slices": sizes, "d0": documents})
 
@@ -142,6 +146,12 @@ def check_disjoint(config: Config, slices: dict[str, list[Pair]]) -> None:
 def corrupt(pairs: list[Pair], config: Config) -> list[Pair]:
     """The pairs, data.noise of them corrupted and marked so: sides swapped, or chosen the answer to another prompt (a
     pair for which none is found stays true)."""
+
+    def subject(pair: Pair):
+        """What it asks about: two questions on one subject may have one right answer, and harm is always refused."""
+        meta = pair.meta
+        return pair.prompt if "kind" not in meta else meta["kind"] == "harm" or (meta["item"], meta["name"])
+
     rng = random.Random(f"{config.run.seed}/noise")
     picked, made = set(rng.sample(range(len(pairs)), round(config.data.noise * len(pairs)))), []
     for i, pair in enumerate(pairs):
@@ -149,7 +159,7 @@ def corrupt(pairs: list[Pair], config: Config) -> list[Pair]:
             good, bad = pair.rejected, pair.chosen
             if config.data.noise_kind == "label":
                 others = (rng.choice(pairs) for _ in pairs)  # as many tries as there are pairs
-                wrong = (p.chosen for p in others if p.prompt != pair.prompt and p.chosen not in (pair.chosen, pair.rejected))
+                wrong = (p.chosen for p in others if subject(p) != subject(pair) and p.chosen not in (pair.chosen, pair.rejected))
                 good, bad = next(wrong, None), pair.rejected
             if good is not None:
                 pair = replace(pair, chosen=good, rejected=bad, meta=pair.meta | {"corrupted": config.data.noise_kind})
@@ -161,13 +171,7 @@ def fit_pair(config: Config, pair: Pair, tokenizers: Sequence[Tokenizer], reason
     """The pair as every model can read it whole, its prompt cut if need be and wanted, or None; `reasons`
     counts both. The answer is at fault where a prompt within data.max_prompt has no room beside it."""
     data, texts = config.data, (pair.chosen, pair.rejected)
-
-    def longest(messages: tuple[Message, ...]) -> tuple[int, int]:
-        """Most tokens of the prompt, and of an answer with its leading space and end token."""
-        masks = [render(t, data.template, messages, text).mask for t in tokenizers for text in texts]
-        return max(mask.count(False) for mask in masks), max(mask.count(True) for mask in masks)
-
-    size, answer = longest(pair.prompt)
+    size, answer = longest(config, tokenizers, pair.prompt, *texts)
     left = data.max_length - answer
     room = min(data.max_prompt, left)
     if size <= room:
@@ -177,13 +181,19 @@ def fit_pair(config: Config, pair: Pair, tokenizers: Sequence[Tokenizer], reason
         where = f"{pair.meta.get('file', 'data')}: the row that begins with {start}"
         raise UserError(f"{where} is too long ({size} + {answer} tokens); see data.max_prompt, data.max_length, data.long")
     wanted = data.long == "cut_prompt" and left >= LEAST_PROMPT
-    cut = cut_prompt(pair.prompt, lambda messages: longest(messages)[0] <= room) if wanted else None
+    cut = cut_prompt(pair.prompt, lambda messages: longest(config, tokenizers, messages, *texts)[0] <= room) if wanted else None
     if cut is None:
         fault = "prompt" if size > data.max_prompt and left >= LEAST_PROMPT else "answer"
         reasons[f"over-long {fault}"] += 1
         return None
     reasons["prompt cut"] += 1
     return replace(pair, prompt=cut)
+
+
+def longest(config: Config, tokenizers: Sequence[Tokenizer], prompt: tuple[Message, ...], *answers: str | None) -> tuple[int, int]:
+    """Most tokens, under any of the tokenizers, of the prompt, and of an answer with its leading space and end token."""
+    masks = [render(t, config.data.template, prompt, text).mask for t in tokenizers for text in answers]
+    return max(mask.count(False) for mask in masks), max(mask.count(True) for mask in masks)
 
 
 def cut_prompt(prompt: tuple[Message, ...], fits: Callable) -> tuple[Message, ...] | None:
@@ -222,17 +232,20 @@ def make_ground(run: Run, source: dict, prepared: Callable[[], Prepared]) -> Gro
     origin = source | {"template": data.template, "vocab": config.model.vocab}
     limits = {"max_prompt": data.max_prompt, "max_length": data.max_length, "long": data.long}
     limits |= {"noise": data.noise, "noise_kind": data.noise_kind} if data.noise else {}
+    limits |= {"label_of": "another subject"} if data.noise and data.noise_kind == "label" else {}
     settings = origin | limits | {"given": [base.stage.fingerprint for base in bases.values()]}
 
     def write_slices(work: Work) -> dict:
         """d1, d2 and test, their ids, and what was counted on the way."""
         if short := prepared().counts.get("shorter than asked for"):
             work.log(f"WARNING: too few questions: {', '.join(f'{name} {size}' for name, size in short.items())}; see world.names")
+        if LONGER in prepared().counts:
+            work.log(f"WARNING: {LONGER}, so that no sampled one can be like them: {prepared().counts[LONGER]}")
         for name, pairs in prepared().slices.items():
             write_rows(work.folder / f"{name}.jsonl", pairs)
         ids = {name: [pair.id for pair in pairs] for name, pairs in prepared().slices.items()}
         write_json(work.folder / "split.json", ids)
-        return {k: count for k, count in prepared().counts.items() if k != "d0"}  # that depends on K
+        return {k: count for k, count in prepared().counts.items() if k not in ("d0", LONGER)}  # they depend on more than the settings of the slices
 
     def write_tokenizer(work: Work) -> dict:
         write_atomic(work.folder / "tokenizer.model", prepared().tokenizer)

@@ -26,8 +26,8 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        low = nn.functional.linear(x, self.lora_A.to(x.dtype)) * self.scale
-        return self.base(x) + nn.functional.linear(low, self.lora_B.to(x.dtype))
+        delta = nn.functional.linear(nn.functional.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return torch.add(self.base(x), delta, alpha=self.scale)  # scaled at the end, as PEFT does
 
 
 def attach_lora(model: nn.Module, config: Lora) -> list[nn.Parameter]:
