@@ -8,6 +8,7 @@ import math
 import re
 import tomllib
 import typing
+from argparse import ArgumentParser
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from hashlib import sha256
@@ -20,6 +21,15 @@ PRESETS = Path(__file__).parent / "presets"
 UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # what a TOML file cannot hold as it is
 UNSAFE = re.compile(r"[^A-Za-z0-9_.,+-]")  # what the name of a run does not hold
 BARE = {"--dry_run": "dry_run", "--profile": "profile", "--help": "help", "-h": "help"}
+
+
+class Words(ArgumentParser):
+    """The words of a command that is not train.py; what is wrong with them is one sentence."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 HELP = """\
 python train.py [@preset | @file.toml]... [--section.key=value | --section.key value]...
                 [--method=NAME] [--stage=NAME] [--dry_run] [--profile] [--help]

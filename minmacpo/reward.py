@@ -8,7 +8,8 @@ Beside every score stands how often the model ranks held-out true pairs rightly;
 includes one half, the scores are called not informative.
 """
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+import math
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from minmacpo import UserError
 from minmacpo.batching import collate, plan_scoring
 from minmacpo.checkpoint import load_model, load_scorer
+from minmacpo.commandline import Words
 from minmacpo.data import Message, Pair, Sample
 from minmacpo.evaluate import Past, interval, read_run
 from minmacpo.files import read_rows
@@ -111,7 +113,10 @@ def outside(file: Path) -> dict[tuple[int, str], list[float]]:
     found: dict[tuple[int, str], dict] = {}
     for number, row in enumerate(read_rows(file), 1):
         try:
-            found.setdefault((int(row["round"]), str(row["agent"])), {})[str(row["id"])] = float(row["score"])
+            score = float(row["score"])
+            if not math.isfinite(score):
+                raise ValueError
+            found.setdefault((int(row["round"]), str(row["agent"])), {})[str(row["id"])] = score
         except (KeyError, TypeError, ValueError):
             form = '{"id": text, "agent": text, "round": number, "score": number}'
             raise UserError(f"{file}, line {number}: is no score; expected {form}") from None
@@ -136,7 +141,7 @@ def joined(run: Past, file: Path) -> list[dict]:
 
 def run_reward(argv: Sequence[str]) -> dict:
     """Rate every agent at every round; returns the accuracy on held-out pairs, and the rows."""
-    parser = ArgumentParser("eval.py reward", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Words("eval.py reward", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--scores", type=Path)

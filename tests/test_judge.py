@@ -2,6 +2,9 @@
 
 import csv
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -10,9 +13,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import REPO
 from runs import invoke, rows_of
 
-from minmacpo import judge
+from minmacpo import judge, remote
 from minmacpo.data import Message, Sample
 from minmacpo.files import write_rows
 
@@ -63,6 +67,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Retry-After", "0")
             self.end_headers()
             return
+        if fault == "slow head":
+            for byte in b"HTTP/1.0 200 OK\r\nX: " + b"y" * 30:
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
+                time.sleep(0.1)
+            return
         if fault == "drip":
             self.send_response(200)
             self.end_headers()
@@ -83,8 +93,8 @@ class Handler(BaseHTTPRequestHandler):
 def quick(monkeypatch):
     """No waiting between attempts; what would have been waited."""
     waited = []
-    monkeypatch.setattr(judge, "time", SimpleNamespace(sleep=waited.append, monotonic=time.monotonic))
-    monkeypatch.setenv(judge.KEY, KEY)
+    monkeypatch.setattr(remote, "time", SimpleNamespace(sleep=waited.append, monotonic=time.monotonic))
+    monkeypatch.setenv(remote.KEY, KEY)
     return waited
 
 
@@ -145,7 +155,7 @@ def test_a_missing_verdict_is_counted_and_its_prompt_left_out(place, sides, quic
     assert result(place)["unjudged"] == 1 and result(place)["without_verdict"] == 1 and result(place)["prompts"] == 4
 
 
-@pytest.mark.parametrize("fault", ["hang", "drip", 500, "broken", "deep"])
+@pytest.mark.parametrize("fault", ["hang", "drip", "slow head", 500, "broken", "deep"])
 def test_a_url_that_never_answers_ends_with_one_sentence_and_keeps_what_it_has(place, sides, quick, fault):
     server = Server([None, None, None] + [fault] * 50)
     words = [*sides, f"--url={server.url}", "--workers=1", "--timeout=0.3", "--attempts=2"]
@@ -155,6 +165,26 @@ def test_a_url_that_never_answers_ends_with_one_sentence_and_keeps_what_it_has(p
     server.faults.clear()
     before = len(server.asked)
     assert invoke("eval", *words).code == 0 and len(server.asked) - before == 7, "what was judged is not asked again"
+
+
+def test_ctrl_c_does_not_wait_for_a_server_that_hangs(place, sides):
+    server = Server(["hang"] * 50)
+    command = [sys.executable, str(REPO / "eval.py"), *sides, f"--url={server.url}", "--timeout=60"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not server.asked:
+            time.sleep(0.05)
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        said = process.communicate()[1]
+    assert process.returncode == 130 and "stopped" in said and "Traceback" not in said
+    assert time.monotonic() - started < 1.4, "the server hangs for 1.5 s"
+
+
+@pytest.mark.parametrize("key", ["two words", "line\n", "clé"])
+def test_a_key_that_cannot_be_sent_is_refused(place, sides, monkeypatch, key):
+    monkeypatch.setenv(remote.KEY, key)
+    ended = invoke("eval", *sides, "--url=http://127.0.0.1:9/v1")
+    assert ended.code == 2 and remote.KEY in ended.err and key not in ended.err
 
 
 def test_nobody_listens(place, sides, quick):
@@ -294,6 +324,13 @@ def test_length_control_of_easy_cases():
     ([], "one judge"),
     (["--url=http://x", "--human"], "one judge"),
     (["--human", "--workers=0"], "workers"),
+    (["--url=http://[::1"], "--url='http://[::1'"),
+    (["--url=http://x:99999/v1"], "expected an address"),
+    (["--url=http://x y"], "expected an address"),
+    (["--url=http://"], "expected an address"),
+    (["--url=http://x", "--model=\udcff"], "is no name"),
+    (["--url=http://x", "--workers=many"], "--workers: invalid int value"),
+    (["--url=http://x", "--wrong"], "unrecognized"),
 ])  # fmt: skip
 def test_a_wrong_command_is_refused(place, sides, words, wanted):
     ended = invoke("eval", *sides, *words)
