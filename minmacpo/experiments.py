@@ -7,6 +7,7 @@ group is what the others of that group are compared with.
 """
 
 import contextlib
+import re
 import shlex
 import signal
 import subprocess
@@ -91,15 +92,13 @@ def run_experiment(argv: Sequence[str], program: str) -> int:
     names = [word.removeprefix(MARK) for word in argv if word.startswith(MARK)]
     given = [word.removeprefix("--seeds=") for word in argv if word.startswith("--seeds=")]
     shared = [word for word in argv if not word.startswith((MARK, "--seeds=")) and word != "--dry_run"]
-    if odd := [word for word in shared if word.startswith(TOLD)]:
-        raise UserError(f"{odd[0]}: an experiment says this itself; run train.py without it for a single run")
+    if "--seeds" in shared:
+        raise UserError("--seeds: write it as one word, such as --seeds=0,1")
     if len(names) != 1:
         raise UserError(f"{' '.join(map(MARK.__add__, names))}: one experiment at a time")
     experiment = read_experiment(names[0])
-    try:
-        seeds = sorted({int(seed) for seed in given[-1].split(",")}) if given else experiment.seeds
-    except ValueError:
-        raise UserError(f"--seeds={given[-1]}: expected whole numbers with commas between them") from None
+    check_shared(shared, experiment)
+    seeds = seeds_of(given[-1]) if given else experiment.seeds
     plan = [(seed, case, [*shared, *case.words, f"--run.seed={seed}"])
             for seed in seeds for case in experiment.cases]  # fmt: skip
     configs = [parse(words).config for *_, words in plan]  # a wrong flag is an error before anything runs
@@ -117,6 +116,20 @@ def run_experiment(argv: Sequence[str], program: str) -> int:
     write_atomic(place / "report.html", experiment_page(found))
     print(as_text(found), f"\n\nreport: {place / 'report.html'}", sep="")
     return 0
+
+
+def check_shared(shared: Sequence[str], experiment: Experiment) -> None:
+    """UserError for a flag that an experiment or a case of it sets itself, so that it would not count."""
+    mine = {word.partition("=")[0] for case in experiment.cases for word in case.words}
+    if odd := [word for word in shared if word.startswith(TOLD) or word.partition("=")[0] in mine]:
+        raise UserError(f"{odd[0]}: an experiment says this itself; run train.py without it for a single run")
+
+
+def seeds_of(text: str) -> list[int]:
+    """The seeds of "0,1"; UserError if it is no such list."""
+    if not re.fullmatch(r"\d{1,18}(,\d{1,18})*", text, re.ASCII):
+        raise UserError(f"--seeds={text[:40]}: expected whole numbers with commas between them")
+    return sorted({int(seed) for seed in text.split(",")})
 
 
 def folder(config: Config) -> Path:
@@ -150,7 +163,7 @@ def run_alone(command: list[str]) -> tuple[int, str]:
     """(exit code, what it said on stderr) of a process; a signal to this one is handed on once, so that the other can
     save, and acts when that has ended."""
     signals, told, said = Signals(), False, None
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in Signals.numbers}
     signals.install()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
                           start_new_session=True) as process:  # fmt: skip

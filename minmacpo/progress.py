@@ -1,7 +1,7 @@
 """What a person sees while a program runs, how a person stops it, and how it ends.
 
-On a terminal a tqdm bar with rate and time left; elsewhere a plain line every ten seconds. Ctrl-C
-and SIGTERM only raise a flag, which long loops look at between two steps, after saving.
+On a terminal a tqdm bar with rate and time left; elsewhere a plain line every ten seconds. Ctrl-C,
+SIGTERM and SIGHUP only raise a flag, which long loops look at between two steps, after saving.
 """
 
 import os
@@ -26,14 +26,16 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Remembers the first SIGINT or SIGTERM; a second one acts at once."""
+    """Remembers the first SIGINT, SIGTERM or SIGHUP; a second one acts at once."""
 
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     number: int | None = None
 
     def install(self) -> None:
-        """Take over both signals for the rest of the process."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+        """Take over these signals for the rest of the process."""
+        for number in self.numbers:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+                signal.signal(number, self._note)
 
     def _note(self, number, frame) -> None:
         if self.number is not None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import train
-from minmacpo import bases, world
+from minmacpo import UserError, bases, world
 from minmacpo.commandline import parse
 from minmacpo.config import World
 from minmacpo.domains import ARITHMETIC, CODE, DOMAINS, INSTRUCTIONS, TOPICS, TOWN
@@ -191,6 +191,7 @@ def test_a_share_of_the_ground_truth_is_corrupted(kind, share):
     assert noisy.slices["d2"] == clean.slices["d2"] and noisy.slices["test"] == clean.slices["test"]
     assert noisy.corpora == clean.corpora
     chosen, bad = {pair.chosen for pair in clean.slices["d1"]}, 0
+    town = world.make_town(parse([]).config.world, 8)
     for before, after in zip(clean.slices["d1"], noisy.slices["d1"], strict=True):
         assert (after.id, after.prompt) == (before.id, before.prompt) and after.chosen != after.rejected
         if "corrupted" not in after.meta:
@@ -202,6 +203,7 @@ def test_a_share_of_the_ground_truth_is_corrupted(kind, share):
             assert (after.chosen, after.rejected) == (before.rejected, before.chosen)
         else:
             assert after.rejected == before.rejected and after.chosen in chosen - {before.chosen}
+            assert not world.gold(town, before, after.chosen, "stop")["right"], "a wrong label is wrong"
     assert bad == round(share * 149) == noisy.counts["slices"]["d1"]["corrupted"]
 
 
@@ -213,6 +215,18 @@ def test_corruption_is_of_the_seed_and_a_single_row_has_no_other_label():
     assert bases.corrupt(pairs, config) != bases.corrupt(pairs, other)
     alone = replace(config, data=replace(config.data, noise=1.0))
     assert bases.corrupt(pairs[:1], alone) == pairs[:1], "and is not said to be corrupted"
+
+
+def test_true_answers_that_no_sampled_one_can_be_as_long_as_are_counted():
+    words = ["--world.remarks=3"]
+    kept = train.prepare(parse([*words, "--generate.max_new=48"]).config).counts
+    assert bases.LONGER not in train.prepare(parse([]).config).counts and bases.LONGER not in kept
+    assert train.prepare(parse([*words, "--generate.max_new=16"]).config).counts[bases.LONGER] > 300
+
+
+def test_an_empty_slice_of_a_world_names_the_worlds_settings():
+    with pytest.raises(UserError, match=r"d2 .*world\.d2, world\.names"):
+        train.prepare(parse(["--world.domain=code", "--world.names=1", "--world.held_names=0"]).config)
 
 
 def test_a_world_with_too_few_questions_says_so():

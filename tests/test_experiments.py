@@ -83,6 +83,10 @@ def test_the_main_experiment_has_every_method():
     (["@experiment-self", "--method=spin"], "method"),
     (["@experiment-self", "--run.method=spin"], "run.method"),
     (["@experiment-self", "--run.method", "spin"], "run.method"),
+    (["@experiment-self", "--macpo.self_share=0.5"], "self_share"),
+    (["@experiment-domains", "--world.domain", "town"], "world.domain"),
+    (["@experiment-self", "--seeds", "0,1"], "--seeds=0,1"),
+    (["@experiment-self", "--seeds=" + "9" * 5000], "99: expected whole numbers"),
 ])  # fmt: skip
 def test_a_wrong_experiment_is_refused_before_anything_runs(place, words, wanted):
     ended = invoke("train", *words)
@@ -179,7 +183,19 @@ def test_pgr_is_that_of_the_last_student_of_every_seed(methods, monkeypatch, met
     assert experiments.variant_row(experiments.Case("", "x", []), {0: run, 1: run}, {})["pgr"] == pytest.approx(0.4)
 
 
-def test_a_signal_reaches_the_run_once_and_the_experiment_goes_on_afterwards(tmp_path, place):
+def test_a_run_that_lost_a_stage_is_made_whole(finished):
+    root, words = finished
+    gone, before = root / "runs/stub/eval/round2_student_samples", (root / "runs/experiment-small/results.json").read_bytes()
+    shutil.rmtree(gone)
+    assert not experiments.whole(root / "runs/stub") and experiments.whole(root / "runs/stub-seed=1")
+    assert experiments.run_experiment(words, str(REPO / "train.py")) == 0 and (gone / "samples.jsonl").is_file()
+    after = (root / "runs/experiment-small/results.json").read_bytes()
+    (old, new) = (json.loads(text)["variants"] for text in (before, after))
+    assert [row["by_seed"] for row in old] == [row["by_seed"] for row in new]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_reaches_the_run_once_and_the_experiment_goes_on_afterwards(tmp_path, place, number):
     (tmp_path / "slow.toml").write_text("[pretrain]\nstrong_steps = 4000\n")
     words = ["@experiment-self", "--seeds=0", "@tiny", f"@{tmp_path / 'slow.toml'}"]
     process = spawn("train", *words, cwd=place, start_new_session=True)
@@ -187,9 +203,9 @@ def test_a_signal_reaches_the_run_once_and_the_experiment_goes_on_afterwards(tmp
     while not ((metrics := state / "metrics.jsonl").exists() and metrics.stat().st_size):  # it trains
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
-    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, number)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM and "goes on from here" in err and "Traceback" not in err
+    assert process.returncode == 128 + number and "goes on from here" in err and "Traceback" not in err
     assert [*state.glob(".partial/state-*/state.safetensors")], "the run saved before it ended"
     log = (state / "log.txt").open("a")
     fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody works on it any more

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from runs import copy_run, rows_of, stages_of, train, write_stub
 
-from minmacpo import diversity, macpo, monitor
+from minmacpo import compare, diversity, evaluate, judge, macpo, monitor
 
 HEALTHY = {"entropy": 0.2, "distinct2": 0.5, "cut": 0.0, "loops": 0.0, "surprise": 0.2, "same": 0.5}
 
@@ -103,6 +103,13 @@ def test_rolling_back_keeps_the_student_before_the_first_alarm(stub, tmp_path, m
     assert stages_of(run)["final/student_pos"]["counts"] == {"kept": f"round{kept}/student_pos"}
     rows = json.loads((run / "eval/table.json").read_bytes())["rows"]
     assert [row["round"] for row in rows if row["agent"] == "kept"] == [kept]
+    mine, theirs = ({k: v for k, v in row.items() if k not in ("agent", "label")} for row in rows
+                    if (row["agent"], row["round"]) in (("kept", kept), ("student", kept)))  # fmt: skip
+    assert mine == theirs, "the same adapter gives the same answers"
+    past = evaluate.read_run(run)
+    assert evaluate.last_student(past) == ("kept", kept)
+    assert (compare.last_gold(past)["student"] == evaluate.gold_by_prompt(past, "student", kept)["gold"]).all()
+    assert judge.read_answers(run) == judge.read_answers(run / f"eval/round{kept}_kept_samples")
     assert (f"back to round {kept}" in (run / "log.txt").read_text()) == (fell is not None and method != "confident")
     assert "student kept by the monitor" in (run / "report.html").read_text()
     stages = stages_of(run)

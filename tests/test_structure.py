@@ -174,8 +174,8 @@ def code_lines(name: str) -> int:
 
 
 def test_the_library_is_small():
-    """5,100 lines of code; docstrings and blank lines do not count, so that nobody saves on them."""
-    assert sum(code_lines(name) for name in TREES if name not in PROGRAMS) <= 5100
+    """5,200 lines of code; docstrings and blank lines do not count, so that nobody saves on them."""
+    assert sum(code_lines(name) for name in TREES if name not in PROGRAMS) <= 5200
 
 
 def test_the_programs_are_small():
