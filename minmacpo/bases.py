@@ -197,12 +197,15 @@ def longest(config: Config, tokenizers: Sequence[Tokenizer], prompt: tuple[Messa
 
 
 def cut_prompt(prompt: tuple[Message, ...], fits: Callable) -> tuple[Message, ...] | None:
-    """The end of the prompt that fits: whole turns go first, then characters; None if not one is left."""
-    while len(prompt) > 1 and not fits(prompt):
-        prompt = prompt[1:]
-    while len(text := prompt[0].content) > 1 and not fits(prompt):
-        prompt = (replace(prompt[0], content=text[max(1, len(text) // 20) :].lstrip() or text[-1]),)
-    return prompt if fits(prompt) else None
+    """The end of the prompt that fits, and a system message at its head: whole turns go first, then characters; None
+    if not one is left."""
+    head = prompt[: len(prompt) > 1 and prompt[0].role == "system"]
+    turns = prompt[len(head) :]
+    while len(turns) > 1 and not fits(head + turns):
+        turns = turns[1:]
+    while len(text := turns[0].content) > 1 and not fits(head + turns):
+        turns = (replace(turns[0], content=text[max(1, len(text) // 20) :].lstrip() or text[-1]),)
+    return head + turns if fits(head + turns) else None
 
 
 def given_base(config: Config, name: str, folder: Path) -> Base:

@@ -21,6 +21,7 @@ from minmacpo import UserError
 
 SLICES = ("d0", "d1", "d2", "test")
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+UNPACKED = 200  # times smaller than its text a gzipped file can be; plain language reaches 10
 ROW_LIMIT = 1 << 24  # bytes or characters; a longer row is no text for a model, but perhaps a gzip bomb
 BLOCK = 1 << 16  # characters of an array that are read at once
 SPACE = re.compile(r"[ \t\n\r]*")
@@ -122,7 +123,29 @@ def open_binary(file: Path) -> BinaryIO:
     """The bytes of a file, unpacked if it is gzipped."""
     with file.open("rb") as stream:
         packed = file.name.endswith(".gz") or stream.read(2) == b"\x1f\x8b"
-    return (gzip.open if packed else open)(file, "rb")
+    return io.BufferedReader(Unpacked(file)) if packed else file.open("rb")
+
+
+class Unpacked(io.RawIOBase):
+    """The bytes of a gzipped file; UserError where they are so many more than it has itself that it is no text."""
+
+    def __init__(self, file: Path):
+        self.file, self.stream = file, gzip.GzipFile(file)
+        self.left = max(ROW_LIMIT, UNPACKED * file.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        count = self.stream.readinto(buffer)
+        self.left -= count
+        if self.left < 0:
+            raise UserError(f"{self.file}: unpacks to more than {UNPACKED} times its size, as no text does; unpack it first if it is sound")
+        return count
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
 
 
 def unreadable(place: str, error: Exception) -> UserError:

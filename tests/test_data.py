@@ -434,6 +434,18 @@ def test_a_prompt_that_no_cut_makes_short_enough_is_dropped(tokenizer, tmp_path)
     assert reasons == {"over-long prompt": 1}
 
 
+def test_a_system_message_stays_when_its_dialogue_is_cut():
+    system, turns = Message("system", "be kind"), tuple(Message("user", f"turn {i} of them") for i in range(4))
+
+    def cut(most: int, *prompt: Message):
+        return bases.cut_prompt(prompt, lambda messages: sum(len(m.content) for m in messages) <= most)
+
+    assert cut(40, system, *turns) == (system, *turns[2:])
+    short = cut(12, system, *turns)
+    assert short[0] == system and len(short) == 2 and turns[-1].content.endswith(short[1].content)
+    assert cut(7, system, *turns) is None and cut(4, system) == (Message("system", "kind"),)
+
+
 def test_a_cut_prompt_keeps_its_end(tokenizer, tmp_path):
     short, long = pair_of("hello there"), pair_of("first", "old answer", LONG + " the end of it")
     found, config = fitted(tokenizer, tmp_path, "cut_prompt", short, long, pair_of("hi", chosen=LONG))

@@ -317,6 +317,20 @@ def test_a_gzip_bomb_is_refused_before_it_fills_the_memory(tmp_path, name, fille
     assert peak(read) < 6 * ROW_LIMIT
 
 
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.json.gz"])
+def test_a_gzip_bomb_of_small_rows_is_refused(tmp_path, name):
+    row = json.dumps({"prompt": "a" * 1000}).encode()
+    rows = b",".join([row] * 1000) if "json." in name else (row + b"\n") * 1000
+    with gzip.open(tmp_path / name, "wb", 9) as stream:
+        stream.write(b"[" * ("json." in name))
+        for _ in range(40):
+            stream.write(rows + b"," * ("json." in name))
+    report = Report()
+    with pytest.raises(UserError, match="unpacks to more than 200 times its size"):
+        for _ in read_file(tmp_path / name, report, "better", False, None):
+            pass
+
+
 # ---- the real files -------------------------------------------------------------------------
 
 
