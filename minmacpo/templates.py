@@ -174,6 +174,15 @@ def response_text(tokenizer: Tokenizer, name: str, ids: Sequence[int]) -> str:
     return (text.partition(HUMAN)[0] if name == "plain" else text).strip()
 
 
+def settled_text(text: str, name: str) -> str:
+    """The beginning of an unfinished answer's text that no later token changes: without a character of which bytes
+    are missing, without space at the end, and without what may become the mark of a human turn."""
+    text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+    if name == "plain":
+        text = text[: len(text) - max(n for n in range(len(HUMAN)) if text.endswith(HUMAN[:n]))]
+    return text.rstrip()
+
+
 def dialogue_text(messages: Sequence[Message], response: str) -> str:
     """A dialogue as one text of the HH-RLHF kind, for training a tokenizer."""
     prompt = "".join(frame.format(content, tag=tag) for frame, content, tag in frames("plain", messages))
