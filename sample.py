@@ -54,11 +54,12 @@ def main(argv: list[str]) -> int:
     words, flags = parse_words(argv)
     folder, n = agent_folder(words.path), int(words.n)
     config = agent_settings(folder, flags)
-    from minmacpo.answers import marked, read_prompts, write_answers
+    from minmacpo.answers import fit_prompts, marked, read_prompts, write_answers
     from minmacpo.chat import talk
     from minmacpo.checkpoint import export_merged
     from minmacpo.workshop import answer, open_agent
 
+    rows, told = read_prompts(words.prompts, config) if words.prompts else ([], [])
     config, loaded, base = open_agent(folder, config, flags)
     if words.export:
         words.export.parent.mkdir(parents=True, exist_ok=True)
@@ -67,8 +68,8 @@ def main(argv: list[str]) -> int:
             move(Path(beside) / "whole", words.export)
         print(f"merged model: {words.export}")
     if words.prompts:
-        prompts, told = read_prompts(words.prompts, config, loaded)
-        print(*told, sep="\n", flush=True)
+        prompts, lost = fit_prompts(config, loaded, rows)
+        print(*told, *filter(None, [lost]), sep="\n", flush=True)
         found = write_answers(config, loaded, str(folder), marked(config, folder, base, prompts, n), words.out)
         print(f"{len(prompts) * n} answers: {words.out}" + f" ({found} were there already)" * bool(found))
     elif words.prompt:
@@ -83,5 +84,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    after = "nothing is half-written; what is not announced above is not done, and --out is taken up again by the same words."
+    after = "what is not announced above is not done, and nothing half-written is left; the same words take up --out again."
     sys.exit(call(main, after))

@@ -17,7 +17,7 @@ from minmacpo import UserError
 from minmacpo.bases import folder_print
 from minmacpo.checkpoint import read_adapter_config
 from minmacpo.config import Config
-from minmacpo.data import Example
+from minmacpo.data import Example, Pair
 from minmacpo.files import as_lines, fingerprint, sha256_file
 from minmacpo.forms import read_data
 from minmacpo.machine import device_of, dtype_of
@@ -28,21 +28,23 @@ from minmacpo.workshop import Loaded, answer, fit_rows
 Job = tuple[Example, int]  # a prompt, and the number of the answer to it
 
 
-def read_prompts(file: Path, config: Config, loaded: Loaded) -> tuple[list[Example], list[str]]:
-    """The prompts of a file's rows (any of forms.py, or lines of text), and a line for people on each file and on
-    what does not fit. UserError if none is left."""
-    data, context = config.data, loaded.model.config.max_position_embeddings
+def read_prompts(file: Path, config: Config) -> tuple[list[Pair], list[str]]:
+    """The prompts of a file's rows (any of forms.py, or lines of text), and a line for people on each file."""
+    data = config.data
     pairs, reports = read_data(str(file), data.label, data.on_bad == "skip", data.max_examples, "--prompts", True)
-    bare, room = [replace(pair, chosen="", rejected="") for pair in pairs], context - config.generate.max_new
-    kept, reasons = fit_rows(config, loaded, bare, room, context)
     told = [f"{name}: {report}" for name, report in reports.items()]
-    if reasons:
-        lost = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        limit = f"with generate.max_new = {config.generate.max_new} the context has room for {max(room, 0)} tokens"
-        told.append(f"{lost} (data.long = {data.long}): {limit}")
+    return [replace(pair, chosen="", rejected="") for pair in pairs], told
+
+
+def fit_prompts(config: Config, loaded: Loaded, prompts: Sequence[Pair]) -> tuple[list[Example], str]:
+    """The prompts that leave room for an answer, and a sentence on the others; UserError if none is left."""
+    context, most = loaded.model.config.max_position_embeddings, config.generate.max_new
+    kept, reasons = fit_rows(config, loaded, prompts, context - most, context)
+    lost = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    told = f"{lost}: with generate.max_new = {most} there is room for {max(context - most, 0)} tokens; see data.long"
     if not kept:
-        raise UserError(f"{file}: no prompt is left; {told[-1]}")
-    return [Example(pair.id, pair.prompt, "", pair.meta) for pair in kept], told
+        raise UserError(f"no prompt is left; {told}")
+    return [Example(pair.id, pair.prompt, "", pair.meta) for pair in kept], told if lost else ""
 
 
 def agent_print(folder: Path, base: Path) -> str:

@@ -12,7 +12,8 @@ bootstrap intervals over prompts. What is longer than data.max_length, or than t
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from minmacpo import UserError
 from minmacpo.commandline import agent_flags, agent_folder, agent_settings
 from minmacpo.config import Config
 from minmacpo.data import Pair, example_id
-from minmacpo.forms import read_data
+from minmacpo.forms import Report, read_data
 from minmacpo.lora import clear_adapter
 from minmacpo.progress import Progress, inert
 from minmacpo.score import perplexity, score
@@ -35,21 +36,22 @@ ACCEPTED = ("--data.template=", "--data.label=", "--data.on_bad=", "--data.max_l
 NEEDED = {"ppl": "chosen", "accuracy": "rejected"}  # the side that a row must have
 
 
-def read_pairs(config: Config, loaded: Loaded, file: Path, command: str) -> tuple[list[Pair], dict[str, int], list[str]]:
-    """(rows that can be measured, counts of rows read, kept and dropped by reason, each file's report); for "ppl" a
-    row has its better answer alone. UserError if none is left."""
-    data = config.data
-    pairs, reports = read_data(str(file), data.label, data.on_bad == "skip", data.max_examples, "FILE")
-    able = [pair for pair in pairs if getattr(pair, NEEDED[command])]
-    one = [Pair(pair.id, pair.prompt, pair.chosen, "", meta=pair.meta) for pair in able] if command == "ppl" else able
-    kept, reasons = fit_rows(config, loaded, one, loaded.limit, loaded.limit)
-    counts = sum((report.counts for report in reports.values()), Counter()) | Counter({"read": 0})
-    lost = Counter({f"without {NEEDED[command]} answer": len(pairs) - len(able)}) + reasons
-    counts = {**counts, "kept": len(kept), **lost}
+def fit_pairs(config: Config, loaded: Loaded, pairs: Sequence[Pair], reports: Iterable[Report],
+              needed: str) -> tuple[list[Pair], dict[str, int]]:  # fmt: skip
+    """(rows that can be measured, counts of rows read, kept, dropped and cut by reason); `needed` is the side that they
+    must have: with "chosen", the rejected answers do not count. UserError if none is left."""
+    able = [pair for pair in pairs if getattr(pair, needed)]
+    wanted = [replace(pair, rejected="") for pair in able] if needed == "chosen" else able
+    kept, reasons = fit_rows(config, loaded, wanted, loaded.limit, loaded.limit)
+    counts = Counter()
+    for report in reports:
+        counts.update(report.counts)
+    counts["kept"] = len(kept)
+    counts.update({f"without {needed} answer": len(pairs) - len(able)} if len(able) < len(pairs) else {}, **reasons)
     if not kept:
         told = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-        raise UserError(f"{file}: no row is left ({told}); see data.max_length = {loaded.limit}, data.long")
-    return kept, counts, [f"{name}: {report}" for name, report in reports.items()]
+        raise UserError(f"no row is left to measure ({told}); see data.max_length = {loaded.limit}, data.long")
+    return kept, dict(counts)
 
 
 def ratio(above: Sequence[float], below: Sequence[float], prompts: Sequence[str], draws: int) -> tuple[float, list[float]]:
@@ -95,12 +97,14 @@ def run_likelihood(command: str, argv: Sequence[str]) -> dict:
     if not words.file:
         raise UserError(f"expected {command} PATH FILE (eval.py {command} --help)")
     folder = agent_folder(words.path)
-    config, loaded, base = open_agent(folder, agent_settings(folder, flags), flags)
-    pairs, counts, reports = read_pairs(config, loaded, words.file, command)
+    config = agent_settings(folder, flags)
+    pairs, reports = read_data(str(words.file), config.data.label, config.data.on_bad == "skip", config.data.max_examples, "FILE")
+    config, loaded, base = open_agent(folder, config, flags)
+    pairs, counts = fit_pairs(config, loaded, pairs, reports.values(), NEEDED[command])
     sides = ("chosen", "rejected")[: 1 if command == "ppl" else 2]
     rows = [render(loaded.tokenizer, config.data.template, pair.prompt, getattr(pair, side)) for pair in pairs for side in sides]
     found = {"agent": str(folder), "base": str(base), "file": str(words.file), "template": config.data.template,
-             "rows": counts, "forms": reports, "first_row": show_mask(loaded.tokenizer, rows[0])}  # fmt: skip
+             "rows": counts, "forms": [f"{name}: {report}" for name, report in reports.items()], "first_row": show_mask(loaded.tokenizer, rows[0])}  # fmt: skip
     logps, draws = scored(config, loaded, rows), config.eval.bootstrap
     if command == "ppl":
         return found | perplexities(pairs, rows, logps, draws)

@@ -127,7 +127,7 @@ def test_half_a_surrogate_pair_is_no_prompt(stub, place):
     (place / "p.jsonl").write_text('{"prompt": "a\\ud800b"}\n')
     assert invoke("sample", stub / "round1/student_pos", "--prompts=p.jsonl", "--out=o").code == 2
     (place / "p.jsonl").write_text("")
-    assert "no prompt" in invoke("sample", stub / "round1/student_pos", "--prompts=p.jsonl", "--out=o").err
+    assert "no usable row" in invoke("sample", stub / "round1/student_pos", "--prompts=p.jsonl", "--out=o").err
     assert not (place / "o").exists()
 
 
@@ -263,7 +263,15 @@ def test_each_program_says_what_is_true_after_ctrl_c(stub, place, monkeypatch, c
         ([], "PATH"),
         (["RUN/round1/student_pos"], "PROMPT"),
         (["nowhere", "hello"], "nowhere"),
-        (["RUN", "hello"], "no model"),
+        (["EMPTY", "hello"], "no student of this run is finished"),
+        (["RUN/round1/student_pos", ""], "PROMPT is empty"),
+        (["RUN/round1/student_pos", "hello", "--n=0"], "--n=0"),
+        (["RUN/round1/student_pos", "--n=2"], "PROMPT"),
+        (["RUN/round1/student_pos", "hello", "--prompts=good.txt", "--out=x"], "PROMPT"),
+        (["RUN/round1/student_pos", "--prompts=good.txt", "--out=EMPTY"], "Is a directory"),
+        (["RUN/round1/student_pos", "--prompts=EMPTY", "--out=x"], "no .jsonl or .json file"),
+        (["RUN/round1/student_pos", "--prompts=long.txt", "--out=x"], "no prompt is left; 1 over-long prompt"),
+        (["RUN/round1/student_pos", "--prompts=long.txt", "--out=x", "--data.long=raise"], "too long"),
         (["RUN/round1", "hello"], "no model"),
         (["RUN/round1/pairs_student", "hello"], "no model"),
         (["RUN/config.toml", "hello"], "model folder"),
@@ -292,7 +300,9 @@ def test_each_program_says_what_is_true_after_ctrl_c(stub, place, monkeypatch, c
     ],
 )
 def test_sample_on_bad_input(stub, place, words, says):
-    for name, text in (("bad.txt", b"hello\n{\n"), ("good.txt", b"hello\n"), ("empty.txt", b"\n"), ("latin.txt", b"\xe9\n")):
+    (place / "EMPTY").mkdir()
+    shutil.copy(stub / "config.toml", place / "EMPTY")
+    for name, text in (("bad.txt", b"hello\n{\n"), ("long.txt", b"word " * 300), ("good.txt", b"hello\n"), ("empty.txt", b"\n"), ("latin.txt", b"\xe9\n")):
         (place / name).write_bytes(text)
     before = tree(place)
     ended = invoke("sample", *(word.replace("RUN", str(stub)) for word in words))
