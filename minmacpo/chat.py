@@ -11,7 +11,7 @@ from minmacpo import UserError
 from minmacpo.config import Config
 from minmacpo.data import Example, Message, example_id
 from minmacpo.progress import inert
-from minmacpo.templates import HUMAN, end_ids, response_text, settled_text
+from minmacpo.templates import HUMAN, end_ids, response_text
 from minmacpo.workshop import Loaded, answer
 
 CUT = " […]"  # behind an answer that is not whole, on the terminal and in the dialogue
@@ -43,7 +43,7 @@ class Answer:
         self.ids += tokens
         if tokens[0] in self.stops or (self.template == "plain" and HUMAN in self.tokenizer.decode(self.ids)):
             raise Whole
-        self.show(settled_text(self.text, self.template))
+        self.show(response_text(self.tokenizer, self.template, self.ids, whole=False))
 
 
 class Dialogue:
@@ -64,7 +64,7 @@ class Dialogue:
         except Whole:
             cut = False
         except KeyboardInterrupt:
-            print("^C", end="")
+            pass  # what was said until then is kept
         self.answers += 1
         said = growing.text
         growing.show(said)

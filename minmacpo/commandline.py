@@ -147,11 +147,12 @@ def agent_folder(path: Path) -> Path:
 
 
 def agent_settings(folder: Path, flags: dict[str, str]) -> Config:
-    """The settings of the run that `folder` is a stage of, or else the defaults, with `flags` over them. How long texts
-    may be is then for the model to say, not for what the run allows its own."""
+    """The settings of the run that `folder` is a stage of, or else the defaults, with `flags` over them. How long a
+    prompt may be is then for the model to say, and no limit of the run's own data counts."""
     home = folder.resolve().parent.parent / "config.toml"
     known = read_toml(home) if home.is_file() and (folder / "stage.json").is_file() else {}
-    config = overlay(Config(), known | {"model.context": 10**9, "data.max_prompt": 1}, str(home))
+    known |= {"model.context": 10**9, "data.max_prompt": 1, "data.max_examples": "none"}
+    config = overlay(Config(), known, str(home))
     check(config := overlay(config, flags, "command line"))
     return config
 
