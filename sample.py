@@ -12,11 +12,11 @@ max_new, batch), --run.seed= (device, dtype, threads) and --data.template= (labe
 
 import sys
 import tempfile
-from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
+from argparse import Namespace, RawTextHelpFormatter
 from pathlib import Path
 
 from minmacpo import UserError
-from minmacpo.commandline import agent_flags, agent_folder, agent_settings
+from minmacpo.commandline import Words, agent_flags, agent_folder, agent_settings
 from minmacpo.data import Example, Message, example_id
 from minmacpo.files import move
 from minmacpo.progress import call, inert
@@ -27,7 +27,7 @@ ACCEPTED = ("--generate.", "--run.seed=", "--run.device=", "--run.dtype=", "--ru
 
 def parse_words(argv: list[str]) -> tuple[Namespace, dict[str, str]]:
     """The words of the command line, and the settings among them."""
-    parser = ArgumentParser("sample.py", description=__doc__, formatter_class=RawTextHelpFormatter, allow_abbrev=False)
+    parser = Words("sample.py", description=__doc__, formatter_class=RawTextHelpFormatter, allow_abbrev=False)
     parser.add_argument("path", nargs="?", type=Path)
     parser.add_argument("prompt", nargs="?")
     for name in ("--prompts", "--out", "--export"):

@@ -10,7 +10,7 @@ those of PATH's run, or the defaults, under --data.template= (label, on_bad, max
 bootstrap intervals over prompts. What is longer than data.max_length, or than the context, is treated as data.long says.
 """
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from minmacpo import UserError
-from minmacpo.commandline import agent_flags, agent_folder, agent_settings
+from minmacpo.commandline import Words, agent_flags, agent_folder, agent_settings
 from minmacpo.config import Config
 from minmacpo.data import Pair, example_id
 from minmacpo.forms import Report, read_data
@@ -89,13 +89,11 @@ def preferences(pairs: Sequence[Pair], margins: dict[str, np.ndarray], draws: in
 
 def run_likelihood(command: str, argv: Sequence[str]) -> dict:
     """What `eval.py ppl` and `eval.py accuracy` find."""
-    parser = ArgumentParser(f"eval.py {command}", description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Words(f"eval.py {command}", description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     for name in ("path", "file"):
-        parser.add_argument(name, nargs="?", type=Path)
+        parser.add_argument(name, type=Path)
     words, rest = parser.parse_known_args(argv)
     flags = agent_flags(rest, ACCEPTED)
-    if not words.file:
-        raise UserError(f"expected {command} PATH FILE (eval.py {command} --help)")
     folder = agent_folder(words.path)
     config = agent_settings(folder, flags)
     pairs, reports = read_data(str(words.file), config.data.label, config.data.on_bad == "skip", config.data.max_examples, "FILE")

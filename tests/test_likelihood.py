@@ -106,8 +106,8 @@ def test_the_interval_covers_the_ratio_as_often_as_it_says():
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["ppl"], "PATH FILE"),
-        (["ppl", "RUN/bases/strong"], "PATH FILE"),
+        (["ppl"], "required: path, file"),
+        (["ppl", "RUN/bases/strong"], "required: file"),
         (["ppl", "nowhere", "good.jsonl"], "nowhere"),
         (["ppl", "RUN/bases/strong", "none.jsonl"], "none.jsonl"),
         (["accuracy", "RUN/bases/strong", "bad.jsonl"], "bad.jsonl, line 1"),
