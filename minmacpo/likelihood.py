@@ -124,7 +124,7 @@ def scored(config: Config, loaded: Loaded, rows: Sequence[Tokens]) -> np.ndarray
 def as_text(found: dict) -> str:
     """What was found, for a terminal."""
     told = ", ".join(f"{count} {reason}" for reason, count in found["rows"].items())
-    lines = [*found["forms"], f"rows: {told}", f"first row ({found['template']}): {inert(found['first_row'][:400])}"]
+    lines = [*found["forms"], f"rows: {told}", f"first row's end ({found['template']}): {inert(found['first_row'][-400:])}"]
     for name in [name for name in found if f"{name}_interval" in found]:
         lines.append("{:20} {:.4f} [{:.4f}, {:.4f}]".format(name, found[name], *found[f"{name}_interval"]))
     if "tokens" in found:
