@@ -1,10 +1,12 @@
-"""Read finished runs, and have answers judged. --json prints for machines.
+"""Read finished runs, measure models on files, and have answers judged. --json prints for machines.
 
 python eval.py RUN                      the table of a run, such as runs/world
 python eval.py compare RUN RUN...       last rounds side by side: runs that differ in their seed alone are averaged;
                                         differences to the first have 95 % intervals over their seeds and prompts
 python eval.py export RUN STAGE FILE    pairs (round1/pairs_student) or answers (round0/weak_labels) of a run as an
                                         array of instruction, input, output, as MACPO's authors released theirs
+python eval.py ppl PATH FILE            how likely a base or adapter finds the answers of a data file (ppl --help)
+python eval.py accuracy PATH FILE       how often it prefers the better one of two answers (accuracy --help)
 python eval.py judge A B --out=FOLDER   a pairwise judge: a URL, a local model, or people (judge --help)
 python eval.py reward RUN               a reward model's scores, and how far it can be trusted (reward --help)
 """
@@ -19,7 +21,7 @@ from minmacpo.progress import call
 def main(argv: list[str]) -> int:
     """Measure what the command line asks for; returns the exit code."""
     words = [word for word in argv if word != "--json"]
-    if words and words[0] in ("judge", "reward"):
+    if words and words[0] in ("judge", "reward", "ppl", "accuracy"):
         found, show = measure(words[0], words[1:])
     elif not words or "--help" in words or "-h" in words:
         print(__doc__)
@@ -37,6 +39,10 @@ def measure(command: str, words: list[str]):
         from minmacpo.judge import as_text, run_judge
 
         return run_judge(words), as_text
+    if command in ("ppl", "accuracy"):
+        from minmacpo.likelihood import as_text, run_likelihood
+
+        return run_likelihood(command, words), as_text
     from minmacpo.reward import as_text, run_reward
 
     return run_reward(words), as_text

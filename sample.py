@@ -1,99 +1,88 @@
-"""Ask a base or an adapter: python sample.py PATH [PROMPT] [--prompts FILE --out FILE] [--export DIR].
+"""Ask a base or an adapter.
 
-PATH is a model or adapter folder, FILE holds a prompt per line, as text or as {"prompt": text}; answers go to --out as
-JSON lines, --export merges base and adapter. --generate.KEY=, --run.seed=… and --data.template= are as in PATH's run.
+python sample.py PATH                             talk in a terminal: /reset, /quit; Ctrl-C ends an answer
+python sample.py PATH PROMPT [--n=4]              one answer, or several
+python sample.py PATH --prompts FILE --out FILE   answers as JSON lines; the same words go on after a kill
+python sample.py PATH --export FOLDER             base and adapter merged into one Hugging Face folder
+
+PATH is a model or adapter folder, or a run: its last student. --prompts takes rows of every form in the README, or a
+prompt per line. Settings are those of PATH's run, or the defaults, under --generate.KEY= (temperature, top_k, top_p,
+max_new, batch), --run.seed= (device, dtype, threads) and --data.template= (label, on_bad, long, max_examples).
 """
 
-import json
 import sys
 import tempfile
-from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
+from argparse import Namespace, RawTextHelpFormatter
 from pathlib import Path
 
 from minmacpo import UserError
-from minmacpo.commandline import overlay, read_toml
-from minmacpo.config import Config, check
-from minmacpo.data import Example, Message, example_id, read_lines
-from minmacpo.files import move, write_rows
-from minmacpo.progress import call
+from minmacpo.commandline import Words, agent_flags, agent_folder, agent_settings
+from minmacpo.data import Example, Message, example_id
+from minmacpo.files import move
+from minmacpo.progress import call, inert
 
-ACCEPTED = ("--generate.", "--data.template=", "--run.seed=", "--run.device=", "--run.dtype=", "--run.threads=")
+ACCEPTED = ("--generate.", "--run.seed=", "--run.device=", "--run.dtype=", "--run.threads=", "--data.template=",
+            "--data.label=", "--data.on_bad=", "--data.long=", "--data.max_examples=")  # fmt: skip
 
 
 def parse_words(argv: list[str]) -> tuple[Namespace, dict[str, str]]:
     """The words of the command line, and the settings among them."""
-    parser = ArgumentParser("sample.py", description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser = Words("sample.py", description=__doc__, formatter_class=RawTextHelpFormatter, allow_abbrev=False)
     parser.add_argument("path", nargs="?", type=Path)
     parser.add_argument("prompt", nargs="?")
     for name in ("--prompts", "--out", "--export"):
         parser.add_argument(name, type=Path)
+    parser.add_argument("--n", default="1")
     words, rest = parser.parse_known_args(argv)
-    if odd := [word for word in rest if not word.startswith(ACCEPTED) or "=" not in word]:
-        raise UserError(f"{odd[0]}: expected --generate.KEY=, --run.seed=, device, dtype, threads or --data.template=")
-    asked = words.prompt or words.prompts or words.export
-    if not words.path or not asked or bool(words.prompts) != bool(words.out):
-        raise UserError("expected PATH and PROMPT, --prompts FILE with --out FILE, or --export DIR (--help)")
-    if taken := [target for target in (words.out, words.export) if target and target.exists()]:
-        raise UserError(f"{taken[0]}: exists already; it is not overwritten")
-    return words, dict(word[2:].split("=", 1) for word in rest)
-
-
-def read_prompts(file: Path) -> list[str]:
-    """The prompts of a file, one per line."""
-    prompts = []
-    for number, line in read_lines(file):
-        try:
-            prompt = json.loads(line)["prompt"] if line.startswith("{") else line
-        except (ValueError, KeyError, RecursionError):
-            prompt = None
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f'{file}, line {number}: expected a prompt, as text or as {{"prompt": text}}')
-        prompts.append(prompt)
-    if not prompts:
-        raise UserError(f"{file}: holds no prompt")
-    return prompts
-
-
-def settings_of(folder: Path, flags: dict[str, str]) -> Config:
-    """The settings of the run that `folder` is a stage of, or else the defaults, with `flags` over them."""
-    home = folder.resolve().parent.parent / "config.toml"
-    known = read_toml(home) if home.is_file() and (folder / "stage.json").is_file() else {}
-    config = overlay(Config(), known | {"model.context": 10**9}, str(home))  # `answer` checks the model's own
-    check(config := overlay(config, flags, "command line"))
-    return config
+    flags, asked = agent_flags(rest, ACCEPTED), (words.prompt is not None) + bool(words.prompts)
+    if not words.n.isdecimal() or not 0 < int(words.n) <= 1_000_000:
+        raise UserError(f"--n={words.n}: expected a whole number above 0")
+    if words.prompt is not None and not words.prompt.strip():
+        raise UserError("PROMPT is empty")
+    talking = not asked and not words.export and sys.stdin.isatty()
+    if not words.path or asked > 1 or not (asked or words.export or talking) or bool(words.prompts) != bool(words.out):
+        raise UserError("expected PATH and PROMPT, --prompts FILE with --out FILE, or --export DIR (--help); PATH alone in a terminal")
+    if int(words.n) > 1 and not asked:
+        raise UserError("--n is for a PROMPT or --prompts")
+    if words.export and words.export.exists():
+        raise UserError(f"{words.export}: exists already; it is not overwritten")
+    return words, flags
 
 
 def main(argv: list[str]) -> int:
-    """Answer or export what the command line asks for; returns the exit code."""
+    """Talk, answer or export as the command line asks; returns the exit code."""
     words, flags = parse_words(argv)
-    texts = ([words.prompt] if words.prompt else []) + (read_prompts(words.prompts) if words.prompts else [])
-    import torch
-
+    folder, n = agent_folder(words.path), int(words.n)
+    config = agent_settings(folder, flags)
+    from minmacpo.answers import fit_prompts, marked, read_prompts, write_answers
+    from minmacpo.chat import talk
     from minmacpo.checkpoint import export_merged
-    from minmacpo.workshop import answer, open_folder
+    from minmacpo.workshop import answer, open_agent
 
-    config = settings_of(words.path, flags)
-    torch.set_num_threads(config.run.threads or torch.get_num_threads())
-    loaded, base, template = open_folder(words.path, config)
-    most = min(config.generate.max_new, loaded.model.config.max_position_embeddings // 2)
-    template = template or ("turns" if loaded.tokenizer.marks else "plain")
-    config = overlay(config, {"data.template": template, "generate.max_new": most} | flags, "command line")
+    rows, told = read_prompts(words.prompts, config) if words.prompts else ([], [])
+    config, loaded, base = open_agent(folder, config, flags)
     if words.export:
         words.export.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=words.export.parent) as beside:
             export_merged(loaded.model, base, Path(beside) / "whole")
             move(Path(beside) / "whole", words.export)
         print(f"merged model: {words.export}")
-    prompts, samples, size = [(Message("user", text),) for text in texts], [], config.generate.batch
-    jobs = [(Example(example_id(prompt), prompt, ""), 0) for prompt in prompts]
-    for i in range(0, len(jobs), size):
-        samples += answer(config, loaded, str(words.path), jobs[i : i + size], config.run.seed)
-    if words.out:
-        write_rows(words.out, samples)
-    said = [f"{len(samples)} answers: {words.out}"] if words.out else [sample.response for sample in samples]
-    print(*said, sep="\n", end="\n" * bool(said))
+    if words.prompts:
+        prompts, lost = fit_prompts(config, loaded, rows)
+        print(*told, *filter(None, [lost]), sep="\n", flush=True)
+        found = write_answers(config, loaded, str(folder), marked(config, folder, base, prompts, n), words.out)
+        print(f"{len(prompts) * n} answers: {words.out}" + f" ({found} were there already)" * bool(found))
+    elif words.prompt:
+        prompt, size = (Message("user", words.prompt),), config.generate.batch
+        jobs = [(Example(example_id(prompt), prompt, ""), number) for number in range(n)]
+        for start in range(0, n, size):
+            for number, said in enumerate(answer(config, loaded, str(folder), jobs[start : start + size], config.run.seed), start + 1):
+                print(f"[{number}] " * (n > 1) + inert(said.response))
+    elif not words.export:
+        talk(config, loaded, str(folder))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(call(main, "what is not announced above is not done, and nothing half-written is left."))
+    after = "what is not announced above is not done, and nothing half-written is left; the same words take up --out again."
+    sys.exit(call(main, after))

@@ -216,10 +216,14 @@ def given_base(config: Config, name: str, folder: Path) -> Base:
     if needed > context:
         lower = "lower data.max_prompt, data.max_length or generate.max_new"
         raise UserError(f"{folder}: its context is {context} tokens, the settings need {needed}; {lower}")
+    return Base(name, Stage(str(folder), folder, folder_print(folder), external=True))
+
+
+def folder_print(folder: Path) -> str:
+    """What identifies the model in an HF folder: 32 hex digits of all its files that matter."""
     small = (folder / file for file in ("config.json", FILES[0], "generation_config.json", *FILES[1:]))
     files = [*filter(Path.is_file, small), *weight_files(folder)]
-    marks = [[file.name, hash_once(file, file.stat().st_size, file.stat().st_mtime_ns)] for file in files]
-    return Base(name, Stage(str(folder), folder, fingerprint(marks), external=True))
+    return fingerprint([[file.name, hash_once(file, file.stat().st_size, file.stat().st_mtime_ns)] for file in files])
 
 
 @functools.cache

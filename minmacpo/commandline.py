@@ -133,6 +133,37 @@ def read_toml(path: Path) -> dict[str, object]:
     return {f"{section}.{key}": value for section, keys in tables.items() for key, value in keys.items()}
 
 
+def agent_folder(path: Path) -> Path:
+    """`path`, or in its place the last student of the run that it is (the one that the monitor kept, if any).
+    UserError if the run has none yet."""
+    if not (path / "config.toml").is_file() or any((path / name).exists() for name in ("config.json", "adapter_config.json")):
+        return path
+    rounds = [p for p in path.glob("round*/student_pos") if p.parent.name[5:].isdecimal()]
+    found = [path / "final/student_pos", *sorted(rounds, key=lambda p: -int(p.parent.name[5:]))]
+    for folder in found:
+        if (folder / "stage.json").is_file():
+            return folder
+    raise UserError(f"{path}: no student of this run is finished; name a folder in it, such as {path / 'round0/teacher1_pos'}")
+
+
+def agent_settings(folder: Path, flags: dict[str, str]) -> Config:
+    """The settings of the run that `folder` is a stage of, or else the defaults, with `flags` over them. How long a
+    prompt may be is then for the model to say, and no limit of the run's own data counts."""
+    home = folder.resolve().parent.parent / "config.toml"
+    known = read_toml(home) if home.is_file() and (folder / "stage.json").is_file() else {}
+    known |= {"model.context": 10**9, "data.max_prompt": 1, "data.max_examples": "none"}
+    config = overlay(Config(), known, str(home))
+    check(config := overlay(config, flags, "command line"))
+    return config
+
+
+def agent_flags(words: list[str], accepted: tuple[str, ...]) -> dict[str, str]:
+    """{setting: text} of words such as --run.seed=3; UserError for one that begins with none of `accepted`."""
+    if odd := [word for word in words if not word.startswith(accepted) or "=" not in word]:
+        raise UserError(f"{odd[0]}: expected one of {' '.join(accepted)} with its value")
+    return dict(word[2:].split("=", 1) for word in words)
+
+
 def split_words(argv: list[str]) -> tuple[list[str], dict[str, str], dict[str, bool]]:
     """argv as (@-words without the @, {key: text}, {bare flag: True}); UserError for anything else."""
     files, values, bare = [], {}, {}

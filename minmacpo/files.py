@@ -1,7 +1,7 @@
 """Files that are whole or absent: atomic writes, JSON lines, hashes.
 
-All files but the two that only grow (log.txt, metrics.jsonl) are written here: under a temporary name in
-the same folder, flushed to the disk, and renamed; a kill leaves the old file, or the new one.
+All files but those that only grow (log.txt, metrics.jsonl, answers.py) are written here: under a temporary name
+in the same folder, flushed to the disk, and renamed; a kill leaves the old file, or the new one.
 """
 
 import hashlib
@@ -46,7 +46,12 @@ def write_json(path: Path, value) -> None:
 
 def write_rows(path: Path, rows: Iterable) -> None:
     """Dicts, or records of data.py, as .jsonl, atomically."""
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False, default=asdict) + "\n" for row in rows))
+    write_atomic(path, as_lines(rows))
+
+
+def as_lines(rows: Iterable) -> str:
+    """Dicts, or records of data.py, as the text of a .jsonl file."""
+    return "".join(json.dumps(row, ensure_ascii=False, default=asdict) + "\n" for row in rows)
 
 
 def read_json(path: Path) -> dict:

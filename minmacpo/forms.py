@@ -174,24 +174,26 @@ def parse_row(row: Mapping, label: str = "better") -> tuple[Pair | None, str]:
     return Pair(example_id(prompt), prompt, *[*answers, "", ""][:2]), "kept"
 
 
-def load(text: str) -> object:
-    """The value in a line of JSON; BadRow if it is none."""
+def load(text: str, prompts: bool = False) -> object:
+    """The value in a line of JSON; BadRow if it is none. `prompts`: a line that holds no object is itself a prompt."""
+    if prompts and not text.startswith("{"):
+        return {"prompt": text}
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadRow("not valid JSON", f"{error}; {UNDERSTOOD}") from None
 
 
-def read_file(file: Path, report: Report, label: str, skip: bool, most: int | None) -> Iterator[Pair]:
+def read_file(file: Path, report: Report, label: str, skip: bool, most: int | None, prompts: bool = False) -> Iterator[Pair]:
     """The usable ones of the first `most` rows, one at a time; `report` is filled. UserError for a row that cannot
-    be read, unless such rows are to be skipped (and counted)."""
+    be read, unless such rows are to be skipped (and counted). `prompts`: as in `load`."""
     array = is_array(file)
     report.unit = "row" if array else "line"
     for number, item in islice(read_array(file) if array else read_lines(file), most):
         pair, reason = None, "blank line"
         try:
             if item != "":
-                row = item if array else load(item)
+                row = item if array else load(item, prompts)
                 form = form_of(row, report.form)
                 pair, reason = parse_row(row, label)
                 report.form = form
@@ -207,11 +209,12 @@ def read_file(file: Path, report: Report, label: str, skip: bool, most: int | No
 
 
 def read_data(
-    path: str, label: str = "better", skip: bool = False, most: int | None = None, key: str = "data.path"
+    path: str, label: str = "better", skip: bool = False, most: int | None = None, key: str = "data.path", prompts: bool = False
 ) -> tuple[list[Pair], dict[str, Report]]:
     """All usable rows of a file or folder, and by file what became of its rows. Reads `most` rows at most, spread
     evenly over the files. A pair's meta["file"] is its file's name without endings. UserError for a row that
-    cannot be read (unless it is to be skipped), or when none is left; it names the setting `key`."""
+    cannot be read (unless it is to be skipped), or when none is left; it names the setting `key`. `prompts`: a line may be
+    a prompt as it is."""
     files, pairs, reports, seen = find_files(path, key), [], {}, Counter()
     for index, file in enumerate(files):
         shown = os.fsencode(file.name).decode("utf-8", "backslashreplace")
@@ -219,7 +222,7 @@ def read_data(
         name = name if name not in reports else str(file.relative_to(path))
         report = reports[name] = Report()
         limit = None if most is None else most // len(files) + (index < most % len(files))
-        for pair in read_file(file, report, label, skip, limit):
+        for pair in read_file(file, report, label, skip, limit, prompts):
             own_id = example_id(pair.prompt, seen[pair.id])
             seen[pair.id] += 1
             pairs.append(replace(pair, id=own_id, meta={"file": name}))

@@ -5,7 +5,7 @@ inverse of the cumulative distribution, whatever rows lie beside it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -68,10 +68,12 @@ def noise(seeds: Sequence[int], steps: int) -> np.ndarray:
 
 @torch.inference_mode()
 def generate(model: Transformer, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: Generate,
-             stops: set[int], against: Transformer | None = None) -> tuple[list[list[int]], list[float]]:  # fmt: skip
+             stops: set[int], against: Transformer | None = None,
+             tell: Callable[[list[int]], None] | None = None) -> tuple[list[list[int]], list[float]]:  # fmt: skip
     """(new tokens, their summed log-probability) for every prompt, decoded side by side.
     An answer ends with one of `stops`, which is kept, or after settings.max_new tokens. `against`: a second model
-    of the same tokens, away from which it is decoded (`contrast`); log-probabilities are then of the contrast."""
+    of the same tokens, away from which it is decoded (`contrast`); log-probabilities are then of the contrast.
+    `tell` gets the newest token of every row that is still held, step by step; what it raises ends it all."""
     device = next(model.parameters()).device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
@@ -87,6 +89,8 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], seeds: Sequen
     logits = [m.lm_head(m(tokens, cache=c)[alive, lengths - 1]) for m, c in zip(models, caches, strict=True)]
     for step in range(settings.max_new):
         token, logp = pick(contrast(*logits) if against else logits[0], settings, uniform[alive, step])
+        if tell:
+            tell(token.tolist())
         out[alive, step] = token
         logps[alive] += torch.where(running, logp, 0)
         counts[alive] += running

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from minmacpo import UserError
-from minmacpo.commandline import Words
+from minmacpo.commandline import Words, overlay
 from minmacpo.config import Config
 from minmacpo.data import Example, Message, Sample
 from minmacpo.evaluate import interval, last_student, read_run
@@ -100,18 +100,10 @@ def verdict_of(reply: str) -> str | None:
 
 def local(words: Namespace) -> Ask:
     """Asks a base or adapter folder on this machine, greedily, in the form that it was trained with."""
-    from dataclasses import replace
+    from minmacpo.workshop import answer, open_agent
 
-    from minmacpo.workshop import answer, open_folder
-
-    loaded, _, template = open_folder(words.judge, Config())
-    context = loaded.model.config.max_position_embeddings
-    config = Config()
-    config = replace(
-        config,
-        generate=replace(config.generate, temperature=0.0, max_new=min(words.max_new, context // 2)),
-        data=replace(config.data, template=template or ("turns" if loaded.tokenizer.marks else "plain")),
-    )
+    settings = {"generate.temperature": 0.0, "generate.max_new": words.max_new, "run.threads": 0}
+    config, loaded, _ = open_agent(words.judge, overlay(Config(), settings, "--max_new"), {})
 
     def ask(question: str) -> str:
         example = Example("judge", (Message("user", question),), "")

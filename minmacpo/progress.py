@@ -5,6 +5,7 @@ SIGTERM and SIGHUP only raise a flag, which long loops look at between two steps
 """
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from tqdm import tqdm
 from minmacpo import UserError
 
 RESUMES = "all finished work is saved. The same command line goes on from here."
+# Control characters but line break and tab, marks that reverse the direction of text, half surrogate pairs.
+ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 PLAIN_EVERY = 10.0  # seconds between two lines where there is no terminal
 
 
@@ -69,6 +72,11 @@ class Progress(tqdm):
         self.update(count)
         if self.on_step:
             self.on_step()
+
+
+def inert(text: str) -> str:
+    """A model's text as a terminal may show it: what would act on the terminal stands there as its escape."""
+    return ACTIVE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def call(main: Callable[[list[str]], int], after_stop: str = RESUMES) -> int:

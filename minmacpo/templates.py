@@ -167,11 +167,18 @@ def end_ids(tokenizer: Tokenizer, name: str) -> set[int]:
     return {i for token, i in special_ids(tokenizer, name).items() if token in TEMPLATES[name].end}
 
 
-def response_text(tokenizer: Tokenizer, name: str, ids: Sequence[int]) -> str:
+def response_text(tokenizer: Tokenizer, name: str, ids: Sequence[int], whole: bool = True) -> str:
     """The answer's text behind sampled `ids`: no end token, no space around, and no next human turn, which a
-    base model that has read whole dialogues may go on with (in the plain template)."""
+    base model that has read whole dialogues may go on with (in the plain template). Not `whole`: as much of it as no
+    later token changes, without a character of which bytes are missing, or what may become the mark of such a turn."""
     text = tokenizer.decode([i for i in ids if i != tokenizer.eos])
-    return (text.partition(HUMAN)[0] if name == "plain" else text).strip()
+    if not whole:
+        text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+    if name == "plain":
+        text, mark, _ = text.partition(HUMAN)
+        if not whole and not mark:
+            text = text[: len(text) - max(n for n in range(len(HUMAN)) if text.endswith(HUMAN[:n]))]
+    return text.strip()
 
 
 def dialogue_text(messages: Sequence[Message], response: str) -> str:

@@ -3,12 +3,15 @@
 Agents exchange text: whoever trains on an answer or scores it renders it with its own tokenizer.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
+
 from minmacpo import UserError
-from minmacpo.bases import Base
+from minmacpo.bases import Base, fit_pair
 from minmacpo.checkpoint import (
     load_adapter,
     load_model,
@@ -17,6 +20,7 @@ from minmacpo.checkpoint import (
     stop_ids,
     weight_files,
 )
+from minmacpo.commandline import overlay
 from minmacpo.config import Config
 from minmacpo.data import Example, Message, Pair, Sample
 from minmacpo.files import read_json, read_rows
@@ -72,21 +76,43 @@ class Loaded:
 def open_folder(folder: Path, config: Config) -> tuple[Loaded, Path, str | None]:
     """(model, folder of its base, template it was trained with, if known) of a base or adapter folder.
     Raises UserError if `folder` is neither, or if the adapter's base is not where it says."""
-    notes = read_json(folder / "stage.json") if (folder / "stage.json").is_file() else {}
-    template = (notes.get("settings") or {}).get("template")
     if not (folder / "adapter_config.json").is_file():
         if not folder.is_dir():
             raise UserError(f"{folder}: {no_folder(folder)}")
         if not (folder / "config.json").exists():
             raise UserError(f"{folder}: is no model: it has neither config.json nor adapter_config.json")
-        return Loaded(folder, config), folder, template
+        return Loaded(folder, config), folder, template_of(folder)
     lora, named = read_adapter_config(folder)
     base = next((p for p in (folder / named, Path(named)) if named and p.is_dir()), None)
     if base is None:
         raise UserError(f"{folder}: its base {named!r} {no_folder(named)}")
     loaded = Loaded(base, replace(config, lora=lora))
     write_adapter(loaded.model, load_adapter(folder), str(folder))
-    return loaded, base, template
+    return loaded, base, template_of(folder) or template_of(base)
+
+
+def template_of(folder: Path) -> str | None:
+    """The template of the run that a folder is a stage of; None: it is none."""
+    notes = read_json(folder / "stage.json") if (folder / "stage.json").is_file() else {}
+    return (notes.get("settings") or {}).get("template")
+
+
+def open_agent(folder: Path, config: Config, flags: Mapping[str, str]) -> tuple[Config, Loaded, Path]:
+    """(settings, model, folder of its base) of a base or adapter folder. `config` is completed by what the model
+    says of itself: its template, and answers that take no more than half of its context; `flags` stand over that."""
+    torch.set_num_threads(config.run.threads or torch.get_num_threads())
+    loaded, base, template = open_folder(folder, config)
+    most = min(config.generate.max_new, loaded.model.config.max_position_embeddings // 2)
+    template = template or ("turns" if loaded.tokenizer.marks else "plain")
+    return overlay(config, {"data.template": template, "generate.max_new": most} | dict(flags), "command line"), loaded, base
+
+
+def fit_rows(config: Config, loaded: Loaded, pairs: Sequence[Pair], prompt: int, length: int) -> tuple[list[Pair], Counter]:
+    """The pairs that fit into so many tokens of the prompt, and of prompt and answer, over-long ones being treated as
+    data.long says; and how many were dropped or cut, by reason."""
+    config, reasons = replace(config, data=replace(config.data, max_prompt=prompt, max_length=length)), Counter()
+    fitting = (fit_pair(config, pair, [loaded.tokenizer], reasons) for pair in pairs)
+    return [pair for pair in fitting if pair], reasons
 
 
 class Workshop:
@@ -127,9 +153,9 @@ class Workshop:
 
 
 def answer(config: Config, loaded: Loaded, agent: str, jobs: list[tuple[Example, int]],
-           seed: int, against: Loaded | None = None) -> list[Sample]:  # fmt: skip
+           seed: int, against: Loaded | None = None, tell: Callable[[list[int]], None] | None = None) -> list[Sample]:  # fmt: skip
     """One sample per job (a prompt, the number of the answer), all decoded side by side; `against`: away from
-    what that model would say."""
+    what that model would say; `tell` gets the tokens as they are sampled (generate.generate)."""
     template, tokenizer = config.data.template, loaded.tokenizer
     seeds = [derive_seed(seed, example.id, number) for example, number in jobs]
     prompts = [render_prompt(tokenizer, template, example.prompt) for example, _ in jobs]
@@ -138,7 +164,7 @@ def answer(config: Config, loaded: Loaded, agent: str, jobs: list[tuple[Example,
         most = f"with generate.max_new = {config.generate.max_new} the context has room for {max(room, 0)}"
         raise UserError(f"a prompt has {longest} tokens; {most}")
     other, stops = against.model if against else None, loaded.stops | end_ids(tokenizer, template)
-    found = generate(loaded.model, prompts, seeds, config.generate, stops, other)
+    found = generate(loaded.model, prompts, seeds, config.generate, stops, other, tell)
     samples = []
     for (e, _), own, new, logp in zip(jobs, seeds, *found, strict=True):
         text, ppl = response_text(tokenizer, template, new), perplexity(logp, len(new))

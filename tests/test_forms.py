@@ -449,7 +449,7 @@ def test_bad_files_end_a_program_with_one_sentence(place, name):
         file.mkdir()
         ended = refused(place, *words)
         assert "no .jsonl or .json file" in ended
-        assert "Is a directory" in refused(place, "nowhere", f"--prompts={file}", f"--out={place / 'o'}", program="sample")
+        assert "no .jsonl or .json file" in refused(place, "nowhere", f"--prompts={file}", f"--out={place / 'o'}", program="sample")
         return
     content, says = {
         "two forms": ("\n".join([*ROWS, json.dumps(GOOD)]), "line 61: another form"),

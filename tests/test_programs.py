@@ -29,6 +29,7 @@ from test_bad_input import HH, check_sentence, data_file, row, tree
 from transformers import LlamaForCausalLM
 
 from minmacpo import UserError, bases, checkpoint, evaluate, workshop, world
+from minmacpo.commandline import agent_folder
 from minmacpo.config import Config
 from minmacpo.data import Message, Pair
 from minmacpo.report import write_report
@@ -109,6 +110,30 @@ def test_a_base_is_asked_in_the_template_it_has_read(stub, place, monkeypatch):
     assert asked == ["turns", "plain", "turns"]
 
 
+def test_an_adapter_of_no_run_speaks_as_its_base_has_read(stub, place):
+    run = copy_run(stub, place, ("bases", "round1"))
+    notes = json.loads((run / "bases/strong/stage.json").read_text())
+    notes["settings"]["template"] = "plain"
+    (run / "bases/strong/stage.json").write_text(json.dumps(notes))
+    folder = run / "round1/student_pos"
+    assert workshop.open_folder(folder, Config())[2] == "turns"
+    (folder / "stage.json").unlink()
+    assert workshop.open_folder(folder, Config())[2] == "plain"
+
+
+def test_a_run_stands_for_its_last_student(stub, place):
+    run = copy_run(stub, place)
+    question, asked = "where is it ?", ("--generate.temperature=1",)
+    assert sample(run, question, *asked) == sample(run / "round2/student_pos", question, *asked)
+    shutil.copytree(run / "round1/student_pos", run / "round10/student_pos")
+    assert agent_folder(run) == run / "round10/student_pos"
+    shutil.copytree(run / "round1/student_pos", run / "final/student_pos")
+    assert agent_folder(run) == run / "final/student_pos"
+    (run / "final/student_pos/stage.json").unlink()
+    (run / "round10/student_pos/stage.json").unlink()
+    assert agent_folder(run) == run / "round2/student_pos"
+
+
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 def test_odd_end_tokens_are_refused(stub, place, file):
     shutil.copytree(stub / "bases/strong", place / "odd", copy_function=shutil.copyfile)
@@ -127,7 +152,7 @@ def test_half_a_surrogate_pair_is_no_prompt(stub, place):
     (place / "p.jsonl").write_text('{"prompt": "a\\ud800b"}\n')
     assert invoke("sample", stub / "round1/student_pos", "--prompts=p.jsonl", "--out=o").code == 2
     (place / "p.jsonl").write_text("")
-    assert "no prompt" in invoke("sample", stub / "round1/student_pos", "--prompts=p.jsonl", "--out=o").err
+    assert "no usable row" in invoke("sample", stub / "round1/student_pos", "--prompts=p.jsonl", "--out=o").err
     assert not (place / "o").exists()
 
 
@@ -174,7 +199,9 @@ def settings_used(monkeypatch, *words):
 
 def test_the_settings_are_those_of_the_run_that_the_folder_is_a_stage_of(stub, place, monkeypatch):
     run = copy_run(stub, place / "runs", ("bases", "round1"))
-    shutil.copy(stub / "config.toml", run)
+    (run / "config.toml").write_text((stub / "config.toml").read_text().replace('max_examples = "none"', "max_examples = 3"))
+    assert "max_examples = 3" in (run / "config.toml").read_text()
+    assert settings_used(monkeypatch, run / "round1/student_pos", "hello").data.max_examples is None
     for stage in ("bases/strong", "round1/student_pos"):
         assert settings_used(monkeypatch, run / stage, "hello").generate.max_new == 12
         monkeypatch.chdir(run / stage)
@@ -263,7 +290,15 @@ def test_each_program_says_what_is_true_after_ctrl_c(stub, place, monkeypatch, c
         ([], "PATH"),
         (["RUN/round1/student_pos"], "PROMPT"),
         (["nowhere", "hello"], "nowhere"),
-        (["RUN", "hello"], "no model"),
+        (["EMPTY", "hello"], "no student of this run is finished"),
+        (["RUN/round1/student_pos", ""], "PROMPT is empty"),
+        (["RUN/round1/student_pos", "hello", "--n=0"], "--n=0"),
+        (["RUN/round1/student_pos", "--n=2"], "PROMPT"),
+        (["RUN/round1/student_pos", "hello", "--prompts=good.txt", "--out=x"], "PROMPT"),
+        (["RUN/round1/student_pos", "--prompts=good.txt", "--out=EMPTY"], "Is a directory"),
+        (["RUN/round1/student_pos", "--prompts=EMPTY", "--out=x"], "no .jsonl or .json file"),
+        (["RUN/round1/student_pos", "--prompts=long.txt", "--out=x"], "no prompt is left; 1 over-long prompt"),
+        (["RUN/round1/student_pos", "--prompts=long.txt", "--out=x", "--data.long=raise"], "too long"),
         (["RUN/round1", "hello"], "no model"),
         (["RUN/round1/pairs_student", "hello"], "no model"),
         (["RUN/config.toml", "hello"], "model folder"),
@@ -292,7 +327,9 @@ def test_each_program_says_what_is_true_after_ctrl_c(stub, place, monkeypatch, c
     ],
 )
 def test_sample_on_bad_input(stub, place, words, says):
-    for name, text in (("bad.txt", b"hello\n{\n"), ("good.txt", b"hello\n"), ("empty.txt", b"\n"), ("latin.txt", b"\xe9\n")):
+    (place / "EMPTY").mkdir()
+    shutil.copy(stub / "config.toml", place / "EMPTY")
+    for name, text in (("bad.txt", b"hello\n{\n"), ("long.txt", b"word " * 300), ("good.txt", b"hello\n"), ("empty.txt", b"\n"), ("latin.txt", b"\xe9\n")):
         (place / name).write_bytes(text)
     before = tree(place)
     ended = invoke("sample", *(word.replace("RUN", str(stub)) for word in words))

@@ -19,7 +19,7 @@ FLOORS = [
     {"fit", "generate", "score"},
     {"bases"},
     {"workshop"},
-    {"choose"},
+    {"choose", "answers", "chat", "likelihood"},
     {"stages", "feedback"},
     {"macpo"},
     {"methods"},

@@ -353,7 +353,7 @@ def test_the_end_of_turn_stops_an_answer(tmp_path, seed, monkeypatch):
     assert eot not in loaded.stops
     found = []
 
-    def generate(model, prompts, seeds, settings, stops, other):
+    def generate(model, prompts, seeds, settings, stops, *more):
         found.append(stops)
         return [[*loaded.tokenizer.encode("sure"), eot]], [-1.0]
 

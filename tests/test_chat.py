@@ -1,0 +1,284 @@
+"""sample.py in a terminal: streaming, several turns, Ctrl-C, and text of a model that would act on the terminal."""
+
+import contextlib
+import os
+import pty
+import re
+import select
+import signal
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from runs import REPOSITORY, invoke
+from test_bad_input import check_sentence
+
+from minmacpo import chat, workshop
+from minmacpo.checkpoint import load_model, save_weights
+from minmacpo.config import Config
+from minmacpo.data import Message
+from minmacpo.progress import inert
+from minmacpo.templates import TEMPLATES, render_prompt, response_text
+from minmacpo.tokenizer import load_tokenizer
+from minmacpo.workshop import open_folder
+
+
+class Terminal:
+    """sample.py in a pseudo terminal of its own."""
+
+    def __init__(self, *words):
+        self.seen, self.read = "", 0
+        self.pid, self.handle = pty.fork()
+        if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.environ["TERM"] = "dumb"
+            os.execv(sys.executable, [sys.executable, str(REPOSITORY / "sample.py"), *map(str, words)])
+
+    def part(self, wait: float) -> bool:
+        """Read what has come; False: nothing more will."""
+        if select.select([self.handle], [], [], wait)[0]:
+            try:
+                raw = os.read(self.handle, 1 << 16)
+            except OSError:
+                return False
+            self.seen += raw.decode(errors="replace").replace("\r\n", "\n")
+            return bool(raw)
+        return True
+
+    def until(self, pattern: str, seconds: float = 90) -> str:
+        """All that has come since the last call, up to the pattern."""
+        end = time.monotonic() + seconds
+        while not (found := re.compile(pattern).search(self.seen, self.read)):
+            assert time.monotonic() < end and self.part(0.05), self.seen[self.read :]
+        text, self.read = self.seen[self.read : found.end()], found.end()
+        return text
+
+    def type(self, text: str) -> None:
+        os.write(self.handle, text.encode())
+
+    def interrupt(self) -> str:
+        """What Ctrl-C does at the prompt; pressed when readline waits, as a person would."""
+        time.sleep(0.5)
+        self.type("\x03")
+        return self.until(r"(?m)^> ")
+
+    def ask(self, text: str) -> str:
+        """The answer to a line."""
+        self.type(text + "\n")
+        self.until(re.escape(text) + "\n")
+        return self.until(r"(?m)^> ").removesuffix("> ").removesuffix("\n")
+
+    def end(self) -> int:
+        """The exit code, when all is read."""
+        while self.part(1):
+            pass
+        os.close(self.handle)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.fixture
+def terminal():
+    opened = []
+
+    def start(*words) -> Terminal:
+        opened.append(Terminal(*words))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        with contextlib.suppress(OSError):
+            os.kill(one.pid, signal.SIGKILL)
+            os.waitpid(one.pid, 0)
+
+
+@pytest.fixture
+def endless(stub, place):
+    """A base whose answers have no end before they are 4,000 tokens long."""
+    folder = place / "endless"
+    folder.mkdir()
+    for file in (stub / "bases/strong").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace(": 128", ": 4096"))
+    model, end = load_model(folder), load_tokenizer(folder).eos
+    torch.manual_seed(0)
+    weights = {k: 3 * torch.randn(v.shape) if k.startswith("lm_head") else v for k, v in model.state_dict().items()}
+    weights["lm_head.weight"][end] = 0
+    save_weights(folder, model.config, weights)
+    return folder, ("--generate.max_new=4000",)
+
+
+# ---- a terminal ------------------------------------------------------------------------------
+
+
+def test_a_dialogue(tiny, terminal):
+    agent = tiny / "round2/student_pos"
+    one = terminal(agent)
+    assert "template turns" in one.until(r"(?m)^> ")
+    question = "what is it ?"
+    first = one.ask(question)
+    assert first == invoke("sample", agent, question).out.removesuffix("\n") and first
+    second = one.ask("and where does it live ?")
+    assert "/reset" in one.ask("/rest") and "unknown" in one.seen
+    assert one.ask("/reset") == ""
+    one.type("x " * 3000 + "\n")  # more than a bare terminal's line
+    assert "a prompt has 6" in (long := one.until(r"(?m)^> ")) and "room" in long and "/reset" in long
+    assert one.ask("what is it ?")  # the program is well
+    assert "/quit" in one.interrupt()
+    one.type("\x04")
+    assert one.end() == 0
+    again = terminal(tiny)  # the run itself: its last student
+    again.until(r"(?m)^> ")
+    assert [again.ask(question), again.ask("and where does it live ?")] == [first, second]
+    again.type("/quit\n")
+    assert again.end() == 0
+
+
+def test_ctrl_c_ends_an_answer_while_it_streams(endless, terminal):
+    folder, settings = endless
+    one = terminal(folder, *settings)
+    one.until(r"(?m)^> ")
+    one.type("hello\n")
+    one.until(r"hello\n\S")  # the answer has begun, and is not at its end
+    time.sleep(0.3)
+    assert one.part(0) and "[…]" not in one.seen
+    one.type("\x03")
+    said = one.until(r"(?m)^> ")
+    assert "[…]\n> " in said and "/quit" not in said
+    assert "/quit" in one.interrupt()
+    one.type("again\n")
+    one.until(r"again\n\S")
+    one.type("\x03")
+    one.until(r"(?m)^> ")
+    one.type("\x04")
+    assert one.end() == 0 and "Traceback" not in one.seen
+
+
+def test_a_killed_chat_leaves_nothing(endless, terminal, place):
+    before = sorted(place.rglob("*"))
+    one = terminal(endless[0], *endless[1])
+    one.until(r"(?m)^> ")
+    one.type("hello\n")
+    one.until(r"hello\n\S")
+    os.kill(one.pid, signal.SIGKILL)
+    assert one.end() == -signal.SIGKILL and sorted(place.rglob("*")) == before
+
+
+def test_no_terminal_no_chat(stub):
+    ended = invoke("sample", stub / "round1/student_pos")
+    check_sentence(ended.code, ended.err)
+    assert "terminal" in ended.err
+
+
+# ---- what is said, without one ----------------------------------------------------------------
+
+
+def dialogue_of(stub, monkeypatch, ids, stop=None, **changes) -> chat.Dialogue:
+    """A dialogue whose model says `ids`, and then does what `stop` does."""
+    config = Config()
+    config = replace(config, data=replace(config.data, template="turns", **changes), generate=replace(config.generate, max_new=50))
+
+    def answer(config, loaded, agent, jobs, seed, tell):
+        for i in ids:
+            tell([i])
+        if stop:
+            raise stop
+
+    monkeypatch.setattr(chat, "answer", answer)
+    return chat.Dialogue(config, open_folder(stub / "bases/strong", config)[0], "x")
+
+
+def test_a_dialogue_is_rendered_as_in_training(stub, monkeypatch, capsys):
+    asked, real = [], workshop.generate
+    monkeypatch.setattr(workshop, "generate", lambda model, prompts, *rest: asked.append(prompts[0]) or real(model, prompts, *rest))
+    config = Config()
+    config = replace(config, data=replace(config.data, template="turns"), generate=replace(config.generate, max_new=6))
+    dialogue = chat.Dialogue(config, open_folder(stub / "bases/strong", config)[0], "x")
+    dialogue.reply("where is it ?")
+    kept = dialogue.messages
+    dialogue.reply("and now ?")
+    messages = [*kept, Message("user", "and now ?")]
+    assert [m.role for m in messages] == ["user", "assistant", "user"]
+    assert asked[1] == render_prompt(dialogue.loaded.tokenizer, "turns", messages)
+    assert inert(kept[1].content) in capsys.readouterr().out
+
+
+def test_pieces_of_characters_are_held_back(stub, monkeypatch, capsys):
+    text = "é 🙂 日本 ok"
+    dialogue = dialogue_of(stub, monkeypatch, [])
+    tokenizer = dialogue.loaded.tokenizer
+    ids, pieces = tokenizer.encode(text), []
+    growing = chat.Answer(dialogue.loaded, "turns")
+    for i in ids:
+        growing.take([i])
+        pieces.append(capsys.readouterr().out)
+    assert "".join(pieces) == text and len([piece for piece in pieces if piece]) > 3
+    assert "" in pieces and not any("�" in piece for piece in pieces)
+    with pytest.raises(chat.Whole):
+        growing.take([tokenizer.eos])
+    growing.ids = [*tokenizer.encode("ab"), *tokenizer.encode("🙂")[:-1]]  # an answer that ends amid a character
+    assert growing.text.startswith("ab") and "�" in growing.text
+
+
+@pytest.mark.parametrize("template", ["plain", "turns"])
+def test_what_is_settled_stays(tokenizer, template):
+    """After every token, what is shown is the beginning of what the answer is in the end."""
+    for text in ("  one\n\nHuman", "a\n\n\nHuman: b", "a\n\nHumanity 🙂\n\nHu man", "\n\nHuman: x", "é\t\n b \n"):
+        ids, shown = tokenizer.encode(text), ""
+        for n in range(len(ids) + 1):
+            now = response_text(tokenizer, template, ids[:n], whole=False)
+            assert now.startswith(shown)
+            shown = now
+        assert response_text(tokenizer, template, ids).startswith(shown)
+
+
+def test_a_base_that_speaks_for_the_human_is_stopped(stub, monkeypatch, capsys):
+    dialogue = dialogue_of(stub, monkeypatch, [])
+    tokenizer = dialogue.loaded.tokenizer
+    growing = chat.Answer(dialogue.loaded, "plain")
+    with pytest.raises(chat.Whole):
+        for i in tokenizer.encode("yes .\n\nHuman: and then ? what else"):
+            growing.take([i])
+    assert growing.text == "yes ." and capsys.readouterr().out == "yes ."
+    assert "plain" in TEMPLATES
+
+
+@pytest.mark.parametrize(("stop", "mark"), [(KeyboardInterrupt(), chat.CUT), (chat.Whole(), ""), (None, chat.CUT)])
+def test_a_cut_answer_is_kept_and_marked(stub, monkeypatch, capsys, stop, mark):
+    dialogue = dialogue_of(stub, monkeypatch, [], stop)
+    ids = dialogue.loaded.tokenizer.encode("it is so")
+    dialogue = dialogue_of(stub, monkeypatch, ids, stop)
+    dialogue.reply("why ?")
+    assert dialogue.messages == [Message("user", "why ?"), Message("assistant", "it is so" + mark)]
+    assert capsys.readouterr().out.endswith(f"{mark}\n")
+    dialogue = dialogue_of(stub, monkeypatch, [], stop)
+    dialogue.reply("why ?")
+    assert dialogue.messages == [] and "not kept" in capsys.readouterr().out
+
+
+def test_a_full_context_is_said_and_nothing_is_forgotten(stub, capsys):
+    config = Config()
+    config = replace(config, data=replace(config.data, template="turns"), generate=replace(config.generate, max_new=20))
+    dialogue, lengths = chat.Dialogue(config, open_folder(stub / "bases/strong", config)[0], "x"), []
+    with pytest.raises(workshop.UserError, match="room for 108"):
+        for _ in range(30):
+            dialogue.reply("where is it now ?")
+            lengths.append(len(dialogue.messages))
+    assert lengths and len(dialogue.messages) == lengths[-1] > 1
+
+
+EVIL = "a\x1b[2Jb\x07\x9b31m\rc\x7f\u202ed\te\nf 🙂‍🙂"
+
+
+def test_text_that_acts_on_a_terminal_is_made_inert(stub, monkeypatch, capsys):
+    shown = inert(EVIL)
+    assert shown == "a\\x1b[2Jb\\x07\\x9b31m\\rc\\x7f\\u202ed\te\nf 🙂‍🙂" and inert(shown) == shown
+    assert inert("\ud83d") == "\\ud83d"
+    dialogue = dialogue_of(stub, monkeypatch, [])
+    dialogue = dialogue_of(stub, monkeypatch, dialogue.loaded.tokenizer.encode(EVIL), chat.Whole())
+    dialogue.reply("x")
+    assert capsys.readouterr().out == shown + "\n" and dialogue.messages[1].content == EVIL
+    real = workshop.answer
+    monkeypatch.setattr(workshop, "answer", lambda *args: [replace(said, response=EVIL) for said in real(*args)])
+    assert invoke("sample", stub / "round1/student_pos", "hello").out == shown + "\n"
