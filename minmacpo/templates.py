@@ -4,9 +4,11 @@ Only here a prompt becomes ids, so training, scoring and sampling cannot differ.
 with a place for the content and with the names of special tokens; a content is never more than text.
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from minmacpo import UserError
 from minmacpo.data import Message
@@ -84,6 +86,10 @@ TEMPLATES = {
     ),
 }  # fmt: skip
 
+# What the chat template of a folder says that is written like one of these, looked for in this order.
+CHAT_MARKS = (("<|im_start|>", "chatml"), ("<|start_header_id|>", "llama-3"), ("<<SYS>>", "llama-2"), ("[INST]", "mistral"),
+              ("<|assistant|>", "zephyr"), ("<user>", "turns"))  # fmt: skip
+
 
 def placed(name: str, messages: Sequence[Message]) -> list[Message]:
     """The messages as the template's frames take them, the system message first where it has one; UserError for
@@ -160,6 +166,21 @@ def render(
         text = response.strip() if template.stripped else response
         answer = write(tokenizer, name, [(template.lead + "{}" + template.end, text, "")], False)
     return Tokens(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+
+
+def template_hint(folder: Path, name: str) -> str | None:
+    """A sentence where the chat template of an HF folder has the marks of another one of TEMPLATES; it may differ from
+    that in its system message and in white space, so it is no more than a hint."""
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text("utf-8")) if (folder / "tokenizer_config.json").is_file() else {}
+        file, named = folder / "chat_template.jinja", config.get("chat_template") or ""
+        text = file.read_text("utf-8") if file.is_file() else named if isinstance(named, str) else json.dumps(named)
+    except (OSError, ValueError, AttributeError):
+        return None  # load_tokenizer says what is wrong with it
+    kind = next((kind for mark, kind in CHAT_MARKS if mark in text), None)
+    if kind in (None, name):
+        return None
+    return f"{folder}: has a chat template like {kind}, the run writes dialogues as {name}; if it is a chat model, use --data.template={kind}"
 
 
 def end_ids(tokenizer: Tokenizer, name: str) -> set[int]:

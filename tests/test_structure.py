@@ -15,7 +15,7 @@ FLOORS = [
     {"config", "data", "domains", "bpe", "families"},
     {"forms", "diversity", "world", "commandline", "files", "machine", "model", "lora", "losses", "progress", "page", "remote"},
     {"tokenizer", "tables"},
-    {"run", "checkpoint", "batching", "monitor", "templates"},
+    {"run", "checkpoint", "batching", "monitor", "templates", "memory"},
     {"fit", "generate", "score"},
     {"bases"},
     {"workshop"},
@@ -24,7 +24,7 @@ FLOORS = [
     {"macpo"},
     {"methods"},
     {"evaluate"},
-    {"report", "experiments", "compare", "judge", "reward"},
+    {"report", "experiments", "compare", "judge", "reward", "plan"},
     {"train", "sample", "eval"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
