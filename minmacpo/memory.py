@@ -4,16 +4,11 @@ The terms are what autograd keeps of model.py and losses.py; a test compares the
 a real step, bench/memory.py with the memory of whole stages. All sizes are bytes.
 """
 
-import functools
 from dataclasses import dataclass
 
-import torch
-
-from minmacpo.config import Lora
+from minmacpo.config import LINEARS, Lora
 from minmacpo.families import ModelConfig
-from minmacpo.lora import attach_lora
 from minmacpo.losses import CHUNK
-from minmacpo.model import Transformer
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +42,16 @@ class Need:
         return self.weights + self.learning + self.activations + self.head + self.cache
 
 
-@functools.cache
 def parameters(config: ModelConfig, lora: Lora) -> tuple[int, int]:
-    """How many (of the base, of the slot); UserError if the slot has no place."""
-    with torch.device("meta"):
-        model = Transformer(config)
-        base = sum(weight.numel() for weight in model.parameters())
-        return base, sum(weight.numel() for weight in attach_lora(model, lora))
+    """How many (of the base, of the slot)."""
+    hidden, mlp, variant, layers = config.hidden_size, config.intermediate_size, config.variant, config.num_hidden_layers
+    query, key = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    ends = ((hidden, query), (hidden, key), (hidden, key), (query, hidden), (hidden, mlp), (hidden, mlp), (mlp, hidden))
+    linears = dict(zip(LINEARS, ends, strict=True))
+    each = sum(wide * out for wide, out in ends) + 2 * hidden + 2 * config.head_dim * variant.qk_norm
+    each += (query + 2 * key) * variant.qkv_bias + hidden * variant.o_bias + (2 * mlp + hidden) * variant.mlp_bias
+    outer = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2) + hidden
+    return layers * each + outer, layers * lora.r * sum(sum(linears[name]) for name in lora.targets)
 
 
 def kept(config: ModelConfig, lora: Lora | None, size: int) -> int:
@@ -66,29 +64,32 @@ def kept(config: ModelConfig, lora: Lora | None, size: int) -> int:
     found += (query + key) * variant.qk_norm
     if lora is None:  # a weight that learns needs its input, that of a norm the normed input
         return found + 4 * hidden + mlp + (query + key) * variant.qk_norm
-    ends = tuple(lora.targets)
-
-    def learns(*names: str) -> bool:
-        return any(name.endswith(end) for name in names for end in ends)
-
-    found += hidden * learns("q_proj", "k_proj", "v_proj") + hidden * learns("gate_proj", "up_proj")
-    return found + mlp * learns("down_proj") + lora.r * len(ends)
+    learning = {*lora.targets}
+    found += hidden * bool(learning & {"q_proj", "k_proj", "v_proj"}) + hidden * bool(learning & {"gate_proj", "up_proj"})
+    return found + mlp * ("down_proj" in learning) + lora.r * len(learning)
 
 
-def need(load: Load, config: ModelConfig, counts: tuple[int, int], lora: Lora, size: int) -> Need:
-    """What a pass of this load holds, in a model of `counts` (`parameters`) with weights of `size` bytes a number.
-    Gradients of all weights appear while the activations go: the larger of the two counts, unless `again`."""
-    base, slot = counts
+def crossed(config: ModelConfig, lora: Lora, size: int) -> int:
+    """Numbers a token that are there at most while a layer is crossed and nothing is kept: in its MLP (gate, up, their
+    product; a slot gives a sum of two) or in its attention, where queries turn."""
+    query, key = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    mlp = config.intermediate_size * (3 + ("up_proj" in lora.targets))
+    return (2 if size == 4 else 4) * config.hidden_size + max(mlp, 4 * query + 2 * key)
+
+
+def need(load: Load, config: ModelConfig, lora: Lora, size: int) -> Need:
+    """What a pass of this load holds at its peak, in a model with weights of `size` bytes a number. Gradients of all
+    weights appear while the activations go: the larger of the two counts, unless `again`."""
+    base, slot = parameters(config, lora)
     tokens, chunk = load.rows * load.length, min(load.scored, CHUNK) * config.vocab_size
     hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    passing = size * tokens * (3 * mlp + 2 * hidden)  # the MLP of one layer, forwards or backwards
     if load.kind in ("score", "sample"):
-        moving = size * tokens * hidden  # the residual stream
+        moving, passing = size * tokens * hidden, size * tokens * crossed(config, lora, size)
         cache = 2 * layers * load.rows * load.room * config.num_key_value_heads * config.head_dim
         head = 8 * chunk if load.kind == "score" else 16 * load.rows * config.vocab_size
-        return Need(size * base * load.models, 4 * slot * load.models, max(passing + moving, moving + head) - head, head,
+        return Need(size * base * load.models, 4 * slot * load.models, moving + max(passing, head) - head, head,
                     2 * cache * size * load.models)  # fmt: skip
-    full = load.kind == "pretrain"
+    full, passing = load.kind == "pretrain", size * tokens * (3 * mlp + 2 * hidden)  # back through the last layer's MLP
     each = kept(config, None if full else lora, size)
     stats = 4 * tokens * layers * (config.num_attention_heads + 2)  # fp32: logsumexp of attention, scale of norms
     stored = size * tokens * (layers * each + 2 * hidden) + stats + 2 * size * load.scored * hidden

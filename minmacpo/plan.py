@@ -20,16 +20,16 @@ from minmacpo.config import Config
 from minmacpo.data import Example
 from minmacpo.families import ModelConfig
 from minmacpo.machine import device_of, dtype_of, free_bytes, process_bytes
-from minmacpo.memory import Load, Need, need, parameters
+from minmacpo.memory import Load, Need, need
 from minmacpo.run import Run, Stage
 from minmacpo.templates import render, template_hint
 from minmacpo.tokenizer import Tokenizer, load_tokenizer
 
 SOURCES = {"samples.jsonl": "sample", "questions.jsonl": "ask", "pairs.jsonl": "preferences"}  # file -> kind of its stage
-ENOUGH = 1024  # rows that stand for all where only their greatest length is known
+ENOUGH = 512  # rows that stand for all where only their greatest length is known
 OPTIMISERS = 80 << 20  # what torch loads with its first optimiser on a CPU (measured)
 NOTES = """\
-tokens: without padding. "<=": not more than that, for an answer that is not sampled yet counts as generate.max_new tokens.
+tokens: without padding. "<=": at most, for an answer that is not sampled yet counts as generate.max_new tokens, in every tokenizer.
 memory: at the peak, of this stage's base alone; other bases stay loaded while there is room."""
 
 
@@ -192,8 +192,7 @@ class Plan:
             return None
         made = task.load.kind == "pretrain"
         size = torch.float32.itemsize if made else dtype_of(self.config).itemsize
-        model = replace(task.model, eos_token_id=None)  # a list of ends could not be looked up
-        return need(task.load, model, parameters(model, self.config.lora), self.config.lora, size)
+        return need(task.load, task.model, self.config.lora, size)
 
     def total(self, name: str) -> int:
         """Bytes that the stage adds to those of the process; 0 for one that moves texts only."""
@@ -226,7 +225,13 @@ def open_stages(run: Run) -> Iterator[str]:
 def problem(run: Run, prepared: Prepared | None) -> str | None:
     """One sentence about the first stage that cannot fit, and the setting that would make it fit; None: all do."""
     plan, free, device = Plan(run, run.config, prepared), free_bytes(device_of(run.config)), device_of(run.config)
+    seen = set()
     for name in open_stages(run):
+        recipe, inputs = run.recipes[name]
+        like = (recipe["kind"], [s.fingerprint for s in inputs[:1]], [recipe["settings"].get(k) for k in ("batch", "texts", "shape")])
+        if prepared is None and (repr(like)) in seen:
+            continue  # with rows of one length it would be the same
+        seen.add(repr(like))
         if (asked := plan.total(name)) > free:
             what = f"{name} needs about {gigabytes(asked)} of memory, of which {gigabytes(free)} are free on the {device}"
             return f"{what}; {remedy(plan, name, free)}"
