@@ -21,7 +21,7 @@ from minmacpo.forms import read_data
 from minmacpo.machine import device_of
 from minmacpo.model import new_model
 from minmacpo.run import Run, Stage, Work, derive_seed
-from minmacpo.templates import dialogue_text, render
+from minmacpo.templates import dialogue_text, render, tokenizer_notes
 from minmacpo.tokenizer import FILES, Tokenizer, load_tokenizer, show_mask, train_tokenizer
 
 TOKENIZER_TEXTS = 6000  # documents of the strong base's text that the tokenizer is trained on
@@ -308,4 +308,5 @@ def pretrain(work: Work, name: str, form: str, schedule: Schedule, tokenizer: St
     units = [Unit(text.id, (row,)) for text, row in zip(texts, rows, strict=True)]
     counts = fit(model, list(model.parameters()), units, SftObjective(), schedule, work)
     save_model(work.folder, model_config, {k: v.cpu() for k, v in model.state_dict().items()}, pieces.model)
+    write_json(work.folder / FILES[2], tokenizer_notes(pieces, config.data.template, config.model.context))
     return counts | {"documents_cut": cut, "parameters": sum(p.numel() for p in model.parameters())}

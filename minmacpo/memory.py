@@ -74,7 +74,7 @@ def crossed(config: ModelConfig, lora: Lora, size: int) -> int:
     product; a slot gives a sum of two) or in its attention, where queries turn."""
     query, key = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     mlp = config.intermediate_size * (3 + ("up_proj" in lora.targets))
-    return (2 if size == 4 else 4) * config.hidden_size + max(mlp, 4 * query + 2 * key)
+    return 2 * config.hidden_size + max(mlp, config.hidden_size + 4 * query + 2 * key)
 
 
 def need(load: Load, config: ModelConfig, lora: Lora, size: int) -> Need:
@@ -89,7 +89,9 @@ def need(load: Load, config: ModelConfig, lora: Lora, size: int) -> Need:
         head = 8 * chunk if load.kind == "score" else 16 * load.rows * config.vocab_size
         return Need(size * base * load.models, 4 * slot * load.models, moving + max(passing, head) - head, head,
                     2 * cache * size * load.models)  # fmt: skip
-    full, passing = load.kind == "pretrain", size * tokens * (3 * mlp + 2 * hidden)  # back through the last layer's MLP
+    full = load.kind == "pretrain"
+    freed = mlp * (full or "down_proj" in lora.targets)  # what down_proj kept goes before the rest comes
+    passing = size * tokens * (3 * mlp - freed + 2 * hidden)  # back through the last layer's MLP
     each = kept(config, None if full else lora, size)
     stats = 4 * tokens * layers * (config.num_attention_heads + 2)  # fp32: logsumexp of attention, scale of norms
     stored = size * tokens * (layers * each + 2 * hidden) + stats + 2 * size * load.scored * hidden

@@ -27,7 +27,7 @@ from minmacpo.tokenizer import Tokenizer, load_tokenizer
 
 SOURCES = {"samples.jsonl": "sample", "questions.jsonl": "ask", "pairs.jsonl": "preferences"}  # file -> kind of its stage
 ENOUGH = 512  # rows that stand for all where only their greatest length is known
-OPTIMISERS = 80 << 20  # what torch loads with its first optimiser on a CPU (measured)
+LIBRARIES = 85 << 20  # what torch loads with its first model or optimiser (measured)
 NOTES = """\
 tokens: without padding. "<=": at most, for an answer that is not sampled yet counts as generate.max_new tokens, in every tokenizer.
 memory: at the peak, of this stage's base alone; other bases stay loaded while there is room."""
@@ -196,8 +196,8 @@ class Plan:
 
     def total(self, name: str) -> int:
         """Bytes that the stage adds to those of the process; 0 for one that moves texts only."""
-        found, learns = self.need(name), self.run.plan[name].kind.startswith(("sft", "prefer", "pretrain"))
-        return (found.total if found else 0) + OPTIMISERS * (learns and device_of(self.config) == "cpu")
+        found = self.need(name)
+        return found.total + LIBRARIES * (device_of(self.config) == "cpu") if found else 0
 
 
 made_tokenizer = functools.cache(Tokenizer)

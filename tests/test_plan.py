@@ -58,7 +58,7 @@ def shape_of(rng: random.Random):
     """A model of some odd shape."""
     head, keys = rng.choice([16, 32]), rng.choice([1, 2, 4])
     return config_of(vocab_size=rng.choice([500, 4000]), hidden_size=rng.choice([64, 192]), intermediate_size=rng.choice([160, 400]),
-                     num_hidden_layers=rng.choice([2, 5]), head_dim=head, num_key_value_heads=keys,
+                     num_hidden_layers=rng.choice([4, 8]), head_dim=head, num_key_value_heads=keys,
                      num_attention_heads=keys * rng.choice([1, 2]), max_position_embeddings=512)  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_the_tensors_of_a_step_are_as_large_as_was_said(kind, dtype, seed):
         told = found.total - found.weights - found.learning
         told += {"train": 4 * learned, "pretrain": found.learning - 8 * learned, "score": 0}[kind]  # gradients are made here
         inside = found.head * dtype.itemsize // 8 if kind == "score" else 0  # within logsumexp, where nobody sees it
-        assert told - inside <= living.peak * 1.13 + 2e5 and told >= living.peak * 0.92 - 1e5, (told, living.peak, config, rows, length)
+        assert told - inside <= living.peak * 1.15 + 3e5 and told >= living.peak * 0.92 - 1e5, (told, living.peak, config, rows, length)
 
 
 def test_the_cache_of_an_answer_is_counted_twice(seed):
@@ -148,7 +148,7 @@ def refused(place, monkeypatch, free: int, *words) -> str:
 
 def test_what_cannot_fit_is_refused_with_what_would(place, monkeypatch):
     words = ("--run.micro_tokens=20000", "--model.vocab=420")
-    said = refused(place, monkeypatch, (80 << 20) + 1_500_000, *words)
+    said = refused(place, monkeypatch, (85 << 20) + 1_500_000, *words)
     assert re.search(r"bases/\w+ needs about \d+ MB of memory, of which \d+ MB are free on the cpu; --run.micro_tokens=\d+ would fit", said)
     lowered, stage = re.search(r"--run.micro_tokens=\d+", said)[0], re.search(r"bases/\w+", said)[0]
     out = invoke("train", write_stub(place / "p"), f"--run.root={place / 'runs'}", "--sft.batch=64", *words, lowered, "--dry_run")
@@ -254,7 +254,8 @@ def test_a_dry_run_reads_no_weight_of_a_7b_base(tmp_path):
     tokenizer = shared("tokenizers/llama2-tokenizer.model").read_bytes()
     mistral = LLAMA_7B | {"model_type": "mistral", "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 32768}
     student, first, second = (hollow(tmp_path / name, raw, tokenizer) for name, raw in (("s", LLAMA_7B), ("a", LLAMA_7B), ("b", mistral)))
-    assert student.joinpath("model.safetensors").stat().st_size > 13e9 > 1e9 * student.joinpath("model.safetensors").stat().st_blocks
+    about = (student / "model.safetensors").stat()
+    assert about.st_size > 13e9 and about.st_blocks * 512 < 1e6, "needs a file system with holes"
     rows = [{"prompt": f"What is {i} and {i} ?", "chosen": f"It is {2 * i} .", "rejected": "no ."} for i in range(120)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     words = ["@paper-pku", f"--data.path={tmp_path / 'rows.jsonl'}", f"--model.student={student}", f"--model.teachers={first},{second},{first}",
@@ -273,7 +274,7 @@ def test_a_dry_run_reads_no_weight_of_a_7b_base(tmp_path):
 
 @pytest.mark.parametrize(("text", "kind"), [
     ("{{'<|im_start|>' + role}}", "chatml"), ("{{'<|start_header_id|>'}}", "llama-3"), ("{{'[INST] <<SYS>>'}}", "llama-2"),
-    ("{{'[INST] ' + m}}", "mistral"), ("{{'<|assistant|>'}}", "zephyr"), ("{{'<user>'}}", "turns"), ("{{ m }}", None), (None, None)])  # fmt: skip
+    ("{{'[INST] ' + m}}", "mistral"), ("{{'<|assistant|>'}}", "zephyr"), ("{{'<user>'}}", "turns"), ("{{'\\n\\nHuman: '}}", "plain"), ("{{ m }}", None), (None, None)])  # fmt: skip
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja", "list"])
 def test_another_chat_template_of_a_base_is_said(text, kind, place, tmp_path):
     if text and place == "chat_template.jinja":
@@ -281,6 +282,6 @@ def test_another_chat_template_of_a_base_is_said(text, kind, place, tmp_path):
     elif text:
         told = text if place != "list" else [{"name": "default", "template": text}]
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": told}))
-    said = template_hint(tmp_path, "plain")
+    said = template_hint(tmp_path, "vicuna")
     assert (said and re.search(r"--data\.template=(\S+)", said)[1]) == kind
     assert kind is None or template_hint(tmp_path, kind) is None
