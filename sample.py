@@ -70,13 +70,13 @@ def main(argv: list[str]) -> int:
     import torch
 
     from minmacpo.checkpoint import export_merged
-    from minmacpo.workshop import answer, open_folder
+    from minmacpo.workshop import answer, open_folder, usual_template
 
     config = settings_of(words.path, flags)
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
     loaded, base, template = open_folder(words.path, config)
     most = min(config.generate.max_new, loaded.model.config.max_position_embeddings // 2)
-    template = template or ("turns" if loaded.tokenizer.marks else "plain")
+    template = template or usual_template(base, loaded.tokenizer, flags.get("data.template"))
     config = overlay(config, {"data.template": template, "generate.max_new": most} | flags, "command line")
     if words.export:
         words.export.parent.mkdir(parents=True, exist_ok=True)

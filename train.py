@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     import torch
 
     from minmacpo.evaluate import make_table, read_run
-    from minmacpo.plan import check_memory, show_plan
+    from minmacpo.plan import check_memory, hints, show_plan
     from minmacpo.report import write_report
     from minmacpo.run import FINISHED, Run
 
@@ -78,6 +78,8 @@ def main(argv: list[str]) -> int:
         prepared()  # bad data is an error before there is a run folder
     check_memory(run, prepared)
     run.begin()
+    for said in hints(run):
+        run.log(f"WARNING: {said}")
     run.after_stage = write_report
     run_all(run, source, prepared)
     table = make_table(read_run(run.path))

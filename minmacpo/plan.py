@@ -24,6 +24,7 @@ from minmacpo.memory import Load, Need, need
 from minmacpo.run import Run, Stage
 from minmacpo.templates import render, template_hint
 from minmacpo.tokenizer import Tokenizer, load_tokenizer
+from minmacpo.workshop import Texts
 
 SOURCES = {"samples.jsonl": "sample", "questions.jsonl": "ask", "pairs.jsonl": "preferences"}  # file -> kind of its stage
 ENOUGH = 512  # rows that stand for all where only their greatest length is known
@@ -106,12 +107,20 @@ class Plan:
             texts = [Example(p.id, p.prompt, "" if side == "prompt" else getattr(p, side) or "") for p in self.prepared.slices[part]]
             return Rows(*map(list, zip(*self.sizes(texts, (part, side), tokenizer), strict=True)))
         source = next(stage for stage in inputs if stage.kind.startswith(SOURCES[file]))
+        if source.finished and self.prepared:
+            return self.read(Texts(source, file, side), base, kind.startswith("sample"))
         asked = self.rows(source.name, base)
         if file == "questions.jsonl":  # `feedback.ask` leaves out what is longer
             count = len(asked.prompts) * (2 if self.run.recipes[source.name][0]["settings"].get("compare") else 1)
             return Rows([model.max_position_embeddings - most - 1] * count, [1] * count, False)
         times = self.run.recipes[source.name][0]["settings"].get("answers", 1)
         return Rows(asked.prompts * times, [most] * (times * len(asked.prompts)), exact=kind.startswith("sample") and asked.exact)
+
+    def read(self, texts: Texts, base: Stage, asked: bool) -> Rows:
+        """Texts that are on the disk already (not exact, as empty ones may be left out); `asked`: their prompts alone matter."""
+        found, key = texts.read(), (texts.stage.name, texts.file, texts.side)
+        texts = [Example(text.id, text.prompt, "" if asked else text.response) for text in found]
+        return Rows(*map(list, zip(*self.sizes(texts, key, self.model(base)[1]), strict=True)), exact=False)
 
     def pretrain(self, name: str) -> Task:
         """Every token of a document is trained on, but for the first."""
@@ -144,6 +153,9 @@ class Plan:
     def pair_rows(self, name: str) -> Rows:
         """The prompts of the pairs that a stage makes, with an answer that is as long as one of theirs can be."""
         recipe, (base, *_) = self.run.recipes[name]
+        if self.run.plan[name].finished and self.prepared:
+            sides = [self.read(Texts(self.run.plan[name], "pairs.jsonl", side), base, False) for side in ("chosen", "rejected")]
+            return replace(sides[0], answers=[max(both) for both in zip(*(side.answers for side in sides), strict=True)])
         rows, settings, most = self.rows(name, base), recipe["settings"], self.config.generate.max_new
         times = len(settings["names"]) * self.config.macpo.answers if "all" in settings["select"] else 1
         if settings["texts"][0] in SOURCES:

@@ -219,7 +219,7 @@ def template_hint(folder: Path, name: str) -> str | None:
     kind = next((kind for mark, kind in CHAT_MARKS if mark in text), None)
     if kind in (None, name):
         return None
-    return f"{folder}: has a chat template like {kind}, the run writes dialogues as {name}; if it is a chat model, use --data.template={kind}"
+    return f"{folder}: has a chat template like {kind}, dialogues are written as {name}; if it is a chat model, use --data.template={kind}"
 
 
 def end_ids(tokenizer: Tokenizer, name: str) -> set[int]:

@@ -3,6 +3,7 @@
 Agents exchange text: whoever trains on an answer or scores it renders it with its own tokenizer.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,8 +26,8 @@ from minmacpo.lora import attach_lora, clear_adapter, write_adapter
 from minmacpo.machine import device_of, dtype_of, free_bytes
 from minmacpo.run import Run, Stage, Work, derive_seed
 from minmacpo.score import perplexity
-from minmacpo.templates import end_ids, render, render_prompt, response_text
-from minmacpo.tokenizer import Tokens, load_tokenizer
+from minmacpo.templates import end_ids, render, render_prompt, response_text, template_hint
+from minmacpo.tokenizer import Tokenizer, Tokens, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,15 @@ def open_folder(folder: Path, config: Config) -> tuple[Loaded, Path, str | None]
     loaded = Loaded(base, replace(config, lora=lora))
     write_adapter(loaded.model, load_adapter(folder), str(folder))
     return loaded, base, template
+
+
+def usual_template(folder: Path, tokenizer: Tokenizer, asked: str | None) -> str:
+    """How to speak to a base of which no run is known: as asked, or in the marks of its tokenizer, or plainly. Where its
+    chat template looks like another one, that is said on stderr."""
+    template = asked or ("turns" if tokenizer.marks else "plain")
+    if said := template_hint(folder, template):
+        print(f"WARNING: {said}", file=sys.stderr)
+    return template
 
 
 class Workshop:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import random
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -134,6 +135,18 @@ def test_tokens_are_those_of_the_run(method, tiny, methods, tmp_path):
                 assert real <= count(said[2]) * 1.006 and (said[1] or real >= count(said[2]) * 0.994), (line, real)
             exact += not said[1]
     assert exact >= 3
+
+
+def test_what_is_on_the_disk_is_read(tiny, tmp_path):
+    """The tokens of a stage whose inputs are finished are those that it went through, sampled answers among them."""
+    run, names = copy_run(tiny, tmp_path / "runs"), ["round0/student_pos", "round0/student_neg", "round1/teacher2_pos"]
+    real = {name: read_json(run / name / "stage.json")["counts"]["tokens"] for name in names}
+    for name in names:
+        shutil.rmtree(run / name)
+    lines = planned(train("@tiny", f"--run.root={run.parent}", "--dry_run").out)
+    for name in names:
+        said = re.search(r"(<= )?([\d.e+]+k?) tokens", lines[name][1])
+        assert said[1] and 0.85 * count(said[2]) <= real[name] <= 1.006 * count(said[2]), lines[name]  # pairs: by their longer side
 
 
 # ---- what does not fit --------------------------------------------------------------------------
@@ -285,3 +298,17 @@ def test_another_chat_template_of_a_base_is_said(text, kind, place, tmp_path):
     said = template_hint(tmp_path, "vicuna")
     assert (said and re.search(r"--data\.template=(\S+)", said)[1]) == kind
     assert kind is None or template_hint(tmp_path, kind) is None
+
+
+def test_the_hint_is_given_by_every_program(stub, tmp_path):
+    """By a dry run, in the log of a run, and where a base is asked; of our own bases there is nothing to say."""
+    shutil.copytree(stub / "bases/strong", base := tmp_path / "base")
+    (base / "stage.json").unlink()
+    words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", f"--model.student={base}", f"--model.teachers={base},{base}", "--run.name=x", "--macpo.rounds=0"]
+    assert "WARNING" not in invoke("train", *words, "--dry_run").err + invoke("sample", base, "hi").err
+    (base / "chat_template.jinja").write_text("{{'<|im_start|>'}}")
+    hint = f"WARNING: {base}: has a chat template like chatml, dialogues are written as turns"
+    assert invoke("train", *words, "--dry_run").err.count(hint) == 1 and hint in invoke("sample", base, "hi").err
+    train(*words)
+    assert (tmp_path / "runs/x/log.txt").read_text().count(hint) == 1
+    assert hint not in invoke("sample", tmp_path / "runs/x/round0/student_pos", "hi").err, "a run knows its template"
