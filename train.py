@@ -4,7 +4,7 @@ import functools
 import sys
 
 from minmacpo import UserError, tables, world
-from minmacpo.commandline import help_text, parse, to_toml
+from minmacpo.commandline import help_text, parse
 from minmacpo.data import find_files
 from minmacpo.files import sha256_file, write_json
 from minmacpo.progress import call
@@ -49,14 +49,6 @@ def run_all(run, source: dict, prepared) -> None:
         measure(shop, ground, trained)
 
 
-def show_plan(run, counts: dict) -> None:
-    """The dry run: settings, rows, slices and stages."""
-    print(to_toml(run.config), *(f"{name}: {count}" for name, count in counts.items()), sep="\n")
-    print(f"\n{len(run.plan)} stages in {run.path}:")
-    for number, stage in enumerate(run.plan.values(), 1):
-        print(f"{number:4} {stage.name:32} {stage.kind:12} {'finished' if stage.finished else stage.size}")
-
-
 def main(argv: list[str]) -> int:
     """Run what the command line asks for; returns the exit code."""
     if any(word.startswith("@experiment-") for word in argv) and not {"--help", "-h"} & {*argv}:
@@ -69,21 +61,25 @@ def main(argv: list[str]) -> int:
     import torch
 
     from minmacpo.evaluate import make_table, read_run
+    from minmacpo.plan import check_memory, hints, show_plan
     from minmacpo.report import write_report
     from minmacpo.run import FINISHED, Run
 
     config = command.config
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
     prepared, source = functools.cache(lambda: prepare(config)), source_of(config)
-    run = Run(config, command.stage, command.profile)
+    run = Run(config, command.stage, command.profile, command.dry_run)
     run_all(run, source, prepared)  # only lists the stages
     if command.stage and command.stage not in run.plan:
         raise UserError(f"--stage={command.stage}: no such stage; --dry_run lists them")
     if command.dry_run:
-        return show_plan(run, prepared().counts) or 0
+        return show_plan(run, prepared) or 0
     if not all(stage.finished for name, stage in run.plan.items() if name.startswith(("data/", "bases/"))):
         prepared()  # bad data is an error before there is a run folder
+    check_memory(run, prepared)
     run.begin()
+    for said in hints(run):
+        run.log(f"WARNING: {said}")
     run.after_stage = write_report
     run_all(run, source, prepared)
     table = make_table(read_run(run.path))

@@ -21,7 +21,7 @@ from minmacpo.forms import read_data
 from minmacpo.machine import device_of
 from minmacpo.model import new_model
 from minmacpo.run import Run, Stage, Work, derive_seed
-from minmacpo.templates import dialogue_text, render
+from minmacpo.templates import dialogue_text, render, tokenizer_notes
 from minmacpo.tokenizer import FILES, Tokenizer, load_tokenizer, show_mask, train_tokenizer
 
 TOKENIZER_TEXTS = 6000  # documents of the strong base's text that the tokenizer is trained on
@@ -208,22 +208,24 @@ def cut_prompt(prompt: tuple[Message, ...], fits: Callable) -> tuple[Message, ..
     return head + turns if fits(head + turns) else None
 
 
-def given_base(config: Config, name: str, folder: Path) -> Base:
-    """A base that exists already; its fingerprint covers its files.
+def given_base(config: Config, name: str, folder: Path, dry: bool = False) -> Base:
+    """A base that exists already; its fingerprint covers its files (`dry`: of the weights, size and time).
     UserError if the folder is not whole, or the context too short for the settings."""
     context = check_model_folder(folder)[0].max_position_embeddings
     needed = max(config.data.max_length, config.data.max_prompt + config.generate.max_new)
     if needed > context:
         lower = "lower data.max_prompt, data.max_length or generate.max_new"
         raise UserError(f"{folder}: its context is {context} tokens, the settings need {needed}; {lower}")
-    return Base(name, Stage(str(folder), folder, folder_print(folder), external=True))
+    return Base(name, Stage(str(folder), folder, folder_print(folder, dry), external=True))
 
 
-def folder_print(folder: Path) -> str:
-    """What identifies the model in an HF folder: 32 hex digits of all its files that matter."""
+def folder_print(folder: Path, dry: bool = False) -> str:
+    """What identifies the model in an HF folder: 32 hex digits of all its files that matter; `dry`: weights by their
+    size and time, unread."""
     small = (folder / file for file in ("config.json", FILES[0], "generation_config.json", *FILES[1:]))
-    files = [*filter(Path.is_file, small), *weight_files(folder)]
-    return fingerprint([[file.name, hash_once(file, file.stat().st_size, file.stat().st_mtime_ns)] for file in files])
+    weights = weight_files(folder)
+    seen = [(file, file.stat().st_size, file.stat().st_mtime_ns) for file in [*filter(Path.is_file, small), *weights]]
+    return fingerprint([[file.name, [*about] if dry and file in weights else hash_once(file, *about)] for file, *about in seen])
 
 
 @functools.cache
@@ -235,7 +237,7 @@ def hash_once(file: Path, size: int, changed: int) -> str:
 def make_ground(run: Run, source: dict, prepared: Callable[[], Prepared]) -> Ground:
     """The stages data/* and bases/*. `source` identifies the texts; `prepared` reads them when needed."""
     config, data = run.config, run.config.data
-    bases = {name: given_base(config, name, folder) for name, folder in given_folders(config).items()}
+    bases = {name: given_base(config, name, folder, run.dry) for name, folder in given_folders(config).items()}
     origin = source | {"template": data.template, "vocab": config.model.vocab}
     limits = {"max_prompt": data.max_prompt, "max_length": data.max_length, "long": data.long}
     limits |= {"noise": data.noise, "noise_kind": data.noise_kind} if data.noise else {}
@@ -291,12 +293,16 @@ def make_base(run: Run, name: str, origin: dict, tokenizer: Stage, prepared: Cal
                                 (name, "pretrain"), size))  # fmt: skip
 
 
+def made_config(config: Config, form: str, pieces: int) -> ModelConfig:
+    """The structure of a base made here, of the shape `form`, for a tokenizer of so many pieces."""
+    width, layers, heads, mlp = shape(form)
+    return ModelConfig(pieces, width, mlp, layers, heads, heads, width // heads, config.model.context)
+
+
 def pretrain(work: Work, name: str, form: str, schedule: Schedule, tokenizer: Stage, corpus: Stage) -> dict:
     """Train new weights of the shape `form` on every token of the corpus, and write them as an HF folder."""
     config, most, pieces = work.run.config, work.run.config.data.max_length, load_tokenizer(tokenizer.path)
-    width, layers, heads, mlp = shape(form)
-    size = (pieces.size, width, mlp, layers, heads, heads, width // heads, config.model.context)
-    model_config = ModelConfig(*size, bos_token_id=pieces.bos, eos_token_id=pieces.eos)
+    model_config = replace(made_config(config, form, pieces.size), bos_token_id=pieces.bos, eos_token_id=pieces.eos)
     model = new_model(model_config, derive_seed(config.run.seed, name, "weights")).to(device_of(config))
     texts = read_rows(corpus.path / "texts.jsonl", Example)
     rows = [render(pieces, config.data.template, text.prompt, text.response) for text in texts]
@@ -307,4 +313,5 @@ def pretrain(work: Work, name: str, form: str, schedule: Schedule, tokenizer: St
     units = [Unit(text.id, (row,)) for text, row in zip(texts, rows, strict=True)]
     counts = fit(model, list(model.parameters()), units, SftObjective(), schedule, work)
     save_model(work.folder, model_config, {k: v.cpu() for k, v in model.state_dict().items()}, pieces.model)
+    write_json(work.folder / FILES[2], tokenizer_notes(pieces, config.data.template, config.model.context))
     return counts | {"documents_cut": cut, "parameters": sum(p.numel() for p in model.parameters())}

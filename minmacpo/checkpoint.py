@@ -22,7 +22,7 @@ from minmacpo.families import ModelConfig, parse_config
 from minmacpo.files import read_json, write_atomic, write_json
 from minmacpo.lora import merged_weights
 from minmacpo.model import Transformer
-from minmacpo.tokenizer import Tokenizer, load_tokenizer
+from minmacpo.tokenizer import FILES, Tokenizer, load_tokenizer
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Settings of adapter_config.json that plain LoRA leaves at these values.
@@ -34,9 +34,7 @@ NOTES = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_n
          "layers_pattern", "eva_config", "loftq_config", "megatron_core", "qalora_group_size"}  # fmt: skip
 STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # values of init_lora_weights that leave the base alone
 # What a base may say of how to talk to it: an export has it unchanged.
-MANNERS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
-           "merges.txt", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-           "generation_config.json")  # fmt: skip
+MANNERS = (*FILES, "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -35,9 +35,9 @@ python train.py [@preset | @file.toml]... [--section.key=value | --section.key v
                 [--method=NAME] [--stage=NAME] [--dry_run] [--profile] [--help]
 python train.py @experiment-NAME [--seeds=0,1] [--dry_run] [what every run of it gets]
 
-presets: @hh, @tiny, @world (default @world; files and flags are laid over it, left to right)
+presets: @hh, @paper-hh-helpful, @paper-hh-harmless, @paper-pku, @tiny, @world (default @world; files and flags are laid over it, left to right)
 experiments: a file each in minmacpo/presets/experiments; finished runs are not redone
---dry_run   read the data, print settings, row counts, slices and the stage plan; write nothing
+--dry_run   read the data, print settings, row counts, slices and the stages with their tokens and memory; write nothing
 --stage     compute this one stage only; the stages it needs must be finished
 --profile   write a Chrome trace of the first steps of each kind of stage into the run folder
 Defaults are those of the released MACPO scripts; a preset's values are in minmacpo/presets."""
@@ -204,7 +204,8 @@ def parse(argv: list[str]) -> Command:
     ground = [] if files and not files[0].endswith(".toml") else ["world"]
     layers = [(str(path), read_toml(path)) for path in map(preset_path, ground + files)]
     preset, config = lay(layers), lay([*layers, ("command line", values)])
-    if needed := next((key for key, value in flatten(config).items() if value == ""), None):
+    laid = {key: value for values in [*(values for _, values in layers), values] for key, value in values.items()}
+    if needed := next((key for key in SETTINGS if laid.get(key) == ""), None):
         raise UserError(f"@{' @'.join(files)} needs --{needed}=VALUE: {SETTINGS[needed].metadata['help']}")
     if config.run.name is None:
         label = "+".join(Path(word).stem for word in files) or "world"

@@ -135,6 +135,7 @@ class Sft:
     teacher_epochs: int = setting(3, "of the positive teachers", at_least=0)
     teacher_negative_lr: float = setting(5e-5, "negative teachers, on D1's rejected answers", above=0)
     teacher_negative_epochs: int = setting(1, "of the negative teachers", at_least=0)
+    student_batch: int | None = setting(None, "answers per step of the positive student; none: sft.batch", at_least=1)
     student_lr: float = setting(5e-5, "positive student, on teacher 1's labels; also the ceiling", above=0)
     student_epochs: int = setting(3, "of the positive student and the ceiling", at_least=0)
     student_negative_lr: float = setting(5e-5, "negative student, on negative teacher 1's answers", above=0)

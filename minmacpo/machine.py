@@ -90,6 +90,12 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
+def process_bytes() -> int:
+    """Memory that this process has now; where this is not Linux, the most that it has had."""
+    kilobytes = linux("self/status", r"VmRSS:\s*(\d+)")
+    return int(kilobytes) * 1024 if kilobytes else int(peak_mb() * 2**20)
+
+
 def peaks(device: str) -> dict[str, int]:
     """{"peak_mb"} since `reset_peaks`, and on a GPU {"peak_gpu_mb"} of torch's tensors."""
     gpu = {"peak_gpu_mb": round(torch.cuda.max_memory_allocated() / 2**20)} if device == "cuda" else {}

@@ -61,7 +61,7 @@ class Trained:
 def make_agents(shop: Workshop, ground: Ground) -> tuple[Agent, list[Agent]]:
     """The student and the K teachers, with their bases and paces."""
     s, d, queries = shop.config.sft, shop.config.dpo, Texts(ground.slices, "d2.jsonl", "chosen")
-    learn = (Pace(s.student_lr, s.student_epochs, s.batch),
+    learn = (Pace(s.student_lr, s.student_epochs, s.student_batch or s.batch),
              Pace(s.student_negative_lr, s.student_negative_epochs, s.batch),
              Pace(d.student_lr, d.epochs, d.batch))  # fmt: skip
     teach = (Pace(s.teacher_lr, s.teacher_epochs, s.batch),

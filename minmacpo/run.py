@@ -102,11 +102,13 @@ def derive_seed(seed: int, *key) -> int:
 class Run:
     """One run folder. Made in planning mode: `stage` only lists; `begin` writes and computes."""
 
-    def __init__(self, config: Config, only: str | None = None, profile: bool = False):
+    def __init__(self, config: Config, only: str | None = None, profile: bool = False, dry: bool = False):
         self.config, self.only, self.profile = config, only, profile
+        self.dry = dry  # never begun: given weights are told apart by size and time, not read
         self.root = Path(config.run.root)
         self.path = self.root / config.run.name
         self.plan: dict[str, Stage] = {}
+        self.recipes: dict[str, tuple[dict, Sequence[Stage]]] = {}  # of the plan's stages, with their inputs
         self.planning = True
         self.provided: set[str] = set()  # stages seen to in this process
         self.named: dict[tuple[bool, str], str] = {}  # (planning, stage) -> its fingerprint
@@ -166,7 +168,7 @@ class Run:
             verify(source)
         self.check_name(stage)
         if self.planning:
-            self.plan[name] = stage
+            self.plan[name], self.recipes[name] = stage, (recipe, inputs)
         elif self.only in (None, name) and name not in self.provided:
             self.provided.add(name)
             inputs = {source.name: source.fingerprint for source in inputs}

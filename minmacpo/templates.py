@@ -4,9 +4,11 @@ Only here a prompt becomes ids, so training, scoring and sampling cannot differ.
 with a place for the content and with the names of special tokens; a content is never more than text.
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from minmacpo import UserError
 from minmacpo.data import Message
@@ -84,6 +86,10 @@ TEMPLATES = {
     ),
 }  # fmt: skip
 
+# What the chat template of a folder says that is written like one of these, looked for in this order.
+CHAT_MARKS = (("<|im_start|>", "chatml"), ("<|start_header_id|>", "llama-3"), ("<<SYS>>", "llama-2"), ("[INST]", "mistral"),
+              ("<|assistant|>", "zephyr"), ("<user>", "turns"), ("Human: ", "plain"))  # fmt: skip
+
 
 def placed(name: str, messages: Sequence[Message]) -> list[Message]:
     """The messages as the template's frames take them, the system message first where it has one; UserError for
@@ -160,6 +166,60 @@ def render(
         text = response.strip() if template.stripped else response
         answer = write(tokenizer, name, [(template.lead + "{}" + template.end, text, "")], False)
     return Tokens(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+
+
+def chat_template(name: str) -> str | None:
+    """The template in Jinja, as tokenizer_config.json has it; None for one that does more with a content than to put
+    it into a frame."""
+    template = TEMPLATES[name]
+    if template.folded or template.flat or template.apart or template.stripped:
+        return None
+
+    def text(frame: str, content: str = "m['content']") -> str:
+        """An expression for the frame: its pieces, the content and the two tokens, added up."""
+        parts = re.split(r"(\{\}|<bos>|<eos>)", frame.replace("{tag}", ""))
+        words = {"{}": content, "<bos>": "bos_token", "<eos>": "eos_token"}
+        return " + ".join(words.get(part) or json.dumps(part) for part in parts if part) or '""'
+
+    past = template.end if template.past is None else template.past
+    system = text(template.system) if template.system is not None else "raise_exception('no place for a system message')"
+    absent = text(template.system or "", json.dumps(template.default))
+    default = f"{{% if messages[0]['role'] != 'system' %}}{{{{ {absent} }}}}{{% endif %}}"
+    return (
+        f"{{{{ {text(template.begin)} }}}}{default if template.default else ''}{{% for m in messages %}}"
+        f"{{% if m['role'] == 'assistant' %}}{{{{ {text(template.mark + template.lead + '{}')} }}}}"
+        f"{{% if loop.last %}}{{{{ {text(template.end)} }}}}{{% else %}}{{{{ {text(past)} }}}}{{% endif %}}"
+        f"{{% elif m['role'] == 'system' %}}{{{{ {system} }}}}{{% else %}}{{{{ {text(template.user)} }}}}{{% endif %}}"
+        f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {text(template.mark)} }}}}{{% endif %}}"
+    )
+
+
+def tokenizer_notes(tokenizer: Tokenizer, name: str, context: int) -> dict:
+    """tokenizer_config.json beside a tokenizer.model made here, so that transformers splits and writes text as we do:
+    no space before a text, no token around it, and the special pieces found in text."""
+    plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    notes = {
+        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "add_bos_token": False, "add_eos_token": False, "add_prefix_space": False, "legacy": False,
+        "clean_up_tokenization_spaces": False, "model_max_length": context,
+        "added_tokens_decoder": {str(i): {"content": piece} | plain for piece, i in tokenizer.special.items()},
+    }  # fmt: skip
+    return notes | ({"chat_template": written} if (written := chat_template(name)) else {})
+
+
+def template_hint(folder: Path, name: str) -> str | None:
+    """A sentence where the chat template of an HF folder has the marks of another one of TEMPLATES; it may differ from
+    that in its system message and in white space, so it is no more than a hint."""
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text("utf-8")) if (folder / "tokenizer_config.json").is_file() else {}
+        file, named = folder / "chat_template.jinja", config.get("chat_template") or ""
+        text = file.read_text("utf-8") if file.is_file() else named if isinstance(named, str) else json.dumps(named)
+    except (OSError, ValueError, AttributeError):
+        return None  # load_tokenizer says what is wrong with it
+    kind = next((kind for mark, kind in CHAT_MARKS if mark in text), None)
+    if kind in (None, name):
+        return None
+    return f"{folder}: has a chat template like {kind}, dialogues are written as {name}; if it is a chat model, use --data.template={kind}"
 
 
 def end_ids(tokenizer: Tokenizer, name: str) -> set[int]:

@@ -3,6 +3,7 @@
 Agents exchange text: whoever trains on an answer or scores it renders it with its own tokenizer.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,8 +30,8 @@ from minmacpo.lora import attach_lora, clear_adapter, write_adapter
 from minmacpo.machine import device_of, dtype_of, free_bytes
 from minmacpo.run import Run, Stage, Work, derive_seed
 from minmacpo.score import perplexity
-from minmacpo.templates import end_ids, render, render_prompt, response_text
-from minmacpo.tokenizer import Tokens, load_tokenizer
+from minmacpo.templates import end_ids, render, render_prompt, response_text, template_hint
+from minmacpo.tokenizer import Tokenizer, Tokens, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ def open_agent(folder: Path, config: Config, flags: Mapping[str, str]) -> tuple[
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
     loaded, base, template = open_folder(folder, config)
     most = min(config.generate.max_new, loaded.model.config.max_position_embeddings // 2)
-    template = template or ("turns" if loaded.tokenizer.marks else "plain")
+    template = template or usual_template(base, loaded.tokenizer, flags.get("data.template"))
     return overlay(config, {"data.template": template, "generate.max_new": most} | dict(flags), "command line"), loaded, base
 
 
@@ -113,6 +114,15 @@ def fit_rows(config: Config, loaded: Loaded, pairs: Sequence[Pair], prompt: int,
     config, reasons = replace(config, data=replace(config.data, max_prompt=prompt, max_length=length)), Counter()
     fitting = (fit_pair(config, pair, [loaded.tokenizer], reasons) for pair in pairs)
     return [pair for pair in fitting if pair], reasons
+
+
+def usual_template(folder: Path, tokenizer: Tokenizer, asked: str | None) -> str:
+    """How to speak to a base of which no run is known: as asked, or in the marks of its tokenizer, or plainly. Where its
+    chat template looks like another one, that is said on stderr."""
+    template = asked or ("turns" if tokenizer.marks else "plain")
+    if said := template_hint(folder, template):
+        print(f"WARNING: {said}", file=sys.stderr)
+    return template
 
 
 class Workshop:

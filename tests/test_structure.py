@@ -15,7 +15,7 @@ FLOORS = [
     {"config", "data", "domains", "bpe", "families"},
     {"forms", "diversity", "world", "commandline", "files", "machine", "model", "lora", "losses", "progress", "page", "remote"},
     {"tokenizer", "tables"},
-    {"run", "checkpoint", "batching", "monitor", "templates"},
+    {"run", "checkpoint", "batching", "monitor", "templates", "memory"},
     {"fit", "generate", "score"},
     {"bases"},
     {"workshop"},
@@ -24,7 +24,7 @@ FLOORS = [
     {"macpo"},
     {"methods"},
     {"evaluate"},
-    {"report", "experiments", "compare", "judge", "reward"},
+    {"report", "experiments", "compare", "judge", "reward", "plan"},
     {"train", "sample", "eval"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -174,8 +174,8 @@ def code_lines(name: str) -> int:
 
 
 def test_the_library_is_small():
-    """5,200 lines of code; docstrings and blank lines do not count, so that nobody saves on them."""
-    assert sum(code_lines(name) for name in TREES if name not in PROGRAMS) <= 5200
+    """6,300 lines of code; docstrings and blank lines do not count, so that nobody saves on them."""
+    assert sum(code_lines(name) for name in TREES if name not in PROGRAMS) <= 6300
 
 
 def test_the_programs_are_small():

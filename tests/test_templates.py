@@ -21,6 +21,7 @@ from minmacpo.templates import (
     render,
     render_prompt,
     response_text,
+    tokenizer_notes,
 )
 from minmacpo.tokenizer import Tokenizer, load_tokenizer, show_mask
 
@@ -381,3 +382,77 @@ def test_teachers_and_student_may_have_different_tokenizers(tmp_path, seed, monk
     log = (run / "log.txt").read_text()
     shown = [line for line in log.splitlines() if "first " in line and "⟦" in line]
     assert shown and all("<|im_start|>assistant⏎⟦" in line and "<|im_end|>⟧" in line for line in shown), shown
+
+
+# ---- what is written beside a base made here ------------------------------------------------------
+
+
+def theirs(folder, tokenizer: Tokenizer, name: str):
+    """transformers' tokenizer of a folder that has our tokenizer.model and notes."""
+    pytest.importorskip("google.protobuf")  # transformers reads a tokenizer.model with it
+    transformers = pytest.importorskip("transformers")
+    (folder / "tokenizer.model").write_bytes(tokenizer.model)
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_notes(tokenizer, name, 128)))
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_transformers_splits_text_as_a_tokenizer_made_here(tokenizer, tmp_path):
+    from test_tokenizer import ODD
+
+    other = theirs(tmp_path, tokenizer, "turns")
+    for text in [text for text in TEXTS + ODD if not any(name in text for name in [*tokenizer.special, "<unk>"])]:
+        assert other.encode(text) == tokenizer.encode(text), text
+        assert other.decode(tokenizer.encode(text)) == text
+    mine = load_tokenizer(tmp_path)
+    assert (mine.special, mine.bos, mine.eos, mine.size) == (tokenizer.special, tokenizer.bos, tokenizer.eos, tokenizer.size)
+
+
+PLAIN_CHATS = [chat for chat in CHATS if chat[0].role == "user"]
+
+
+@pytest.mark.parametrize("chat", PLAIN_CHATS)
+@pytest.mark.parametrize("name", ["turns", "plain", "vicuna", "alpaca"])
+def test_the_chat_template_beside_a_base_is_its_template(name, chat, tokenizer, tmp_path):
+    """The same ids where special tokens part the pieces; elsewhere the same text, as a piece may go over their border."""
+    other = theirs(tmp_path, tokenizer, name)
+    for messages, prompt in ((chat, True), ([*chat, Message("assistant", "of course !")], False)):
+        said = [{"role": m.role, "content": m.content} for m in messages]
+        rows = render(tokenizer, name, chat, None if prompt else "of course !")
+        text = other.apply_chat_template(said, tokenize=False, add_generation_prompt=prompt)
+        assert text == decoded(tokenizer, rows.ids)
+        if name == "turns":
+            assert other.apply_chat_template(said, add_generation_prompt=prompt, return_dict=False) == rows.ids
+
+
+def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of ids, special tokens by name."""
+    parts, run = [], []
+    for i in [*ids, None]:
+        if i is None or i in tokenizer.names:
+            parts, run = [*parts, tokenizer.decode(run), tokenizer.names.get(i, "")], []
+        else:
+            run.append(i)
+    return "".join(parts)
+
+
+def test_a_template_that_is_more_than_frames_is_not_written(tokenizer):
+    without = {name for name in TEMPLATES if "chat_template" not in tokenizer_notes(tokenizer, name, 9)}
+    assert without == {"vicuna-macpo", "alpaca-macpo", "llama-2", "llama-3", "mistral"}
+
+
+def test_an_export_has_all_that_its_base_says_of_text(tmp_path, seed):
+    """Of a base that has a tokenizer.json only."""
+    from runs import invoke
+
+    transformers = pytest.importorskip("transformers")
+    base = model_of(tmp_path / "base", "smollm-2", seed)
+    (base / "chat_template.jinja").write_text(JINJA["chatml"])
+    (base / "generation_config.json").write_text('{"eos_token_id": [1, 2], "temperature": 0.6}')
+    ended = invoke("sample", base, "--export", tmp_path / "out", "--data.template=chatml")
+    assert ended.code == 0, ended.err
+    assert not (tmp_path / "out/tokenizer.model").exists()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes(), name
+    assert load_tokenizer(tmp_path / "out").encode("hi there") == load_tokenizer(base).encode("hi there")
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() > 0

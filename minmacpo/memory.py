@@ -1,0 +1,105 @@
+"""How much memory the largest forward pass of a stage takes, by hand: counted, not tried out.
+
+The terms are what autograd keeps of model.py and losses.py; a test compares them with every tensor that lives in
+a real step, bench/memory.py with the memory of whole stages. All sizes are bytes.
+"""
+
+from dataclasses import dataclass
+
+from minmacpo.config import LINEARS, Lora
+from minmacpo.families import ModelConfig
+from minmacpo.losses import CHUNK
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The largest forward pass of a stage. kind: "pretrain" (all weights learn), "train" (the slot learns), "score" or
+    "sample". `rows` lie side by side, each `length` tokens with its padding, `scored` of all these reach the head.
+    `again`: gradients of an earlier pass of the step are kept. `room`: positions of the cache; `models`: how many."""
+
+    kind: str
+    rows: int
+    length: int
+    scored: int
+    again: bool = False
+    room: int = 0
+    models: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a stage holds at its peak: frozen or learning `weights`; the `learning` parameters beside them with
+    gradients and moments; `activations`; the `head`'s logits; the `cache` of keys and values."""
+
+    weights: int
+    learning: int
+    activations: int
+    head: int
+    cache: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.learning + self.activations + self.head + self.cache
+
+
+def parameters(config: ModelConfig, lora: Lora) -> tuple[int, int]:
+    """How many (of the base, of the slot)."""
+    hidden, mlp, variant, layers = config.hidden_size, config.intermediate_size, config.variant, config.num_hidden_layers
+    query, key = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    ends = ((hidden, query), (hidden, key), (hidden, key), (query, hidden), (hidden, mlp), (hidden, mlp), (mlp, hidden))
+    linears = dict(zip(LINEARS, ends, strict=True))
+    each = sum(wide * out for wide, out in ends) + 2 * hidden + 2 * config.head_dim * variant.qk_norm
+    each += (query + 2 * key) * variant.qkv_bias + hidden * variant.o_bias + (2 * mlp + hidden) * variant.mlp_bias
+    outer = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2) + hidden
+    return layers * each + outer, layers * lora.r * sum(sum(linears[name]) for name in lora.targets)
+
+
+def kept(config: ModelConfig, lora: Lora | None, size: int) -> int:
+    """Numbers (of `size` bytes) a token that a layer keeps for its backward pass; `lora` None: every weight learns."""
+    hidden, mlp, variant = config.hidden_size, config.intermediate_size, config.variant
+    query, key = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    found = 2 * hidden * (2 if size < 4 else 1)  # what the norms get; they compute in fp32
+    found += 3 * mlp  # gate, silu(gate) and up, which multiply each other
+    found += 2 * (query + key)  # what attention gets and gives
+    found += (query + key) * variant.qk_norm
+    if lora is None:  # a weight that learns needs its input, that of a norm the normed input
+        return found + 4 * hidden + mlp + (query + key) * variant.qk_norm
+    learning = {*lora.targets}
+    found += hidden * bool(learning & {"q_proj", "k_proj", "v_proj"}) + hidden * bool(learning & {"gate_proj", "up_proj"})
+    return found + mlp * ("down_proj" in learning) + lora.r * len(learning)
+
+
+def crossed(config: ModelConfig, lora: Lora, size: int) -> int:
+    """Numbers a token that are there at most while a layer is crossed and nothing is kept: in its MLP (gate, up, their
+    product; a slot gives a sum of two) or in its attention, where queries turn."""
+    query, key = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    mlp = config.intermediate_size * (3 + ("up_proj" in lora.targets))
+    return 2 * config.hidden_size + max(mlp, config.hidden_size + 4 * query + 2 * key)
+
+
+def need(load: Load, config: ModelConfig, lora: Lora, size: int) -> Need:
+    """What a pass of this load holds at its peak, in a model with weights of `size` bytes a number. Gradients of all
+    weights appear while the activations go: the larger of the two counts, unless `again`."""
+    base, slot = parameters(config, lora)
+    tokens, chunk = load.rows * load.length, min(load.scored, CHUNK) * config.vocab_size
+    hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    if load.kind in ("score", "sample"):
+        moving, passing = size * tokens * hidden, size * tokens * crossed(config, lora, size)
+        cache = 2 * layers * load.rows * load.room * config.num_key_value_heads * config.head_dim
+        head = 8 * chunk if load.kind == "score" else 16 * load.rows * config.vocab_size
+        return Need(size * base * load.models, 4 * slot * load.models, moving + max(passing, head) - head, head,
+                    2 * cache * size * load.models)  # fmt: skip
+    full = load.kind == "pretrain"
+    freed = mlp * (full or "down_proj" in lora.targets)  # what down_proj kept goes before the rest comes
+    passing = size * tokens * (3 * mlp - freed + 2 * hidden)  # back through the last layer's MLP
+    each = kept(config, None if full else lora, size)
+    stats = 4 * tokens * layers * (config.num_attention_heads + 2)  # fp32: logsumexp of attention, scale of norms
+    stored = size * tokens * (layers * each + 2 * hidden) + stats + 2 * size * load.scored * hidden
+    head = (16 if full else 12) * chunk
+    if full:
+        gradients = 4 * base
+        worked = stored + max(passing, head) - head
+        spare = gradients if load.again else max(0, gradients - worked - head)
+        return Need(size * base, 8 * base + spare, worked, head, 0)
+    low = size * slot if size < 4 else 0  # the slot in the base's dtype
+    return Need(size * base, 16 * slot, stored + low + max(passing, head) - head, head, 0)

@@ -1,0 +1,309 @@
+"""What a run will do, before it does it: its stages, the tokens that each goes through, the memory that it needs.
+
+Everything is read off the recipes that planning has listed (run.Run.stage), the texts and the config.json files; no
+weight is read. An answer that is still to be sampled counts as generate.max_new tokens, also in another tokenizer.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from minmacpo import UserError
+from minmacpo.bases import Prepared, made_config
+from minmacpo.batching import plan_scoring, plan_steps, steps_per_epoch
+from minmacpo.checkpoint import read_config
+from minmacpo.commandline import to_toml
+from minmacpo.config import Config
+from minmacpo.data import Example
+from minmacpo.families import ModelConfig
+from minmacpo.machine import device_of, dtype_of, free_bytes, process_bytes
+from minmacpo.memory import Load, Need, need
+from minmacpo.run import Run, Stage
+from minmacpo.templates import render, template_hint
+from minmacpo.tokenizer import Tokenizer, load_tokenizer
+from minmacpo.workshop import Texts
+
+SOURCES = {"samples.jsonl": "sample", "questions.jsonl": "ask", "pairs.jsonl": "preferences"}  # file -> kind of its stage
+ENOUGH = 512  # rows that stand for all where only their greatest length is known
+LIBRARIES = 85 << 20  # what torch loads with its first model or optimiser (measured)
+NOTES = """\
+tokens: without padding. "<=": at most, for an answer that is not sampled yet counts as generate.max_new tokens, in every tokenizer.
+memory: at the peak, of this stage's base alone; other bases stay loaded while there is room."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Texts by their tokens, prompts [n] and answers [n]; not `exact` where the answers are not known yet."""
+
+    prompts: list[int]
+    answers: list[int]
+    exact: bool = True
+
+    def lengths(self, limit: int) -> tuple[list[int], list[int]]:
+        """(tokens of each row, of them those of the answer), no more than `limit`."""
+        whole = [min(a + b, limit) for a, b in zip(self.prompts, self.answers, strict=True)]
+        return whole, [min(answer, limit) for answer in self.answers]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a stage does: tokens in all, whether they are exact, its largest pass, and the model it is for."""
+
+    tokens: int
+    exact: bool
+    load: Load
+    model: ModelConfig
+
+
+class Plan:
+    """The tasks of a planned run. `prepared`: its texts; None: the settings alone, every row as long as they allow."""
+
+    def __init__(self, run: Run, config: Config, prepared: Prepared | None):
+        self.run, self.config, self.prepared = run, config, prepared
+        self.lengths: dict[tuple, list[tuple[int, int]]] = {}  # of texts that were rendered already
+        self.ways = {"pretrain": self.pretrain, "sft": self.sft, "prefer": self.prefer, "sample": self.sample,
+                     "score": self.score, "pairs": self.pairs}  # fmt: skip
+
+    def under(self, config: Config) -> "Plan":
+        """The plan under other settings of memory."""
+        other = Plan(self.run, config, self.prepared)
+        other.lengths = self.lengths
+        return other
+
+    def task(self, name: str) -> Task | None:
+        """What the stage does; None for one that moves texts only."""
+        way = self.ways.get(self.run.plan[name].kind.partition("/")[0])
+        return way and way(name)
+
+    def model(self, base: Stage) -> tuple[ModelConfig, Tokenizer | None]:
+        """(structure, tokenizer) of a base that is given or will be made."""
+        if base.external:
+            return given_model(base.path)
+        made = self.prepared and made_tokenizer(self.prepared.tokenizer)
+        form = self.run.recipes[base.name][0]["settings"]["shape"]
+        return made_config(self.config, form, made.size if made else self.config.model.vocab), made
+
+    def sizes(self, texts: Sequence[Example], key: tuple, tokenizer: Tokenizer) -> list[tuple[int, int]]:
+        """(tokens of the prompt, of the answer) of every text, rendered once for each tokenizer."""
+        key = (*key, hash(tokenizer.model))
+        if key not in self.lengths:
+            rows = (render(tokenizer, self.config.data.template, text.prompt, text.response) for text in texts)
+            self.lengths[key] = [(row.mask.count(False), row.mask.count(True)) for row in rows]
+        return self.lengths[key]
+
+    def rows(self, name: str, base: Stage) -> Rows:
+        """The texts that the stage reads, in the tokens of `base`."""
+        (recipe, inputs), (model, tokenizer) = self.run.recipes[name], self.model(base)
+        data, kind, most = self.config.data, self.run.plan[name].kind, self.config.generate.max_new
+        file, side = recipe["settings"].get("texts", ("d2.jsonl", "prompt"))
+        if file not in SOURCES and self.prepared is None:
+            count = max(ENOUGH, self.config.generate.batch)
+            return Rows([data.max_prompt] * count, [data.max_length] * count, False)
+        if file not in SOURCES:
+            part = file.removesuffix(".jsonl")
+            texts = [Example(p.id, p.prompt, "" if side == "prompt" else getattr(p, side) or "") for p in self.prepared.slices[part]]
+            return Rows(*map(list, zip(*self.sizes(texts, (part, side), tokenizer), strict=True)))
+        source = next(stage for stage in inputs if stage.kind.startswith(SOURCES[file]))
+        if source.finished and self.prepared:
+            return self.read(Texts(source, file, side), base, kind.startswith("sample"))
+        asked = self.rows(source.name, base)
+        if file == "questions.jsonl":  # `feedback.ask` leaves out what is longer
+            count = len(asked.prompts) * (2 if self.run.recipes[source.name][0]["settings"].get("compare") else 1)
+            return Rows([model.max_position_embeddings - most - 1] * count, [1] * count, False)
+        times = self.run.recipes[source.name][0]["settings"].get("answers", 1)
+        return Rows(asked.prompts * times, [most] * (times * len(asked.prompts)), exact=kind.startswith("sample") and asked.exact)
+
+    def read(self, texts: Texts, base: Stage, asked: bool) -> Rows:
+        """Texts that are on the disk already (not exact, as empty ones may be left out); `asked`: their prompts alone matter."""
+        found, key = texts.read(), (texts.stage.name, texts.file, texts.side)
+        texts = [Example(text.id, text.prompt, "" if asked else text.response) for text in found]
+        return Rows(*map(list, zip(*self.sizes(texts, key, self.model(base)[1]), strict=True)), exact=False)
+
+    def pretrain(self, name: str) -> Task:
+        """Every token of a document is trained on, but for the first."""
+        (recipe, _), (model, tokenizer) = self.run.recipes[name], self.model(self.run.plan[name])
+        most, settings = self.config.data.max_length, recipe["settings"]
+        texts = self.prepared and self.prepared.corpora[name.partition("/")[2]]
+        sizes = [sum(size) for size in self.sizes(texts, (name,), tokenizer)] if texts else [most] * ENOUGH
+        lengths = [min(size, most) for size in sizes]
+        steps = self.steps(recipe, lengths, settings["steps"], 1)
+        tokens = sum(lengths[unit] for step in steps for group in step for unit in group)
+        return Task(tokens, texts is not None, largest("pretrain", steps, lengths, lengths, 1), model)
+
+    def steps(self, recipe: dict, lengths: list[int], steps: int, rows: int) -> list[list[list[int]]]:
+        """The micro-batches that `fit` will take."""
+        budget = self.config.run.micro_tokens // rows
+        return plan_steps(lengths, recipe["settings"]["batch"], max(steps, 1), recipe["seed"], budget)
+
+    def sft(self, name: str) -> Task:
+        """All passes over the texts, or as many steps as other stages take together."""
+        recipe, (base, *inputs) = self.run.recipes[name]
+        rows, model = self.rows(name, base), self.model(base)[0]
+        lengths, answers = rows.lengths(min(self.config.data.max_length, model.max_position_embeddings))
+        count, batch = recipe["settings"]["epochs"], recipe["settings"]["batch"]
+        taken = count * steps_per_epoch(len(lengths), batch)
+        taken = taken or sum(self.pair_steps(stage.name) for stage in inputs if stage.kind.startswith("prefer"))
+        steps = self.steps(recipe, lengths, taken, 1)
+        tokens = sum(lengths[unit] for step in steps for group in step for unit in group)
+        return Task(tokens, rows.exact, largest("train", steps, lengths, answers, 1), model)
+
+    def pair_rows(self, name: str) -> Rows:
+        """The prompts of the pairs that a stage makes, with an answer that is as long as one of theirs can be."""
+        recipe, (base, *_) = self.run.recipes[name]
+        if self.run.plan[name].finished and self.prepared:
+            sides = [self.read(Texts(self.run.plan[name], "pairs.jsonl", side), base, False) for side in ("chosen", "rejected")]
+            return replace(sides[0], answers=[max(both) for both in zip(*(side.answers for side in sides), strict=True)])
+        rows, settings, most = self.rows(name, base), recipe["settings"], self.config.generate.max_new
+        times = len(settings["names"]) * self.config.macpo.answers if "all" in settings["select"] else 1
+        if settings["texts"][0] in SOURCES:
+            return Rows(rows.prompts * times, [most] * (times * len(rows.prompts)), False)
+        return replace(rows, answers=[self.config.data.max_length] * len(rows.answers), exact=False)  # true answers
+
+    def pair_steps(self, name: str) -> int:
+        """Optimiser steps of a prefer stage."""
+        recipe, (_, pairs, *_) = self.run.recipes[name]
+        return recipe["settings"]["epochs"] * steps_per_epoch(len(self.pair_rows(pairs.name).prompts), recipe["settings"]["batch"])
+
+    def prefer(self, name: str) -> Task:
+        """Both sides of every pair."""
+        recipe, (base, pairs, *_) = self.run.recipes[name]
+        rows, model = self.pair_rows(pairs.name), self.model(base)[0]
+        lengths, answers = rows.lengths(min(self.config.data.max_length, model.max_position_embeddings))
+        steps = self.steps(recipe, lengths, self.pair_steps(name), 2)
+        tokens = 2 * sum(lengths) * recipe["settings"]["epochs"]
+        return Task(tokens, False, largest("train", steps, lengths, answers, 2), model)
+
+    def sample(self, name: str) -> Task:
+        """Prompts are read once for each answer."""
+        (recipe, (base, *_)), most = self.run.recipes[name], self.config.generate.max_new
+        rows, model, settings = self.rows(name, base), self.model(base)[0], recipe["settings"]
+        count = len(rows.prompts) * settings["answers"]
+        side, width = min(self.config.generate.batch, count), max(rows.prompts)
+        models = 2 if settings.get("contrastive") else 1
+        tokens = models * (sum(rows.prompts) * settings["answers"] + count * most)
+        return Task(tokens, False, Load("sample", side, width, side, room=width + most, models=models), model)
+
+    def pairs(self, name: str) -> Task:
+        """The chosen side is scored."""
+        return self.score(name, self.pair_rows(name))
+
+    def score(self, name: str, rows: Rows | None = None) -> Task:
+        """Every text once."""
+        base = self.run.recipes[name][1][0]
+        rows, model = rows or self.rows(name, base), self.model(base)[0]
+        lengths, answers = rows.lengths(model.max_position_embeddings)
+        groups = plan_scoring(lengths, self.config.run.micro_tokens)
+        return Task(sum(lengths), rows.exact, largest("score", [groups], lengths, answers, 1), model)
+
+    def need(self, name: str) -> Need | None:
+        """What the stage holds at its peak, without the process itself."""
+        if (task := self.task(name)) is None:
+            return None
+        made = task.load.kind == "pretrain"
+        size = torch.float32.itemsize if made else dtype_of(self.config).itemsize
+        return need(task.load, task.model, self.config.lora, size)
+
+    def total(self, name: str) -> int:
+        """Bytes that the stage adds to those of the process; 0 for one that moves texts only."""
+        found = self.need(name)
+        return found.total + LIBRARIES * (device_of(self.config) == "cpu") if found else 0
+
+
+made_tokenizer = functools.cache(Tokenizer)
+
+
+@functools.cache
+def given_model(folder) -> tuple[ModelConfig, Tokenizer]:
+    """(structure, tokenizer) of an HF folder."""
+    return read_config(folder), load_tokenizer(folder)
+
+
+def largest(kind: str, steps: Sequence, lengths: list[int], answers: list[int], sides: int) -> Load:
+    """The largest of the micro-batches, of units of so many rows ("sides") of these lengths."""
+    groups = [group for step in steps for group in step]
+    most = max(groups, key=lambda group: len(group) * max(lengths[unit] for unit in group))
+    scored = max(sum(answers[unit] for unit in group) for group in groups)
+    return Load(kind, sides * len(most), max(lengths[unit] for unit in most), sides * scored, any(len(step) > 1 for step in steps))
+
+
+def open_stages(run: Run) -> Iterator[str]:
+    """The stages that are still to be computed."""
+    return (name for name, stage in run.plan.items() if run.only in (None, name) and not stage.finished)
+
+
+def problem(run: Run, prepared: Prepared | None) -> str | None:
+    """One sentence about the first stage that cannot fit, and the setting that would make it fit; None: all do."""
+    plan, free, device = Plan(run, run.config, prepared), free_bytes(device_of(run.config)), device_of(run.config)
+    seen = set()
+    for name in open_stages(run):
+        recipe, inputs = run.recipes[name]
+        like = (recipe["kind"], [s.fingerprint for s in inputs[:1]], [recipe["settings"].get(k) for k in ("batch", "texts", "shape")])
+        if prepared is None and (repr(like)) in seen:
+            continue  # with rows of one length it would be the same
+        seen.add(repr(like))
+        if (asked := plan.total(name)) > free:
+            what = f"{name} needs about {gigabytes(asked)} of memory, of which {gigabytes(free)} are free on the {device}"
+            return f"{what}; {remedy(plan, name, free)}"
+    return None
+
+
+def remedy(plan: Plan, name: str, free: int) -> str:
+    """The first setting, lowered as little as need be, with which the stage fits."""
+    config, part = plan.config, "generate" if plan.run.plan[name].kind.startswith("sample") else "run"
+    key = "batch" if part == "generate" else "micro_tokens"
+    value, halves = getattr(getattr(config, part), key), []
+    while (value := value // 2) >= 1:
+        halves.append((f"--{part}.{key}={value}", replace(config, **{part: replace(getattr(config, part), **{key: value})})))
+    small = [("--run.dtype=bfloat16", replace(config, run=replace(config.run, dtype="bfloat16")))] if dtype_of(config).itemsize > 2 else []
+    both = [(f"{small[0][0]} with {word}", replace(c, run=replace(c.run, dtype="bfloat16"))) for word, c in halves if small]
+    for word, changed in [*halves, *small, *both]:
+        if plan.under(changed).total(name) <= free:
+            return f"{word} would fit"
+    return "no setting makes it fit: take a smaller base, lower data.max_length, or another machine"
+
+
+def check_memory(run: Run, prepared: Callable[[], Prepared]) -> None:
+    """Raise UserError for a stage that cannot fit. The texts are looked at only where rows as long as the settings
+    allow would not fit."""
+    if problem(run, None) and (said := problem(run, prepared())):
+        raise UserError(said)
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 2**30:.1f} GB" if size >= 2**30 else f"{size / 2**20:.0f} MB"
+
+
+def thousands(count: float) -> str:
+    """A count in three digits: 12, 3.4k, 56M."""
+    for unit in ("", "k", "M", "G"):
+        if count < 999.5 or unit == "G":
+            return f"{count:.3g}{unit}"
+        count /= 1000
+
+
+def show_plan(run: Run, prepared: Callable[[], Prepared]) -> None:
+    """The dry run: settings, rows, slices, and the stages with what each will take."""
+    process = process_bytes() if device_of(run.config) == "cpu" else 0  # before the texts are read
+    plan, tokens, most, lines = Plan(run, run.config, prepared()), 0, (0, "no stage"), []
+    for number, (name, stage) in enumerate(run.plan.items(), 1):
+        words, task = "finished" if stage.finished else stage.size, None if stage.finished else plan.task(name)
+        if task:
+            asked, tokens = plan.total(name) + process, tokens + task.tokens
+            most = max(most, (asked, name))
+            words = f"{words + '; ' if words else ''}{'' if task.exact else '<= '}{thousands(task.tokens)} tokens, {gigabytes(asked)}"
+        lines.append(f"{number:4} {name:32} {stage.kind:12} {words}".rstrip())
+    print(to_toml(run.config), *(f"{name}: {count}" for name, count in prepared().counts.items()), sep="\n")
+    if tokens:
+        print(f"\nin all <= {thousands(tokens)} tokens; at most {gigabytes(most[0])} of memory, in {most[1]}\n{NOTES}")
+    print(f"\n{len(lines)} stages in {run.path}:", *lines, sep="\n", flush=True)
+    for said in filter(None, [*hints(run), problem(run, prepared())]):
+        print(f"WARNING: {said}", file=sys.stderr)
+
+
+def hints(run: Run) -> list[str]:
+    """What is odd about data.template and the chat templates of the given bases."""
+    given = {stage.path for _, inputs in run.recipes.values() for stage in inputs if stage.external}
+    return [said for folder in sorted(given) if (said := template_hint(folder, run.config.data.template))]
