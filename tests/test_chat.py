@@ -95,7 +95,7 @@ def terminal():
 
 @pytest.fixture
 def endless(stub, place):
-    """A base whose answers have no end before they are 4,000 tokens long."""
+    """A base whose answers have no end before they are 1,900 tokens long."""
     folder = place / "endless"
     folder.mkdir()
     for file in (stub / "bases/strong").iterdir():
@@ -106,7 +106,7 @@ def endless(stub, place):
     weights = {k: 3 * torch.randn(v.shape) if k.startswith("lm_head") else v for k, v in model.state_dict().items()}
     weights["lm_head.weight"][end] = 0
     save_weights(folder, model.config, weights)
-    return folder, ("--generate.max_new=4000",)
+    return folder, ("--generate.max_new=1900",)
 
 
 # ---- a terminal ------------------------------------------------------------------------------
