@@ -27,6 +27,7 @@ from minmacpo.tokenizer import Tokenizer, load_tokenizer
 from minmacpo.workshop import Texts
 
 SOURCES = {"samples.jsonl": "sample", "questions.jsonl": "ask", "pairs.jsonl": "preferences"}  # file -> kind of its stage
+KINDS = ("pretrain", "sft", "prefer", "sample", "score", "pairs")  # that a model works in, each a method of Plan
 ENOUGH = 512  # rows that stand for all where only their greatest length is known
 LIBRARIES = 85 << 20  # what torch loads with its first model or optimiser (measured)
 NOTES = """\
@@ -64,8 +65,6 @@ class Plan:
     def __init__(self, run: Run, config: Config, prepared: Prepared | None):
         self.run, self.config, self.prepared = run, config, prepared
         self.lengths: dict[tuple, list[tuple[int, int]]] = {}  # of texts that were rendered already
-        self.ways = {"pretrain": self.pretrain, "sft": self.sft, "prefer": self.prefer, "sample": self.sample,
-                     "score": self.score, "pairs": self.pairs}  # fmt: skip
 
     def under(self, config: Config) -> "Plan":
         """The plan under other settings of memory."""
@@ -75,8 +74,8 @@ class Plan:
 
     def task(self, name: str) -> Task | None:
         """What the stage does; None for one that moves texts only."""
-        way = self.ways.get(self.run.plan[name].kind.partition("/")[0])
-        return way and way(name)
+        kind = self.run.plan[name].kind.partition("/")[0]
+        return getattr(self, kind)(name) if kind in KINDS else None
 
     def model(self, base: Stage) -> tuple[ModelConfig, Tokenizer | None]:
         """(structure, tokenizer) of a base that is given or will be made."""
