@@ -127,10 +127,10 @@ def fit_slices(config: Config, slices, corpora, given: Sequence[Tokenizer], coun
         sizes[name] = {"rows": len(kept[name])} | dict(reasons)
     check_disjoint(config, kept)
     told = [pair for pairs in kept.values() for pair in pairs if pair.chosen]
-    if cut := sum(longest(config, tokenizers, pair.prompt, pair.chosen)[1] > config.generate.max_new for pair in told):
-        counts |= {LONGER: cut}
+    longer = sum(longest(config, tokenizers, pair.prompt, pair.chosen)[1] > config.generate.max_new for pair in told)
     documents = {base: len(texts) for base, texts in corpora.items()}
-    return Prepared(kept, corpora, made, counts | {"slices": sizes, "d0": documents})
+    counts |= {"slices": sizes, "d0": documents} | ({LONGER: longer} if longer else {})
+    return Prepared(kept, corpora, made, counts)
 
 
 def check_disjoint(config: Config, slices: dict[str, list[Pair]]) -> None:
