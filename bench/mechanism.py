@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from minmacpo import UserError
 from minmacpo.data import Sample
 from minmacpo.evaluate import Past, judge, read_run
 from minmacpo.files import read_rows, write_json
+from minmacpo.progress import call
 from minmacpo.score import perplexity, score
 from minmacpo.templates import render
 from minmacpo.workshop import open_folder
@@ -53,7 +55,9 @@ def complement(run: Path, t: int) -> dict[str, float]:
             "some but not all": float(np.mean((counts > 0) & (counts < len(right))))}  # fmt: skip
 
 
-def main(runs: list[str]) -> None:
+def main(runs: list[str]) -> int:
+    if not runs:
+        raise UserError("expected finished runs of the built-in world: python -m bench.mechanism RUN RUN")
     rounds = range(1, read_run(runs[0]).config.macpo.rounds + 1)
     found = {"runs": [Path(run).name for run in runs], "rounds": {}}
     for t in rounds:
@@ -64,7 +68,8 @@ def main(runs: list[str]) -> None:
         right = {key: float(np.mean([share[key] for share in shares])) for key in shares[0]}
         found["rounds"][str(t)] = {"perplexity": mean, "teachers right": right}
     write_json(Path("assets/results/mechanism.json"), found)
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(call(main, "nothing was written."))

@@ -10,6 +10,7 @@ from pathlib import Path
 from minmacpo import page
 from minmacpo.evaluate import make_table, read_run
 from minmacpo.files import write_atomic
+from minmacpo.progress import call
 from minmacpo.report import over_rounds
 
 
@@ -24,4 +25,4 @@ def picture(run: str) -> str:
 
 
 if __name__ == "__main__":
-    write_atomic(Path("assets/world.svg"), picture(sys.argv[1] if len(sys.argv) > 1 else "runs/world"))
+    sys.exit(call(lambda words: write_atomic(Path("assets/world.svg"), picture(words[0] if words else "runs/world")) or 0))

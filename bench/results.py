@@ -1,4 +1,4 @@
-"""RESULTS.md from assets/results: python -m bench.results [--collect=runs] [--hh=RUN].
+"""RESULTS.md, and README's table, from assets/results: python -m bench.results [--collect=runs] [--hh=RUN].
 
 --collect takes results.json of every finished experiment (`python train.py @experiment-NAME`) of a run root, and what
 its default run cost, into assets/results; --hh does so with a finished `@hh` run. findings.toml there is written by
@@ -10,12 +10,15 @@ import sys
 import tomllib
 from pathlib import Path
 
+from minmacpo import UserError
 from minmacpo.evaluate import make_table, read_run
 from minmacpo.experiments import HEAD, cells
 from minmacpo.files import write_atomic, write_json
+from minmacpo.progress import call
 from minmacpo.tables import format_table
 
 PLACE = Path("assets/results")
+MARKS = ("<!-- made by python -m bench.results -->", "<!-- as far as here -->")  # around README's table
 ORDER = ("main", "ablations", "rounds", "selection", "self", "negatives", "loss", "lengths", "conditions", "teachers", "domains",
          "sizes", "noise")  # fmt: skip
 INTRO = """# Results
@@ -155,18 +158,24 @@ def collect_experiments(root: Path) -> None:
     """Take what the experiments of a run root found, as far as they were made as their presets say."""
     for file in sorted(root.glob("experiment-*/results.json")):
         found = json.loads(file.read_text("utf-8"))
+        known = read(found["name"])
         if found["shared"]:
             print(f"{file}: left out, it was made with {' '.join(found['shared'])}")
+        elif known and not {*known["seeds"]} <= {*found["seeds"]}:
+            print(f"{file}: left out, it lacks seeds that {PLACE / found['name']}.json has")
         else:
             write_json(PLACE / f"{found['name']}.json", found)
 
 
 def collect(root: Path) -> None:
-    """Take all that a run root has for the page: experiments, and the cost of its default run."""
+    """Take all that a run root has for the page: experiments, and the cost of its default run if it is there."""
+    if not root.is_dir():
+        raise UserError(f"--collect={root}: expected the folder that holds the runs")
     collect_experiments(root)
-    keys = ("kind", "cpu_seconds", "tokens", "peak_mb")
-    cost = [{k: row[k] for k in keys} for row in make_table(read_run(root / "world"))["cost"] if not row["linked_from"]]
-    write_json(PLACE / "cost.json", {"stages": cost})
+    if (root / "world").is_dir():
+        keys = ("kind", "cpu_seconds", "tokens", "peak_mb")
+        cost = [{k: row[k] for k in keys} for row in make_table(read_run(root / "world"))["cost"] if not row["linked_from"]]
+        write_json(PLACE / "cost.json", {"stages": cost})
 
 
 def collect_hh(folder: str) -> None:
@@ -203,17 +212,38 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def main(argv: list[str]) -> None:
+def readme_table() -> str:
+    """The main table and the ablations as README shows them, between its two marks."""
+    main, ablations = read("main")["variants"], read("ablations")["variants"][1:]
+    first, naive = main[0], next(row for row in main if row["flags"] == "--method=sft")
+    rows = [[f"**{first['name']}**", f"**{first['student']:.3f}**", "", f"**{first['teachers']:.3f}** ({naive['teachers']:.3f} at round 0)"]]
+    for row in [*main[1:], *ablations]:
+        apart = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["difference"])
+        rows.append([row["name"], f"{row['student']:.3f}", apart, "" if "--method" in row["flags"] else f"{row['teachers']:.3f}"])
+    return markdown(["", "student after round 3", "MACPO − it", "teachers after round 3"], rows)
+
+
+def write_readme(file: Path) -> None:
+    """Put the table between README's marks."""
+    before, _, rest = file.read_text("utf-8").partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    write_atomic(file, f"{before}{MARKS[0]}\n{readme_table()}{MARKS[1]}{after}")
+
+
+def main(argv: list[str]) -> int:
     options = dict(word.lstrip("-").partition("=")[::2] for word in argv)
     if odd := options.keys() - {"collect", "hh"}:
-        raise SystemExit(f"--{odd.pop()}: unknown; see the first lines of bench/results.py")
-    PLACE.mkdir(parents=True, exist_ok=True)
+        raise UserError(f"--{odd.pop()}: unknown; see the first lines of bench/results.py")
+    if not (PLACE / "findings.toml").is_file():
+        raise UserError(f"{PLACE}: is not here; start this from the project's folder")
     if "collect" in options:
-        collect(Path(options["collect"]))
+        collect(Path(options["collect"] or "runs"))
     if "hh" in options:
         collect_hh(options["hh"])
     write_atomic(Path("RESULTS.md"), page())
+    write_readme(Path("README.md"))
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(call(main, "what is not announced above is not done."))

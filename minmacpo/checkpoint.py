@@ -160,7 +160,9 @@ def load_scorer(folder: Path) -> tuple[Transformer, Tensor]:
     if score is None or score.shape != [1, config.hidden_size]:
         raise UserError(f"{folder}: is no reward model; expected a sequence classifier with one label (score.weight)")
     tied = replace(config, tie_word_embeddings=True)  # it has no head, and none is used
-    return assemble(folder, tied, stored), score.read()[0].float()
+    if not (weight := score.read()[0].float()).isfinite().all():
+        raise UserError(f"{folder}: score.weight holds values that are not finite")
+    return assemble(folder, tied, stored), weight
 
 
 def assemble(folder: Path, config: ModelConfig, stored: dict[str, Stored], device="cpu",

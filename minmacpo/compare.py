@@ -62,6 +62,7 @@ def format_comparison(rows: list[dict]) -> str:
         cells = [row["method"], str(len(row["seeds"]))]
         for side in SIDES:
             found = [row[f"{side}_difference"], *row[f"{side}_interval"]] if f"{side}_interval" in row else []
-            cells += [f"{row[side]:.3f}", "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found) if found else ""]
+            apart = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found) if found else "no seed in common" * (row is not rows[0])
+            cells += [f"{row[side]:.3f}", apart]
         lines.append(cells)
-    return aligned(["last round", "seeds", "student", "difference to the first", "teachers", "difference"], lines)
+    return aligned(["last round", "seeds", "student", "difference to the first", "teachers", "difference (seeds in common)"], lines)

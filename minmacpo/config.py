@@ -296,6 +296,8 @@ def check(config: Config) -> None:
         (part.mutual or not part.self_share, "macpo.self_share", "0 where macpo.mutual = false, which is all of it"),
         (count > 1 or not ("agreement" in part.select or part.weights == "agreement"), "macpo.teachers",
          "at least 2 where other teachers are to agree"),
+        ((part.mutual and not part.self_share) or part.answers == 1 or {"perplexity", "random", "all"} & {*part.select}, "macpo.select",
+         "perplexity, random, all or a list with perplexity where teachers choose among several answers of their own"),
         (not part.refresh_negatives or part.negatives in ("agent", "other", "contrastive"), "macpo.negatives",
          "agent, other or contrastive where macpo.refresh_negatives = true"),
         (placeholders(asked.rubric) == {"prompt", "response"}, "feedback.rubric",

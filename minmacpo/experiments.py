@@ -102,6 +102,7 @@ def run_experiment(argv: Sequence[str], program: str) -> int:
     plan = [(seed, case, [*shared, *case.words, f"--run.seed={seed}"])
             for seed in seeds for case in experiment.cases]  # fmt: skip
     configs = [parse(words).config for *_, words in plan]  # a wrong flag is an error before anything runs
+    check_apart(plan, configs)
     if configs[0].data.path:
         raise UserError("an experiment needs the gold reward of the built-in world; leave out --data.path")
     if "--dry_run" in argv:
@@ -125,6 +126,17 @@ def check_shared(shared: Sequence[str], experiment: Experiment) -> None:
         raise UserError(f"{odd[0]}: an experiment says this itself; run train.py without it for a single run")
 
 
+def check_apart(plan: Sequence[tuple[int, Case, list[str]]], configs: Sequence[Config]) -> None:
+    """UserError where a file that is laid over makes two cases the same run, or says for all what the cases say."""
+    runs: dict[Path, str] = {}
+    for (_, case, words), config in zip(plan, configs, strict=True):
+        asked = next((w.partition("=")[2] for w in case.words if w.startswith("--method=")), "macpo")
+        if config.run.method != asked:
+            raise UserError(f"run.method = {config.run.method}: an experiment says this itself; leave it out of {shlex.join(words[:1])}")
+        if (other := runs.setdefault(folder(config), case.label)) != case.label:
+            raise UserError(f"{other} and {case.label} would be the same run, {folder(config)}; see the files that are laid over")
+
+
 def seeds_of(text: str) -> list[int]:
     """The seeds of "0,1"; UserError if it is no such list."""
     if not re.fullmatch(r"\d{1,18}(,\d{1,18})*", text, re.ASCII):
@@ -139,7 +151,8 @@ def folder(config: Config) -> Path:
 
 def whole(run: Path) -> bool:
     """Whether a run is finished, and all stages that its table tells of are there still."""
-    return (run / FINISHED).is_file() and {row["name"] for row in read_json(run / FINISHED)["cost"]} <= read_run(run).notes.keys()
+    told = (run / FINISHED).is_file() and read_json(run / FINISHED).get("cost")
+    return bool(told) and {row["name"] for row in told} <= read_run(run).notes.keys()
 
 
 def compute(plan: Sequence[tuple[int, Case, list[str]]], configs: Sequence[Config], program: str) -> None:

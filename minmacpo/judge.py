@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import random
+import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from minmacpo.data import Example, Message, Sample
 from minmacpo.evaluate import interval, last_student, read_run
 from minmacpo.feedback import conversation
 from minmacpo.files import read_rows, write_atomic, write_json
-from minmacpo.progress import Progress
+from minmacpo.progress import Progress, inert
 from minmacpo.remote import Ask, asked, check_request, over_http
 
 MARKS = {"[[A]]": "first", "[[B]]": "second", "[[C]]": "tie"}
@@ -85,7 +86,7 @@ def pairs_of(words: Namespace) -> list[Pair]:
     if not both:
         raise UserError(f"{words.a} and {words.b} have answered no prompt in common")
     if left := len(a.keys() ^ b.keys()):
-        print(f"{left} prompts that one side alone has answered are left out")
+        print(f"{left} prompts that one side alone has answered are left out", file=sys.stderr)
     return both
 
 
@@ -114,7 +115,7 @@ def local(words: Namespace) -> Ask:
 
 def judge_all(words: Namespace, pairs: Sequence[Pair], ask: Ask) -> list[dict]:
     """The verdict rows of all pairs in both orders; those that FOLDER/verdicts.jsonl has are not asked again. Each
-    is written as soon as it is there; the first error ends the asking, after what is under way."""
+    is written as soon as it is there; the first error ends the asking."""
     file = words.out / "verdicts.jsonl"
     words.out.mkdir(parents=True, exist_ok=True)
     judge, known = str(words.judge or f"{words.model} at {words.url}"), {}
@@ -140,12 +141,12 @@ def judge_all(words: Namespace, pairs: Sequence[Pair], ask: Ask) -> list[dict]:
 
 
 def read_kept(file: Path) -> Iterator[dict]:
-    """The whole rows of a verdicts.jsonl; a line that a kill has torn is asked again."""
+    """The verdicts of a verdicts.jsonl; what has none, or was torn by a kill, is asked again."""
     for line in file.read_bytes().split(b"\n") if file.is_file() else ():
         try:
             row = json.loads(line)
             texts = [row[key] for key in ("id", "order", "judge", "answers")]
-            if all(isinstance(text, str) for text in texts) and row["verdict"] in (None, *MARKS.values()):
+            if all(isinstance(text, str) for text in texts) and row["verdict"] in MARKS.values():
                 yield row
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
@@ -159,34 +160,42 @@ def shown_first(pair: Pair) -> bool:
     return random.Random(f"blind/{pair[0].id}").random() < 0.5
 
 
+def cells_of(pair: Pair) -> list[str]:
+    """The prompt and the two answers as a sheet shows them."""
+    sides = pair if shown_first(pair) else pair[::-1]
+    texts = [conversation(pair[0].prompt), *(side.response for side in sides)]
+    return ["'" * (text[:1] in "=+-@\t\r" and text != "") + text for text in texts]
+
+
 def write_sheet(file: Path, pairs: Sequence[Pair]) -> None:
     """A CSV without names; a cell that a spreadsheet could take for a formula starts with an apostrophe."""
     out = io.StringIO()
     table = csv.writer(out)
     table.writerow(HUMAN)
     for pair in pairs:
-        sides = pair if shown_first(pair) else pair[::-1]
-        texts = [conversation(pair[0].prompt), *(side.response for side in sides)]
-        table.writerow([pair[0].id, *("'" * (text[:1] in "=+-@\t\r" and text != "") + text for text in texts), ""])
+        table.writerow([pair[0].id, *cells_of(pair), ""])
     write_atomic(file, out.getvalue())
 
 
 def read_sheet(file: Path, pairs: Sequence[Pair]) -> list[dict]:
     """Verdict rows ("ab", of A against B) of a filled CSV; empty ones are None. UserError for a sheet without its
-    columns, a row about another prompt or one twice, or another word than 1, 2 or tie."""
+    columns, a row about another prompt or one twice, or with other answers, or another word than 1, 2 or tie."""
     by_id, rows = {pair[0].id: pair for pair in pairs}, {}
     try:
         table = csv.DictReader(io.StringIO(file.read_bytes().decode("utf-8-sig"), newline=""))
         lines, columns = [*table], table.fieldnames or []
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{file}: is no CSV in UTF-8 ({error})") from None
-    if not {"id", "verdict"} <= {*columns}:
+    if not {*HUMAN} <= {*columns}:
         raise UserError(f"{file}: its first line must name the columns {','.join(HUMAN)}, with commas between them")
     for number, row in enumerate((row for row in lines if any(v for v in row.values() if isinstance(v, str))), 1):
-        where, said = f"{file}, row {number}", (row["verdict"] or "").strip().lower()
+        where, said = f"{file}, row {number}", (row["verdict"] or "").strip().lower().removesuffix(".0")
         if row["id"] not in by_id or row["id"] in rows:
             problem = "is there twice" if row["id"] in rows else "is about no prompt that both sides have answered"
             raise UserError(f"{where}: {row['id']!r} {problem}")
+        shown = [(row[column] or "").split() for column in HUMAN[1:4]]  # spreadsheets change line breaks
+        if shown != [text.split() for text in cells_of(by_id[row["id"]])]:
+            raise UserError(f"{where}, {row['id']}: its texts are not those of A and B; the sheet was made for others, or changed")
         if said not in ("", "1", "2", "tie"):
             raise UserError(f"{where}, {row['id']}: verdict {said!r}; expected 1, 2, tie or nothing")
         first = shown_first(by_id[row["id"]])
@@ -228,7 +237,8 @@ def summary(words: Namespace, pairs: Sequence[Pair], rows: Sequence[dict]) -> di
     won = outcomes(rows)
     judged = [(a, b) for a, b in pairs if a.id in won]
     if not judged:
-        raise UserError(f"{words.out}: no pair has a verdict yet")
+        said = next((f", such as {inert(row['reply'])[-100:]!r}" for row in rows if row.get("reply")), "")
+        raise UserError(f"{words.out}: no pair has a verdict in both orders; {len(rows)} replies{said}")
     values = np.array([won[a.id] for a, _ in judged])
     lengths = np.array([[len(a.response), len(b.response)] for a, b in judged], float)
     agreed = [row for row in rows if row["verdict"] is None]

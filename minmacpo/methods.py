@@ -123,8 +123,9 @@ def self_rewarding(shop: Workshop, ground: Ground) -> Iterator[Trained]:
 
 
 def rlaif(shop: Workshop, ground: Ground) -> Iterator[Trained]:
-    """The student answers every prompt twice, and a weak teacher says which answer is better (Lee et al. 2023;
-    as in the RLCD release); DPO on those pairs takes the place of a reward model and PPO."""
+    """The student answers every prompt twice, and the base of a weak teacher (which can judge; what fine-tuning taught
+    it is to answer) says which answer is better (Lee et al. 2023; as in the RLCD release); DPO on those pairs takes
+    the place of a reward model and PPO."""
     student, _ = yield from start(shop, ground)
     labeller, said = ground.bases["weak1"], several(student, 1, 2)
     asked = feedback.ask(shop, "round1/judge_questions", labeller, said,

@@ -37,7 +37,7 @@ class Signals:
     def install(self) -> None:
         """Take over these signals for the rest of the process."""
         for number in self.numbers:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
                 signal.signal(number, self._note)
 
     def _note(self, number, frame) -> None:

@@ -20,9 +20,26 @@ from queue import SimpleQueue
 from urllib.parse import urlsplit
 
 from minmacpo import UserError
+from minmacpo.progress import inert
 
 KEY = "OPENAI_API_KEY"  # the environment variable that holds the key
+UNASKED = (400, 413, 422)  # answers about one question, such as one that is too long
 Ask = Callable[[str], str]  # from a question to the reply
+
+
+class Stay(urllib.request.HTTPRedirectHandler):
+    """No redirect is followed: it would take the key elsewhere."""
+
+    def redirect_request(self, *about) -> None:
+        return None
+
+
+OPENER = urllib.request.build_opener(Stay)
+
+
+def plain(text: str) -> str:
+    """A server's words on one line, without what would act on a terminal."""
+    return " ".join(inert(text).split())[:200]
 
 
 def check_request(url: str, model: str) -> None:
@@ -61,8 +78,10 @@ def over_http(words: Namespace) -> Ask:
                     return reply
                 problem = "the reply holds no text"
             except urllib.error.HTTPError as error:
+                if error.code in UNASKED:
+                    return f"{error.code}: {error.reason}"  # a reply without a verdict
                 if error.code != 429 and error.code < 500:
-                    raise UserError(f"{url}: answers {error.code} ({error.reason}); see --url, --model and ${KEY}") from None
+                    raise UserError(f"{url}: answers {error.code} ({plain(error.reason)}); see --url, --model and ${KEY}") from None
                 problem, wait = f"it answers {error.code}", error.headers.get("Retry-After", "")
                 pause = float(wait) if re.fullmatch(r"[0-9]{1,9}", wait) else pause
             except (OSError, HTTPException) as error:
@@ -71,14 +90,14 @@ def over_http(words: Namespace) -> Ask:
                 problem = "the reply is no chat completion"
             if attempt + 1 < words.attempts:
                 time.sleep(min(pause, words.timeout))
-        raise UserError(f"{url}: no verdict after {words.attempts} attempts ({problem}); what was judged is kept")
+        raise UserError(f"{url}: no verdict after {words.attempts} attempts ({plain(problem)}); what was judged is kept")
 
     return ask
 
 
 def fetch(request: urllib.request.Request, seconds: float, most: int = 1 << 24) -> bytes:
     """The body of the reply; OSError if it is longer than `most` bytes, or pauses for so many seconds."""
-    with urllib.request.urlopen(request, timeout=seconds) as answer:
+    with OPENER.open(request, timeout=seconds) as answer:
         body = answer.read(most + 1)
     if len(body) > most:
         raise OSError("the reply is endless")

@@ -8,7 +8,6 @@ Beside every score stands how often the model ranks held-out true pairs rightly;
 includes one half, the scores are called not informative.
 """
 
-import math
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,10 +76,11 @@ def rater(model, weight: Tensor, folder: Path, run: Past) -> Rate:
 
 def trained_here(run: Past) -> Rate:
     """A Bradley-Terry head on the run's strong base, trained on the true pairs of D1 and D2."""
-    folder = run.stage("bases/strong").path if "bases/strong" in run.notes else Path(run.config.model.student or "")
+    given = run.config.model.student
+    folder = Path(given) if given else run.stage("bases/strong").path
     model, tokenizer, template = load_model(folder), load_tokenizer(folder), run.config.data.template
     pairs = [p for name in ("d1", "d2") for p in read_rows(run.stage("data/slices").path / f"{name}.jsonl", Pair)]
-    pairs = [pair for pair in pairs if "corrupted" not in pair.meta]
+    pairs = with_both([pair for pair in pairs if "corrupted" not in pair.meta], run)
     chosen, rejected = (
         last_hidden(model, [render(tokenizer, template, p.prompt, getattr(p, side)) for p in pairs], 16384)
         for side in ("chosen", "rejected")
@@ -88,9 +88,17 @@ def trained_here(run: Past) -> Rate:
     return rater(model, fit_head(chosen, rejected), folder, run)
 
 
+def with_both(pairs: Sequence[Pair], run: Past) -> list[Pair]:
+    """The pairs that have both answers; UserError if there is none."""
+    both = [pair for pair in pairs if pair.chosen and pair.rejected]
+    if not both:
+        raise UserError(f"{run.folder}: its true answers have no worse ones beside them, so that no reward model can be tried; see --scores")
+    return both
+
+
 def accuracy(run: Past, rate: Rate) -> tuple[float, list[float]]:
     """Share of the test pairs whose better answer is rated higher (equal ones count half), and its interval."""
-    pairs = read_rows(run.stage("data/slices").path / "test.jsonl", Pair)
+    pairs = with_both(read_rows(run.stage("data/slices").path / "test.jsonl", Pair), run)
     better, worse = (rate([(p.prompt, text) for p, text in side])
                      for side in ([(p, p.chosen) for p in pairs], [(p, p.rejected) for p in pairs]))  # fmt: skip
     right = (better > worse) + 0.5 * (better == worse)
@@ -108,34 +116,33 @@ def measured(run: Past) -> dict[tuple[int, str], list[Sample]]:
     return dict(sorted(found.items()))
 
 
-def outside(file: Path) -> dict[tuple[int, str], list[float]]:
-    """The scores of an external file by (round, agent); UserError for a line that is no score."""
+def outside(file: Path, known: dict[tuple[int, str], set[str]]) -> dict[tuple[int, str], dict[str, list[float]]]:
+    """The scores of an external file by (round, agent) and prompt, of which there may be several; UserError for a line
+    that is no score, or one of nobody and nothing that is `known`."""
     found: dict[tuple[int, str], dict] = {}
     for number, row in enumerate(read_rows(file), 1):
-        try:
-            score = float(row["score"])
-            if not math.isfinite(score):
-                raise ValueError
-            found.setdefault((int(row["round"]), str(row["agent"])), {})[str(row["id"])] = score
-        except (KeyError, TypeError, ValueError):
-            form = '{"id": text, "agent": text, "round": number, "score": number}'
-            raise UserError(f"{file}, line {number}: is no score; expected {form}") from None
+        t, agent, name, score = (row.get(key) if isinstance(row, dict) else None for key in ("round", "agent", "id", "score"))
+        sound = type(t) is int and type(score) in (int, float) and abs(score) < 1e30  # nan is not, either
+        if not (sound and isinstance(agent, str) and isinstance(name, str)):
+            form = '{"id": text, "agent": text, "round": whole number, "score": number}'
+            raise UserError(f"{file}, line {number}: is no score; expected {form}")
+        if name not in known.get((t, agent), ()):
+            raise UserError(f"{file}, line {number}: this run has no answer of {agent}, round {t}, to prompt {name}")
+        found.setdefault((t, agent), {}).setdefault(name, []).append(float(score))
     return found
 
 
 def joined(run: Past, file: Path) -> list[dict]:
-    """Rows of the table from an external file; UserError if an answer has no score."""
-    scores, rows = outside(file), []
-    for (t, agent), samples in measured(run).items():
-        if (t, agent) not in scores:
-            continue
-        ids = {sample.id for sample in samples}
-        if missing := ids - scores[t, agent].keys():
+    """Rows of the table from an external file, several scores of a prompt averaged; UserError if an answer has none."""
+    asked = {key: {sample.id for sample in samples} for key, samples in measured(run).items()}
+    scores, rows = outside(file, asked), []
+    for (t, agent), given in sorted(scores.items()):
+        if missing := asked[t, agent] - given.keys():
             raise UserError(f"{file}: has no score of {agent}, round {t}, for prompt {min(missing)}")
-        values = np.array([scores[t, agent][name] for name in sorted(ids)])
+        values = np.array([np.mean(given[name]) for name in sorted(given)])
         rows.append({"agent": agent, "round": t, "score": float(values.mean()), "interval": interval(values, 1000)})
     if not rows:
-        raise UserError(f"{file}: holds no score of an agent and round of {run.folder}")
+        raise UserError(f"{file}: holds no score")
     return rows
 
 
@@ -147,6 +154,8 @@ def run_reward(argv: Sequence[str]) -> dict:
     parser.add_argument("--scores", type=Path)
     words = parser.parse_args(argv)
     run = read_run(words.run)
+    if words.scores and words.model:
+        raise UserError("expected --model or --scores, not both")
     if words.scores:
         return {"model": str(words.scores), "accuracy": None, "informative": None, "rows": joined(run, words.scores)}
     rate = rater(*load_scorer(words.model), words.model, run) if words.model else trained_here(run)

@@ -172,7 +172,7 @@ class Run:
         elif self.only in (None, name) and name not in self.provided:
             self.provided.add(name)
             inputs = {source.name: source.fingerprint for source in inputs}
-            named = {"name": name, "fingerprint": stage.fingerprint, "inputs": inputs}
+            named = {"name": name, "method": self.config.run.method, "fingerprint": stage.fingerprint, "inputs": inputs}
             self.provide(stage, recipe | named, compute)
         return stage
 
@@ -228,7 +228,7 @@ class Run:
                 shutil.copyfile(source / name, work.folder / name)
         for row in read_rows(work.folder / "metrics.jsonl") if "metrics.jsonl" in notes["files"] else ():
             work.metrics(row)
-        own = {"name": work.name, "linked_from": str(source.relative_to(self.root))}
+        own = {"name": work.name, "method": self.config.run.method, "linked_from": str(source.relative_to(self.root))}
         return {key: value for key, value in notes.items() if key != "inputs"} | own
 
     def compute(self, work: Work, kind: str, compute: Callable[[Work], dict]) -> dict:

@@ -43,7 +43,7 @@ def tables(table: dict) -> list[tuple[list[str], list[list[str]]]]:
                 *("–" if row.get(sign) is None else f"{row[sign]:.3f}" for sign in SIGNS),
                 ", ".join(row["alarms"])] for row in table["monitor"]]  # fmt: skip
     return [
-        ([table["run"], *(COLUMNS[key][0] for key in keys)], results),
+        ([f"{table['run']} ({table['method']})", *(COLUMNS[key][0] for key in keys)], results),
         (["chosen in round", *map(words, names), "all", "any right"], filtered),
         (["negatives of", "wrong", "equal to their positive, by round"], negatives),
         (["monitor", *SIGNS, "alarms"], watched),

@@ -93,6 +93,16 @@ def test_a_wrong_experiment_is_refused_before_anything_runs(place, words, wanted
     assert ended.code == 2 and wanted in ended.err and not list(place.iterdir())
 
 
+@pytest.mark.parametrize("text,wanted", [
+    ('[run]\nmethod = "spin"\n', "run.method = spin"), ('[run]\nname = "x"\n', "would be the same run"),
+    ("[dpo]\nbeta = 0.1\ngamma = 0.2\n", "would be the same run"),
+])  # fmt: skip
+def test_a_file_that_would_mix_up_the_cases_is_refused(place, text, wanted):
+    (place / "me.toml").write_text(text)
+    ended = invoke("train", "@experiment-loss", "@tiny", "@me.toml", "--dry_run")
+    assert ended.code == 2 and wanted in ended.err
+
+
 def test_a_failing_run_ends_the_experiment_with_its_sentence(place):
     ended = invoke("train", "@experiment-self", "--seeds=0", "@tiny", "--data.max_length=70", "--generate.max_new=12", "--sft.student_lr=1e30")
     assert ended.code == 2 and "seed 0, 0: exit" in ended.err and "learning rate" in ended.err
@@ -135,6 +145,14 @@ def test_results_are_what_the_runs_say(finished):
         assert 0 < row["spent"] <= row["cpu_seconds"] and row["tokens"] > 1000
     page = (root / "runs/experiment-small/report.html").read_text()
     assert page.count("<tr>") >= 8 and "<svg" in page and "<script" not in page and "$" not in page
+
+
+def test_a_finished_table_that_is_none_is_made_again(tmp_path, finished):
+    root, _ = finished
+    shutil.copytree(root / "runs/stub", tmp_path / "stub")
+    assert experiments.whole(tmp_path / "stub")
+    (tmp_path / "stub/eval/table.json").write_text("{}")
+    assert not experiments.whole(tmp_path / "stub")
 
 
 def test_finished_runs_are_not_redone_and_a_missing_one_is(finished, capsys):

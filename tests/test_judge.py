@@ -3,8 +3,6 @@
 import csv
 import json
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -13,8 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import REPO
-from runs import invoke, rows_of
+from runs import invoke, rows_of, spawn
 
 from minmacpo import judge, remote
 from minmacpo.data import Message, Sample
@@ -62,8 +59,9 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "hang":
             time.sleep(1.5)
             return
-        if isinstance(fault, int):
-            self.send_response(fault)
+        if isinstance(fault, int | tuple):
+            self.send_response(*([fault] if isinstance(fault, int) else fault))
+            self.send_header("Location", getattr(self, "elsewhere", "http://127.0.0.1:9") + "/other")
             self.send_header("Retry-After", "0")
             self.end_headers()
             return
@@ -169,8 +167,8 @@ def test_a_url_that_never_answers_ends_with_one_sentence_and_keeps_what_it_has(p
 
 def test_ctrl_c_does_not_wait_for_a_server_that_hangs(place, sides):
     server = Server(["hang"] * 50)
-    command = [sys.executable, str(REPO / "eval.py"), *sides, f"--url={server.url}", "--timeout=60"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    words = [*sides, f"--url={server.url}", "--timeout=60"]  # a shell's background jobs ignore SIGINT
+    with spawn("eval", *words, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as process:
         while not server.asked:
             time.sleep(0.05)
         started = time.monotonic()
@@ -192,7 +190,32 @@ def test_nobody_listens(place, sides, quick):
     assert ended.code == 2 and "refused" in ended.err
 
 
-@pytest.mark.parametrize("code", [400, 401, 404])
+@pytest.mark.parametrize("code", [400, 413, 422])
+def test_a_question_that_is_refused_is_left_out_and_asked_again_later(place, sides, quick, code):
+    server = Server([None, code])
+    words = [*sides, f"--url={server.url}", "--workers=1"]
+    assert invoke("eval", *words).code == 0 and result(place)["unjudged"] == 1 == result(place)["without_verdict"]
+    assert invoke("eval", *words).code == 0 and result(place)["unjudged"] == 0 and len(server.asked) == 11
+    server.faults = [code] * 99
+    ended = invoke("eval", *sides[:-1], "--out=other", f"--url={server.url}")
+    assert ended.code == 2 and "no pair has a verdict" in ended.err and f"{code}:" in ended.err
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_the_key_follows_no_redirect(place, sides, quick, code, monkeypatch):
+    elsewhere, server = Server(), Server([code] * 99)
+    monkeypatch.setattr(Handler, "elsewhere", elsewhere.url, raising=False)
+    ended = invoke("eval", *sides, f"--url={server.url}")
+    assert ended.code == 2 and str(code) in ended.err and not elsewhere.asked
+
+
+def test_what_a_server_says_is_shown_on_one_line_without_escapes(place, sides, quick):
+    server = Server([(401, "bad \x1b[31mkey")])
+    ended = invoke("eval", *sides, f"--url={server.url}")
+    assert ended.code == 2 and "\x1b" not in ended.err and "bad" in ended.err and ended.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("code", [401, 403, 404])
 def test_what_no_attempt_can_mend_ends_at_once(place, sides, quick, code):
     server = Server([code] * 99)
     ended = invoke("eval", *sides, f"--url={server.url}", "--workers=1")
@@ -276,14 +299,35 @@ def test_a_wrong_sheet_names_the_row(place, sides):
 
 
 @pytest.mark.parametrize("sheet,wanted", [
-    (b"", "columns"), (b"id;verdict\nid0;1\n", "columns"), (b"id,verdict\nid0,1\nid0,2\n", "twice"),
-    (b"id,verdict\nnobody,1\n", "nobody"), ("id,verdict\nid0,1\n".encode("utf-16"), "UTF-8"), (b"id,verdict\n\n", "no pair"),
+    (b"", "columns"), (b"id;verdict\nid0;1\n", "columns"), (b"id,verdict\nid0,1\n", "columns"),
+    (b"id,prompt,first,second,verdict\nnobody,,,,1\n", "nobody"), ("id,verdict\nid0,1\n".encode("utf-16"), "UTF-8"),
+    (b"id,prompt,first,second,verdict\n\n", "no pair"),
 ])  # fmt: skip
 def test_a_sheet_that_is_none_is_refused(place, sides, sheet, wanted):
     (place / "out").mkdir()
     (place / "out/human.csv").write_bytes(sheet)
     ended = invoke("eval", *sides, "--human")
     assert ended.code == 2 and wanted in ended.err and ended.err.count("\n") == 1
+
+
+def test_a_row_may_stand_once(place, sides):
+    invoke("eval", *sides, "--human")
+    sheet = place / "out/human.csv"
+    sheet.write_text(sheet.read_text() + sheet.read_text().splitlines()[2] + "\n")
+    ended = invoke("eval", *sides, "--human")
+    assert ended.code == 2 and "twice" in ended.err
+
+
+def test_a_sheet_counts_for_the_answers_that_it_shows(place, sides):
+    invoke("eval", *sides, "--human")
+    sheet = place / "out/human.csv"
+    sheet.write_text(sheet.read_text().replace(",\r\n", ",1.0\r\n").replace(",\n", ",1\n"))
+    assert invoke("eval", *sides, "--human").code == 0
+    swapped = invoke("eval", "judge", sides[2], sides[1], sides[3], "--human")
+    assert swapped.code == 2 and "not those of A and B" in swapped.err
+    sheet.write_text(sheet.read_text().replace("a much longer answer", "another answer"))
+    changed = invoke("eval", *sides, "--human")
+    assert changed.code == 2 and "id4" in changed.err and "not those of A and B" in changed.err
 
 
 # ---- statistics --------------------------------------------------------------------------------------

@@ -150,7 +150,8 @@ def test_an_exported_folder_loads_in_transformers(settings, model_folder, tmp_pa
     theirs, notes = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/merged", output_loading_info=True)
     assert not any(notes[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokens = tokens_for(model)
-    assert far(logits_of(model, tokens), theirs.eval()(tokens).logits) <= 1e-5
+    logits = theirs.eval()(tokens).logits
+    assert far(logits_of(model, tokens), logits) <= 1e-5 * max(1, float(logits.detach().abs().max()))
     assert (tmp_path / "out/merged/tokenizer.model").read_bytes() == (model_folder / "tokenizer.model").read_bytes()
 
 

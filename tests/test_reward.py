@@ -1,7 +1,9 @@
 """Reward models: a head trained here, transformers' classifiers as oracle, external scores."""
 
 import json
+import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from runs import invoke, rows_of
 
 from minmacpo import reward
 from minmacpo.checkpoint import load_scorer
+from minmacpo.data import Pair
 from minmacpo.evaluate import read_run
 from minmacpo.files import write_rows
 from minmacpo.tokenizer import Tokens
@@ -95,6 +98,10 @@ def test_external_scores_are_joined_by_id(tiny, tmp_path):
     found = json.loads(invoke("eval", "reward", tiny, f"--scores={tmp_path / 'scores.jsonl'}", "--json").out)
     (row,) = found["rows"]
     assert (row["agent"], row["round"]) == ("student", 1) and row["score"] == pytest.approx(np.mean([*scores.values()]))
+    twice = [row | {"score": row["score"] + 2} for row in rows]  # a prompt has several answers
+    write_rows(tmp_path / "scores.jsonl", rows + twice)
+    (again,) = json.loads(invoke("eval", "reward", tiny, f"--scores={tmp_path / 'scores.jsonl'}", "--json").out)["rows"]
+    assert again["score"] == pytest.approx(row["score"] + 1)
     write_rows(tmp_path / "scores.jsonl", rows[1:])
     ended = invoke("eval", "reward", tiny, f"--scores={tmp_path / 'scores.jsonl'}")
     assert ended.code == 2 and rows[0]["id"] in ended.err
@@ -103,6 +110,29 @@ def test_external_scores_are_joined_by_id(tiny, tmp_path):
     assert ended.code == 2 and "line 1" in ended.err
     write_rows(tmp_path / "scores.jsonl", [{"id": "a", "agent": "nobody", "round": 1, "score": 1}])
     assert invoke("eval", "reward", tiny, f"--scores={tmp_path / 'scores.jsonl'}").code == 2
+    both = invoke("eval", "reward", tiny, f"--scores={tmp_path / 'scores.jsonl'}", f"--model={tmp_path}")
+    assert both.code == 2 and "not both" in both.err
+
+
+@pytest.mark.parametrize("change", [
+    {"round": 2.0}, {"round": True}, {"score": True}, {"score": None}, {"score": math.nan}, {"score": math.inf}, {"score": 10**400},
+    {"score": 1e308}, {"id": "unknown"}, {"agent": "nobody"}, {"round": 99}, {"id": ["x"]},
+])  # fmt: skip
+def test_a_score_that_is_none_names_its_line(tiny, tmp_path, change):
+    said = rows_of(tiny / "eval/round1_student_samples/samples.jsonl")
+    rows = [{"id": row["id"], "agent": "student", "round": 1, "score": 1.0} for row in said]
+    rows.insert(1, rows[0] | change)
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ended = invoke("eval", "reward", tiny, f"--scores={tmp_path / 'scores.jsonl'}")
+    assert ended.code == 2 and "line 2" in ended.err and ended.err.count("\n") == 1
+
+
+def test_true_answers_without_worse_ones_are_no_test_of_a_reward_model(tiny, monkeypatch):
+    read = reward.read_rows
+    alone = lambda file, kind=None: [replace(p, rejected="") for p in read(file, kind)] if kind is Pair else read(file, kind)  # noqa: E731
+    monkeypatch.setattr(reward, "read_rows", alone)
+    ended = invoke("eval", "reward", tiny)
+    assert ended.code == 2 and "no worse ones" in ended.err
 
 
 def test_every_measured_answer_is_rated(tiny):

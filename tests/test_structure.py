@@ -13,8 +13,8 @@ from conftest import REPO
 PACKAGE = REPO / "minmacpo"
 FLOORS = [
     {"config", "data", "domains", "bpe", "families"},
-    {"forms", "diversity", "world", "commandline", "files", "machine", "model", "lora", "losses", "progress", "page", "remote"},
-    {"tokenizer", "tables"},
+    {"forms", "diversity", "world", "commandline", "files", "machine", "model", "lora", "losses", "progress", "page"},
+    {"tokenizer", "tables", "remote"},
     {"run", "checkpoint", "batching", "monitor", "templates", "memory"},
     {"fit", "generate", "score"},
     {"bases"},
