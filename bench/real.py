@@ -24,9 +24,9 @@ from minmacpo import UserError
 from minmacpo.bases import base_names, fit_slices, make_ground
 from minmacpo.commandline import parse
 from minmacpo.config import Config
-from minmacpo.data import Example, Pair, example_id, find_files, first_turn
+from minmacpo.data import Example, Pair, find_files, first_turn
 from minmacpo.experiments import Case, cases_of, run_alone
-from minmacpo.files import fingerprint, read_json, read_rows, sha256_file, write_json, write_rows
+from minmacpo.files import read_json, sha256_file, write_json, write_rows
 from minmacpo.forms import read_data
 from minmacpo.progress import call
 from minmacpo.run import FINISHED, Run
@@ -57,6 +57,10 @@ class Plan:
     def missing(self, case: Case) -> set[str]:
         """The sources that a case needs and that were not given."""
         return {source for source, _ in slices_of(case.words).values()} - {*self.counts()["files"]}
+
+    def rating(self, run: str) -> Path:
+        """Where the ratings of a run's answers are."""
+        return self.root / "reward" / f"{run}.json"
 
     def counts(self) -> dict:
         """What the split says of itself."""
@@ -213,10 +217,10 @@ def words_of(plan: Plan, case: Case, seed: int) -> list[str]:
     return plan.words(seed, name_of(case, seed), [*data, *given, *other])
 
 
-def runs_of(plan: Plan, seed: int) -> dict[str, list[str]]:
-    """{run: its flags} of all experiments whose files are there, each run once."""
+def runs_of(plan: Plan, seed: int) -> dict[str, Case]:
+    """{run: case} of all experiments whose files are there, each run once."""
     cases = [case for name in plan.experiments for case in plan.cases(name) if not plan.missing(case)]
-    return {name_of(case, seed): words_of(plan, case, seed) for case in cases}
+    return {name_of(case, seed): case for case in cases}
 
 
 def jobs(plan: Plan, seeds: Sequence[int]) -> Iterator[Job]:
@@ -226,9 +230,10 @@ def jobs(plan: Plan, seeds: Sequence[int]) -> Iterator[Job]:
         bases = plan.root / "runs" / f"bases-seed={seed}" / "bases.json"
         yield Job(f"bases, seed {seed}", [*again, f"--bases={seed}"], (bases,))
         runs = runs_of(plan, seed)
-        for name, words in runs.items():
-            yield Job(name, [sys.executable, str(HERE.parent / "train.py"), *words], (plan.root / "runs" / name / FINISHED,))
-        rated = tuple(plan.root / "reward" / f"{name}.json" for name in runs)
+        for name, case in runs.items():
+            command = [sys.executable, str(HERE.parent / "train.py"), *words_of(plan, case, seed)]
+            yield Job(name, command, (plan.root / "runs" / name / FINISHED,))
+        rated = tuple(plan.rating(name) for name in runs)
         yield Job(f"ratings, seed {seed}", [*again, f"--rate={seed}"], rated)
 
 
@@ -247,16 +252,6 @@ def work(left: Sequence[Job], seconds: float, run: Callable = run_alone, clock: 
             last = said.strip().splitlines()[-1:] or ["no message"]
             raise UserError(f"{job.label}: exit {code}: {last[0]}")
     return len(left)
-
-
-def rate(plan: Plan, seed: int) -> None:
-    """Rate the test answers of every run of a seed that is not rated yet."""
-    from bench.real_scores import rate_run
-
-    for name, words in runs_of(plan, seed).items():
-        if not (target := plan.root / "reward" / f"{name}.json").is_file():
-            target.parent.mkdir(exist_ok=True)
-            write_json(target, rate_run(plan.root, name, words))
 
 
 def options(argv: Sequence[str]):
@@ -281,6 +276,8 @@ def main(argv: Sequence[str]) -> int:
     if words.bases is not None:
         return make_bases(plan, words.bases) or 0
     if words.rate is not None:
+        from bench.real_scores import rate
+
         return rate(plan, words.rate) or 0
     split(plan, {name: path for name in SOURCES if (path := getattr(words, name))})
     every = list(jobs(plan, words.seeds or plan.settings["seeds"]))
