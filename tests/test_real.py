@@ -237,7 +237,7 @@ def a_row(trust: list[float]) -> dict:
 @pytest.mark.parametrize("trust,sure", [([0.58, 0.53, 0.63], True), ([0.52, 0.49, 0.55], False), ([0.5, 0.5, 0.5], False), ([0.4, 0.3, 0.45], True)])
 def test_not_informative_stands_beside_a_score_whose_judge_may_be_guessing(trust, sure):
     told = real_scores.cells({}, a_row(trust))
-    assert ("not informative" not in " ".join(told)) == sure and any("{:.2f}".format(trust[0]) in cell for cell in told)
+    assert ("not informative" not in " ".join(told)) == sure and any(f"{trust[0]:.2f}" in cell for cell in told)
 
 
 def test_intervals_and_differences_are_those_of_the_arrays(seed):
