@@ -15,14 +15,14 @@ import re
 import sys
 import time
 import tomllib
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from minmacpo import UserError
 from minmacpo.bases import base_names, fit_slices, make_ground
-from minmacpo.commandline import parse
+from minmacpo.commandline import Words, parse
 from minmacpo.config import Config
 from minmacpo.data import Example, Pair, find_files, first_turn
 from minmacpo.experiments import Case, cases_of, run_alone
@@ -256,7 +256,7 @@ def work(left: Sequence[Job], seconds: float, run: Callable = run_alone, clock: 
 
 def options(argv: Sequence[str]):
     """The command line."""
-    parser = ArgumentParser("python -m bench.real", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Words("python -m bench.real", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     for source in SOURCES:
         parser.add_argument(f"--{source}")
     parser.add_argument("--root", type=Path)
