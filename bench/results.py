@@ -1,8 +1,9 @@
 """RESULTS.md, and README's table, from assets/results: python -m bench.results [--collect=runs] [--hh=RUN].
 
 --collect takes results.json of every finished experiment (`python train.py @experiment-NAME`) of a run root, and what
-its default run cost, into assets/results; --hh does so with a finished `@hh` run. findings.toml there is written by
-hand: what each experiment says, and which claims of the paper hold in this world.
+its default run cost, into assets/results; --hh does so with a finished `@hh` run, and
+`python -m bench.real --collect` with the benchmark on real files. findings.toml there is written by hand: what each
+experiment says, and which claims of the paper hold in this world.
 """
 
 import json
@@ -24,8 +25,8 @@ ORDER = ("main", "ablations", "rounds", "selection", "self", "negatives", "loss"
 INTRO = """# Results
 
 Every number on this page comes from the built-in world (`@world`, gold reward in [0, 1] on 320 held-out prompts, two
-sampled answers each), but for the last section. `python train.py @experiment-NAME` runs an experiment and writes its table;
-`python -m bench.results --collect=runs` makes this page. Brackets are 95 % bootstraps of the paired difference over
+sampled answers each), but for the sections on files at its end. `python train.py @experiment-NAME` runs an experiment
+and writes its table; `python -m bench.results --collect=runs` makes this page. Brackets are 95 % bootstraps of the paired difference over
 seeds, then prompts; with two seeds they say little about other seeds, with one nothing. Seeds 0 and 1 were used to choose settings and the
 monitor's thresholds; seeds 2 to 4 were run once, afterwards. "Collapsed" counts seeds whose last student is below 97 %
 of its best round; "alarm in" is the first round in which the monitor, which sees no gold label, warned of the student.
@@ -209,6 +210,10 @@ def page() -> str:
     parts += [monitor_section(found), written["findings"].get("monitor", "") + "\n"]
     parts += [cost_section(cost["stages"])] if (cost := read("cost")) else []
     parts += [hh.read_text("utf-8")] if (hh := PLACE / "hh.md").is_file() else []
+    if real := read("real"):
+        from bench.real_scores import section
+
+        parts.append(section(real, written["findings"].get("real", "")))
     return "\n".join(parts)
 
 

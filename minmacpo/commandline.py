@@ -35,7 +35,7 @@ python train.py [@preset | @file.toml]... [--section.key=value | --section.key v
                 [--method=NAME] [--stage=NAME] [--dry_run] [--profile] [--help]
 python train.py @experiment-NAME [--seeds=0,1] [--dry_run] [what every run of it gets]
 
-presets: @hh, @paper-hh-helpful, @paper-hh-harmless, @paper-pku, @tiny, @world (default @world; files and flags are laid over it, left to right)
+presets: @hh, @hh-real, @paper-hh-helpful, @paper-hh-harmless, @paper-pku, @tiny, @world (default @world; files and flags are laid over it, left to right)
 experiments: a file each in minmacpo/presets/experiments; finished runs are not redone
 --dry_run   read the data, print settings, row counts, slices and the stages with their tokens and memory; write nothing
 --stage     compute this one stage only; the stages it needs must be finished

@@ -7,6 +7,7 @@ group is what the others of that group are compared with.
 """
 
 import contextlib
+import math
 import re
 import shlex
 import signal
@@ -76,14 +77,18 @@ def read_experiment(name: str) -> Experiment:
     file = PRESETS / "experiments" / f"{name}.toml"
     try:
         found = tomllib.loads(file.read_text("utf-8"))
-        cases = [Case(group, label, shlex.split(f"{shared} {flags}"))
-                 for group, shared in found.get("groups", {"": ""}).items() for label, flags in found["variants"].items()]  # fmt: skip
-        experiment = Experiment(name, found["question"], found["seeds"], cases)
+        experiment = Experiment(name, found["question"], found["seeds"], cases_of(found))
     except (ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{file}: no experiment: {error}; expected question, seeds, [variants] of flags, perhaps [groups]") from None
     if not experiment.cases or not experiment.seeds:
         raise UserError(f"{file}: has no variant or no seed; an experiment needs one of each")
     return experiment
+
+
+def cases_of(found: dict) -> list[Case]:
+    """Every variant in every group of an experiment's table."""
+    return [Case(group, label, shlex.split(f"{shared} {flags}"))
+            for group, shared in found.get("groups", {"": ""}).items() for label, flags in found["variants"].items()]  # fmt: skip
 
 
 def run_experiment(argv: Sequence[str], program: str) -> int:
@@ -172,9 +177,9 @@ def compute(plan: Sequence[tuple[int, Case, list[str]]], configs: Sequence[Confi
             raise UserError(f"seed {seed}, {case.label}: exit {code}: {last[0]}")
 
 
-def run_alone(command: list[str]) -> tuple[int, str]:
+def run_alone(command: list[str], end: float = math.inf) -> tuple[int, str]:
     """(exit code, what it said on stderr) of a process; a signal to this one is handed on once, so that the other can
-    save, and acts when that has ended."""
+    save, and acts when that has ended. At `end` (time.monotonic) it is asked to stop in the same way."""
     signals, told, said = Signals(), False, None
     before = {number: signal.getsignal(number) for number in Signals.numbers}
     signals.install()
@@ -183,8 +188,8 @@ def run_alone(command: list[str]) -> tuple[int, str]:
         while said is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 said = process.communicate(timeout=0.2)[1]
-            if signals.number is not None and not told:
-                process.send_signal(signals.number)
+            if not told and (signals.number is not None or time.monotonic() > end):
+                process.send_signal(signals.number or signal.SIGTERM)
                 told = True
     for number, handler in before.items():
         signal.signal(number, handler)

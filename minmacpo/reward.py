@@ -1,6 +1,7 @@
 """Reward models as measures of answers: one trained here, a Hugging Face classifier, or scores from elsewhere.
 
 python eval.py reward RUN                      a Bradley-Terry head on the run's strong base, trained on its true pairs
+python eval.py reward RUN --pairs=FILE         the same, trained on pairs of which the run has seen none
 python eval.py reward RUN --model=FOLDER       LlamaForSequenceClassification with one label
 python eval.py reward RUN --scores=FILE        {"id", "agent", "round", "score"} lines, joined by prompt id
 
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from minmacpo import UserError
 from minmacpo.batching import collate, plan_scoring
-from minmacpo.checkpoint import load_model, load_scorer
+from minmacpo.checkpoint import load_model, load_scorer, read_config
 from minmacpo.commandline import Words
-from minmacpo.data import Message, Pair, Sample
+from minmacpo.data import Message, Pair, Sample, first_turn
 from minmacpo.evaluate import Past, interval, read_run
 from minmacpo.files import read_rows
+from minmacpo.forms import read_data
 from minmacpo.page import words
 from minmacpo.tables import aligned
 from minmacpo.templates import render
@@ -74,13 +76,45 @@ def rater(model, weight: Tensor, folder: Path, run: Past) -> Rate:
     return rate
 
 
-def trained_here(run: Past) -> Rate:
-    """A Bradley-Terry head on the run's strong base, trained on the true pairs of D1 and D2."""
+def base_of(run: Past) -> Path:
+    """The folder of the run's strong base."""
     given = run.config.model.student
-    folder = Path(given) if given else run.stage("bases/strong").path
+    return Path(given) if given else run.stage("bases/strong").path
+
+
+def slice_of(run: Past, name: str) -> list[Pair]:
+    """The pairs of d1, d2 or test."""
+    return read_rows(run.stage("data/slices").path / f"{name}.jsonl", Pair)
+
+
+def fitting(run: Past, pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs that have both answers, each within the context of the run's strong base."""
+    tokenizer, most = load_tokenizer(base_of(run)), read_config(base_of(run)).max_position_embeddings
+
+    def long(pair: Pair, text: str) -> bool:
+        return len(render(tokenizer, run.config.data.template, pair.prompt, text).ids) > most
+
+    return [pair for pair in pairs if pair.rejected and not long(pair, pair.chosen) and not long(pair, pair.rejected)]
+
+
+def unseen(run: Past, path: str) -> tuple[list[Pair], int]:
+    """The `fitting` pairs of a file, and how many rows do not fit. UserError if a prompt begins as one of the run's:
+    what rates answers is to know nothing of them."""
+    pairs, _ = read_data(path, run.config.data.label, key="--pairs")
+    turns = {first_turn(pair) for name in ("d1", "d2", "test") for pair in slice_of(run, name)}
+    if known := next((pair for pair in pairs if first_turn(pair) in turns), None):
+        raise UserError(f"{path}: the prompt that begins with {first_turn(known)[:60]!r} is one of the run's; leave such rows out")
+    if not (fit := fitting(run, pairs)):
+        raise UserError(f"{path}: no pair with two answers within the context of {base_of(run)}")
+    return fit, len(pairs) - len(fit)
+
+
+def trained_here(run: Past, own: Sequence[Pair] = ()) -> Rate:
+    """A Bradley-Terry head on the run's strong base, trained on `own` pairs, or on the true pairs of D1 and D2."""
+    folder = base_of(run)
     model, tokenizer, template = load_model(folder), load_tokenizer(folder), run.config.data.template
-    pairs = [p for name in ("d1", "d2") for p in read_rows(run.stage("data/slices").path / f"{name}.jsonl", Pair)]
-    pairs = with_both([pair for pair in pairs if "corrupted" not in pair.meta], run)
+    known = [pair for name in ("d1", "d2") for pair in slice_of(run, name) if "corrupted" not in pair.meta]
+    pairs = own or with_both(known, run)
     chosen, rejected = (
         last_hidden(model, [render(tokenizer, template, p.prompt, getattr(p, side)) for p in pairs], 16384)
         for side in ("chosen", "rejected")
@@ -96,13 +130,21 @@ def with_both(pairs: Sequence[Pair], run: Past) -> list[Pair]:
     return both
 
 
+def ranked(pairs: Sequence[Pair], rate: Rate) -> np.ndarray:
+    """[N] 1 where the better answer is rated higher, 0.5 where both are rated the same, 0 otherwise."""
+    better, worse = (rate([(p.prompt, getattr(p, side)) for p in pairs]) for side in ("chosen", "rejected"))
+    return (better > worse) + 0.5 * (better == worse)
+
+
 def accuracy(run: Past, rate: Rate) -> tuple[float, list[float]]:
     """Share of the test pairs whose better answer is rated higher (equal ones count half), and its interval."""
-    pairs = with_both(read_rows(run.stage("data/slices").path / "test.jsonl", Pair), run)
-    better, worse = (rate([(p.prompt, text) for p, text in side])
-                     for side in ([(p, p.chosen) for p in pairs], [(p, p.rejected) for p in pairs]))  # fmt: skip
-    right = (better > worse) + 0.5 * (better == worse)
+    right = ranked(with_both(slice_of(run, "test"), run), rate)
     return float(right.mean()), interval(right, run.config.eval.bootstrap)
+
+
+def informative(bounds: Sequence[float]) -> bool:
+    """Whether an accuracy with this interval is told apart from one half."""
+    return not bounds[0] <= 0.5 <= bounds[1]
 
 
 def measured(run: Past) -> dict[tuple[int, str], list[Sample]]:
@@ -150,6 +192,7 @@ def run_reward(argv: Sequence[str]) -> dict:
     """Rate every agent at every round; returns the accuracy on held-out pairs, and the rows."""
     parser = Words("eval.py reward", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
+    parser.add_argument("--pairs")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--scores", type=Path)
     words = parser.parse_args(argv)
@@ -158,20 +201,21 @@ def run_reward(argv: Sequence[str]) -> dict:
         raise UserError("expected --model or --scores, not both")
     if words.scores:
         return {"model": str(words.scores), "accuracy": None, "informative": None, "rows": joined(run, words.scores)}
-    rate = rater(*load_scorer(words.model), words.model, run) if words.model else trained_here(run)
-    share, (low, high) = accuracy(run, rate)
+    own, dropped = unseen(run, words.pairs) if words.pairs else ((), 0)
+    rate = rater(*load_scorer(words.model), words.model, run) if words.model else trained_here(run, own)
+    share, bounds_of_share = accuracy(run, rate)
     rows = []
     for (t, agent), samples in measured(run).items():
         values = rate([(s.prompt, s.response) for s in samples]).reshape(-1, run.config.eval.samples).mean(1)
         bounds = interval(values, run.config.eval.bootstrap)
         rows.append({"agent": agent, "round": t, "score": float(values.mean()), "interval": bounds})
     return {"model": str(words.model or "Bradley-Terry head on the strong base"), "accuracy": share,
-            "accuracy_interval": [low, high], "informative": not low <= 0.5 <= high, "rows": rows}  # fmt: skip
+            "accuracy_interval": bounds_of_share, "informative": informative(bounds_of_share), "dropped": dropped, "rows": rows}  # fmt: skip
 
 
 def as_text(found: dict) -> str:
     """The table for a terminal."""
-    lines = [f"reward model: {found['model']}"]
+    lines = [f"reward model: {found['model']}" + (f"; {found['dropped']} pairs left out (over-long, or one answer)" if found.get("dropped") else "")]
     if found["accuracy"] is not None:
         told = "" if found["informative"] else "; NOT INFORMATIVE: the interval includes one half"
         lines.append("held-out accuracy {:.3f} [{:.3f}, {:.3f}]".format(found["accuracy"], *found["accuracy_interval"]) + told)
