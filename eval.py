@@ -2,7 +2,8 @@
 
 python eval.py RUN                      the table of a run, such as runs/world
 python eval.py compare RUN RUN...       last rounds side by side: runs that differ in their seed alone are averaged;
-                                        differences to the first have 95 % intervals over their seeds and prompts
+                                        differences to the first have 95 % intervals over their seeds and prompts;
+                                        --page=FILE.html writes it as a page with the student's curves
 python eval.py export RUN STAGE FILE    pairs (round1/pairs_student) or answers (round0/weak_labels) of a run as an
                                         array of instruction, input, output, as MACPO's authors released theirs
 python eval.py ppl PATH FILE            how likely a base or adapter finds the answers of a data file (ppl --help)
@@ -13,8 +14,10 @@ python eval.py reward RUN               a reward model's scores, and how far it 
 
 import json
 import sys
+from pathlib import Path
 
 from minmacpo import UserError
+from minmacpo.files import write_atomic
 from minmacpo.progress import call
 
 
@@ -50,16 +53,22 @@ def measure(command: str, words: list[str]):
 
 def read(words: list[str]):
     """(what was found, how it is shown) of the commands that only read."""
-    from minmacpo.compare import compare, format_comparison
+    from minmacpo.compare import compare, comparison_page, format_comparison
     from minmacpo.evaluate import export, make_table, read_run
     from minmacpo.tables import format_table
 
-    if odd := [word for word in words if word.startswith("-")]:
-        raise UserError(f"{odd[0]}: unknown word; see eval.py --help")
+    page = next((word.partition("=")[2] for word in words if word.startswith("--page=") and words[0] == "compare"), None)
+    words = [word for word in words if page is None or not word.startswith("--page=")]
+    if odd := [word for word in words if word.startswith("-")] or ["--page="] * (page == ""):
+        raise UserError(f"{odd[0]}: unknown word, or no value; see eval.py --help")
     if words[0] == "compare":
         if len(words) < 3:
             raise UserError("compare needs at least two runs")
-        return compare(words[1:]), format_comparison
+        found = compare(words[1:])
+        if page:
+            write_atomic(Path(page), comparison_page(found))
+            print(f"page: {page}", file=sys.stderr)
+        return found, format_comparison
     if words[0] == "export":
         if len(words) != 4:
             raise UserError("expected export RUN STAGE FILE")

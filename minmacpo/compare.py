@@ -1,6 +1,7 @@
 """The last rounds of several finished runs side by side, with intervals of the paired differences."""
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -9,15 +10,19 @@ from minmacpo.evaluate import (
     Past,
     gold_by_prompt,
     last_student,
+    make_table,
     measured,
     paired_interval,
     read_run,
 )
 from minmacpo.files import read_json
+from minmacpo.page import document, figure, grid
 from minmacpo.run import FINISHED
-from minmacpo.tables import aligned
+from minmacpo.tables import COLUMNS, aligned
 
 SIDES = ("student", "teachers")
+HEAD = ("last round", "seeds", "student", "difference to the first", "teachers", "difference (seeds in common)")
+BESIDE = ("perplexity", "length", "hit_length", "refusals", "distinct2", "self_bleu")  # of evaluate's table
 
 
 def last_gold(run: Past) -> dict[str, np.ndarray]:
@@ -27,9 +32,20 @@ def last_gold(run: Past) -> dict[str, np.ndarray]:
     return {"student": student, "teachers": np.mean(teachers, 0)}
 
 
+def beside(runs: Sequence[Past]) -> dict:
+    """{"by_round": gold of the student by round, and each of BESIDE at last}, means over the runs of one method."""
+    rounds = sorted(set.intersection(*({*measured(run, "student")} for run in runs)))
+    gold = {t: float(np.mean([gold_by_prompt(run, "student", t)["gold"].mean() for run in runs])) for t in rounds}
+    ends = []
+    for run in runs:
+        agent, t = last_student(run)
+        ends.append(next(row for row in make_table(run)["rows"] if (row["agent"], row["round"]) == (agent, t)))
+    return {"by_round": gold} | {key: float(np.mean([row[key] for row in ends])) for key in BESIDE}
+
+
 def compare(paths: list[str]) -> list[dict]:
-    """One row per method: mean over seeds of its last student's and teachers' gold, and the difference."""
-    found, asked = {}, {}  # {method: {seed: gold}}, {seed: test prompts}
+    """One row per method: mean over seeds of its last student's and teachers' gold, and the difference; `beside`."""
+    found, asked, runs = {}, {}, {}  # {method: {seed: gold}}, {seed: test prompts}, {method: runs}
     for run in map(read_run, paths):
         folder, seed, method = run.folder, run.config.run.seed, re.sub(r"-seed=\d+", "", run.folder.name)
         if run.config.data.path:
@@ -42,9 +58,10 @@ def compare(paths: list[str]) -> list[dict]:
         if asked.setdefault(seed, prompts) != prompts:
             raise UserError(f"{folder}: its test prompts are not those of the other runs with seed {seed}")
         found[method][seed] = last_gold(run)
+        runs.setdefault(method, []).append(run)
     first, rows = next(iter(found.values())), []
     for name, seeds in found.items():
-        row = {"method": name, "seeds": sorted(seeds)}
+        row = {"method": name, "seeds": sorted(seeds)} | beside(runs[name])
         for side in SIDES:
             row[side] = float(np.mean([gold[side].mean() for gold in seeds.values()]))
             pairs = [gold[side] - first[seed][side] for seed, gold in seeds.items() if seed in first]
@@ -55,14 +72,32 @@ def compare(paths: list[str]) -> list[dict]:
     return rows
 
 
-def format_comparison(rows: list[dict]) -> str:
-    """`compare` as a table for a terminal."""
+def cells(rows: list[dict]) -> list[list[str]]:
+    """The table's rows as text."""
     lines = []
     for row in rows:
-        cells = [row["method"], str(len(row["seeds"]))]
+        line = [row["method"], str(len(row["seeds"]))]
         for side in SIDES:
             found = [row[f"{side}_difference"], *row[f"{side}_interval"]] if f"{side}_interval" in row else []
             apart = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found) if found else "no seed in common" * (row is not rows[0])
-            cells += [f"{row[side]:.3f}", apart]
-        lines.append(cells)
-    return aligned(["last round", "seeds", "student", "difference to the first", "teachers", "difference (seeds in common)"], lines)
+            line += [f"{row[side]:.3f}", apart]
+        lines.append(line)
+    return lines
+
+
+def format_comparison(rows: list[dict]) -> str:
+    """`compare` as a table for a terminal."""
+    return aligned(HEAD, cells(rows))
+
+
+def comparison_page(rows: list[dict]) -> str:
+    """`compare` as a page: the table, the student over the rounds, what its last answers look like."""
+    lines = {row["method"]: [*row["by_round"].items()] for row in rows}
+    values = [[row["method"], *(f"{row[key]:.3f}" for key in BESIDE)] for row in rows]
+    return document(
+        "comparison.html",
+        name=["Runs side by side"],
+        table=[grid(HEAD, cells(rows))],
+        picture=[figure("Gold reward of the student", "mean over seeds", lines, main=True)],
+        values=[grid(["last student", *(COLUMNS[key][0] for key in BESIDE)], values)],
+    )

@@ -387,6 +387,16 @@ def test_runs_side_by_side(stub, tmp_path):
     low, high = rows[1]["student_interval"]
     assert low <= rows[1]["student_difference"] <= high
     assert "stub-mutual=false" in invoke("eval", "compare", *runs).out
+    page = tmp_path / "side.html"
+    assert invoke("eval", "compare", *runs, f"--page={page}").code == 0
+    text = page.read_text()
+    assert all(row["method"] in text and f"{row['student']:.3f}" in text for row in rows) and "<svg" in text and "$" not in text
+    for entry in rows:
+        for t in ("0", "1", "2"):
+            found = [evaluate.gold_by_prompt(evaluate.read_run(run), "student", int(t))["gold"].mean()
+                     for run in runs if run.name.removesuffix("-seed=1") == entry["method"]]  # fmt: skip
+            assert entry["by_round"][t] == pytest.approx(np.mean(found))
+    assert invoke("eval", "compare", *runs, "--page=").code == 2 and invoke("eval", stub, "--page=x").code == 2
 
 
 @pytest.mark.parametrize(
