@@ -4,6 +4,7 @@ LoRA, losses and sampling come from outside. `forward` gives hidden states; who 
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,25 @@ def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     last `window` tokens."""
     mask = keys <= queries
     return mask if window is None else mask & (keys > queries - window)
+
+
+class Branches(NamedTuple):
+    """How lines [prompt | answer | answer …] are read: by token, the answer it belongs to (`owner` [B, T], counted
+    through all lines; -1 in a prompt, -2 in padding), its position as if that answer stood alone behind the prompt, and the
+    index in its line of the token before it. `answers`: how many there are."""
+
+    owner: Tensor
+    positions: Tensor
+    before: Tensor
+    answers: int
+
+
+def branches_mask(branches: Branches, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[B, 1, T, T], to be added to scores: 0 where a token sees another, of its prompt or of its own answer, else -inf."""
+    owner, at = branches.owner, branches.positions
+    seen = visible(at[:, :, None], at[:, None, :], window)
+    seen &= (owner[:, None, :] == -1) | (owner[:, :, None] == owner[:, None, :])
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -150,14 +170,18 @@ class Transformer(nn.Module):
         layers, heads = self.config.num_hidden_layers, self.config.num_key_value_heads
         return self.lm_head.weight.new_zeros(2, layers, rows, heads, length, self.config.head_dim)
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: Tensor | None = None,
+                branches: Branches | None = None) -> Tensor:  # fmt: skip
         """Hidden states [B, T, H] of tokens [B, T] (int64), after the last norm; a cache is written.
         positions None: rows start at 0 and attend causally; no real token sees the padding at the right.
         positions [B] (int64): T is 1, row b is decoded at its own position and sees the cache up to there;
-        what padding left behind in the cache lies beyond it, and is overwritten in turn."""
+        what padding left behind in the cache lies beyond it, and is overwritten in turn.
+        branches: rows are lines of several answers behind one prompt, which do not see each other."""
         x, length = self.model.embed_tokens(tokens), tokens.shape[1]
         layers, config = self.model.layers, self.config
-        if positions is None:
+        if branches is not None:
+            angles = rope_angles(config, branches.positions)[:, None]
+        elif positions is None:
             keys = torch.arange(length, device=x.device)
             angles, queries = rope_angles(config, keys), keys[:, None]
         else:
@@ -166,6 +190,9 @@ class Transformer(nn.Module):
         rope = tuple((table * rope_scale(config.variant.rope)).to(x.dtype) for table in (angles.cos(), angles.sin()))
         windows, masks = config.variant.windows or (None,) * len(layers), {}
         for window in set(windows):  # plain causal attention needs no mask: it has a faster kernel of its own
+            if branches is not None:
+                masks[window] = branches_mask(branches, window, x.dtype)
+                continue
             causal = positions is None and (window is None or window >= length)
             masks[window] = None if causal else visible(queries, keys, window)
         for layer, (block, window) in enumerate(zip(layers, windows, strict=True)):
