@@ -5,99 +5,95 @@ A plan depends on lengths, sizes and seed only, so a step's denominators are kno
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minmacpo.model import Branches
+from minmacpo.model import Shared
 from minmacpo.tokenizer import Tokens
 
-WORTH = 48  # tokens that a shared prompt must save per answer: below, its mask costs more time (bench/shared.py)
+WORTH = 0.05  # share of the padded tokens that must be saved: taking rows apart for attention costs 1-2 % of a step
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """tokens [B, T] int64 and mask [B, T] bool, padded at the right with 0 / False. `branches` where a line holds
-    several answers behind their common prompt; else every line is one row."""
+    """tokens [B, T] int64 and mask [B, T] bool, padded at the right with 0 / False; `shared` says which tokens are
+    computed, where that is not all of them."""
 
     tokens: Tensor
     mask: Tensor
-    branches: Branches | None = None
-
-    @property
-    def sizes(self) -> Tensor:
-        """Tokens under the mask of each answer [answers]; position 0, which nothing precedes, is not counted."""
-        if self.branches is None:
-            return self.mask[:, 1:].sum(1)
-        return torch.bincount(self.branches.owner[self.mask], minlength=self.branches.answers)
+    shared: Shared | None = None
 
 
-def collate(rows: Sequence[Tokens], device="cpu") -> Batch:
-    """Rows of any length as one Batch; there is no attention mask, see model.py."""
+def collate(rows: Sequence[Tokens], device="cpu", share: bool = False) -> Batch:
+    """Rows of any length as one Batch; there is no attention mask, see model.py. `share`: padding is not computed, nor is
+    a prompt a second time."""
     tokens = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
     mask = pad_sequence([torch.tensor(row.mask) for row in rows], batch_first=True)
-    return Batch(tokens.to(device, non_blocking=True), mask.to(device, non_blocking=True))
+    shared = Shared(*(part.to(device, non_blocking=True) for part in distinct(rows))) if share else None
+    return Batch(tokens.to(device, non_blocking=True), mask.to(device, non_blocking=True), shared)
 
 
-def prompt_of(row: Tokens) -> int:
-    """Tokens before the first one under the mask."""
-    return row.mask.index(True) if True in row.mask else len(row.ids)
+def prompt_of(row: Tokens) -> tuple[int, ...]:
+    """The ids before the first one under the mask."""
+    return tuple(row.ids[: row.mask.index(True)]) if True in row.mask else ()
 
 
-def collate_lines(lines: Sequence[Sequence[Tokens]], device="cpu") -> Batch:
-    """A line for each group of rows: their common prompt once, then their answers side by side. Lines of one row
-    alone give what `collate` gives."""
-    if all(len(rows) == 1 for rows in lines):
-        return collate([row for rows in lines for row in rows], device)
-    joined, fields, answers = [], [], 0
-    for rows in lines:
-        start = prompt_of(rows[0])
-        line = Tokens(rows[0].ids[:start], rows[0].mask[:start])
-        owner, positions, before = [-1] * start, [*range(start)], [max(i - 1, 0) for i in range(start)]
-        for row in rows:
-            size, here = len(row.ids) - start, len(line.ids)
-            before += [start - 1, *range(here, here + size - 1)][:size]
-            positions += range(start, start + size)
-            owner += [answers] * size
-            line = Tokens(line.ids + row.ids[start:], line.mask + row.mask[start:])
-            answers += 1
-        joined.append(line)
-        fields.append((owner, positions, before))
-    pads = zip(zip(*fields, strict=True), (-2, 0, 0), strict=True)
-    padded = (pad_sequence([torch.tensor(each) for each in field], True, pad).to(device) for field, pad in pads)
-    plain = collate(joined, device)
-    return Batch(plain.tokens, plain.mask, Branches(*padded, answers))
+def distinct(rows: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
+    """(kept [N], origin [B, T]) of `Shared`: every answer, and of rows with equal prompts the first one's."""
+    width, kept, origin, known = max(len(row.ids) for row in rows), [], [], {}
+    for number, row in enumerate(rows):
+        prompt = prompt_of(row)
+        first = known.get(prompt)
+        own = len(prompt) if first is not None else 0  # its own tokens begin here
+        place = [*range(first or 0, (first or 0) + own), *range(len(kept), len(kept) + len(row.ids) - own)]
+        known.setdefault(prompt, len(kept))
+        kept += range(number * width + own, number * width + len(row.ids))
+        origin.append(place + [0] * (width - len(place)))
+    return torch.tensor(kept), torch.tensor(origin)
 
 
-def common_prompts(rows: Sequence[Tokens]) -> list[list[int]]:
-    """The rows' numbers, those with the same prompt in one group, in the order of their first."""
-    groups: dict = {}
-    for i, row in enumerate(rows):
-        start = prompt_of(row)
-        shares = 0 < start < len(row.ids)  # an answer's first token needs a token before it
-        groups.setdefault(tuple(row.ids[:start]) if shares else i, []).append(i)
-    return [*groups.values()]
+def token_counts(groups: Iterable[Sequence[Tokens]]) -> tuple[int, int, int]:
+    """(tokens padding included, without it, without the prompts that an earlier row of the batch has) of batches of rows."""
+    padded = real = computed = 0
+    for rows in groups:
+        prompts = [prompt_of(row) for row in rows]
+        size = sum(len(row.ids) for row in rows)
+        padded, real = padded + len(rows) * max(len(row.ids) for row in rows), real + size
+        computed += size - sum(map(len, prompts)) + sum(map(len, set(prompts)))
+    return padded, real, computed
 
 
-def line_length(rows: Sequence[Tokens]) -> int:
-    """Tokens of the line that `collate_lines` makes of rows with a common prompt."""
-    return sum(len(row.ids) for row in rows) - (len(rows) - 1) * prompt_of(rows[0])
+def worth_sharing(groups: Iterable[Sequence[Tokens]]) -> tuple[bool, str]:
+    """(whether `share` saves enough, what the log says) for batches of rows that are planned."""
+    padded, real, computed = token_counts(groups)
+    worth = padded - computed >= WORTH * max(padded, 1)
+    words = f"padding is {1 - real / max(padded, 1):.1%} of {padded:,} tokens in a pass over the rows"
+    found = f"; without it, and each common prompt once, {computed:,} are computed ({1 - computed / max(padded, 1):.0%} saved)"
+    return worth, words + (found if worth else "")
 
 
-def cut(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """`order` cut into runs whose padded size (longest · units) is at most `budget`, or of one unit."""
-    groups, longest = [], 0
+def cut(order: Sequence[int], lengths: Sequence[int], budget: int, counts: Sequence[int] | None = None) -> list[list[int]]:
+    """`order` cut into runs whose padded size (longest · units, or · rows where units have `counts` of them) is at
+    most `budget`, or of one unit."""
+    groups, longest, rows = [], 0, 0
     for unit in order:
-        longest = max(longest, lengths[unit])
-        if groups and longest * (len(groups[-1]) + 1) <= budget:
+        count = 1 if counts is None else counts[unit]
+        longest, rows = max(longest, lengths[unit]), rows + count
+        if groups and longest * rows <= budget:
             groups[-1].append(unit)
         else:
             groups.append([unit])
-            longest = lengths[unit]
+            longest, rows = lengths[unit], count
     return groups
+
+
+def halved(groups: list[list[int]]) -> list[list[int]]:
+    """The groups, each cut in two."""
+    return [half for group in groups for half in (group[: len(group) // 2], group[len(group) // 2 :]) if half]
 
 
 def plan_steps(lengths: Sequence[int], batch: int, steps: int, seed: int,
@@ -122,3 +118,14 @@ def steps_per_epoch(units: int, batch: int) -> int:
 def plan_scoring(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """All units once, sorted by length, in groups of at most `budget` padded tokens."""
     return cut(sorted(range(len(lengths)), key=lengths.__getitem__), lengths, budget)
+
+
+def plan_shared(rows: Sequence[Tokens], budget: int) -> list[list[int]]:
+    """`plan_scoring` of rows, those with equal prompts side by side."""
+    prompts: dict = {}
+    for i, row in enumerate(rows):
+        prompts.setdefault(prompt_of(row), []).append(i)
+    units = [*prompts.values()]
+    lengths = [max(len(rows[i].ids) for i in unit) for unit in units]
+    order = sorted(range(len(units)), key=lengths.__getitem__)
+    return [[i for unit in group for i in units[unit]] for group in cut(order, lengths, budget, [*map(len, units)])]

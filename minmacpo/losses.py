@@ -89,27 +89,24 @@ def token_logps(
 
 
 def masked_logps(
-    model, tokens: Tensor, mask: Tensor, compiled: bool = False, own: Tensor | None = None, branches=None
+    model, tokens: Tensor, mask: Tensor, compiled: bool = False, own: Tensor | None = None, shared=None
 ) -> tuple[Tensor, Tensor]:
-    """(log p [N] of the N tokens under mask, their answer [N]) of tokens [B, T], mask [B, T] bool; an answer is a row,
-    or with `branches` (model.Branches) a part of one. Only the tokens before them reach the head. Position 0
-    has nothing before it and is not scored; no template masks it in."""
-    if branches is None:
-        hidden, picked = model(tokens)[:, :-1], mask[:, 1:]
-        logps = token_logps(hidden[picked], model.lm_head.weight, tokens[:, 1:][picked], compiled, own)
-        return logps, picked.nonzero()[:, 0]
-    hidden = model(tokens, branches=branches)
-    index = (branches.before + torch.arange(len(mask), device=mask.device)[:, None] * mask.shape[1])[mask]
-    picked = hidden.flatten(0, 1).index_select(0, index)
-    return token_logps(picked, model.lm_head.weight, tokens[mask], compiled, own), branches.owner[mask]
+    """(log p [N] of the N tokens under mask, their row [N]) of tokens [B, T], mask [B, T] bool.
+    Only they reach the head. Position 0 has nothing before it and is not scored; no template masks it in.
+    `shared` (model.Shared): which tokens the model computes."""
+    picked = mask[:, 1:]
+    if shared is None:
+        hidden = model(tokens)[:, :-1][picked]
+    else:
+        hidden = model(tokens, shared=shared)[0].index_select(0, shared.origin[:, :-1][picked])
+    logps = token_logps(hidden, model.lm_head.weight, tokens[:, 1:][picked], compiled, own)
+    return logps, picked.nonzero()[:, 0]
 
 
-def sequence_logps(model, tokens: Tensor, mask: Tensor, compiled: bool = False, branches=None) -> Tensor:
-    """Summed log-probability (fp32) of the tokens under mask [B, T], end token included, of each row [B], or of
-    each answer of `branches` [answers]."""
-    logps, owner = masked_logps(model, tokens, mask, compiled, branches=branches)
-    count = len(tokens) if branches is None else branches.answers
-    return logps.new_zeros(count).index_add(0, owner, logps)
+def sequence_logps(model, tokens: Tensor, mask: Tensor, compiled: bool = False, shared=None) -> Tensor:
+    """Summed log-probability [B] (fp32) of the tokens under mask [B, T], end token included."""
+    logps, rows = masked_logps(model, tokens, mask, compiled, shared=shared)
+    return logps.new_zeros(len(tokens)).index_add(0, rows, logps)
 
 
 def sft_loss(logps: Tensor, tokens: int) -> Tensor:

@@ -16,7 +16,7 @@ from minmacpo.choose import Candidates, keep_familiar, offered, select, weighted
 from minmacpo.config import Dpo
 from minmacpo.data import Pair, Sample
 from minmacpo.files import read_rows, write_rows
-from minmacpo.fit import PairObjective, Schedule, SftObjective, Unit, fit, plan_of
+from minmacpo.fit import PairObjective, Schedule, SftObjective, Unit, fit, plan_of, sharing
 from minmacpo.lora import read_adapter, reset_adapter
 from minmacpo.losses import sequence_logps
 from minmacpo.run import Stage, Work, derive_seed
@@ -57,7 +57,8 @@ def sft(shop: Workshop, name: str, base: Base, texts: Texts, start: Stage | None
         show_first(work, loaded, "row", [row for _, row in found])
         units = [Unit(text.id, (row,)) for text, row in found]
         schedule = pace.schedule(len(units), sum(stage.notes()["counts"]["steps"] for stage in like))
-        counts = train(work, base, loaded, units, SftObjective(shop.compiled, confidence), schedule)
+        share = shop.free and sharing(units, schedule, work)
+        counts = train(work, base, loaded, units, SftObjective(shop.compiled, confidence), schedule, share)
         cut = sum(getattr(text, "finish", None) == "length" for text, _ in found)
         return counts | dropped | {"cut_at_limit": cut}
 
@@ -86,8 +87,9 @@ def prefer(shop: Workshop, name: str, base: Base, pairs: Stage, start: Stage, re
         objective = PairObjective(dpo.beta, dpo.gamma, dpo.label_smoothing, contrast, shop.compiled,
                                   dpo.length_normalized, dpo.length_penalty)  # fmt: skip
         schedule = pace.schedule(len(units))
-        before = check_start(shop, work, base, start, reference, units, objective, schedule)
-        return train(work, base, loaded, units, objective, schedule, before)
+        share = shop.free and sharing(units, schedule, work)
+        before = check_start(shop, work, base, start, reference, units, objective, schedule, share)
+        return train(work, base, loaded, units, objective, schedule, share, before)
 
     settings = {k: v for k, v in asdict(dpo).items() if k not in ("student_lr", "teacher_lr")}
     settings |= asdict(pace) | {"contrast": contrast} | log_lines(shop)
@@ -101,10 +103,10 @@ def log_lines(shop: Workshop) -> dict[str, int]:
     return {} if every == type(shop.config.run)().log_every else {"log_every": every}
 
 
-def train(work: Work, base: Base, loaded: Loaded, units: list[Unit], objective, schedule: Schedule,
+def train(work: Work, base: Base, loaded: Loaded, units: list[Unit], objective, schedule: Schedule, share: bool,
           before: Sequence[dict] = ()) -> dict:  # fmt: skip
-    """Fit the slot, check that it does something, and write it in PEFT's layout. `before`: first metrics."""
-    counts = fit(loaded.model, loaded.slot_params, units, objective, schedule, work, before)
+    """Fit the slot, check that it does something, and write it in PEFT's layout. `before`: first metrics; `share`: fit's."""
+    counts = fit(loaded.model, loaded.slot_params, units, objective, schedule, work, before, share)
     tensors = read_adapter(loaded.model)
     if schedule.steps and not any(t.any() for k, t in tensors.items() if k.endswith("lora_B.weight")):
         raise UserError(f"{work.name}: the trained adapter is still zero")
@@ -127,7 +129,7 @@ def keep(shop: Workshop, name: str, adapter: Stage) -> Stage:
 
 
 def check_start(shop: Workshop, work: Work, base: Base, start: Stage, reference: Stage | None,
-                units: list[Unit], objective, schedule: Schedule) -> list[dict]:  # fmt: skip
+                units: list[Unit], objective, schedule: Schedule, share: bool) -> list[dict]:  # fmt: skip
     """[metrics of the first micro-batch before the first step], [] if there is none. Raises UserError unless it
     has the stored reference logps and, where reference and start are one, no margin; leaves `start` loaded."""
     if not schedule.steps:
@@ -136,8 +138,8 @@ def check_start(shop: Workshop, work: Work, base: Base, start: Stage, reference:
     rows, refs = [row for unit in first for row in unit.rows], [ref for unit in first for ref in unit.refs[:2]]
     model = shop.use(base, reference).model
     weight = next(model.parameters())
-    batch, exact = collate(rows, weight.device), weight.dtype == torch.float32
-    logps = sequence_logps(model, batch.tokens, batch.mask, shop.compiled).tolist()  # on the path of training
+    batch, exact = collate(rows, weight.device, share), weight.dtype == torch.float32
+    logps = sequence_logps(model, batch.tokens, batch.mask, shop.compiled, batch.shared).tolist()  # on the path of training
     worst = max(abs(a - b) / (1 + abs(b)) for a, b in zip(logps, refs, strict=True))
     if worst > (1e-4 if exact else 0.02):
         problem = f"stored reference logps differ from the model's by {worst:.2g} (relative)"
@@ -206,7 +208,7 @@ def score_texts(shop: Workshop, name: str, base: Base, adapter: Stage | None, te
         context = loaded.model.config.max_position_embeddings
         short = [row for row in rows if len(row.ids) <= context]
         with work.progress(len(short), "text") as progress:
-            logps = iter(score(loaded.model, short, shop.config.run.micro_tokens, progress, work.check))
+            logps = iter(score(loaded.model, short, shop.config.run.micro_tokens, progress, work.check, work.log, shop.free))
         for text, row in zip(found, rows, strict=True):
             logp, tokens = next(logps) if len(row.ids) <= context else None, sum(row.mask)
             ppl = perplexity(-math.inf if logp is None else logp, tokens)
@@ -249,7 +251,7 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates
         })  # fmt: skip
         rows = [good for _, good, _ in found]
         show_first(work, loaded, "chosen", rows)
-        logps = score(loaded.model, rows, shop.config.run.micro_tokens, check=work.check)
+        logps = score(loaded.model, rows, shop.config.run.micro_tokens, None, work.check, work.log, shop.free)
         made = [replace(pair, ref_chosen_logps=logp) for (pair, *_), logp in zip(found, logps, strict=True)]
         write_rows(work.folder / "pairs.jsonl", weighted(made))
         won = {f"chosen_{c.who}": sum(pair.chosen_by == c.who for pair in made) for c in candidates}
