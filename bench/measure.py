@@ -21,6 +21,7 @@ PLACE = Path("assets/bench")
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "liger-kernel", "numpy")
 INSTALL = "pip install -r requirements-dev.txt"
 SHAPES = {"15M": "288x6x6x768", "110M": "768x12x12x2048"}  # width x layers x heads x mlp, vocabulary 32,000
+KEY = ("work", "shape", "dtype", "peer")  # of a row
 Spread = list[float]  # median, lowest, highest
 
 
@@ -38,11 +39,11 @@ def clocked(call: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def alternate(own: Callable, peer: Callable | None, times: int = 5) -> dict:
-    """The timed part of a row: both called once to warm up, then in turn, `times` each. The ratios are those of
+def alternate(own: Callable, peer: Callable | None, times: int = 5, warm: bool = True) -> dict:
+    """The timed part of a row: both called once to warm up (`warm`), then in turn, `times` each. The ratios are those of
     neighbours in time, as the machine may be shared. Without a peer only its own side is measured."""
     sides = [own] if peer is None else [own, peer]
-    for call in sides:
+    for call in sides if warm else ():
         call()
     found = [[clocked(call) for call in sides] for _ in range(times)]
     values = [{name: spread([turn[side][i] for turn in found]) for i, name in enumerate(("wall_s", "cpu_s"))}
@@ -97,9 +98,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write(name: str, title: str, rows: Sequence[dict], **more) -> None:
-    """assets/bench/NAME.json (form: this package's first lines), and its table on the screen."""
+def write(name: str, title: str, rows: Sequence[dict], keep: bool = False, **more) -> None:
+    """assets/bench/NAME.json (form: this package's first lines), and its table on the screen. `keep`: rows of the
+    file that are not measured anew stay in it."""
     PLACE.mkdir(parents=True, exist_ok=True)
+    if keep and (file := PLACE / f"{name}.json").is_file():
+        new = {tuple(row.get(key) for key in KEY) for row in rows}
+        old = json.loads(file.read_text("utf-8"))["rows"]
+        rows = [row for row in old if tuple(row.get(key) for key in KEY) not in new] + list(rows)
     known = {"bench": name, "title": title, "command": f"python -m bench.{name}", "machine": machine(), "versions": versions(),
              "date": datetime.now(UTC).date().isoformat(), "commit": (code_commit() or "unknown")[:12]}  # fmt: skip
     write_json(PLACE / f"{name}.json", known | {"rows": list(rows)} | more)
