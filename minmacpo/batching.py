@@ -16,6 +16,7 @@ from minmacpo.model import Shared
 from minmacpo.tokenizer import Tokens
 
 WORTH = 0.05  # share of the padded tokens that must be saved: taking rows apart for attention costs 1-2 % of a step
+ALIKE = 1.5  # times as long may a row be as the shortest of its batch, where only attention is done on padding
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +73,19 @@ def worth_sharing(groups: Iterable[Sequence[Tokens]]) -> tuple[bool, str]:
     padded, real, computed = token_counts(groups)
     worth = padded - computed >= WORTH * max(padded, 1)
     words = f"padding is {1 - real / max(padded, 1):.1%} of {padded:,} tokens in a pass over the rows"
-    found = f"; without it, and each common prompt once, {computed:,} are computed ({1 - computed / max(padded, 1):.0%} saved)"
+    found = f"; none of it and each common prompt once outside attention: {computed:,} are computed ({1 - computed / max(padded, 1):.0%} saved)"
     return worth, words + (found if worth else "")
 
 
-def cut(order: Sequence[int], lengths: Sequence[int], budget: int, counts: Sequence[int] | None = None) -> list[list[int]]:
-    """`order` cut into runs whose padded size (longest · units, or · rows where units have `counts` of them) is at
-    most `budget`, or of one unit."""
+def cut(order: Sequence[int], lengths: Sequence[int], budget: int, counts: Sequence[int] | None = None,
+        alike: float = math.inf) -> list[list[int]]:  # fmt: skip
+    """`order` cut into runs whose padded size (longest · units, or · rows where units have `counts` of them) is at most
+    `budget`, or of one unit; none is more than `alike` times as long as the first of its run."""
     groups, longest, rows = [], 0, 0
     for unit in order:
         count = 1 if counts is None else counts[unit]
         longest, rows = max(longest, lengths[unit]), rows + count
-        if groups and longest * rows <= budget:
+        if groups and longest * rows <= budget and lengths[unit] <= alike * lengths[groups[-1][0]]:
             groups[-1].append(unit)
         else:
             groups.append([unit])
@@ -97,8 +99,8 @@ def halved(groups: list[list[int]]) -> list[list[int]]:
 
 
 def plan_steps(lengths: Sequence[int], batch: int, steps: int, seed: int,
-               budget: int = 16384) -> list[list[list[int]]]:  # fmt: skip
-    """`steps` optimiser steps, each a list of micro-batches of at most `budget` tokens, each a list of units.
+               budget: int = 16384, alike: float = math.inf) -> list[list[list[int]]]:  # fmt: skip
+    """`steps` optimiser steps, each a list of micro-batches of at most `budget` tokens, each a list of units (see `cut`).
     Every epoch is shuffled anew, and its last step may be smaller; within a step, units go by length."""
     plan = []
     for epoch in range(math.ceil(steps / steps_per_epoch(len(lengths), batch))):
@@ -106,7 +108,7 @@ def plan_steps(lengths: Sequence[int], batch: int, steps: int, seed: int,
         random.Random(f"{seed}/{epoch}").shuffle(order)
         for start in range(0, len(order), batch):
             units = sorted(order[start : start + batch], key=lambda unit: (lengths[unit], unit))
-            plan.append(cut(units, lengths, budget))
+            plan.append(cut(units, lengths, budget, alike=alike))
     return plan[:steps]
 
 

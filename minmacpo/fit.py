@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minmacpo import UserError
-from minmacpo.batching import Batch, collate, halved, plan_steps, steps_per_epoch, worth_sharing
+from minmacpo.batching import ALIKE, Batch, collate, halved, plan_steps, steps_per_epoch, worth_sharing
 from minmacpo.checkpoint import load_state, save_state
 from minmacpo.files import write_rows
 from minmacpo.losses import dpo_loss, masked_logps, sequence_logps, sft_loss
@@ -100,16 +100,16 @@ class PairObjective:
         return loss, [loss.detach()] + [value.detach().sum() / units for value in values]
 
 
-def plan_of(units: Sequence[Unit], schedule: Schedule, work: Work) -> list[list[list[int]]]:
-    """The steps that `fit` will take, each a list of micro-batches, each a list of units."""
+def plan_of(units: Sequence[Unit], schedule: Schedule, work: Work, share: bool = False) -> list[list[list[int]]]:
+    """The steps that `fit` will take, each a list of micro-batches, each a list of units; of like length where they `share`."""
     lengths = [max(len(row.ids) for row in unit.rows) for unit in units]
     budget = work.run.config.run.micro_tokens // len(units[0].rows)
-    return plan_steps(lengths, schedule.batch, schedule.steps, work.seed, budget)
+    return plan_steps(lengths, schedule.batch, schedule.steps, work.seed, budget, ALIKE if share else math.inf)
 
 
 def sharing(units: Sequence[Unit], schedule: Schedule, work: Work) -> bool:
     """Whether padding and prompts in common are to be left out of the stage's batches; the log says what that saves."""
-    steps = plan_of(units, schedule, work)[: steps_per_epoch(len(units), schedule.batch)] if units else []
+    steps = plan_of(units, schedule, work, share=True)[: steps_per_epoch(len(units), schedule.batch)] if units else []
     worth, words = worth_sharing([row for unit in group for row in units[unit].rows] for groups in steps for group in groups)
     work.log(words)
     return worth
@@ -139,7 +139,7 @@ def fit(model, params: list, units: Sequence[Unit], objective, schedule: Schedul
     UserError naming rows for a loss or gradient that is not finite, or a first gradient that is zero."""
     if not units:
         raise UserError(f"{work.name}: no row to train on is left")
-    config, plan, decay = work.run.config.run, plan_of(units, schedule, work), schedule.weight_decay
+    config, plan, decay = work.run.config.run, plan_of(units, schedule, work, share), schedule.weight_decay
     optimizer = torch.optim.AdamW(params, schedule.lr, schedule.betas, weight_decay=decay, fused=True)
     watch = Watch(work, units, plan, optimizer, objective, steps_per_epoch(len(units), schedule.batch))
     first, cuts = watch.resume(), 0

@@ -24,6 +24,8 @@ from minmacpo.score import perplexity, score
 from minmacpo.tokenizer import Tokens, show_mask
 from minmacpo.workshop import Loaded, Texts, Workshop, answer
 
+EARNED = 2e12  # logits whose reading and writing (12 bytes less of each at 3 TB/s) takes as long as to compile: 8 s; an estimate
+
 
 @dataclass(frozen=True, slots=True)
 class Pace:
@@ -58,7 +60,8 @@ def sft(shop: Workshop, name: str, base: Base, texts: Texts, start: Stage | None
         units = [Unit(text.id, (row,)) for text, row in found]
         schedule = pace.schedule(len(units), sum(stage.notes()["counts"]["steps"] for stage in like))
         share = shop.free and sharing(units, schedule, work)
-        counts = train(work, base, loaded, units, SftObjective(shop.compiled, confidence), schedule, share)
+        objective = SftObjective(compiles(shop, loaded, units, schedule), confidence)
+        counts = train(work, base, loaded, units, objective, schedule, share)
         cut = sum(getattr(text, "finish", None) == "length" for text, _ in found)
         return counts | dropped | {"cut_at_limit": cut}
 
@@ -84,9 +87,10 @@ def prefer(shop: Workshop, name: str, base: Base, pairs: Stage, start: Stage, re
         show_first(work, loaded, "rejected", [unit.rows[1] for unit in units])
         words = {"base": "the bare base", "init": "round 0", "previous": "the last round"}[dpo.reference]
         work.log(f"reference policy: {words}; its logps are stored with the pairs")
-        objective = PairObjective(dpo.beta, dpo.gamma, dpo.label_smoothing, contrast, shop.compiled,
-                                  dpo.length_normalized, dpo.length_penalty)  # fmt: skip
         schedule = pace.schedule(len(units))
+        compiled = compiles(shop, loaded, units, schedule)
+        objective = PairObjective(dpo.beta, dpo.gamma, dpo.label_smoothing, contrast, compiled,
+                                  dpo.length_normalized, dpo.length_penalty)  # fmt: skip
         share = shop.free and sharing(units, schedule, work)
         before = check_start(shop, work, base, start, reference, units, objective, schedule, share)
         return train(work, base, loaded, units, objective, schedule, share, before)
@@ -101,6 +105,14 @@ def log_lines(shop: Workshop) -> dict[str, int]:
     """run.log_every where it is not the usual: it says which lines metrics.jsonl has, and the monitor reads those."""
     every = shop.config.run.log_every
     return {} if every == type(shop.config.run)().log_every else {"log_every": every}
+
+
+def compiles(shop: Workshop, loaded: Loaded, units: Sequence[Unit], schedule: Schedule) -> bool:
+    """Whether the loss is compiled: as run.compile says; auto: on a GPU, if the stage's logits are worth the wait."""
+    if shop.config.run.compile != "auto" or not shop.compiled:
+        return shop.compiled
+    trained = sum(sum(row.mask) for unit in units for row in unit.rows) * schedule.steps * schedule.batch / max(len(units), 1)
+    return trained * loaded.model.config.vocab_size >= EARNED
 
 
 def train(work: Work, base: Base, loaded: Loaded, units: list[Unit], objective, schedule: Schedule, share: bool,
@@ -134,12 +146,12 @@ def check_start(shop: Workshop, work: Work, base: Base, start: Stage, reference:
     has the stored reference logps and, where reference and start are one, no margin; leaves `start` loaded."""
     if not schedule.steps:
         return []
-    first = [units[i] for i in plan_of(units, schedule, work)[0][0]]
+    first = [units[i] for i in plan_of(units, schedule, work, share)[0][0]]
     rows, refs = [row for unit in first for row in unit.rows], [ref for unit in first for ref in unit.refs[:2]]
     model = shop.use(base, reference).model
     weight = next(model.parameters())
     batch, exact = collate(rows, weight.device, share), weight.dtype == torch.float32
-    logps = sequence_logps(model, batch.tokens, batch.mask, shop.compiled, batch.shared).tolist()  # on the path of training
+    logps = sequence_logps(model, batch.tokens, batch.mask, objective.compiled, batch.shared).tolist()  # on the path of training
     worst = max(abs(a - b) / (1 + abs(b)) for a, b in zip(logps, refs, strict=True))
     if worst > (1e-4 if exact else 0.02):
         problem = f"stored reference logps differ from the model's by {worst:.2g} (relative)"

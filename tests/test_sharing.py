@@ -1,7 +1,9 @@
 """Prompts in common and padding left out: the same values and gradients as rows by themselves; memory that is short."""
 
+import functools
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from conftest import config_of, ragged, random_model
 from test_fit import pairs as pair_units
 from test_fit import slotted, work_of  # noqa: F401  (a fixture)
 
-from minmacpo import UserError, fit, score
+from minmacpo import UserError, fit, losses, score, stages
 from minmacpo.batching import collate, halved, plan_shared, token_counts, worth_sharing
 from minmacpo.config import Lora
 from minmacpo.fit import PairObjective, Schedule, SftObjective, sharing, train_step
@@ -120,7 +122,7 @@ def test_scoring_shares_where_it_saves_and_says_so(seed):
     random.Random(seed).shuffle(rows)
     wanted = score.score(model, rows, 300)
     assert score.score(model, rows, 300, log=said.append, share=True) == pytest.approx(wanted, rel=1e-5, abs=1e-5)
-    assert len(said) == 1 and "each common prompt once" in said[0]
+    assert len(said) == 1 and "each common prompt once outside attention" in said[0]
     groups = plan_shared(rows, 300)
     assert sorted(i for group in groups for i in group) == [*range(len(rows))]
     assert all(len(g) * max(len(rows[i].ids) for i in g) <= 300 or len({tuple(rows[i].ids[:1]) for i in g}) == 1 for g in groups)
@@ -199,3 +201,33 @@ def test_training_says_what_sharing_saves(work_of, monkeypatch, seed):  # noqa: 
     assert sharing(pair_units(seed, 12), Schedule(1e-2, 3, 4), work)
     assert said[0].startswith("padding is ") and "saved)" in said[0]
     assert not sharing([], Schedule(1e-2, 3, 4), work)
+
+
+# ---- compiled -----------------------------------------------------------------------------------
+
+
+def test_ten_adapters_and_batches_of_any_size_compile_the_loss_once(monkeypatch, seed):
+    """Dynamo's part of torch.compile, which decides on recompiling; the slot's tensors never change, only their values."""
+    import torch._dynamo.utils as dynamo
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(losses, "compile_once", functools.cache(functools.partial(torch.compile, backend="eager")))
+    model, params = slotted(seed)
+    optimizer, graphs, before = torch.optim.SGD(params, 1e-3), [], dynamo.counters["stats"]["unique_graphs"]
+    for number in range(11):
+        reset_adapter(model, number)
+        units = pair_units(seed + number, 4 + number)
+        train_step(model, params, units, [[*range(len(units))]], PairObjective(0.2, 0.3, compiled=True), optimizer, 1.0, number % 2 == 0)
+        graphs.append(dynamo.counters["stats"]["unique_graphs"] - before)
+    assert graphs[0] == 1 and graphs[-1] == 1, f"recompiled: {graphs}"
+
+
+@pytest.mark.parametrize(("wanted", "device", "steps", "compiled"), [
+    ("auto", "cpu", 10**9, False), ("auto", "cuda", 10, False), ("auto", "cuda", 10**9, True), ("true", "cpu", 1, True), ("false", "cuda", 10**9, False),
+])  # fmt: skip
+def test_auto_compiles_only_where_a_stage_is_long_enough(wanted, device, steps, compiled, seed):
+    """On a CPU never: the default run does not wait for a compiler."""
+    run = SimpleNamespace(compile=wanted)
+    shop = SimpleNamespace(config=SimpleNamespace(run=run), compiled=wanted == "true" or (wanted == "auto" and device == "cuda"))
+    loaded = SimpleNamespace(model=random_model(seed))
+    assert stages.compiles(shop, loaded, pair_units(seed, 5), Schedule(1e-3, steps, 16)) is compiled
