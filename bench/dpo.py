@@ -1,4 +1,4 @@
-"""One DPO-LoRA step against TRL + PEFT: python -m bench.dpo [SHAPE] [DTYPE]; 8 pairs of 128 + 128 tokens, LoRA of rank 8 on q and v.
+"""One DPO-LoRA step against TRL + PEFT: python -m bench.dpo [SHAPE] [DTYPE] [VARIANT]; 8 pairs of 128 + 128 tokens, LoRA of rank 8 on q and v.
 
 `--peak SIDE SHAPE DTYPE [CHECKPOINTING]` prints the peak memory of a process that does two steps of one side.
 """
@@ -16,12 +16,12 @@ from minmacpo.machine import peak_mb
 
 TITLE = "One optimiser step of DPO on 8 pairs of 128 + 128 tokens, LoRA of rank 8 on q and v, one thread."
 PLAIN = {"gradient_checkpointing": False}
-VARIANTS = [  # what is compared: key of the target by shape and dtype, name of the peer, its settings, is our reference stored
-    ("dpo-{}", "TRL + PEFT", PLAIN, True),
-    ("dpo-{}-checkpointing", "TRL + PEFT, its default: gradient checkpointing", {}, True),
-    ("dpo-{}-precomputed", "TRL + PEFT, reference precomputed", PLAIN | {"precompute_ref_log_probs": True}, True),
-    ("dpo-{}-both", "TRL + PEFT; own reference in the step too", PLAIN, False),
-]  # fmt: skip
+VARIANTS = {  # what is compared: key of the target by shape and dtype, name of the peer, its settings, is our reference stored
+    "plain": ("dpo-{}", "TRL + PEFT", PLAIN, True),
+    "precomputed": ("dpo-{}-precomputed", "TRL + PEFT, reference precomputed", PLAIN | {"precompute_ref_log_probs": True}, True),
+    "default": ("dpo-{}-default", "TRL + PEFT, its default: gradient checkpointing", {}, True),
+    "both": ("dpo-{}-both", "TRL + PEFT; own reference in the step too", PLAIN, False),
+}
 
 
 def peak(side: str, size: str, dtype: str, kind: str = "dpo") -> None:
@@ -30,7 +30,7 @@ def peak(side: str, size: str, dtype: str, kind: str = "dpo") -> None:
     rows = make_rows(8 if kind == "dpo" else 16, 128, 128, names)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        make_folder(place, size)
+        alone("bench.peers", folder, size)  # so that this process holds one side alone
         step, _ = own_step(place, rows, dtype, kind) if side == "own" else trl_step(place, rows, dtype, kind, **(PLAIN if side == "peer" else {}))
         step()
     print(json.dumps({"peak_mb": round(peak_mb())}))
@@ -67,19 +67,17 @@ def add_memory(row: dict, size: str, dtype: str) -> None:
         row[values] |= found[values]
 
 
-def main(sizes: list[str], dtypes: list[str]) -> None:
+def main(sizes: list[str], dtypes: list[str], variants: list[str]) -> None:
     torch.set_num_threads(1)
-    lacks, rows = missing("trl", "peft", "transformers", "datasets"), []
+    lacks = missing("trl", "peft", "transformers", "datasets")
     for size, dtype in ((size, dtype) for size in sizes for dtype in dtypes):
         with tempfile.TemporaryDirectory() as folder:
             make_folder(Path(folder), size)
-            few = 1 if lacks else 4 if (size, dtype) == ("15M", "bf16") else 1
-            for number, variant in enumerate(VARIANTS[:few]):
-                row = compare(Path(folder), size, dtype, variant, lacks, 5)
-                if not lacks and number < 2:
+            for name in variants[:1] if lacks else variants:
+                row = compare(Path(folder), size, dtype, VARIANTS[name], lacks, 5)
+                if not lacks and name in ("plain", "default"):
                     add_memory(row, size, dtype)
-                rows.append(row)
-                write("dpo", TITLE, rows, keep=True)  # what there is so far
+                write("dpo", TITLE, [row], keep=True)  # what there is so far
 
 
 if __name__ == "__main__":
@@ -87,6 +85,6 @@ if __name__ == "__main__":
         torch.set_num_threads(1)
         peak(*sys.argv[2:])
     else:
-        chosen = sys.argv[1:]
-        main([w for w in chosen if w in SHAPES] or [*SHAPES],
-             [w for w in chosen if w in ("fp32", "bf16")] or (["fp32", "bf16"] if bf16_hardware() else ["fp32"]))  # fmt: skip
+        chosen, both = sys.argv[1:], ["fp32", "bf16"] if bf16_hardware() else ["fp32"]
+        found = [[word for word in chosen if word in known] or list(known) for known in (SHAPES, both, VARIANTS)]
+        main(*found)

@@ -1,12 +1,14 @@
 """Both sides of the training benchmarks: one folder with a random base and adapter, this project's step and TRL's on it."""
 
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from bench.measure import SHAPES
+from minmacpo.batching import CPU_TOKENS, cut
 from minmacpo.checkpoint import load_adapter, load_model, save_adapter, save_model
 from minmacpo.config import Lora, shape
 from minmacpo.families import ModelConfig
@@ -78,11 +80,12 @@ def own_step(place: Path, rows: list[Row], dtype: str, kind: str = "dpo", store:
 
     stored = units() if kind == "dpo" else [Unit(str(i), pair) for i, pair in enumerate(texts)]
     objective, share = (PairObjective(BETA, 0.0), True) if kind == "dpo" else (SftObjective(), False)
+    groups = cut(range(len(rows)), [len(pair[0].ids) for pair in texts], CPU_TOKENS // len(names))  # as a stage plans them
     optimizer = torch.optim.AdamW(params, LR, weight_decay=0.0, fused=True)
 
     def step() -> float:
         used = stored if store or kind == "sft" else units()
-        return train_step(model, params, used, [[*range(len(rows))]], objective, optimizer, 1.0, share)[0].item()
+        return train_step(model, params, used, groups, objective, optimizer, 1.0, share)[0].item()
 
     first = step()
     write_adapter(model, load_adapter(place / "adapter"))
@@ -141,3 +144,8 @@ def trl_step(place: Path, rows: list[Row], dtype: str, kind: str = "dpo", **sett
         return loss.item()
 
     return step, step()
+
+
+if __name__ == "__main__":
+    make_folder(Path(sys.argv[1]), sys.argv[2])
+    print("{}")

@@ -12,12 +12,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from minmacpo import UserError
-from minmacpo.batching import ALIKE, Batch, collate, halved, plan_steps, steps_per_epoch, worth_sharing
+from minmacpo import UserError, batching
+from minmacpo.batching import Batch, collate, halved, plan_steps, steps_per_epoch, worth_sharing
 from minmacpo.checkpoint import load_state, save_state
 from minmacpo.files import write_rows
 from minmacpo.losses import dpo_loss, masked_logps, sequence_logps, sft_loss
-from minmacpo.machine import peak_mb
+from minmacpo.machine import device_of, peak_mb
 from minmacpo.run import Work
 from minmacpo.tokenizer import Tokens
 
@@ -100,19 +100,33 @@ class PairObjective:
         return loss, [loss.detach()] + [value.detach().sum() / units for value in values]
 
 
-def plan_of(units: Sequence[Unit], schedule: Schedule, work: Work, share: bool = False) -> list[list[list[int]]]:
-    """The steps that `fit` will take, each a list of micro-batches, each a list of units; of like length where they `share`."""
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The steps that `fit` takes, each a list of micro-batches, each a list of units; `share`: see batching.collate."""
+
+    steps: list[list[list[int]]]
+    share: bool = False
+
+
+def plan_of(units: Sequence[Unit], schedule: Schedule, work: Work, close: bool = False) -> list[list[list[int]]]:
+    """The steps of `schedule`; `close`: in micro-batches of rows of like length, which on a CPU stay within its cache."""
     lengths = [max(len(row.ids) for row in unit.rows) for unit in units]
-    budget = work.run.config.run.micro_tokens // len(units[0].rows)
-    return plan_steps(lengths, schedule.batch, schedule.steps, work.seed, budget, ALIKE if share else math.inf)
+    budget, config = work.run.config.run.micro_tokens, work.run.config
+    if close and device_of(config) == "cpu":
+        budget = min(budget, batching.CPU_TOKENS)
+    alike = batching.ALIKE if close else math.inf
+    return plan_steps(lengths, schedule.batch, schedule.steps, work.seed, budget // len(units[0].rows), alike)
 
 
-def sharing(units: Sequence[Unit], schedule: Schedule, work: Work) -> bool:
-    """Whether padding and prompts in common are to be left out of the stage's batches; the log says what that saves."""
-    steps = plan_of(units, schedule, work, share=True)[: steps_per_epoch(len(units), schedule.batch)] if units else []
-    worth, words = worth_sharing([row for unit in group for row in units[unit].rows] for groups in steps for group in groups)
+def make_plan(units: Sequence[Unit], schedule: Schedule, work: Work, close: bool) -> Plan:
+    """`plan_of`; if `close`, padding and prompts in common are left out where that saves enough, and the log says how much."""
+    steps = plan_of(units, schedule, work, close) if units else []
+    if not close:
+        return Plan(steps)
+    first = steps[: steps_per_epoch(len(units), schedule.batch)]
+    worth, words = worth_sharing([row for unit in group for row in units[unit].rows] for groups in first for group in groups)
     work.log(words)
-    return worth
+    return Plan(steps, worth)
 
 
 def within_memory(work: Work, groups: list[list[int]], cuts: int, model, params, units, objective, optimizer,
@@ -132,14 +146,15 @@ def within_memory(work: Work, groups: list[list[int]], cuts: int, model, params,
 
 
 def fit(model, params: list, units: Sequence[Unit], objective, schedule: Schedule, work: Work,
-        rows: Sequence[dict] = (), share: bool = False) -> dict:  # fmt: skip
-    """Train `params` in place by `schedule`, from the stage's saved state if there is one; returns counts. `share`: see
-    batching.collate.
+        rows: Sequence[dict] = (), planned: Plan | None = None) -> dict:  # fmt: skip
+    """Train `params` in place by `schedule`, from the stage's saved state if there is one; returns counts. `planned`: None:
+    as `plan_of` says.
     Writes metrics.jsonl (`rows`, then no times, so that it is reproducible) into the work folder. Raises
     UserError naming rows for a loss or gradient that is not finite, or a first gradient that is zero."""
     if not units:
         raise UserError(f"{work.name}: no row to train on is left")
-    config, plan, decay = work.run.config.run, plan_of(units, schedule, work, share), schedule.weight_decay
+    planned = planned or Plan(plan_of(units, schedule, work))
+    config, plan, decay = work.run.config.run, planned.steps, schedule.weight_decay
     optimizer = torch.optim.AdamW(params, schedule.lr, schedule.betas, weight_decay=decay, fused=True)
     watch = Watch(work, units, plan, optimizer, objective, steps_per_epoch(len(units), schedule.batch))
     first, cuts = watch.resume(), 0
@@ -150,7 +165,7 @@ def fit(model, params: list, units: Sequence[Unit], objective, schedule: Schedul
     with work.progress(len(plan), "step", first) as progress:
         for done, groups in enumerate(plan[first:], first + 1):
             optimizer.param_groups[0]["lr"] = schedule.rate(done - 1)
-            fixed = (model, params, units, objective, optimizer, (done - 1) / len(plan), share)
+            fixed = (model, params, units, objective, optimizer, (done - 1) / len(plan), planned.share)
             found, cuts = within_memory(work, groups, cuts, *fixed)
             watch.pending.append(found)
             if done % config.log_every == 0 or done == len(plan):

@@ -16,7 +16,7 @@ from minmacpo.choose import Candidates, keep_familiar, offered, select, weighted
 from minmacpo.config import Dpo
 from minmacpo.data import Pair, Sample
 from minmacpo.files import read_rows, write_rows
-from minmacpo.fit import PairObjective, Schedule, SftObjective, Unit, fit, plan_of, sharing
+from minmacpo.fit import PairObjective, Plan, Schedule, SftObjective, Unit, fit, make_plan
 from minmacpo.lora import read_adapter, reset_adapter
 from minmacpo.losses import sequence_logps
 from minmacpo.run import Stage, Work, derive_seed
@@ -59,9 +59,9 @@ def sft(shop: Workshop, name: str, base: Base, texts: Texts, start: Stage | None
         show_first(work, loaded, "row", [row for _, row in found])
         units = [Unit(text.id, (row,)) for text, row in found]
         schedule = pace.schedule(len(units), sum(stage.notes()["counts"]["steps"] for stage in like))
-        share = shop.free and sharing(units, schedule, work)
+        plan = make_plan(units, schedule, work, shop.free)
         objective = SftObjective(compiles(shop, loaded, units, schedule), confidence)
-        counts = train(work, base, loaded, units, objective, schedule, share)
+        counts = train(work, base, loaded, units, objective, schedule, plan)
         cut = sum(getattr(text, "finish", None) == "length" for text, _ in found)
         return counts | dropped | {"cut_at_limit": cut}
 
@@ -91,9 +91,9 @@ def prefer(shop: Workshop, name: str, base: Base, pairs: Stage, start: Stage, re
         compiled = compiles(shop, loaded, units, schedule)
         objective = PairObjective(dpo.beta, dpo.gamma, dpo.label_smoothing, contrast, compiled,
                                   dpo.length_normalized, dpo.length_penalty)  # fmt: skip
-        share = shop.free and sharing(units, schedule, work)
-        before = check_start(shop, work, base, start, reference, units, objective, schedule, share)
-        return train(work, base, loaded, units, objective, schedule, share, before)
+        plan = make_plan(units, schedule, work, shop.free)
+        before = check_start(shop, work, base, start, reference, units, objective, schedule, plan)
+        return train(work, base, loaded, units, objective, schedule, plan, before)
 
     settings = {k: v for k, v in asdict(dpo).items() if k not in ("student_lr", "teacher_lr")}
     settings |= asdict(pace) | {"contrast": contrast} | log_lines(shop)
@@ -115,10 +115,10 @@ def compiles(shop: Workshop, loaded: Loaded, units: Sequence[Unit], schedule: Sc
     return trained * loaded.model.config.vocab_size >= EARNED
 
 
-def train(work: Work, base: Base, loaded: Loaded, units: list[Unit], objective, schedule: Schedule, share: bool,
+def train(work: Work, base: Base, loaded: Loaded, units: list[Unit], objective, schedule: Schedule, plan: Plan,
           before: Sequence[dict] = ()) -> dict:  # fmt: skip
-    """Fit the slot, check that it does something, and write it in PEFT's layout. `before`: first metrics; `share`: fit's."""
-    counts = fit(loaded.model, loaded.slot_params, units, objective, schedule, work, before, share)
+    """Fit the slot, check that it does something, and write it in PEFT's layout. `before`: first metrics."""
+    counts = fit(loaded.model, loaded.slot_params, units, objective, schedule, work, before, plan)
     tensors = read_adapter(loaded.model)
     if schedule.steps and not any(t.any() for k, t in tensors.items() if k.endswith("lora_B.weight")):
         raise UserError(f"{work.name}: the trained adapter is still zero")
@@ -141,16 +141,16 @@ def keep(shop: Workshop, name: str, adapter: Stage) -> Stage:
 
 
 def check_start(shop: Workshop, work: Work, base: Base, start: Stage, reference: Stage | None,
-                units: list[Unit], objective, schedule: Schedule, share: bool) -> list[dict]:  # fmt: skip
+                units: list[Unit], objective, schedule: Schedule, plan: Plan) -> list[dict]:  # fmt: skip
     """[metrics of the first micro-batch before the first step], [] if there is none. Raises UserError unless it
     has the stored reference logps and, where reference and start are one, no margin; leaves `start` loaded."""
     if not schedule.steps:
         return []
-    first = [units[i] for i in plan_of(units, schedule, work, share)[0][0]]
+    first = [units[i] for i in plan.steps[0][0]]
     rows, refs = [row for unit in first for row in unit.rows], [ref for unit in first for ref in unit.refs[:2]]
     model = shop.use(base, reference).model
     weight = next(model.parameters())
-    batch, exact = collate(rows, weight.device, share), weight.dtype == torch.float32
+    batch, exact = collate(rows, weight.device, plan.share), weight.dtype == torch.float32
     logps = sequence_logps(model, batch.tokens, batch.mask, objective.compiled, batch.shared).tolist()  # on the path of training
     worst = max(abs(a - b) / (1 + abs(b)) for a, b in zip(logps, refs, strict=True))
     if worst > (1e-4 if exact else 0.02):

@@ -14,7 +14,7 @@ from test_fit import slotted, work_of  # noqa: F401  (a fixture)
 from minmacpo import UserError, fit, losses, score, stages
 from minmacpo.batching import collate, halved, plan_shared, token_counts, worth_sharing
 from minmacpo.config import Lora
-from minmacpo.fit import PairObjective, Schedule, SftObjective, sharing, train_step
+from minmacpo.fit import PairObjective, Schedule, SftObjective, make_plan, train_step
 from minmacpo.lora import attach_lora, reset_adapter, slot
 from minmacpo.losses import masked_logps, sequence_logps
 from minmacpo.model import attend, attend_bf16
@@ -198,9 +198,9 @@ def test_scoring_goes_on_with_half_the_budget(seed):
 def test_training_says_what_sharing_saves(work_of, monkeypatch, seed):  # noqa: F811
     work, said = work_of(), []
     monkeypatch.setattr(Work, "log", lambda self, line: said.append(line))
-    assert sharing(pair_units(seed, 12), Schedule(1e-2, 3, 4), work)
+    assert make_plan(pair_units(seed, 12), Schedule(1e-2, 3, 4), work, True).share
     assert said[0].startswith("padding is ") and "saved)" in said[0]
-    assert not sharing([], Schedule(1e-2, 3, 4), work)
+    assert not make_plan([], Schedule(1e-2, 3, 4), work, True).share
 
 
 # ---- compiled -----------------------------------------------------------------------------------
