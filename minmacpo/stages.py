@@ -208,31 +208,47 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
     return shop.stage(name, "sample/1", settings, inputs, write_samples, key, size)
 
 
-def score_texts(shop: Workshop, name: str, base: Base, adapter: Stage | None, texts: Texts) -> Stage:
+def logps_together(shop: Workshop, work: Work, base: Base, adapter: Stage | None, group: Sequence[Texts]) -> dict[str, list]:
+    """{a text's fingerprint: [(text, its row, its logp; None: longer than the context)]} of all texts of the group in one
+    pass, so that answers to one prompt share it; remembered for the group's next stage."""
+    key = (base.stage.fingerprint, adapter and adapter.fingerprint, *(texts.stage.fingerprint for texts in group))
+    if shop.scored[0] != key:
+        loaded = shop.use(base, adapter)
+        found = [[(text, shop.render(loaded, text.prompt, text.response)) for text in texts.read()] for texts in group]
+        context = loaded.model.config.max_position_embeddings
+        short = [row for each in found for _, row in each if len(row.ids) <= context]
+        with work.progress(len(short), "text") as progress:
+            logps = iter(score(loaded.model, short, shop.config.run.micro_tokens, progress, work.check, work.log, shop.free))
+        parts = [[(text, row, next(logps) if len(row.ids) <= context else None) for text, row in each] for each in found]
+        shop.scored = key, {texts.stage.fingerprint: part for texts, part in zip(group, parts, strict=True)}
+    return shop.scored[1]
+
+
+def score_texts(shop: Workshop, name: str, base: Base, adapter: Stage | None, texts: Texts, among: Sequence[Texts] = ()) -> Stage:
     """Log-probability and perplexity of given texts, end token included, as scores.jsonl (2.4). A text longer
-    than the model's context is counted; it has no log-probability, and the highest perplexity there is."""
+    than the model's context is counted; it has no log-probability, and the highest perplexity there is. `among`: these and
+    others for the same prompts, which are scored together where that may change last bits (Workshop.free)."""
+    group = [*among] if shop.free and among else [texts]
 
     def write_scores(work: Work) -> dict:
         """One row per text, in their order."""
-        loaded, found, scores = shop.use(base, adapter), texts.read(), []
-        rows = [shop.render(loaded, text.prompt, text.response) for text in found]
+        loaded, scores = shop.use(base, adapter), []
+        found = logps_together(shop, work, base, adapter, group)[texts.stage.fingerprint]
+        rows = [row for _, row, _ in found]
         show_first(work, loaded, "row", rows)
-        context = loaded.model.config.max_position_embeddings
-        short = [row for row in rows if len(row.ids) <= context]
-        with work.progress(len(short), "text") as progress:
-            logps = iter(score(loaded.model, short, shop.config.run.micro_tokens, progress, work.check, work.log, shop.free))
-        for text, row in zip(found, rows, strict=True):
-            logp, tokens = next(logps) if len(row.ids) <= context else None, sum(row.mask)
+        for text, row, logp in found:
+            tokens = sum(row.mask)
             ppl = perplexity(-math.inf if logp is None else logp, tokens)
             known = {"id": text.id, "logp": logp, "tokens": tokens, "perplexity": ppl}
             scores.append(known | {"characters": len(text.response)})
         write_rows(work.folder / "scores.jsonl", scores)
-        counts = {"texts": len(scores), "tokens": sum(sum(row.mask) for row in short)}
-        if long := len(rows) - len(short):
+        counts = {"texts": len(scores), "tokens": sum(sum(row.mask) for _, row, logp in found if logp is not None)}
+        if long := sum(logp is None for _, _, logp in found):
             work.log(f"WARNING: {long} of {len(rows)} texts are longer than the context of {base.name}")
         return counts | {"over_long": long}
 
-    return shop.stage(name, "score/1", texts.settings, [base.stage, adapter, texts.stage], write_scores)
+    inputs = [base.stage, adapter, texts.stage, *(other.stage for other in group if other != texts)]
+    return shop.stage(name, "score/1", texts.settings, inputs, write_scores)
 
 
 def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates], negatives: Texts,

@@ -134,6 +134,7 @@ class Workshop:
         # The built-in world with its own bases in fp32 keeps the arithmetic, and so the bytes, of its finished runs.
         given = (self.config.data.path, self.config.model.student, *self.config.model.teachers)
         self.free = any(given) or dtype_of(self.config) != torch.float32 or bool(arithmetic(self.config))
+        self.scored: tuple = (None, {})  # what was scored last, for the next stage of the same group (stages.logps_together)
         self.loaded: dict[str, Loaded] = {}  # by fingerprint, the last used one last
 
     def use(self, base: Base, adapter: Stage | None, copy: str = "") -> Loaded:

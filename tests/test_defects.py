@@ -73,7 +73,7 @@ def reference_is_the_start(patch) -> None:
     def pairs(shop, name, base, offers, negatives, reference, *rest):
         return good_pairs(shop, name, base, offers, negatives, before(shop, name), *rest)
 
-    def score_texts(shop, name, base, adapter, texts):
+    def score_texts(shop, name, base, adapter, texts, among=()):
         return good_scores(shop, name, base, before(shop, name) if "/reference_" in name else adapter, texts)
 
     def prefer(shop, name, base, made, start, reference, *rest):
@@ -152,7 +152,7 @@ def first_teacher_left_in_the_slot(patch) -> None:
 
 def no_adapter_in_the_slot_of_the_scorer(patch) -> None:
     good = stages.score_texts
-    patch(macpo, "score_texts", lambda shop, name, base, adapter, texts: good(shop, name, base, None, texts))
+    patch(macpo, "score_texts", lambda shop, name, base, adapter, texts, among=(): good(shop, name, base, None, texts))
 
 
 def start_is_the_base(patch) -> None:
