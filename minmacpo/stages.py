@@ -209,9 +209,9 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
 
 
 def logps_together(shop: Workshop, work: Work, base: Base, adapter: Stage | None, group: Sequence[Texts]) -> dict[str, list]:
-    """{a text's fingerprint: [(text, its row, its logp; None: longer than the context)]} of all texts of the group in one
-    pass, so that answers to one prompt share it; remembered for the group's next stage."""
-    key = (base.stage.fingerprint, adapter and adapter.fingerprint, *(texts.stage.fingerprint for texts in group))
+    """{Texts.key: [(text, its row, its logp; None: longer than the context)]} of all texts of the group in one pass, so
+    that answers to one prompt share it; remembered for the group's next stage."""
+    key = (base.stage.fingerprint, adapter and adapter.fingerprint, *(texts.key for texts in group))
     if shop.scored[0] != key:
         loaded = shop.use(base, adapter)
         found = [[(text, shop.render(loaded, text.prompt, text.response)) for text in texts.read()] for texts in group]
@@ -220,7 +220,7 @@ def logps_together(shop: Workshop, work: Work, base: Base, adapter: Stage | None
         with work.progress(len(short), "text") as progress:
             logps = iter(score(loaded.model, short, shop.config.run.micro_tokens, progress, work.check, work.log, shop.free))
         parts = [[(text, row, next(logps) if len(row.ids) <= context else None) for text, row in each] for each in found]
-        shop.scored = key, {texts.stage.fingerprint: part for texts, part in zip(group, parts, strict=True)}
+        shop.scored = key, {texts.key: part for texts, part in zip(group, parts, strict=True)}
     return shop.scored[1]
 
 
@@ -233,7 +233,7 @@ def score_texts(shop: Workshop, name: str, base: Base, adapter: Stage | None, te
     def write_scores(work: Work) -> dict:
         """One row per text, in their order."""
         loaded, scores = shop.use(base, adapter), []
-        found = logps_together(shop, work, base, adapter, group)[texts.stage.fingerprint]
+        found = logps_together(shop, work, base, adapter, group)[texts.key]
         rows = [row for _, row, _ in found]
         show_first(work, loaded, "row", rows)
         for text, row, logp in found:

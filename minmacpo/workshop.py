@@ -44,6 +44,10 @@ class Texts:
     side: str = "response"
 
     @property
+    def key(self) -> tuple[str, str, str]:
+        return self.stage.fingerprint, self.file, self.side
+
+    @property
     def settings(self) -> dict[str, list[str]]:
         return {"texts": [self.file, self.side]}
 
