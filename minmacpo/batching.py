@@ -118,6 +118,14 @@ def steps_per_epoch(units: int, batch: int) -> int:
     return math.ceil(units / batch)
 
 
+def limits(micro_tokens: int, device: str, close: bool) -> tuple[int, float]:
+    """(tokens of a micro-batch, how unlike its rows may be), for plan_steps; `close`: rows of like length, which on a CPU
+    stay within its cache."""
+    if not close:
+        return micro_tokens, math.inf
+    return min(micro_tokens, CPU_TOKENS) if device == "cpu" else micro_tokens, ALIKE
+
+
 def plan_scoring(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """All units once, sorted by length, in groups of at most `budget` padded tokens."""
     return cut(sorted(range(len(lengths)), key=lengths.__getitem__), lengths, budget)

@@ -12,8 +12,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from minmacpo import UserError, batching
-from minmacpo.batching import Batch, collate, halved, plan_steps, steps_per_epoch, worth_sharing
+from minmacpo import UserError
+from minmacpo.batching import Batch, collate, halved, limits, plan_steps, steps_per_epoch, worth_sharing
 from minmacpo.checkpoint import load_state, save_state
 from minmacpo.files import write_rows
 from minmacpo.losses import dpo_loss, masked_logps, sequence_logps, sft_loss
@@ -109,12 +109,10 @@ class Plan:
 
 
 def plan_of(units: Sequence[Unit], schedule: Schedule, work: Work, close: bool = False) -> list[list[list[int]]]:
-    """The steps of `schedule`; `close`: in micro-batches of rows of like length, which on a CPU stay within its cache."""
+    """The steps of `schedule`; `close`: see batching.limits."""
     lengths = [max(len(row.ids) for row in unit.rows) for unit in units]
-    budget, config = work.run.config.run.micro_tokens, work.run.config
-    if close and device_of(config) == "cpu":
-        budget = min(budget, batching.CPU_TOKENS)
-    alike = batching.ALIKE if close else math.inf
+    config = work.run.config
+    budget, alike = limits(config.run.micro_tokens, device_of(config), close)
     return plan_steps(lengths, schedule.batch, schedule.steps, work.seed, budget // len(units[0].rows), alike)
 
 

@@ -64,6 +64,9 @@ def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     return mask if window is None else mask & (keys > queries - window)
 
 
+SMALL_ROWS = 512  # tokens of the longest rows whose attention in bf16 is done with plain matmuls on a CPU; it keeps all scores
+
+
 class Shared(NamedTuple):
     """Which tokens of rows [B, T] are computed: padding is not, nor is a prompt again that an earlier row has. `kept` [N]: their
     numbers among the B · T; `origin` [B, T]: which of the N stands there (any, in padding). All but attention is done
@@ -128,7 +131,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 def small_bf16(q: Tensor) -> bool:
     """Whether `attend_bf16` is the faster one: on a CPU the kernel multiplies bf16 no faster than fp32."""
-    return q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] <= 512  # above, its scores take memory
+    return q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] <= SMALL_ROWS
 
 
 def attend_bf16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -138,7 +141,7 @@ def attend_bf16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril()
     hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
-    return ((q * size**-0.5) @ k.transpose(-1, -2) + hidden).softmax(-1) @ v
+    return ((q * size**-0.5) @ k.transpose(-1, -2)).add_(hidden).softmax(-1) @ v
 
 
 class MLP(nn.Module):

@@ -13,7 +13,7 @@ import torch
 
 from minmacpo import UserError
 from minmacpo.bases import Prepared, made_config
-from minmacpo.batching import plan_scoring, plan_steps, steps_per_epoch
+from minmacpo.batching import limits, plan_scoring, plan_steps, steps_per_epoch
 from minmacpo.checkpoint import read_config
 from minmacpo.commandline import to_toml
 from minmacpo.config import Config
@@ -135,8 +135,9 @@ class Plan:
 
     def steps(self, recipe: dict, lengths: list[int], steps: int, rows: int) -> list[list[list[int]]]:
         """The micro-batches that `fit` will take."""
-        budget = self.config.run.micro_tokens // rows
-        return plan_steps(lengths, recipe["settings"]["batch"], max(steps, 1), recipe["seed"], budget)
+        close = "arithmetic" in recipe["settings"] and not recipe["kind"].startswith("pretrain")  # Workshop.free
+        budget, alike = limits(self.config.run.micro_tokens, device_of(self.config), close)
+        return plan_steps(lengths, recipe["settings"]["batch"], max(steps, 1), recipe["seed"], budget // rows, alike)
 
     def sft(self, name: str) -> Task:
         """All passes over the texts, or as many steps as other stages take together."""
