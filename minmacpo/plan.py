@@ -196,7 +196,7 @@ class Plan:
         base = self.run.recipes[name][1][0]
         rows, model = rows or self.rows(name, base), self.model(base)[0]
         lengths, answers = rows.lengths(model.max_position_embeddings)
-        groups = plan_scoring(lengths, self.config.run.micro_tokens)
+        groups = plan_scoring(lengths, self.config.run.micro_tokens)  # on a CPU with less: Workshop.score_tokens
         return Task(sum(lengths), rows.exact, largest("score", [groups], lengths, answers, 1), model)
 
     def need(self, name: str) -> Need | None:

@@ -218,7 +218,7 @@ def logps_together(shop: Workshop, work: Work, base: Base, adapter: Stage | None
         context = loaded.model.config.max_position_embeddings
         short = [row for each in found for _, row in each if len(row.ids) <= context]
         with work.progress(len(short), "text") as progress:
-            logps = iter(score(loaded.model, short, shop.config.run.micro_tokens, progress, work.check, work.log, shop.free))
+            logps = iter(score(loaded.model, short, shop.score_tokens, progress, work.check, work.log, shop.free))
         parts = [[(text, row, next(logps) if len(row.ids) <= context else None) for text, row in each] for each in found]
         shop.scored = key, {texts.key: part for texts, part in zip(group, parts, strict=True)}
     return shop.scored[1]
@@ -279,7 +279,7 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates
         })  # fmt: skip
         rows = [good for _, good, _ in found]
         show_first(work, loaded, "chosen", rows)
-        logps = score(loaded.model, rows, shop.config.run.micro_tokens, None, work.check, work.log, shop.free)
+        logps = score(loaded.model, rows, shop.score_tokens, None, work.check, work.log, shop.free)
         made = [replace(pair, ref_chosen_logps=logp) for (pair, *_), logp in zip(found, logps, strict=True)]
         write_rows(work.folder / "pairs.jsonl", weighted(made))
         won = {f"chosen_{c.who}": sum(pair.chosen_by == c.who for pair in made) for c in candidates}
