@@ -1,5 +1,6 @@
 """Prompts in common and padding left out: the same values and gradients as rows by themselves; memory that is short."""
 
+import contextlib
 import functools
 import random
 from dataclasses import replace
@@ -231,3 +232,24 @@ def test_auto_compiles_only_where_a_stage_is_long_enough(wanted, device, steps, 
     shop = SimpleNamespace(config=SimpleNamespace(run=run), compiled=wanted == "true" or (wanted == "auto" and device == "cuda"))
     loaded = SimpleNamespace(model=random_model(seed))
     assert stages.compiles(shop, loaded, pair_units(seed, 5), Schedule(1e-3, steps, 16)) is compiled
+
+
+def test_candidates_of_several_files_are_scored_together_once_and_sides_are_told_apart(monkeypatch, seed):
+    """One pass for the group, its second stage takes what is known; another side of the same file is another text."""
+    from minmacpo.data import Example, Message
+    from minmacpo.workshop import Texts
+
+    model, passes = random_model(seed), []
+    monkeypatch.setattr(stages, "score", lambda model, rows, *rest: passes.append(len(rows)) or score.score(model, rows, 200))
+    monkeypatch.setattr(Texts, "read", lambda self: [Example(str(i), (Message("user", "ab"),), self.file + self.side, {}) for i in range(4)])
+    render = lambda loaded, prompt, answer: Tokens([3, 4, *(5 + ord(c) % 50 for c in answer)], [False] * 2 + [True] * len(answer))  # noqa: E731
+    progress = contextlib.nullcontext()
+    shop = SimpleNamespace(use=lambda *_: SimpleNamespace(model=model), render=render, scored=(None, {}), score_tokens=200, free=True)
+    work = SimpleNamespace(progress=lambda *_: progress, check=None, log=None)
+    stage, base = SimpleNamespace(fingerprint="s"), SimpleNamespace(stage=SimpleNamespace(fingerprint="b"))
+    a, b, other = Texts(stage, "a", "chosen"), Texts(stage, "bcd", "chosen"), Texts(stage, "a", "rejected")
+    first = stages.logps_together(shop, work, base, None, [a, b])
+    assert stages.logps_together(shop, work, base, None, [a, b]) is first and passes == [8] and set(first) == {a.key, b.key}
+    alone = stages.logps_together(shop, work, base, None, [other])
+    assert passes == [8, 4] and alone[other.key][0][2] != first[a.key][0][2]
+    assert first[b.key][0][2] == pytest.approx(score.score(model, [first[b.key][0][1]], 200)[0], rel=1e-5)
