@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from minmacpo import UserError
-from minmacpo.batching import Batch, collate, plan_steps, steps_per_epoch
+from minmacpo.batching import Batch, collate, halved, limits, plan_steps, steps_per_epoch, worth_sharing
 from minmacpo.checkpoint import load_state, save_state
 from minmacpo.files import write_rows
 from minmacpo.losses import dpo_loss, masked_logps, sequence_logps, sft_loss
-from minmacpo.machine import peak_mb
+from minmacpo.machine import device_of, peak_mb
 from minmacpo.run import Work
 from minmacpo.tokenizer import Tokens
 
@@ -63,7 +63,7 @@ class SftObjective:
     def __call__(self, model, batch: Batch, refs: Tensor, units: int, tokens: int, progress=1.0) -> Measured:
         share = self.confidence * min(1.0, progress / 0.2)
         own = torch.tensor(share, device=batch.tokens.device) if self.confidence else None
-        loss = sft_loss(masked_logps(model, batch.tokens, batch.mask, self.compiled, own)[0], tokens)
+        loss = sft_loss(masked_logps(model, batch.tokens, batch.mask, self.compiled, own, batch.shared)[0], tokens)
         return loss, [loss.detach()]
 
 
@@ -85,7 +85,7 @@ class PairObjective:
                "rewards/accuracies", "logps/chosen", "logps/rejected")  # fmt: skip
 
     def __call__(self, model, batch: Batch, refs: Tensor, units: int, tokens: int, progress=1.0) -> Measured:
-        logps = sequence_logps(model, batch.tokens, batch.mask, self.compiled)
+        logps = sequence_logps(model, batch.tokens, batch.mask, self.compiled, batch.shared)
         chosen, rejected = logps.view(-1, 2).unbind(1)
         lengths = batch.mask[:, 1:].sum(1).view(-1, 2)
         sft, offset = -chosen / lengths[:, 0], self.length_penalty * (lengths[:, 0] - lengths[:, 1])
@@ -100,24 +100,62 @@ class PairObjective:
         return loss, [loss.detach()] + [value.detach().sum() / units for value in values]
 
 
-def plan_of(units: Sequence[Unit], schedule: Schedule, work: Work) -> list[list[list[int]]]:
-    """The steps that `fit` will take, each a list of micro-batches, each a list of units."""
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The steps that `fit` takes, each a list of micro-batches, each a list of units; `share`: see batching.collate."""
+
+    steps: list[list[list[int]]]
+    share: bool = False
+
+
+def plan_of(units: Sequence[Unit], schedule: Schedule, work: Work, close: bool = False) -> list[list[list[int]]]:
+    """The steps of `schedule`; `close`: see batching.limits."""
     lengths = [max(len(row.ids) for row in unit.rows) for unit in units]
-    budget = work.run.config.run.micro_tokens // len(units[0].rows)
-    return plan_steps(lengths, schedule.batch, schedule.steps, work.seed, budget)
+    config = work.run.config
+    budget, alike = limits(config.run.micro_tokens, device_of(config), close)
+    return plan_steps(lengths, schedule.batch, schedule.steps, work.seed, budget // len(units[0].rows), alike)
+
+
+def make_plan(units: Sequence[Unit], schedule: Schedule, work: Work, close: bool) -> Plan:
+    """`plan_of`; if `close`, padding and prompts in common are left out where that saves enough, and the log says how much."""
+    steps = plan_of(units, schedule, work, close) if units else []
+    if not close:
+        return Plan(steps)
+    first = steps[: steps_per_epoch(len(units), schedule.batch)]
+    worth, words = worth_sharing([row for unit in group for row in units[unit].rows] for groups in first for group in groups)
+    work.log(words)
+    return Plan(steps, worth)
+
+
+def within_memory(work: Work, groups: list[list[int]], cuts: int, model, params, units, objective, optimizer,
+                  progress: float, share: bool) -> tuple[Tensor, int]:  # fmt: skip
+    """(`train_step` over micro-batches cut in two `cuts` times and, where memory is short, more often; how often)."""
+    for _ in range(cuts):
+        groups = halved(groups)
+    while True:
+        try:
+            return train_step(model, params, units, groups, objective, optimizer, progress, share), cuts
+        except torch.OutOfMemoryError:
+            if max(map(len, groups)) == 1:
+                raise UserError(f"{work.name}: out of memory at one row or pair at a time; lower data.max_length") from None
+        optimizer.zero_grad()
+        groups, cuts = halved(groups), cuts + 1
+        work.log(f"out of memory: the step is done again with micro-batches of {work.run.config.run.micro_tokens >> cuts} tokens at most")
 
 
 def fit(model, params: list, units: Sequence[Unit], objective, schedule: Schedule, work: Work,
-        rows: Sequence[dict] = ()) -> dict:  # fmt: skip
-    """Train `params` in place by `schedule`, from the stage's saved state if there is one; returns counts.
+        rows: Sequence[dict] = (), planned: Plan | None = None) -> dict:  # fmt: skip
+    """Train `params` in place by `schedule`, from the stage's saved state if there is one; returns counts. `planned`: None:
+    as `plan_of` says.
     Writes metrics.jsonl (`rows`, then no times, so that it is reproducible) into the work folder. Raises
     UserError naming rows for a loss or gradient that is not finite, or a first gradient that is zero."""
     if not units:
         raise UserError(f"{work.name}: no row to train on is left")
-    config, plan, decay = work.run.config.run, plan_of(units, schedule, work), schedule.weight_decay
+    planned = planned or Plan(plan_of(units, schedule, work))
+    config, plan, decay = work.run.config.run, planned.steps, schedule.weight_decay
     optimizer = torch.optim.AdamW(params, schedule.lr, schedule.betas, weight_decay=decay, fused=True)
     watch = Watch(work, units, plan, optimizer, objective, steps_per_epoch(len(units), schedule.batch))
-    first = watch.resume()
+    first, cuts = watch.resume(), 0
     if not first:  # a resumed training has them in its state
         watch.rows += rows
         for row in rows:
@@ -125,8 +163,9 @@ def fit(model, params: list, units: Sequence[Unit], objective, schedule: Schedul
     with work.progress(len(plan), "step", first) as progress:
         for done, groups in enumerate(plan[first:], first + 1):
             optimizer.param_groups[0]["lr"] = schedule.rate(done - 1)
-            progressed = (done - 1) / len(plan)
-            watch.pending.append(train_step(model, params, units, groups, objective, optimizer, progressed))
+            fixed = (model, params, units, objective, optimizer, (done - 1) / len(plan), planned.share)
+            found, cuts = within_memory(work, groups, cuts, *fixed)
+            watch.pending.append(found)
             if done % config.log_every == 0 or done == len(plan):
                 watch.report(done)
             if done % config.save_every == 0 or work.stopping:
@@ -140,13 +179,13 @@ def fit(model, params: list, units: Sequence[Unit], objective, schedule: Schedul
 
 
 def train_step(model, params, units: Sequence[Unit], groups: list[list[int]], objective, optimizer,
-               progress: float = 1.0) -> Tensor:  # fmt: skip
+               progress: float = 1.0, share: bool = False) -> Tensor:  # fmt: skip
     """One optimiser step over micro-batches `groups`; returns its metrics and gradient norm [n + 1].
     The denominators are those of the whole step, so accumulation equals one large batch."""
     tokens = sum(sum(row.mask) for group in groups for unit in group for row in units[unit].rows)
     count, total, device = sum(map(len, groups)), 0, params[0].device
     for group in groups:
-        batch = collate([row for unit in group for row in units[unit].rows], device)
+        batch = collate([row for unit in group for row in units[unit].rows], device, share)
         refs = torch.tensor([units[unit].refs for unit in group], device=device)
         loss, values = objective(model, batch, refs, count, tokens, progress)
         loss.backward()

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 2048  # tokens per head matmul: [CHUNK, vocabulary] is the largest tensor that exists
+CHUNK = 2048  # most tokens per head matmul: [its rows, vocabulary] is the largest tensor that exists
+LOGITS = 1 << 23  # most logits at a time: what is done to them is done within a CPU's cache (bench/loss.py)
+SMALL = 4096  # a vocabulary up to which nothing is gained by taking each exponential once
 compile_once = functools.cache(torch.compile)  # a function's compiled form, the same for the whole process
 
 
@@ -35,14 +37,23 @@ def chunk_logps_direction(
     """(log p(target) [N], its gradient W[y] - Σ_v p_v W[v] with respect to hidden [N, H]); with `own`, W[y]
     is mixed with the row of the likeliest token, through whose choice no gradient goes."""
     logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
-    total = logits.logsumexp(-1, keepdim=True)
     likeliest = targets if own is None else logits.argmax(-1)
-    logps = (target_logits(logits, targets, likeliest, own) - total)[:, 0]
-    probs = (logits - total).exp().to(hidden.dtype)
-    rows = weight[targets]
+    found, rows = target_logits(logits, targets, likeliest, own), weight[targets]
     if own is not None:
         rows = torch.lerp(rows, weight[likeliest], own.to(weight.dtype))
-    return logps, rows - probs @ weight
+    if len(weight) <= SMALL:
+        total = logits.logsumexp(-1, keepdim=True)
+        return (found - total)[:, 0], rows - logits.sub_(total).exp_().to(hidden.dtype) @ weight
+    top = logits.amax(-1, keepdim=True)
+    scaled = logits.sub_(top).exp_()  # probabilities times `mass`
+    mass = scaled.sum(-1, keepdim=True)
+    return (found - top - mass.log())[:, 0], rows - (scaled.to(hidden.dtype) @ weight) / mass.to(hidden.dtype)
+
+
+def in_chunks(hidden: Tensor, targets: Tensor, vocab: int) -> list[tuple[Tensor, Tensor]]:
+    """Parts of hidden [N, H] and targets [N] whose logits are at most LOGITS, or of one token."""
+    size = max(1, min(CHUNK, LOGITS // vocab))
+    return list(zip(hidden.split(size), targets.split(size), strict=True))
 
 
 class FrozenHeadLogps(torch.autograd.Function):
@@ -52,7 +63,7 @@ class FrozenHeadLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, compiled, own=None):
         """log p(target) [N]; keeps the gradient of each with respect to hidden [N, H]."""
         step = compile_once(chunk_logps_direction, dynamic=True) if compiled else chunk_logps_direction
-        chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+        chunks = in_chunks(hidden, targets, len(weight))
         logps, directions = zip(*(step(h, weight, t, own) for h, t in chunks), strict=True)
         ctx.save_for_backward(torch.cat(directions))
         return torch.cat(logps)
@@ -69,7 +80,7 @@ def token_logps(
     """log p(target) [N] (fp32; fp64 for fp64 input) of hidden [N, H] under head weight [V, H].
     Gradients: of nothing (scoring), of hidden (LoRA), of the head too (pre-training, chunks recomputed).
     `own` (0-dim): the share of the model's own likeliest token u, (1 - own) log p(target) + own log p(u)."""
-    chunks = list(zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True))
+    chunks = in_chunks(hidden, targets, len(weight))
     if torch.is_grad_enabled() and weight.requires_grad and len(chunks) > 1:
         return torch.cat([checkpoint(chunk_logps, h, weight, t, own, use_reentrant=False) for h, t in chunks])
     if torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad:
@@ -78,18 +89,23 @@ def token_logps(
 
 
 def masked_logps(
-    model, tokens: Tensor, mask: Tensor, compiled: bool = False, own: Tensor | None = None
+    model, tokens: Tensor, mask: Tensor, compiled: bool = False, own: Tensor | None = None, shared=None
 ) -> tuple[Tensor, Tensor]:
     """(log p [N] of the N tokens under mask, their row [N]) of tokens [B, T], mask [B, T] bool.
-    Only they reach the head. Position 0 has nothing before it and is not scored; no template masks it in."""
-    hidden, picked = model(tokens)[:, :-1], mask[:, 1:]
-    logps = token_logps(hidden[picked], model.lm_head.weight, tokens[:, 1:][picked], compiled, own)
+    Only they reach the head. Position 0 has nothing before it and is not scored; no template masks it in.
+    `shared` (model.Shared): which tokens the model computes."""
+    picked = mask[:, 1:]
+    if shared is None:
+        hidden = model(tokens)[:, :-1][picked]
+    else:
+        hidden = model(tokens, shared=shared)[0].index_select(0, shared.origin[:, :-1][picked])
+    logps = token_logps(hidden, model.lm_head.weight, tokens[:, 1:][picked], compiled, own)
     return logps, picked.nonzero()[:, 0]
 
 
-def sequence_logps(model, tokens: Tensor, mask: Tensor, compiled: bool = False) -> Tensor:
+def sequence_logps(model, tokens: Tensor, mask: Tensor, compiled: bool = False, shared=None) -> Tensor:
     """Summed log-probability [B] (fp32) of the tokens under mask [B, T], end token included."""
-    logps, rows = masked_logps(model, tokens, mask, compiled)
+    logps, rows = masked_logps(model, tokens, mask, compiled, shared=shared)
     return logps.new_zeros(len(tokens)).index_add(0, rows, logps)
 
 

@@ -175,12 +175,12 @@ def votes(agent: Agent, t: int, source: Agent, others: Sequence[Agent], answers:
     wanted |= {"perplexity"} if settings.keep < 1 else set()
     wanted |= {"agreement"} if settings.weights == "agreement" else set()
 
-    def scored(kind: str, judge: Agent, adapter: Stage) -> Stage:
-        return score_texts(shop, f"round{t}/{kind}_{source.name}", judge.base, adapter, said)
+    def scored(kind: str, judge: Agent, adapter: Stage, among: Sequence[Texts] = ()) -> Stage:
+        return score_texts(shop, f"round{t}/{kind}_{source.name}", judge.base, adapter, said, among)
 
     if "perplexity" in wanted:
         kind = "scores" if agent.name == "student" else f"scores_{agent.name}"
-        found["perplexity"] = [(1.0, scored(kind, agent, agent.positive[-1]))]
+        found["perplexity"] = [(1.0, scored(kind, agent, agent.positive[-1], [*answers.values()]))]
     if "likelihood-ratio" in wanted and agent.name == "student":
         found["likelihood-ratio"] = [(1.0, scored("good", source, source.positive[-1])),
                                      (-1.0, scored("bad", source, source.negative))]  # fmt: skip

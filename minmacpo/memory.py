@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from minmacpo.config import LINEARS, Lora
 from minmacpo.families import ModelConfig
-from minmacpo.losses import CHUNK
+from minmacpo.losses import CHUNK, LOGITS
+from minmacpo.model import SMALL_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +82,12 @@ def need(load: Load, config: ModelConfig, lora: Lora, size: int) -> Need:
     """What a pass of this load holds at its peak, in a model with weights of `size` bytes a number. Gradients of all
     weights appear while the activations go: the larger of the two counts, unless `again`."""
     base, slot = parameters(config, lora)
-    tokens, chunk = load.rows * load.length, min(load.scored, CHUNK) * config.vocab_size
+    tokens, chunk = load.rows * load.length, min(load.scored, CHUNK, max(1, LOGITS // config.vocab_size)) * config.vocab_size
     hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    small = size < 4 and load.length <= SMALL_ROWS  # on a CPU bf16 attention then has all its scores
+    scores = size * tokens * load.length * config.num_attention_heads * small
     if load.kind in ("score", "sample"):
-        moving, passing = size * tokens * hidden, size * tokens * crossed(config, lora, size)
+        moving, passing = size * tokens * hidden, size * tokens * crossed(config, lora, size) + 2 * scores
         cache = 2 * layers * load.rows * load.room * config.num_key_value_heads * config.head_dim
         head = 8 * chunk if load.kind == "score" else 16 * load.rows * config.vocab_size
         return Need(size * base * load.models, 4 * slot * load.models, moving + max(passing, head) - head, head,
@@ -94,8 +97,9 @@ def need(load: Load, config: ModelConfig, lora: Lora, size: int) -> Need:
     passing = size * tokens * (3 * mlp - freed + 2 * hidden)  # back through the last layer's MLP
     each = kept(config, None if full else lora, size)
     stats = 4 * tokens * layers * (config.num_attention_heads + 2)  # fp32: logsumexp of attention, scale of norms
+    stats += layers * scores
     stored = size * tokens * (layers * each + 2 * hidden) + stats + 2 * size * load.scored * hidden
-    head = (16 if full else 12) * chunk
+    head = (16 if full else 8) * chunk
     if full:
         gradients = 4 * base
         worked = stored + max(passing, head) - head

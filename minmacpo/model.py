@@ -4,6 +4,7 @@ LoRA, losses and sampling come from outside. `forward` gives hidden states; who 
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,25 @@ def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     return mask if window is None else mask & (keys > queries - window)
 
 
+SMALL_ROWS = 512  # tokens of the longest rows whose attention in bf16 is done with plain matmuls on a CPU; it keeps all scores
+
+
+class Shared(NamedTuple):
+    """Which tokens of rows [B, T] are computed: padding is not, nor is a prompt again that an earlier row has. `kept` [N]: their
+    numbers among the B · T; `origin` [B, T]: which of the N stands there (any, in padding). All but attention is done
+    on the N alone; attention on whole rows, so that an answer sees its prompt and itself, as if it were alone."""
+
+    kept: Tensor
+    origin: Tensor
+
+
+def in_rows(x: Tensor, shared: Shared) -> Tensor:
+    """[1, heads, N, D] of the tokens that are computed, as [B, heads, T, D] of the rows."""
+    flat = x[0].transpose(0, 1).flatten(1)
+    index = shared.origin.view(-1, 1).expand(-1, flat.shape[1])
+    return flat.gather(0, index).view(*shared.origin.shape, *x.shape[1::2]).transpose(1, 2)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, heads, T, D] turned by the angles of cos, sin (broadcastable to x)."""
     left, right = x.chunk(2, dim=-1)
@@ -84,8 +104,8 @@ class Attention(nn.Module):
             norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if variant.qk_norm else nn.Identity()
             self.add_module(name, norm)
 
-    def forward(self, x: Tensor, rope, positions: Tensor | None, mask: Tensor | None, cache) -> Tensor:
-        """x [B, T, H] -> [B, T, H]; see Transformer.forward for positions, mask and cache (this layer's)."""
+    def forward(self, x: Tensor, rope, positions: Tensor | None, mask: Tensor | None, cache, shared) -> Tensor:
+        """x [B, T, H] -> [B, T, H]; see Transformer.forward for positions, mask, cache (this layer's) and shared."""
         rows, length, _ = x.shape
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (proj(x).view(rows, length, -1, self.head_dim).transpose(1, 2) for proj in projections)
@@ -96,9 +116,32 @@ class Attention(nn.Module):
             row = torch.arange(rows, device=x.device)
             cache[0][row, :, positions], cache[1][row, :, positions] = k[:, :, 0], v[:, :, 0]
             k, v = cache
-        grouped = q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
-        return self.o_proj(y.transpose(1, 2).reshape(rows, length, -1))
+        if shared is not None:
+            q, k, v = (in_rows(each, shared) for each in (q, k, v))
+        y = (attend_bf16 if cache is None and small_bf16(q) else attend)(q, k, v, mask).transpose(1, 2)
+        if shared is not None:
+            y = y.flatten(0, 1).index_select(0, shared.kept)
+        return self.o_proj(y.reshape(rows, length, -1))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of q [B, heads, T, D] to k, v [B, kv_heads, S, D] under `mask`, None: causally."""
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def small_bf16(q: Tensor) -> bool:
+    """Whether `attend_bf16` is the faster one: on a CPU the kernel multiplies bf16 no faster than fp32."""
+    return q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] <= SMALL_ROWS
+
+
+def attend_bf16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`attend` with plain matmuls, and all scores in memory."""
+    _, heads, length, size = q.shape
+    k, v = (each.repeat_interleave(heads // each.shape[1], 1) for each in (k, v))
+    if mask is None:
+        mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril()
+    hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
+    return ((q * size**-0.5) @ k.transpose(-1, -2)).add_(hidden).softmax(-1) @ v
 
 
 class MLP(nn.Module):
@@ -121,8 +164,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope, positions, mask, cache) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, positions, mask, cache)
+    def forward(self, x: Tensor, rope, positions, mask, cache, shared) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, positions, mask, cache, shared)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -150,16 +193,19 @@ class Transformer(nn.Module):
         layers, heads = self.config.num_hidden_layers, self.config.num_key_value_heads
         return self.lm_head.weight.new_zeros(2, layers, rows, heads, length, self.config.head_dim)
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: Tensor | None = None,
+                shared: Shared | None = None) -> Tensor:  # fmt: skip
         """Hidden states [B, T, H] of tokens [B, T] (int64), after the last norm; a cache is written.
         positions None: rows start at 0 and attend causally; no real token sees the padding at the right.
         positions [B] (int64): T is 1, row b is decoded at its own position and sees the cache up to there;
-        what padding left behind in the cache lies beyond it, and is overwritten in turn."""
-        x, length = self.model.embed_tokens(tokens), tokens.shape[1]
+        what padding left behind in the cache lies beyond it, and is overwritten in turn.
+        shared: positions None, no cache; [1, N, H] of the N tokens that are computed."""
+        length = tokens.shape[1]
+        x = self.model.embed_tokens(tokens if shared is None else tokens.flatten()[shared.kept][None])
         layers, config = self.model.layers, self.config
         if positions is None:
             keys = torch.arange(length, device=x.device)
-            angles, queries = rope_angles(config, keys), keys[:, None]
+            angles, queries = rope_angles(config, keys if shared is None else shared.kept % length), keys[:, None]
         else:
             keys = torch.arange(cache.shape[4], device=x.device)
             angles, queries = rope_angles(config, positions[:, None, None]), positions[:, None, None, None]
@@ -169,7 +215,7 @@ class Transformer(nn.Module):
             causal = positions is None and (window is None or window >= length)
             masks[window] = None if causal else visible(queries, keys, window)
         for layer, (block, window) in enumerate(zip(layers, windows, strict=True)):
-            x = block(x, rope, positions, masks[window], None if cache is None else cache[:, layer])
+            x = block(x, rope, positions, masks[window], None if cache is None else cache[:, layer], shared)
         return self.model.norm(x)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from minmacpo import UserError
 from minmacpo.bases import Prepared, made_config
-from minmacpo.batching import plan_scoring, plan_steps, steps_per_epoch
+from minmacpo.batching import limits, plan_scoring, plan_steps, steps_per_epoch
 from minmacpo.checkpoint import read_config
 from minmacpo.commandline import to_toml
 from minmacpo.config import Config
@@ -134,8 +134,9 @@ class Plan:
 
     def steps(self, recipe: dict, lengths: list[int], steps: int, rows: int) -> list[list[list[int]]]:
         """The micro-batches that `fit` will take."""
-        budget = self.config.run.micro_tokens // rows
-        return plan_steps(lengths, recipe["settings"]["batch"], max(steps, 1), recipe["seed"], budget)
+        close = "arithmetic" in recipe["settings"] and not recipe["kind"].startswith("pretrain")  # Workshop.free
+        budget, alike = limits(self.config.run.micro_tokens, device_of(self.config), close)
+        return plan_steps(lengths, recipe["settings"]["batch"], max(steps, 1), recipe["seed"], budget // rows, alike)
 
     def sft(self, name: str) -> Task:
         """All passes over the texts, or as many steps as other stages take together."""
@@ -194,7 +195,7 @@ class Plan:
         base = self.run.recipes[name][1][0]
         rows, model = rows or self.rows(name, base), self.model(base)[0]
         lengths, answers = rows.lengths(model.max_position_embeddings)
-        groups = plan_scoring(lengths, self.config.run.micro_tokens)
+        groups = plan_scoring(lengths, self.config.run.micro_tokens)  # on a CPU with less: Workshop.score_tokens
         return Task(sum(lengths), rows.exact, largest("score", [groups], lengths, answers, 1), model)
 
     def need(self, name: str) -> Need | None:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from minmacpo.batching import collate, plan_scoring
+from minmacpo import UserError
+from minmacpo.batching import collate, halved, plan_scoring, plan_shared, worth_sharing
 from minmacpo.losses import sequence_logps
 from minmacpo.progress import Progress
 from minmacpo.tokenizer import Tokens
@@ -18,16 +19,30 @@ def perplexity(logp: float, tokens: int) -> float:
 
 @torch.inference_mode()
 def score(model, rows: Sequence[Tokens], budget: int, progress: Progress | None = None,
-          check: Callable[[], None] | None = None) -> list[float]:  # fmt: skip
-    """Summed log-probability of each row's masked tokens; at most `budget` padded tokens per forward pass.
-    `check` is called between two passes, to stop there."""
-    logps = [0.0] * len(rows)
-    for group in plan_scoring([len(row.ids) for row in rows], budget):
+          check: Callable[[], None] | None = None, log: Callable[[str], None] = print, share: bool = False) -> list[float]:  # fmt: skip
+    """Summed log-probability of each row's masked tokens; at most `budget` padded tokens per forward pass, half of it from
+    where memory is short. `check` is called between two passes, to stop there; `share`: prompts that rows
+    have in common are computed once, where that saves enough."""
+    logps, groups = [0.0] * len(rows), plan_scoring([len(row.ids) for row in rows], budget)
+    if share and rows:
+        close = plan_shared(rows, budget)
+        share, words = worth_sharing([rows[i] for i in group] for group in close)
+        groups = close if share else groups
+        log(words)
+    while groups:
         if check:
             check()
-        batch = collate([rows[i] for i in group], next(model.parameters()).device)
-        for i, logp in zip(group, sequence_logps(model, batch.tokens, batch.mask).tolist(), strict=True):
+        batch = collate([rows[i] for i in groups[0]], next(model.parameters()).device, share)
+        try:
+            found = sequence_logps(model, batch.tokens, batch.mask, shared=batch.shared).tolist()
+        except torch.OutOfMemoryError:
+            if len(groups[0]) == 1:
+                raise UserError(f"out of memory: a text of {batch.tokens.numel()} tokens is too long to be scored here") from None
+            groups, budget = halved(groups), budget // 2
+            log(f"out of memory: from here at most {budget} tokens per forward pass (run.micro_tokens is the limit that was tried)")
+            continue
+        for i, logp in zip(groups.pop(0), found, strict=True):
             logps[i] = logp
         if progress:
-            progress.step(len(group))
+            progress.step(len(found))
     return logps

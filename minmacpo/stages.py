@@ -16,13 +16,15 @@ from minmacpo.choose import Candidates, keep_familiar, offered, select, weighted
 from minmacpo.config import Dpo
 from minmacpo.data import Pair, Sample
 from minmacpo.files import read_rows, write_rows
-from minmacpo.fit import PairObjective, Schedule, SftObjective, Unit, fit, plan_of
+from minmacpo.fit import PairObjective, Plan, Schedule, SftObjective, Unit, fit, make_plan
 from minmacpo.lora import read_adapter, reset_adapter
 from minmacpo.losses import sequence_logps
 from minmacpo.run import Stage, Work, derive_seed
 from minmacpo.score import perplexity, score
 from minmacpo.tokenizer import Tokens, show_mask
 from minmacpo.workshop import Loaded, Texts, Workshop, answer
+
+EARNED = 2e12  # logits whose reading and writing (12 bytes less of each at 3 TB/s) takes as long as to compile: 8 s; an estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,9 @@ def sft(shop: Workshop, name: str, base: Base, texts: Texts, start: Stage | None
         show_first(work, loaded, "row", [row for _, row in found])
         units = [Unit(text.id, (row,)) for text, row in found]
         schedule = pace.schedule(len(units), sum(stage.notes()["counts"]["steps"] for stage in like))
-        counts = train(work, base, loaded, units, SftObjective(shop.compiled, confidence), schedule)
+        plan = make_plan(units, schedule, work, shop.free)
+        objective = SftObjective(compiles(shop, loaded, units, schedule), confidence)
+        counts = train(work, base, loaded, units, objective, schedule, plan)
         cut = sum(getattr(text, "finish", None) == "length" for text, _ in found)
         return counts | dropped | {"cut_at_limit": cut}
 
@@ -83,11 +87,13 @@ def prefer(shop: Workshop, name: str, base: Base, pairs: Stage, start: Stage, re
         show_first(work, loaded, "rejected", [unit.rows[1] for unit in units])
         words = {"base": "the bare base", "init": "round 0", "previous": "the last round"}[dpo.reference]
         work.log(f"reference policy: {words}; its logps are stored with the pairs")
-        objective = PairObjective(dpo.beta, dpo.gamma, dpo.label_smoothing, contrast, shop.compiled,
-                                  dpo.length_normalized, dpo.length_penalty)  # fmt: skip
         schedule = pace.schedule(len(units))
-        before = check_start(shop, work, base, start, reference, units, objective, schedule)
-        return train(work, base, loaded, units, objective, schedule, before)
+        compiled = compiles(shop, loaded, units, schedule)
+        objective = PairObjective(dpo.beta, dpo.gamma, dpo.label_smoothing, contrast, compiled,
+                                  dpo.length_normalized, dpo.length_penalty)  # fmt: skip
+        plan = make_plan(units, schedule, work, shop.free)
+        before = check_start(shop, work, base, start, reference, units, objective, schedule, plan)
+        return train(work, base, loaded, units, objective, schedule, plan, before)
 
     settings = {k: v for k, v in asdict(dpo).items() if k not in ("student_lr", "teacher_lr")}
     settings |= asdict(pace) | {"contrast": contrast} | log_lines(shop)
@@ -101,10 +107,18 @@ def log_lines(shop: Workshop) -> dict[str, int]:
     return {} if every == type(shop.config.run)().log_every else {"log_every": every}
 
 
-def train(work: Work, base: Base, loaded: Loaded, units: list[Unit], objective, schedule: Schedule,
+def compiles(shop: Workshop, loaded: Loaded, units: Sequence[Unit], schedule: Schedule) -> bool:
+    """Whether the loss is compiled: as run.compile says; auto: on a GPU, if the stage's logits are worth the wait."""
+    if shop.config.run.compile != "auto" or not shop.compiled:
+        return shop.compiled
+    trained = sum(sum(row.mask) for unit in units for row in unit.rows) * schedule.steps * schedule.batch / max(len(units), 1)
+    return trained * loaded.model.config.vocab_size >= EARNED
+
+
+def train(work: Work, base: Base, loaded: Loaded, units: list[Unit], objective, schedule: Schedule, plan: Plan,
           before: Sequence[dict] = ()) -> dict:  # fmt: skip
     """Fit the slot, check that it does something, and write it in PEFT's layout. `before`: first metrics."""
-    counts = fit(loaded.model, loaded.slot_params, units, objective, schedule, work, before)
+    counts = fit(loaded.model, loaded.slot_params, units, objective, schedule, work, before, plan)
     tensors = read_adapter(loaded.model)
     if schedule.steps and not any(t.any() for k, t in tensors.items() if k.endswith("lora_B.weight")):
         raise UserError(f"{work.name}: the trained adapter is still zero")
@@ -127,17 +141,17 @@ def keep(shop: Workshop, name: str, adapter: Stage) -> Stage:
 
 
 def check_start(shop: Workshop, work: Work, base: Base, start: Stage, reference: Stage | None,
-                units: list[Unit], objective, schedule: Schedule) -> list[dict]:  # fmt: skip
+                units: list[Unit], objective, schedule: Schedule, plan: Plan) -> list[dict]:  # fmt: skip
     """[metrics of the first micro-batch before the first step], [] if there is none. Raises UserError unless it
     has the stored reference logps and, where reference and start are one, no margin; leaves `start` loaded."""
     if not schedule.steps:
         return []
-    first = [units[i] for i in plan_of(units, schedule, work)[0][0]]
+    first = [units[i] for i in plan.steps[0][0]]
     rows, refs = [row for unit in first for row in unit.rows], [ref for unit in first for ref in unit.refs[:2]]
     model = shop.use(base, reference).model
     weight = next(model.parameters())
-    batch, exact = collate(rows, weight.device), weight.dtype == torch.float32
-    logps = sequence_logps(model, batch.tokens, batch.mask, shop.compiled).tolist()  # on the path of training
+    batch, exact = collate(rows, weight.device, plan.share), weight.dtype == torch.float32
+    logps = sequence_logps(model, batch.tokens, batch.mask, objective.compiled, batch.shared).tolist()  # on the path of training
     worst = max(abs(a - b) / (1 + abs(b)) for a, b in zip(logps, refs, strict=True))
     if worst > (1e-4 if exact else 0.02):
         problem = f"stored reference logps differ from the model's by {worst:.2g} (relative)"
@@ -194,31 +208,47 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
     return shop.stage(name, "sample/1", settings, inputs, write_samples, key, size)
 
 
-def score_texts(shop: Workshop, name: str, base: Base, adapter: Stage | None, texts: Texts) -> Stage:
+def logps_together(shop: Workshop, work: Work, base: Base, adapter: Stage | None, group: Sequence[Texts]) -> dict[str, list]:
+    """{Texts.key: [(text, its row, its logp; None: longer than the context)]} of all texts of the group in one pass, so
+    that answers to one prompt share it; remembered for the group's next stage."""
+    key = (base.stage.fingerprint, adapter and adapter.fingerprint, *(texts.key for texts in group))
+    if shop.scored[0] != key:
+        loaded = shop.use(base, adapter)
+        found = [[(text, shop.render(loaded, text.prompt, text.response)) for text in texts.read()] for texts in group]
+        context = loaded.model.config.max_position_embeddings
+        short = [row for each in found for _, row in each if len(row.ids) <= context]
+        with work.progress(len(short), "text") as progress:
+            logps = iter(score(loaded.model, short, shop.score_tokens, progress, work.check, work.log, shop.free))
+        parts = [[(text, row, next(logps) if len(row.ids) <= context else None) for text, row in each] for each in found]
+        shop.scored = key, {texts.key: part for texts, part in zip(group, parts, strict=True)}
+    return shop.scored[1]
+
+
+def score_texts(shop: Workshop, name: str, base: Base, adapter: Stage | None, texts: Texts, among: Sequence[Texts] = ()) -> Stage:
     """Log-probability and perplexity of given texts, end token included, as scores.jsonl (2.4). A text longer
-    than the model's context is counted; it has no log-probability, and the highest perplexity there is."""
+    than the model's context is counted; it has no log-probability, and the highest perplexity there is. `among`: these and
+    others for the same prompts, which are scored together where that may change last bits (Workshop.free)."""
+    group = [*among] if shop.free and among else [texts]
 
     def write_scores(work: Work) -> dict:
         """One row per text, in their order."""
-        loaded, found, scores = shop.use(base, adapter), texts.read(), []
-        rows = [shop.render(loaded, text.prompt, text.response) for text in found]
+        loaded, scores = shop.use(base, adapter), []
+        found = logps_together(shop, work, base, adapter, group)[texts.key]
+        rows = [row for _, row, _ in found]
         show_first(work, loaded, "row", rows)
-        context = loaded.model.config.max_position_embeddings
-        short = [row for row in rows if len(row.ids) <= context]
-        with work.progress(len(short), "text") as progress:
-            logps = iter(score(loaded.model, short, shop.config.run.micro_tokens, progress, work.check))
-        for text, row in zip(found, rows, strict=True):
-            logp, tokens = next(logps) if len(row.ids) <= context else None, sum(row.mask)
+        for text, row, logp in found:
+            tokens = sum(row.mask)
             ppl = perplexity(-math.inf if logp is None else logp, tokens)
             known = {"id": text.id, "logp": logp, "tokens": tokens, "perplexity": ppl}
             scores.append(known | {"characters": len(text.response)})
         write_rows(work.folder / "scores.jsonl", scores)
-        counts = {"texts": len(scores), "tokens": sum(sum(row.mask) for row in short)}
-        if long := len(rows) - len(short):
+        counts = {"texts": len(scores), "tokens": sum(sum(row.mask) for _, row, logp in found if logp is not None)}
+        if long := sum(logp is None for _, _, logp in found):
             work.log(f"WARNING: {long} of {len(rows)} texts are longer than the context of {base.name}")
         return counts | {"over_long": long}
 
-    return shop.stage(name, "score/1", texts.settings, [base.stage, adapter, texts.stage], write_scores)
+    inputs = [base.stage, adapter, texts.stage, *(other.stage for other in group if other != texts)]
+    return shop.stage(name, "score/1", texts.settings, inputs, write_scores)
 
 
 def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates], negatives: Texts,
@@ -249,7 +279,7 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates
         })  # fmt: skip
         rows = [good for _, good, _ in found]
         show_first(work, loaded, "chosen", rows)
-        logps = score(loaded.model, rows, shop.config.run.micro_tokens, check=work.check)
+        logps = score(loaded.model, rows, shop.score_tokens, None, work.check, work.log, shop.free)
         made = [replace(pair, ref_chosen_logps=logp) for (pair, *_), logp in zip(found, logps, strict=True)]
         write_rows(work.folder / "pairs.jsonl", weighted(made))
         won = {f"chosen_{c.who}": sum(pair.chosen_by == c.who for pair in made) for c in candidates}

@@ -95,3 +95,11 @@ def test_collate_pads_at_the_right(rng):
     for row, tokens, mask in zip(rows, batch.tokens.tolist(), batch.mask.tolist(), strict=True):
         fill = 6 - len(row.ids)
         assert tokens == row.ids + [0] * fill and mask == row.mask + [False] * fill
+
+
+def test_runs_of_like_length(rng):
+    lengths = sorted(rng.randrange(10, 400) for _ in range(100))
+    groups = cut([*range(100)], lengths, 10**6, alike=1.5)
+    assert [unit for group in groups for unit in group] == [*range(100)]
+    assert all(lengths[group[-1]] <= 1.5 * lengths[group[0]] for group in groups)
+    assert all(lengths[after[0]] > 1.5 * lengths[group[0]] for group, after in itertools.pairwise(groups))

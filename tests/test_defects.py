@@ -73,7 +73,7 @@ def reference_is_the_start(patch) -> None:
     def pairs(shop, name, base, offers, negatives, reference, *rest):
         return good_pairs(shop, name, base, offers, negatives, before(shop, name), *rest)
 
-    def score_texts(shop, name, base, adapter, texts):
+    def score_texts(shop, name, base, adapter, texts, among=()):
         return good_scores(shop, name, base, before(shop, name) if "/reference_" in name else adapter, texts)
 
     def prefer(shop, name, base, made, start, reference, *rest):
@@ -122,7 +122,7 @@ def student_answers_before_its_update(patch) -> None:
 
 
 def mean_of_means(patch) -> None:
-    def train_step(model, params, units, groups, objective, optimizer, progress):
+    def train_step(model, params, units, groups, objective, optimizer, progress, share):
         total = 0
         for group in groups:
             rows = [row for unit in group for row in units[unit].rows]
@@ -152,7 +152,7 @@ def first_teacher_left_in_the_slot(patch) -> None:
 
 def no_adapter_in_the_slot_of_the_scorer(patch) -> None:
     good = stages.score_texts
-    patch(macpo, "score_texts", lambda shop, name, base, adapter, texts: good(shop, name, base, None, texts))
+    patch(macpo, "score_texts", lambda shop, name, base, adapter, texts, among=(): good(shop, name, base, None, texts))
 
 
 def start_is_the_base(patch) -> None:
