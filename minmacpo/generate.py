@@ -14,20 +14,22 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minmacpo.config import Generate
 from minmacpo.model import Transformer
+from minmacpo.packed import pack, packs
 
 PLAUSIBLE = 0.1  # of the likeliest token's probability: what contrastive decoding may choose
 LOOK_EVERY = 8  # decode steps between two looks at which rows have ended
+ROOM = 64  # attention reads the cache up to the last place in use, rounded up to a multiple of this
 
 
 def warp(logits: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor | None]:
     """(probabilities [B, n], their token ids [B, n]; None: all tokens in order) of logits [B, V].
     Temperature, top-k, then top-p on what is left: the smallest set of likeliest tokens that reaches it."""
-    logits, ids = logits.float() / temperature, None
+    logits, ids = logits.float(), None
     if 0 < top_k < logits.shape[-1]:
         logits, ids = logits.topk(top_k, dim=-1)
     elif top_p < 1:
         logits, ids = logits.sort(dim=-1, descending=True)
-    probs = logits.softmax(-1)
+    probs = (logits / temperature).softmax(-1)
     if top_p < 1:
         before = probs.cumsum(-1) - probs
         probs = probs.masked_fill(before >= top_p, 0)
@@ -54,16 +56,69 @@ def contrast(logits: Tensor, against: Tensor) -> Tensor:
 
 def pick(logits: Tensor, settings: Generate, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """(token [B], its log-probability [B] at temperature 1) of logits [B, V]."""
+    logits = logits.float()
     if settings.temperature == 0:
         token = logits.argmax(-1)
     else:
         token = draw(*warp(logits, settings.temperature, settings.top_k, settings.top_p), uniform)
-    return token, logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0]
+    return token, logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
 
 
 def noise(seeds: Sequence[int], steps: int) -> np.ndarray:
     """Uniform numbers [rows, steps] in [0, 1), row i from seeds[i] alone (Philox, 63-bit key)."""
     return np.stack([np.random.Generator(np.random.Philox(seed)).random(steps, np.float32) for seed in seeds])
+
+
+def prefill(models: Sequence[Transformer], prompts: Sequence[Sequence[int]], room: int) -> tuple[list[Tensor], list[Tensor]]:
+    """(logits [B, V] of the first new token, cache with `room` more places) of every model. A prompt that several rows
+    share is read once."""
+    places: dict[tuple[int, ...], int] = {}
+    which = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
+    device = next(models[0].parameters()).device
+    tokens = pad_sequence([torch.tensor(prompt) for prompt in places], batch_first=True).to(device)
+    last = torch.tensor([len(prompt) - 1 for prompt in places], device=device)
+    caches = [m.new_cache(len(places), tokens.shape[1] + room) for m in models]
+    at = torch.arange(len(places), device=device), last
+    logits = [m.lm_head(m(tokens, cache=c)[at]) for m, c in zip(models, caches, strict=True)]
+    if len(places) < len(prompts):
+        chosen = torch.tensor(which, device=device)
+        logits, caches = [each[chosen] for each in logits], [cache[:, :, chosen] for cache in caches]
+    return logits, caches
+
+
+class Decoder:
+    """One step of decoding: the next tokens' logits. On a GPU its kernels are captured once for as many steps as the shapes
+    stay, and replayed, which spares a launch each."""
+
+    def __init__(self, models: Sequence[Transformer], caches: Sequence[Tensor]):
+        self.models, self.caches, self.shape, self.graph = models, caches, None, None
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
+        self.caches = [cache[:, :, rows] for cache in self.caches]
+        self.graph = None
+
+    def run(self, token: Tensor, where: Tensor, used: int) -> list[Tensor]:
+        """Logits [B, V] of each model after token [B] at position where [B]; places from `used` on are not read."""
+        return [m.lm_head(m(token[:, None], positions=where, cache=c[..., :used, :])[:, 0])
+                for m, c in zip(self.models, self.caches, strict=True)]  # fmt: skip
+
+    def __call__(self, token: Tensor, where: Tensor, furthest: int) -> list[Tensor]:
+        """`run`, where no position is beyond `furthest`."""
+        used = min(ROOM * (furthest // ROOM + 1), self.caches[0].shape[4])
+        if token.device.type != "cuda":
+            return self.run(token, where, used)
+        if self.graph is None or self.shape != used:
+            self.inputs, self.shape, self.graph = (token.clone(), where.clone()), used, None
+            self.run(*self.inputs, used)  # kernels load, and libraries choose, before anything is captured
+            torch.cuda.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.run(*self.inputs, used)
+        for mine, given in zip(self.inputs, (token, where), strict=True):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.logits
 
 
 @torch.inference_mode()
@@ -74,19 +129,18 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], seeds: Sequen
     An answer ends with one of `stops`, which is kept, or after settings.max_new tokens. `against`: a second model
     of the same tokens, away from which it is decoded (`contrast`); log-probabilities are then of the contrast.
     `tell` gets the newest token of every row that is still held, step by step; what it raises ends it all."""
-    device = next(model.parameters()).device
+    device, rows = next(model.parameters()).device, len(prompts)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
-    rows, width = tokens.shape
+    longest = max(map(len, prompts))
     uniform = torch.from_numpy(noise(seeds, settings.max_new)).to(device)
     stop = torch.tensor(sorted(stops), device=device)
     out = torch.zeros(rows, settings.max_new, dtype=torch.long, device=device)
     logps, counts = torch.zeros(rows, device=device), torch.zeros(rows, dtype=torch.long, device=device)
     alive = torch.arange(rows, device=device)  # rows still held in the cache
     running = torch.ones(rows, dtype=torch.bool, device=device)  # of those, the ones that have not ended
-    models = [model, against] if against else [model]
-    caches = [m.new_cache(rows, width + settings.max_new) for m in models]
-    logits = [m.lm_head(m(tokens, cache=c)[alive, lengths - 1]) for m, c in zip(models, caches, strict=True)]
+    models = [pack(m, rows) if packs(m) else m for m in (model, against) if m]
+    logits, caches = prefill(models, prompts, settings.max_new)
+    decoder = Decoder(models, caches)
     for step in range(settings.max_new):
         token, logp = pick(contrast(*logits) if against else logits[0], settings, uniform[alive, step])
         if tell:
@@ -100,9 +154,7 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], seeds: Sequen
             if len(keep) == 0:
                 break
             alive, token, running = alive[keep], token[keep], running[keep]
-            caches = [cache[:, :, keep] for cache in caches]
+            decoder.keep(keep)
         if step + 1 < settings.max_new:
-            where = lengths[alive] + step
-            logits = [m.lm_head(m(token[:, None], positions=where, cache=c)[:, 0])
-                      for m, c in zip(models, caches, strict=True)]  # fmt: skip
+            logits = decoder(token, lengths[alive] + step, longest + step)
     return [row[:count] for row, count in zip(out.tolist(), counts.tolist(), strict=True)], logps.tolist()

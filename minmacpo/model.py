@@ -90,6 +90,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    direct = False  # with a cache too by plain products (packed.pack)
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim = config.head_dim
@@ -118,7 +120,9 @@ class Attention(nn.Module):
             k, v = cache
         if shared is not None:
             q, k, v = (in_rows(each, shared) for each in (q, k, v))
-        y = (attend_bf16 if cache is None and small_bf16(q) else attend)(q, k, v, mask).transpose(1, 2)
+        matmuls = small_bf16(q) and (cache is None or self.direct)
+        way = attend_one if self.direct and positions is not None else attend_bf16 if matmuls else attend
+        y = way(q, k, v, mask).transpose(1, 2)
         if shared is not None:
             y = y.flatten(0, 1).index_select(0, shared.kept)
         return self.o_proj(y.reshape(rows, length, -1))
@@ -142,6 +146,14 @@ def attend_bf16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril()
     hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
     return ((q * size**-0.5) @ k.transpose(-1, -2)).add_(hidden).softmax(-1) @ v
+
+
+def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """What `attend` gives of one query per row, q [B, heads, 1, D], k and v [B, kv_heads, S, D], as two
+    plain products: on a CPU its kernel, made for many queries, takes up to four times as long."""
+    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]) * q.shape[3] ** -0.5
+    scores = (k @ grouped.transpose(2, 3)).transpose(2, 3).masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v).reshape(q.shape)
 
 
 class MLP(nn.Module):

@@ -1,0 +1,114 @@
+"""The packed twin is the model: products, single tokens' attention, whole answers; a model's bytes decide nothing else."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import far, ragged, random_model
+from test_generate import WAYS, new
+
+from minmacpo import generate as module
+from minmacpo import packed
+from minmacpo.config import Lora
+from minmacpo.generate import generate, prefill
+from minmacpo.lora import attach_lora, reset_adapter, slot, write_adapter
+from minmacpo.model import attend_one
+from minmacpo.packed import PackedLinear, pack, packs
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@pytest.fixture
+def small_too(monkeypatch):
+    monkeypatch.setattr(packed, "SMALLEST", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 16, 300])
+@torch.inference_mode()
+def test_a_packed_linear_is_the_linear_at_any_number_of_rows(dtype, bias, rows, seed):
+    linear = torch.nn.Linear(48, 80, bias=bias).to(dtype)
+    x = torch.randn(rows, 3, 48).to(dtype)
+    wanted = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+    found = PackedLinear(linear, 16)(x)
+    assert found.dtype == dtype and far(found.double(), wanted) <= (1e-5 if dtype == torch.float32 else 0.02)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_one_query_attends_as_sdpa_has_it(kv_heads, seed):
+    q, k, v = torch.randn(5, 6, 1, 8), torch.randn(5, kv_heads, 20, 8), torch.randn(5, kv_heads, 20, 8)
+    mask = torch.arange(20) <= torch.randint(0, 20, (5, 1, 1, 1))
+    wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask, enable_gqa=True)
+    assert far(attend_one(q, k, v, mask).double(), wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("fixed", [1, 2])
+def test_packed_answers_are_the_plain_ones_in_a_batch_and_alone(way, fixed, small_too, monkeypatch):
+    model, prompts, settings = random_model(fixed), ragged(fixed, 7, 61, 1, 25), new(WAYS[way], max_new=30)
+    assert packs(model)
+    ids, logps = generate(model, prompts, range(7), settings, {5, 9, 13})
+    for i, prompt in enumerate(prompts):
+        alone, summed = generate(model, [prompt], [i], settings, {5, 9, 13})
+        assert alone == [ids[i]] and summed[0] == pytest.approx(logps[i], abs=1e-4)
+    monkeypatch.setattr(packed, "SMALLEST", 10**9)
+    plain, summed = generate(model, prompts, range(7), settings, {5, 9, 13})
+    assert plain == ids and summed == pytest.approx(logps, abs=1e-4)
+
+
+def test_an_adapter_written_later_counts_in_the_twin(seed):
+    model = random_model(seed)
+    attach_lora(model, Lora(targets=("q_proj", "down_proj")))
+    reset_adapter(model, 1)
+    twin, tokens = pack(model, 4), torch.randint(0, 61, (3, 9))
+    assert sum(type(m) is PackedLinear for m in twin.modules()) == 7 * model.config.num_hidden_layers + 1
+    assert not any(type(m) is PackedLinear for m in model.modules())
+    with torch.inference_mode():
+        before = twin(tokens)
+        write_adapter(model, {key: torch.randn(t.shape) * 0.3 for key, t in slot(model).items()})
+        assert far(twin(tokens), model(tokens)) <= 1e-4 and far(twin(tokens), before) > 0.01
+
+
+def test_small_and_huge_models_and_other_dtypes_stay_plain(monkeypatch):
+    model = random_model(0)
+    assert not packs(model), "the built-in world's runs keep their bytes"
+    monkeypatch.setattr(packed, "SMALLEST", 0)
+    assert packs(model) and not packs(random_model(0).to(torch.float16))
+    monkeypatch.setattr(packed, "LARGEST", 10)
+    assert not packs(model)
+
+
+# ---- prompts that rows share --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_shared_prompts_are_read_once_and_answer_as_if_alone(way, monkeypatch):
+    model, (a, b, c), read = random_model(4), ragged(4, 3, 61, 2, 20), []
+    prompts, seeds = [b, a, b, c, a, b], range(6)
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, tokens, **kw: read.append(tokens.shape) or forward(self, tokens, **kw))
+    ids, logps = generate(model, prompts, seeds, WAYS[way], {2, 7, 11, 20})
+    assert read[0] == (3, max(map(len, (a, b, c)))) and read[1] == (6, 1)
+    for prompt, seed, row, logp in zip(prompts, seeds, ids, logps, strict=True):
+        alone, summed = generate(model, [prompt], [seed], WAYS[way], {2, 7, 11, 20})
+        assert alone == [row] and summed[0] == pytest.approx(logp, abs=1e-4)
+
+
+@torch.inference_mode()
+def test_rows_of_one_prompt_have_caches_of_their_own():
+    logits, caches = prefill([random_model(1)], [[5, 6, 7], [8], [5, 6, 7]], 4)
+    assert torch.equal(logits[0][0], logits[0][2]) and torch.equal(caches[0][:, :, 0], caches[0][:, :, 2])
+    caches[0][:, :, 0] = 1
+    assert caches[0].shape[4] == 7 and not torch.equal(caches[0][:, :, 0], caches[0][:, :, 2])
+
+
+@pytest.mark.parametrize("room", [1, 3, 64])
+def test_reading_only_the_used_part_of_the_cache_changes_nothing(room, monkeypatch):
+    model, settings = random_model(9), dataclasses.replace(WAYS["sampled"], max_new=40)
+    prompts = ragged(9, 5, 61, 1, 12)
+    wanted, logps = generate(model, prompts, range(5), settings, {3})
+    monkeypatch.setattr(module, "ROOM", room)
+    found, summed = generate(model, prompts, range(5), settings, {3})
+    assert found == wanted and summed == pytest.approx(logps, abs=1e-4)
