@@ -14,7 +14,7 @@ PACKAGE = REPO / "minmacpo"
 FLOORS = [
     {"config", "data", "domains", "bpe", "families"},
     {"forms", "diversity", "world", "commandline", "files", "machine", "model", "lora", "losses", "progress", "page"},
-    {"tokenizer", "tables", "remote"},
+    {"tokenizer", "tables", "remote", "packed"},
     {"run", "checkpoint", "batching", "monitor", "templates", "memory"},
     {"fit", "generate", "score"},
     {"bases"},
