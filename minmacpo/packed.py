@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from minmacpo.lora import LoraLinear
 from minmacpo.model import Attention, Transformer
 
 SMALLEST = 4_000_000  # weights; below, what finished runs have sampled stays what it was, to the last bit
@@ -12,13 +13,13 @@ LARGEST = 1_000_000_000  # weights; the twin holds its linears a second time
 
 
 class PackedLinear(nn.Module):
-    """x [..., in] -> [..., out] as nn.Linear has it, from a weight in oneDNN's own order."""
+    """x [..., in] -> [..., out] as nn.Linear has it, from `weight` [out, in] in oneDNN's own order."""
 
-    def __init__(self, linear: nn.Linear, rows: int):
+    def __init__(self, linear: nn.Linear, weight: Tensor, rows: int):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
@@ -34,13 +35,16 @@ def packs(model: Transformer) -> bool:
 
 
 def pack(model: Transformer, rows: int) -> Transformer:
-    """A twin of the model, for `rows` tokens at a time, that shares its parameters (an adapter's slot, too); its
-    frozen linears are packed as they are now. No gradient passes."""
+    """A twin of the model as it is now, for `rows` tokens at a time, that shares its parameters. In fp32 an adapter is merged
+    into what is packed; in bf16, where merging would round it, it stays the slot. No gradient passes."""
     twin = copy.deepcopy(model, {id(param): param for param in model.parameters()})
     for name, module in [*twin.named_modules()]:
-        if type(module) is nn.Linear:
-            parent, _, last = name.rpartition(".")
-            setattr(twin.get_submodule(parent), last, PackedLinear(module, rows))
+        parent, _, last = name.rpartition(".")
+        if isinstance(module, LoraLinear) and type(module.base) is nn.Linear and module.base.weight.dtype == torch.float32:
+            merged = module.base.weight + module.scale * (module.lora_B @ module.lora_A)
+            setattr(twin.get_submodule(parent), last, PackedLinear(module.base, merged, rows))
+        elif type(module) is nn.Linear and type(twin.get_submodule(parent)) is not PackedLinear:
+            setattr(twin.get_submodule(parent), last, PackedLinear(module, module.weight, rows))
         elif isinstance(module, Attention):
             module.direct = True
     return twin

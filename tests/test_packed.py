@@ -12,7 +12,7 @@ from minmacpo import generate as module
 from minmacpo import packed
 from minmacpo.config import Lora
 from minmacpo.generate import generate, prefill
-from minmacpo.lora import attach_lora, reset_adapter, slot, write_adapter
+from minmacpo.lora import LoraLinear, attach_lora, slot, write_adapter
 from minmacpo.model import attend_one
 from minmacpo.packed import PackedLinear, pack, packs
 
@@ -32,7 +32,7 @@ def test_a_packed_linear_is_the_linear_at_any_number_of_rows(dtype, bias, rows, 
     linear = torch.nn.Linear(48, 80, bias=bias).to(dtype)
     x = torch.randn(rows, 3, 48).to(dtype)
     wanted = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
-    found = PackedLinear(linear, 16)(x)
+    found = PackedLinear(linear, linear.weight, 16)(x)
     assert found.dtype == dtype and far(found.double(), wanted) <= (1e-5 if dtype == torch.float32 else 0.02)
 
 
@@ -58,17 +58,21 @@ def test_packed_answers_are_the_plain_ones_in_a_batch_and_alone(way, fixed, smal
     assert plain == ids and summed == pytest.approx(logps, abs=1e-4)
 
 
-def test_an_adapter_written_later_counts_in_the_twin(seed):
-    model = random_model(seed)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_twin_has_the_adapter_and_leaves_the_model_alone(dtype, seed):
+    model, tokens = random_model(seed).to(dtype), torch.randint(0, 61, (3, 9))
     attach_lora(model, Lora(targets=("q_proj", "down_proj")))
-    reset_adapter(model, 1)
-    twin, tokens = pack(model, 4), torch.randint(0, 61, (3, 9))
-    assert sum(type(m) is PackedLinear for m in twin.modules()) == 7 * model.config.num_hidden_layers + 1
-    assert not any(type(m) is PackedLinear for m in model.modules())
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with torch.inference_mode():
-        before = twin(tokens)
+        bare = pack(model, 4)(tokens)
         write_adapter(model, {key: torch.randn(t.shape) * 0.3 for key, t in slot(model).items()})
-        assert far(twin(tokens), model(tokens)) <= 1e-4 and far(twin(tokens), before) > 0.01
+        twin = pack(model, 4)
+        assert sum(type(m) is PackedLinear for m in twin.modules()) == 7 * model.config.num_hidden_layers + 1
+        assert sum(type(m) is LoraLinear for m in twin.modules()) == (0 if dtype == torch.float32 else 4)
+        assert not any(type(m) is PackedLinear for m in model.modules())
+        assert far(twin(tokens), model(tokens)) <= (1e-4 if dtype == torch.float32 else 0.2)
+        assert far(twin(tokens), bare) > 0.3
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items() if ".lora_" not in key)
 
 
 def test_small_and_huge_models_and_other_dtypes_stay_plain(monkeypatch):
