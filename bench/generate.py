@@ -62,7 +62,7 @@ def compare(place: Path, dtype: str, way: str, lacks: str) -> dict:
     """One row, timed after the greedy texts were found equal."""
     (settings, how), prompts = WAYS[way], [row["prompt"] for row in make_rows(ROWS, PROMPT, 1, ())]
     model = own_model(place, dtype)[0]
-    target = [f"generate{'' if dtype == 'fp32' else '-bf16'}"] if way.startswith("sampling") else []
+    target = ["generate"] if (dtype, way[:8]) == ("fp32", "sampling") else []
     row = {"work": way, "shape": "15M", "dtype": dtype, "peer": "transformers generate", "target": target, "note": lacks}
 
     def mine():
