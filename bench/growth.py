@@ -1,0 +1,113 @@
+"""How cost grows with sequence length, batch, vocabulary and model size: python -m bench.growth; exponents and a plot.
+
+One of the four grows while the others stay at BASE; an exponent is the slope of a line through log cost over log size, for the
+whole range and for its upper half, where constants no longer hide the law. Expected at the limit: 1 in batch; between 1 and 2
+in length (attention); up to 1 in vocabulary; 2 in width, for weights.
+"""
+
+import re
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.measure import PLACE, clocked, spread, write
+from bench.peers import joined, make_rows
+from minmacpo import page
+from minmacpo.config import Generate, Lora
+from minmacpo.families import ModelConfig
+from minmacpo.files import write_atomic
+from minmacpo.fit import PairObjective, Unit, train_step
+from minmacpo.generate import pick
+from minmacpo.lora import attach_lora, reset_adapter
+from minmacpo.model import Transformer, new_model
+from minmacpo.packed import pack, packs
+
+BASE = {"length": 128, "batch": 8, "vocabulary": 16_000, "width": 192}
+RANGES = {"length": (64, 128, 256, 512, 1024), "batch": (2, 4, 8, 16, 32), "vocabulary": (4_000, 8_000, 16_000, 32_000, 64_000),
+          "width": (96, 192, 384, 768)}  # fmt: skip
+TITLE = "CPU seconds of one DPO-LoRA step (pairs of prompt and answer, half a length each) and of one sampling step (cache full to the length), fp32, one thread."
+
+
+def new(width: int, vocabulary: int) -> tuple[Transformer, list]:
+    """A model of four layers with a slot, and the slot's parameters."""
+    model = new_model(ModelConfig(vocabulary, width, 4 * width, 4, width // 48, width // 48, 48, 2048), 0)
+    params = attach_lora(model, Lora())
+    reset_adapter(model, 0)
+    return model, params
+
+
+def dpo_step(length: int, batch: int, vocabulary: int, width: int):
+    """A call that does an optimiser step on `batch` pairs."""
+    model, params = new(width, vocabulary)
+    rows = [{side: [i % vocabulary for i in ids] for side, ids in row.items()} for row in
+            make_rows(batch, length // 2, length // 2, ("chosen", "rejected"))]  # fmt: skip
+    units = [Unit(str(i), (joined(row, "chosen"), joined(row, "rejected")), (-500.0, -500.0)) for i, row in enumerate(rows)]
+    optimizer = torch.optim.AdamW(params, 1e-5, fused=True)
+    return lambda: train_step(model, params, units, [[*range(batch)]], PairObjective(0.1, 0.2), optimizer, 1.0, True)
+
+
+def decode_step(length: int, batch: int, vocabulary: int, width: int):
+    """A call that samples one token for `batch` rows behind `length` tokens."""
+    model, settings, uniform = new(width, vocabulary)[0], Generate(0.95, 50, 0.7), torch.rand(batch)
+    model = pack(model, batch) if packs(model) else model
+    cache, token, where = model.new_cache(batch, length), torch.ones(batch, 1, dtype=torch.long), torch.full((batch,), length - 1)
+
+    @torch.inference_mode()
+    def step():
+        return pick(model.lm_head(model(token, positions=where, cache=cache)[:, 0]), settings, uniform)
+
+    return step
+
+
+def seconds(call, least: float = 0.2) -> list[float]:
+    """[median, lowest, highest] CPU seconds of a call, of five measurements of at least so long."""
+    call()
+    times = max(1, round(least / max(clocked(call)[1], 1e-4)))
+    return spread([clocked(lambda: [call() for _ in range(times)])[1] / times for _ in range(5)])
+
+
+def exponent(sizes: list[int], costs: list[float]) -> float:
+    """The slope of the line through (log size, log cost)."""
+    return float(f"{np.polyfit(np.log(sizes), np.log(costs), 1)[0]:.3f}")
+
+
+def grow(work: str, make, what: str) -> dict:
+    """One row: costs over the range of `what`, and its exponents."""
+    sizes = RANGES[what]
+    found = [seconds(make(**BASE | {what: size})) for size in sizes]
+    costs = [cost[0] for cost in found]
+    half = len(sizes) // 2
+    return {"work": f"{work} over {what}", "shape": f"{sizes[0]} to {sizes[-1]}", "dtype": "fp32", "peer": "", "ratio_cpu": None, "ratio_wall": None,
+            "own": {"exponent": exponent(sizes, costs), "exponent_upper": exponent(sizes[half:], costs[half:]),
+                    **{f"cpu_s at {size}": cost for size, cost in zip(sizes, found, strict=True)}}, "peer_values": {}}  # fmt: skip
+
+
+def plot(rows: list[dict], work: str) -> str:
+    """The costs of one kind of work as a chart that stands alone: doublings of cost over doublings of size."""
+    lines = {}
+    for row in (row for row in rows if row["work"].startswith(work)):
+        points = [(int(key.split()[-1]), value[0]) for key, value in row["own"].items() if key.startswith("cpu_s")]
+        name = f"{row['work'].split()[-1]}, exponent {row['own']['exponent']:.2f}"
+        lines[name] = [(float(np.log2(size / points[0][0])), float(np.log2(cost / points[0][1]))) for size, cost in points]
+    style = Path(page.__file__).with_name("page.css").read_text("utf-8") + "svg{background:var(--paper);font:13px system-ui,sans-serif;margin:0}"
+    chart = page.chart(lines, f"doublings of size; upwards, doublings of the cost of a {work}", (900, 400, 220))
+    return re.sub("^<svg", '<svg xmlns="http://www.w3.org/2000/svg" width="900" height="400"', chart).replace(">", f"><style>{style}</style>", 1)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows, works = [], {"DPO step": dpo_step, "sampling step": decode_step}
+    for work, make in works.items():
+        rows += [grow(work, make, what) for what in RANGES]
+        name = f"growth-{work.split()[0].lower()}.svg"
+        PLACE.mkdir(parents=True, exist_ok=True)
+        write_atomic(PLACE / name, plot(rows, work))
+        pictures = [f"growth-{done.split()[0].lower()}.svg" for done in works if any(row["work"].startswith(done) for row in rows)]
+        middle = statistics.median(row["own"]["exponent"] for row in rows)
+        write("growth", TITLE, rows, pictures=pictures, notes=[f"All else at {BASE}, four layers. Median exponent {middle:.2f}."])
+
+
+if __name__ == "__main__":
+    main()
