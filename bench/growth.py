@@ -89,10 +89,10 @@ def plot(rows: list[dict], work: str) -> str:
     lines = {}
     for row in (row for row in rows if row["work"].startswith(work)):
         points = [(int(key.split()[-1]), value[0]) for key, value in row["own"].items() if key.startswith("cpu_s")]
-        name = f"{row['work'].split()[-1]}, exponent {row['own']['exponent']:.2f}"
+        name = f"{row['own']['exponent']:.2f} in {row['work'].split()[-1]}"
         lines[name] = [(float(np.log2(size / points[0][0])), float(np.log2(cost / points[0][1]))) for size, cost in points]
     style = Path(page.__file__).with_name("page.css").read_text("utf-8") + "svg{background:var(--paper);font:13px system-ui,sans-serif;margin:0}"
-    chart = page.chart(lines, f"doublings of size; upwards, doublings of the cost of a {work}", (900, 400, 220))
+    chart = page.chart(lines, f"doublings of size; upwards, doublings of the cost of a {work}; beside the lines, exponents", (900, 400, 220))
     return re.sub("^<svg", '<svg xmlns="http://www.w3.org/2000/svg" width="900" height="400"', chart).replace(">", f"><style>{style}</style>", 1)
 
 
