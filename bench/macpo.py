@@ -1,6 +1,6 @@
 """A whole round of MACPO against the same method written with TRL, PEFT and generate: python -m bench.macpo [DTYPE].
 
-One student and two teachers of the 15M shape; 16 prompts of 64 tokens, 64 new tokens, eight pairs a step. Both sides load their
+One student and two teachers of the 15M shape; 16 prompts of 32 tokens, 32 new tokens, eight pairs a step. Both sides load their
 agents, sample, choose by the student's perplexity and train all three; files of stages are left out on both.
 """
 
@@ -21,7 +21,7 @@ from minmacpo.fit import PairObjective, Unit, train_step
 from minmacpo.generate import generate
 from minmacpo.score import score
 
-PROMPTS, PROMPT, NEW, BATCH = 16, 64, 64, 8
+PROMPTS, PROMPT, NEW, BATCH = 16, 32, 32, 8
 SAMPLING = Generate(0.95, 50, 0.7, NEW)
 AGENTS = ("student", "teacher1", "teacher2")
 TITLE = (f"One round with two teachers, 15M each: {PROMPTS} prompts of {PROMPT} tokens, answers of up to {NEW}, DPO + SFT with {BATCH} "
