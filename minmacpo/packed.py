@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from minmacpo.lora import LoraLinear
 from minmacpo.model import Attention, Transformer
 
-SMALLEST = 4_000_000  # weights; below, what finished runs have sampled stays what it was, to the last bit
+SMALLEST = 8_000_000  # weights; below, what finished runs have sampled stays what it was, to the last bit
 LARGEST = 1_000_000_000  # weights; the twin holds its linears a second time
 
 
