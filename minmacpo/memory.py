@@ -70,7 +70,7 @@ def kept(config: ModelConfig, lora: Lora | None, size: int) -> int:
     return found + mlp * ("down_proj" in learning) + lora.r * len(learning)
 
 
-def crossed(config: ModelConfig, lora: Lora, size: int) -> int:
+def crossed(config: ModelConfig, lora: Lora) -> int:
     """Numbers a token that are there at most while a layer is crossed and nothing is kept: in its MLP (gate, up, their
     product; a slot gives a sum of two) or in its attention, where queries turn."""
     query, key = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
@@ -87,7 +87,7 @@ def need(load: Load, config: ModelConfig, lora: Lora, size: int) -> Need:
     small = size < 4 and load.length <= SMALL_ROWS  # on a CPU bf16 attention then has all its scores
     scores = size * tokens * load.length * config.num_attention_heads * small
     if load.kind in ("score", "sample"):
-        moving, passing = size * tokens * hidden, size * tokens * crossed(config, lora, size) + 2 * scores
+        moving, passing = size * tokens * hidden, size * tokens * crossed(config, lora) + 2 * scores
         cache = 2 * layers * load.rows * load.room * config.num_key_value_heads * config.head_dim
         head = 8 * chunk if load.kind == "score" else 16 * load.rows * config.vocab_size
         return Need(size * base * load.models, 4 * slot * load.models, moving + max(passing, head) - head, head,
