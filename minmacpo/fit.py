@@ -220,7 +220,7 @@ class Watch:
                 problem, remedy = "a loss or gradient is not finite", "lower the learning rate"
             elif step == 0 and row[-1] == 0:
                 problem = "the gradient of the first step is zero, so nothing would be learned"
-                remedy = "see whether the base has damaged weights, or take another run.dtype"
+                remedy = "see lora.alpha, dpo.beta and dpo.gamma, and whether the weights of the base are sound"
             if problem:
                 rows = ", ".join([self.units[unit].id for group in self.plan[step] for unit in group][:8])
                 raise UserError(f"{self.work.name}, step {step + 1}: {problem} (rows {rows}, ...); {remedy}")
