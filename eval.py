@@ -1,6 +1,6 @@
 """Read finished runs, measure models on files, and have answers judged. --json prints for machines.
 
-python eval.py RUN                      the table of a run, such as runs/world
+python eval.py RUN                      the table of a run, such as runs/world; also: eval.py table RUN
 python eval.py compare RUN RUN...       last rounds side by side: runs that differ in their seed alone are averaged;
                                         differences to the first have 95 % intervals over their seeds and prompts;
                                         --page=FILE.html writes it as a page with the student's curves
@@ -14,17 +14,15 @@ python eval.py reward RUN               a reward model's scores, and how far it 
 
 import json
 import sys
-from pathlib import Path
 
 from minmacpo import UserError
-from minmacpo.files import write_atomic
 from minmacpo.progress import call
 
 
 def main(argv: list[str]) -> int:
     """Measure what the command line asks for; returns the exit code."""
     words = [word for word in argv if word != "--json"]
-    if words and words[0] in ("judge", "reward", "ppl", "accuracy"):
+    if words and words[0] in ("compare", "judge", "reward", "ppl", "accuracy"):
         found, show = measure(words[0], words[1:])
     elif not words or "--help" in words or "-h" in words:
         print(__doc__)
@@ -37,7 +35,11 @@ def main(argv: list[str]) -> int:
 
 
 def measure(command: str, words: list[str]):
-    """(what was found, how it is shown) of the commands that run a model or ask one."""
+    """(what was found, how it is shown) of the commands with words of their own."""
+    if command == "compare":
+        from minmacpo.compare import format_comparison, run_compare
+
+        return run_compare(words), format_comparison
     if command == "judge":
         from minmacpo.judge import as_text, run_judge
 
@@ -53,22 +55,11 @@ def measure(command: str, words: list[str]):
 
 def read(words: list[str]):
     """(what was found, how it is shown) of the commands that only read."""
-    from minmacpo.compare import compare, comparison_page, format_comparison
     from minmacpo.evaluate import export, make_table, read_run
     from minmacpo.tables import format_table
 
-    page = next((word.partition("=")[2] for word in words if word.startswith("--page=") and words[0] == "compare"), None)
-    words = [word for word in words if page is None or not word.startswith("--page=")]
-    if odd := [word for word in words if word.startswith("-")] or ["--page="] * (page == ""):
+    if odd := [word for word in words if word.startswith("-")]:
         raise UserError(f"{odd[0]}: unknown word, or no value; see eval.py --help")
-    if words[0] == "compare":
-        if len(words) < 3:
-            raise UserError("compare needs at least two runs")
-        found = compare(words[1:])
-        if page:
-            write_atomic(Path(page), comparison_page(found))
-            print(f"page: {page}", file=sys.stderr)
-        return found, format_comparison
     if words[0] == "export":
         if len(words) != 4:
             raise UserError("expected export RUN STAGE FILE")

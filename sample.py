@@ -19,7 +19,7 @@ from minmacpo import UserError
 from minmacpo.commandline import Words, agent_flags, agent_folder, agent_settings
 from minmacpo.data import Example, Message, example_id
 from minmacpo.files import move
-from minmacpo.progress import call, inert
+from minmacpo.progress import call
 
 ACCEPTED = ("--generate.", "--run.seed=", "--run.device=", "--run.dtype=", "--run.threads=", "--data.template=",
             "--data.label=", "--data.on_bad=", "--data.long=", "--data.max_examples=")  # fmt: skip
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     folder, n = agent_folder(words.path), int(words.n)
     config = agent_settings(folder, flags)
     from minmacpo.answers import fit_prompts, marked, read_prompts, write_answers
-    from minmacpo.chat import talk
+    from minmacpo.chat import shown, talk
     from minmacpo.checkpoint import export_merged
     from minmacpo.workshop import answer, open_agent
 
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
         jobs = [(Example(example_id(prompt), prompt, ""), number) for number in range(n)]
         for start in range(0, n, size):
             for number, said in enumerate(answer(config, loaded, str(folder), jobs[start : start + size], config.run.seed), start + 1):
-                print(f"[{number}] " * (n > 1) + inert(said.response))
+                print(f"[{number}] " * (n > 1) + shown(loaded, config.data.template, said))
     elif not words.export:
         talk(config, loaded, str(folder))
     return 0

@@ -49,15 +49,15 @@ def run_all(run, source: dict, prepared) -> None:
         measure(shop, ground, trained)
 
 
-def main(argv: list[str]) -> int:
-    """Run what the command line asks for; returns the exit code."""
+def main(argv: list[str]) -> int | None:
+    """Run what the command line asks for; returns the exit code, None for 0."""
     if any(word.startswith("@experiment-") for word in argv) and not {"--help", "-h"} & {*argv}:
         from minmacpo.experiments import run_experiment
 
         return run_experiment(argv, __file__)
     command = parse(argv)
     if command.help:
-        return print(help_text()) or 0
+        return print(help_text())
     import torch
 
     from minmacpo.evaluate import make_table, read_run
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     if command.stage and command.stage not in run.plan:
         raise UserError(f"--stage={command.stage}: no such stage; --dry_run lists them")
     if command.dry_run:
-        return show_plan(run, prepared) or 0
+        return show_plan(run, prepared)
     if not all(stage.finished for name, stage in run.plan.items() if name.startswith(("data/", "bases/"))):
         prepared()  # bad data is an error before there is a run folder
     check_memory(run, prepared)

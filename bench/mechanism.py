@@ -30,14 +30,14 @@ def texts_of(run: Past, t: int, agents: list[str]) -> dict[str, list[Sample]]:
 def matrix(run: Path, t: int) -> dict[str, dict[str, float]]:
     """{texts: {policy: median perplexity}} at the start of round t."""
     past = read_run(run)
-    agents = ["student", *(f"teacher{k + 1}" for k in range(past.config.macpo.teachers))]
+    agents = ["student", *past.teachers]
     found: dict[str, dict[str, float]] = {}
     for agent in agents:
         last = max(i for i in range(t) if f"round{i}/{agent}_pos" in past.notes)
         loaded, _, _ = open_folder(past.stage(f"round{last}/{agent}_pos").path, past.config)
         for label, samples in texts_of(past, t, agents).items():
             rows = [render(loaded.tokenizer, past.config.data.template, s.prompt, s.response) for s in samples]
-            logps = score(loaded.model, rows, 16384)
+            logps = score(loaded.model, rows, past.config.run.micro_tokens)
             values = [perplexity(logp, sum(row.mask)) for logp, row in zip(logps, rows, strict=True)]
             found.setdefault(label, {})[agent] = float(np.median(values))
     return found
@@ -47,8 +47,8 @@ def complement(run: Path, t: int) -> dict[str, float]:
     """Shares of prompts by how many of the teachers are right in round t."""
     past = read_run(run)
     right = []
-    for k in range(past.config.macpo.teachers):
-        said = read_rows(past.stage(f"round{t}/positives_teacher{k + 1}").path / "samples.jsonl", Sample)
+    for teacher in past.teachers:
+        said = read_rows(past.stage(f"round{t}/positives_{teacher}").path / "samples.jsonl", Sample)
         right.append([judge(past.config, s, s.response)["right"] for s in said])
     counts = np.sum(right, 0)
     return {"none": float(np.mean(counts == 0)), "all": float(np.mean(counts == len(right))),

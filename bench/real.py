@@ -24,8 +24,8 @@ from minmacpo import UserError
 from minmacpo.bases import base_names, fit_slices, make_ground
 from minmacpo.commandline import Words, parse
 from minmacpo.config import Config
-from minmacpo.data import Example, Pair, find_files, first_turn
-from minmacpo.experiments import Case, cases_of, run_alone
+from minmacpo.data import Example, Pair, dealt, find_files, first_turn
+from minmacpo.experiments import Case, cases_of, check_ended, run_alone, seeds_of
 from minmacpo.files import read_json, sha256_file, write_json, write_rows
 from minmacpo.forms import read_data
 from minmacpo.progress import call
@@ -112,10 +112,8 @@ def divide(found: dict[str, list[Pair]], shares: dict[str, Sequence[float]], mos
     """{(source, slice): pairs}, shares being of the first human turns of a source; `most`: rows of a slice at most."""
     where: dict[str, str] = {}
     for name, pairs in found.items():
-        turns = sorted({first_turn(pair) for pair in pairs} - where.keys())
-        random.Random(f"real/{name}").shuffle(turns)
-        ends = [round(sum(shares[name][:i]) * len(turns)) for i in range(len(PARTS) + 1)]
-        where |= {turn: part for i, part in enumerate(PARTS) for turn in turns[ends[i] : ends[i + 1]]}
+        mine = dict(zip(PARTS, shares[name], strict=True))
+        where |= dealt({first_turn(pair) for pair in pairs} - where.keys(), mine, f"real/{name}")
     parts: dict[tuple[str, str], list[Pair]] = {(name, part): [] for name in found for part in PARTS}
     prompts = set()
     for name, pairs in found.items():
@@ -248,9 +246,7 @@ def work(left: Sequence[Job], seconds: float, run: Callable = run_alone, clock: 
         code, said = run(job.command, end)
         if code in STOPPED and clock() >= end:
             return number
-        if code or not job.finished:
-            last = said.strip().splitlines()[-1:] or ["no message"]
-            raise UserError(f"{job.label}: exit {code}: {last[0]}")
+        check_ended(job.label, code, said, job.finished)
     return len(left)
 
 
@@ -260,7 +256,7 @@ def options(argv: Sequence[str]):
     for source in SOURCES:
         parser.add_argument(f"--{source}")
     parser.add_argument("--root", type=Path)
-    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")])
+    parser.add_argument("--seeds", type=seeds_of)
     parser.add_argument("--minutes", type=float, default=8.0)
     for flag in ("--full", "--dry_run", "--collect"):
         parser.add_argument(flag, action="store_true")
@@ -269,22 +265,22 @@ def options(argv: Sequence[str]):
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> int | None:
     """One call; returns the exit code."""
     words = options(argv)
     plan = read_plan(words.root or Path("runs/real-full" if words.full else "runs/real"), words.full)
     if words.bases is not None:
-        return make_bases(plan, words.bases) or 0
+        return make_bases(plan, words.bases)
     if words.rate is not None:
         from bench.real_scores import rate
 
-        return rate(plan, words.rate) or 0
+        return rate(plan, words.rate)
     split(plan, {name: path for name in SOURCES if (path := getattr(words, name))})
     every = list(jobs(plan, words.seeds or plan.settings["seeds"]))
     if words.collect:
         from bench.real_scores import collect
 
-        return collect(plan, words.seeds or plan.settings["seeds"]) or 0
+        return collect(plan, words.seeds or plan.settings["seeds"])
     left = [job for job in every if not job.finished]
     if not words.dry_run:
         left = left[work(left, 60 * words.minutes) :]

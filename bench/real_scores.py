@@ -7,12 +7,14 @@ import numpy as np
 
 from bench.real import PARTS, Plan, name_of, runs_of, slices_of
 from bench.results import PLACE, markdown, read
-from minmacpo.evaluate import Past, make_table, paired_interval, read_run
-from minmacpo.experiments import Case, wins
+from minmacpo.evaluate import Past, make_table, read_run
+from minmacpo.experiments import Case, wins, with_interval
 from minmacpo.files import read_json, read_rows, write_json
 from minmacpo.forms import read_data
-from minmacpo.reward import Rate, fitting, informative, measured, ranked, trained_here, unseen
+from minmacpo.reward import Rate, fitting, informative, ranked, test_answers, trained_here, unseen
 from minmacpo.run import FINISHED
+from minmacpo.score import preferred
+from minmacpo.tables import bracketed
 
 RATED = ("student", "continued", "ceiling")  # agents, all of them on the strong base
 Arrays = dict[str, np.ndarray]  # by measure, a value per test prompt
@@ -25,7 +27,7 @@ def judge_of(plan: Plan, source: str, run: Past) -> tuple[Rate, dict]:
     """A reward model of a source on the run's strong base, and what is known of it: it learns from the slice that nothing
     else sees, and is tried on the pairs of D2 and test, of which it has seen none."""
     place = plan.root / "data" / source
-    learned, dropped = unseen(run, str(place / "reward.jsonl"))
+    learned, dropped, _ = unseen(run, str(place / "reward.jsonl"))
     rate = trained_here(run, learned)
     held = fitting(run, [pair for part in ("d2", "test") for pair in read_data(str(place / f"{part}.jsonl"))[0]])
     assert not {pair.prompt for pair in held} & {pair.prompt for pair in learned}, "a reward model is tried on what it has seen"
@@ -44,7 +46,7 @@ def rate(plan: Plan, seed: int) -> None:
             judges[source] = judge_of(plan, source, run)
         judge, known = judges[source]
         scores: dict[str, dict] = {agent: {} for agent in RATED}
-        for (t, agent), samples in measured(run).items():
+        for (t, agent), samples in test_answers(run).items():
             if agent in RATED:
                 values = judge([(s.prompt, s.response) for s in samples]).reshape(-1, run.config.eval.samples).mean(1)
                 scores[agent][str(t)] = values.round(5).tolist()
@@ -68,17 +70,12 @@ def arrays(run: Past, rating: dict, agent: str, t: int) -> Arrays:
     truth, worse, base_truth, base_worse = (read_rows(run.stage(name).path / "scores.jsonl") for name in names)
     margins = [(a["logp"] - c["logp"]) - (b["logp"] - d["logp"])
                for a, b, c, d in zip(truth, worse, base_truth, base_worse, strict=True) if b["characters"]]  # fmt: skip
-    said = measured(run)[t, agent]
+    said = test_answers(run)[t, agent]
     return {
         "logp": np.array([row["logp"] for row in truth]), "tokens": np.array([row["tokens"] for row in truth]),
-        "prefers": np.array(margins) > 0, "score": np.array(rating["scores"][agent][str(t)]),
+        "prefers": preferred(margins), "score": np.array(rating["scores"][agent][str(t)]),
         "length": np.array([len(s.response) for s in said]).reshape(-1, run.config.eval.samples).mean(1),
     }  # fmt: skip
-
-
-def interval_of(parts: Sequence[np.ndarray]) -> list[float]:
-    """[mean, low, high] over seeds and prompts; [] of nothing."""
-    return [float(np.mean([p.mean() for p in parts])), *paired_interval(list(parts))] if len(parts) and all(map(len, parts)) else []
 
 
 def summary(mine: Sequence[Arrays], naive: Sequence[Arrays]) -> dict:
@@ -86,10 +83,10 @@ def summary(mine: Sequence[Arrays], naive: Sequence[Arrays]) -> dict:
     both = list(zip(mine, naive, strict=True))
     return {
         "perplexity": [float(np.exp(-a["logp"].sum() / a["tokens"].sum())) for a in mine],  # by seed
-        "nats": interval_of([(b["logp"] - a["logp"]) / a["tokens"].mean() for a, b in both]),  # per token, below 0 is better
-        "prefers": interval_of([a["prefers"].astype(float) for a in mine]),
-        "wins": interval_of([wins(a["score"], b["score"]) for a, b in both]),
-        "score": interval_of([a["score"] - b["score"] for a, b in both]),
+        "nats": with_interval([(b["logp"] - a["logp"]) / a["tokens"].mean() for a, b in both]),  # per token, below 0 is better
+        "prefers": with_interval([a["prefers"] for a in mine]),
+        "wins": with_interval([wins(a["score"], b["score"]) for a, b in both]),
+        "score": with_interval([a["score"] - b["score"] for a, b in both]),
         "length": float(np.mean([a["length"].mean() for a in mine])),
     }
 
@@ -101,7 +98,7 @@ def row_of(plan: Plan, case: Case, runs: dict[int, Past], agent: str, label: str
     naive = [arrays(run, rating, "student", 0) for run, rating in zip(runs.values(), ratings, strict=True)]
     mine = naive if agent == "naive" else [arrays(run, rating, agent, rounds) for run, rating in zip(runs.values(), ratings, strict=True)]
     found = {"group": case.group, "name": label, "seeds": [*runs], "judge": ratings[0]["source"],
-             "trust": interval_of([np.array(rating["right"]) for rating in ratings])}  # fmt: skip
+             "trust": with_interval([np.array(rating["right"]) for rating in ratings])}  # fmt: skip
     found |= summary(mine, naive)
     if agent == "student":
         tables = [make_table(run)["rows"] for run in runs.values()]
@@ -166,17 +163,12 @@ def collect(plan: Plan, seeds: Sequence[int]) -> None:
 # ---- the page ------------------------------------------------------------------------------------
 
 
-def triple(values: Sequence[float], form: str = ".3f") -> str:
-    """Mean and interval as text, a dash of nothing."""
-    return "{:{f}} [{:{f}}, {:{f}}]".format(*values, f=form) if values else "–"
-
-
 def judged(row: dict) -> tuple[str, str]:
     """(what the reward model says of a row, how far it can be trusted)."""
-    trust = triple(row["trust"], ".2f")
+    trust = bracketed(row["trust"], ".2f")
     if not informative(row["trust"][1:]):
-        return triple(row["wins"]) + ", not informative", f"{trust}: not informative"
-    return triple(row["wins"]), trust
+        return bracketed(row["wins"]) + ", not informative", f"{trust}: not informative"
+    return bracketed(row["wins"]), trust
 
 
 def predicted(world: dict, row: dict) -> str:
@@ -186,14 +178,14 @@ def predicted(world: dict, row: dict) -> str:
     file, group, name = world[row["name"]]
     rows = (read(file) or {"variants": []})["variants"]
     found = next((r for r in rows if (r.get("group", ""), r["name"]) == (group, name)), None)
-    return triple(found["wins"]) if found else "–"
+    return bracketed(found["wins"]) if found else "–"
 
 
 def cells(world: dict, row: dict) -> list[str]:
     """A row of an experiment's table."""
-    nats = "" if row["name"].startswith("naive SFT") and not any(row["nats"]) else triple(row["nats"], "+.3f")
+    nats = "" if row["name"].startswith("naive SFT") and not any(row["nats"]) else bracketed(row["nats"], "+.3f")
     return [f"{row['group']}: {row['name']}", str(len(row["seeds"])), " / ".join(f"{p:.1f}" for p in row["perplexity"]), nats,
-            triple(row["prefers"]), *(judged(row) if nats else ("", judged(row)[1])), predicted(world, row), f"{row['length']:.0f}"]  # fmt: skip
+            bracketed(row["prefers"]), *(judged(row) if nats else ("", judged(row)[1])), predicted(world, row), f"{row['length']:.0f}"]  # fmt: skip
 
 
 HEAD = ("student", "seeds", "perplexity of true answers, by seed", "its logarithm − naive SFT's [95 %]", "preference accuracy",

@@ -5,7 +5,6 @@ again whole, with the same rows side by side, so that every number comes out the
 that are not there yet.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from minmacpo.bases import folder_print
 from minmacpo.checkpoint import read_adapter_config
 from minmacpo.config import Config
 from minmacpo.data import Example, Pair
-from minmacpo.files import as_lines, fingerprint, sha256_file
+from minmacpo.files import as_lines, fingerprint, open_alone, sha256_file
 from minmacpo.forms import read_data
 from minmacpo.machine import device_of, dtype_of
 from minmacpo.progress import Progress
@@ -67,8 +66,8 @@ def marked(config: Config, folder: Path, base: Path, prompts: Sequence[Example],
 def write_answers(config: Config, loaded: Loaded, agent: str, jobs: Sequence[Job], out: Path) -> int:
     """Add to `out` the answers that are not there yet; returns how many were. UserError if it holds anything but
     answers to these jobs by the agent of this name, or if another process writes it."""
-    size = config.generate.batch
-    with open_alone(out) as stream:
+    size, busy = config.generate.batch, f"{out}: another process is writing it; wait for it, or give another --out"
+    with open_alone(out, "ab", busy) as stream:
         found = done = rows_there(out, agent, jobs, config.run.seed, stream)
         with Progress("answers", len(jobs), "answer", done, None) as progress:
             while done < len(jobs):
@@ -80,19 +79,6 @@ def write_answers(config: Config, loaded: Loaded, agent: str, jobs: Sequence[Job
                 done += len(rows)
                 progress.step(len(rows))
     return found
-
-
-def open_alone(out: Path) -> BinaryIO:
-    """The file, to append to, locked where the file system knows locks; UserError if another process has it."""
-    stream = out.open("ab")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stream.close()
-        raise UserError(f"{out}: another process is writing it; wait for it, or give another --out") from None
-    except OSError:
-        pass
-    return stream
 
 
 def rows_there(out: Path, agent: str, jobs: Sequence[Job], seed: int, stream: BinaryIO) -> int:

@@ -9,13 +9,19 @@ import re
 
 from minmacpo import UserError
 from minmacpo.config import Config
-from minmacpo.data import Example, Message, example_id
+from minmacpo.data import Example, Message, Sample, example_id
 from minmacpo.progress import inert
-from minmacpo.templates import HUMAN, end_ids, response_text
+from minmacpo.templates import goes_on, response_text
 from minmacpo.workshop import Loaded, answer
 
 CUT = " […]"  # behind an answer that is not whole, on the terminal and in the dialogue
 LEAVE = "/quit or Ctrl-D leaves, /reset begins a new dialogue"
+
+
+def shown(loaded: Loaded, template: str, said: Sample) -> str:
+    """An answer as a terminal may show it, marked where it is not whole."""
+    cut = said.finish == "length" and not goes_on(loaded.tokenizer, template, said.tokens)
+    return inert(said.response) + CUT * cut
 
 
 class Whole(Exception):
@@ -27,7 +33,7 @@ class Answer:
 
     def __init__(self, loaded: Loaded, template: str):
         self.tokenizer, self.template, self.ids, self.shown = loaded.tokenizer, template, [], 0
-        self.stops = loaded.stops | end_ids(loaded.tokenizer, template)
+        self.stops = loaded.ends(template)
 
     @property
     def text(self) -> str:
@@ -41,7 +47,7 @@ class Answer:
     def take(self, tokens: list[int]) -> None:
         """One more token; raises Whole if it is the last one, or if the base goes on with the human's next turn."""
         self.ids += tokens
-        if tokens[0] in self.stops or (self.template == "plain" and HUMAN in self.tokenizer.decode(self.ids)):
+        if tokens[0] in self.stops or goes_on(self.tokenizer, self.template, self.ids):
             raise Whole
         self.show(response_text(self.tokenizer, self.template, self.ids, whole=False))
 

@@ -1,11 +1,19 @@
-"""The last rounds of several finished runs side by side, with intervals of the paired differences."""
+"""The last rounds of several finished runs side by side, with intervals of the paired differences.
+
+python eval.py compare RUN RUN...                    runs that differ in their seed alone are averaged
+python eval.py compare RUN RUN... --page=FILE.html   the same as a page, with the student's curves
+"""
 
 import re
+import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from minmacpo import UserError
+from minmacpo.commandline import Words
 from minmacpo.evaluate import (
     Past,
     gold_by_prompt,
@@ -15,10 +23,10 @@ from minmacpo.evaluate import (
     paired_interval,
     read_run,
 )
-from minmacpo.files import read_json
+from minmacpo.files import read_json, write_atomic
 from minmacpo.page import document, figure, grid
 from minmacpo.run import FINISHED
-from minmacpo.tables import COLUMNS, aligned
+from minmacpo.tables import COLUMNS, aligned, bracketed
 
 SIDES = ("student", "teachers")
 HEAD = ("last round", "seeds", "student", "difference to the first", "teachers", "difference (seeds in common)")
@@ -72,6 +80,23 @@ def compare(paths: list[str]) -> list[dict]:
     return rows
 
 
+def run_compare(argv: Sequence[str]) -> list[dict]:
+    """What `eval.py compare` finds; the page that it may ask for is written."""
+    parser = Words("eval.py compare", description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("runs", nargs="*")
+    parser.add_argument("--page", type=Path)
+    words = parser.parse_args(argv)
+    if len(words.runs) < 2:
+        raise UserError("compare needs at least two runs")
+    if words.page and words.page.exists():
+        raise UserError(f"{words.page}: exists already; it is not overwritten")
+    found = compare(words.runs)
+    if words.page:
+        write_atomic(words.page, comparison_page(found))
+        print(f"page: {words.page}", file=sys.stderr)
+    return found
+
+
 def cells(rows: list[dict]) -> list[list[str]]:
     """The table's rows as text."""
     lines = []
@@ -79,7 +104,7 @@ def cells(rows: list[dict]) -> list[list[str]]:
         line = [row["method"], str(len(row["seeds"]))]
         for side in SIDES:
             found = [row[f"{side}_difference"], *row[f"{side}_interval"]] if f"{side}_interval" in row else []
-            apart = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found) if found else "no seed in common" * (row is not rows[0])
+            apart = bracketed(found, "+.3f") if found else "no seed in common" * (row is not rows[0])
             line += [f"{row[side]:.3f}", apart]
         lines.append(line)
     return lines

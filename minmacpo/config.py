@@ -72,7 +72,7 @@ class Data:
     noise_kind: Literal["swapped", "label"] = setting(
         "swapped", "swapped: chosen and rejected change places; label: chosen is the answer to another prompt"
     )
-    max_examples: int | None = setting(None, "use at most so many rows, for a quick look", at_least=1)
+    max_examples: int | None = setting(None, "use at most so many rows of each data setting (path, d1, d2, test), for a quick look", at_least=1)
 
     @property
     def files(self) -> dict[str, str]:
@@ -184,7 +184,7 @@ class Macpo:
         ("perplexity",), "which candidate wins a prompt; several: by the sum of their ranks"
     )
     keep: float = setting(1.0, "share of prompts kept, those with the least perplexing winner", above=0, at_most=1)
-    weights: Literal["none", "agreement"] = setting("none", "of pairs: how much the other teachers agree")
+    weights: Literal["none", "agreement"] = setting("none", "of the student's pairs: how much the other teachers agree")
     negatives: Literal["agent", "other", "previous", "persona", "tail", "contrastive"] = setting(
         "agent", "whose answers are rejected (macpo.negatives_of)"
     )

@@ -11,7 +11,7 @@ import random
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -215,9 +215,24 @@ def next_value(text: str) -> tuple[object, str, str]:
     return value, text[end], text[end + 1 :]
 
 
+def spoken(prompt: Sequence[Message], speakers: Mapping[str, str], between: str) -> str:
+    """A prompt as one text: a single turn as it is, several with their speakers by role; what has none (a tag) is left out."""
+    turns = [message for message in prompt if message.role in speakers]
+    told = (f"{speakers[message.role]}: {message.content}" for message in turns)
+    return turns[0].content if len(turns) == 1 else between.join(told)
+
+
 def first_turn(pair: Pair) -> str:
     """What the human says first; slices have none in common."""
     return next(message.content for message in pair.prompt if message.role == "user")
+
+
+def dealt(turns: Iterable[str], shares: Mapping[str, float], seed: str) -> dict[str, str]:
+    """{turn: slice}: different first turns in random order, of which each slice gets its share."""
+    order, sizes = sorted(turns), [*shares.values()]
+    random.Random(seed).shuffle(order)
+    ends = [round(sum(sizes[:i]) * len(order)) for i in range(len(sizes) + 1)]
+    return {turn: name for i, name in enumerate(shares) for turn in order[ends[i] : ends[i + 1]]}
 
 
 def split_pairs(
@@ -228,11 +243,8 @@ def split_pairs(
     their prompt had occurred before, and of any file because the test, or D1, has that first turn in its own."""
     own = own or {}
     where = {first_turn(pair): name for name in ("d2", "d1", "test") for pair in own.get(name, ())}
-    turns = sorted({first_turn(pair) for pair in pairs} - where.keys())
-    random.Random(f"{seed}/split").shuffle(turns)
-    shares = [0 if name in own else share for name, share in zip(SLICES, shares, strict=True)]
-    ends = [round(sum(shares[:i]) * len(turns)) for i in range(5)]
-    where |= {turn: name for i, name in enumerate(SLICES) for turn in turns[ends[i] : ends[i + 1]]}
+    shares = {name: 0 if name in own else share for name, share in zip(SLICES, shares, strict=True)}
+    where |= dealt({first_turn(pair) for pair in pairs} - where.keys(), shares, f"{seed}/split")
     slices, prompts, left_out = {name: [] for name in SLICES}, set(), Counter(d2=0, test=0)
     rows = [(None, pair) for pair in pairs] + [(name, pair) for name, given in own.items() for pair in given]
     for source, pair in rows:

@@ -25,6 +25,7 @@ from minmacpo.macpo import Trained
 from minmacpo.monitor import alarms, signs
 from minmacpo.page import words
 from minmacpo.run import Stage, verify
+from minmacpo.score import preferred
 from minmacpo.stages import sample, score_texts
 from minmacpo.workshop import Texts, Workshop
 
@@ -152,7 +153,7 @@ def row_of(config: Config, samples: Stage, *scored: Stage) -> dict:
             "refusals": float(np.mean([refuses(s.response) for s in mine])),
             "distinct2": distinct2([s.response for s in mine]),
             "self_bleu": self_bleu([s.response for s in mine]),
-        } | ({"accuracy": float(np.mean([margin > 0 for margin in able]))} if able else {})
+        } | ({"accuracy": float(preferred(able).mean())} if able else {})
     row = {"files": parts} | parts.pop(None)
     for part, values in gold_of(config, samples).items():
         row |= {part: float(values.mean()), f"{part}_interval": interval(values, config.eval.bootstrap)}
@@ -214,12 +215,12 @@ def export(run: str, name: str, file: str) -> str:
 
 
 @functools.cache
-def right_share(config: Config, stage: Stage, who: str | None = None) -> float | None:
-    """Share of a stage's answers to D2 that are right: of its samples, or of what its pairs chose, from `who`
+def right_share(config: Config, stage: Stage, who: str | None = None, side: str = "chosen") -> float | None:
+    """Share of a stage's answers to D2 that are right: of its samples, or of a side of its pairs, chosen from `who`
     or from all; None without a world."""
     right = []
     for r in records_of(stage) if config.data.path is None else ():
-        text, by = (r.chosen, r.chosen_by) if isinstance(r, Pair) else (r.response, None)
+        text, by = (getattr(r, side), r.chosen_by) if isinstance(r, Pair) else (r.response, None)
         if who in (None, by):
             right.append(judge(config, r, text)["right"])
     return float(np.mean(right)) if right else None
@@ -230,12 +231,12 @@ def filter_rows(run: Past) -> list[dict]:
     rows = []
     for t in range(1, run.config.macpo.rounds + 1):
         if (name := f"round{t}/pairs_student") in run.notes:
-            counts, stage, sources = run.notes[name]["counts"], run.stage(name), {}
-            for key in sorted(key for key in counts if key.startswith("chosen_") and counts[key]):
-                who, won = key.removeprefix("chosen_"), counts[key] / counts["pairs"]
-                sources[who] = {"won": won, "right": right_share(run.config, stage, who)}
+            counts, stage = run.notes[name]["counts"], run.stage(name)
+            won = {key.removeprefix("chosen_"): count for key, count in counts.items() if key.startswith("chosen_")}
+            sources = {who: {"won": won[who] / counts["pairs"], "right": right_share(run.config, stage, who)}
+                       for who in sorted(won) if won[who]}  # fmt: skip
             mixed = 0 < run.config.macpo.self_share < 1  # of a prompt only one's own answers count, or only the others'
-            offers = [offer_of(run, t, key[7:]) for key in counts if key.startswith("chosen_") and not mixed]
+            offers = [offer_of(run, t, who) for who in won if not mixed]
             row = {"round": t, "sources": sources, "right": right_share(run.config, stage)}
             rows.append(row | offered(run.config, *filter(None, offers)))
     return rows
@@ -263,15 +264,17 @@ def offered(config: Config, *offers: Stage) -> dict[str, float | None]:
 
 
 def negative_rows(run: Past) -> list[dict]:
-    """By agent: share of its first negatives that are wrong, and by round, that equal their positive."""
-    rows, rounds = [], range(1, run.config.macpo.rounds + 1)
+    """By agent: share of its first negatives that are wrong, and by round, that equal their positive. Where these are
+    not its negative twin's (macpo.negatives), of those that were rejected in round 1."""
+    rows, rounds, own = [], range(1, run.config.macpo.rounds + 1), run.config.macpo.negatives == "agent"
     for agent in ("student", *run.teachers):
         if (name := f"round0/negatives_{agent}") in run.notes:
-            right, count = right_share(run.config, run.stage(name)), run.notes[name]["counts"]["answers"]
+            count, first = run.notes[name]["counts"]["answers"], name if own else f"round1/pairs_{agent}"
+            right = right_share(run.config, run.stage(first), side="rejected") if first in run.notes else None
             made = [run.notes.get(f"round{t}/pairs_{agent}") for t in rounds]
             equal = [equal_share(notes["counts"]) for notes in made if notes]
             wrong = None if right is None else 1 - right
-            rows.append({"agent": agent, "wrong": wrong, "count": count, "equal": equal})
+            rows.append({"agent": agent, "wrong": wrong, "count": count, "equal": equal} | ({} if own else {"rejected": True}))
     return rows
 
 
@@ -315,7 +318,8 @@ def warnings(negatives: list[dict], watched: Sequence[dict] = ()) -> list[str]:
     for row in negatives:
         agent, wrong, equal = row["agent"], row["wrong"], max(row["equal"], default=0)
         if wrong is not None and wrong < 0.7:
-            found.append(f"only {wrong:.0%} of {agent}'s cached negatives are wrong (70 % expected)")
+            what = "rejected answers of round 1" if row.get("rejected") else "cached negatives"
+            found.append(f"only {wrong:.0%} of {agent}'s {what} are wrong (70 % expected)")
         if equal > 0.1:
             found.append(f"{equal:.0%} of {agent}'s negatives equal their positive (10 % at most)")
     return found

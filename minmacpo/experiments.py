@@ -37,7 +37,7 @@ from minmacpo.files import read_json, write_atomic, write_json
 from minmacpo.page import document, forest, grid, tag
 from minmacpo.progress import Signals
 from minmacpo.run import FINISHED, check_folder
-from minmacpo.tables import aligned
+from minmacpo.tables import aligned, bracketed
 
 MARK = "@experiment-"
 TOLD = ("--run.name", "--run.seed", "--run.method", "--method", "--stage", "--profile")  # what an experiment says itself
@@ -97,13 +97,15 @@ def run_experiment(argv: Sequence[str], program: str) -> int:
     names = [word.removeprefix(MARK) for word in argv if word.startswith(MARK)]
     given = [word.removeprefix("--seeds=") for word in argv if word.startswith("--seeds=")]
     shared = [word for word in argv if not word.startswith((MARK, "--seeds=")) and word != "--dry_run"]
+    if len(given) > 1:
+        raise UserError(f"--seeds={given[-1][:40]}: --seeds is there {len(given)} times; write it once, such as --seeds=0,1")
     if "--seeds" in shared:
         raise UserError("--seeds: write it as one word, such as --seeds=0,1")
     if len(names) != 1:
         raise UserError(f"{' '.join(map(MARK.__add__, names))}: one experiment at a time")
     experiment = read_experiment(names[0])
     check_shared(shared, experiment)
-    seeds = seeds_of(given[-1]) if given else experiment.seeds
+    seeds = seeds_of(given[0]) if given else experiment.seeds
     plan = [(seed, case, [*shared, *case.words, f"--run.seed={seed}"])
             for seed in seeds for case in experiment.cases]  # fmt: skip
     configs = [parse(words).config for *_, words in plan]  # a wrong flag is an error before anything runs
@@ -172,9 +174,14 @@ def compute(plan: Sequence[tuple[int, Case, list[str]]], configs: Sequence[Confi
         eta = f", {spent / number * (len(left) - number) / 60:.0f} min left" if number else ""
         print(f"[{number + 1}/{len(left)}{eta}] seed {seed}  {case.label}", flush=True)
         code, said = run_alone([sys.executable, program, *words])
-        if code:
-            last = said.strip().splitlines()[-1:] or ["no message"]
-            raise UserError(f"seed {seed}, {case.label}: exit {code}: {last[0]}")
+        check_ended(f"seed {seed}, {case.label}", code, said)
+
+
+def check_ended(label: str, code: int, said: str, made: bool = True) -> None:
+    """UserError with the last line that a process said where it failed, or has not `made` what it should."""
+    if code or not made:
+        last = said.strip().splitlines()[-1:] or ["no message"]
+        raise UserError(f"{label}: exit {code}: {last[0]}")
 
 
 def run_alone(command: list[str], end: float = math.inf) -> tuple[int, str]:
@@ -214,7 +221,7 @@ def golds(runs: dict[int, Past], agent: str, t: int | None = None) -> Golds:
 
 def with_interval(arrays: list[np.ndarray]) -> list[float]:
     """[mean, low, high] of paired values over seeds and prompts; [] of nothing."""
-    return [float(np.mean([a.mean() for a in arrays])), *paired_interval(arrays)] if arrays else []
+    return [float(np.mean([a.mean() for a in arrays])), *paired_interval(arrays)] if arrays and all(map(len, arrays)) else []
 
 
 def wins(mine: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -238,7 +245,7 @@ def variant_row(case: Case, runs: dict[int, Past], first: Golds) -> dict:
     rounds = max(run.config.macpo.rounds for run in runs.values())
     chosen = [table["filter"][-1] for table in tables if table["filter"]]
     students = [[row for row in table["rows"] if row["agent"] == "student"] for table in tables]
-    pgr = [measured[-1]["pgr"] for measured in students if "pgr" in measured[-1]]
+    pgr = [rows[-1]["pgr"] for rows in students if "pgr" in rows[-1]]
     alarms = [first_alarm(table) for table in tables]
     kept = [golds({s: r}, "student", alarm and alarm - 1)[s].mean() for (s, r), alarm in zip(runs.items(), alarms, strict=True)]
     cost = [(s["cpu_seconds"], s["tokens"] or 0, not s["linked_from"]) for table in tables for s in table["cost"]]
@@ -254,7 +261,7 @@ def variant_row(case: Case, runs: dict[int, Past], first: Golds) -> dict:
         "collapsed": [collapsed([g.mean() for t in range(rounds + 1) for g in [golds({s: r}, "student", t)[s]]])
                       for s, r in runs.items()],
         "teachers": float(np.mean([g.mean() for g in golds(runs, "teachers").values()])),
-        "lengths": [float(np.mean([measured[i]["length"] for measured in students])) for i in (0, -1)],
+        "lengths": [float(np.mean([rows[i]["length"] for rows in students])) for i in (0, -1)],
         "pgr": float(np.mean(pgr)) if pgr and None not in pgr else None,
         **{key: float(np.mean([row[key] for row in chosen])) if chosen and None not in [row.get(key) for row in chosen]
            else None for key in ("right", "offered", "different")},
@@ -287,9 +294,8 @@ def cells(row: dict) -> list[str]:
         return "–" if value is None else format(value, form)
 
     mean, *bounds = row["difference"] or [0.0]
-    apart = "{:+.3f} [{:+.3f}, {:+.3f}]".format(mean, *bounds) if any(bounds) else ""
-    win = "{:.3f} [{:.3f}, {:.3f}]".format(*row["wins"])
-    return [label_of(row), str(len(row["seeds"])), number(row["student"]), apart, win, number(row["pgr"], ".2f"),
+    apart = bracketed([mean, *bounds], "+.3f") if any(bounds) else ""
+    return [label_of(row), str(len(row["seeds"])), number(row["student"]), apart, bracketed(row["wins"]), number(row["pgr"], ".2f"),
             number(row["teachers"]), number(row["right"], ".0%"), number(row["offered"], ".0%"),
             f"{sum(row['collapsed'])} of {len(row['seeds'])}", ", ".join(str(t or "–") for t in row["alarms"]),
             number(row["cpu_seconds"], ",.0f"), number(row["tokens"], ",.0f")]  # fmt: skip

@@ -11,9 +11,10 @@ from dataclasses import asdict
 
 from minmacpo import UserError
 from minmacpo.bases import Base
-from minmacpo.data import Example, Message, Pair, Sample
+from minmacpo.data import Example, Message, Pair, Sample, spoken
 from minmacpo.files import read_rows, write_rows
 from minmacpo.run import Stage, Work
+from minmacpo.templates import TEMPLATES
 from minmacpo.workshop import Texts, Workshop
 
 Preference = tuple[Texts, Texts]  # chosen and rejected answers, prompt by prompt
@@ -21,9 +22,7 @@ Preference = tuple[Texts, Texts]  # chosen and rejected answers, prompt by promp
 
 def conversation(prompt: Sequence[Message]) -> str:
     """A prompt as text inside a question: a single turn as it is, several with their speakers."""
-    speakers = {"user": "Human", "assistant": "Assistant"}
-    lines = [f"{speakers[message.role]}: {message.content}" for message in prompt]
-    return prompt[0].content if len(prompt) == 1 else "\n\n".join(lines)
+    return spoken(prompt, {"system": "System", "user": "Human", "assistant": "Assistant"}, "\n\n")
 
 
 def question(template: str, example: Sample, **answers: str) -> tuple[Message, ...]:
@@ -111,8 +110,13 @@ def tagged(seed: int, settings, texts: Sequence[Example], good: bool) -> list[li
 
 
 def tagged_prompts(shop: Workshop, name: str, base: Base, queries: Texts, good: bool) -> Texts:
-    """The queries under a good tag, or under a bad one."""
+    """The queries under a good tag, or under a bad one; UserError, also while planning, where the template has no
+    place for a tag."""
     config = shop.config
+    if TEMPLATES[config.data.template].tag is None:
+        able = ", ".join(name for name, template in TEMPLATES.items() if template.tag)
+        raise UserError(f"data.template = {config.data.template} has no place for a tag, which run.method = rlcd and "
+                        f"macpo.negatives = persona need; {able} have one")  # fmt: skip
     return ask(shop, name, base, queries, lambda texts: tagged(config.run.seed, config.feedback, texts, good),
                good_tag=good, seed=config.run.seed)  # fmt: skip
 

@@ -1,15 +1,18 @@
 """Files that are whole or absent: atomic writes, JSON lines, hashes.
 
-All files but those that only grow (log.txt, metrics.jsonl, answers.py) are written here: under a temporary name
+All files but those that only grow (log.txt, metrics.jsonl, verdicts.jsonl, the answers of answers.py) are written here: under a temporary name
 in the same folder, flushed to the disk, and renamed; a kill leaves the old file, or the new one.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 from minmacpo import UserError
 from minmacpo.data import from_json
@@ -21,6 +24,20 @@ def move(source: Path, target: Path) -> None:
     handle = os.open(target.parent, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
+
+
+def open_alone(path: Path, mode: str, busy: str) -> IO:
+    """The file in `mode`, locked while it is open: the kernel lets go of it however the process ends. UserError with the
+    sentence `busy` if another process has it; does without a lock, and says so, where the file system knows none."""
+    stream = path.open(mode, encoding=None if "b" in mode else "utf-8")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        raise UserError(busy) from None
+    except OSError as error:
+        print(f"no lock here ({error.strerror}): start no second process on {path}", file=sys.stderr)
+    return stream
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -215,13 +215,15 @@ class Watch:
         """The pending metrics [steps][n], `done` the last step; UserError naming the rows of an unsound one."""
         values = torch.stack(self.pending).tolist() if self.pending else []
         for step, row in enumerate(values, done - len(values)):
-            problem = None if all(map(math.isfinite, row)) else "a loss or gradient is not finite"
-            if step == 0 and row[-1] == 0 and not problem:
+            problem, remedy = None, ""
+            if not all(map(math.isfinite, row)):
+                problem, remedy = "a loss or gradient is not finite", "lower the learning rate"
+            elif step == 0 and row[-1] == 0:
                 problem = "the gradient of the first step is zero, so nothing would be learned"
+                remedy = "see lora.alpha, dpo.beta and dpo.gamma, and whether the weights of the base are sound"
             if problem:
                 rows = ", ".join([self.units[unit].id for group in self.plan[step] for unit in group][:8])
-                where = f"{self.work.name}, step {step + 1}"
-                raise UserError(f"{where}: {problem} (rows {rows}, ...); lower the learning rate")
+                raise UserError(f"{self.work.name}, step {step + 1}: {problem} (rows {rows}, ...); {remedy}")
         return values
 
     def report(self, done: int) -> None:

@@ -15,7 +15,17 @@ from itertools import islice
 from pathlib import Path
 
 from minmacpo import UserError
-from minmacpo.data import Message, Pair, Sample, example_id, find_files, is_array, read_array, read_lines
+from minmacpo.data import (
+    Message,
+    Pair,
+    Sample,
+    example_id,
+    find_files,
+    is_array,
+    read_array,
+    read_lines,
+    spoken,
+)
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -233,8 +243,6 @@ def read_data(
 
 def released(record: Pair | Sample) -> dict:
     """A pair or a sampled answer as a row of the files that MACPO's authors released (method.md 4.2)."""
-    marks = {"user": "USER", "assistant": "ASSISTANT", "system": "SYSTEM"}
-    told = " ".join(f"{marks[m.role]}: {m.content}" for m in record.prompt if m.role in marks)
-    instruction = record.prompt[0].content if len(record.prompt) == 1 else told
+    instruction = spoken(record.prompt, {"user": "USER", "assistant": "ASSISTANT", "system": "SYSTEM"}, " ")
     output = [record.chosen, record.rejected] if isinstance(record, Pair) else record.response
     return {"instruction": instruction, "input": "", "output": output}

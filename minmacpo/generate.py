@@ -5,6 +5,7 @@ inverse of the cumulative distribution, whatever rows lie beside it.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -90,6 +91,8 @@ class Decoder:
     """One step of decoding: the next tokens' logits. On a GPU its kernels are captured once for as many steps as the shapes
     stay, and replayed, which spares a launch each."""
 
+    captures = True  # until it fails, in this process
+
     def __init__(self, models: Sequence[Transformer], caches: Sequence[Tensor]):
         self.models, self.caches, self.shape, self.graph = models, caches, None, None
 
@@ -103,18 +106,29 @@ class Decoder:
         return [m.lm_head(m(token[:, None], positions=where, cache=c[..., :used, :])[:, 0])
                 for m, c in zip(self.models, self.caches, strict=True)]  # fmt: skip
 
+    def capture(self, token: Tensor, where: Tensor, used: int) -> bool:
+        """Capture a step at these shapes; False, once said and never tried again, where that cannot be done."""
+        self.inputs, self.shape, self.graph = (token.clone(), where.clone()), used, None
+        self.run(*self.inputs, used)  # kernels load, and libraries choose, before anything is captured
+        torch.cuda.synchronize()
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.logits = self.run(*self.inputs, used)
+        except RuntimeError as error:
+            Decoder.captures = False
+            print(f"WARNING: decoding is not captured as a CUDA graph ({str(error).splitlines()[0]}); it goes on without, slower", file=sys.stderr)
+            return False
+        self.graph = graph
+        return True
+
     def __call__(self, token: Tensor, where: Tensor, furthest: int) -> list[Tensor]:
         """`run`, where no position is beyond `furthest`."""
         used = min(ROOM * (furthest // ROOM + 1), self.caches[0].shape[4])
-        if token.device.type != "cuda":
+        if token.device.type != "cuda" or not Decoder.captures:
             return self.run(token, where, used)
-        if self.graph is None or self.shape != used:
-            self.inputs, self.shape, self.graph = (token.clone(), where.clone()), used, None
-            self.run(*self.inputs, used)  # kernels load, and libraries choose, before anything is captured
-            torch.cuda.synchronize()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.logits = self.run(*self.inputs, used)
+        if (self.graph is None or self.shape != used) and not self.capture(token, where, used):
+            return self.run(token, where, used)
         for mine, given in zip(self.inputs, (token, where), strict=True):
             mine.copy_(given)
         self.graph.replay()

@@ -4,9 +4,10 @@ python eval.py judge A B --out=FOLDER --url=URL --model=NAME    chat completions
 python eval.py judge A B --out=FOLDER --judge=FOLDER            a local base or adapter judges
 python eval.py judge A B --out=FOLDER --human                   writes FOLDER/human.csv; filled in, it is read back
 
-A and B are samples.jsonl files, stage folders that hold one, or runs (their last student's test answers). Both orders
-are asked and verdicts that disagree are a tie. FOLDER/verdicts.jsonl keeps every raw reply: what was judged is
-not asked again. --workers, --timeout (seconds) and --attempts say how a URL is asked, --most how many prompts.
+A and B are samples.jsonl files, stage folders that hold one, or runs (their last student's test answers). Of several
+answers to a prompt the first one counts; how many others are left out is said. Both orders are asked and verdicts that
+disagree are a tie. FOLDER/verdicts.jsonl keeps every raw reply: what was judged is not asked again. --workers, --timeout
+(seconds) and --attempts say how a URL is asked, --most how many prompts.
 """
 
 import csv
@@ -25,10 +26,11 @@ from minmacpo.commandline import Words, overlay
 from minmacpo.config import Config
 from minmacpo.data import Example, Message, Sample
 from minmacpo.evaluate import interval, last_student, read_run
-from minmacpo.feedback import conversation
+from minmacpo.feedback import conversation, points
 from minmacpo.files import read_rows, write_atomic, write_json
 from minmacpo.progress import Progress, inert
 from minmacpo.remote import Ask, asked, check_request, over_http
+from minmacpo.tables import bracketed
 
 MARKS = {"[[A]]": "first", "[[B]]": "second", "[[C]]": "tie"}
 QUESTION = (
@@ -73,10 +75,11 @@ def read_answers(path: Path) -> dict[str, Sample]:
         agent, t = last_student(read_run(path))
         path = path / f"eval/round{t}_{agent}_samples"
     file = path / "samples.jsonl" if path.is_dir() else path
-    found: dict[str, Sample] = {}
-    for sample in read_rows(file, Sample):
-        found.setdefault(sample.id, sample)
-    return found
+    samples = read_rows(file, Sample)
+    found = {sample.id: sample for sample in reversed(samples)}
+    if more := len(samples) - len(found):
+        print(f"{path}: {more} further answers to the same prompts are left out", file=sys.stderr)
+    return {sample.id: found[sample.id] for sample in samples}
 
 
 def pairs_of(words: Namespace) -> list[Pair]:
@@ -95,8 +98,8 @@ def pairs_of(words: Namespace) -> list[Pair]:
 
 def verdict_of(reply: str) -> str | None:
     """"first", "second" or "tie" by the last mark of a reply; None: it has none."""
-    place, mark = max((reply.rfind(mark), mark) for mark in MARKS)
-    return MARKS[mark] if place >= 0 else None
+    last = points(reply, [*MARKS])
+    return None if last is None else [*MARKS.values()][last]
 
 
 def local(words: Namespace) -> Ask:
@@ -241,10 +244,10 @@ def summary(words: Namespace, pairs: Sequence[Pair], rows: Sequence[dict]) -> di
         raise UserError(f"{words.out}: no pair has a verdict in both orders; {len(rows)} replies{said}")
     values = np.array([won[a.id] for a, _ in judged])
     lengths = np.array([[len(a.response), len(b.response)] for a, b in judged], float)
-    agreed = [row for row in rows if row["verdict"] is None]
+    silent = [row for row in rows if row["verdict"] is None]
     return {
         "a": str(words.a), "b": str(words.b), "judge": "human" if words.human else str(words.judge or words.model),
-        "prompts": len(judged), "unjudged": len(pairs) - len(judged), "without_verdict": len(agreed),
+        "prompts": len(judged), "unjudged": len(pairs) - len(judged), "without_verdict": len(silent),
         "win": float(np.mean(values == 1)), "tie": float(np.mean(values == 0.5)), "lose": float(np.mean(values == 0)),
         "win_rate": float(values.mean()), "interval": interval(values, 2000),
         "length_controlled": controlled(values, lengths[:, 0] - lengths[:, 1]),
@@ -254,12 +257,11 @@ def summary(words: Namespace, pairs: Sequence[Pair], rows: Sequence[dict]) -> di
 
 def as_text(found: dict) -> str:
     """The summary in words."""
-    low, high = found["interval"]
     return "\n".join([
         f"A {found['a']}", f"B {found['b']}",
         f"{found['prompts']} prompts judged by {found['judge']}, {found['unjudged']} without a verdict in both orders",
         f"A wins {found['win']:.1%}, ties {found['tie']:.1%}, loses {found['lose']:.1%}",
-        f"win rate {found['win_rate']:.3f} [{low:.3f}, {high:.3f}], at equal lengths {found['length_controlled']:.3f}",
+        f"win rate {bracketed([found['win_rate'], *found['interval']])}, at equal lengths {found['length_controlled']:.3f}",
         "mean length {:.0f} against {:.0f} characters".format(*found["characters"]),
     ])  # fmt: skip
 

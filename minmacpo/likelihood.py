@@ -25,7 +25,8 @@ from minmacpo.data import Pair, example_id
 from minmacpo.forms import Report, read_data
 from minmacpo.lora import clear_adapter
 from minmacpo.progress import Progress, inert
-from minmacpo.score import perplexity, score
+from minmacpo.score import perplexity, preferred, score
+from minmacpo.tables import bracketed
 from minmacpo.templates import render
 from minmacpo.tokenizer import Tokens, show_mask
 from minmacpo.workshop import Loaded, fit_rows, open_agent
@@ -81,8 +82,7 @@ def preferences(pairs: Sequence[Pair], margins: dict[str, np.ndarray], draws: in
     """Of each kind of margin [pairs], better minus worse answer: the share above 0 (ties count half) and the mean."""
     prompts, ones, found = [example_id(pair.prompt) for pair in pairs], [1] * len(pairs), {}
     for kind, margin in margins.items():
-        right = (margin > 0) + 0.5 * (margin == 0)
-        for name, values in ((f"{kind}_accuracy", right), (f"{kind}_margin", margin)):
+        for name, values in ((f"{kind}_accuracy", preferred(margin)), (f"{kind}_margin", margin)):
             found[name], found[f"{name}_interval"] = ratio(values, ones, prompts, draws)
     return found
 
@@ -126,7 +126,7 @@ def as_text(found: dict) -> str:
     told = ", ".join(f"{count} {reason}" for reason, count in found["rows"].items())
     lines = [*found["forms"], f"rows: {told}", f"first row's end ({found['template']}): {inert(found['first_row'][-400:])}"]
     for name in [name for name in found if f"{name}_interval" in found]:
-        lines.append("{:20} {:.4f} [{:.4f}, {:.4f}]".format(name, found[name], *found[f"{name}_interval"]))
+        lines.append(f"{name:20} {bracketed([found[name], *found[f'{name}_interval']], '.4f')}")
     if "tokens" in found:
         lines.append("{tokens} tokens, {characters} characters, {bytes} bytes".format(**found))
     if "beta" in found:

@@ -70,12 +70,14 @@ def kept(config: ModelConfig, lora: Lora | None, size: int) -> int:
     return found + mlp * ("down_proj" in learning) + lora.r * len(learning)
 
 
-def crossed(config: ModelConfig, lora: Lora, size: int) -> int:
-    """Numbers a token that are there at most while a layer is crossed and nothing is kept: in its MLP (gate, up, their
-    product; a slot gives a sum of two) or in its attention, where queries turn."""
+def crossed(config: ModelConfig, lora: Lora, size: int, scores: int) -> int:
+    """Numbers (of `size` bytes) a token that are there at most while a layer is crossed and nothing is kept: in its MLP
+    (gate, up, their product; a slot gives a sum of two), in a norm that computes in fp32, or in its attention, where
+    queries turn, or where its `scores` (0: they are never all there) become their softmax."""
     query, key = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     mlp = config.intermediate_size * (3 + ("up_proj" in lora.targets))
-    return 2 * config.hidden_size + max(mlp, config.hidden_size + 4 * query + 2 * key)
+    norm = 5 * config.hidden_size * (size < 4)
+    return 2 * config.hidden_size + max(mlp, norm, config.hidden_size + 4 * query + 2 * key + 2 * scores)
 
 
 def need(load: Load, config: ModelConfig, lora: Lora, size: int) -> Need:
@@ -85,9 +87,9 @@ def need(load: Load, config: ModelConfig, lora: Lora, size: int) -> Need:
     tokens, chunk = load.rows * load.length, min(load.scored, CHUNK, max(1, LOGITS // config.vocab_size)) * config.vocab_size
     hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     small = size < 4 and load.length <= SMALL_ROWS  # on a CPU bf16 attention then has all its scores
-    scores = size * tokens * load.length * config.num_attention_heads * small
+    scores = load.length * config.num_attention_heads * small
     if load.kind in ("score", "sample"):
-        moving, passing = size * tokens * hidden, size * tokens * crossed(config, lora, size) + 2 * scores
+        moving, passing = size * tokens * hidden, size * tokens * crossed(config, lora, size, scores)
         cache = 2 * layers * load.rows * load.room * config.num_key_value_heads * config.head_dim
         head = 8 * chunk if load.kind == "score" else 16 * load.rows * config.vocab_size
         return Need(size * base * load.models, 4 * slot * load.models, moving + max(passing, head) - head, head,
@@ -97,7 +99,7 @@ def need(load: Load, config: ModelConfig, lora: Lora, size: int) -> Need:
     passing = size * tokens * (3 * mlp - freed + 2 * hidden)  # back through the last layer's MLP
     each = kept(config, None if full else lora, size)
     stats = 4 * tokens * layers * (config.num_attention_heads + 2)  # fp32: logsumexp of attention, scale of norms
-    stats += layers * scores
+    stats += size * tokens * layers * scores
     stored = size * tokens * (layers * each + 2 * hidden) + stats + 2 * size * load.scored * hidden
     head = (16 if full else 8) * chunk
     if full:

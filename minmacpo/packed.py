@@ -1,6 +1,8 @@
 """A model's twin for sampling on a CPU: the same weights, repacked once into the layout that oneDNN multiplies fastest."""
 
 import copy
+import functools
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +30,19 @@ class PackedLinear(nn.Module):
 def packs(model: Transformer) -> bool:
     """True where a packed twin exists and pays: on a CPU with oneDNN, within the sizes above, in fp32 or bf16."""
     weight, size = model.model["embed_tokens"].weight, sum(p.numel() for p in model.parameters())
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not SMALLEST <= size <= LARGEST:
+    if weight.device.type != "cpu" or not SMALLEST <= size <= LARGEST:
+        return False
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        say_missing()
         return False
     bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and (bf16 or weight.dtype == torch.float32)
+    return bf16 or weight.dtype == torch.float32
+
+
+@functools.cache
+def say_missing() -> None:
+    """One line for a process whose torch has no oneDNN."""
+    print("WARNING: this torch has no oneDNN, so weights are not repacked and sampling is slower", file=sys.stderr)
 
 
 def pack(model: Transformer, rows: int) -> Transformer:

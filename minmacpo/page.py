@@ -13,7 +13,10 @@ from pathlib import Path
 from string import Template
 
 DOT = "M-4.5,0a4.5,4.5 0 1,0 9,0a4.5,4.5 0 1,0 -9,0"
-MARKS = {"teacher1": "M-4,-4h8v8h-8z", "teacher2": "M0,-5L5,4H-5z", "teacher0": "M0,-5.5L5.5,0L0,5.5L-5.5,0z"}
+SHAPES = (DOT, "M-4,-4h8v8h-8z", "M0,-5L5,4H-5z", "M0,-5.5L5.5,0L0,5.5L-5.5,0z")
+NUMBERED = re.compile(r"(teacher|weak)(\d+)")  # agents and bases of which there are several
+STRONG = ("student", "strong", "ceiling", "continued")
+COLOURS = ("student", "teacher1", "teacher2", "teacher0", "ceiling", "continued")  # classes of page.css
 
 
 class Html(str):
@@ -42,7 +45,7 @@ def grid(head: Sequence[object], rows: Iterable[Sequence[object]], kind: str = "
 
 
 def document(template: str, **parts: Iterable[object]) -> str:
-    """The whole page as a file, its parts put where the template (page.html, experiment.html) names them."""
+    """The whole page as a file, its parts put where the template (page.html, experiment.html, comparison.html) names them."""
     frame, style = (Path(__file__).with_name(name).read_text("utf-8") for name in (template, "page.css"))
     filled = {name: "".join(map(escape, children)) for name, children in parts.items()}
     return Template(frame).substitute(filled, style=style)
@@ -54,8 +57,19 @@ def clip(text: str, most: int = 700) -> str:
 
 
 def words(agent: str) -> str:
-    """"teacher 1" for "teacher1"."""
-    return re.sub(r"(\d+)$", r" \1", agent)
+    """"teacher 1" for "teacher1"; any other name as it is."""
+    return " ".join(found.groups()) if (found := NUMBERED.fullmatch(agent)) else agent
+
+
+def look(name: str, number: int) -> tuple[str, str]:
+    """(class, marker) of a chart's line: an agent has its own (teachers share three), the line of that number of anything
+    else (runs side by side) the colour of its turn; colour and marker together differ for 24."""
+    if teacher := NUMBERED.fullmatch(name):
+        turn = int(teacher[2]) % 3
+        return f"teacher{turn}", SHAPES[turn or 3]
+    if name in STRONG:
+        return name.replace("strong", "student"), DOT
+    return COLOURS[number % len(COLOURS)], SHAPES[(number + number // len(COLOURS)) % len(SHAPES)]
 
 
 def ticks(low: float, high: float, most: int) -> dict[float, str]:
@@ -104,17 +118,15 @@ def chart(lines: dict[str, list], unit: str, size: tuple[int, int, int], kind: s
     for agent in sorted(lines, key="student".__eq__):  # the student on top
         name = words(agent) + (f" {lines[agent][-1][1]:.3f}" if kind else "")
         spots = [place(*point) for point in lines[agent]]
-        parts.append(draw(agent, lines[agent], spots, name, (right + 8, heights[agent])))
+        parts.append(draw(agent, lines[agent], spots, name, (right + 8, heights[agent]), look(agent, [*lines].index(agent))))
     said = "; ".join(f"{words(agent)} {p[0][1]:.4g} to {p[-1][1]:.4g}" for agent, p in lines.items())
     return tag("svg", *parts, viewBox=f"0 0 {width} {height}", role="img", aria_label=said, class_=kind)
 
 
-def draw(agent: str, points: list, spots: list, name: str, name_at: tuple[float, float]) -> Html:
-    """One line through `spots` with its band, markers (so that colour is never alone; teachers share three)
-    and name; hovering tells the numbers of `points`."""
-    teacher, level = re.search(r"\d+$", agent), agent in ("continued", "ceiling")
-    kind = f"teacher{int(teacher[0]) % 3}" if teacher else agent.replace("strong", "student")
-    parts = []
+def draw(agent: str, points: list, spots: list, name: str, name_at: tuple[float, float], how: tuple[str, str]) -> Html:
+    """One line through `spots` with its band, markers (so that colour is never alone) and name; hovering tells the numbers
+    of `points`. `how`: see `look`."""
+    (kind, mark), level, parts = how, agent in ("continued", "ceiling"), []
     if len(spots[0]) > 2 and not level:
         high = [(x, top) for x, _, _, top in spots]
         parts.append(path(high + [(x, low) for x, _, low, _ in reversed(spots)], "band"))
@@ -122,8 +134,7 @@ def draw(agent: str, points: list, spots: list, name: str, name_at: tuple[float,
     for (x, y, *_), (_, value, *bar) in zip(spots, points, strict=True):
         if len(points) == 1 or (len(points) < 15 and not level):
             told = f"{words(agent)}: {value:.4g}" + (" (95%: {:.3f} to {:.3f})".format(*bar) if bar else "")
-            shape, spot = MARKS.get(kind, DOT), f"translate({x:.1f},{y:.1f})"
-            parts.append(tag("path", tag("title", told), d=shape, transform=spot, class_="dot"))
+            parts.append(tag("path", tag("title", told), d=mark, transform=f"translate({x:.1f},{y:.1f})", class_="dot"))
     parts.append(tag("text", name, x=name_at[0], y=name_at[1] + 4, class_="name"))
     return tag("g", *parts, class_=kind)
 

@@ -236,14 +236,15 @@ def open_stages(run: Run) -> Iterator[str]:
 
 def problem(run: Run, prepared: Prepared | None) -> str | None:
     """One sentence about the first stage that cannot fit, and the setting that would make it fit; None: all do."""
-    plan, free, device = Plan(run, run.config, prepared), free_bytes(device_of(run.config)), device_of(run.config)
-    seen = set()
+    plan, device, seen = Plan(run, run.config, prepared), device_of(run.config), set()
+    free = free_bytes(device)
     for name in open_stages(run):
         recipe, inputs = run.recipes[name]
-        like = (recipe["kind"], [s.fingerprint for s in inputs[:1]], [recipe["settings"].get(k) for k in ("batch", "texts", "shape")])
-        if prepared is None and (repr(like)) in seen:
+        settings = [recipe["settings"].get(key) for key in ("batch", "texts", "shape")]
+        like = repr((recipe["kind"], [s.fingerprint for s in inputs[:1]], settings))
+        if prepared is None and like in seen:
             continue  # with rows of one length it would be the same
-        seen.add(repr(like))
+        seen.add(like)
         if (asked := plan.total(name)) > free:
             what = f"{name} needs about {gigabytes(asked)} of memory, of which {gigabytes(free)} are free on the {device}"
             return f"{what}; {remedy(plan, name, free)}"

@@ -79,11 +79,11 @@ def inert(text: str) -> str:
     return ACTIVE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-def call(main: Callable[[list[str]], int], after_stop: str = RESUMES) -> int:
+def call(main: Callable[[list[str]], int | None], after_stop: str = RESUMES) -> int:
     """Run `main` on the command line; returns the exit code, 2 after one clear sentence, 130 after Ctrl-C;
     `after_stop` is what is true then."""
     try:
-        code = main(sys.argv[1:])
+        code = main(sys.argv[1:]) or 0
         sys.stdout.flush()  # a reader that has gone is noticed here, not when Python exits
         return code
     except UserError as error:

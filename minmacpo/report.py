@@ -144,33 +144,41 @@ def shown(stage: Stage, ids: tuple[str, ...]) -> dict[str, Pair | Sample]:
     return {record.id: record for record in evaluate.records_of(stage) if record.id in ids}
 
 
-def answer(config: Config, sample: Sample | None, by: str = "") -> Html:
-    """An answer with its gold reward, where there is one."""
-    if sample is None:
-        return Html("–")
-    gold = evaluate.judge(config, sample, sample.response, sample.finish).get("gold")
+@functools.cache
+def cut(stage: Stage, ids: tuple[str, ...]) -> set[tuple[str, str]]:
+    """(prompt id, text) of a stage's answers to these prompts that were cut at the limit, which a pair does not know."""
+    said = read_rows(stage.path / "samples.jsonl", Sample)
+    return {(s.id, s.response) for s in said if s.id in ids and s.finish == "length"}
+
+
+def answer(config: Config, record: Pair | Sample, text: str, by: str = "", finish: str = "stop") -> Html:
+    """An answer to the record's prompt with its gold reward, where there is one; `by`: whose it is."""
+    gold = evaluate.judge(config, record, text, finish).get("gold")
     facts = [words(by), "" if gold is None else f"gold {gold:.1f}"]
-    facts += ["cut at the limit"] if sample.finish == "length" else []
-    return tag("div", clip(sample.response), tag("small", " · ".join(filter(None, facts))), class_="text")
+    facts += ["cut at the limit"] if finish == "length" else []
+    return tag("div", clip(text), tag("small", " · ".join(filter(None, facts))), class_="text")
 
 
 def samples(run: Past) -> list[Html]:
     """What the student learned from in every round, and what it answered then, prompt by prompt."""
     pairs = prompts(run.stage("data/slices")) if "data/slices" in run.notes else []
-    rows, bad, cards = {pair.id: [] for pair in pairs}, {}, []
+    rows, cards = {pair.id: [] for pair in pairs}, []
+    sampled = [name for name, notes in run.notes.items() if name.startswith("round") and notes["kind"].startswith("sample/")]
+    over = set().union(*(cut(run.stage(name), tuple(rows)) for name in sampled))
 
     def at(t: int, name: str) -> dict:
         stage = f"round{t}/{name}"
         return shown(run.stage(stage), tuple(rows)) if stage in run.notes else {}
 
     for t in range(1, run.config.macpo.rounds + 1):
-        made, bad = at(t, "pairs_student"), at(t - 1, "negatives_student") or bad
         # self-play and own positives use the student's answers of round t before its update
         later = at(t + (run.config.run.method != "macpo" or not run.config.macpo.mutual), "positives_student")
-        for name, pair in made.items():
-            good = shown(offer, tuple(rows)) if (offer := evaluate.offer_of(run, t, pair.chosen_by)) else {}
-            found = (good.get(name), pair.chosen_by), (bad.get(name),), (later.get(name),)
-            rows[name].append([t, *(answer(run.config, *cell) for cell in found)])
+        for name, pair in at(t, "pairs_student").items():
+            sides = ((text, by, "length" if (name, text) in over else "stop")
+                     for text, by in ((pair.chosen, pair.chosen_by), (pair.rejected, pair.rejected_by)))  # fmt: skip
+            said = later.get(name)
+            after = answer(run.config, said, said.response, finish=said.finish) if said else Html("–")
+            rows[name].append([t, *(answer(run.config, pair, *side) for side in sides), after])
     for pair in (pair for pair in pairs if rows[pair.id]):
         before = f"After {len(pair.prompt) - 1} earlier turns. " if len(pair.prompt) > 1 else ""
         title = tag("h3", clip(pair.prompt[-1].content), class_="text")

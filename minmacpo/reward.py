@@ -2,7 +2,7 @@
 
 python eval.py reward RUN                      a Bradley-Terry head on the run's strong base, trained on its true pairs
 python eval.py reward RUN --pairs=FILE         the same, trained on pairs of which the run has seen none
-python eval.py reward RUN --model=FOLDER       LlamaForSequenceClassification with one label
+python eval.py reward RUN --model=FOLDER       a sequence classifier with one label, of any family in the README
 python eval.py reward RUN --scores=FILE        {"id", "agent", "round", "score"} lines, joined by prompt id
 
 Beside every score stands how often the model ranks held-out true pairs rightly; where the interval of that share
@@ -26,7 +26,8 @@ from minmacpo.evaluate import Past, interval, read_run
 from minmacpo.files import read_rows
 from minmacpo.forms import read_data
 from minmacpo.page import words
-from minmacpo.tables import aligned
+from minmacpo.score import preferred
+from minmacpo.tables import aligned, bracketed
 from minmacpo.templates import render
 from minmacpo.tokenizer import Tokens, load_tokenizer
 
@@ -71,7 +72,7 @@ def rater(model, weight: Tensor, folder: Path, run: Past) -> Rate:
         rows = [render(tokenizer, run.config.data.template, prompt, answer) for prompt, answer in texts]
         if long := sum(len(row.ids) > most for row in rows):
             raise UserError(f"{folder}: {long} texts are longer than its context of {most} tokens")
-        return (last_hidden(model, rows, 16384).to(weight.dtype) @ weight).numpy()
+        return (last_hidden(model, rows, run.config.run.micro_tokens).to(weight.dtype) @ weight).numpy()
 
     return rate
 
@@ -97,16 +98,16 @@ def fitting(run: Past, pairs: Sequence[Pair]) -> list[Pair]:
     return [pair for pair in pairs if pair.rejected and not long(pair, pair.chosen) and not long(pair, pair.rejected)]
 
 
-def unseen(run: Past, path: str) -> tuple[list[Pair], int]:
-    """The `fitting` pairs of a file, and how many rows do not fit. UserError if a prompt begins as one of the run's:
+def unseen(run: Past, path: str) -> tuple[list[Pair], int, list[str]]:
+    """The `fitting` pairs of a file, how many rows do not fit, and what became of each file's rows. UserError if a prompt begins as one of the run's:
     what rates answers is to know nothing of them."""
-    pairs, _ = read_data(path, run.config.data.label, key="--pairs")
+    pairs, reports = read_data(path, run.config.data.label, key="--pairs")
     turns = {first_turn(pair) for name in ("d1", "d2", "test") for pair in slice_of(run, name)}
     if known := next((pair for pair in pairs if first_turn(pair) in turns), None):
         raise UserError(f"{path}: the prompt that begins with {first_turn(known)[:60]!r} is one of the run's; leave such rows out")
     if not (fit := fitting(run, pairs)):
         raise UserError(f"{path}: no pair with two answers within the context of {base_of(run)}")
-    return fit, len(pairs) - len(fit)
+    return fit, len(pairs) - len(fit), [f"{name}: {report}" for name, report in reports.items()]
 
 
 def trained_here(run: Past, own: Sequence[Pair] = ()) -> Rate:
@@ -116,7 +117,7 @@ def trained_here(run: Past, own: Sequence[Pair] = ()) -> Rate:
     known = [pair for name in ("d1", "d2") for pair in slice_of(run, name) if "corrupted" not in pair.meta]
     pairs = own or with_both(known, run)
     chosen, rejected = (
-        last_hidden(model, [render(tokenizer, template, p.prompt, getattr(p, side)) for p in pairs], 16384)
+        last_hidden(model, [render(tokenizer, template, p.prompt, getattr(p, side)) for p in pairs], run.config.run.micro_tokens)
         for side in ("chosen", "rejected")
     )
     return rater(model, fit_head(chosen, rejected), folder, run)
@@ -133,7 +134,7 @@ def with_both(pairs: Sequence[Pair], run: Past) -> list[Pair]:
 def ranked(pairs: Sequence[Pair], rate: Rate) -> np.ndarray:
     """[N] 1 where the better answer is rated higher, 0.5 where both are rated the same, 0 otherwise."""
     better, worse = (rate([(p.prompt, getattr(p, side)) for p in pairs]) for side in ("chosen", "rejected"))
-    return (better > worse) + 0.5 * (better == worse)
+    return preferred(better - worse)
 
 
 def accuracy(run: Past, rate: Rate) -> tuple[float, list[float]]:
@@ -147,7 +148,7 @@ def informative(bounds: Sequence[float]) -> bool:
     return not bounds[0] <= 0.5 <= bounds[1]
 
 
-def measured(run: Past) -> dict[tuple[int, str], list[Sample]]:
+def test_answers(run: Past) -> dict[tuple[int, str], list[Sample]]:
     """The test answers of every agent after every round, on the disk."""
     found = {}
     for name in sorted(n for n in run.notes if n.startswith("eval/round") and n.endswith("_samples")):
@@ -176,13 +177,13 @@ def outside(file: Path, known: dict[tuple[int, str], set[str]]) -> dict[tuple[in
 
 def joined(run: Past, file: Path) -> list[dict]:
     """Rows of the table from an external file, several scores of a prompt averaged; UserError if an answer has none."""
-    asked = {key: {sample.id for sample in samples} for key, samples in measured(run).items()}
+    asked = {key: {sample.id for sample in samples} for key, samples in test_answers(run).items()}
     scores, rows = outside(file, asked), []
     for (t, agent), given in sorted(scores.items()):
         if missing := asked[t, agent] - given.keys():
             raise UserError(f"{file}: has no score of {agent}, round {t}, for prompt {min(missing)}")
         values = np.array([np.mean(given[name]) for name in sorted(given)])
-        rows.append({"agent": agent, "round": t, "score": float(values.mean()), "interval": interval(values, 1000)})
+        rows.append({"agent": agent, "round": t, "score": float(values.mean()), "interval": interval(values, run.config.eval.bootstrap)})
     if not rows:
         raise UserError(f"{file}: holds no score")
     return rows
@@ -197,29 +198,29 @@ def run_reward(argv: Sequence[str]) -> dict:
     parser.add_argument("--scores", type=Path)
     words = parser.parse_args(argv)
     run = read_run(words.run)
-    if words.scores and words.model:
-        raise UserError("expected --model or --scores, not both")
+    if sum(map(bool, (words.pairs, words.model, words.scores))) > 1:
+        raise UserError("expected one of --pairs, --model and --scores")
     if words.scores:
         return {"model": str(words.scores), "accuracy": None, "informative": None, "rows": joined(run, words.scores)}
-    own, dropped = unseen(run, words.pairs) if words.pairs else ((), 0)
+    own, dropped, read = unseen(run, words.pairs) if words.pairs else ((), 0, [])
     rate = rater(*load_scorer(words.model), words.model, run) if words.model else trained_here(run, own)
     share, bounds_of_share = accuracy(run, rate)
     rows = []
-    for (t, agent), samples in measured(run).items():
+    for (t, agent), samples in test_answers(run).items():
         values = rate([(s.prompt, s.response) for s in samples]).reshape(-1, run.config.eval.samples).mean(1)
         bounds = interval(values, run.config.eval.bootstrap)
         rows.append({"agent": agent, "round": t, "score": float(values.mean()), "interval": bounds})
     return {"model": str(words.model or "Bradley-Terry head on the strong base"), "accuracy": share,
-            "accuracy_interval": bounds_of_share, "informative": informative(bounds_of_share), "dropped": dropped, "rows": rows}  # fmt: skip
+            "accuracy_interval": bounds_of_share, "informative": informative(bounds_of_share), "dropped": dropped,
+            "read": read, "rows": rows}  # fmt: skip
 
 
 def as_text(found: dict) -> str:
     """The table for a terminal."""
-    lines = [f"reward model: {found['model']}" + (f"; {found['dropped']} pairs left out (over-long, or one answer)" if found.get("dropped") else "")]
+    lines = [*found.get("read", ()), f"reward model: {found['model']}" + (f"; {found['dropped']} pairs left out (over-long, or one answer)" if found.get("dropped") else "")]
     if found["accuracy"] is not None:
         told = "" if found["informative"] else "; NOT INFORMATIVE: the interval includes one half"
-        lines.append("held-out accuracy {:.3f} [{:.3f}, {:.3f}]".format(found["accuracy"], *found["accuracy_interval"]) + told)
-    rows = [[f"{words(row['agent'])}, round {row['round']}", "{:.3f} [{:.3f}, {:.3f}]".format(row["score"], *row["interval"])]
-            for row in found["rows"]]  # fmt: skip
+        lines.append(f"held-out accuracy {bracketed([found['accuracy'], *found['accuracy_interval']])}{told}")
+    rows = [[f"{words(row['agent'])}, round {row['round']}", bracketed([row["score"], *row["interval"]])] for row in found["rows"]]
     return "\n".join([*lines, aligned(["of the test answers", "mean score [95 %]"], rows)])
 

@@ -8,7 +8,6 @@ only for what differs.
 
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -18,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TextIO
 
 import torch
 
@@ -29,6 +27,7 @@ from minmacpo.files import (
     describe,
     fingerprint,
     move,
+    open_alone,
     read_json,
     read_rows,
     write_atomic,
@@ -121,7 +120,8 @@ class Run:
         """Leave planning: take the folder for this process, and write the run's own files."""
         self.check_room()
         self.path.mkdir(parents=True, exist_ok=True)
-        self.log_file = open_alone(self.path / "log.txt")
+        busy = f"{self.path}: another process works on this run; wait for it, or choose another --run.name"
+        self.log_file = open_alone(self.path / "log.txt", "a", busy)
         check_folder(self.path, self.config)  # another process may have made it since
         if not (self.path / "config.toml").exists():
             write_atomic(self.path / "config.toml", to_toml(self.config))
@@ -275,20 +275,6 @@ class Run:
     def end(self) -> None:
         """Remove what is not part of a finished stage."""
         shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
-
-
-def open_alone(log: Path) -> TextIO:
-    """The log, to append to, locked while it is open: the kernel lets go of it however the process ends.
-    Raises UserError if another process has it; does without a lock where the file system knows none."""
-    stream = log.open("a", encoding="utf-8")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        remedy = "wait for it, or choose another --run.name"
-        raise UserError(f"{log.parent}: another process works on this run; {remedy}") from None
-    except OSError as error:
-        print(f"no lock here ({error.strerror}): start no second process on {log.parent}", file=stream)
-    return stream
 
 
 def read_metrics(run: Path) -> list[dict]:

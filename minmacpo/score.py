@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from minmacpo import UserError
@@ -15,6 +16,12 @@ from minmacpo.tokenizer import Tokens
 def perplexity(logp: float, tokens: int) -> float:
     """exp(-logp / tokens), capped at 1e30 so that it stays a number in JSON (paper eq. 6, as a product)."""
     return math.exp(min(-logp / tokens, 69.0))
+
+
+def preferred(margins: Sequence[float]) -> np.ndarray:
+    """[N] of margins between a better and a worse answer: 1 where it is above 0, 0.5 where it is 0, 0 below."""
+    margins = np.asarray(margins, float)
+    return (margins > 0) + 0.5 * (margins == 0)
 
 
 @torch.inference_mode()

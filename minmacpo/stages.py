@@ -265,7 +265,9 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates
         kept, found = keep_familiar(winners, settings.keep), []
         rejected = {bad.id: (bad, known) for bad, known in zip(negatives.read(), bad_logps, strict=True)}
         for choices in kept:
-            for who, good, values in choices if not choices or choices[0][1].id in rejected else ():
+            for who, good, values in choices:
+                if good.id not in rejected:
+                    continue  # counted below
                 bad, known = rejected[good.id]
                 weight = math.exp(values["agreement"]) if settings.weights == "agreement" and "agreement" in values else None
                 pair = Pair(good.id, good.prompt, good.response, bad.response, who, getattr(bad, "agent", "data"),

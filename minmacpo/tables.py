@@ -56,6 +56,11 @@ def format_table(table: dict) -> str:
     return "\n".join(["\n\n".join(parts), *(f"WARNING: {warning}" for warning in table["warnings"])])
 
 
+def bracketed(values: Sequence[float], form: str = ".3f") -> str:
+    """[mean, low, high] as text, a dash of nothing."""
+    return "{:{f}} [{:{f}}, {:{f}}]".format(*values, f=form) if values else "–"
+
+
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns with two spaces between them: the first one starts, the others end at one place."""
     first, *widths = (max(map(len, column)) for column in zip(head, *rows, strict=True))

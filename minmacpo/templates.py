@@ -241,7 +241,13 @@ def response_text(tokenizer: Tokenizer, name: str, ids: Sequence[int], whole: bo
     return text.strip()
 
 
+def goes_on(tokenizer: Tokenizer, name: str, ids: Sequence[int]) -> bool:
+    """Whether a base goes on behind its answer with the next human turn, so that the answer is whole."""
+    return name == "plain" and HUMAN in tokenizer.decode(ids)
+
+
 def dialogue_text(messages: Sequence[Message], response: str) -> str:
-    """A dialogue as one text of the HH-RLHF kind, for training a tokenizer."""
-    prompt = "".join(frame.format(content, tag=tag) for frame, content, tag in frames("plain", messages))
-    return f"{prompt.removeprefix('<bos>')} {response}"
+    """A dialogue as one text of the HH-RLHF kind, for training a tokenizer; what a system message says stands before it."""
+    system, turns = ([m for m in messages if (m.role == "system") == first] for first in (True, False))
+    prompt = "".join(frame.format(content, tag=tag) for frame, content, tag in frames("plain", turns))
+    return f"{''.join(m.content for m in system)}{prompt.removeprefix('<bos>')} {response}"

@@ -78,6 +78,10 @@ class Loaded:
         self.stops = stop_ids(folder, self.tokenizer)
         self.limit = min(config.data.max_length, self.model.config.max_position_embeddings)
 
+    def ends(self, template: str) -> set[int]:
+        """The tokens that end an answer in this template."""
+        return self.stops | end_ids(self.tokenizer, template)
+
 
 def open_folder(folder: Path, config: Config) -> tuple[Loaded, Path, str | None]:
     """(model, folder of its base, template it was trained with, if known) of a base or adapter folder.
@@ -184,7 +188,7 @@ def answer(config: Config, loaded: Loaded, agent: str, jobs: list[tuple[Example,
     if (longest := max(map(len, prompts))) > room:
         most = f"with generate.max_new = {config.generate.max_new} the context has room for {max(room, 0)}"
         raise UserError(f"a prompt has {longest} tokens; {most}")
-    other, stops = against.model if against else None, loaded.stops | end_ids(tokenizer, template)
+    other, stops = against.model if against else None, loaded.ends(template)
     found = generate(loaded.model, prompts, seeds, config.generate, stops, other, tell)
     samples = []
     for (e, _), own, new, logp in zip(jobs, seeds, *found, strict=True):

@@ -12,7 +12,8 @@ import pytest
 from runs import copy_run, invoke, rows_of, spawn
 from test_bad_input import check_sentence, tree
 
-from minmacpo.answers import open_alone
+from minmacpo import UserError
+from minmacpo.files import open_alone
 from minmacpo.progress import inert
 
 QUESTION = "\n\nHuman: where is it ?\n\nAssistant:"
@@ -178,7 +179,9 @@ def test_more_answers_than_asked_for(agent, place, file):
 
 
 def test_one_process_at_a_time(agent, place, file):
-    with open_alone(place / "out.jsonl"):
+    with open_alone(place / "out.jsonl", "ab", "busy"), pytest.raises(UserError, match="busy"):
+        open_alone(place / "out.jsonl", "a", "busy")
+    with open_alone(place / "out.jsonl", "ab", "busy"):
         assert "another process" in batch(agent, file, code=2)
     batch(agent, file)
 

@@ -87,6 +87,7 @@ def test_the_main_experiment_has_every_method():
     (["@experiment-domains", "--world.domain", "town"], "world.domain"),
     (["@experiment-self", "--seeds", "0,1"], "--seeds=0,1"),
     (["@experiment-self", "--seeds=" + "9" * 5000], "99: expected whole numbers"),
+    (["@experiment-self", "--seeds=0", "--seeds=1"], "--seeds is there 2 times"),
 ])  # fmt: skip
 def test_a_wrong_experiment_is_refused_before_anything_runs(place, words, wanted):
     ended = invoke("train", *words)

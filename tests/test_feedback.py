@@ -26,6 +26,13 @@ def content(example: Example) -> str:
     return example.prompt[-1].content
 
 
+def test_every_speaker_has_a_name_and_a_tag_has_none():
+    system, user, bot, tag = (Message(role, role[:1]) for role in ("system", "user", "assistant", "tag"))
+    assert feedback.conversation((user,)) == feedback.conversation((user, tag)) == "u"
+    assert feedback.conversation((user, bot, user)) == "Human: u\n\nAssistant: a\n\nHuman: u"
+    assert feedback.conversation((system, user, tag)) == "System: s\n\nHuman: u"
+
+
 # ---- self-rewarding ------------------------------------------------------------------------------
 
 

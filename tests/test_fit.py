@@ -360,7 +360,7 @@ def test_a_first_gradient_of_zero_stops(kind, work_of, seed):
     with torch.no_grad():
         for param in params:
             param.zero_()  # A and B zero: neither can ever move
-    stopped(lambda: fit(model, params, make(seed, 8), objective, Schedule(1e-3, 6, 4), work_of()), "zero", "step 1")
+    stopped(lambda: fit(model, params, make(seed, 8), objective, Schedule(1e-3, 6, 4), work_of()), "zero", "step 1", "lora.alpha")
 
 
 def test_no_row_at_all_stops(work_of, seed):

@@ -475,6 +475,8 @@ def test_records_in_the_shape_of_the_released_files():
     assert released(pair) == {"instruction": "USER: q ASSISTANT: a USER: r", "input": "", "output": ["yes", "no"]}
     sample = Sample("i", (Q,), "yes", "stop", (1,), -1.0, 2.0, "teacher1", 0)
     assert released(sample) == {"instruction": "q", "input": "", "output": "yes"}
+    tagged = Sample("i", (Message("system", "s"), Message("user", "q"), Message("tag", "t")), "yes", "stop", (3,), -1.0, 2.0, "x", 0)
+    assert released(tagged)["instruction"] == "SYSTEM: s USER: q"
     assert parse_row(released(pair))[0] == Pair(example_id((m := Message("user", "USER: q ASSISTANT: a USER: r"),)), (m,), "yes", "no")
 
 

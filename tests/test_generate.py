@@ -9,7 +9,7 @@ import torch
 from conftest import far, logits_of, ragged, random_model
 
 from minmacpo.config import Generate
-from minmacpo.generate import contrast, draw, generate, noise, pick, warp
+from minmacpo.generate import Decoder, contrast, draw, generate, noise, pick, warp
 
 GREEDY = Generate(temperature=0.0, top_k=0, top_p=1.0, max_new=12)
 SAMPLED = Generate(temperature=1.3, top_k=0, top_p=1.0, max_new=12)
@@ -243,6 +243,20 @@ def test_noise_is_uniform_and_rows_are_uncorrelated():
 
 
 # ---- contrastive decoding -------------------------------------------------------------------------
+
+
+def test_decoding_goes_on_where_nothing_can_be_captured(seed, monkeypatch, capsys):
+    def refuse():
+        raise RuntimeError("no graphs here\nat all")
+
+    model, token, where = random_model(seed), torch.tensor([5, 7]), torch.tensor([2, 3])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", refuse)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(Decoder, "captures", True)
+    decoder = Decoder([model], [model.new_cache(2, 8)])
+    with torch.inference_mode():
+        assert not decoder.capture(token, where, 8) and decoder.graph is None and not Decoder.captures
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_contrast_by_hand():

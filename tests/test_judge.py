@@ -259,6 +259,14 @@ def test_another_answer_is_judged_anew(place, sides, quick):
     assert result(place)["lose"] == 0
 
 
+def test_further_answers_to_a_prompt_are_counted(place, sides, quick):
+    rows = (place / "a/samples.jsonl").read_text()
+    (place / "a/samples.jsonl").write_text(rows + rows.splitlines()[0].replace('"zz"', '"second"') + "\n")
+    ended = invoke("eval", *sides, f"--url={Server().url}")
+    assert ended.code == 0 and "a: 1 further answers to the same prompts are left out" in ended.err
+    assert "second" not in (place / "out/verdicts.jsonl").read_text() and result(place)["prompts"] == 5
+
+
 def test_a_local_model_judges(tiny, place):
     ended = invoke("eval", "judge", tiny, tiny / "eval/round0_student_samples", "--out=out", "--most=2", "--max_new=4",
                    f"--judge={tiny / 'bases/strong'}")  # fmt: skip

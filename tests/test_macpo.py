@@ -11,12 +11,12 @@ import pytest
 import torch
 from runs import copy_run, differences, rows_of, stages_of, train, write_stub
 
-from minmacpo import choose, feedback, macpo, stages, world
+from minmacpo import choose, evaluate, feedback, macpo, stages, world
 from minmacpo.checkpoint import load_tensors
 from minmacpo.commandline import parse
 from minmacpo.config import Config, Macpo
 from minmacpo.data import Message, Pair, Sample
-from minmacpo.files import write_rows
+from minmacpo.files import read_rows, write_rows
 from minmacpo.run import Run
 from minmacpo.templates import render
 from minmacpo.tokenizer import load_tokenizer
@@ -570,6 +570,15 @@ def test_negatives_are_whose_they_should_be(beyond):
     notes = stages_of(beyond["tail"])
     assert notes["round1/tail_student"]["settings"]["temperature"] == macpo.TAIL
     assert notes["round1/positives_student"]["settings"]["temperature"] == 0.7
+
+
+def test_the_table_judges_the_negatives_that_were_rejected(beyond):
+    run = evaluate.read_run(beyond["previous"])
+    for row in evaluate.negative_rows(run):
+        rejected = read_rows(run.stage(f"round1/pairs_{row['agent']}").path / "pairs.jsonl", Pair)
+        right = np.mean([evaluate.judge(run.config, pair, pair.rejected)["right"] for pair in rejected])
+        assert row["wrong"] == pytest.approx(1 - right) and row["rejected"]
+    assert "rejected answers of round 1" in evaluate.warnings([{"agent": "a", "wrong": 0.1, "equal": [], "rejected": True}])[0]
 
 
 def test_every_offer_counts_once(beyond):

@@ -6,12 +6,15 @@ from conftest import far, random_model
 from runs import METHODS, invoke, rows_of, stages_of
 from torch.autograd import gradcheck
 
+from minmacpo import report
 from minmacpo.batching import Batch
 from minmacpo.checkpoint import load_tensors
 from minmacpo.config import Lora
+from minmacpo.evaluate import read_run
 from minmacpo.fit import SftObjective
 from minmacpo.lora import attach_lora, reset_adapter
 from minmacpo.losses import CHUNK, chunk_logps_direction, token_logps
+from minmacpo.page import clip, escape, words
 
 
 def adapter(run, name: str) -> torch.Tensor:
@@ -137,6 +140,19 @@ def test_tables_of_methods_name_them_and_compare(methods):
     assert all(f"stub-method={m}" in compared for m in METHODS) and len(compared.splitlines()) == 1 + len(methods)
 
 
+@pytest.mark.parametrize("method", ["spin", "dpo-truth", "self-rewarding", "rlaif", "rlcd"])
+def test_the_report_shows_the_pairs_that_were_learned(methods, method):
+    run = read_run(methods[method])
+    shown = {pair.id for pair in report.prompts(run.stage("data/slices"))}
+    html, found = "".join(report.samples(run)), 0
+    for t in (1, 2):
+        for pair in rows_of(methods[method] / f"round{t}/pairs_student/pairs.jsonl"):
+            if pair["id"] in shown:
+                found += 1
+                assert all(f">{escape(clip(pair[side]))}<small>{words(pair[f'{side}_by'])}" in html for side in ("chosen", "rejected"))
+    assert found == html.count("<tr>") - html.count("<thead>") > 0
+
+
 # ---- bad input --------------------------------------------------------------------------------
 
 
@@ -146,6 +162,8 @@ def test_tables_of_methods_name_them_and_compare(methods):
     (["--method=spin", "--macpo.mutual=false"], "run.method"),
     (["--method=sft", "--macpo.select=random"], "run.method"),
     (["--method=confident", "--macpo.rounds=0"], "run.method"),
+    (["--method=rlcd", "--data.template=zephyr"], "data.template = zephyr has no place for a tag"),
+    (["--macpo.negatives=persona", "--data.template=mistral"], "plain, turns, vicuna, alpaca have one"),
 ])  # fmt: skip
 def test_a_wrong_method_is_refused(place, words, wanted):
     ended = invoke("train", "@tiny", *words)

@@ -75,6 +75,16 @@ def test_the_twin_has_the_adapter_and_leaves_the_model_alone(dtype, seed):
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items() if ".lora_" not in key)
 
 
+def test_a_torch_without_onednn_is_said_once(monkeypatch, capsys):
+    packed.say_missing.cache_clear()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not packs(random_model(0)) and not capsys.readouterr().err, "a small model would not be packed anyway"
+    monkeypatch.setattr(packed, "SMALLEST", 0)
+    assert not packs(random_model(0)) and not packs(random_model(0))
+    assert capsys.readouterr().err.count("no oneDNN") == 1
+    packed.say_missing.cache_clear()
+
+
 def test_small_and_huge_models_and_other_dtypes_stay_plain(monkeypatch):
     model = random_model(0)
     assert not packs(model), "the built-in world's runs keep their bytes"

@@ -28,7 +28,8 @@ from runs import (
 from test_bad_input import HH, check_sentence, data_file, row, tree
 from transformers import LlamaForCausalLM
 
-from minmacpo import UserError, bases, checkpoint, evaluate, workshop, world
+from minmacpo import UserError, bases, checkpoint, evaluate, page, workshop, world
+from minmacpo.chat import CUT
 from minmacpo.commandline import agent_folder
 from minmacpo.config import Config
 from minmacpo.data import Message, Pair
@@ -51,6 +52,12 @@ def test_an_adapter_and_a_base_answer(tiny, place):
     question, one = questions[0], one[0]
     assert sample(tiny / "round2/student_pos", question) == one
     assert list(place.iterdir()) == []
+
+
+def test_an_answer_that_was_cut_says_so(tiny, place):
+    question = rows_of(tiny / "data/slices/test.jsonl")[0]["prompt"][0]["content"]
+    whole, cut = (sample(tiny / "round2/student_pos", question, "--generate.temperature=0", *more) for more in ([], ["--generate.max_new=2"]))
+    assert not whole.endswith(f"{CUT}\n") and cut.endswith(f"{CUT}\n") and whole.startswith(cut[: -len(CUT) - 1])
 
 
 def test_greedy_answers_are_those_of_peft(tiny, place):
@@ -396,6 +403,7 @@ def test_runs_side_by_side(stub, tmp_path):
             found = [evaluate.gold_by_prompt(evaluate.read_run(run), "student", int(t))["gold"].mean()
                      for run in runs if run.name.removesuffix("-seed=1") == entry["method"]]  # fmt: skip
             assert entry["by_round"][t] == pytest.approx(np.mean(found))
+    assert "not overwritten" in invoke("eval", "compare", *runs, f"--page={page}").err and page.read_text() == text
     assert invoke("eval", "compare", *runs, "--page=").code == 2 and invoke("eval", stub, "--page=x").code == 2
 
 
@@ -580,6 +588,15 @@ def test_the_report_at_every_moment_of_a_run(stub, place):
     write_report(run)
     page = (run / "report.html").read_text()
     assert page.count("has been measured") + page.count("has not been measured") == 3
+
+
+def test_a_number_in_the_name_of_a_run_makes_no_teacher_of_it():
+    assert page.words("teacher12") == "teacher 12" and page.words("world-rounds=10") == "world-rounds=10"
+    assert page.look("teacher4", 9)[0] == "teacher1" == page.look("weak1", 0)[0] and page.look("strong", 3) == page.look("student", 0)
+    runs = [page.look(f"world-rounds={i}", i) for i in range(24)]
+    assert len({*runs}) == 24 and len({colour for colour, _ in runs[:6]}) == 6
+    drawn = page.figure("x", "y", {f"run-{i}": [(0, 0.1 * i), (1, 0.5)] for i in range(3)})
+    assert [drawn.count(f'class="{colour}"') for colour, _ in runs[:4]] == [1, 1, 1, 0]
 
 
 def test_the_report_escapes_what_it_shows(place):

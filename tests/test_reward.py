@@ -111,7 +111,7 @@ def test_external_scores_are_joined_by_id(tiny, tmp_path):
     write_rows(tmp_path / "scores.jsonl", [{"id": "a", "agent": "nobody", "round": 1, "score": 1}])
     assert invoke("eval", "reward", tiny, f"--scores={tmp_path / 'scores.jsonl'}").code == 2
     both = invoke("eval", "reward", tiny, f"--scores={tmp_path / 'scores.jsonl'}", f"--model={tmp_path}")
-    assert both.code == 2 and "not both" in both.err
+    assert both.code == 2 and "expected one of --pairs, --model and --scores" in both.err
 
 
 @pytest.mark.parametrize("change", [
@@ -135,7 +135,14 @@ def test_true_answers_without_worse_ones_are_no_test_of_a_reward_model(tiny, mon
     assert ended.code == 2 and "no worse ones" in ended.err
 
 
+def test_what_became_of_the_rows_of_own_pairs_is_told(tiny, tmp_path):
+    own = [{"prompt": f"what is the sum of {i} ?", "chosen": f"it is {i} .", "rejected": "i do not know ."} for i in range(8)]
+    write_rows(tmp_path / "own.jsonl", [*own, {"prompt": "why ?", "chosen": "so .", "rejected": "so ."}])
+    ended = invoke("eval", "reward", tiny, f"--pairs={tmp_path / 'own.jsonl'}")
+    assert ended.code == 0 and "own: prompt: text, chosen: text, rejected: text; 9 rows, 8 kept; 1 identical answers" in ended.out
+
+
 def test_every_measured_answer_is_rated(tiny):
     run = read_run(tiny)
-    found = reward.measured(run)
+    found = reward.test_answers(run)
     assert len(found) == len([n for n in run.notes if n.startswith("eval/round") and n.endswith("_samples")])

@@ -8,7 +8,7 @@ import torch
 from conftest import logits_of, ragged, random_model
 
 from minmacpo.checkpoint import load_model
-from minmacpo.score import perplexity, score
+from minmacpo.score import perplexity, preferred, score
 from minmacpo.tokenizer import Tokens, load_tokenizer
 
 
@@ -21,6 +21,10 @@ def rows_of(seed: int, count: int, vocab: int = 61) -> list[Tokens]:
         end = rng.randrange(start + 1, len(ids) + 1)
         rows.append(Tokens(ids, [start <= i < end for i in range(len(ids))]))
     return rows
+
+
+def test_a_tie_counts_half():
+    assert preferred([0.5, 0.0, -2.0, 1e-12]).tolist() == [1, 0.5, 0, 1] and preferred([]).size == 0
 
 
 def by_hand(model, row: Tokens) -> float:

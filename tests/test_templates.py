@@ -326,6 +326,11 @@ def test_a_message_without_a_place_is_said(family, role):
                 render(tokenizer, name, wrong)
 
 
+def test_a_system_message_is_text_for_a_tokenizer_too():
+    messages = [Message("system", "be brief"), Message("user", "hi")]
+    assert dialogue_text(messages, "yes") == "be brief\n\nHuman: hi\n\nAssistant: yes"
+
+
 @pytest.mark.parametrize("name", ["chatml", "llama-3"])
 def test_a_template_needs_its_tokens(name, tokenizer):
     with pytest.raises(UserError, match=rf"data\.template = {name} needs the token <\|"):
