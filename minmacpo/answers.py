@@ -67,6 +67,8 @@ def write_answers(config: Config, loaded: Loaded, agent: str, jobs: Sequence[Job
     """Add to `out` the answers that are not there yet; returns how many were. UserError if it holds anything but
     answers to these jobs by the agent of this name, or if another process writes it."""
     size, busy = config.generate.batch, f"{out}: another process is writing it; wait for it, or give another --out"
+    if out.exists() and not out.is_file():
+        raise UserError(f"{out}: is no ordinary file, to which answers could be added")
     with open_alone(out, "ab", busy) as stream:
         found = done = rows_there(out, agent, jobs, config.run.seed, stream)
         with Progress("answers", len(jobs), "answer", done, None) as progress:

@@ -28,6 +28,7 @@ from minmacpo.tokenizer import FILES, Tokenizer, load_tokenizer, show_mask, trai
 TOKENIZER_TEXTS = 6000  # documents of the strong base's text that the tokenizer is trained on
 LEAST_PROMPT = 16  # tokens; where an answer leaves room for fewer, its prompt is not cut
 LONGER = "true answers longer than generate.max_new"
+JOIN = '; files with one answer each, as the released D1, are joined as {"instruction", "input", "output": [good, bad]}'
 NEEDED = {"d1": "rejected", "test": "chosen"}  # teachers learn both sides, tests score true answers; D2 gives prompts
 
 
@@ -121,7 +122,8 @@ def fit_slices(config: Config, slices, corpora, given: Sequence[Tokenizer], coun
         if not kept[name]:
             lost = ", ".join(f"{reason}: {count}" for reason, count in reasons.items()) or "too few rows, or their prompts are in another slice"
             settings = f"data.{name}, data.shares, data.max_prompt, data.long" if config.data.path else f"world.{name}, world.names, data.max_prompt"
-            raise UserError(f"no row is left for {name} ({lost}); see {settings}")
+            alone = JOIN if [*reasons] == ["without rejected answer"] else ""
+            raise UserError(f"no row is left for {name} ({lost}); see {settings}{alone}")
         if name == "d1" and config.data.noise:
             kept[name] = corrupt(kept[name], config)
             reasons["corrupted"] = sum("corrupted" in pair.meta for pair in kept[name])

@@ -32,6 +32,8 @@ PLAIN = {"use_rslora": False, "use_dora": False, "modules_to_save": None, "layer
 NOTES = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "r",
          "inference_mode", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias", "init_lora_weights",
          "layers_pattern", "eva_config", "loftq_config", "megatron_core", "qalora_group_size"}  # fmt: skip
+MOST_RANK = 1 << 16
+ENDLESS = re.compile(r"\([^()]*[*+}][^()]*\)[*+{]")  # a repeated group of repeats: matching may take for ever
 STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # values of init_lora_weights that leave the base alone
 # What a base may say of how to talk to it: an export has it unchanged.
 MANNERS = (*FILES, "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
@@ -99,8 +101,8 @@ def weight_files(folder: Path) -> list[Path]:
     home = folder.resolve()
     homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]  # of the hub's cache
     for name in set(weights.values()):
-        target = (folder / name).resolve()
-        if not name or name != Path(name).name or not any(target.is_relative_to(place) for place in homes):
+        plain = 0 < len(name) <= 255 and name.isprintable() and name == Path(name).name
+        if not plain or not any((folder / name).resolve().is_relative_to(place) for place in homes):
             raise UserError(f"{index}: names {name!r:.80}, which is no file of this folder")
     return [folder / name for name in sorted(set(weights.values()))]
 
@@ -196,12 +198,17 @@ def assemble(folder: Path, config: ModelConfig, stored: dict[str, Stored], devic
 def check_model_folder(folder: Path) -> tuple[ModelConfig, Tokenizer]:
     """Config and tokenizer of an HF folder that is whole; UserError otherwise."""
     config, tokenizer = read_config(folder), load_tokenizer(folder)
-    if tokenizer.size > config.vocab_size:
-        sizes = f"the tokenizer has {tokenizer.size} pieces, the model only {config.vocab_size} rows"
-        raise UserError(f"{folder}: {sizes}")
+    check_sizes(folder, config, tokenizer)
     load_model(folder, "meta")
     stop_ids(folder, tokenizer)
     return config, tokenizer
+
+
+def check_sizes(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """UserError where the tokenizer has ids that the model has no row for."""
+    if tokenizer.size > config.vocab_size:
+        sizes = f"the tokenizer has {tokenizer.size} pieces, the model only {config.vocab_size} rows"
+        raise UserError(f"{folder}: {sizes}")
 
 
 def save_model(folder: Path, config: ModelConfig, weights: dict[str, Tensor], tokenizer: bytes) -> None:
@@ -287,12 +294,14 @@ def read_adapter_config(folder: Path) -> tuple[Lora, str]:
     if isinstance(targets, str):
         targets = LINEARS if targets.lower() == "all-linear" else [targets]
     named = isinstance(targets, list | tuple) and all(isinstance(name, str) for name in [base, *targets])
-    scaled = isinstance(alpha, int | float) and math.isfinite(alpha) and type(stable) is bool
-    if not named or not scaled or not isinstance(r, int) or r < 1:
-        raise UserError(f"{file}: expected r, lora_alpha, target_modules and the path of the base")
+    scaled = type(alpha) in (int, float) and abs(alpha) <= 1e9 and type(stable) is bool  # nan is not, either
+    if not named or not scaled or type(r) is not int or not 1 <= r <= MOST_RANK:
+        raise UserError(f"{file}: expected r (1 to {MOST_RANK}), lora_alpha, target_modules and the path of the base")
     try:
         for target in targets:
             re.compile(target)
+            if ENDLESS.search(target):
+                raise re.error("a repeat within a repeat")
     except re.error as error:
         raise UserError(f"{file}: target_modules holds a broken pattern ({error})") from None
     return Lora(r, alpha * math.sqrt(r) if stable else alpha, tuple(targets)), base

@@ -207,10 +207,11 @@ def records_of(stage: Stage) -> list[Pair] | list[Sample]:
 
 def export(run: str, name: str, file: str) -> str:
     """Write the pairs or the answers of a stage as MACPO's authors released theirs; says what was written."""
-    records, target = records_of(read_run(run).stage(name)), Path(file)
+    past, target = read_run(run), Path(file)
+    records, named = records_of(past.stage(name)), past.config.data.template == "vicuna-macpo"  # that of their HH runs
     if target.exists():
         raise UserError(f"{target}: exists already; it is not overwritten")
-    write_json(target, [released(record) for record in records])
+    write_json(target, [released(record, named) for record in records])
     return f"{len(records)} rows: {target}"
 
 

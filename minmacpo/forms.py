@@ -16,6 +16,7 @@ from pathlib import Path
 
 from minmacpo import UserError
 from minmacpo.data import (
+    ENDINGS,
     Message,
     Pair,
     Sample,
@@ -184,9 +185,9 @@ def parse_row(row: Mapping, label: str = "better") -> tuple[Pair | None, str]:
     return Pair(example_id(prompt), prompt, *[*answers, "", ""][:2]), "kept"
 
 
-def load(text: str, prompts: bool = False) -> object:
-    """The value in a line of JSON; BadRow if it is none. `prompts`: a line that holds no object is itself a prompt."""
-    if prompts and not text.startswith("{"):
+def load(text: str, prompt: bool = False) -> object:
+    """The value in a line of JSON, BadRow if it is none; or the line as a `prompt`."""
+    if prompt:
         return {"prompt": text}
     try:
         return json.loads(text)
@@ -196,14 +197,17 @@ def load(text: str, prompts: bool = False) -> object:
 
 def read_file(file: Path, report: Report, label: str, skip: bool, most: int | None, prompts: bool = False) -> Iterator[Pair]:
     """The usable ones of the first `most` rows, one at a time; `report` is filled. UserError for a row that cannot
-    be read, unless such rows are to be skipped (and counted). `prompts`: as in `load`."""
-    array = is_array(file)
+    be read, unless such rows are to be skipped (and counted). `prompts`: if the first line holds no object, every line
+    is itself a prompt."""
+    array = is_array(file) and not (prompts and not file.name.endswith(ENDINGS))
+    plain = None if prompts else False
     report.unit = "row" if array else "line"
     for number, item in islice(read_array(file) if array else read_lines(file), most):
         pair, reason = None, "blank line"
         try:
             if item != "":
-                row = item if array else load(item, prompts)
+                plain = not (array or item.startswith("{")) if plain is None else plain
+                row = item if array else load(item, plain)
                 form = form_of(row, report.form)
                 pair, reason = parse_row(row, label)
                 report.form = form
@@ -241,8 +245,10 @@ def read_data(
     return pairs, reports
 
 
-def released(record: Pair | Sample) -> dict:
-    """A pair or a sampled answer as a row of the files that MACPO's authors released (method.md 4.2)."""
+def released(record: Pair | Sample, named: bool = False) -> dict:
+    """A pair or a sampled answer as a row of the files that MACPO's authors released (method.md 4.2): a dialogue is one
+    text with "USER: " before each human turn; before a single question too if `named`, as in their HH files."""
     instruction = spoken(record.prompt, {"user": "USER", "assistant": "ASSISTANT", "system": "SYSTEM"}, " ")
+    instruction = f"USER: {instruction}" if named and not instruction.startswith("USER: ") else instruction
     output = [record.chosen, record.rejected] if isinstance(record, Pair) else record.response
     return {"instruction": instruction, "input": "", "output": output}

@@ -108,6 +108,8 @@ def placed(name: str, messages: Sequence[Message]) -> list[Message]:
     if template.flat:
         names = {"user": "USER", "assistant": "ASSISTANT"}
         said = [f"{names[m.role]}: {m.content}" for m in found if m.role in names]
+        if len(said) == 1 and said[0].startswith("USER: USER: "):  # a released row is one text already
+            said = [said[0].removeprefix("USER: ")]
         found = [m for m in found if m.role not in names] + [Message("user", " ".join(said))]
     return found
 

@@ -15,6 +15,7 @@ from minmacpo import UserError
 from minmacpo.bases import Base, arithmetic, fit_pair
 from minmacpo.batching import CPU_TOKENS
 from minmacpo.checkpoint import (
+    check_sizes,
     load_adapter,
     load_model,
     no_folder,
@@ -75,6 +76,7 @@ class Loaded:
     def __init__(self, folder: Path, config: Config):
         self.model = load_model(folder, device_of(config), dtype_of(config))
         self.slot_params, self.tokenizer = attach_lora(self.model, config.lora), load_tokenizer(folder)
+        check_sizes(folder, self.model.config, self.tokenizer)
         self.stops = stop_ids(folder, self.tokenizer)
         self.limit = min(config.data.max_length, self.model.config.max_position_embeddings)
 

@@ -13,6 +13,7 @@ from runs import copy_run, invoke, rows_of, spawn
 from test_bad_input import check_sentence, tree
 
 from minmacpo import UserError
+from minmacpo.chat import CUT
 from minmacpo.files import open_alone
 from minmacpo.progress import inert
 
@@ -60,7 +61,7 @@ def test_every_form_of_row(agent, place):
         told = batch(agent, place / name, out=f"{name}.out")
         assert "1 rows, 1 kept" in told and next(iter(row)) in told
         (found,) = rows_of(place / f"{name}.out")
-        assert found["prompt"] == TURNS and inert(found["response"]) == one, name
+        assert found["prompt"] == TURNS and inert(found["response"]) + CUT * (found["finish"] == "length") == one, name
 
 
 def test_several_turns_and_a_system_message(agent, place):
@@ -82,7 +83,8 @@ def test_a_row_is_the_same_whatever_lies_beside_it(agent, place, file):
     for row in rows_of(place / "back.jsonl"):
         assert [row[k] for k in keys] == found[row["prompt"][0]["content"], 0]
     alone = invoke("sample", agent, lines[4], "--n=2").out
-    assert alone == "".join(f"[{n + 1}] {inert(found[lines[4], n][2])}\n" for n in (0, 1))
+    said = [found[lines[4], n] for n in (0, 1)]
+    assert alone == "".join(f"[{n}] {inert(row[2])}{CUT * (row[5] == 'length')}\n" for n, row in enumerate(said, 1))
     assert rows_of(place / "out.jsonl")[0]["agent"] == str(agent)
 
 
@@ -213,6 +215,6 @@ def test_a_read_only_folder(agent, place, file):
 
 
 def test_what_cannot_be_written_is_one_sentence(agent, place, file):
-    for out, says in (("no/out.jsonl", "No such file"), (file.parent, "Is a directory"), (f"{file}/out", "Not a directory"), ("/proc/out", "")):
+    for out, says in (("no/out.jsonl", "No such file"), (file.parent, "no ordinary file"), (f"{file}/out", "Not a directory"), ("/proc/out", "")):
         before = tree(place)
         assert says in batch(agent, file, out=out, code=2) and tree(place) == before
