@@ -220,7 +220,7 @@ def experiment(name: str, found: dict) -> str:
 
 def section(found: dict, written: str) -> str:
     """"Real files": what happened, beside what the world predicted."""
-    first = next(iter(found["bases"].values()))
+    first = next(iter(found["bases"].values()), {})
     sizes = [[base, f"{notes['counts']['parameters']:,}", f"{notes['counts']['rows']:,}", f"{notes['counts']['tokens']:,}",
               " / ".join(f"{made[base]['counts']['loss']:.2f}" for made in found["bases"].values())] for base, notes in first.items()]  # fmt: skip
     rows = [[source, *(str(counts[part]) for part in PARTS)] for source, counts in found["split"]["rows"].items()]
@@ -230,12 +230,12 @@ def section(found: dict, written: str) -> str:
     return "\n".join([
         "## Real files\n",
         "`python -m bench.real --helpful=FILE --harmless=FILE --pku=FILE --alpaca=FILE` (sizes: `minmacpo/presets/hh-real.toml"
-        f"{', --full' if found['full'] else ''}`; experiments: `bench/real.toml`), then `--collect` and `python -m bench.results`. Seeds "
-        f"{', '.join(found['bases'])}; {cost:,.0f} CPU seconds. Brackets are 95 % bootstraps over seeds, then prompts. Commits of the stages: "
-        f"{', '.join(found['commits'])}.\n",
+        f"{', --full' if found['full'] else ''}`; experiments: `bench/real.toml`), then `--collect` and `python -m bench.results`. "
+        f"Seeds of which bases are finished: {', '.join(found['bases']) or 'none'}; {cost:,.0f} CPU seconds. Brackets are 95 % "
+        f"bootstraps over seeds, then prompts. Commits of the stages: {', '.join(found['commits']) or 'none'}.\n",
         written,
         "First human turns are in one slice each:\n", markdown(["rows of", *PARTS], rows),
-        markdown(["used by", "d1", "d2", "test"], kept),
-        markdown(["base", "parameters", "documents", "tokens trained on", "last loss, by seed"], sizes),
+        *([markdown(["used by", "d1", "d2", "test"], kept)] if kept else []),
+        *([markdown(["base", "parameters", "documents", "tokens trained on", "last loss, by seed"], sizes)] if sizes else []),
         *(experiment(name, part) for name, part in found["experiments"].items()),
     ])  # fmt: skip

@@ -260,6 +260,9 @@ def test_end_to_end_between_calls(files, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(real_scores, "PLACE", tmp_path / "results")
     real.main([*words, f"--root={root}", "--seeds=0", "--minutes=0"])
     assert capsys.readouterr().out.endswith("6 of 6 left; the same command goes on\n")
+    real.main([f"--root={root}", "--seeds=0", "--collect"])
+    page = real_scores.section(json.loads((tmp_path / "results/real.json").read_text()), "")
+    assert page.count("Not measured: no run was finished.") == 3 and "bases are finished: none" in page
     real.main([f"--root={root}", "--seeds=0"])
     assert capsys.readouterr().out.endswith("0 of 6 left\n")
     before = {file: file.stat().st_mtime_ns for file in root.rglob("*.json")}
