@@ -142,7 +142,9 @@ def rows_of(plan: Plan, name: str, seeds: Sequence[int]) -> list[dict]:
 
 
 def collect(plan: Plan, seeds: Sequence[int]) -> None:
-    """Write assets/results/real.json from what is finished."""
+    """Write assets/results/real.json from what is finished, rated first where it is not."""
+    for seed in seeds:
+        rate(plan, seed)
     slices, spent, commits = {}, {}, set()
     for seed in seeds:
         for name, case in runs_of(plan, seed).items():
