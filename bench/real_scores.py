@@ -110,10 +110,11 @@ def row_of(plan: Plan, case: Case, runs: dict[int, Past], agent: str, label: str
     return found
 
 
-def by_round(tables: Sequence[list[dict]], agent: str, key: str) -> list[float]:
-    """A measure of the agents whose name begins so, by the rounds that they were measured after: means over seeds."""
+def by_round(tables: Sequence[list[dict]], agent: str, key: str) -> list[float | None]:
+    """A measure of the agents whose name begins so, after round 0, 1, …: means over seeds; None where none was measured."""
     rows = [row for table in tables for row in table if row["agent"].startswith(agent)]
-    return [float(np.mean([row[key] for row in rows if row["round"] == t])) for t in sorted({row["round"] for row in rows})]
+    found = [[row[key] for row in rows if row["round"] == t] for t in range(1 + max(row["round"] for row in rows))]
+    return [float(np.mean(values)) if values else None for values in found]
 
 
 def finished(plan: Plan, case: Case, seeds: Sequence[int]) -> dict[int, Past]:
@@ -212,7 +213,7 @@ def experiment(name: str, found: dict) -> str:
     students = [row for row in found["rows"] if "by_round" in row]
     short = f"{done} of {found['wanted']} runs are finished.\n" if done < found["wanted"] else ""
     longest = max(len(row["by_round"]["perplexity"]) for row in students)
-    curve = [[f"{row['group']}: {row['name']}, {label}", *(f"{v:{form}}" for v in values)] for row in students for label, form, values in (
+    curve = [[f"{row['group']}: {row['name']}, {label}", *("" if v is None else f"{v:{form}}" for v in values)] for row in students for label, form, values in (
         ("perplexity", ".1f", row["by_round"]["perplexity"]), ("its teachers'", ".1f", row["teachers"]),
         ("distinct-2", ".2f", row["by_round"]["distinct2"]))]  # fmt: skip
     curve = [line + [""] * (longest + 1 - len(line)) for line in curve]

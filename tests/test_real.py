@@ -251,6 +251,11 @@ def test_intervals_and_differences_are_those_of_the_arrays(seed):
     assert found["nats"][1] <= found["nats"][0] <= found["nats"][2] and found["length"] == 7
 
 
+def test_a_round_that_was_not_measured_has_no_value_and_moves_no_other():
+    tables = [[{"agent": "student", "round": t, "perplexity": 10.0 * t + seed} for t in (0, 3)] for seed in (0, 2)]
+    assert real_scores.by_round(tables, "student", "perplexity") == [1, None, None, 31]
+
+
 # ---- everything, small ---------------------------------------------------------------------------
 
 
