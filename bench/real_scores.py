@@ -107,10 +107,11 @@ def row_of(plan: Plan, case: Case, runs: dict[int, Past], agent: str, label: str
     return found
 
 
-def by_round(tables: Sequence[list[dict]], agent: str, key: str) -> list[float]:
-    """A measure of the agents whose name begins so, by the rounds that they were measured after: means over seeds."""
+def by_round(tables: Sequence[list[dict]], agent: str, key: str) -> list[float | None]:
+    """A measure of the agents whose name begins so, after round 0, 1, …: means over seeds; None where none was measured."""
     rows = [row for table in tables for row in table if row["agent"].startswith(agent)]
-    return [float(np.mean([row[key] for row in rows if row["round"] == t])) for t in sorted({row["round"] for row in rows})]
+    found = [[row[key] for row in rows if row["round"] == t] for t in range(1 + max(row["round"] for row in rows))]
+    return [float(np.mean(values)) if values else None for values in found]
 
 
 def finished(plan: Plan, case: Case, seeds: Sequence[int]) -> dict[int, Past]:
@@ -139,7 +140,9 @@ def rows_of(plan: Plan, name: str, seeds: Sequence[int]) -> list[dict]:
 
 
 def collect(plan: Plan, seeds: Sequence[int]) -> None:
-    """Write assets/results/real.json from what is finished."""
+    """Write assets/results/real.json from what is finished, rated first where it is not."""
+    for seed in seeds:
+        rate(plan, seed)
     slices, spent, commits = {}, {}, set()
     for seed in seeds:
         for name, case in runs_of(plan, seed).items():
@@ -202,7 +205,7 @@ def experiment(name: str, found: dict) -> str:
     students = [row for row in found["rows"] if "by_round" in row]
     short = f"{done} of {found['wanted']} runs are finished.\n" if done < found["wanted"] else ""
     longest = max(len(row["by_round"]["perplexity"]) for row in students)
-    curve = [[f"{row['group']}: {row['name']}, {label}", *(f"{v:{form}}" for v in values)] for row in students for label, form, values in (
+    curve = [[f"{row['group']}: {row['name']}, {label}", *("" if v is None else f"{v:{form}}" for v in values)] for row in students for label, form, values in (
         ("perplexity", ".1f", row["by_round"]["perplexity"]), ("its teachers'", ".1f", row["teachers"]),
         ("distinct-2", ".2f", row["by_round"]["distinct2"]))]  # fmt: skip
     curve = [line + [""] * (longest + 1 - len(line)) for line in curve]
@@ -212,7 +215,7 @@ def experiment(name: str, found: dict) -> str:
 
 def section(found: dict, written: str) -> str:
     """"Real files": what happened, beside what the world predicted."""
-    first = next(iter(found["bases"].values()))
+    first = next(iter(found["bases"].values()), {})
     sizes = [[base, f"{notes['counts']['parameters']:,}", f"{notes['counts']['rows']:,}", f"{notes['counts']['tokens']:,}",
               " / ".join(f"{made[base]['counts']['loss']:.2f}" for made in found["bases"].values())] for base, notes in first.items()]  # fmt: skip
     rows = [[source, *(str(counts[part]) for part in PARTS)] for source, counts in found["split"]["rows"].items()]
@@ -222,12 +225,12 @@ def section(found: dict, written: str) -> str:
     return "\n".join([
         "## Real files\n",
         "`python -m bench.real --helpful=FILE --harmless=FILE --pku=FILE --alpaca=FILE` (sizes: `minmacpo/presets/hh-real.toml"
-        f"{', --full' if found['full'] else ''}`; experiments: `bench/real.toml`), then `--collect` and `python -m bench.results`. Seeds "
-        f"{', '.join(found['bases'])}; {cost:,.0f} CPU seconds. Brackets are 95 % bootstraps over seeds, then prompts. Commits of the stages: "
-        f"{', '.join(found['commits'])}.\n",
+        f"{', --full' if found['full'] else ''}`; experiments: `bench/real.toml`), then `--collect` and `python -m bench.results`. "
+        f"Seeds of which bases are finished: {', '.join(found['bases']) or 'none'}; {cost:,.0f} CPU seconds. Brackets are 95 % "
+        f"bootstraps over seeds, then prompts. Commits of the stages: {', '.join(found['commits']) or 'none'}.\n",
         written,
         "First human turns are in one slice each:\n", markdown(["rows of", *PARTS], rows),
-        markdown(["used by", "d1", "d2", "test"], kept),
-        markdown(["base", "parameters", "documents", "tokens trained on", "last loss, by seed"], sizes),
+        *([markdown(["used by", "d1", "d2", "test"], kept)] if kept else []),
+        *([markdown(["base", "parameters", "documents", "tokens trained on", "last loss, by seed"], sizes)] if sizes else []),
         *(experiment(name, part) for name, part in found["experiments"].items()),
     ])  # fmt: skip

@@ -251,6 +251,11 @@ def test_intervals_and_differences_are_those_of_the_arrays(seed):
     assert found["nats"][1] <= found["nats"][0] <= found["nats"][2] and found["length"] == 7
 
 
+def test_a_round_that_was_not_measured_has_no_value_and_moves_no_other():
+    tables = [[{"agent": "student", "round": t, "perplexity": 10.0 * t + seed} for t in (0, 3)] for seed in (0, 2)]
+    assert real_scores.by_round(tables, "student", "perplexity") == [1, None, None, 31]
+
+
 # ---- everything, small ---------------------------------------------------------------------------
 
 
@@ -260,6 +265,9 @@ def test_end_to_end_between_calls(files, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(real_scores, "PLACE", tmp_path / "results")
     real.main([*words, f"--root={root}", "--seeds=0", "--minutes=0"])
     assert capsys.readouterr().out.endswith("6 of 6 left; the same command goes on\n")
+    real.main([f"--root={root}", "--seeds=0", "--collect"])
+    page = real_scores.section(json.loads((tmp_path / "results/real.json").read_text()), "")
+    assert page.count("Not measured: no run was finished.") == 3 and "bases are finished: none" in page
     real.main([f"--root={root}", "--seeds=0"])
     assert capsys.readouterr().out.endswith("0 of 6 left\n")
     before = {file: file.stat().st_mtime_ns for file in root.rglob("*.json")}
