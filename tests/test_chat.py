@@ -280,5 +280,5 @@ def test_text_that_acts_on_a_terminal_is_made_inert(stub, monkeypatch, capsys):
     dialogue.reply("x")
     assert capsys.readouterr().out == shown + "\n" and dialogue.messages[1].content == EVIL
     real = workshop.answer
-    monkeypatch.setattr(workshop, "answer", lambda *args: [replace(said, response=EVIL) for said in real(*args)])
+    monkeypatch.setattr(workshop, "answer", lambda *args: [replace(said, response=EVIL, finish="stop") for said in real(*args)])
     assert invoke("sample", stub / "round1/student_pos", "hello").out == shown + "\n"
