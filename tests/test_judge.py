@@ -261,10 +261,10 @@ def test_another_answer_is_judged_anew(place, sides, quick):
 
 def test_further_answers_to_a_prompt_are_counted(place, sides, quick):
     rows = (place / "a/samples.jsonl").read_text()
-    (place / "a/samples.jsonl").write_text(rows + rows.splitlines()[0].replace('"zz"', '"second"') + "\n")
+    (place / "a/samples.jsonl").write_text(rows + rows.splitlines()[0].replace('"zz"', '"afterthought"') + "\n")
     ended = invoke("eval", *sides, f"--url={Server().url}")
     assert ended.code == 0 and "a: 1 further answers to the same prompts are left out" in ended.err
-    assert "second" not in (place / "out/verdicts.jsonl").read_text() and result(place)["prompts"] == 5
+    assert "afterthought" not in (place / "out/verdicts.jsonl").read_text() and result(place)["prompts"] == 5
 
 
 def test_a_local_model_judges(tiny, place):
