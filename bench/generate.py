@@ -4,13 +4,14 @@
 recommends for inference. The peer's cache is its default or the static one, whichever is faster here.
 """
 
+import json
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
-from bench.measure import alternate, bf16_hardware, clocked, missing, spread, write
+from bench.measure import PLACE, alternate, bf16_hardware, clocked, missing, spread, write
 from bench.peers import DTYPES, make_folder, make_rows, own_model
 from minmacpo.config import Generate
 from minmacpo.generate import generate, pick
@@ -120,16 +121,23 @@ def paragraph(profile: dict) -> str:
             f"measured beside it takes {floor:.2f} ms.")  # fmt: skip
 
 
+def earlier_profiles(dtypes: list[str]) -> list[dict]:
+    """The profiles in the file of dtypes that are not measured now."""
+    file = PLACE / "generate.json"
+    found = json.loads(file.read_text("utf-8")).get("profiles", []) if file.is_file() else []
+    return [profile for profile in found if profile["dtype"] not in dtypes]
+
+
 def main(dtypes: list[str]) -> None:
     torch.set_num_threads(1)
-    lacks, rows, profiles = missing("transformers", "peft"), [], []
+    lacks, rows, profiles = missing("transformers", "peft"), [], earlier_profiles(dtypes)
     with tempfile.TemporaryDirectory() as folder:
         make_folder(Path(folder), "15M")
         for dtype in dtypes:
             profiles.append(decode_profile(Path(folder), dtype))
             for way in WAYS:
                 rows.append(compare(Path(folder), dtype, way, lacks))
-                write("generate", TITLE, rows, profiles=profiles, notes=[paragraph(p) for p in profiles])  # what there is so far
+                write("generate", TITLE, rows, keep=True, profiles=profiles, notes=[paragraph(p) for p in profiles])  # what there is so far
 
 
 if __name__ == "__main__":
