@@ -13,7 +13,7 @@ from pathlib import Path
 from minmacpo import UserError
 from minmacpo.checkpoint import check_model_folder, save_model, weight_files
 from minmacpo.config import Config, shape
-from minmacpo.data import Example, Message, Pair, split_pairs
+from minmacpo.data import Example, Message, Pair, join_sides, split_pairs
 from minmacpo.families import ModelConfig
 from minmacpo.files import fingerprint, read_rows, sha256_file, write_atomic, write_json, write_rows
 from minmacpo.fit import Schedule, SftObjective, Unit, fit
@@ -28,7 +28,7 @@ from minmacpo.tokenizer import FILES, Tokenizer, load_tokenizer, show_mask, trai
 TOKENIZER_TEXTS = 6000  # documents of the strong base's text that the tokenizer is trained on
 LEAST_PROMPT = 16  # tokens; where an answer leaves room for fewer, its prompt is not cut
 LONGER = "true answers longer than generate.max_new"
-JOIN = '; files with one answer each, as the released D1, are joined as {"instruction", "input", "output": [good, bad]}'
+JOIN = "; two files with one answer to a prompt each, as the released D1, are given as --data.d1=GOOD,BAD"
 NEEDED = {"d1": "rejected", "test": "chosen"}  # teachers learn both sides, tests score true answers; D2 gives prompts
 
 
@@ -77,10 +77,12 @@ def given_tokenizers(config: Config) -> list[Tokenizer]:
 def prepare_data(config: Config, given: Sequence[Tokenizer]) -> Prepared:
     """Slices and corpora of the user's files; `given` are the tokenizers of bases that exist already.
     The strong base reads all of D0, a weak one a random share of its own."""
-    data, found, reports = config.data, {}, {}
+    data, found, reports, alone = config.data, {}, {}, 0
     for key, path in data.files.items():
         found[key], read = read_data(path, data.label, data.on_bad == "skip", data.max_examples, f"data.{key}")
         reports |= read if key == "path" else {f"{key} {name}": report for name, report in read.items()}
+        if key == "d1" and "," in path and not Path(path).exists():
+            found[key], alone = join_sides(found[key], path)
     total, pairs = sum(map(len, found.values())), found.pop("path")
     slices, repeated = split_pairs(pairs, data.shares, config.run.seed, found)
     unused = total - sum(map(len, slices.values())) - sum(repeated.values())
@@ -92,6 +94,7 @@ def prepare_data(config: Config, given: Sequence[Tokenizer]) -> Prepared:
         corpora[name] = [document for document in documents if rng.random() < config.pretrain.weak_share]
     counts = {"rows": {name: dict(report.counts) for name, report in reports.items()}, "kept": total,
               "repeated prompts left out": repeated, "in no slice": unused}  # fmt: skip
+    counts |= {"d1 answers without their other side": alone} if alone else {}
     counts |= {f"read {name}": str(report) for name, report in reports.items()}
     return fit_slices(config, slices, corpora, given, counts)
 

@@ -55,7 +55,7 @@ class Run:
 @dataclass(frozen=True, slots=True)
 class Data:
     path: str | None = setting(None, "file or folder of pairs, dialogues or prompts; none: the built-in world")
-    d1: str | None = setting(None, "D1's own file (the teachers' pairs); none: a share of data.path; so the next two")
+    d1: str | None = setting(None, "D1's own file (the teachers' pairs), or GOOD,BAD; none: a share of data.path; so the next two")
     d2: str | None = setting(None, "D2's own file (prompts)")
     test: str | None = setting(None, "the test's own file")
     label: Literal["better", "safer"] = setting("better", "which response_id of PKU-SafeRLHF says what is chosen")

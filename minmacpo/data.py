@@ -12,7 +12,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
@@ -97,8 +97,11 @@ def example_id(prompt: tuple[Message, ...], occurrence: int = 0) -> str:
 
 def find_files(path: str, key: str = "data.path") -> list[Path]:
     """The files with one of ENDINGS at `path` (a file of any name, or a folder), sorted; runs that lie in the
-    folder are passed over. UserError, naming the setting `key`, if there is none or a folder cannot be read."""
+    folder are passed over; of "GOOD,BAD" the two, in that order. UserError, naming the setting `key`, if there is
+    none or a folder cannot be read."""
     root, files, seen = Path(path), [], set()
+    if not root.exists() and "," in path:
+        return [file for part in path.split(",") for file in find_files(part, key)]
     if not root.exists():
         raise UserError(f"{key}: {root} does not exist")
     if not root.is_dir():
@@ -233,6 +236,20 @@ def dealt(turns: Iterable[str], shares: Mapping[str, float], seed: str) -> dict[
     random.Random(seed).shuffle(order)
     ends = [round(sum(sizes[:i]) * len(order)) for i in range(len(sizes) + 1)]
     return {turn: name for i, name in enumerate(shares) for turn in order[ends[i] : ends[i + 1]]}
+
+
+def join_sides(pairs: Sequence[Pair], path: str) -> tuple[list[Pair], int]:
+    """(pairs of one file's answers as chosen and another's to the same prompts as rejected, how many answers found no
+    other side), for `path` "GOOD,BAD": MACPO's authors released D1 as two such files. UserError if it names not two."""
+    names = [*dict.fromkeys(pair.meta["file"] for pair in pairs)]
+    if len(names) != 2:
+        raise UserError(f"{path}: expected two files with usable rows, the good answers and the bad ones")
+    sides: list[dict] = [{}, {}]
+    for pair in pairs:
+        sides[names.index(pair.meta["file"])].setdefault(pair.prompt, []).append(pair)
+    joined = [replace(good, rejected=bad.chosen) for prompt, goods in sides[0].items()
+              for good, bad in zip(goods, sides[1].get(prompt, ()), strict=False) if good.chosen != bad.chosen]  # fmt: skip
+    return joined, len(pairs) - 2 * len(joined)
 
 
 def split_pairs(

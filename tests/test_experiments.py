@@ -217,7 +217,8 @@ def test_a_run_that_lost_a_stage_is_made_whole(finished):
 def test_a_signal_reaches_the_run_once_and_the_experiment_goes_on_afterwards(tmp_path, place, number):
     (tmp_path / "slow.toml").write_text("[pretrain]\nstrong_steps = 4000\n")
     words = ["@experiment-self", "--seeds=0", "@tiny", f"@{tmp_path / 'slow.toml'}"]
-    process = spawn("train", *words, cwd=place, start_new_session=True)
+    heard = lambda: signal.signal(number, signal.SIG_DFL)  # noqa: E731 (nohup would have it ignored)
+    process = spawn("train", *words, cwd=place, start_new_session=True, preexec_fn=heard)
     state = place / "runs/tiny+slow"
     while not ((metrics := state / "metrics.jsonl").exists() and metrics.stat().st_size):  # it trains
         assert process.poll() is None, process.communicate()

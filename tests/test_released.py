@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from conftest import REPO
 from runs import invoke
 
-from minmacpo.data import Message, Pair
+from minmacpo import UserError
+from minmacpo.data import Message, Pair, join_sides
 from minmacpo.forms import read_data, released
 from minmacpo.templates import frames
 
@@ -37,4 +37,26 @@ def test_a_d1_of_single_answers_says_how_to_join_them(tmp_path):
     rows = [{"instruction": f"question {i}", "input": "", "output": "fine"} for i in range(40)]
     (tmp_path / "d1.json").write_text(json.dumps(rows))
     ended = invoke("train", "@hh", f"--data.path={tmp_path / 'd1.json'}", "--dry_run", f"--run.root={tmp_path}")
-    assert ended.code == 2 and "are joined as" in ended.err and (REPO / "README.md").is_file()
+    assert ended.code == 2 and "--data.d1=GOOD,BAD" in ended.err
+
+
+def test_the_two_files_of_a_released_d1_are_joined(tmp_path):
+    good, bad = ([{"instruction": f"USER: question {i % 30}", "input": "", "output": f"{side} {i}"} for i in numbers]
+                 for side, numbers in (("good", range(33)), ("bad", [*range(32, 1, -1)])))  # fmt: skip
+    for name, rows in (("train", good), ("neg", bad)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    path = f"{tmp_path / 'train.json'},{tmp_path / 'neg.json'}"
+    pairs, alone = join_sides(read_data(path)[0], path)
+    assert len(pairs) == 31 and alone == 2 and len({pair.id for pair in pairs}) == 31
+    for pair in pairs:
+        number = int(pair.chosen.split()[1])
+        assert pair.chosen.startswith("good") and pair.rejected.startswith("bad") and int(pair.rejected.split()[1]) % 30 == number % 30
+    with pytest.raises(UserError, match="two files"):
+        join_sides(read_data(str(tmp_path / "neg.json"))[0], "x,y")
+    (tmp_path / "d2.json").write_text(json.dumps([{"instruction": f"other {i}", "input": "", "output": "a"} for i in range(40)]))
+    (tmp_path / "t.json").write_text(json.dumps([{"instruction": f"third {i}", "input": "", "output": "a"} for i in range(40)]))
+    (tmp_path / "p.json").write_text(json.dumps([{"instruction": f"fourth {i}", "input": "", "output": "a b c"} for i in range(90)]))
+    words = [f"--data.{key}={tmp_path / name}" for key, name in (("path", "p.json"), ("d2", "d2.json"), ("test", "t.json"))]
+    ended = invoke("train", "@hh", *words, f"--data.d1={path}", "--dry_run", f"--run.root={tmp_path}", "--model.vocab=300", "--macpo.controls=false")
+    assert ended.code == 0, ended.err
+    assert "d1 answers without their other side: 2" in ended.out
