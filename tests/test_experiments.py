@@ -63,7 +63,7 @@ def test_every_experiment_can_be_planned_and_names_no_run_twice():
 
 def test_groups_are_crossed_with_variants():
     found = experiments.read_experiment("noise")
-    assert len(found.cases) == 7 * 10 == len({case.label for case in found.cases})
+    assert len(found.cases) == 9 * 10 == len({case.label for case in found.cases})
     assert found.cases[11].label == "10 % swapped: MACPO, keep 0.75"
     assert found.cases[11].words == ["--data.noise=0.1", "--macpo.keep=0.75"]
 
