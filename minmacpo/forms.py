@@ -197,8 +197,8 @@ def load(text: str, prompt: bool = False) -> object:
 
 def read_file(file: Path, report: Report, label: str, skip: bool, most: int | None, prompts: bool = False) -> Iterator[Pair]:
     """The usable ones of the first `most` rows, one at a time; `report` is filled. UserError for a row that cannot
-    be read, unless such rows are to be skipped (and counted). `prompts`: if the first line holds no object, every line
-    is itself a prompt."""
+    be read, unless such rows are to be skipped (and counted). `prompts`: if the first line holds no object, every such
+    line is itself a prompt."""
     array = is_array(file) and not (prompts and not file.name.endswith(ENDINGS))
     plain = None if prompts else False
     report.unit = "row" if array else "line"
@@ -207,7 +207,7 @@ def read_file(file: Path, report: Report, label: str, skip: bool, most: int | No
         try:
             if item != "":
                 plain = not (array or item.startswith("{")) if plain is None else plain
-                row = item if array else load(item, plain)
+                row = item if array else load(item, plain and not item.startswith("{"))
                 form = form_of(row, report.form)
                 pair, reason = parse_row(row, label)
                 report.form = form

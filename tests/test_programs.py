@@ -302,7 +302,7 @@ def test_each_program_says_what_is_true_after_ctrl_c(stub, place, monkeypatch, c
         (["RUN/round1/student_pos", "hello", "--n=0"], "--n=0"),
         (["RUN/round1/student_pos", "--n=2"], "PROMPT"),
         (["RUN/round1/student_pos", "hello", "--prompts=good.txt", "--out=x"], "PROMPT"),
-        (["RUN/round1/student_pos", "--prompts=good.txt", "--out=EMPTY"], "Is a directory"),
+        (["RUN/round1/student_pos", "--prompts=good.txt", "--out=EMPTY"], "no ordinary file"),
         (["RUN/round1/student_pos", "--prompts=EMPTY", "--out=x"], "no .jsonl or .json file"),
         (["RUN/round1/student_pos", "--prompts=long.txt", "--out=x"], "no prompt is left; 1 over-long prompt"),
         (["RUN/round1/student_pos", "--prompts=long.txt", "--out=x", "--data.long=raise"], "too long"),

@@ -768,8 +768,8 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    train(write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", "--stage=data/slices")
-    assert "no lock" in (tmp_path / "runs/stub/log.txt").read_text()
+    ended = train(write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", "--stage=data/slices")
+    assert "no lock" in ended.err
 
 
 # ---- memory and disk ------------------------------------------------------------------------
