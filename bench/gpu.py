@@ -14,7 +14,7 @@ import torch
 
 from bench.generate import by_transformers
 from bench.measure import INSTALL, alternate, clocked, missing, spread, write
-from bench.peers import BETA, LR, joined, make_rows, word_tokenizer
+from bench.peers import BETA, LR, joined, make_rows, step_of, word_tokenizer
 from bench.score import by_transformers as score_by_transformers
 from minmacpo.config import Generate, Lora
 from minmacpo.families import ModelConfig
@@ -146,20 +146,7 @@ def trl_dpo(bench: Bench, rows: list[dict], place: str, liger: bool) -> Callable
     lora = peft.LoraConfig(r=Lora().r, lora_alpha=Lora().alpha, target_modules=[*Lora().targets], task_type="CAUSAL_LM")
     trainer = trl.DPOTrainer(peer_model(bench), args=arguments, train_dataset=datasets.Dataset.from_list(texts),
                              processing_class=word_tokenizer(), peft_config=lora)  # fmt: skip
-    trainer.train()
-    model, optimizer, batch, params = trainer.model_wrapped, trainer.optimizer, next(iter(trainer.get_train_dataloader())), dict(trainer.model.named_parameters())
-    with torch.no_grad():
-        for key, tensor in bench.adapter.items():
-            params[key.replace(".weight", ".default.weight")].copy_(tensor)
-
-    def step() -> float:
-        loss = trainer.training_step(model, dict(batch))
-        trainer.accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        model.zero_grad()
-        return loss.item()
-
-    return step
+    return step_of(trainer, bench.adapter)
 
 
 def dpo(bench: Bench, liger: bool = False) -> list[dict]:

@@ -127,13 +127,18 @@ def trl_trainer(place: Path, rows: list[Row], dtype: str, kind: str, settings: d
 def trl_step(place: Path, rows: list[Row], dtype: str, kind: str = "dpo", **settings) -> tuple[Step, float]:
     """(one optimiser step, the loss before it) of TRL: forward, backward, clip, AdamW, as in its loop."""
     trainer = trl_trainer(place, rows, dtype, kind, settings)
+    step = step_of(trainer, load_adapter(place / "adapter"))
+    return step, step()
+
+
+def step_of(trainer, adapter: dict[str, torch.Tensor]) -> Step:
+    """One optimiser step of a TRL trainer on its first batch, from the adapter (PEFT's keys); returns the loss before it."""
     trainer.train()  # one step, after which model and optimiser are prepared
     model, optimizer, batch = trainer.model_wrapped, trainer.optimizer, next(iter(trainer.get_train_dataloader()))
     params = dict(trainer.model.named_parameters())
     with torch.no_grad():
-        for key, tensor in load_adapter(place / "adapter").items():
-            name = key.replace("lora_A.weight", "lora_A.default.weight").replace("lora_B.weight", "lora_B.default.weight")
-            params[name].copy_(tensor)
+        for key, tensor in adapter.items():
+            params[key.replace(".weight", ".default.weight")].copy_(tensor)
     model.train()
 
     def step() -> float:
@@ -143,7 +148,7 @@ def trl_step(place: Path, rows: list[Row], dtype: str, kind: str = "dpo", **sett
         model.zero_grad()
         return loss.item()
 
-    return step, step()
+    return step
 
 
 if __name__ == "__main__":

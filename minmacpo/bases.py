@@ -13,7 +13,7 @@ from pathlib import Path
 from minmacpo import UserError
 from minmacpo.checkpoint import check_model_folder, save_model, weight_files
 from minmacpo.config import Config, shape
-from minmacpo.data import Example, Message, Pair, join_sides, split_pairs
+from minmacpo.data import Example, Message, Pair, join_sides, split_pairs, two_sides
 from minmacpo.families import ModelConfig
 from minmacpo.files import fingerprint, read_rows, sha256_file, write_atomic, write_json, write_rows
 from minmacpo.fit import Schedule, SftObjective, Unit, fit
@@ -81,7 +81,7 @@ def prepare_data(config: Config, given: Sequence[Tokenizer]) -> Prepared:
     for key, path in data.files.items():
         found[key], read = read_data(path, data.label, data.on_bad == "skip", data.max_examples, f"data.{key}")
         reports |= read if key == "path" else {f"{key} {name}": report for name, report in read.items()}
-        if key == "d1" and "," in path and not Path(path).exists():
+        if key == "d1" and two_sides(path):
             found[key], alone = join_sides(found[key], path)
     total, pairs = sum(map(len, found.values())), found.pop("path")
     slices, repeated = split_pairs(pairs, data.shares, config.run.seed, found)

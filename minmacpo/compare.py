@@ -18,10 +18,10 @@ from minmacpo.evaluate import (
     Past,
     gold_by_prompt,
     last_student,
-    make_table,
     measured,
     paired_interval,
     read_run,
+    row_at,
 )
 from minmacpo.files import read_json, write_atomic
 from minmacpo.page import document, figure, grid
@@ -44,10 +44,7 @@ def beside(runs: Sequence[Past]) -> dict:
     """{"by_round": gold of the student by round, and each of BESIDE at last}, means over the runs of one method."""
     rounds = sorted(set.intersection(*({*measured(run, "student")} for run in runs)))
     gold = {t: float(np.mean([gold_by_prompt(run, "student", t)["gold"].mean() for run in runs])) for t in rounds}
-    ends = []
-    for run in runs:
-        agent, t = last_student(run)
-        ends.append(next(row for row in make_table(run)["rows"] if (row["agent"], row["round"]) == (agent, t)))
+    ends = [row_at(run, *last_student(run)) for run in runs]
     return {"by_round": gold} | {key: float(np.mean([row[key] for row in ends])) for key in BESIDE}
 
 

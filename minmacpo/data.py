@@ -95,13 +95,18 @@ def example_id(prompt: tuple[Message, ...], occurrence: int = 0) -> str:
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+def two_sides(path: str) -> list[str]:
+    """The two paths of "GOOD,BAD"; none if it is one path."""
+    return path.split(",") if "," in path and not Path(path).exists() else []
+
+
 def find_files(path: str, key: str = "data.path") -> list[Path]:
     """The files with one of ENDINGS at `path` (a file of any name, or a folder), sorted; runs that lie in the
     folder are passed over; of "GOOD,BAD" the two, in that order. UserError, naming the setting `key`, if there is
     none or a folder cannot be read."""
     root, files, seen = Path(path), [], set()
-    if not root.exists() and "," in path:
-        return [file for part in path.split(",") for file in find_files(part, key)]
+    if sides := two_sides(path):
+        return [file for part in sides for file in find_files(part, key)]
     if not root.exists():
         raise UserError(f"{key}: {root} does not exist")
     if not root.is_dir():

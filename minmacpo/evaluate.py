@@ -160,17 +160,21 @@ def row_of(config: Config, samples: Stage, *scored: Stage) -> dict:
     return row
 
 
+def row_at(run: Past, agent: str, t: int) -> dict | None:
+    """`row_of` an agent after round `t`; None where its measurement is not whole."""
+    name = f"eval/round{t}_{agent}"
+    base = "eval/base_" + (agent.replace("teacher", "weak") if agent.startswith("teacher") else "strong")
+    names = (f"{name}_samples", f"{name}_truth", f"{name}_worse", f"{base}_truth", f"{base}_worse")
+    return row_of(run.config, *map(run.stage, names)) if run.notes.keys() >= set(names) else None
+
+
 def make_table(run: Past) -> dict:
     """Everything that is known of a run so far, as JSON: rows, filter, negatives, warnings, cost."""
     rows, rounds = [], run.config.macpo.rounds
     agents = [*run.teachers, "student", *CONTROLS]
     for agent, t in itertools.product(agents, range(rounds + 1)):
-        name = f"eval/round{t}_{agent}"
-        base = "eval/base_" + (agent.replace("teacher", "weak") if agent.startswith("teacher") else "strong")
-        names = (f"{name}_samples", f"{name}_truth", f"{name}_worse", f"{base}_truth", f"{base}_worse")
-        if run.notes.keys() >= set(names):
+        if row := row_at(run, agent, t):
             label = f"{words(agent)}, round {t}" + " (naive SFT)" * ((agent, t) == ("student", 0))
-            row = row_of(run.config, *map(run.stage, names))
             rows.append({"agent": agent, "round": t, "label": CONTROLS.get(agent, label)} | row)
     add_pgr(run, rows)
     watched = monitor_rows(run)

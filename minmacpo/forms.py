@@ -26,6 +26,7 @@ from minmacpo.data import (
     read_array,
     read_lines,
     spoken,
+    two_sides,
 )
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -233,7 +234,7 @@ def read_data(
     for index, file in enumerate(files):
         shown = os.fsencode(file.name).decode("utf-8", "backslashreplace")
         name = re.sub(r"\.jsonl?(\.gz)?$", "", shown)
-        name = name if name not in reports else str(file.relative_to(path))
+        name = name if name not in reports else str(file if two_sides(path) else file.relative_to(path))
         report = reports[name] = Report()
         limit = None if most is None else most // len(files) + (index < most % len(files))
         for pair in read_file(file, report, label, skip, limit, prompts):

@@ -51,8 +51,13 @@ def test_the_two_files_of_a_released_d1_are_joined(tmp_path):
     for pair in pairs:
         number = int(pair.chosen.split()[1])
         assert pair.chosen.startswith("good") and pair.rejected.startswith("bad") and int(pair.rejected.split()[1]) % 30 == number % 30
+    for name in ("train", "neg"):  # of one name in two folders
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.json").rename(tmp_path / name / "d1.json")
+    path = f"{tmp_path / 'train/d1.json'},{tmp_path / 'neg/d1.json'}"
+    assert [(pair.chosen, pair.rejected) for pair in join_sides(read_data(path)[0], path)[0]] == [(p.chosen, p.rejected) for p in pairs]
     with pytest.raises(UserError, match="two files"):
-        join_sides(read_data(str(tmp_path / "neg.json"))[0], "x,y")
+        join_sides(read_data(str(tmp_path / "neg/d1.json"))[0], "x,y")
     (tmp_path / "d2.json").write_text(json.dumps([{"instruction": f"other {i}", "input": "", "output": "a"} for i in range(40)]))
     (tmp_path / "t.json").write_text(json.dumps([{"instruction": f"third {i}", "input": "", "output": "a"} for i in range(40)]))
     (tmp_path / "p.json").write_text(json.dumps([{"instruction": f"fourth {i}", "input": "", "output": "a b c"} for i in range(90)]))
