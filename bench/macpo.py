@@ -48,11 +48,12 @@ def choose(familiar: list[list[float]], offered: list[Texts]) -> Texts:
     return [min(zip(column, texts, strict=True))[1] for column, texts in columns]
 
 
-def learn(model, params: list, pairs: list[tuple]) -> list[float]:
-    """DPO + SFT on (prompt, chosen, rejected), one epoch; the loss of every step. The reference is the adapter at its start."""
+def learn(model, params: list, pairs: list[tuple], heard: list[float] | None = None) -> list[float]:
+    """DPO + SFT on (prompt, chosen, rejected), one epoch; the loss of every step. The reference is the adapter at its start;
+    `heard`: the chosen texts' log-probabilities under it, which the student knows from choosing them (stages.pairs)."""
     texts = [tuple(joined({"prompt": prompt, "text": text}, "text") for text in sides) for prompt, *sides in pairs]
-    refs = iter(score(model, [text for pair in texts for text in pair], 16384, share=True, log=lambda line: None))
-    units = [Unit(str(i), pair, tuple(next(refs) for _ in pair)) for i, pair in enumerate(texts)]
+    refs = iter(score(model, [text for pair in texts for text in (pair[1:] if heard else pair)], 16384, share=True, log=lambda line: None))
+    units = [Unit(str(i), pair, (heard[i] if heard else next(refs), next(refs))) for i, pair in enumerate(texts)]
     objective, optimizer = PairObjective(BETA, trl_macpo.GAMMA), torch.optim.AdamW(params, LR, weight_decay=0.0, fused=True)
     groups = [[*range(start, min(start + BATCH, len(units)))] for start in range(0, len(units), BATCH)]
     return [train_step(model, params, units, [group], objective, optimizer, 1.0, True)[0].item() for group in groups]
@@ -64,7 +65,9 @@ def macpo_round(place: Path, prompts: Texts, negatives: dict[str, Texts], dtype:
     student, *teachers = AGENTS
     offered = [sample(agents[name][0], prompts, 0) for name in teachers]
     familiar = [perplexities(agents[student][0], prompts, texts) for texts in offered]
-    learn(*agents[student], [*zip(prompts, choose(familiar, offered), negatives[student], strict=True)])
+    chosen = choose(familiar, offered)
+    heard = [-min(column) * len(text) for column, text in zip(zip(*familiar, strict=True), chosen, strict=True)]
+    learn(*agents[student], [*zip(prompts, chosen, negatives[student], strict=True)], heard)
     said = sample(agents[student][0], prompts, 0)
     for name in teachers:
         learn(*agents[name], [*zip(prompts, said, negatives[name], strict=True)])

@@ -186,9 +186,9 @@ class Plan:
         tokens = models * (sum(rows.prompts) * settings["answers"] + count * most)
         return Task(tokens, False, Load("sample", side, width, side, room=width + most, models=models), model)
 
-    def pairs(self, name: str) -> Task:
-        """The chosen side is scored."""
-        return self.score(name, self.pair_rows(name))
+    def pairs(self, name: str) -> Task | None:
+        """The chosen side is scored, unless it has been."""
+        return None if self.run.recipes[name][0]["settings"].get("heard") else self.score(name, self.pair_rows(name))
 
     def score(self, name: str, rows: Rows | None = None) -> Task:
         """Every text once."""

@@ -252,10 +252,10 @@ def score_texts(shop: Workshop, name: str, base: Base, adapter: Stage | None, te
 
 
 def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates], negatives: Texts,
-          reference: Stage | None, familiar: Stage, own: tuple[str, float], key: tuple) -> Stage:  # fmt: skip
+          reference: Stage | None, familiar: Stage, own: tuple[str, float], key: tuple, heard: bool = False) -> Stage:  # fmt: skip
     """pairs.jsonl: per prompt the selected candidate against the agent's own negative (R3, R5). `familiar` holds
-    the negatives' logps under the reference; those of the chosen answers are computed here. A pair that
-    cannot be used is dropped and counted."""
+    the negatives' logps under the reference; those of the chosen answers are computed here, unless the reference was
+    who found their perplexity (`heard`). A pair that cannot be used is dropped and counted."""
     settings = shop.config.macpo
 
     def write_pairs(work: Work) -> dict:
@@ -272,7 +272,9 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates
                 weight = math.exp(values["agreement"]) if settings.weights == "agreement" and "agreement" in values else None
                 pair = Pair(good.id, good.prompt, good.response, bad.response, who, getattr(bad, "agent", "data"),
                             ref_rejected_logps=known["logp"], meta=good.meta, weight=weight)  # fmt: skip
-                found.append((pair, *(shop.render(loaded, good.prompt, t.response) for t in (good, bad))))
+                rendered = [shop.render(loaded, good.prompt, t.response) for t in (good, bad)]
+                logp = values["perplexity"] * sum(rendered[0].mask) if heard else None
+                found.append((replace(pair, ref_chosen_logps=logp), *rendered))
         found, dropped = sift(work, found, {
             "all_empty": lambda pair, *rows: not pair.chosen,
             "negative_empty": lambda pair, *rows: not pair.rejected,
@@ -281,8 +283,10 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates
         })  # fmt: skip
         rows = [good for _, good, _ in found]
         show_first(work, loaded, "chosen", rows)
-        logps = score(loaded.model, rows, shop.score_tokens, None, work.check, work.log, shop.free)
-        made = [replace(pair, ref_chosen_logps=logp) for (pair, *_), logp in zip(found, logps, strict=True)]
+        made = [pair for pair, *_ in found]
+        if not heard:
+            logps = score(loaded.model, rows, shop.score_tokens, None, work.check, work.log, shop.free)
+            made = [replace(pair, ref_chosen_logps=logp) for pair, logp in zip(made, logps, strict=True)]
         write_rows(work.folder / "pairs.jsonl", weighted(made))
         won = {f"chosen_{c.who}": sum(pair.chosen_by == c.who for pair in made) for c in candidates}
         dropped |= {"not_kept": kept.count([])} if settings.keep < 1 else {}
@@ -293,7 +297,7 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates
     votes = [(weight, stage) for c in candidates for stages in c.votes.values() for weight, stage in stages]
     recipe = {"names": [c.who for c in candidates], "votes": [[*c.votes] for c in candidates],
               "signs": [weight for weight, _ in votes], "own": own, "select": settings.select,
-              "keep": settings.keep, "weights": settings.weights}  # fmt: skip
+              "keep": settings.keep, "weights": settings.weights} | ({"heard": True} if heard else {})  # fmt: skip
     inputs = [base.stage, *(c.texts.stage for c in candidates), *(stage for _, stage in votes)]
     inputs += [negatives.stage, familiar, reference]
     return shop.stage(name, "pairs/3", recipe | negatives.settings, inputs, write_pairs, key)
