@@ -5,6 +5,7 @@ recommends for inference. The peer's cache is its default or the static one, whi
 """
 
 import json
+import random
 import sys
 import tempfile
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench.measure import PLACE, alternate, bf16_hardware, clocked, missing, spread, write
-from bench.peers import DTYPES, make_folder, make_rows, own_model
+from bench.peers import DTYPES, VOCAB, make_folder, make_rows, own_model
 from minmacpo.config import Generate
 from minmacpo.generate import generate, pick
 from minmacpo.packed import pack, packs
@@ -79,6 +80,26 @@ def compare(place: Path, dtype: str, way: str, lacks: str) -> dict:
     return row | alternate(mine, lambda: by_transformers(peer, prompts, NEW, **how, **kind)) | {"equal": equal}
 
 
+def refilled(place: Path, dtype: str) -> dict:
+    """The row of 64 answers of many lengths, 16 at a time: the next prompt gets a place that is free, or a block waits for its last."""
+    rng, model, settings = random.Random(0), own_model(place, dtype)[0], Generate(1.0, 0, 1.0, NEW)
+    prompts = sorted(([rng.randrange(3, VOCAB) for _ in range(rng.randrange(PROMPT // 4, PROMPT + 1))] for _ in range(4 * ROWS)), key=len)
+    stops = {*range(0, VOCAB, 60)}  # of random weights: an answer has 60 tokens on average, of at most 128
+
+    def mine():
+        return generate(model, prompts, range(4 * ROWS), settings, stops, places=ROWS)[0]
+
+    def theirs():
+        parts = [range(start, start + ROWS) for start in range(0, 4 * ROWS, ROWS)]
+        return [text for part in parts for text in generate(model, prompts[part.start : part.stop], part, settings, stops)[0]]
+
+    equal = sum(a == b for a, b in zip(mine(), theirs(), strict=True))
+    if equal < (4 * ROWS if dtype == "fp32" else 1):
+        raise SystemExit(f"{dtype}: {equal} of {4 * ROWS} texts are equal")
+    row = {"work": f"{4 * ROWS} answers of 1 to {NEW} tokens, {ROWS} at a time", "shape": "15M", "dtype": dtype, "peer": f"own, blocks of {ROWS}"}
+    return row | {"target": [], "note": ""} | alternate(mine, theirs) | {"equal": f"{equal} of {4 * ROWS} texts"}
+
+
 @torch.inference_mode()
 def decode_profile(place: Path, dtype: str) -> dict:
     """CPU milliseconds of the parts of one sampling step in the middle of an answer, beside one read of what it must read."""
@@ -137,7 +158,8 @@ def main(dtypes: list[str]) -> None:
             profiles.append(decode_profile(Path(folder), dtype))
             for way in WAYS:
                 rows.append(compare(Path(folder), dtype, way, lacks))
-                write("generate", TITLE, rows, keep=True, profiles=profiles, notes=[paragraph(p) for p in profiles])  # what there is so far
+            rows.append(refilled(Path(folder), dtype))
+            write("generate", TITLE, rows, keep=True, profiles=profiles, notes=[paragraph(p) for p in profiles])  # what there is so far
 
 
 if __name__ == "__main__":

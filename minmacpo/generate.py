@@ -6,6 +6,7 @@ inverse of the cumulative distribution, whatever rows lie beside it.
 
 import math
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -101,6 +102,12 @@ class Decoder:
         self.caches = [cache[:, :, rows] for cache in self.caches]
         self.graph = None
 
+    def admit(self, places: Tensor, prompts: Sequence[Sequence[int]], logits: Sequence[Tensor]) -> None:
+        """Read new prompts into these places of the caches, and put their logits there."""
+        for cache, mine, new, found in zip(self.caches, logits, *reversed(prefill(self.models, prompts, 0)), strict=True):
+            cache[:, :, places, :, : new.shape[4]] = new
+            mine[places] = found
+
     def run(self, token: Tensor, where: Tensor, used: int) -> list[Tensor]:
         """Logits [B, V] of each model after token [B] at position where [B]; places from `used` on are not read."""
         return [m.lm_head(m(token[:, None], positions=where, cache=c[..., :used, :])[:, 0])
@@ -135,40 +142,80 @@ class Decoder:
         return self.logits
 
 
+class Board:
+    """The rows that are decoded side by side: whose prompt each is (`row`), how many new tokens it has (`at`), whether it goes
+    on (`running`), all [places]; the prompts that wait; and what all rows have so far."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], most: int, places: int, device):
+        rows = len(prompts)
+        self.most, self.waiting, self.step = most, deque(range(places, rows)), 0
+        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.uniform = torch.from_numpy(noise(seeds, most + 1)).to(device)  # a row that has ended goes on for a while, unread
+        self.out = torch.zeros(rows, most + 1, dtype=torch.long, device=device)
+        self.logps, self.counts = torch.zeros(rows, device=device), torch.zeros(rows, dtype=torch.long, device=device)
+        self.row = torch.arange(places, device=device)
+        self.at = torch.zeros(places, dtype=torch.long, device=device)
+        self.running = torch.ones(places, dtype=torch.bool, device=device)
+
+    def write(self, token: Tensor, logp: Tensor, stop: Tensor) -> None:
+        """The next token [places] of every row, and its log-probability."""
+        self.out[self.row, self.at] = token
+        self.logps[self.row] += torch.where(self.running, logp, 0)
+        self.counts[self.row] += self.running
+        self.at = self.at + self.running
+        self.running = self.running & ~torch.isin(token, stop) & (self.at < self.most)
+        self.step += 1
+
+    def clear(self) -> tuple[Tensor | None, list[int]]:
+        """(the places to go on with, None: all; the prompts that get the places of rows that have ended); the rest are given up."""
+        running = self.running.tolist()
+        over = [place for place, goes in enumerate(running) if not goes]
+        fresh = [self.waiting.popleft() for _ in over[: len(self.waiting)]]
+        if len(fresh) == len(over):
+            return None, fresh
+        given = {*over[: len(fresh)]}
+        keep = torch.tensor([i for i, goes in enumerate(running) if goes or i in given], dtype=torch.long, device=self.row.device)
+        self.row, self.at, self.running = self.row[keep], self.at[keep], self.running[keep]
+        return keep, fresh
+
+    def admit(self, fresh: list[int]) -> Tensor:
+        """Give the free places to these prompts; which those are."""
+        places = (~self.running).nonzero()[:, 0]
+        self.row[places] = torch.tensor(fresh, device=places.device)
+        self.at[places], self.running[places] = 0, True
+        return places
+
+
 @torch.inference_mode()
-def generate(model: Transformer, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: Generate,
-             stops: set[int], against: Transformer | None = None,
-             tell: Callable[[list[int]], None] | None = None) -> tuple[list[list[int]], list[float]]:  # fmt: skip
-    """(new tokens, their summed log-probability) for every prompt, decoded side by side.
+def generate(model: Transformer, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: Generate, stops: set[int],
+             against: Transformer | None = None, tell: Callable[[list[int]], None] | None = None,
+             places: int | None = None) -> tuple[list[list[int]], list[float]]:  # fmt: skip
+    """(new tokens, their summed log-probability) for every prompt, `places` (None: all) decoded side by side: when a row ends, the
+    next prompt gets its place.
     An answer ends with one of `stops`, which is kept, or after settings.max_new tokens. `against`: a second model
     of the same tokens, away from which it is decoded (`contrast`); log-probabilities are then of the contrast.
     `tell` gets the newest token of every row that is still held, step by step; what it raises ends it all."""
-    device, rows = next(model.parameters()).device, len(prompts)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    device, most, places = next(model.parameters()).device, settings.max_new, min(places or len(prompts), len(prompts))
+    board, stop = Board(prompts, seeds, most, places, device), torch.tensor(sorted(stops), device=device)
+    models = [pack(m, places) if packs(m) else m for m in (model, against) if m]
     longest = max(map(len, prompts))
-    uniform = torch.from_numpy(noise(seeds, settings.max_new)).to(device)
-    stop = torch.tensor(sorted(stops), device=device)
-    out = torch.zeros(rows, settings.max_new, dtype=torch.long, device=device)
-    logps, counts = torch.zeros(rows, device=device), torch.zeros(rows, dtype=torch.long, device=device)
-    alive = torch.arange(rows, device=device)  # rows still held in the cache
-    running = torch.ones(rows, dtype=torch.bool, device=device)  # of those, the ones that have not ended
-    models = [pack(m, rows) if packs(m) else m for m in (model, against) if m]
-    logits, caches = prefill(models, prompts, settings.max_new)
-    decoder = Decoder(models, caches)
-    for step in range(settings.max_new):
-        token, logp = pick(contrast(*logits) if against else logits[0], settings, uniform[alive, step])
+    logits, caches = prefill(models, prompts[:places], longest + most - max(map(len, prompts[:places])))
+    decoder, fresh = Decoder(models, caches), []
+    while len(board.row):
+        token, logp = pick(contrast(*logits) if against else logits[0], settings, board.uniform[board.row, board.at])
         if tell:
             tell(token.tolist())
-        out[alive, step] = token
-        logps[alive] += torch.where(running, logp, 0)
-        counts[alive] += running
-        running = running & ~torch.isin(token, stop)
-        if step % LOOK_EVERY == LOOK_EVERY - 1 and not running.all():
-            keep = running.nonzero()[:, 0]
-            if len(keep) == 0:
+        board.write(token, logp, stop)
+        last = board.step == most and places == len(prompts)  # all rows end at once
+        if (last or board.step % LOOK_EVERY == 0) and not board.running.all():
+            keep, fresh = board.clear()
+            if keep is not None:
+                token = token[keep]
+                decoder.keep(keep)
+            if not len(board.row):
                 break
-            alive, token, running = alive[keep], token[keep], running[keep]
-            decoder.keep(keep)
-        if step + 1 < settings.max_new:
-            logits = decoder(token, lengths[alive] + step, longest + step)
-    return [row[:count] for row, count in zip(out.tolist(), counts.tolist(), strict=True)], logps.tolist()
+        logits = decoder(token, board.lengths[board.row] + board.at - 1, longest + min(board.step, most) - 1)
+        if fresh:
+            decoder.admit(board.admit(fresh), [prompts[i] for i in fresh], logits)
+            fresh = []
+    return [row[:count] for row, count in zip(board.out.tolist(), board.counts.tolist(), strict=True)], board.logps.tolist()

@@ -25,6 +25,7 @@ from minmacpo.tokenizer import Tokens, show_mask
 from minmacpo.workshop import Loaded, Texts, Workshop, answer
 
 EARNED = 2e12  # logits whose reading and writing (12 bytes less of each at 3 TB/s) takes as long as to compile: 8 s; an estimate
+BLOCKS = 4  # times as many prompts as are sampled side by side, in a block: those behind get the places of answers that ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,14 +173,14 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
            against: Stage | None = None) -> Stage:  # fmt: skip
     """`answers` sampled answers per prompt, as samples.jsonl, in the prompts' order; `temperature` in place of
     the run's; `against`: decoded contrastively, away from that adapter (generate.contrast)."""
-    config = shop.config
+    config, blocks = shop.config, BLOCKS if shop.free else 1
     if temperature is not None:
         config = replace(config, generate=replace(config.generate, temperature=temperature))
 
     def write_samples(work: Work) -> dict:
         """Sample in blocks of fixed size; a killed stage redoes one of them."""
         other = shop.use(base, against, "against") if against else None
-        loaded, size = shop.use(base, adapter), config.generate.batch
+        loaded, size = shop.use(base, adapter), config.generate.batch * blocks
         jobs = [(example, number) for example in prompts.read() for number in range(answers)]
         rows = [shop.render(loaded, example.prompt) for example, _ in jobs]
         show_first(work, loaded, "prompt", rows)
@@ -191,7 +192,7 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
                 if not file.is_file():
                     work.check()
                     asked = [jobs[i] for i in block]
-                    write_rows(file, answer(config, loaded, agent, asked, work.seed, other))
+                    write_rows(file, answer(config, loaded, agent, asked, work.seed, other, places=config.generate.batch))
                 done |= zip(block, read_rows(file, Sample), strict=True)
                 progress.step(len(block))
         samples = [done[i] for i in range(len(jobs))]
@@ -203,7 +204,7 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
                 "empty": sum(not s.response for s in samples)}  # fmt: skip
 
     settings = asdict(config.generate) | prompts.settings | {"answers": answers, "agent": agent}
-    settings |= {"contrastive": True} if against else {}
+    settings |= ({"contrastive": True} if against else {}) | ({"blocks": blocks} if blocks > 1 else {})
     inputs, size = [base.stage, adapter, prompts.stage, against], f"{answers} answer(s) per prompt"
     return shop.stage(name, "sample/1", settings, inputs, write_samples, key, size)
 

@@ -180,8 +180,9 @@ class Workshop:
 
 
 def answer(config: Config, loaded: Loaded, agent: str, jobs: list[tuple[Example, int]],
-           seed: int, against: Loaded | None = None, tell: Callable[[list[int]], None] | None = None) -> list[Sample]:  # fmt: skip
-    """One sample per job (a prompt, the number of the answer), all decoded side by side; `against`: away from
+           seed: int, against: Loaded | None = None, tell: Callable[[list[int]], None] | None = None,
+           places: int | None = None) -> list[Sample]:  # fmt: skip
+    """One sample per job (a prompt, the number of the answer), `places` (None: all) decoded side by side; `against`: away from
     what that model would say; `tell` gets the tokens as they are sampled (generate.generate)."""
     template, tokenizer = config.data.template, loaded.tokenizer
     seeds = [derive_seed(seed, example.id, number) for example, number in jobs]
@@ -191,7 +192,7 @@ def answer(config: Config, loaded: Loaded, agent: str, jobs: list[tuple[Example,
         most = f"with generate.max_new = {config.generate.max_new} the context has room for {max(room, 0)}"
         raise UserError(f"a prompt has {longest} tokens; {most}")
     other, stops = against.model if against else None, loaded.ends(template)
-    found = generate(loaded.model, prompts, seeds, config.generate, stops, other, tell)
+    found = generate(loaded.model, prompts, seeds, config.generate, stops, other, tell, places)
     samples = []
     for (e, _), own, new, logp in zip(jobs, seeds, *found, strict=True):
         text, ppl = response_text(tokenizer, template, new), perplexity(logp, len(new))

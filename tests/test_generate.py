@@ -47,6 +47,24 @@ def test_a_batch_equals_its_rows_one_by_one(way, fixed):
     assert again == [ids[i] for i in order]
 
 
+@pytest.mark.parametrize("places", [1, 2, 3, 6, 7, 50])
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_that_wait_for_a_place_get_the_same_answers(way, places):
+    model, prompts, seeds = random_model(4), ragged(4, 19, 61, 1, 25), list(range(40, 59))
+    stops, settings = {5, 9, 13}, new(WAYS[way], max_new=29)
+    ids, logps = generate(model, prompts, seeds, settings, stops)
+    assert len({len(row) for row in ids}) > 2 and max(map(len, ids)) == 29
+    found, summed = generate(model, prompts, seeds, settings, stops, places=places)
+    assert found == ids and summed == pytest.approx(logps, abs=1e-4)
+
+
+def test_waiting_rows_under_contrast():
+    model, other, prompts = random_model(5), random_model(6), ragged(5, 9, 61, 1, 25)
+    wanted, logps = generate(model, prompts, range(9), new(SAMPLED, max_new=20), {2, 7, 11, 20}, other)
+    found, summed = generate(model, prompts, range(9), new(SAMPLED, max_new=20), {2, 7, 11, 20}, other, places=2)
+    assert found == wanted and summed == pytest.approx(logps, abs=1e-4)
+
+
 def test_a_row_does_not_depend_on_the_seeds_beside_it():
     model = random_model(7)
     prompts = ragged(7, 4, 61)
