@@ -108,15 +108,21 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_weights(folder: Path) -> dict[str, Stored]:
-    """All tensors of an HF folder by name, without the tables that a model computes itself."""
-    found: dict[str, Stored] = {}
-    for path in weight_files(folder):
+    """All tensors of an HF folder by name, without the tables that a model computes itself. UserError if its index says
+    something else of where they are."""
+    found, files, index = {}, weight_files(folder), folder / "model.safetensors.index.json"
+    for path in files:
         with opened(path) as file:
             for name in file.keys():  # noqa: SIM118
                 if name in found:
                     raise UserError(f"{path}: has {name}, and so has {found[name].file.name}")
                 part = file.get_slice(name)
                 found[name] = Stored(path, name, part.get_shape(), part.get_dtype())
+    said = read_json(index)["weight_map"] if files != [folder / "model.safetensors"] else {name: part.file.name for name, part in found.items()}
+    for name in sorted(said.keys() | found.keys()):
+        where = found[name].file.name if name in found else None
+        if said.get(name) != where:
+            raise UserError(f"{index}: says that {name} is in {said.get(name, 'no file')}; it is in {where or 'none of them'}")
     return {name: part for name, part in found.items() if not name.endswith("rotary_emb.inv_freq")}
 
 

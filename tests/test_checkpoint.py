@@ -222,6 +222,18 @@ def test_an_index_that_leads_out_of_its_folder(name, shards, tmp_path):
     refused(lambda: load_model(shards), index, "no file of this folder")
 
 
+@pytest.mark.parametrize("change", [
+    lambda places, name: places.update({name: "model-00003-of-00003.safetensors"}),
+    lambda places, name: places.pop(name),
+    lambda places, name: places.update({"model.extra.weight": "model-00001-of-00003.safetensors"}),
+])  # fmt: skip
+def test_an_index_that_says_something_else_than_the_shards(shards, change):
+    index = shards / "model.safetensors.index.json"
+    name = min(name for name, file in json.loads(index.read_text())["weight_map"].items() if "00002" in file)
+    rewrite(index, lambda raw: change(raw["weight_map"], name))
+    refused(lambda: load_model(shards), index, "says that")
+
+
 def test_links_within_a_folder_and_those_of_the_hubs_cache(shards, tmp_path):
     before = load_model(shards).state_dict()
     (tmp_path / "hub/blobs").mkdir(parents=True)
