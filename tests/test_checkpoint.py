@@ -224,7 +224,7 @@ def test_an_index_that_leads_out_of_its_folder(name, shards, tmp_path):
 
 @pytest.mark.parametrize("change", [
     lambda places, name: places.update({name: "model-00003-of-00003.safetensors"}),
-    lambda places, name: places.pop(name),
+    lambda places, name: places.__delitem__(name),
     lambda places, name: places.update({"model.extra.weight": "model-00001-of-00003.safetensors"}),
 ])  # fmt: skip
 def test_an_index_that_says_something_else_than_the_shards(shards, change):
