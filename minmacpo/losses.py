@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK = 2048  # most tokens per head matmul: [its rows, vocabulary] is the largest tensor that exists
 LOGITS = 1 << 23  # most logits at a time: what is done to them is done within a CPU's cache (bench/loss.py)
-SMALL = 4096  # a vocabulary up to which nothing is gained by taking each exponential once
+SMALL = 4096  # a vocabulary up to which nothing is gained by taking each exponential once, and in place
 compile_once = functools.cache(torch.compile)  # a function's compiled form, the same for the whole process
 
 
@@ -24,11 +24,21 @@ def target_logits(logits: Tensor, targets: Tensor, likeliest: Tensor, own: Tenso
     return found if own is None else torch.lerp(found, logits.gather(-1, likeliest[:, None]), own)
 
 
+def take_exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(largest, sum of the exponentials of what is left without it), [N, 1], of logits [N, V], which become those exponentials."""
+    top = logits.amax(-1, keepdim=True)
+    return top, logits.sub_(top).exp_().sum(-1, keepdim=True)
+
+
 def chunk_logps(hidden: Tensor, weight: Tensor, targets: Tensor, own: Tensor | None = None) -> Tensor:
     """log p(target) [N] from hidden [N, H], head weight [V, H], targets [N]; `own` as in token_logps."""
     logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
     likeliest = targets if own is None else logits.argmax(-1)
-    return target_logits(logits, targets, likeliest, own)[:, 0] - logits.logsumexp(-1)
+    found = target_logits(logits, targets, likeliest, own)
+    if logits.requires_grad or len(weight) <= SMALL:
+        return found[:, 0] - logits.logsumexp(-1)
+    top, mass = take_exponentials(logits)
+    return (found - top - mass.log())[:, 0]
 
 
 def chunk_logps_direction(
@@ -44,10 +54,8 @@ def chunk_logps_direction(
     if len(weight) <= SMALL:
         total = logits.logsumexp(-1, keepdim=True)
         return (found - total)[:, 0], rows - logits.sub_(total).exp_().to(hidden.dtype) @ weight
-    top = logits.amax(-1, keepdim=True)
-    scaled = logits.sub_(top).exp_()  # probabilities times `mass`
-    mass = scaled.sum(-1, keepdim=True)
-    return (found - top - mass.log())[:, 0], rows - (scaled.to(hidden.dtype) @ weight) / mass.to(hidden.dtype)
+    top, mass = take_exponentials(logits)  # probabilities times `mass` are left
+    return (found - top - mass.log())[:, 0], rows - (logits.to(hidden.dtype) @ weight) / mass.to(hidden.dtype)
 
 
 def in_chunks(hidden: Tensor, targets: Tensor, vocab: int) -> list[tuple[Tensor, Tensor]]:
