@@ -107,7 +107,7 @@ def chart(lines: dict[str, list], unit: str, size: tuple[int, int, int], kind: s
         up = (bottom - (y - min(ys)) / (max(ys) - min(ys)) * (bottom - 10) for y in heights)
         return [left + 20 + x / end * (right - left - 40), *up]
 
-    parts = [tag("text", unit, x=(left + right) / 2, y=height - 2, text_anchor="middle")]
+    parts = [tag("text", unit, x=(left + right) / 2, y=height - 6, text_anchor="middle")]
     for value, name in ys.items():
         y = place(0, value)[1]
         parts.append(path([(left, y), (right, y)], "axis"))
