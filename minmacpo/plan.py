@@ -302,7 +302,7 @@ def show_plan(run: Run, prepared: Callable[[], Prepared]) -> None:
         print(f"\nin all <= {thousands(tokens)} tokens; at most {gigabytes(most[0])} of memory, in {most[1]}\n{NOTES}")
     print(f"\n{len(lines)} stages in {run.path}:", *lines, sep="\n", flush=True)
     for said in filter(None, [*hints(run), problem(run, prepared())]):
-        print(f"WARNING: {said}", file=sys.stderr)
+        print(f"WARNING: {inert(said)}", file=sys.stderr)
 
 
 def hints(run: Run) -> list[str]:

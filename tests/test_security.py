@@ -2,21 +2,23 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
+from collections import Counter
 from dataclasses import replace
+from html.parser import HTMLParser
 
 import pytest
 from runs import copy_run, invoke, train, write_stub
-from test_judge import KEY, Handler, Server, quick, sides  # noqa: F401  fixtures
+from test_judge import KEY, Server, quick, sides  # noqa: F401  fixtures
+from test_programs import WORDS
 
-from minmacpo import UserError, evaluate, progress, remote, workshop
+from minmacpo import UserError, progress, remote, workshop
 from minmacpo.checkpoint import load_model
-from minmacpo.files import fingerprint
+from minmacpo.files import describe, fingerprint
 from minmacpo.page import document, grid, tag
 from minmacpo.report import write_report
-from minmacpo.run import verify
+from minmacpo.run import Stage, verify
 
 BIDI = "\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 ACTIVE = "\x00\x07\x08\r\x1b\x7f\x85\x9b\x9d" + BIDI + "\ud800"
@@ -36,14 +38,32 @@ def dom(file) -> str:
     return subprocess.run([*words, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=90, check=True).stdout
 
 
+class Elements(HTMLParser):
+    """The elements of a page, with their attributes."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, name, attributes):
+        self.found.append((name, dict(attributes)))
+
+
 def check_inert(shown: str) -> None:
-    """No element, attribute or acting character of OUTPUTS is in a page's DOM."""
-    elements = re.findall(r"<([a-z!][a-z-]*)((?:\s[^<>]*)?)>", shown, re.IGNORECASE)
-    assert not {"script", "img", "iframe", "base"} & {name.lower() for name, _ in elements}
-    assert not [words for _, words in elements if re.search(r"\son[a-z]+=|autofocus|refresh|javascript", words)]
-    assert len(re.findall("<title>", shown)) == shown.count("<style>") == shown.count("<meta http-equiv") == 1
+    """No element, attribute or acting character of OUTPUTS is in a page's DOM, and no script has run."""
+    found = Elements(shown).found
+    names, keys = Counter(name for name, _ in found), {key for _, words in found for key in words}
+    assert not {"script", "img", "iframe", "base"} & {*names} and names["style"] == 1 and names["meta"] == 3
+    assert not [key for key in keys if key.startswith("on") or key in ("autofocus", "src", "href")]
     assert "<title>owned" not in shown and not {*ACTIVE} & {*shown}
     assert "\\u202e" in shown and "\\x1b" in shown and "&lt;script&gt;" in shown
+
+
+@in_a_browser
+def test_the_browser_would_have_run_the_hostile_text(tmp_path):
+    (tmp_path / "page.html").write_text(f"<title>x</title><style>{MARKUP.partition("<svg")[0]}")
+    assert "<title>owned" in dom(tmp_path / "page.html")
 
 
 def hostile_run(stub, place):
@@ -62,7 +82,7 @@ def hostile_run(stub, place):
             data.write_text("".join(json.dumps(row) + "\n" for row in rows))
             notes = json.loads(file.read_text())
             notes.pop("checksum")
-            notes["files"][name] = evaluate.read_json.__globals__["describe"](data)
+            notes["files"][name] = describe(data)
             file.write_text(json.dumps(notes | {"checksum": fingerprint(notes)}))
     return run
 
@@ -90,8 +110,8 @@ def test_a_comparison_of_a_run_with_a_hostile_name_is_inert(stub, tmp_path):
     run = run.rename(run.with_name("<script>document.title='owned'<!--script>\u202e\x1b[2J<img src=x onerror=alert(1)>"))
     ended = invoke("eval", "compare", run, run, f"--page={tmp_path / 'page.html'}")
     assert "\x1b" not in ended.out + ended.err and "\u202e" not in ended.out + ended.err
-    if ended.code == 0:
-        check_inert(dom(tmp_path / "page.html"))
+    assert ended.code == 0, ended.err
+    check_inert(dom(tmp_path / "page.html"))
 
 
 def test_a_page_may_load_and_run_nothing(stub):
@@ -103,7 +123,7 @@ def test_a_page_may_load_and_run_nothing(stub):
 
 
 def test_every_acting_character_is_shown_as_its_escape():
-    shown = progress.inert("".join(map(chr, range(0x110000))))
+    shown = progress.inert("".join(map(chr, (*range(0x3000), 0xD800, 0x1F642))))
     assert not {*ACTIVE} & {*shown} and {"\t", "\n", "é", "א", "🙂"} <= {*shown}
     assert not [c for c in map(chr, range(0xA0)) if c in shown and not c.isprintable() and c not in "\t\n"]
 
@@ -138,7 +158,7 @@ def test_the_log_and_the_table_of_hostile_file_names_are_inert(place):
     rows = [json.dumps({"prompt": f"what {i} \x1b[31m\x9b\u202e", "chosen": f"good {i} \x1b", "rejected": "no\x9b"}) for i in range(90)]
     for name in ("a\x1b[2J\u202e.jsonl", "b\x9b.jsonl"):
         (place / "hh" / name).write_text("\n".join(rows).replace("what", name[:1]) + "\n")
-    ended = train(write_stub(place / "p"), "--data.path=hh", "--run.name=hh", "--run.root=runs", "--model.vocab=400", "--data.test_prompts=8")
+    ended = train(write_stub(place / "p"), "--data.path=hh", "--run.name=hh", "--run.root=runs", *WORDS)
     told = ended.out + ended.err + (place / "runs/hh/log.txt").read_text() + invoke("eval", place / "runs/hh").out
     assert not {*ACTIVE} & {*told} and "\\x1b" in told
 
@@ -169,10 +189,10 @@ def test_a_stage_names_no_file_but_its_own(stub, place, name):
     notes.pop("checksum")
     notes["files"][name] = next(iter(notes["files"].values()))
     if (folder / name).is_file():
-        notes["files"][name] = evaluate.read_json.__globals__["describe"](folder / name)
+        notes["files"][name] = describe(folder / name)
     (folder / "stage.json").write_text(json.dumps(notes | {"checksum": fingerprint(notes)}))
     with pytest.raises(UserError, match="missing"):
-        verify(evaluate.Stage(folder.name, folder, notes["fingerprint"]))
+        verify(Stage(folder.name, folder, notes["fingerprint"]))
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "..", "a/../../x"])
