@@ -10,10 +10,12 @@ from html.parser import HTMLParser
 
 import pytest
 from runs import copy_run, invoke, train, write_stub
+from test_chat import dialogue_of
 from test_judge import KEY, Server, quick, sides  # noqa: F401  fixtures
 from test_programs import WORDS
 
 from minmacpo import UserError, progress, remote, workshop
+from minmacpo.chat import Whole
 from minmacpo.checkpoint import load_model
 from minmacpo.files import describe, fingerprint
 from minmacpo.page import document, grid, tag
@@ -62,7 +64,7 @@ def check_inert(shown: str) -> None:
 
 @in_a_browser
 def test_the_browser_would_have_run_the_hostile_text(tmp_path):
-    (tmp_path / "page.html").write_text(f"<title>x</title><style>{MARKUP.partition("<svg")[0]}")
+    (tmp_path / "page.html").write_text("<title>x</title><style>" + MARKUP.partition("<svg")[0])
     assert "<title>owned" in dom(tmp_path / "page.html")
 
 
@@ -134,6 +136,15 @@ def test_answers_on_a_terminal_are_inert(stub, monkeypatch):
         monkeypatch.setattr(workshop, "answer", lambda *a, text=text: [replace(said, response=text) for said in real(*a)])
         ended = invoke("sample", stub / "round1/student_pos", "hello")
         assert ended.code == 0 and not ({*ACTIVE} - {"\n"}) & {*ended.out}
+
+
+def test_a_streamed_answer_is_inert_where_tokens_part_a_character(stub, monkeypatch, capsys):
+    dialogue, text = dialogue_of(stub, monkeypatch, []), "a\x1b]52;c;eA==\x07b\x9b2Jc\u202ed\x85e\u2066f"
+    ids = dialogue.loaded.tokenizer.encode(text)
+    assert len(ids) > len(text)  # several tokens to a character
+    dialogue = dialogue_of(stub, monkeypatch, ids, Whole())
+    dialogue.reply("x")
+    assert capsys.readouterr().out == progress.inert(text) + "\n" and not {*ACTIVE} & {*progress.inert(text)}
 
 
 def test_errors_logs_tables_and_labels_are_inert(place, stub, monkeypatch, capsys):
