@@ -110,7 +110,7 @@ def test_hostile_names_in_the_other_pages_are_inert_in_a_browser(tmp_path, frame
 def test_a_comparison_of_a_run_with_a_hostile_name_is_inert(stub, tmp_path):
     run = copy_run(stub, tmp_path / "runs")
     run = run.rename(run.with_name("<script>document.title='owned'<!--script>\u202e\x1b[2J<img src=x onerror=alert(1)>"))
-    ended = invoke("eval", "compare", run, run, f"--page={tmp_path / 'page.html'}")
+    ended = invoke("eval", "compare", stub, run, f"--page={tmp_path / 'page.html'}")
     assert "\x1b" not in ended.out + ended.err and "\u202e" not in ended.out + ended.err
     assert ended.code == 0, ended.err
     check_inert(dom(tmp_path / "page.html"))
