@@ -16,7 +16,7 @@ import json
 import sys
 
 from minmacpo import UserError
-from minmacpo.progress import call
+from minmacpo.progress import call, inert
 
 
 def main(argv: list[str]) -> int:
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     else:
         found, show = read(words)
     if found is not None:
-        print(json.dumps(found, indent=1) if "--json" in argv else show(found))
+        print(json.dumps(found, indent=1) if "--json" in argv else inert(show(found)))
     return 0
 
 

@@ -19,7 +19,7 @@ from minmacpo import UserError
 from minmacpo.commandline import Words, agent_flags, agent_folder, agent_settings
 from minmacpo.data import Example, Message, example_id
 from minmacpo.files import move
-from minmacpo.progress import call
+from minmacpo.progress import call, inert
 
 ACCEPTED = ("--generate.", "--run.seed=", "--run.device=", "--run.dtype=", "--run.threads=", "--data.template=",
             "--data.label=", "--data.on_bad=", "--data.long=", "--data.max_examples=")  # fmt: skip
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
         print(f"merged model: {words.export}")
     if words.prompts:
         prompts, lost = fit_prompts(config, loaded, rows)
-        print(*told, *filter(None, [lost]), sep="\n", flush=True)
+        print(*map(inert, filter(None, [*told, lost])), sep="\n", flush=True)
         found = write_answers(config, loaded, str(folder), marked(config, folder, base, prompts, n), words.out)
         print(f"{len(prompts) * n} answers: {words.out}" + f" ({found} were there already)" * bool(found))
     elif words.prompt:

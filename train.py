@@ -7,7 +7,7 @@ from minmacpo import UserError, tables, world
 from minmacpo.commandline import help_text, parse
 from minmacpo.data import find_files
 from minmacpo.files import sha256_file, write_json
-from minmacpo.progress import call
+from minmacpo.progress import call, inert
 
 
 def source_of(config) -> dict:
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int | None:
         run.end()
         write_json(run.path / FINISHED, table)
     write_report(run.path)
-    print(f"{tables.format_table(table)}\n\nreport, with what the columns mean: {run.path / 'report.html'}")
+    print(f"{inert(tables.format_table(table))}\n\nreport, with what the columns mean: {run.path / 'report.html'}")
     return 0
 
 

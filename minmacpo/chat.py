@@ -111,4 +111,4 @@ def talk(config: Config, loaded: Loaded, agent: str) -> None:
         except KeyboardInterrupt:
             print(f"\n{LEAVE}")
         except UserError as error:
-            print(f"{error}: say less, or begin a new dialogue with /reset")
+            print(f"{inert(str(error))}: say less, or begin a new dialogue with /reset")

@@ -19,7 +19,7 @@ from minmacpo.commandline import overlay, read_toml
 from minmacpo.config import Config
 from minmacpo.data import Pair, Sample
 from minmacpo.diversity import distinct2, refuses, self_bleu
-from minmacpo.files import read_json, read_rows, write_json
+from minmacpo.files import check_links, read_json, read_rows, write_json
 from minmacpo.forms import released
 from minmacpo.macpo import Trained
 from minmacpo.monitor import alarms, signs
@@ -76,6 +76,7 @@ def read_run(path: str | Path) -> Past:
     folder, settings, notes = Path(path), Path(path) / "config.toml", {}
     if not settings.is_file():
         raise UserError(f"{folder}: is no run folder (it has no config.toml)")
+    check_links(folder)
     for file in folder.glob("[!.]*/*/stage.json"):  # not those in run.PARTIAL
         found = notes[file.parent.relative_to(folder).as_posix()] = read_json(file)
         if not found.keys() >= NOTES:

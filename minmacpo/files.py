@@ -40,6 +40,14 @@ def open_alone(path: Path, mode: str, busy: str) -> IO:
     return stream
 
 
+def check_links(folder: Path) -> None:
+    """UserError if a link anywhere in a run folder leads out of it: what is read and written there stays there."""
+    home = folder.resolve()
+    for file in folder.rglob("*"):
+        if file.is_symlink() and not file.resolve().is_relative_to(home):
+            raise UserError(f"{file}: is a link that leads out of the run; put what it stands for in its place, or remove it")
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write `path` whole, or leave it as it was; the temporary is removed if the disk is full."""
     temporary = path.with_name(path.name + ".tmp")

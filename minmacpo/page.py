@@ -12,6 +12,8 @@ from itertools import accumulate
 from pathlib import Path
 from string import Template
 
+from minmacpo.progress import inert
+
 DOT = "M-4.5,0a4.5,4.5 0 1,0 9,0a4.5,4.5 0 1,0 -9,0"
 SHAPES = (DOT, "M-4,-4h8v8h-8z", "M0,-5L5,4H-5z", "M0,-5.5L5.5,0L0,5.5L-5.5,0z")
 NUMBERED = re.compile(r"(teacher|weak)(\d+)")  # agents and bases of which there are several
@@ -24,9 +26,8 @@ class Html(str):
 
 
 def escape(value: object) -> str:
-    """Anything as HTML; characters that no page may hold become U+FFFD."""
-    bad = "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]"
-    return value if isinstance(value, Html) else html.escape(re.sub(bad, "\ufffd", str(value)))
+    """Anything as HTML; what no page may hold, or would turn the text around it, stands there as its escape."""
+    return value if isinstance(value, Html) else html.escape(inert(str(value)))
 
 
 def tag(name: str, *children: object, **attributes: object) -> Html:

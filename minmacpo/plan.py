@@ -21,6 +21,7 @@ from minmacpo.data import Example
 from minmacpo.families import ModelConfig
 from minmacpo.machine import device_of, dtype_of, free_bytes, process_bytes
 from minmacpo.memory import Load, Need, need
+from minmacpo.progress import inert
 from minmacpo.run import Run, Stage
 from minmacpo.templates import render, template_hint
 from minmacpo.tokenizer import Tokenizer, load_tokenizer
@@ -296,12 +297,12 @@ def show_plan(run: Run, prepared: Callable[[], Prepared]) -> None:
             most = max(most, (asked, name))
             words = f"{words + '; ' if words else ''}{'' if task.exact else '<= '}{thousands(task.tokens)} tokens, {gigabytes(asked)}"
         lines.append(f"{number:4} {name:32} {stage.kind:12} {words}".rstrip())
-    print(to_toml(run.config), *(f"{name}: {count}" for name, count in prepared().counts.items()), sep="\n")
+    print(inert(to_toml(run.config)), *(f"{name}: {count}" for name, count in prepared().counts.items()), sep="\n")
     if tokens:
         print(f"\nin all <= {thousands(tokens)} tokens; at most {gigabytes(most[0])} of memory, in {most[1]}\n{NOTES}")
     print(f"\n{len(lines)} stages in {run.path}:", *lines, sep="\n", flush=True)
     for said in filter(None, [*hints(run), problem(run, prepared())]):
-        print(f"WARNING: {said}", file=sys.stderr)
+        print(f"WARNING: {inert(said)}", file=sys.stderr)
 
 
 def hints(run: Run) -> list[str]:

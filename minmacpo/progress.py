@@ -15,8 +15,8 @@ from tqdm import tqdm
 from minmacpo import UserError
 
 RESUMES = "all finished work is saved. The same command line goes on from here."
-# Control characters but line break and tab, marks that reverse the direction of text, half surrogate pairs.
-ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters but line break and tab, marks that turn the direction of text or end its line, half surrogate pairs.
+ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 PLAIN_EVERY = 10.0  # seconds between two lines where there is no terminal
 
 
@@ -58,7 +58,7 @@ class Progress(tqdm):
         self.on_step, self.plain = on_step, not sys.stderr.isatty()
         plain = {"mininterval": PLAIN_EVERY, "delay": PLAIN_EVERY, "ncols": 0}
         pace = plain if self.plain else {"dynamic_ncols": True}
-        super().__init__(total=total, desc=label, unit=unit, initial=done, leave=False, **pace)
+        super().__init__(total=total, desc=inert(label), unit=unit, initial=done, leave=False, **pace)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Show the bar, or print it as a line of its own."""
@@ -75,7 +75,8 @@ class Progress(tqdm):
 
 
 def inert(text: str) -> str:
-    """A model's text as a terminal may show it: what would act on the terminal stands there as its escape."""
+    """Text as a terminal or a page may show it: what would act on the terminal, or on the text around it, stands there
+    as its escape."""
     return ACTIVE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
@@ -87,13 +88,13 @@ def call(main: Callable[[list[str]], int | None], after_stop: str = RESUMES) -> 
         sys.stdout.flush()  # a reader that has gone is noticed here, not when Python exits
         return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {inert(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        print(inert(f"error: {error.filename or 'a file'}: {error.strerror or error}"), file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as stopped:
         number = getattr(stopped, "number", 2)

@@ -37,13 +37,21 @@ class Stay(urllib.request.HTTPRedirectHandler):
 OPENER = urllib.request.build_opener(Stay)
 
 
+def hidden(text: str) -> str:
+    """A server's words without the key, which it may send back; a shorter one is no secret, but a local server's dummy."""
+    key = os.environ.get(KEY, "")
+    return text.replace(key, f"${KEY}") if len(key) >= 8 else text
+
+
 def plain(text: str) -> str:
     """A server's words on one line, without what would act on a terminal."""
-    return " ".join(inert(text).split())[:200]
+    return " ".join(inert(hidden(text)).split())[:200]
 
 
 def check_request(url: str, model: str) -> None:
     """UserError for an address, a model's name or a key that no request can be made of."""
+    if re.search("[@?#]", url):
+        raise UserError(f"--url holds @, ? or #: a password or key there would be kept with the verdicts; put it in ${KEY}")
     try:
         parts = urlsplit(url)
         sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and re.fullmatch("[!-~]+", url)
@@ -75,11 +83,11 @@ def over_http(words: Namespace) -> Ask:
                 answer = within(words.timeout, lambda request=request: fetch(request, words.timeout))
                 reply = json.loads(answer)["choices"][0]["message"]["content"]
                 if isinstance(reply, str):
-                    return reply
+                    return hidden(reply)
                 problem = "the reply holds no text"
             except urllib.error.HTTPError as error:
                 if error.code in UNASKED:
-                    return f"{error.code}: {error.reason}"  # a reply without a verdict
+                    return f"{error.code}: {hidden(error.reason)}"  # a reply without a verdict
                 if error.code != 429 and error.code < 500:
                     raise UserError(f"{url}: answers {error.code} ({plain(error.reason)}); see --url, --model and ${KEY}") from None
                 problem, wait = f"it answers {error.code}", error.headers.get("Retry-After", "")

@@ -24,6 +24,7 @@ from minmacpo import UserError
 from minmacpo.commandline import overlay, read_toml, to_toml
 from minmacpo.config import Config, flatten
 from minmacpo.files import (
+    check_links,
     describe,
     fingerprint,
     move,
@@ -35,7 +36,7 @@ from minmacpo.files import (
     write_rows,
 )
 from minmacpo.machine import device_of, disk_need, environment, peaks, reset_peaks
-from minmacpo.progress import Progress, Signals
+from minmacpo.progress import Progress, Signals, inert
 
 FINISHED = "eval/table.json"  # written last: it says that the run is finished
 PARTIAL = ".partial"  # unfinished stages live here, under their fingerprint
@@ -120,6 +121,7 @@ class Run:
         """Leave planning: take the folder for this process, and write the run's own files."""
         self.check_room()
         self.path.mkdir(parents=True, exist_ok=True)
+        check_links(self.path)
         busy = f"{self.path}: another process works on this run; wait for it, or choose another --run.name"
         self.log_file = open_alone(self.path / "log.txt", "a", busy)
         check_folder(self.path, self.config)  # another process may have made it since
@@ -145,6 +147,7 @@ class Run:
 
     def log(self, text: str) -> None:
         """One line to the terminal and to log.txt."""
+        text = inert(text)
         print(text, flush=True)
         print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=self.log_file, flush=True)
 
@@ -312,6 +315,6 @@ def verify(stage: Stage) -> dict:
         raise UserError(f"{stage.path}: {problem}; delete that folder, or choose another --run.name")
     for name, wanted in notes["files"].items():
         file = stage.path / name
-        if not file.is_file() or wanted != describe(file):
+        if name != file.name or file.is_symlink() or not file.is_file() or wanted != describe(file):
             raise UserError(f"{file}: is missing or {remedy}")
     return notes

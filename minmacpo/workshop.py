@@ -30,6 +30,7 @@ from minmacpo.files import read_json, read_rows
 from minmacpo.generate import generate
 from minmacpo.lora import attach_lora, clear_adapter, write_adapter
 from minmacpo.machine import device_of, dtype_of, free_bytes
+from minmacpo.progress import inert
 from minmacpo.run import Run, Stage, Work, derive_seed
 from minmacpo.score import perplexity
 from minmacpo.templates import end_ids, render, render_prompt, response_text, template_hint
@@ -132,7 +133,7 @@ def usual_template(folder: Path, tokenizer: Tokenizer, asked: str | None) -> str
     chat template looks like another one, that is said on stderr."""
     template = asked or ("turns" if tokenizer.marks else "plain")
     if said := template_hint(folder, template):
-        print(f"WARNING: {said}", file=sys.stderr)
+        print(f"WARNING: {inert(said)}", file=sys.stderr)
     return template
 
 

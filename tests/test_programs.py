@@ -583,7 +583,7 @@ def test_the_report_at_every_moment_of_a_run(stub, place):
             page = (run / "report.html").read_text()
             assert page.split('class="lead">')[1].split("</div>")[0].count("<p>") == 3
             assert "Still running" in page and f"{len(stages) - number} stages" in page
-            assert "<script" not in page and "http" not in page and "src=" not in page
+            assert "<script" not in page and "://" not in page and "src=" not in page
         shutil.rmtree(run / name)
     write_report(run)
     page = (run / "report.html").read_text()

@@ -12,8 +12,8 @@ from conftest import REPO
 
 PACKAGE = REPO / "minmacpo"
 FLOORS = [
-    {"config", "data", "domains", "bpe", "families"},
-    {"forms", "diversity", "world", "commandline", "files", "machine", "model", "lora", "losses", "progress", "page"},
+    {"config", "data", "domains", "bpe", "families", "progress"},
+    {"forms", "diversity", "world", "commandline", "files", "machine", "model", "lora", "losses", "page"},
     {"tokenizer", "tables", "remote", "packed"},
     {"run", "checkpoint", "batching", "monitor", "templates", "memory"},
     {"fit", "generate", "score"},
