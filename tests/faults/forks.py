@@ -1,8 +1,11 @@
 """Programs in forked children of the test, which has torch loaded already; some of them die there. And how a folder is
 compared with that of an undisturbed run."""
 
+import gc
+import importlib
 import json
 import os
+import pkgutil
 import sys
 import tempfile
 import traceback
@@ -13,12 +16,17 @@ import torch._dynamo  # noqa: F401 (the first optimiser loads it)
 from runs import FREE, Ended, contents, program
 from shim import Disk
 
+import minmacpo
 from minmacpo import report
 from minmacpo.files import write_atomic
 from minmacpo.progress import call
 from minmacpo.run import PARTIAL
 
 WORKERS = 2
+for module in pkgutil.iter_modules(minmacpo.__path__, "minmacpo."):
+    importlib.import_module(module.name)  # here once, and not in every child
+PROGRAMS = {name: program(name) for name in ("train", "sample", "eval")}
+gc.freeze()  # what is there does not change: no collection in a child touches it, and it stays shared
 
 
 def child(work: Callable[[], int | None]) -> int:
@@ -43,8 +51,9 @@ def ended(pid: int) -> int:
 
 
 def start(name: str, words, said: Path, disk: Disk | None = None, reports: bool = False) -> int:
-    """A program begun in a child on this `disk`; its process id. What it prints goes to `said`.out and .err, the operations of a
-    disk that it outlives to `said`.json. Reports say nothing unless `reports`: they would take most of the time."""
+    """A program begun in a child on this `disk` (or on another fault with `install` and `done`); its process id. What it prints
+    goes to `said`.out and .err, the operations of a disk that it outlives to `said`.json. Reports say nothing unless
+    `reports`: they would take most of the time."""
 
     def work() -> int:
         for number, kind in ((1, ".out"), (2, ".err")):
@@ -53,7 +62,7 @@ def start(name: str, words, said: Path, disk: Disk | None = None, reports: bool 
         sys.argv = [f"{name}.py", *map(str, words)]
         if not reports:
             report.write_report = lambda path: write_atomic(path / "report.html", "x")
-        main, file = program(name), said.with_suffix(".json").open("w")
+        main, file = PROGRAMS[name], said.with_suffix(".json").open("w")
         if disk:
             disk.install()
         else:
@@ -110,16 +119,31 @@ def stages(run: Path) -> dict[str, tuple[int, int]]:
     return {str(file.relative_to(run)): (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
 
 
+ORIGIN = ("linked_from",)
+
+
 class Good:
     """An undisturbed run, and what another must have in common with it."""
 
     def __init__(self, run: Path):
-        self.contents, self.folders = contents(run), folders(run)
+        self.contents, self.folders = contents(run, ORIGIN), folders(run)
 
     def check(self, run: Path, before: dict) -> None:
-        """The run is bit-identical but for times, has nothing besides, and every stage that was finished `before` is untouched."""
-        now = contents(run)
+        """The run is bit-identical but for times, has nothing besides, and every stage that was finished `before` is untouched.
+        Which stages it took from another run does not matter."""
+        now = contents(run, ORIGIN)
         assert [n for n in now.keys() | self.contents.keys() if now.get(n, 0) != self.contents.get(n, 0)] == []
         assert folders(run) == self.folders and PARTIAL not in self.folders and {*FREE} <= now.keys()
         kept = stages(run)
         assert [name for name in before if before[name] != kept.get(name)] == []
+
+
+def tree(place: Path) -> dict[str, bytes | None]:
+    """{path: content, None of a folder} of everything below `place`."""
+    return {str(path.relative_to(place)): path.read_bytes() if path.is_file() else None for path in sorted(place.rglob("*"))}
+
+
+def check_sentence(ended: Ended, *wanted: str) -> None:
+    """The program ended with one sentence, which says what is `wanted`."""
+    assert ended.code == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1, (ended.code, ended.err)
+    assert all(word in ended.err for word in wanted), ended.err

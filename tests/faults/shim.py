@@ -17,20 +17,20 @@ ROOM = {name for name, room in CALLS.items() if room} | {"open", "write"}
 
 
 class Disk:
-    """Counts operations in `done`. At number `at` (from 0) comes the `fault`: "kill": kill -9 before it; "tear": half of
-    what is written gets there, then kill -9; "full": half of it gets there, and from then on there is no room."""
+    """Counts operations in `done`. At number `at` (from 0) comes the `fault`: a signal before it; or "tear": half of what
+    is written gets there, then kill -9; or "full": half of it gets there, and from then on there is no room."""
 
-    def __init__(self, fault: str = "", at: int = -1):
+    def __init__(self, fault: str | signal.Signals = "", at: int = -1):
         self.fault, self.at, self.done = fault, at, []
 
-    def before(self, name: str) -> None:
+    def before(self, name: str, *path) -> None:
         """What happens before an operation of this name."""
         number = len(self.done)
         self.done.append(name)
-        if self.fault == "kill" and number == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if isinstance(self.fault, signal.Signals) and number == self.at:
+            os.kill(os.getpid(), self.fault)
         if self.fault == "full" and name in ROOM and number + (name != "write") > self.at:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *path)
 
     def write(self, put, data) -> int:
         """A write of `data` by `put`, which may get through in part."""
@@ -52,9 +52,9 @@ class Disk:
         """The function `real` of os, counted."""
 
         def call(*args, **options):
-            idle = name == "mkdir" and os.path.lexists(args[0]) or name in ("unlink", "remove") and gone(*args, **options)
+            idle = gone(*args, **options) if name in ("unlink", "remove") else name == "mkdir" and os.path.lexists(args[0])
             if not idle:
-                self.before(name)
+                self.before(name, *args[: name in ("mkdir", "link", "replace", "rename")])
             return None if name == "fsync" else real(*args, **options)
 
         return call
@@ -67,7 +67,7 @@ class Disk:
             if apart or not {*mode} & {*"wax+"}:
                 return real(file, mode, buffering, encoding, errors, newline, closefd, opener)
             assert "+" not in mode and buffering == -1 and opener is None, "the shim knows no such file"
-            self.before("open")
+            self.before("open", file)
             buffer = io.BufferedWriter(File(self, file, mode.replace("b", "").replace("t", "")))
             return buffer if "b" in mode else io.TextIOWrapper(buffer, encoding, errors, newline)
 
