@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
-from forks import fork
 from runs import write_stub
+
+pytest.register_assert_rewrite("forks")
+from forks import fork  # noqa: E402
 
 # The stub made smaller: one teacher, one round, a few prompts, one optimiser step a stage, its state saved after it.
 SMALL = """--macpo.teachers=1 --macpo.rounds=1 --macpo.controls=false --pretrain.strong_steps=1 --pretrain.weak_steps=1 --pretrain.batch=100 --world.d1=4

@@ -41,6 +41,7 @@ def child(work: Callable[[], int | None]) -> int:
         sys.stderr.flush()
     except BaseException:
         traceback.print_exc()
+        sys.stderr.flush()
     finally:
         os._exit(code)
 
@@ -116,22 +117,28 @@ def folders(run: Path) -> set[str]:
 def stages(run: Path) -> dict[str, tuple[int, int]]:
     """{path: (inode, time of last change)} of the files of all finished stages."""
     files = [file for note in run.glob("[!.]*/*/stage.json") for file in note.parent.iterdir()]
-    return {str(file.relative_to(run)): (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
+    return {str(file.relative_to(run)): (file.lstat().st_ino, file.lstat().st_mtime_ns) for file in files}
 
 
-ORIGIN = ("linked_from",)
+ORIGIN = ("linked_from",)  # which of several equal stages a stage was taken from
+
+
+def by_stage(run: Path) -> dict[str, object]:
+    """The contents of a run without times and origins; in metrics.jsonl the stages may have any order."""
+    found = contents(run, ORIGIN)
+    found["metrics.jsonl"] = sorted(found["metrics.jsonl"], key=lambda row: row["stage"])
+    return found
 
 
 class Good:
     """An undisturbed run, and what another must have in common with it."""
 
     def __init__(self, run: Path):
-        self.contents, self.folders = contents(run, ORIGIN), folders(run)
+        self.contents, self.folders = by_stage(run), folders(run)
 
     def check(self, run: Path, before: dict) -> None:
-        """The run is bit-identical but for times, has nothing besides, and every stage that was finished `before` is untouched.
-        Which stages it took from another run does not matter."""
-        now = contents(run, ORIGIN)
+        """The run is bit-identical but for times, has nothing besides, and every stage that was finished `before` is untouched."""
+        now = by_stage(run)
         assert [n for n in now.keys() | self.contents.keys() if now.get(n, 0) != self.contents.get(n, 0)] == []
         assert folders(run) == self.folders and PARTIAL not in self.folders and {*FREE} <= now.keys()
         kept = stages(run)
