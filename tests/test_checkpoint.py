@@ -1,5 +1,6 @@
 """Folders in and out: what we write loads in transformers, what is broken is refused in one sentence."""
 
+import contextlib
 import gc
 import json
 import random

@@ -57,19 +57,19 @@ def kinds(run: Path, rng: random.Random) -> list[str]:
 
 
 def test_every_kind_of_file_damaged_in_every_way(small, tmp_path, seed, capsys):
-    """Then what the sentence asks for is done, and the run is made whole. A run beside it never minds."""
+    """Then what the sentence asks for is done, and the run is made whole. A run beside it does not mind."""
     words, whole = small
-    good, rng = Good(whole), random.Random(seed)
-    points = [(file, damage) for file in kinds(whole, rng) for damage in DAMAGES]
+    good = Good(whole)
+    points = [(file, damage) for file in kinds(whole, random.Random(seed)) for damage in DAMAGES]
 
     def check(point: tuple[str, str]) -> None:
-        file, damage = point
+        (file, damage), rng = point, random.Random(f"{seed}/{point}")
         home = tmp_path / f"{file.replace('/', '-')}-{damage}"
         root, run, asked = home / "runs", home / "runs/small", [*words, f"--run.root={home / 'runs'}"]
         shutil.copytree(whole, run)
-        DAMAGES[damage](run / file, random.Random(f"{seed}/{point}"))
+        DAMAGES[damage](run / file, rng)
         there, before = stages(run), tree(home)
-        if file not in GIVEN:
+        if file not in GIVEN and rng.random() < 0.25:  # to save time
             beside, _ = fork("train", [*asked, "--run.name=beside"])
             assert beside.code == 0, beside.err
             good.check(root / "beside", {})
