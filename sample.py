@@ -11,14 +11,13 @@ max_new, batch), --run.seed= (device, dtype, threads) and --data.template= (labe
 """
 
 import sys
-import tempfile
 from argparse import Namespace, RawTextHelpFormatter
 from pathlib import Path
 
 from minmacpo import UserError
 from minmacpo.commandline import Words, agent_flags, agent_folder, agent_settings
 from minmacpo.data import Example, Message, example_id
-from minmacpo.files import move
+from minmacpo.files import making
 from minmacpo.progress import call, inert
 
 ACCEPTED = ("--generate.", "--run.seed=", "--run.device=", "--run.dtype=", "--run.threads=", "--data.template=",
@@ -62,10 +61,8 @@ def main(argv: list[str]) -> int:
     rows, told = read_prompts(words.prompts, config) if words.prompts else ([], [])
     config, loaded, base = open_agent(folder, config, flags)
     if words.export:
-        words.export.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=words.export.parent) as beside:
-            export_merged(loaded.model, base, Path(beside) / "whole")
-            move(Path(beside) / "whole", words.export)
+        with making(words.export) as folder_made:
+            export_merged(loaded.model, base, folder_made)
         print(f"merged model: {words.export}")
     if words.prompts:
         prompts, lost = fit_prompts(config, loaded, rows)

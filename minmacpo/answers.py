@@ -17,7 +17,7 @@ from minmacpo.bases import folder_print
 from minmacpo.checkpoint import read_adapter_config
 from minmacpo.config import Config
 from minmacpo.data import Example, Pair
-from minmacpo.files import as_lines, fingerprint, open_alone, sha256_file
+from minmacpo.files import as_lines, fingerprint, naming, open_alone, sha256_file
 from minmacpo.forms import read_data
 from minmacpo.machine import device_of, dtype_of
 from minmacpo.progress import Progress
@@ -69,7 +69,7 @@ def write_answers(config: Config, loaded: Loaded, agent: str, jobs: Sequence[Job
     size, busy = config.generate.batch, f"{out}: another process is writing it; wait for it, or give another --out"
     if out.exists() and not out.is_file():
         raise UserError(f"{out}: is no ordinary file, to which answers could be added")
-    with open_alone(out, "ab", busy) as stream:
+    with naming(out), open_alone(out, "ab", busy) as stream:
         found = done = rows_there(out, agent, jobs, config.run.seed, stream)
         with Progress("answers", len(jobs), "answer", done, None) as progress:
             while done < len(jobs):

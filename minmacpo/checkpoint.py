@@ -3,6 +3,7 @@
 Only safetensors, memory-mapped, every tensor accounted for; transformers, PEFT and vLLM load what is written.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -314,15 +315,27 @@ def read_adapter_config(folder: Path) -> tuple[Lora, str]:
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], notes: dict) -> None:
-    """Parameters and moments with the step's notes in one file, so that they cannot part."""
+    """Parameters and moments with the step's notes in one file, so that they cannot part, and a sum of all."""
     path.parent.mkdir(exist_ok=True)
-    save_tensors(path, tensors, {"notes": json.dumps(notes)})
+    told = json.dumps(notes)
+    save_tensors(path, tensors, {"notes": told, "sum": sum_of(tensors, told)})
+
+
+def sum_of(tensors: dict[str, Tensor], notes: str) -> str:
+    """Hex digest of tensors on the CPU and their notes: a state has no stage.json that tells whether it is undamaged."""
+    digest = hashlib.sha256(notes.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
     """What `save_state` wrote; UserError if it is damaged."""
     try:
         tensors, metadata = load_tensors(path)
+        if sum_of(tensors, metadata["notes"]) != metadata["sum"]:
+            raise ValueError("damaged")
         return tensors, json.loads(metadata["notes"])
     except (UserError, KeyError, ValueError):
         raise UserError(f"{path}: is no whole training state; delete it, and the stage trains anew") from None

@@ -4,12 +4,15 @@ All files but those that only grow (log.txt, metrics.jsonl, verdicts.jsonl, the 
 in the same folder, flushed to the disk, and renamed; a kill leaves the old file, or the new one.
 """
 
+import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
@@ -41,27 +44,50 @@ def open_alone(path: Path, mode: str, busy: str) -> IO:
 
 
 def check_links(folder: Path) -> None:
-    """UserError if a link anywhere in a run folder leads out of it: what is read and written there stays there."""
-    home = folder.resolve()
-    for file in folder.rglob("*"):
-        if file.is_symlink() and not file.resolve().is_relative_to(home):
-            raise UserError(f"{file}: is a link that leads out of the run; put what it stands for in its place, or remove it")
+    """UserError for a link in a run folder: it could lead out of it, and no run makes one."""
+    inside = (Path(home, name) for home, *names in os.walk(folder) for name in itertools.chain(*names))
+    if link := next(filter(Path.is_symlink, inside), None):
+        raise UserError(f"{link}: is a link, which no run folder has; put what it stands for in its place, or delete it")
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError raised within says that it is about `path`: a failed write does not say where."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write `path` whole, or leave it as it was; the temporary is removed if the disk is full."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as stream:
-            stream.write(content.encode() if isinstance(content, str) else content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        move(temporary, path)
-    except BaseException as error:  # a full disk, Ctrl-C
+        with naming(path):
+            with temporary.open("wb") as stream:
+                stream.write(content.encode() if isinstance(content, str) else content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            move(temporary, path)
+    except BaseException:  # a full disk, Ctrl-C
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = str(path)  # a failed write does not say where
         raise
+
+
+@contextlib.contextmanager
+def making(target: Path) -> Iterator[Path]:
+    """A name for a folder that becomes `target` when it is whole; what a kill has left of one is removed. UserError if
+    another process makes it."""
+    place = target.with_name(f".{target.name}.partial")
+    place.mkdir(parents=True, exist_ok=True)
+    with open_alone(place / "lock", "w", f"{target}: another process is writing it; wait for it, or give another folder"):
+        try:
+            shutil.rmtree(place / "whole", ignore_errors=True)
+            yield place / "whole"
+            move(place / "whole", target)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def write_json(path: Path, value) -> None:

@@ -27,7 +27,7 @@ from minmacpo.config import Config
 from minmacpo.data import Example, Message, Sample
 from minmacpo.evaluate import interval, last_student, read_run
 from minmacpo.feedback import conversation, points
-from minmacpo.files import read_rows, write_atomic, write_json
+from minmacpo.files import naming, open_alone, read_rows, write_atomic, write_json
 from minmacpo.progress import Progress, inert
 from minmacpo.remote import Ask, asked, check_request, over_http
 from minmacpo.tables import bracketed
@@ -39,6 +39,7 @@ QUESTION = (
     "the first is better, [[B]] if the second is, or [[C]] for a tie.\n\n[The request]\n{prompt}\n\n[Answer A]\n{first}"
     "\n\n[Answer B]\n{second}\n"
 )
+KEYS = ("id", "order", "judge", "answers")  # of a verdict: what was asked
 HUMAN = ("id", "prompt", "first", "second", "verdict")  # columns of the CSV; verdict: 1, 2 or tie
 Pair = tuple[Sample, Sample]  # the answers of A and of B to one prompt
 
@@ -121,25 +122,22 @@ def judge_all(words: Namespace, pairs: Sequence[Pair], ask: Ask) -> list[dict]:
     is written as soon as it is there; the first error ends the asking."""
     file = words.out / "verdicts.jsonl"
     words.out.mkdir(parents=True, exist_ok=True)
-    judge, known = str(words.judge or f"{words.model} at {words.url}"), {}
-    for row in read_kept(file):
-        known[row["id"], row["order"], row["judge"], row["answers"]] = row
-    jobs = []
+    judge, jobs = str(words.judge or f"{words.model} at {words.url}"), []
     for a, b in pairs:
         for order, (x, y) in (("ab", (a, b)), ("ba", (b, a))):
             key = (a.id, order, judge, [a.response, b.response])
             jobs.append(((*key[:3], json.dumps(key[3])), QUESTION.format(
                 prompt=conversation(a.prompt), first=x.response, second=y.response)))  # fmt: skip
-    left = [job for job in jobs if job[0] not in known]
-    torn = file.is_file() and file.read_bytes()[-1:] not in (b"", b"\n")
-    with (file.open("a", encoding="utf-8") as stream,
-          Progress("judging", len(jobs), "verdict", len(jobs) - len(left), None) as progress):  # fmt: skip
-        print(end="\n" * torn, file=stream)
-        for key, reply in asked(ask, left, words.workers if words.url else 0):
-            row = dict(zip(("id", "order", "judge", "answers"), key, strict=True))
-            known[key] = row | {"verdict": verdict_of(reply), "reply": reply}
-            print(json.dumps(known[key]), file=stream, flush=True)
-            progress.step()
+    busy = f"{file}: another process adds verdicts to it; wait for it, or give another --out"
+    with naming(file), open_alone(file, "a", busy) as stream:
+        known = {tuple(row[key] for key in KEYS): row for row in read_kept(file)}
+        left = [job for job in jobs if job[0] not in known]
+        print(end="\n" * (file.read_bytes()[-1:] not in (b"", b"\n")), file=stream)  # a kill has torn the last line
+        with Progress("judging", len(jobs), "verdict", len(jobs) - len(left), None) as progress:
+            for key, reply in asked(ask, left, words.workers if words.url else 0):
+                known[key] = dict(zip(KEYS, key, strict=True)) | {"verdict": verdict_of(reply), "reply": reply}
+                print(json.dumps(known[key]), file=stream, flush=True)
+                progress.step()
     return [known[key] for key, _ in jobs]
 
 
@@ -148,7 +146,7 @@ def read_kept(file: Path) -> Iterator[dict]:
     for line in file.read_bytes().split(b"\n") if file.is_file() else ():
         try:
             row = json.loads(line)
-            texts = [row[key] for key in ("id", "order", "judge", "answers")]
+            texts = [row[key] for key in KEYS]
             if all(isinstance(text, str) for text in texts) and row["verdict"] in MARKS.values():
                 yield row
         except (ValueError, KeyError, TypeError, RecursionError):

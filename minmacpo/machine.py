@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -41,13 +42,26 @@ def environment(config: Config) -> dict:
         "commit": code_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **{name: version(name) for name in ("numpy", "safetensors", "sentencepiece")},
+        "system": platform.platform(),
         "machine": platform.machine(),
         "processor": linux("cpuinfo", r"model name\s*: (.*)") or platform.processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        **gpu(device_of(config)),
         "device": device_of(config),
         "dtype": str(dtype_of(config)).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "command": " ".join(sys.argv),
     }
+
+
+def gpu(device: str) -> dict[str, str]:
+    """What a GPU's results depend on; {} on the CPU."""
+    if device != "cuda":
+        return {}
+    return {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
 
 
 def code_commit() -> str | None:

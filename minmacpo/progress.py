@@ -97,6 +97,8 @@ def call(main: Callable[[list[str]], int | None], after_stop: str = RESUMES) -> 
         print(inert(f"error: {error.filename or 'a file'}: {error.strerror or error}"), file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as stopped:
+        for listening in (number for number in Signals.numbers if callable(signal.getsignal(number))):
+            signal.signal(listening, signal.SIG_DFL)  # one more would be raised where nobody catches it
         number = getattr(stopped, "number", 2)
         print(f"\nstopped; {after_stop}", file=sys.stderr)
         return 128 + number

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from minmacpo.files import (
     describe,
     fingerprint,
     move,
+    naming,
     open_alone,
     read_json,
     read_rows,
@@ -82,7 +83,8 @@ class Work:
     def metrics(self, row: dict, **timing) -> None:
         """One line of the run's metrics.jsonl."""
         line = json.dumps({"stage": self.name} | row | timing | {"time": round(time.time(), 3)})
-        with (self.run.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        file = self.run.path / "metrics.jsonl"
+        with naming(file), file.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
     def check(self) -> None:
@@ -121,7 +123,6 @@ class Run:
         """Leave planning: take the folder for this process, and write the run's own files."""
         self.check_room()
         self.path.mkdir(parents=True, exist_ok=True)
-        check_links(self.path)
         busy = f"{self.path}: another process works on this run; wait for it, or choose another --run.name"
         self.log_file = open_alone(self.path / "log.txt", "a", busy)
         check_folder(self.path, self.config)  # another process may have made it since
@@ -129,7 +130,7 @@ class Run:
             write_atomic(self.path / "config.toml", to_toml(self.config))
         self.environment = environment(self.config)
         write_json(self.path / "env.json", self.environment)
-        write_rows(self.path / "metrics.jsonl", read_metrics(self.path))
+        write_rows(self.path / "metrics.jsonl", read_metrics(self.path, self.plan))
         if not all(stage.finished for stage in self.plan.values()):
             (self.path / FINISHED).unlink(missing_ok=True)
         self.signals.install()
@@ -149,7 +150,8 @@ class Run:
         """One line to the terminal and to log.txt."""
         text = inert(text)
         print(text, flush=True)
-        print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=self.log_file, flush=True)
+        with naming(self.path / "log.txt"):
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=self.log_file, flush=True)
 
     def label(self, name: str) -> str:
         """"[12/57] round1/student_pos": a stage and its place in the plan."""
@@ -228,7 +230,7 @@ class Run:
             try:
                 os.link(source / name, work.folder / name)
             except OSError:  # there are no links between file systems
-                shutil.copyfile(source / name, work.folder / name)
+                write_atomic(work.folder / name, (source / name).read_bytes())
         for row in read_rows(work.folder / "metrics.jsonl") if "metrics.jsonl" in notes["files"] else ():
             work.metrics(row)
         own = {"name": work.name, "method": self.config.run.method, "linked_from": str(source.relative_to(self.root))}
@@ -239,7 +241,8 @@ class Run:
         work.folder.mkdir(parents=True, exist_ok=True)
         for torn in work.folder.glob("*.tmp"):
             torn.unlink()  # a kill left it
-        device, started, cpu = device_of(self.config), time.time(), time.process_time()
+        device, started = device_of(self.config), time.time()
+        clock, cpu = time.monotonic(), time.process_time()  # the time of day may be set back
         reset_peaks(device)
         with self.profiler(kind) as profiler:
             self.on_step = profiler and profiler.step
@@ -248,7 +251,7 @@ class Run:
         return {
             "counts": counts,
             "started": started,
-            "seconds": round(time.time() - started, 3),
+            "seconds": round(time.monotonic() - clock, 3),
             "cpu_seconds": round(time.process_time() - cpu, 3),
             **peaks(device),
             "commit": self.environment["commit"],
@@ -280,22 +283,32 @@ class Run:
         shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
 
 
-def read_metrics(run: Path) -> list[dict]:
-    """The lines of finished stages in a run's metrics.jsonl; an unfinished one writes its own anew."""
-    file, rows = run / "metrics.jsonl", []
+def read_metrics(run: Path, names: Iterable[str]) -> list[dict]:
+    """The lines of the finished ones of these stages in a run's metrics.jsonl, or, where they are not as the stage's own
+    file has them, those, without times; an unfinished stage writes its own anew."""
+    file, found, rows = run / "metrics.jsonl", {}, []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):  # torn by a kill: of no finished stage
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill
             row = json.loads(line)
-            rows += [row] if (run / row["stage"] / "stage.json").exists() else []
+            found.setdefault(row["stage"], []).append(row)
+    for name in names:
+        own = run / name / "metrics.jsonl"
+        if own.is_file() and (own.parent / "stage.json").is_file():
+            with contextlib.suppress(UserError):  # `verify` will say so
+                told = [{"stage": name} | row for row in read_rows(own)]
+                mine = found.get(name, [])
+                same = len(mine) == len(told) and all(row.items() >= want.items() for row, want in zip(mine, told, strict=True))
+                rows += mine if same else told
     return rows
 
 
 def check_folder(path: Path, config: Config) -> None:
-    """Raise UserError if `path` holds something else than a run of this configuration."""
-    file = path / "config.toml"
-    if not file.is_file():
+    """Raise UserError if `path` holds something else than a run of this configuration, or a link, which could lead out of it."""
+    check_links(path)
+    file, names = path / "config.toml", {p.name for p in path.iterdir()} if path.is_dir() else set()
+    if file.name not in names:
         begun = {"log.txt", "config.toml.tmp"}  # what is there before it, at a kill
-        if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= begun):
+        if names - begun or (path.exists() and not path.is_dir()):
             raise UserError(f"{path}: exists and is no run folder; choose another --run.name")
         return
     mine, theirs = flatten(config), flatten(overlay(Config(), read_toml(file), str(file)))

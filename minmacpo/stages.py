@@ -1,10 +1,11 @@
 """The kinds of stage that the methods are made of, each a function from its inputs to a Stage."""
 
+import hashlib
 import math
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -15,7 +16,7 @@ from minmacpo.checkpoint import save_adapter
 from minmacpo.choose import Candidates, keep_familiar, offered, select, weighted
 from minmacpo.config import Dpo
 from minmacpo.data import Pair, Sample
-from minmacpo.files import read_rows, write_rows
+from minmacpo.files import as_lines, read_rows, sha256_file, write_atomic, write_rows
 from minmacpo.fit import PairObjective, Plan, Schedule, SftObjective, Unit, fit, make_plan
 from minmacpo.lora import read_adapter, reset_adapter
 from minmacpo.losses import sequence_logps
@@ -135,7 +136,7 @@ def keep(shop: Workshop, name: str, adapter: Stage) -> Stage:
     def copy(work: Work) -> dict:
         """Its files say the same from a folder of the same depth."""
         for file in ("adapter_config.json", "adapter_model.safetensors"):
-            shutil.copyfile(adapter.path / file, work.folder / file)
+            write_atomic(work.folder / file, (adapter.path / file).read_bytes())
         return {"kept": adapter.name}
 
     return shop.stage(name, "keep/1", {}, [adapter], copy, size="the student before the first alarm")
@@ -188,11 +189,12 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
         done: dict[int, Sample] = {}
         with work.progress(len(jobs), "answer") as progress:
             for start in range(0, len(jobs), size):
-                file, block = work.folder / f"block{start // size}.jsonl", order[start : start + size]
-                if not file.is_file():
+                block, number = order[start : start + size], start // size
+                if not (file := kept_block(work.folder, number)):
                     work.check()
                     asked = [jobs[i] for i in block]
-                    write_rows(file, answer(config, loaded, agent, asked, work.seed, other, places=config.generate.batch))
+                    said = answer(config, loaded, agent, asked, work.seed, other, places=config.generate.batch)
+                    file = keep_block(work.folder, number, said)
                 done |= zip(block, read_rows(file, Sample), strict=True)
                 progress.step(len(block))
         samples = [done[i] for i in range(len(jobs))]
@@ -207,6 +209,20 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
     settings |= ({"contrastive": True} if against else {}) | ({"blocks": blocks} if blocks > 1 else {})
     inputs, size = [base.stage, adapter, prompts.stage, against], f"{answers} answer(s) per prompt"
     return shop.stage(name, "sample/1", settings, inputs, write_samples, key, size)
+
+
+def keep_block(folder: Path, number: int, rows: Sequence[Sample]) -> Path:
+    """The file with a block of samples, named after what is in it: no stage.json tells whether it is undamaged."""
+    text = as_lines(rows).encode()
+    file = folder / f"block{number}-{hashlib.sha256(text).hexdigest()}.jsonl"
+    write_atomic(file, text)
+    return file
+
+
+def kept_block(folder: Path, number: int) -> Path | None:
+    """The file that `keep_block` wrote, None if it is not there or damaged."""
+    files = (file for file in folder.glob(f"block{number}-*.jsonl") if file.is_file())
+    return next((file for file in files if file.stem.endswith(f"-{sha256_file(file)}")), None)
 
 
 def logps_together(shop: Workshop, work: Work, base: Base, adapter: Stage | None, group: Sequence[Texts]) -> dict[str, list]:

@@ -1,5 +1,6 @@
 """Folders in and out: what we write loads in transformers, what is broken is refused in one sentence."""
 
+import contextlib
 import gc
 import json
 import random
@@ -419,6 +420,20 @@ def test_a_damaged_state_says_what_to_delete(keep, tmp_path):
     whole = file.read_bytes()
     file.write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
     refused(lambda: load_state(file), file, "delete it")
+
+
+def test_a_bit_flipped_in_a_state_is_noticed(tmp_path, seed):
+    """Wherever it is; what is not noticed, such as another blank in the header, changes nothing."""
+    file, rng, tensors = tmp_path / "state.safetensors", random.Random(seed), {"a": torch.randn(40), "b": torch.tensor(3.0)}
+    for _ in range(60):
+        save_state(file, tensors, {"step": 3})
+        text, bit = bytearray(file.read_bytes()), rng.randrange(8 * file.stat().st_size)
+        text[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(text)
+        with contextlib.suppress(UserError):
+            found, notes = load_state(file)
+            assert notes == {"step": 3} and found.keys() == tensors.keys()
+            assert all(torch.equal(found[key], tensors[key]) for key in tensors)
 
 
 @pytest.mark.parametrize("metadata", [None, {"notes": "{"}, {"note": "{}"}])

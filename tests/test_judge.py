@@ -15,7 +15,7 @@ from runs import invoke, rows_of, spawn
 
 from minmacpo import judge, remote
 from minmacpo.data import Message, Sample
-from minmacpo.files import write_rows
+from minmacpo.files import open_alone, write_rows
 
 KEY = "sk-a-secret-that-nobody-may-see"
 
@@ -112,6 +112,14 @@ def sides(place):
 
 def result(place) -> dict:
     return json.loads((place / "out/result.json").read_text())
+
+
+def test_two_judges_do_not_ask_the_same_twice(place, sides, quick):
+    (place / "out").mkdir()
+    with open_alone(place / "out/verdicts.jsonl", "a", "busy"):
+        server = Server()
+        ended = invoke("eval", *sides, f"--url={server.url}", "--model=gpt")
+        assert ended.code == 2 and "another process" in ended.err and not server.asked
 
 
 def test_both_orders_are_asked_and_counted(place, sides, quick):

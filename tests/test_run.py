@@ -107,7 +107,7 @@ def test_config_and_environment_repeat_the_run(stub, tmp_path):
     words = [f"@{stub / 'config.toml'}", f"--run.root={tmp_path}"]
     assert parse(words).config.run.name == "stub"
     env = json.loads((stub / "env.json").read_text())
-    assert env.keys() >= {"torch", "python", "threads", "device", "dtype", "command", "commit", "processor"}
+    assert env.keys() >= {"torch", "python", "threads", "device", "dtype", "command", "commit", "processor", "numpy", "instructions"}
     assert env["threads"] == 1 and env["device"] == "cpu" and "stub.toml" in env["command"]
 
 
@@ -212,6 +212,51 @@ def test_a_deleted_table_and_report_are_made_again(mine, stub):
         (run / file).unlink()
     train(*words)
     assert differences(run, stub) == []
+
+
+def changed(file: Path) -> None:
+    """A number in the middle is another one."""
+    file.write_text(file.read_text().replace('"step": 2', '"step": 3'))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: os.truncate(file, 500), changed])
+def test_metrics_are_put_back_from_the_stages_in_the_order_of_the_plan(mine, stub, damage):
+    run, words = mine
+    damage(run / "metrics.jsonl")
+    train(*words)
+    assert differences(run, stub) == []
+
+
+def test_a_link_in_a_run_folder_is_refused_before_anything_is_written(mine):
+    """What is written through it would lie elsewhere."""
+    run, words = mine
+    outside = run.parent.parent / "outside"
+    outside.write_text("mine\n")
+    for name, target in itertools.product(("log.txt", "round1/student_pos/adapter_config.json"), (outside, "nowhere", "metrics.jsonl")):
+        good = (run / name).read_bytes()
+        (run / name).unlink()
+        (run / name).symlink_to(target)
+        before = sorted(run.rglob("*"))
+        ended = invoke("train", *words)
+        assert ended.code == 2 and f"{run / name}: is a link" in ended.err and sorted(run.rglob("*")) == before
+        (run / name).unlink()
+        (run / name).write_bytes(good)
+    assert outside.read_text() == "mine\n"
+
+
+def test_a_stage_has_no_file_of_another_folder(mine):
+    """Nor is one taken from a run that says so."""
+    run, words = mine
+    note = run / "round0/student_pos/stage.json"
+    notes = json.loads(note.read_text())
+    (run / "round0/other.txt").write_text("x")
+    notes["files"]["../other.txt"] = files.describe(run / "round0/other.txt")
+    notes["checksum"] = files.fingerprint({key: value for key, value in notes.items() if key != "checksum"})
+    files.write_json(note, notes)
+    ended = invoke("train", *words)
+    assert ended.code == 2 and "other.txt" in ended.err
+    train(*words, "--macpo.rounds=1")
+    assert not [*run.parent.glob("stub-rounds=1/**/other.txt")]
 
 
 # ---- one stage at a time --------------------------------------------------------------------
@@ -670,7 +715,9 @@ def test_a_torn_file_of_a_run_that_had_hardly_begun(tmp_path, leftover):
     assert (run / "data/slices/stage.json").is_file()
 
 
-@pytest.mark.parametrize("leftover", ["stage.json.tmp", "samples.jsonl.tmp", "block0.jsonl.tmp", "block1.jsonl.tmp", "stage.json"])
+@pytest.mark.parametrize("leftover", [
+    "stage.json.tmp", "samples.jsonl.tmp", "block0.jsonl.tmp", "block1.jsonl.tmp", "stage.json", f"block0-{'0' * 64}.jsonl",
+])  # fmt: skip
 def test_a_torn_file_inside_an_unfinished_stage(ours, stub, leftover):
     run, words = ours
     name = "round1/positives_student"

@@ -188,7 +188,7 @@ def test_a_link_out_of_a_run_is_refused(stub, place, what):
     target.symlink_to(out / "moved")
     before = sorted(out.rglob("*"))
     for ended in (invoke("train", write_stub(place / "p"), f"--run.root={place / 'runs'}"), invoke("eval", run)):
-        assert ended.code == 2 and "is a link that leads out of the run" in ended.err and ended.err.count("\n") == 1
+        assert ended.code == 2 and "is a link, which no run folder has" in ended.err and ended.err.count("\n") == 1
     assert sorted(out.rglob("*")) == before
 
 

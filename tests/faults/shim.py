@@ -1,0 +1,99 @@
+"""A disk on which a test makes things go wrong: every operation that changes it is counted, and at one of them comes a fault.
+
+It is put under a program in a child process, in place of Python's own functions. What only reads is not counted, nor is
+what changes nothing (a folder that exists already, a file that is gone already), nor /proc and /dev. Nothing is flushed.
+"""
+
+import builtins
+import errno
+import io
+import os
+import signal
+
+# ---- operations: the name, and whether it needs room on the disk
+CALLS = {"fsync": True, "replace": True, "rename": True, "mkdir": True, "link": True, "symlink": True, "sendfile": True,
+         "unlink": False, "remove": False, "rmdir": False, "truncate": False, "ftruncate": False}  # fmt: skip
+ROOM = {name for name, room in CALLS.items() if room} | {"open", "write"}
+
+
+class Disk:
+    """Counts operations in `done`. At number `at` (from 0) comes the `fault`: a signal before it; or "tear": half of what
+    is written gets there, then kill -9; or "full": half of it gets there, and from then on there is no room."""
+
+    def __init__(self, fault: str | signal.Signals = "", at: int = -1):
+        self.fault, self.at, self.done = fault, at, []
+
+    def before(self, name: str, *path) -> None:
+        """What happens before an operation of this name."""
+        number = len(self.done)
+        self.done.append(name)
+        if isinstance(self.fault, signal.Signals) and number == self.at:
+            os.kill(os.getpid(), self.fault)
+        if self.fault == "full" and name in ROOM and number + (name != "write") > self.at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *path)
+
+    def write(self, put, data) -> int:
+        """A write of `data` by `put`, which may get through in part."""
+        self.before("write")
+        if self.fault not in ("tear", "full") or len(self.done) - 1 != self.at:
+            return put(data)
+        written = put(memoryview(data)[: len(data) // 2])
+        if self.fault == "tear":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return written
+
+    def install(self) -> None:
+        """Stand between this process and its files, for good."""
+        for name in CALLS:
+            setattr(os, name, self.watched(name, getattr(os, name)))
+        builtins.open = io.open = self.opener(io.open)
+
+    def watched(self, name: str, real):
+        """The function `real` of os, counted."""
+
+        def call(*args, **options):
+            idle = gone(*args, **options) if name in ("unlink", "remove") else name == "mkdir" and os.path.lexists(args[0])
+            if not idle:
+                self.before(name, *args[: name in ("mkdir", "link", "replace", "rename")])
+            return None if name == "fsync" else real(*args, **options)
+
+        return call
+
+    def opener(self, real):
+        """`open`, counted where it is for writing, with a file that counts what is written."""
+
+        def opened(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, closefd=True, opener=None):
+            apart = isinstance(file, int) or str(file).startswith(("/proc/", "/dev/"))
+            if apart or not {*mode} & {*"wax+"}:
+                return real(file, mode, buffering, encoding, errors, newline, closefd, opener)
+            assert "+" not in mode and buffering == -1 and opener is None, "the shim knows no such file"
+            self.before("open", file)
+            buffer = io.BufferedWriter(File(self, file, mode.replace("b", "").replace("t", "")))
+            return buffer if "b" in mode else io.TextIOWrapper(buffer, encoding, errors, newline)
+
+        return opened
+
+
+class File(io.FileIO):
+    """An open file whose writes and cuts go over a Disk."""
+
+    def __init__(self, disk: Disk, path, mode: str):
+        self.disk = disk
+        super().__init__(path, mode)
+
+    def write(self, data) -> int:
+        return self.disk.write(super().write, data)
+
+    def truncate(self, size=None) -> int:
+        self.disk.before("truncate")
+        return super().truncate(size)
+
+
+def gone(path, *, dir_fd=None) -> bool:
+    """Whether there is nothing under this name."""
+    try:
+        os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+    except OSError:
+        return True
+    return False
+

@@ -1,0 +1,153 @@
+"""Kills and full disks under the other programs that write: answers, exports, verdicts, sheets, pages; and experiments."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from forks import check_sentence, ended, fork, spread, start, tree
+from runs import spawn, write_stub
+from shim import Disk
+from test_judge import Server
+
+pytestmark = pytest.mark.faults
+SMALL_EXPERIMENT = "--macpo.teachers=1 --macpo.rounds=1 --macpo.controls=false --eval.bootstrap=2".split()
+
+
+@pytest.fixture(scope="module")
+def cases(small, tmp_path_factory) -> dict[str, tuple[str, list[str]]]:
+    """{name: (program, its words, in which {} stands for the folder it writes to)}."""
+    words, run = small
+    place, agent = tmp_path_factory.mktemp("cases"), run / "round1/student_pos"
+    assert fork("train", [*words, "--run.seed=1", f"--run.root={place}"])[0].code == 0
+    (place / "prompts.txt").write_text("".join(f"where is {'it ' * (i % 3)}{i} ?\n" for i in range(10)))
+    sides = [str(run / f"eval/round{t}_student_samples") for t in (0, 1)]
+    return {
+        "answers": ("sample", [agent, f"--prompts={place / 'prompts.txt'}", "--out={}/out.jsonl", "--generate.batch=4", "--n=2"]),
+        "merged": ("sample", [agent, "--export={}/new/merged"]),
+        "judge": ("eval", ["judge", *sides, "--out={}/judged", f"--url={Server().url}", "--workers=1"]),
+        "sheet": ("eval", ["judge", *sides, "--out={}/judged", "--human"]),
+        "released": ("eval", ["export", run, "round1/pairs_student", "{}/pairs.json"]),
+        "page": ("eval", ["compare", run, place / "small", "--page={}/page.html"]),
+    }
+
+
+def outcome(place: Path) -> dict:
+    """What a program has left, but for the lines of verdicts that a kill tore, which were asked for again, and for the empty
+    place of an export that was killed when it was whole."""
+    found = tree(place)
+    if "new/merged" in found:
+        found = {path: text for path, text in found.items() if path not in ("new/.merged.partial", "new/.merged.partial/lock")}
+    if text := found.get("judged/verdicts.jsonl"):
+        found["judged/verdicts.jsonl"] = [line for line in text.splitlines() if line.endswith(b"}")]
+    return found
+
+
+@pytest.mark.parametrize("case", ["answers", "merged", "judge", "sheet", "released", "page"])
+def test_every_operation_of_the_other_programs(cases, tmp_path, case, capsys):
+    """kill -9 before each and within each write; no room at each; then the same words make the same files, and no others."""
+    name, words = cases[case]
+
+    def call(place: Path, *disk):
+        """The program on a folder, which is there."""
+        place.mkdir(exist_ok=True)
+        return fork(name, [str(word).replace("{}", str(place)) for word in words], Disk(*disk))
+
+    whole, done = call(tmp_path / "good")
+    assert whole.code == 0, whole.err
+    good = outcome(tmp_path / "good")
+    points = [(fault, i) for i, what in enumerate(done) for fault in (signal.SIGKILL, "tear", "full")
+              if fault == signal.SIGKILL or what == "write" or (fault == "full" and what in ("open", "mkdir"))]  # fmt: skip
+
+    def check(point: tuple) -> None:
+        place = tmp_path / "-".join(map(str, point))
+        first, _ = call(place, *point)
+        if point[0] == "full":
+            check_sentence(first, f"error: {place}", "No space left")
+        else:
+            assert first.code == -signal.SIGKILL
+        kept = outcome(place)
+        again, _ = call(place)
+        assert again.code == 0 or (again.code == 2 and kept == good), again.err  # it is there already
+        assert outcome(place) == good
+
+    failed = spread(check, points)
+    with capsys.disabled():
+        print(f"\n{case}: {len(done)} operations, {len(points)} faults")
+    assert not failed, f"{len(failed)} of {len(points)}: " + "\n".join(failed[:3])
+
+
+def test_kills_at_random_moments_of_the_other_programs(cases, tmp_path, seed):
+    """Twice each, the second time in what the first kill left."""
+
+    def check(point: tuple[str, int]) -> None:
+        case, number = point
+        (name, words), place, rng = cases[case], tmp_path / f"{case}{number}", random.Random(f"{seed}/{point}")
+        place.mkdir()
+        asked = [str(word).replace("{}", str(place)) for word in words]
+        for _ in range(2):
+            pid = start(name, asked, tmp_path / f"said-{case}{number}")
+            time.sleep(rng.random() * 0.3)
+            os.kill(pid, signal.SIGKILL)
+            ended(pid)
+        kept, (again, _) = outcome(place), fork(name, asked)
+        (tmp_path / "whole" / case).mkdir(parents=True, exist_ok=True)
+        fork(name, [str(word).replace("{}", str(tmp_path / "whole" / case)) for word in words])
+        good = outcome(tmp_path / "whole" / case)
+        assert outcome(place) == good and (again.code == 0 or (again.code == 2 and kept == good)), again.err
+
+    failed = spread(check, [(case, number) for number in range(4) for case in sorted(cases)])
+    assert not failed, f"{len(failed)}: " + "\n".join(failed[:3])
+
+
+@pytest.mark.parametrize("case", ["answers", "merged", "judge"])
+def test_two_processes_on_one_target(cases, tmp_path, case):
+    """One writes; the other one says so, or that all is there; together they leave what one would have left."""
+    name, words = cases[case]
+    asked = {place: [str(word).replace("{}", str(tmp_path / place)) for word in words] for place in ("good", "both")}
+    for place in asked:
+        (tmp_path / place).mkdir()
+    assert fork(name, asked["good"])[0].code == 0
+    for _ in range(5):
+        codes = [ended(pid) for pid in [start(name, asked["both"], tmp_path / f"said{i}") for i in range(2)]]
+        assert codes.count(0) >= 1
+        for i in (i for i, code in enumerate(codes) if code):
+            err = (tmp_path / f"said{i}.err").read_text()
+            assert ("another process" in err or "exists already" in err or "not empty" in err) and err.count("\n") == 1, err
+        assert outcome(tmp_path / "both") == outcome(tmp_path / "good")
+        shutil.rmtree(tmp_path / "both")
+        (tmp_path / "both").mkdir()
+
+
+def test_kills_of_an_experiment(tmp_path, seed):
+    """Real processes. A run that outlives its experiment goes on; until it has ended, the same words say that it is there."""
+    rng, words = random.Random(seed), ["@experiment-self", "--seeds=0", write_stub(tmp_path), *SMALL_EXPERIMENT]
+    place = tmp_path / "runs"
+    words.append(f"--run.root={place}")
+    for _ in range(4):
+        process = spawn("train", *words)
+        time.sleep(2 + rng.random() * 8)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    while True:
+        process = spawn("train", *words)
+        _, err = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == 2 and "another process works on this run" in err and err.count("\n") == 1, err
+        time.sleep(0.2)
+    killed = json.loads((place / "experiment-self/results.json").read_text())
+    assert not [*place.rglob("*.tmp"), *place.rglob(".partial")]
+    shutil.rmtree(place)
+    assert spawn("train", *words).wait() == 0
+    whole = json.loads((place / "experiment-self/results.json").read_text())
+    for found in (killed, whole):
+        for row in found["variants"]:
+            for key in ("cpu_seconds", "spent"):
+                del row[key]
+    assert killed == whole
