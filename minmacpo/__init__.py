@@ -16,3 +16,8 @@ __version__ = "0.1.0"
 
 class UserError(Exception):
     """Something the user can mend; the programs print it as one sentence and exit with code 2."""
+
+    def __str__(self) -> str:
+        """The sentence, of which the middle is left out where what it names is endless."""
+        text = super().__str__()
+        return text if len(text) <= 1000 else f"{text[:700]} … {text[-290:]}"

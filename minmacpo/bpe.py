@@ -21,6 +21,8 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 CATEGORIES = "Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po Sm Sc Sk So Zs Zl Zp Cc Cf Cs Co Cn".split()
 OWN, STAND_INS = 0x180, 0xE000
 BRACKETS_OR_CLASS = re.compile(r"\[(?:\\.|[^]\\])*\]|\\p\{\w+\}|\\[sS]")
+ENDLESS = re.compile(r"\)[*+{]")  # a repeated group: matching may take for ever
+MOST_IDS = 1 << 31
 UNKNOWN = re.compile(r"\\[dDwWbBhHXRP]|&&|\[\[")  # not done here, or something else in Python
 
 
@@ -53,7 +55,7 @@ def compile_pattern(pattern: str) -> re.Pattern:
         return f"[{'^' * (found[0][1] == 'S')}{members(found[0])}]"
 
     whole = BRACKETS_OR_CLASS.sub(translated, pattern)
-    if UNKNOWN.search(pattern) or r"\S" in whole:
+    if UNKNOWN.search(pattern) or r"\S" in whole or ENDLESS.search(BRACKETS_OR_CLASS.sub("", pattern)):
         raise ValueError(f"pattern {pattern}")
     compiled = re.compile(f"({whole})")
     if compiled.groups > 1:
@@ -81,6 +83,12 @@ def byte_letters() -> str:
     return "".join(chr(b if b in shown else 256 + sum(c not in shown for c in range(b))) for b in range(256))
 
 
+def check_ids(tokens: dict[str, int]) -> None:
+    """ValueError where tokens are no texts, or their ids no whole numbers that a vocabulary could have."""
+    if odd := [name for name, i in tokens.items() if type(name) is not str or type(i) is not int or not 0 <= i < MOST_IDS]:
+        raise ValueError(f"token {odd[0]!r:.60} with id {tokens[odd[0]]!r:.60}")
+
+
 class BytePairs:
     """`file` is the content of a tokenizer.json; `added` its added tokens {name: id}, which no text becomes.
     Raises UserError if it is none, or asks for something that is not done here."""
@@ -106,6 +114,8 @@ class BytePairs:
             raise ValueError(odd or blank or f"{steps} {normalizer}")
         self.form, self.cuts, vocab = normalizer.get("type"), read_cuts(cutter), model["vocab"]
         self.added = {token["content"]: token["id"] for token in file["added_tokens"]}
+        check_ids(vocab)
+        check_ids(self.added)
         self.visible = {t["id"]: t["content"].encode() for t in file["added_tokens"] if not t["special"]}
         self.ids = {name: i for name, i in vocab.items() if name not in self.added}
         self.names = {i: name for name, i in self.ids.items()}

@@ -3,12 +3,14 @@
 What is read here are lines and arrays, a row at a time; what a row says is for forms.py. No torch here.
 """
 
+import functools
 import gzip
 import io
 import json
 import os
 import random
 import re
+import typing
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -79,14 +81,38 @@ class Sample:
 
 
 def from_json(kind: type, line: str):
-    """The record of class `kind` in one line of JSON; a dict stays as it is."""
+    """The record of class `kind` in one line of JSON; a dict stays as it is. ValueError, TypeError or KeyError where it
+    is none, or holds half a surrogate pair, which no file made here does."""
     values = json.loads(line)
+    if "\\u" in line:
+        json.dumps(values, ensure_ascii=False).encode()
     if kind is dict:
         return values
-    values["prompt"] = tuple(Message(**message) for message in values["prompt"])
+    values["prompt"] = tuple(checked(Message(**message)) for message in values["prompt"])
     if "tokens" in values:
         values["tokens"] = tuple(values["tokens"])
-    return kind(**values)
+    return checked(kind(**values))
+
+
+@functools.cache
+def types_of(kind: type) -> list[tuple[str, set[type], set[type]]]:
+    """(field, types of its value, types of what a tuple holds) of a class of records."""
+    wider = {float: {float, int}, tuple: {tuple}}
+    found = []
+    for name, said in typing.get_type_hints(kind).items():
+        whole, inner = typing.get_origin(said) or said, {each for each in typing.get_args(said) if each is not ...}
+        held = inner if whole is tuple else set()
+        found.append((name, set().union(*(wider.get(each, {each}) for each in ({whole} if held or not inner else inner))), held))
+    return found
+
+
+def checked(record):
+    """The record; TypeError where a field holds something else than its annotation says."""
+    for name, kinds, held in types_of(type(record)):
+        value = getattr(record, name)
+        if type(value) not in kinds or (held and not {*map(type, value)} <= held):
+            raise TypeError(name)
+    return record
 
 
 def example_id(prompt: tuple[Message, ...], occurrence: int = 0) -> str:

@@ -19,7 +19,7 @@ from minmacpo.commandline import overlay, read_toml
 from minmacpo.config import Config
 from minmacpo.data import Pair, Sample
 from minmacpo.diversity import distinct2, refuses, self_bleu
-from minmacpo.files import check_links, read_json, read_rows, write_json
+from minmacpo.files import check_links, fingerprint, read_json, read_rows, write_json
 from minmacpo.forms import released
 from minmacpo.macpo import Trained
 from minmacpo.monitor import alarms, signs
@@ -79,7 +79,7 @@ def read_run(path: str | Path) -> Past:
     check_links(folder)
     for file in folder.glob("[!.]*/*/stage.json"):  # not those in run.PARTIAL
         found = notes[file.parent.relative_to(folder).as_posix()] = read_json(file)
-        if not found.keys() >= NOTES:
+        if found.pop("checksum", None) != fingerprint(found) or not found.keys() >= NOTES:
             raise UserError(f"{file}: is damaged, or no stage's; delete {file.parent} and start again")
     return Past(folder, overlay(Config(), read_toml(settings), str(settings)), notes)
 
@@ -297,6 +297,8 @@ def monitor_rows(run: Past) -> list[dict]:
         history = []
         for t in range(run.config.macpo.rounds + 1):
             if f"eval/round{t}_{agent}_samples" in run.notes:
+                for name in told_by(run, agent, t):
+                    run.stage(name)  # what `signs` reads is undamaged
                 history.append(signs_of(run.folder, agent, t, fingerprint_of(run, agent, t)))
                 rows.append({"agent": agent, "round": t, "alarms": alarms(history)} | history[-1])
     return rows
@@ -304,9 +306,14 @@ def monitor_rows(run: Past) -> list[dict]:
 
 def fingerprint_of(run: Past, agent: str, t: int) -> str:
     """What stands for the stages that the signs of an agent are read from, those of the round before included."""
+    return repr([(name, run.notes[name]["fingerprint"]) for name in told_by(run, agent, t)])
+
+
+def told_by(run: Past, agent: str, t: int) -> list[str]:
+    """The finished stages that the signs of an agent are read from."""
     names = [f"eval/round{t}_{agent}_samples", f"eval/round{t - 1}_{agent}_samples", f"round{t}/pairs_{agent}",
              f"eval/round{t}_{agent}_under_base", f"round{t}/{agent}_pos"]  # fmt: skip
-    return repr([run.notes[name]["fingerprint"] if name in run.notes else None for name in names])
+    return [name for name in names if name in run.notes]
 
 
 @functools.cache

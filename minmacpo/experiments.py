@@ -159,7 +159,11 @@ def folder(config: Config) -> Path:
 def whole(run: Path) -> bool:
     """Whether a run is finished, and all stages that its table tells of are there still."""
     told = (run / FINISHED).is_file() and read_json(run / FINISHED).get("cost")
-    return bool(told) and {row["name"] for row in told} <= read_run(run).notes.keys()
+    try:
+        names = {row["name"] for row in told or ()}
+    except (TypeError, KeyError):
+        raise UserError(f"{run / FINISHED}: is damaged; delete it, and it is made anew") from None
+    return bool(told) and names <= read_run(run).notes.keys()
 
 
 def compute(plan: Sequence[tuple[int, Case, list[str]]], configs: Sequence[Config], program: str) -> None:

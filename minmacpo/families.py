@@ -4,7 +4,6 @@ A field is understood, or known to change nothing, or refused by its name. An ab
 it for. No torch here: model.py makes the tensors.
 """
 
-import math
 from dataclasses import dataclass
 
 from minmacpo import UserError
@@ -90,6 +89,7 @@ HARMLESS = set("""
     begin_suppress_tokens remove_invalid_values exponential_decay_length_penalty
 """.split())
 NUMBER = (int, float)
+MOST, MOST_WIDE, MOST_LAYERS = 1e15, 1 << 24, 1 << 10  # beyond any model; what is larger would overflow, or never end
 SCALING = {"original_max_position_embeddings": (int,), "truncate": (bool,)} | dict.fromkeys(
     ("factor", "low_freq_factor", "high_freq_factor", "attention_factor", "mscale", "mscale_all_dim", "beta_fast",
      "beta_slow"), NUMBER)  # fmt: skip
@@ -115,18 +115,22 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     values["rope_theta"], rope = parse_rope(raw, where)
     try:
         heads, hidden, given = values["num_attention_heads"], values["hidden_size"], values.get("head_dim")
+        if not 0 < values["num_hidden_layers"] <= MOST_LAYERS:  # before anything is made of each
+            raise TypeError
         derived = {"num_key_value_heads": heads, "head_dim": hidden // heads}
         values |= {name: value for name, value in derived.items() if values.get(name) is None}
         variant = parse_variant(values, family, rope, where)
         config = ModelConfig(**{name: values[name] for name in SIZES if name in values}, variant=variant)
         sizes = [values[name] for name, kind in ModelConfig.__annotations__.items() if kind is int]
-        fit = heads % config.num_key_value_heads == 0 and config.head_dim % 2 == 0
-        sound = 0 < config.rms_norm_eps < 1 < config.rope_theta < math.inf and type(config.tie_word_embeddings) is bool
-        whole = all(type(size) is int and size > 0 for size in sizes) and (given or hidden % heads == 0)
-        if not fit or not sound or not whole:
+        if not all(type(size) is int and 0 < size <= MOST for size in sizes):
+            raise TypeError
+        widest = max(config.vocab_size, hidden, config.intermediate_size, heads * config.head_dim)
+        fit = (given or hidden % heads == 0) and widest <= MOST_WIDE and heads % config.num_key_value_heads == 0 and config.head_dim % 2 == 0
+        sound = 0 < config.rms_norm_eps < 1 < config.rope_theta < MOST and type(config.tie_word_embeddings) is bool
+        if not fit or not sound:
             raise TypeError
     except (KeyError, TypeError, ZeroDivisionError):
-        raise UserError(f"{where}: sizes are missing, no whole numbers, or do not fit each other") from None
+        raise UserError(f"{where}: sizes are missing, no whole numbers, too large, or do not fit each other") from None
     return config
 
 
@@ -160,7 +164,7 @@ def parse_rope(raw: dict, where: str) -> tuple[float, Rope]:
         raise UserError(f"{where}: {place} of type {kinds[0]} lacks {lacking[0]}")
     for name, value in given.items():
         may_be_zero = name in ("truncate", "mscale", "mscale_all_dim")
-        if type(value) not in SCALING[name] or not 0 <= value < math.inf or not (value or may_be_zero):
+        if type(value) not in SCALING[name] or not 0 <= value < MOST or not (value or may_be_zero):
             raise UserError(f"{where}: {place}: {name} = {value!r:.60} is not supported")
     rope = Rope(kinds[0], **given)
     if rope.low_freq_factor >= rope.high_freq_factor or rope.beta_slow > rope.beta_fast:

@@ -125,7 +125,7 @@ def read_rows(path: Path, kind: type = dict) -> list:
                 rows.append(from_json(kind, line))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         what = "JSON" if kind is dict else kind.__name__
         raise UserError(f"{path}, line {len(rows) + 1}: is no {what}; the file is damaged") from None
     return rows

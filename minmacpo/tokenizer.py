@@ -12,7 +12,7 @@ from pathlib import Path
 import sentencepiece
 
 from minmacpo import UserError
-from minmacpo.bpe import BytePairs
+from minmacpo.bpe import BytePairs, check_ids
 from minmacpo.files import read_json
 
 TURN_MARKS = {"user": "<user>", "assistant": "<bot>"}
@@ -100,11 +100,15 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         added |= {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
         ends = {key: (named | config).get(f"{key}_token") for key in ("bos", "eos")}
         ends = {key: end["content"] if isinstance(end, dict) else end for key, end in ends.items()}
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{folder}: {FILES[2]} or {FILES[3]} is damaged") from None
-    if file.suffix == ".json" and not ends["eos"]:
-        ends = {key: model.get(f"{key}_token_id") for key in ends}
-        ends = {key: end[0] if isinstance(end, list) else end for key, end in ends.items()}
+        if file.suffix == ".json" and not ends["eos"]:
+            ends = {key: model.get(f"{key}_token_id") for key in ends}
+            ends = {key: end[0] if isinstance(end, list) else end for key, end in ends.items()}
+        check_ids(added)
+        if not all(end is None or type(end) in (str, int) for end in ends.values()):
+            raise TypeError
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError):
+        said = "tokens are text, and their ids whole numbers"
+        raise UserError(f"{folder}: {', '.join(FILES[2:])} or an id in config.json is damaged; {said}") from None
     return Tokenizer(file.read_bytes(), str(file), added, {k: v for k, v in ends.items() if v is not None})
 
 

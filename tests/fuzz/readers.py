@@ -236,9 +236,9 @@ TOKENIZERS = [
 
 
 def make_toml(folder: Path) -> None:
-    """All packaged presets, and an experiment."""
-    for file in commandline.PRESETS.glob("*.toml"):
-        shutil.copy(file, folder / file.name)
+    """Two presets, all settings, and an experiment."""
+    for name in ("tiny.toml", "world.toml"):
+        shutil.copy(commandline.PRESETS / name, folder / name)
     (folder / "whole.toml").write_text(commandline.to_toml(commandline.Config()))
     (folder / "experiments").mkdir()
     (folder / "experiments/x.toml").write_text(

@@ -116,6 +116,8 @@ def fuzz(reader: Reader, made: Path, home: Path, seed: int, count: int, workers:
                 try:
                     child(reader, made, folder, seed, numbers, ended, home / f"found{numbers.start % workers}.jsonl")
                     code = 0
+                except BaseException:
+                    (folder / "defect").write_text(traceback.format_exc())
                 finally:
                     os._exit(code)
             jobs[pid] = (numbers, ended, folder)
@@ -125,7 +127,7 @@ def fuzz(reader: Reader, made: Path, home: Path, seed: int, count: int, workers:
         told = [told[0] + ended[1], told[1] + ended[2]]
         if status:
             name = (folder / "changed").read_text()
-            findings.append([ended[0], name, (folder / name).read_bytes().hex(), f"the process ended with {os.waitstatus_to_exitcode(status)}"])
+            findings.append([ended[0], name, (folder / name).read_bytes().hex(), f"the process ended with {os.waitstatus_to_exitcode(status)}" + ((folder / "defect").read_text() if status == 256 else "")])
             left = [range(ended[0] + workers, count, workers)]
         shutil.rmtree(folder)
     for file in home.glob("found*.jsonl"):
