@@ -337,5 +337,5 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
         if sum_of(tensors, metadata["notes"]) != metadata["sum"]:
             raise ValueError("damaged")
         return tensors, json.loads(metadata["notes"])
-    except (UserError, KeyError, ValueError):
+    except (UserError, KeyError, ValueError, RecursionError):
         raise UserError(f"{path}: is no whole training state; delete it, and the stage trains anew") from None

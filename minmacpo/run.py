@@ -274,7 +274,7 @@ class Run:
         """{fingerprint: folder} of the finished stages of all runs of the root, this one's included."""
         found = {}
         for file in sorted(self.root.glob("*/[!.]*/*/stage.json")):  # not those in PARTIAL
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # its own run will say so
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # its own run will say so
                 found[json.loads(file.read_bytes())["fingerprint"]] = file.parent
         return found
 
@@ -288,7 +288,7 @@ def read_metrics(run: Path, names: Iterable[str]) -> list[dict]:
     file has them, those, without times; an unfinished stage writes its own anew."""
     file, found, rows = run / "metrics.jsonl", {}, []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # torn by a kill
             row = json.loads(line)
             found.setdefault(row["stage"], []).append(row)
     for name in names:

@@ -216,7 +216,7 @@ def template_hint(folder: Path, name: str) -> str | None:
         config = json.loads((folder / "tokenizer_config.json").read_text("utf-8")) if (folder / "tokenizer_config.json").is_file() else {}
         file, named = folder / "chat_template.jinja", config.get("chat_template") or ""
         text = file.read_text("utf-8") if file.is_file() else named if isinstance(named, str) else json.dumps(named)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None  # load_tokenizer says what is wrong with it
     kind = next((kind for mark, kind in CHAT_MARKS if mark in text), None)
     if kind in (None, name):

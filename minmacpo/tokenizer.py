@@ -43,14 +43,9 @@ class Tokenizer:
         else:
             try:
                 self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-            except RuntimeError:
+                special = self.read_pieces()
+            except (RuntimeError, UnicodeDecodeError, IndexError):  # it may load, and then know no letter
                 raise UserError(f"{where}: is no sentencepiece model") from None
-            self.bos, self.eos, self.known = self.pieces.bos_id(), self.pieces.eos_id(), len(self.pieces)
-            special = {self.pieces.id_to_piece(i): i for i in range(self.known) if self.pieces.is_control(i)}
-            # Llama's models put a space before every text; a line break, which never merges with what
-            # follows, keeps that space away from segments that do not start a text.
-            adds_space = self.pieces.id_to_piece(self.pieces.encode("a")[0]).startswith("▁")
-            self.guard = self.pieces.encode("\n") if adds_space else []
         self.special = special | dict(added or {})
         self.names = {i: name for name, i in self.special.items()}
         self.size = max([self.known, *(i + 1 for i in self.names)])
@@ -62,6 +57,15 @@ class Tokenizer:
             raise UserError(f"{where}: has no end token; tokenizer_config.json beside it should name an eos_token")
         marks = {role: self.special.get(mark) for role, mark in TURN_MARKS.items()}
         self.marks = {} if None in marks.values() else marks  # {}: not made here
+
+    def read_pieces(self) -> dict[str, int]:
+        """Take over what the sentencepiece model says of itself; returns its control pieces."""
+        self.bos, self.eos, self.known = self.pieces.bos_id(), self.pieces.eos_id(), len(self.pieces)
+        # Llama's models put a space before every text; a line break, which never merges with what
+        # follows, keeps that space away from segments that do not start a text.
+        adds_space = self.pieces.id_to_piece(self.pieces.encode("a")[0]).startswith("▁")
+        self.guard = self.pieces.encode("\n") if adds_space else []
+        return {self.pieces.id_to_piece(i): i for i in range(self.known) if self.pieces.is_control(i)}
 
     def encode(self, text: str, start: bool = False) -> list[int]:
         """ids of `text`, without special tokens; `start`: it begins a document. UserError for broken text."""

@@ -13,7 +13,7 @@ from random import Random
 import mutations as m
 import torch
 
-from minmacpo import answers, bases, commandline, evaluate, experiments, forms, judge, report, reward, templates, tokenizer
+from minmacpo import answers, commandline, evaluate, experiments, forms, judge, report, reward, templates, tokenizer
 from minmacpo.bpe import byte_letters
 from minmacpo.checkpoint import load_adapter, load_model, load_state, read_adapter_config, save_adapter, save_state, save_weights, stop_ids
 from minmacpo.config import Lora
@@ -110,6 +110,7 @@ def make_model(kind: str, folder: Path) -> None:
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": [2, 5]})
     config = parse_config(raw, kind)
     save_weights(folder, config, new_model(config, 0).state_dict())
+    read_model(folder, Random(0))  # torch imports a part of itself when it is first used: not in every child
 
 
 def make_sharded(folder: Path) -> None:
@@ -148,7 +149,8 @@ def make_adapter(folder: Path) -> None:
     model = load_model(folder)
     attach_lora(model, lora)
     reset_adapter(model, 0)
-    save_adapter(folder / "adapter", read_adapter(model), lora, "..") if (folder / "adapter").mkdir() is None else None
+    (folder / "adapter").mkdir()
+    save_adapter(folder / "adapter", read_adapter(model), lora, "..")
     (folder / "state").mkdir()
     save_state(folder / "state/state.safetensors", {"0.param": torch.ones(3), "0.step": torch.ones(())}, {"step": 1, "rows": [{"loss": 1.0}], "pending": []})
 
@@ -294,9 +296,10 @@ def read_written(folder: Path, rng: Random) -> None:
     pairs = [(sample, sample) for sample in SAMPLES]
     match name:
         case "samples.jsonl":
-            words = Namespace(**vars(WORDS) | {"out": folder, "a": folder / name, "b": folder / "b.jsonl", "most": 10})
+            shutil.rmtree(folder / "out", ignore_errors=True)
+            words = Namespace(**vars(WORDS) | {"out": folder / "out", "a": folder / name, "b": folder / "b.jsonl", "most": 10})
             judged = judge.pairs_of(words)
-            judge.write_sheet(folder / "out.csv", judged)
+            judge.write_sheet(folder / "sheet", judged)
             judge.judge_all(words, judged, lambda question: "[[A]]")
         case "pairs.jsonl":
             as_rows = [forms.released(pair) for pair in read_rows(folder / name, Pair)]
@@ -332,7 +335,7 @@ def read_run_folder(folder: Path, rng: Random) -> None:
     for kept in (report.curve, report.prompts, report.shown, report.cut):
         kept.cache_clear()
     run = folder / "run"
-    read_metrics(run)
+    read_metrics(run, evaluate.read_run(run).notes)
     judge.read_answers(run)
     experiments.whole(run)
     report.write_report(run)
@@ -340,5 +343,8 @@ def read_run_folder(folder: Path, rng: Random) -> None:
 
 RUN = {"run/config.toml": TEXT, "run/env.json": JSON, "run/metrics.jsonl": LINES, "run/eval/table.json": JSON, "run/*/*/stage.json": JSON,
        "run/*/*/samples.jsonl": LINES, "run/*/*/pairs.jsonl": LINES, "run/*/*/scores.jsonl": LINES, "run/*/*/metrics.jsonl": LINES}  # fmt: skip
-READERS = [*ROWS, *MODELS, *TOKENIZERS, *TOML, *WRITTEN]
-assert bases  # noqa: S101
+
+
+def readers(run: Path) -> list[Reader]:
+    """All of them; `run` is a finished run."""
+    return [*ROWS, *MODELS, *TOKENIZERS, *TOML, *WRITTEN, Reader("run", 1, partial(copied, run), RUN, read_run_folder)]
