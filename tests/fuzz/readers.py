@@ -13,9 +13,29 @@ from random import Random
 import mutations as m
 import torch
 
-from minmacpo import answers, commandline, evaluate, experiments, forms, judge, report, reward, templates, tokenizer
+from minmacpo import (
+    answers,
+    commandline,
+    evaluate,
+    experiments,
+    forms,
+    judge,
+    report,
+    reward,
+    templates,
+    tokenizer,
+)
 from minmacpo.bpe import byte_letters
-from minmacpo.checkpoint import load_adapter, load_model, load_state, read_adapter_config, save_adapter, save_state, save_weights, stop_ids
+from minmacpo.checkpoint import (
+    load_adapter,
+    load_model,
+    load_state,
+    read_adapter_config,
+    save_adapter,
+    save_state,
+    save_weights,
+    stop_ids,
+)
 from minmacpo.config import Lora
 from minmacpo.data import Example, Message, Pair, Sample
 from minmacpo.families import parse_config
