@@ -146,7 +146,7 @@ def read_kept(file: Path) -> Iterator[dict]:
     for line in file.read_bytes().split(b"\n") if file.is_file() else ():
         try:
             row = json.loads(line)
-            texts = [row[key] for key in KEYS]
+            texts = [row[key] for key in (*KEYS, "reply")]
             if all(isinstance(text, str) for text in texts) and row["verdict"] in MARKS.values():
                 yield row
         except (ValueError, KeyError, TypeError, RecursionError):

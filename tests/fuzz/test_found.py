@@ -1,0 +1,83 @@
+"""What fuzzing has found, and what its limits are for: each input is refused in one sentence, in a child with limits."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from readers import readers
+from test_fuzz import check
+
+from minmacpo import UserError
+
+
+def put(value: object, *path) -> Callable[[bytes], bytes]:
+    """A change of JSON: another value at this place."""
+
+    def changed(good: bytes) -> bytes:
+        whole = home = json.loads(good)
+        for key in path[:-1]:
+            home = home[key]
+        home[path[-1]] = value
+        return json.dumps(whole).encode()
+
+    return changed
+
+
+def line(value: object, *path) -> Callable[[bytes], bytes]:
+    """A change of the first line."""
+    return lambda good: put(value, *path)(good.partition(b"\n")[0]) + b"\n" + good.partition(b"\n")[2]
+
+
+DEEP = b'{"a":' * 3000
+SPLIT = ("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex")
+UNDER = "run/eval/round0_teacher2_under_base/scores.jsonl"
+TARGETS = ("adapter", "adapter/adapter_config.json")
+FOUND = {
+    "layers without end": ("llama", "config.json", put(10**9, "num_hidden_layers")),
+    "layers without end, by windows": ("mistral", "config.json", put(10**12, "num_hidden_layers")),
+    "a table that no memory holds": ("llama", "config.json", put(10**18, "vocab_size")),
+    "heads that are text": ("llama", "config.json", put("%s", "head_dim")),
+    "a base that no float holds": ("llama", "config.json", put(10**400, "rope_theta")),
+    "a context that no tensor holds": ("llama 3", "config.json", put(2**63, "rope_scaling", "original_max_position_embeddings")),
+    "alternatives, repeated": (*TARGETS, put(["q_proj", "(.|..)*x"], "target_modules")),
+    "repeats in brackets, repeated": (*TARGETS, put(["(([a-z])+.)+x"], "target_modules")),
+    "many options": (*TARGETS, put([".?" * 40 + "." * 30 + "x"], "target_modules")),
+    "an endless name": (*TARGETS, put(["a" * 5000], "target_modules")),
+    "an endless kind": ("llama 3", "config.json", put("a" * 5000, "model_type")),
+    "notes of a state": ("state", "state/state.safetensors", lambda good: good.replace(b'"notes":', b'"n0tes":')),
+    "an id that is a list": ("sentencepiece", "added_tokens.json", put([], "<more>")),
+    "an id that is text": ("sentencepiece", "added_tokens.json", put("5", "<more>")),
+    "an end that is a list": ("sentencepiece", "tokenizer_config.json", put([], "eos_token")),
+    "an end without name": ("sentencepiece", "tokenizer_config.json", put({"content": {}}, "bos_token")),
+    "half a character": ("sentencepiece", "tokenizer.model", lambda good: good.replace(b"<0x16>", b"<0\xb216", 1)),
+    "a half id": ("byte pairs", "tokenizer.json", put(7.5, "model", "vocab", "a")),
+    "an added token that is a number": ("byte pairs", "tokenizer.json", put(5, "added_tokens", 0, "content")),
+    "a repeated group": ("byte pairs", "tokenizer.json", put(r"(?:\p{L}|\p{L}\p{L})+x", *SPLIT)),
+    "an answer that is a number": ("written", "samples.jsonl", line(5, "response")),
+    "tokens that are text": ("written", "samples.jsonl", line(["a"], "tokens")),
+    "half a surrogate pair": ("written", "samples.jsonl", line("\ud800", "response")),
+    "nothing but brackets": ("written", "pairs.jsonl", lambda good: DEEP),
+    "a message of numbers": ("written", "texts.jsonl", line(3, "prompt", 0, "content")),
+    "a table of no stages": ("run", "run/eval/table.json", put([1], "cost")),
+    "counts that are no numbers": ("run", "run/round1/pairs_student/stage.json", put([], "counts", "pairs")),
+    "scores too many": ("run", UNDER, lambda good: good + good),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FOUND)
+def test_is_refused(stub, tmp_path, what):
+    name, file, changed = FOUND[what]
+    reader = next(reader for reader in readers(stub) if reader.name == name)
+    assert check(replace(reader, files={file: (lambda good, rng: changed(good),)}), tmp_path / "home", 0, 1) == (1, 0)
+
+
+def test_torn_metrics_and_replies_that_are_no_text_are_passed_over(stub, tmp_path):
+    """They are no errors: what a kill has torn belongs to no finished stage, a verdict without its reply is asked again."""
+    for name, file, changed in (("run", "run/metrics.jsonl", lambda good: good + DEEP), ("written", "verdicts.jsonl", line(5, "reply"))):
+        reader = next(reader for reader in readers(stub) if reader.name == name)
+        assert check(replace(reader, files={file: (lambda good, rng, changed=changed: changed(good),)}), tmp_path / name, 0, 1) == (0, 1)
+
+
+def test_a_sentence_has_an_end():
+    assert str(UserError("a" * 10**6)) == "a" * 700 + " … " + "a" * 290 and str(UserError("short")) == "short"
