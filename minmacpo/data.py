@@ -97,12 +97,11 @@ def from_json(kind: type, line: str):
 @functools.cache
 def types_of(kind: type) -> list[tuple[str, set[type], set[type]]]:
     """(field, types of its value, types of what a tuple holds) of a class of records."""
-    wider = {float: {float, int}, tuple: {tuple}}
     found = []
     for name, said in typing.get_type_hints(kind).items():
-        whole, inner = typing.get_origin(said) or said, {each for each in typing.get_args(said) if each is not ...}
-        held = inner if whole is tuple else set()
-        found.append((name, set().union(*(wider.get(each, {each}) for each in ({whole} if held or not inner else inner))), held))
+        inner, many = {*typing.get_args(said)} - {...}, typing.get_origin(said) is tuple
+        kinds = {tuple} if many else inner or {said}
+        found.append((name, kinds | ({int} if float in kinds else set()), inner if many else set()))
     return found
 
 
