@@ -278,9 +278,9 @@ def read_toml_of(folder: Path, rng: Random) -> None:
         return
     config = commandline.parse(["@tiny", f"@{folder / name}"]).config
     commandline.to_toml(config).encode()
-    (folder / "config.toml").unlink(missing_ok=True)
-    (folder / "config.toml").symlink_to(folder / name)
-    check_folder(folder, config)
+    (folder / "run").mkdir(exist_ok=True)
+    shutil.copy(folder / name, folder / "run/config.toml")
+    check_folder(folder / "run", config)
 
 
 TOML = [Reader("toml", 8, make_toml, {"[!x]*.toml": TEXT}, read_toml_of),
