@@ -56,8 +56,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.asked.append((self.path, body))
             self.server.keys.append(self.headers.get("Authorization"))
             fault = self.server.faults.pop(0) if self.server.faults else None
-        if fault == "hang":
-            time.sleep(1.5)
+        if fault in ("hang", "hang for long"):
+            time.sleep(1.5 if fault == "hang" else 40)
             return
         if isinstance(fault, int | tuple):
             self.send_response(*([fault] if isinstance(fault, int) else fault))
@@ -174,7 +174,7 @@ def test_a_url_that_never_answers_ends_with_one_sentence_and_keeps_what_it_has(p
 
 
 def test_ctrl_c_does_not_wait_for_a_server_that_hangs(place, sides):
-    server = Server(["hang"] * 50)
+    server = Server(["hang for long"] * 50)
     words = [*sides, f"--url={server.url}", "--timeout=60"]  # a shell's background jobs ignore SIGINT
     with spawn("eval", *words, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as process:
         while not server.asked:
@@ -183,7 +183,7 @@ def test_ctrl_c_does_not_wait_for_a_server_that_hangs(place, sides):
         process.send_signal(signal.SIGINT)
         said = process.communicate()[1]
     assert process.returncode == 130 and "stopped" in said and "Traceback" not in said
-    assert time.monotonic() - started < 1.4, "the server hangs for 1.5 s"
+    assert time.monotonic() - started < 35, "the server hangs for 40 s"
 
 
 @pytest.mark.parametrize("key", ["two words", "line\n", "clé"])
