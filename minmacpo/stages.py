@@ -67,7 +67,7 @@ def sft(shop: Workshop, name: str, base: Base, texts: Texts, start: Stage | None
         return counts | dropped | {"cut_at_limit": cut}
 
     settings, inputs = asdict(pace) | texts.settings, [base.stage, start, texts.stage, *like]
-    settings |= ({"confidence": confidence} if confidence else {}) | log_lines(shop)
+    settings |= ({"confidence": confidence} if confidence else {}) | log_lines(shop) | shop.quantised(base)
     size = f"sft, {'as many steps as the student' if like else f'{pace.epochs} epochs'} at lr {pace.lr:g}"
     return shop.stage(name, "sft/1", settings, inputs, learn, key, size)
 
@@ -97,7 +97,7 @@ def prefer(shop: Workshop, name: str, base: Base, pairs: Stage, start: Stage, re
         return train(work, base, loaded, units, objective, schedule, plan, before)
 
     settings = {k: v for k, v in asdict(dpo).items() if k not in ("student_lr", "teacher_lr")}
-    settings |= asdict(pace) | {"contrast": contrast} | log_lines(shop)
+    settings |= asdict(pace) | {"contrast": contrast} | log_lines(shop) | shop.quantised(base)
     size = f"{'DPO + SFT' if contrast else 'SFT term only'}, {pace.epochs} epoch at lr {pace.lr:g}"
     return shop.stage(name, "prefer/1", settings, [base.stage, pairs, start, reference], learn, key, size)
 
@@ -204,7 +204,7 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
                 "empty": sum(not s.response for s in samples)}  # fmt: skip
 
     settings = asdict(config.generate) | prompts.settings | {"answers": answers, "agent": agent}
-    settings |= ({"contrastive": True} if against else {}) | ({"blocks": blocks} if blocks > 1 else {})
+    settings |= ({"contrastive": True} if against else {}) | ({"blocks": blocks} if blocks > 1 else {}) | shop.quantised(base)
     inputs, size = [base.stage, adapter, prompts.stage, against], f"{answers} answer(s) per prompt"
     return shop.stage(name, "sample/1", settings, inputs, write_samples, key, size)
 
@@ -249,7 +249,7 @@ def score_texts(shop: Workshop, name: str, base: Base, adapter: Stage | None, te
         return counts | {"over_long": long}
 
     inputs = [base.stage, adapter, texts.stage, *(other.stage for other in group if other != texts)]
-    return shop.stage(name, "score/1", texts.settings, inputs, write_scores)
+    return shop.stage(name, "score/1", texts.settings | shop.quantised(base), inputs, write_scores)
 
 
 def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates], negatives: Texts,
@@ -301,7 +301,7 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates
               "keep": settings.keep, "weights": settings.weights} | ({"heard": True} if heard else {})  # fmt: skip
     inputs = [base.stage, *(c.texts.stage for c in candidates), *(stage for _, stage in votes)]
     inputs += [negatives.stage, familiar, reference]
-    return shop.stage(name, "pairs/3", recipe | negatives.settings, inputs, write_pairs, key)
+    return shop.stage(name, "pairs/3", recipe | negatives.settings | shop.quantised(base), inputs, write_pairs, key)
 
 
 def show_first(work: Work, loaded: Loaded, what: str, rows: Sequence[Tokens]) -> None:

@@ -13,7 +13,7 @@ from conftest import REPO
 PACKAGE = REPO / "minmacpo"
 FLOORS = [
     {"config", "data", "domains", "bpe", "families"},
-    {"forms", "diversity", "world", "commandline", "files", "machine", "model", "lora", "losses", "progress", "page"},
+    {"forms", "diversity", "world", "commandline", "files", "machine", "model", "lora", "losses", "quant", "progress", "page"},
     {"tokenizer", "tables", "remote", "packed"},
     {"run", "checkpoint", "batching", "monitor", "templates", "memory"},
     {"fit", "generate", "score"},
