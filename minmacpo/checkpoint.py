@@ -133,7 +133,7 @@ def read_weights(stored: dict[str, Stored], device, dtype: torch.dtype, form: st
     stays = torch.device(device).type == "cpu"
     if form != "none":
         packed = (pack_weight(name, part.read().to(device), form) for name, part in stored.items())
-        return {name: t.to(dtype) if name in stored else t for found in packed for name, t in found.items()}
+        return {name: t.to(dtype, copy=True) if name in stored else t for found in packed for name, t in found.items()}
     with ExitStack() as stack:
         files = {path: stack.enter_context(opened(path)) for path in {part.file for part in stored.values()}}
         return {name: files[part.file].get_tensor(name) if stays and FLOATS[part.dtype] == dtype

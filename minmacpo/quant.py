@@ -15,7 +15,7 @@ from minmacpo.config import LINEARS
 
 BLOCK = 64  # weights of nf4 that share a scale
 FEW = 16  # rows up to which torch's own int8 product is the faster one on a CPU (bench/quant.py)
-PART = 1 << 20  # weights that are quantised at a time, a multiple of BLOCK: what that takes beside them is small
+PART = 1 << 18  # weights that are quantised at a time, a multiple of BLOCK: what that takes beside them is small
 OUTERMOST = 0.9677083  # where the outermost of nf4's quantiles lies, half a step from 1 (QLoRA, appendix E)
 
 
@@ -54,13 +54,16 @@ def to_int8(weight: Tensor) -> dict[str, Tensor]:
 def to_nf4(weight: Tensor) -> dict[str, Tensor]:
     """{"codes" [blocks · 32] uint8, "scale" [blocks] bf16} of a weight [out, in], row by row, its end filled up with zeros;
     a scale is not finite where a weight is not."""
-    borders, codes, scales = (levels()[1:] + levels()[:-1]).to(weight.device) / 2, [], []
-    for part in weight.reshape(-1).split(PART):
+    borders, count = (levels()[1:] + levels()[:-1]).to(weight.device) / 2, -(-weight.numel() // BLOCK)
+    codes = torch.empty(count * BLOCK // 2, dtype=torch.uint8, device=weight.device)
+    scale = torch.empty(count, dtype=torch.bfloat16, device=weight.device)
+    parts = weight.reshape(-1).split(PART), codes.split(PART // 2), scale.split(PART // BLOCK)
+    for part, into, size in zip(*parts, strict=True):
         blocks = F.pad(part.float(), (0, -len(part) % BLOCK)).view(-1, BLOCK)
-        scales.append(upwards(blocks.abs().amax(1)))
-        nearest = torch.bucketize(blocks / scales[-1].float().clamp(min=1e-30)[:, None], borders, out_int32=True).to(torch.uint8)
-        codes.append(nearest.view(-1)[::2] | nearest.view(-1)[1::2] << 4)
-    return {"codes": torch.cat(codes), "scale": torch.cat(scales)}
+        size.copy_(upwards(blocks.abs().amax(1)))
+        nearest = torch.bucketize(blocks / size.float().clamp(min=1e-30)[:, None], borders, out_int32=True).view(-1).to(torch.uint8)
+        torch.bitwise_or(nearest[::2], nearest[1::2] << 4, out=into)
+    return {"codes": codes, "scale": scale}
 
 
 class Product(torch.autograd.Function):
