@@ -26,7 +26,7 @@ from minmacpo.checkpoint import (
 from minmacpo.commandline import overlay
 from minmacpo.config import Config
 from minmacpo.data import Example, Message, Pair, Sample
-from minmacpo.files import read_json, read_rows
+from minmacpo.files import Lines, read_json
 from minmacpo.generate import generate
 from minmacpo.lora import attach_lora, clear_adapter, write_adapter
 from minmacpo.machine import device_of, dtype_of, free_bytes
@@ -54,15 +54,14 @@ class Texts:
     def settings(self) -> dict[str, list[str]]:
         return {"texts": [self.file, self.side]}
 
-    def read(self) -> list[Example] | list[Sample]:
-        """The texts, in the file's order; sampled ones with all that is known of them."""
+    def read(self) -> Sequence[Example] | Sequence[Sample]:
+        """The texts, in the file's order, each read from it where it is looked at; sampled ones with all that is known of them."""
+        file = self.stage.path / self.file
         if self.side == "question":
-            return read_rows(self.stage.path / self.file, Example)
+            return Lines(file, Example)
         if self.side in ("response", "untagged"):
-            found = read_rows(self.stage.path / self.file, Sample)
-            return [untag(sample) for sample in found] if self.side == "untagged" else found
-        pairs = read_rows(self.stage.path / self.file, Pair)
-        return [Example(pair.id, pair.prompt, getattr(pair, self.side), pair.meta) for pair in pairs]
+            return Lines(file, Sample, untag) if self.side == "untagged" else Lines(file, Sample)
+        return Lines(file, Pair, lambda pair: Example(pair.id, pair.prompt, getattr(pair, self.side), pair.meta))
 
 
 def untag(sample: Sample) -> Sample:
