@@ -192,8 +192,8 @@ class Workshop:
 def answer(config: Config, loaded: Loaded, agent: str, jobs: list[tuple[Example, int]],
            seed: int, against: Loaded | None = None, tell: Callable[[list[int]], None] | None = None,
            places: int | None = None) -> list[Sample]:  # fmt: skip
-    """One sample per job (a prompt, the number of the answer), `places` (None: all) decoded side by side; `against`: away from
-    what that model would say; `tell` gets the tokens as they are sampled (generate.generate)."""
+    """One sample per job (a prompt, the number of the answer), `places` (None: all) decoded side by side, half as many where
+    memory is short; `against`: away from what that model would say; `tell` gets the tokens as they are sampled (generate.generate)."""
     template, tokenizer = config.data.template, loaded.tokenizer
     seeds = [derive_seed(seed, example.id, number) for example, number in jobs]
     prompts = [render_prompt(tokenizer, template, example.prompt) for example, _ in jobs]
@@ -202,7 +202,15 @@ def answer(config: Config, loaded: Loaded, agent: str, jobs: list[tuple[Example,
         most = f"with generate.max_new = {config.generate.max_new} the context has room for {max(room, 0)}"
         raise UserError(f"a prompt has {longest} tokens; {most}")
     other, stops = against.model if against else None, loaded.ends(template)
-    found = generate(loaded.model, prompts, seeds, config.generate, stops, other, tell, places)
+    found, places = None, min(places or len(jobs), len(jobs))
+    while found is None:
+        try:
+            found = generate(loaded.model, prompts, seeds, config.generate, stops, other, tell, places)
+        except torch.OutOfMemoryError:
+            if places == 1:
+                raise UserError("out of memory at one answer at a time; lower generate.max_new") from None
+            places //= 2
+            print(f"WARNING: out of memory: the block is sampled again, {places} answers side by side (see generate.batch)", file=sys.stderr)
     samples = []
     for (e, _), own, new, logp in zip(jobs, seeds, *found, strict=True):
         text, ppl = response_text(tokenizer, template, new), perplexity(logp, len(new))

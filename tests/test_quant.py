@@ -281,3 +281,82 @@ def test_answers_of_another_form_are_not_gone_on_with(quantised, tmp_path):
     assert invoke("sample", *words).code == 0 and invoke("sample", *words).code == 0
     ended = invoke("sample", *words, "--model.quantize=none")
     assert ended.code == 2 and "other settings" in ended.err
+
+
+# ---- rows that are read where they are looked at, and answers where memory is short ---------------
+
+
+def test_lines_are_the_rows_of_the_file(tmp_path, seed):
+    from minmacpo import UserError
+    from minmacpo.files import EVERY, Lines, in_runs, read_rows, write_rows
+
+    for count in (0, 1, EVERY, 5 * EVERY + 3):
+        rows = [{"i": i, "text": "é\u2028\n" * random.Random(seed + i).randrange(5)} for i in range(count)]
+        write_rows(tmp_path / "x.jsonl", iter(rows))
+        lines = Lines(tmp_path / "x.jsonl", dict, lambda row: row["i"])
+        assert read_rows(tmp_path / "x.jsonl") == rows and [*lines] == [lines[i] for i in range(len(lines))] == [*range(count)]
+        assert [len(run) for run in in_runs(lines, 7)] == [7] * (count // 7) + [count % 7] * (count % 7 > 0)
+        with pytest.raises(IndexError):
+            lines[count]
+    (tmp_path / "x.jsonl").write_text('{"i": 1}\n{"i"')
+    with pytest.raises(UserError, match=r"x\.jsonl, line 2: is no JSON; the file is damaged"):
+        list(Lines(tmp_path / "x.jsonl"))
+    with pytest.raises(UserError, match="cannot be read"):
+        Lines(tmp_path / "none.jsonl")
+
+
+def test_windows_change_no_row(stub, tmp_path, monkeypatch):
+    """A run whose texts are scored and paired three at a time has the rows of one that takes all at once, in their order, and
+    where no such row was learned from yet their log-probabilities up to rounding."""
+    from minmacpo import stages
+
+    monkeypatch.setattr(stages, "WINDOW", 3)
+    train(write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", "--run.micro_tokens=170")
+    for kind in ("pairs", "scores", "samples"):
+        files = sorted(file.relative_to(stub) for file in stub.glob(f"*/*/{kind}.jsonl"))
+        assert files
+        for file in files:
+            a, b = ([json.loads(line) for line in (root / file).read_text().splitlines()] for root in (stub, tmp_path / "runs/stub"))
+            assert [row["id"] for row in a] == [row["id"] for row in b] and len(a) > 0, file
+            if file.parts[0] == "eval" and "base_weak" in file.parts[1] and kind == "scores":
+                assert [row["logp"] for row in a] == pytest.approx([row["logp"] for row in b], rel=1e-4)
+
+
+def test_a_negative_is_found_by_its_prompt_in_any_order(tmp_path, stub):
+    from minmacpo import choose
+    from minmacpo.files import write_rows
+    from minmacpo.run import Stage
+
+    rows = [{"id": str(i), "prompt": [], "response": f"r{i}"} for i in (3, 1, 4, 0)]
+    write_rows(tmp_path / "questions.jsonl", rows)
+    write_rows(tmp_path / "scores.jsonl", [{"logp": -row} for row in range(4)])
+    stage = Stage("x", tmp_path, "x")
+    find = choose.negative_finder(choose.Texts(stage, "questions.jsonl", "question"), stage)
+    assert [(found and (found[0].response, found[1]["logp"])) for found in map(find, ["1", "9", "0", "3", "1", "4"])] == [
+        ("r1", -1), None, ("r0", -3), ("r3", 0), None, ("r4", -2)]  # fmt: skip
+
+
+def test_sampling_goes_on_with_fewer_side_by_side_where_memory_is_short(stub, monkeypatch, capsys):
+    from minmacpo import UserError, workshop
+    from minmacpo.config import Config
+    from minmacpo.data import Example, Message
+
+    config, real, tried = Config(), workshop.generate, []
+    config = dataclasses.replace(config, generate=dataclasses.replace(config.generate, max_new=4))
+    loaded = workshop.Loaded(stub / "bases/strong", config)
+    jobs = [(Example(str(i), (Message("user", f"who is {i} ?"),), ""), 0) for i in range(6)]
+    wanted = workshop.answer(config, loaded, "x", jobs, 1)
+
+    def short(*words):
+        tried.append(words[7])
+        if words[7] > limit:
+            raise torch.OutOfMemoryError("no room")
+        return real(*words)
+
+    monkeypatch.setattr(workshop, "generate", short)
+    limit = 2
+    assert [s.tokens for s in workshop.answer(config, loaded, "x", jobs, 1)] == [s.tokens for s in wanted]
+    assert tried == [6, 3, 1] and capsys.readouterr().err.count("out of memory") == 2
+    limit = 0
+    with pytest.raises(UserError, match=r"out of memory at one answer at a time; lower generate\.max_new"):
+        workshop.answer(config, loaded, "x", jobs, 1)
