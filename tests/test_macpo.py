@@ -406,8 +406,8 @@ def test_a_text_longer_than_the_context_is_not_scored(stub, tmp_path, monkeypatc
 def test_a_random_pick_counts_every_prompt(stub, tmp_path, monkeypatch):
     real = stages.answer
 
-    def silent(config, loaded, agent, *rest):
-        made = real(config, loaded, agent, *rest)
+    def silent(config, loaded, agent, *rest, **more):
+        made = real(config, loaded, agent, *rest, **more)
         for sample in made:
             quiet = {"teacher1": (0, 1), "teacher2": (0,)}.get(agent, ())
             object.__setattr__(sample, "response", "" if int(sample.id, 16) % 4 in quiet else sample.response or "x")
