@@ -7,7 +7,8 @@ python sample.py PATH --export FOLDER             base and adapter merged into o
 
 PATH is a model or adapter folder, or a run: its last student. --prompts takes rows of every form in the README, or a
 prompt per line. Settings are those of PATH's run, or the defaults, under --generate.KEY= (temperature, top_k, top_p,
-max_new, batch), --run.seed= (device, dtype, threads) and --data.template= (label, on_bad, long, max_examples).
+max_new, batch), --run.seed= (device, dtype, threads), --model.quantize= and --data.template= (label, on_bad, long,
+max_examples).
 """
 
 import sys
@@ -21,7 +22,7 @@ from minmacpo.files import making
 from minmacpo.progress import call, inert
 
 ACCEPTED = ("--generate.", "--run.seed=", "--run.device=", "--run.dtype=", "--run.threads=", "--data.template=",
-            "--data.label=", "--data.on_bad=", "--data.long=", "--data.max_examples=")  # fmt: skip
+            "--data.label=", "--data.on_bad=", "--data.long=", "--data.max_examples=", "--model.quantize=")  # fmt: skip
 
 
 def parse_words(argv: list[str]) -> tuple[Namespace, dict[str, str]]:

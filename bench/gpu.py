@@ -1,4 +1,4 @@
-"""Everything on one card: python -m bench.gpu [--tiny]; under nine minutes, and the file holds what there is after each measurement.
+"""Everything on one card: python -m bench.gpu [--tiny] (--large: bench/large.py); under nine minutes, and the file holds what there is after each measurement.
 
 Needs only the repository: weights are made at random on the device; a library that is not installed is named in the row. The
 peer's model has this project's very tensors, so that both fit. `--tiny` runs the same code at toy size, on a CPU if need be.
@@ -34,6 +34,8 @@ TINY = {"shape": (64, 2, 4, 128, 32_000), "pairs": 2, "tokens": 16, "new": 8, "r
 class Bench:
     """The rows so far, the device, and this project's model on it."""
 
+    title = TITLE
+
     def __init__(self, tiny: bool):
         self.size, self.name, self.began, self.rows = (TINY if tiny else BIG), "gpu-tiny" if tiny else "gpu", time.perf_counter(), []
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,7 +69,7 @@ class Bench:
             if self.size is TINY:
                 row.pop("target", None)  # toy sizes answer no target
             self.rows.append({"shape": "x".join(map(str, self.size["shape"])), "dtype": "bf16"} | row)
-        write(self.name, TITLE, self.rows, keep=False)
+        write(self.name, self.title, self.rows, keep=False)
 
     def ceiling(self, name: str) -> float:
         """A ceiling that was measured before, per second."""
@@ -248,4 +250,9 @@ def main(tiny: bool) -> None:
 
 
 if __name__ == "__main__":
-    main("--tiny" in sys.argv)
+    if "--large" in sys.argv:
+        from bench import large
+
+        large.main("--tiny" in sys.argv)
+    else:
+        main("--tiny" in sys.argv)

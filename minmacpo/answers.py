@@ -59,7 +59,8 @@ def marked(config: Config, folder: Path, base: Path, prompts: Sequence[Example],
     depends = {"agent": agent_print(folder, base), "generate": asdict(config.generate), "seed": config.run.seed,
                "template": config.data.template, "device": device_of(config), "dtype": str(dtype_of(config)),
                "prompts": [prompt.id for prompt in prompts], "count": count}  # fmt: skip
-    made = fingerprint(depends)
+    form = config.model.quantize
+    made = fingerprint(depends | ({} if form == "none" else {"quantize": form}))
     return [(replace(prompt, meta=prompt.meta | {"made": made}), n) for prompt in prompts for n in range(count)]
 
 

@@ -23,6 +23,7 @@ from minmacpo.families import ModelConfig, parse_config
 from minmacpo.files import read_json, write_atomic, write_json
 from minmacpo.lora import merged_weights
 from minmacpo.model import Transformer
+from minmacpo.quant import is_quantised, pack_weight, put_linears
 from minmacpo.tokenizer import FILES, Tokenizer, load_tokenizer
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -127,10 +128,13 @@ def stored_weights(folder: Path) -> dict[str, Stored]:
     return {name: part for name, part in found.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
-def read_weights(stored: dict[str, Stored], device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors on `device` in `dtype`. Those that stay as they lie in a file share its mapping; one that is
-    converted is read by itself, as the pages that a mapping has read stay in memory for as long as it lives."""
+def read_weights(stored: dict[str, Stored], device, dtype: torch.dtype, form: str = "none") -> dict[str, Tensor]:
+    """The tensors on `device` in `dtype`, linears in `form` (quant.py). Those that stay as they lie in a file share its mapping;
+    one that is converted is read by itself, as the pages that a mapping has read stay in memory for as long as it lives."""
     stays = torch.device(device).type == "cpu"
+    if form != "none":
+        packed = (pack_weight(name, part.read().to(device), form) for name, part in stored.items())
+        return {name: t.to(dtype, copy=True) if name in stored else t for found in packed for name, t in found.items()}
     with ExitStack() as stack:
         files = {path: stack.enter_context(opened(path)) for path in {part.file for part in stored.values()}}
         return {name: files[part.file].get_tensor(name) if stays and FLOATS[part.dtype] == dtype
@@ -155,10 +159,11 @@ def no_folder(path: Path | str) -> str:
     return "is no folder; download the model first and give its path"
 
 
-def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> Transformer:
-    """The model of an HF folder in `dtype`, whatever dtype it is stored in; on "meta" only the headers are read.
-    UserError if a file is missing, damaged or not understood, or a tensor unexpected or not finite."""
-    return assemble(folder, read_config(folder), stored_weights(folder), device, dtype)
+def load_model(folder: Path, device="cpu", dtype: torch.dtype = torch.float32, form: str = "none") -> Transformer:
+    """The model of an HF folder in `dtype`, whatever dtype it is stored in, its linears quantised one by one if `form` says so;
+    on "meta" only the headers are read. UserError if a file is missing, damaged or not understood, or a tensor unexpected
+    or not finite."""
+    return assemble(folder, read_config(folder), stored_weights(folder), device, dtype, form)
 
 
 def load_scorer(folder: Path) -> tuple[Transformer, Tensor]:
@@ -175,7 +180,7 @@ def load_scorer(folder: Path) -> tuple[Transformer, Tensor]:
 
 
 def assemble(folder: Path, config: ModelConfig, stored: dict[str, Stored], device="cpu",
-             dtype: torch.dtype = torch.float32) -> Transformer:  # fmt: skip
+             dtype: torch.dtype = torch.float32, form: str = "none") -> Transformer:  # fmt: skip
     """A model of these weights, each of which is looked for and looked at; a tied head may be among them."""
     with torch.device("meta"):
         model = Transformer(config)
@@ -192,9 +197,11 @@ def assemble(folder: Path, config: ModelConfig, stored: dict[str, Stored], devic
             raise UserError(f"{folder}: {name} is stored as {part.dtype}; only floats of 16 bits or more are read")
     if torch.device(device).type == "meta":
         return model.eval()
-    weights = read_weights(stored, device, dtype)
+    weights = read_weights(stored, device, dtype, form)
     if odd := [name for name, weight in weights.items() if not all(v.isfinite() for v in weight.aminmax())]:
-        raise UserError(f"{folder}: {odd[0]} holds values that are not finite")
+        raise UserError(f"{folder}: {odd[0].replace('.scale', '.weight')} holds values that are not finite")
+    if form != "none":
+        put_linears(model, form)
     if head and not torch.equal(head.read().to(device, dtype), weights[embedding]):
         raise UserError(f"{folder}: has a head of its own, though config.json ties it to the embedding")
     model.load_state_dict(weights | ({"lm_head.weight": weights[embedding]} if config.tie_word_embeddings else {}), assign=True)
@@ -243,7 +250,10 @@ def save_weights(folder: Path, config: ModelConfig, weights: dict[str, Tensor]) 
 
 
 def export_merged(model: Transformer, source: Path, folder: Path) -> None:
-    """Write base and slot as one HF folder; all but the weights and their dtype is that of `source`, the base."""
+    """Write base and slot as one HF folder; all but the weights and their dtype is that of `source`, the base. UserError if
+    the base is quantised."""
+    if is_quantised(model):
+        raise UserError(f"{source}: is quantised in memory, and its own weights are more exact: merge with --model.quantize=none")
     folder.mkdir(parents=True)
     raw, weights = read_json(source / "config.json"), merged_weights(model)
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")

@@ -2,14 +2,19 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby, repeat
+
+import numpy as np
 
 from minmacpo.config import Config
 from minmacpo.data import Example, Pair
-from minmacpo.files import read_rows
+from minmacpo.files import each_row
 from minmacpo.run import Stage
-from minmacpo.workshop import Texts
+from minmacpo.tokenizer import Tokens
+from minmacpo.workshop import Loaded, Texts, Workshop
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,38 +26,37 @@ class Candidates:
     texts: Texts
     votes: dict[str, list[tuple[float, Stage]]] = field(default_factory=dict)
 
-    def values(self) -> dict[str, list[float]]:
-        """{criterion: [its value of every answer]}, higher is better; -inf for a text too long to be scored."""
-        found = {}
-        for name, stages in self.votes.items():
-            columns = [(weight, read_rows(stage.path / "scores.jsonl")) for weight, stage in stages]
-            found[name] = [
-                -math.inf if None in [row["logp"] for row in rows]
-                else sum(w * row["logp"] / row["tokens"] for (w, _), row in zip(columns, rows, strict=True))
-                for rows in zip(*(column for _, column in columns), strict=True)
-            ]  # fmt: skip
-        return found
+    def values(self) -> Iterator[dict[str, float]]:
+        """{criterion: its value} of every answer, higher is better; -inf for a text too long to be scored."""
+        columns = [(name, weight, each_row(stage.path / "scores.jsonl")) for name, votes in self.votes.items() for weight, stage in votes]
+        for rows in zip(*(column for *_, column in columns), strict=True) if columns else repeat(()):
+            found: dict[str, float] = {}
+            for (name, weight, _), row in zip(columns, rows, strict=True):
+                found[name] = found.get(name, 0) + (-math.inf if row["logp"] is None else weight * row["logp"] / row["tokens"])
+            lost = {name for (name, *_), row in zip(columns, rows, strict=True) if row["logp"] is None}
+            yield {name: -math.inf if name in lost else value for name, value in found.items()}
+
+    def by_prompt(self) -> Iterator[list["Choice"]]:
+        """The answers to each prompt."""
+        choices = ((self.who, text, value) for text, value in zip(self.texts.read(), self.values(), strict=bool(self.votes)))
+        return (list(group) for _, group in groupby(choices, key=lambda choice: choice[1].id))
 
 
 Choice = tuple[str, Example, dict[str, float]]  # who said it, the answer, its value by criterion
 
 
-def offered(candidates: Sequence[Candidates]) -> list[list[Choice]]:
-    """All candidates of every prompt, in order."""
-    prompts: dict[str, list[Choice]] = {}
-    for source in candidates:
-        values = source.values()
-        for index, text in enumerate(source.texts.read()):
-            value = {name: column[index] for name, column in values.items()}
-            prompts.setdefault(text.id, []).append((source.who, text, value))
-    return list(prompts.values())
+def offered(candidates: Sequence[Candidates]) -> Iterator[list[Choice]]:
+    """All candidates of every prompt, in order, no two prompts at a time in memory."""
+    for groups in zip(*(source.by_prompt() for source in candidates), strict=True):
+        assert len({group[0][1].id for group in groups}) == 1, "candidates of different prompts"
+        yield [choice for group in groups for choice in group]
 
 
-def select(config: Config, prompts: list[list[Choice]], own: tuple[str, float], key: tuple) -> list[list[Choice]]:
+def select(config: Config, prompts: Iterable[list[Choice]], own: tuple[str, float], key: tuple) -> Iterator[list[Choice]]:
     """Per prompt the winner (eq. 7: the least perplexing), a random one, or all. Several criteria: the smallest
     sum of ranks; ties: the first. `own`: an agent, and the share of prompts where only its answers count. An
     empty answer wins only where all are empty."""
-    settings, winners = config.macpo, []
+    settings = config.macpo
     for offers in prompts:
         dice = random.Random(repr((config.run.seed, *key, offers[0][1].id)))
         if 0 < own[1] < 1:
@@ -61,27 +65,57 @@ def select(config: Config, prompts: list[list[Choice]], own: tuple[str, float], 
         able = [choice for choice in offers if choice[1].response] or offers[:1]
         names = [name for name in settings.select if name in able[0][2]]
         if settings.select == ("all",):
-            winners.append(able)
+            yield able
         elif not names:  # a random pick, or only one source
-            winners.append([dice.choice(able)])
+            yield [dice.choice(able)]
         else:
-            winners.append([min(able, key=lambda mine: sum(
-                other[2][name] > mine[2][name] for other in able for name in names))])  # fmt: skip
-    return winners
+            yield [min(able, key=lambda mine, able=able, names=names: sum(
+                other[2][name] > mine[2][name] for other in able for name in names))]  # fmt: skip
 
 
-def keep_familiar(winners: list[list[Choice]], share: float) -> list[list[Choice]]:
-    """`winners` of the share of prompts whose (first) winner is the least perplexing; the others have none."""
-    if share == 1:
-        return winners
-    order = sorted(range(len(winners)), key=lambda i: -winners[i][0][2]["perplexity"])
-    kept = set(order[: max(1, round(share * len(order)))])
-    return [choices if i in kept else [] for i, choices in enumerate(winners)]
+def keep_familiar(winners: Iterable[list[Choice]], share: float) -> np.ndarray:
+    """[prompts] bool: the share of them whose (first) winner is the least perplexing."""
+    order = np.argsort(-np.fromiter((choices[0][2]["perplexity"] for choices in winners), float), kind="stable")
+    kept = np.zeros(len(order), bool)
+    kept[order[: max(1, round(share * len(order)))]] = True
+    return kept
 
 
-def weighted(made: list[Pair]) -> list[Pair]:
+def weighted(made: Sequence[Pair]) -> Iterable[Pair]:
     """The pairs with their weights, if they have any, scaled to a mean of 1."""
     if not made or made[0].weight is None:
         return made
     mean = sum(pair.weight for pair in made) / len(made)
-    return [replace(pair, weight=pair.weight / mean) for pair in made]
+    return (replace(pair, weight=pair.weight / mean) for pair in made)
+
+
+def negative_finder(negatives: Texts, familiar: Stage) -> Callable[[str], tuple | None]:
+    """A function that gives the negative answer to the prompt of an id with its scores, once; None if there is none. Where
+    prompts come in the order of their negatives, it holds none of them."""
+    passed, rest = {}, zip(negatives.read(), each_row(familiar.path / "scores.jsonl"), strict=True)
+
+    def find(id: str) -> tuple | None:
+        for bad, known in rest if id not in passed else ():
+            passed[bad.id] = bad, known
+            if bad.id == id:
+                break
+        return passed.pop(id, None)
+
+    return find
+
+
+def matched(shop: Workshop, loaded: Loaded, winners: Iterable[tuple[list[Choice], bool]], find: Callable[[str], tuple | None],
+            heard: bool, counts: Counter) -> Iterator[tuple[Pair, Tokens, Tokens]]:  # fmt: skip
+    """(pair, its chosen and its rejected row) for the winners of every prompt that is kept and has a negative; counts the others.
+    `heard`: see `pairs`."""
+    for choices, kept in winners:
+        negative = find(choices[0][1].id)
+        counts["not_kept"] += not kept
+        counts["no_negative"] += negative is None  # its question was too long (feedback.ask)
+        for who, good, values in choices if kept and negative else ():
+            bad, known = negative
+            weighs = shop.config.macpo.weights == "agreement" and "agreement" in values
+            rows = [shop.render(loaded, good.prompt, text.response) for text in (good, bad)]
+            yield Pair(good.id, good.prompt, good.response, bad.response, who, getattr(bad, "agent", "data"),
+                       values["perplexity"] * sum(rows[0].mask) if heard else None, known["logp"], good.meta,
+                       math.exp(values["agreement"]) if weighs else None), *rows  # fmt: skip

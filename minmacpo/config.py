@@ -105,6 +105,8 @@ class World:
 class Model:
     student: str | None = setting(None, "HF folder of the strong base; none: made here")
     teachers: tuple[str, ...] = setting((), "HF folders of the weak bases; empty: made here")
+    quantize: Literal["none", "int8", "nf4"] = setting("none", "frozen linears of the strong base in memory: 8 or 4 bits a weight")
+    quantize_teachers: Literal["none", "int8", "nf4"] = setting("none", "those of the weak bases")
     vocab: int = setting(656, "pieces of the tokenizer made here (256 of them are bytes)", at_most=1_000_000)
     context: int = setting(2048, "positions of the bases made here", at_least=1)
     strong: str = setting("192x4x6x512", "strong base made here: width x layers x heads x mlp")

@@ -12,14 +12,17 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
 from minmacpo import UserError
 from minmacpo.data import from_json
 
+EVERY = 16  # lines of which one place is remembered: half a byte a line
 
 def move(source: Path, target: Path) -> None:
     """Rename a file or folder to its place, and flush that to the disk, so that it survives a power cut."""
@@ -60,13 +63,15 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write `path` whole, or leave it as it was; the temporary is removed if the disk is full."""
+def write_atomic(path: Path, content: str | bytes | Iterable[str]) -> None:
+    """Write `path` whole, or leave it as it was, from a text, bytes, or one text after the other; the temporary is removed if
+    the disk is full."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with naming(path):
             with temporary.open("wb") as stream:
-                stream.write(content.encode() if isinstance(content, str) else content)
+                for part in [content] if isinstance(content, str | bytes) else content:
+                    stream.write(part.encode() if isinstance(part, str) else part)
                 stream.flush()
                 os.fsync(stream.fileno())
             move(temporary, path)
@@ -96,8 +101,8 @@ def write_json(path: Path, value) -> None:
 
 
 def write_rows(path: Path, rows: Iterable) -> None:
-    """Dicts, or records of data.py, as .jsonl, atomically."""
-    write_atomic(path, as_lines(rows))
+    """Dicts, or records of data.py, as .jsonl, atomically; of rows that are made one by one no two are in memory."""
+    write_atomic(path, (as_lines([row]) for row in rows))
 
 
 def as_lines(rows: Iterable) -> str:
@@ -118,17 +123,59 @@ def read_json(path: Path) -> dict:
 
 def read_rows(path: Path, kind: type = dict) -> list:
     """The records of class `kind` in a .jsonl file (only \\n ends a line); UserError where one is broken."""
-    rows = []
+    return list(each_row(path, kind))
+
+
+def each_row(path: Path, kind: type = dict) -> Iterator:
+    """The records that `read_rows` reads, one by one."""
+    number = 0
     try:
-        with path.open(encoding="utf-8", newline="\n") as stream:
-            for line in stream:
-                rows.append(from_json(kind, line))
+        with path.open("rb") as stream:
+            for number, line in enumerate(stream, 1):  # noqa: B007
+                yield from_json(kind, line.decode())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         what = "JSON" if kind is dict else kind.__name__
-        raise UserError(f"{path}, line {len(rows) + 1}: is no {what}; the file is damaged") from None
-    return rows
+        raise UserError(f"{path}, line {number}: is no {what}; the file is damaged") from None
+
+
+class Lines(Sequence):
+    """The records of a .jsonl file as a list that is read where it is looked at: what it holds is one place in EVERY lines.
+    `change`: what is made of a record."""
+
+    def __init__(self, path: Path, kind: type = dict, change: Callable = lambda row: row):
+        self.path, self.kind, self.change = path, kind, change
+        self.places, self.count, place = array("q"), 0, 0
+        try:
+            with path.open("rb") as stream:
+                for line in stream:
+                    if self.count % EVERY == 0:
+                        self.places.append(place)
+                    self.count, place = self.count + 1, place + len(line)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error})") from None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator:
+        return map(self.change, each_row(self.path, self.kind))
+
+    def __getitem__(self, index: int):
+        """The record of that number from 0; IndexError if there is none."""
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        with self.path.open("rb") as stream:
+            stream.seek(self.places[index // EVERY])
+            line = next(islice(stream, index % EVERY, None))
+        return self.change(from_json(self.kind, line.decode()))
+
+
+def in_runs(rows: Iterable, size: int) -> Iterator[list]:
+    """The rows in lists of `size` of them, the last with what is left."""
+    rest = iter(rows)
+    return iter(lambda: list(islice(rest, size)), [])
 
 
 def describe(path: Path) -> dict:

@@ -6,7 +6,7 @@ python eval.py accuracy PATH FILE    how often the better answer has the higher 
 
 PATH is a model or adapter folder, or a run: its last student; FILE holds rows of any form in the README. Settings are
 those of PATH's run, or the defaults, under --data.template= (label, on_bad, max_length, long, max_examples),
---run.device= (dtype, threads, micro_tokens), --eval.bootstrap= and --dpo.beta=. End tokens count; intervals are 95 %
+--run.device= (dtype, threads, micro_tokens), --model.quantize=, --eval.bootstrap= and --dpo.beta=. End tokens count; intervals are 95 %
 bootstrap intervals over prompts. What is longer than data.max_length, or than the context, is treated as data.long says.
 """
 
@@ -33,7 +33,7 @@ from minmacpo.workshop import Loaded, fit_rows, open_agent
 
 ACCEPTED = ("--data.template=", "--data.label=", "--data.on_bad=", "--data.max_length=", "--data.long=",
             "--data.max_examples=", "--run.device=", "--run.dtype=", "--run.threads=", "--run.micro_tokens=",
-            "--eval.bootstrap=", "--dpo.beta=")  # fmt: skip
+            "--eval.bootstrap=", "--dpo.beta=", "--model.quantize=")  # fmt: skip
 NEEDED = {"ppl": "chosen", "accuracy": "rejected"}  # the side that a row must have
 
 

@@ -10,6 +10,7 @@ from minmacpo.config import LINEARS, Lora
 from minmacpo.families import ModelConfig
 from minmacpo.losses import CHUNK, LOGITS
 from minmacpo.model import SMALL_ROWS
+from minmacpo.quant import BLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +44,37 @@ class Need:
         return self.weights + self.learning + self.activations + self.head + self.cache
 
 
+def linear_ends(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """{linear of a block: (in, out)}."""
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    query, key = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    ends = ((hidden, query), (hidden, key), (hidden, key), (query, hidden), (hidden, mlp), (hidden, mlp), (mlp, hidden))
+    return dict(zip(LINEARS, ends, strict=True))
+
+
+def weight_bytes(config: ModelConfig, size: int, form: str) -> int:
+    """Of a frozen base with weights of `size` bytes a number, its linears in `form` (quant.py)."""
+    base, _ = parameters(config, Lora())
+    if form == "none":
+        return size * base
+    ends = linear_ends(config).values()
+    linears = config.num_hidden_layers * sum(wide * out for wide, out in ends)
+    scales = config.num_hidden_layers * sum(out for _, out in ends) if form == "int8" else linears // BLOCK
+    return size * (base - linears) + (linears if form == "int8" else linears // 2) + 2 * scales
+
+
+def unpacking(config: ModelConfig, size: int, form: str) -> int:
+    """Bytes while the largest linear is multiplied: its weight in the dtype of the products, and what that is made from."""
+    largest = max(wide * out for wide, out in linear_ends(config).values())
+    return {"none": 0, "int8": size, "nf4": size + 2}[form] * largest  # nf4: a half-byte's look-up needs an int32 a byte
+
+
 def parameters(config: ModelConfig, lora: Lora) -> tuple[int, int]:
     """How many (of the base, of the slot)."""
     hidden, mlp, variant, layers = config.hidden_size, config.intermediate_size, config.variant, config.num_hidden_layers
     query, key = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    ends = ((hidden, query), (hidden, key), (hidden, key), (query, hidden), (hidden, mlp), (hidden, mlp), (mlp, hidden))
-    linears = dict(zip(LINEARS, ends, strict=True))
-    each = sum(wide * out for wide, out in ends) + 2 * hidden + 2 * config.head_dim * variant.qk_norm
+    linears = linear_ends(config)
+    each = sum(wide * out for wide, out in linears.values()) + 2 * hidden + 2 * config.head_dim * variant.qk_norm
     each += (query + 2 * key) * variant.qkv_bias + hidden * variant.o_bias + (2 * mlp + hidden) * variant.mlp_bias
     outer = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2) + hidden
     return layers * each + outer, layers * lora.r * sum(sum(linears[name]) for name in lora.targets)
@@ -80,23 +105,24 @@ def crossed(config: ModelConfig, lora: Lora, size: int, scores: int) -> int:
     return 2 * config.hidden_size + max(mlp, norm, config.hidden_size + 4 * query + 2 * key + 2 * scores)
 
 
-def need(load: Load, config: ModelConfig, lora: Lora, size: int) -> Need:
-    """What a pass of this load holds at its peak, in a model with weights of `size` bytes a number. Gradients of all
-    weights appear while the activations go: the larger of the two counts, unless `again`."""
-    base, slot = parameters(config, lora)
+def need(load: Load, config: ModelConfig, lora: Lora, size: int, form: str = "none") -> Need:
+    """What a pass of this load holds at its peak, in a model with weights of `size` bytes a number, its linears in `form` (a base
+    that is being pre-trained is not quantised). Gradients of all weights appear while the activations go: the larger of
+    the two counts, unless `again`."""
+    (base, slot), weights, unpacked = parameters(config, lora), weight_bytes(config, size, form), unpacking(config, size, form)
     tokens, chunk = load.rows * load.length, min(load.scored, CHUNK, max(1, LOGITS // config.vocab_size)) * config.vocab_size
     hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     small = size < 4 and load.length <= SMALL_ROWS  # on a CPU bf16 attention then has all its scores
     scores = load.length * config.num_attention_heads * small
     if load.kind in ("score", "sample"):
-        moving, passing = size * tokens * hidden, size * tokens * crossed(config, lora, size, scores)
+        moving, passing = size * tokens * hidden, size * tokens * crossed(config, lora, size, scores) + unpacked
         cache = 2 * layers * load.rows * load.room * config.num_key_value_heads * config.head_dim
         head = 8 * chunk if load.kind == "score" else 16 * load.rows * config.vocab_size
-        return Need(size * base * load.models, 4 * slot * load.models, moving + max(passing, head) - head, head,
+        return Need(weights * load.models, 4 * slot * load.models, moving + max(passing, head) - head, head,
                     2 * cache * size * load.models)  # fmt: skip
     full = load.kind == "pretrain"
     freed = mlp * (full or "down_proj" in lora.targets)  # what down_proj kept goes before the rest comes
-    passing = size * tokens * (3 * mlp - freed + 2 * hidden)  # back through the last layer's MLP
+    passing = size * tokens * (3 * mlp - freed + 2 * hidden) + unpacked  # back through the last layer's MLP
     each = kept(config, None if full else lora, size)
     stats = 4 * tokens * layers * (config.num_attention_heads + 2)  # fp32: logsumexp of attention, scale of norms
     stats += size * tokens * layers * scores
@@ -108,4 +134,4 @@ def need(load: Load, config: ModelConfig, lora: Lora, size: int) -> Need:
         spare = gradients if load.again else max(0, gradients - worked - head)
         return Need(size * base, 8 * base + spare, worked, head, 0)
     low = size * slot if size < 4 else 0  # the slot in the base's dtype
-    return Need(size * base, 16 * slot, stored + low + max(passing, head) - head, head, 0)
+    return Need(weights, 16 * slot, stored + low + max(passing, head) - head, head, 0)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import sys
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +47,9 @@ def say_missing() -> None:
 
 
 def pack(model: Transformer, rows: int) -> Transformer:
-    """A twin of the model as it is now, for `rows` tokens at a time, that shares its parameters. In fp32 an adapter is merged
+    """A twin of the model as it is now, for `rows` tokens at a time, that shares its parameters and quantised linears. In fp32 an adapter is merged
     into what is packed; in bf16, where merging would round it, it stays the slot. No gradient passes."""
-    twin = copy.deepcopy(model, {id(param): param for param in model.parameters()})
+    twin = copy.deepcopy(model, {id(kept): kept for kept in chain(model.parameters(), model.buffers())})
     for name, module in [*twin.named_modules()]:
         parent, _, last = name.rpartition(".")
         if isinstance(module, LoraLinear) and type(module.base) is nn.Linear and module.base.weight.dtype == torch.float32:

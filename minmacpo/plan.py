@@ -8,6 +8,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -205,7 +206,21 @@ class Plan:
             return None
         made = task.load.kind == "pretrain"
         size = torch.float32.itemsize if made else dtype_of(self.config).itemsize
-        return need(task.load, task.model, self.config.lora, size)
+        return need(task.load, task.model, self.config.lora, size, self.form(name))
+
+    def quantizer(self, name: str) -> str | None:
+        """The setting that says how the stage's base is quantised; None where it is being made."""
+        recipe, (base, *_) = self.run.recipes[name]
+        if recipe["kind"].startswith("pretrain"):
+            return None
+        strong = Path(base.name) in (Path("bases/strong"), Path(self.config.model.student or ""))
+        return "quantize" if strong else "quantize_teachers"
+
+    def form(self, name: str) -> str:
+        """How the stage's base is quantised: as planned, or as this plan's own settings have it."""
+        planned, key = self.run.recipes[name][0]["settings"].get("quantize", "none"), self.quantizer(name)
+        own, first = (key and getattr(config.model, key) for config in (self.config, self.run.config))
+        return planned if own == first else own
 
     def total(self, name: str) -> int:
         """Bytes that the stage adds to those of the process; 0 for one that moves texts only."""
@@ -256,14 +271,18 @@ def remedy(plan: Plan, name: str, free: int) -> str:
     """The first setting, lowered as little as need be, with which the stage fits."""
     config, part = plan.config, "generate" if plan.run.plan[name].kind.startswith("sample") else "run"
     key = "batch" if part == "generate" else "micro_tokens"
-    value, halves = getattr(getattr(config, part), key), []
+    halves, value = [], getattr(getattr(config, part), key)
     while (value := value // 2) >= 1:
-        halves.append((f"--{part}.{key}={value}", replace(config, **{part: replace(getattr(config, part), **{key: value})})))
-    small = [("--run.dtype=bfloat16", replace(config, run=replace(config.run, dtype="bfloat16")))] if dtype_of(config).itemsize > 2 else []
-    both = [(f"{small[0][0]} with {word}", replace(c, run=replace(c.run, dtype="bfloat16"))) for word, c in halves if small]
-    for word, changed in [*halves, *small, *both]:
-        if plan.under(changed).total(name) <= free:
-            return f"{word} would fit"
+        halves.append((part, key, value))
+    small = [("run", "dtype", "bfloat16")] * (dtype_of(config).itemsize > 2)
+    forms = [("model", plan.quantizer(name), form) for form in ("int8", "nf4") if plan.quantizer(name) and plan.form(name) == "none"]
+    for first in ([], *([change] for change in small), *([form, *small] for form in forms)):
+        for changes in (first, *([*first, half] for half in halves)):
+            changed = config
+            for section, setting, new in changes:
+                changed = replace(changed, **{section: replace(getattr(changed, section), **{setting: new})})
+            if changes and plan.under(changed).total(name) <= free:
+                return f"{' with '.join(f'--{section}.{setting}={new}' for section, setting, new in changes)} would fit"
     return "no setting makes it fit: take a smaller base, lower data.max_length, or another machine"
 
 

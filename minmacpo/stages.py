@@ -1,22 +1,36 @@
 """The kinds of stage that the methods are made of, each a function from its inputs to a Stage."""
 
+import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice, repeat, zip_longest
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from minmacpo import UserError
 from minmacpo.bases import Base
 from minmacpo.batching import collate, steps_per_epoch
 from minmacpo.checkpoint import save_adapter
-from minmacpo.choose import Candidates, keep_familiar, offered, select, weighted
+from minmacpo.choose import (
+    Candidates,
+    Choice,
+    keep_familiar,
+    matched,
+    negative_finder,
+    offered,
+    select,
+    weighted,
+)
 from minmacpo.config import Dpo
 from minmacpo.data import Pair, Sample
-from minmacpo.files import as_lines, read_rows, sha256_file, write_atomic, write_rows
+from minmacpo.files import Lines, as_lines, each_row, in_runs, sha256_file, write_atomic, write_rows
 from minmacpo.fit import PairObjective, Plan, Schedule, SftObjective, Unit, fit, make_plan
 from minmacpo.lora import read_adapter, reset_adapter
 from minmacpo.losses import sequence_logps
@@ -27,6 +41,9 @@ from minmacpo.workshop import Loaded, Texts, Workshop, answer
 
 EARNED = 2e12  # logits whose reading and writing (12 bytes less of each at 3 TB/s) takes as long as to compile: 8 s; an estimate
 BLOCKS = 4  # times as many prompts as are sampled side by side, in a block: those behind get the places of answers that ended
+
+WINDOW = 8192  # texts that are rendered and scored at a time: memory does not grow with their number
+UNSCORED = math.inf  # a log-probability that no text has
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +85,7 @@ def sft(shop: Workshop, name: str, base: Base, texts: Texts, start: Stage | None
         return counts | dropped | {"cut_at_limit": cut}
 
     settings, inputs = asdict(pace) | texts.settings, [base.stage, start, texts.stage, *like]
-    settings |= ({"confidence": confidence} if confidence else {}) | log_lines(shop)
+    settings |= ({"confidence": confidence} if confidence else {}) | log_lines(shop) | shop.quantised(base)
     size = f"sft, {'as many steps as the student' if like else f'{pace.epochs} epochs'} at lr {pace.lr:g}"
     return shop.stage(name, "sft/1", settings, inputs, learn, key, size)
 
@@ -81,7 +98,7 @@ def prefer(shop: Workshop, name: str, base: Base, pairs: Stage, start: Stage, re
     def learn(work: Work) -> dict:
         """Render both sides, check the start against the stored reference, fit."""
         loaded, units = shop.use(base, start), []
-        for pair in read_rows(pairs.path / "pairs.jsonl", Pair):
+        for pair in each_row(pairs.path / "pairs.jsonl", Pair):
             rows = [shop.render(loaded, pair.prompt, text) for text in (pair.chosen, pair.rejected)]
             refs = (pair.ref_chosen_logps, pair.ref_rejected_logps)
             units.append(Unit(pair.id, tuple(rows), refs if pair.weight is None else (*refs, pair.weight)))
@@ -98,7 +115,7 @@ def prefer(shop: Workshop, name: str, base: Base, pairs: Stage, start: Stage, re
         return train(work, base, loaded, units, objective, schedule, plan, before)
 
     settings = {k: v for k, v in asdict(dpo).items() if k not in ("student_lr", "teacher_lr")}
-    settings |= asdict(pace) | {"contrast": contrast} | log_lines(shop)
+    settings |= asdict(pace) | {"contrast": contrast} | log_lines(shop) | shop.quantised(base)
     size = f"{'DPO + SFT' if contrast else 'SFT term only'}, {pace.epochs} epoch at lr {pace.lr:g}"
     return shop.stage(name, "prefer/1", settings, [base.stage, pairs, start, reference], learn, key, size)
 
@@ -182,31 +199,29 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
         """Sample in blocks of fixed size; a killed stage redoes one of them."""
         other = shop.use(base, against, "against") if against else None
         loaded, size = shop.use(base, adapter), config.generate.batch * blocks
-        jobs = [(example, number) for example in prompts.read() for number in range(answers)]
-        rows = [shop.render(loaded, example.prompt) for example, _ in jobs]
-        show_first(work, loaded, "prompt", rows)
-        order = sorted(range(len(jobs)), key=lambda i: len(rows[i].ids))
-        done: dict[int, Sample] = {}
-        with work.progress(len(jobs), "answer") as progress:
-            for start in range(0, len(jobs), size):
-                block, number = order[start : start + size], start // size
+        asked = prompts.read()
+        show_first(work, loaded, "prompt", [shop.render(loaded, example.prompt) for example in islice(asked, 1)])
+        sizes = np.fromiter((len(shop.render(loaded, example.prompt).ids) for example in asked), np.int32)
+        order = np.argsort(sizes.repeat(answers), kind="stable").astype(np.int32)
+        files: list[Path] = []
+        with work.progress(len(order), "answer") as progress:
+            for start in range(0, len(order), size):
+                block, number = order[start : start + size].tolist(), start // size
                 if not (file := kept_block(work.folder, number)):
                     work.check()
-                    asked = [jobs[i] for i in block]
-                    said = answer(config, loaded, agent, asked, work.seed, other, places=config.generate.batch)
+                    jobs = [(asked[i // answers], i % answers) for i in block]
+                    said = answer(config, loaded, agent, jobs, work.seed, other, places=config.generate.batch)
                     file = keep_block(work.folder, number, said)
-                done |= zip(block, read_rows(file, Sample), strict=True)
+                files.append(file)
                 progress.step(len(block))
-        samples = [done[i] for i in range(len(jobs))]
-        write_rows(work.folder / "samples.jsonl", samples)
+        counts = {"answers": len(order), "tokens": 0, "hit_length": 0, "empty": 0}
+        write_rows(work.folder / "samples.jsonl", in_place(files, order, size, counts))
         for file in work.folder.glob("block*.jsonl"):
             file.unlink()
-        return {"answers": len(jobs), "tokens": sum(len(s.tokens) for s in samples),
-                "hit_length": sum(s.finish == "length" for s in samples),
-                "empty": sum(not s.response for s in samples)}  # fmt: skip
+        return counts
 
     settings = asdict(config.generate) | prompts.settings | {"answers": answers, "agent": agent}
-    settings |= ({"contrastive": True} if against else {}) | ({"blocks": blocks} if blocks > 1 else {})
+    settings |= ({"contrastive": True} if against else {}) | ({"blocks": blocks} if blocks > 1 else {}) | shop.quantised(base)
     inputs, size = [base.stage, adapter, prompts.stage, against], f"{answers} answer(s) per prompt"
     return shop.stage(name, "sample/1", settings, inputs, write_samples, key, size)
 
@@ -225,19 +240,38 @@ def kept_block(folder: Path, number: int) -> Path | None:
     return next((file for file in files if file.stem.endswith(f"-{sha256_file(file)}")), None)
 
 
-def logps_together(shop: Workshop, work: Work, base: Base, adapter: Stage | None, group: Sequence[Texts]) -> dict[str, list]:
-    """{Texts.key: [(text, its row, its logp; None: longer than the context)]} of all texts of the group in one pass, so
-    that answers to one prompt share it; remembered for the group's next stage."""
+def in_place(files: Sequence[Path], order: np.ndarray, size: int, counts: dict[str, int]) -> Iterator[Sample]:
+    """The samples of the blocks in the order of their jobs, `order` [N] being that in which they were made; counts them."""
+    places, block = np.empty_like(order), functools.lru_cache(64)(lambda number: Lines(files[number], Sample))
+    places[order] = np.arange(len(order), dtype=order.dtype)
+    for place in map(int, places):
+        said = block(place // size)[place % size]
+        counts["tokens"] += len(said.tokens)
+        counts["hit_length"] += said.finish == "length"
+        counts["empty"] += not said.response
+        yield said
+
+
+Scored = tuple[array, array]  # of every text its log-probability (UNSCORED: longer than the context), and its tokens
+
+
+def logps_together(shop: Workshop, work: Work, base: Base, adapter: Stage | None, group: Sequence[Texts]) -> dict[tuple, Scored]:
+    """What was found of all texts of the group by Texts.key, WINDOW of each in one pass, so that answers to one prompt share it;
+    remembered for the group's next stage."""
     key = (base.stage.fingerprint, adapter and adapter.fingerprint, *(texts.key for texts in group))
     if shop.scored[0] != key:
         loaded = shop.use(base, adapter)
-        found = [[(text, shop.render(loaded, text.prompt, text.response)) for text in texts.read()] for texts in group]
-        context = loaded.model.config.max_position_embeddings
-        short = [row for each in found for _, row in each if len(row.ids) <= context]
-        with work.progress(len(short), "text") as progress:
-            logps = iter(score(loaded.model, short, shop.score_tokens, progress, work.check, work.log, shop.free))
-        parts = [[(text, row, next(logps) if len(row.ids) <= context else None) for text, row in each] for each in found]
-        shop.scored = key, {texts.key: part for texts, part in zip(group, parts, strict=True)}
+        context, found = loaded.model.config.max_position_embeddings, {texts.key: (array("d"), array("l")) for texts in group}
+        given = [texts.read() for texts in group]
+        with work.progress(sum(map(len, given)), "text") as progress:
+            for run in zip_longest(*(in_runs(texts, WINDOW) for texts in given), fillvalue=()):
+                rows = [[shop.render(loaded, text.prompt, text.response) for text in part] for part in run]
+                short = [row for part in rows for row in part if len(row.ids) <= context]
+                logps = iter(score(loaded.model, short, shop.score_tokens, progress, work.check, work.log, shop.free))
+                for (values, tokens), part in zip(found.values(), rows, strict=True):
+                    values.extend(next(logps) if len(row.ids) <= context else UNSCORED for row in part)
+                    tokens.extend(sum(row.mask) for row in part)
+        shop.scored = key, found
     return shop.scored[1]
 
 
@@ -249,23 +283,20 @@ def score_texts(shop: Workshop, name: str, base: Base, adapter: Stage | None, te
 
     def write_scores(work: Work) -> dict:
         """One row per text, in their order."""
-        loaded, scores = shop.use(base, adapter), []
-        found = logps_together(shop, work, base, adapter, group)[texts.key]
-        rows = [row for _, row, _ in found]
-        show_first(work, loaded, "row", rows)
-        for text, row, logp in found:
-            tokens = sum(row.mask)
-            ppl = perplexity(-math.inf if logp is None else logp, tokens)
-            known = {"id": text.id, "logp": logp, "tokens": tokens, "perplexity": ppl}
-            scores.append(known | {"characters": len(text.response)})
-        write_rows(work.folder / "scores.jsonl", scores)
-        counts = {"texts": len(scores), "tokens": sum(sum(row.mask) for _, row, logp in found if logp is not None)}
-        if long := sum(logp is None for _, _, logp in found):
-            work.log(f"WARNING: {long} of {len(rows)} texts are longer than the context of {base.name}")
-        return counts | {"over_long": long}
+        loaded, given = shop.use(base, adapter), texts.read()
+        logps, tokens = logps_together(shop, work, base, adapter, group)[texts.key]
+        show_first(work, loaded, "row", [shop.render(loaded, text.prompt, text.response) for text in islice(given, 1)])
+        write_rows(work.folder / "scores.jsonl", (
+            {"id": text.id, "logp": None if logp == UNSCORED else logp, "tokens": count,
+             "perplexity": perplexity(-math.inf if logp == UNSCORED else logp, count), "characters": len(text.response)}
+            for text, logp, count in zip(given, logps, tokens, strict=True)))  # fmt: skip
+        if long := logps.count(UNSCORED):
+            work.log(f"WARNING: {long} of {len(logps)} texts are longer than the context of {base.name}")
+        known = sum(count for logp, count in zip(logps, tokens, strict=True) if logp != UNSCORED)
+        return {"texts": len(logps), "tokens": known, "over_long": long}
 
     inputs = [base.stage, adapter, texts.stage, *(other.stage for other in group if other != texts)]
-    return shop.stage(name, "score/1", texts.settings, inputs, write_scores)
+    return shop.stage(name, "score/1", texts.settings | shop.quantised(base), inputs, write_scores)
 
 
 def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates], negatives: Texts,
@@ -276,40 +307,38 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates
     settings = shop.config.macpo
 
     def write_pairs(work: Work) -> dict:
-        """Choose, pair, drop what cannot be used, and store the reference logps."""
-        loaded, bad_logps = shop.use(base, reference), read_rows(familiar.path / "scores.jsonl")
-        winners = select(shop.config, offered(candidates), own, key)
-        kept, found = keep_familiar(winners, settings.keep), []
-        rejected = {bad.id: (bad, known) for bad, known in zip(negatives.read(), bad_logps, strict=True)}
-        for choices in kept:
-            for who, good, values in choices:
-                if good.id not in rejected:
-                    continue  # counted below
-                bad, known = rejected[good.id]
-                weight = math.exp(values["agreement"]) if settings.weights == "agreement" and "agreement" in values else None
-                pair = Pair(good.id, good.prompt, good.response, bad.response, who, getattr(bad, "agent", "data"),
-                            ref_rejected_logps=known["logp"], meta=good.meta, weight=weight)  # fmt: skip
-                rendered = [shop.render(loaded, good.prompt, t.response) for t in (good, bad)]
-                logp = values["perplexity"] * sum(rendered[0].mask) if heard else None
-                found.append((replace(pair, ref_chosen_logps=logp), *rendered))
-        found, dropped = sift(work, found, {
+        """Choose, pair, drop what cannot be used, and store the reference logps, WINDOW pairs at a time."""
+        loaded, counts = shop.use(base, reference), Counter()
+        kept = keep_familiar(winners(), settings.keep) if settings.keep < 1 else repeat(True)
+        found = matched(shop, loaded, zip(winners(), kept, strict=False), negative_finder(negatives, familiar), heard, counts)
+        unusable = {
             "all_empty": lambda pair, *rows: not pair.chosen,
             "negative_empty": lambda pair, *rows: not pair.rejected,
             "negative_equal": lambda pair, *rows: pair.chosen == pair.rejected,
             "over_long": lambda pair, *rows: any(len(row.ids) > loaded.limit for row in rows),
-        })  # fmt: skip
-        rows = [good for _, good, _ in found]
-        show_first(work, loaded, "chosen", rows)
-        made = [pair for pair, *_ in found]
-        if not heard:
-            logps = score(loaded.model, rows, shop.score_tokens, None, work.check, work.log, shop.free)
-            made = [replace(pair, ref_chosen_logps=logp) for pair, logp in zip(made, logps, strict=True)]
-        write_rows(work.folder / "pairs.jsonl", weighted(made))
-        won = {f"chosen_{c.who}": sum(pair.chosen_by == c.who for pair in made) for c in candidates}
-        dropped |= {"not_kept": kept.count([])} if settings.keep < 1 else {}
-        alone = sum(choices[0][1].id not in rejected for choices in winners)  # its question was too long (feedback.ask)
-        dropped |= {"no_negative": alone} if alone else {}
-        return {"pairs": len(made)} | dropped | won | {"tokens": sum(sum(row.mask) for row in rows)}
+        }
+
+        def made() -> Iterator[Pair]:
+            """The pairs with their logps."""
+            for number, run in enumerate(in_runs(found, WINDOW)):
+                run, dropped = sift(work, run, unusable)
+                rows = [good for _, good, _ in run]
+                if number == 0:
+                    show_first(work, loaded, "chosen", rows)
+                logps = score(loaded.model, rows, shop.score_tokens, None, work.check, work.log, shop.free) if not heard else repeat(None)
+                counts.update(dropped | {"pairs": len(run), "tokens": sum(sum(row.mask) for row in rows)})
+                for (pair, *_), logp in zip(run, logps, strict=not heard):
+                    counts[f"chosen_{pair.chosen_by}"] += 1
+                    yield pair if heard else replace(pair, ref_chosen_logps=logp)
+
+        write_rows(file := work.folder / "pairs.jsonl", made())
+        if settings.weights == "agreement":
+            write_rows(file, weighted(Lines(file, Pair)))
+        names = ["pairs", *unusable, *(["not_kept"] if settings.keep < 1 else []), *(["no_negative"] if counts["no_negative"] else [])]
+        return {name: counts[name] for name in (*names, *(f"chosen_{c.who}" for c in candidates), "tokens")}
+
+    def winners() -> Iterator[list[Choice]]:
+        return select(shop.config, offered(candidates), own, key)
 
     votes = [(weight, stage) for c in candidates for stages in c.votes.values() for weight, stage in stages]
     recipe = {"names": [c.who for c in candidates], "votes": [[*c.votes] for c in candidates],
@@ -317,7 +346,7 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates
               "keep": settings.keep, "weights": settings.weights} | ({"heard": True} if heard else {})  # fmt: skip
     inputs = [base.stage, *(c.texts.stage for c in candidates), *(stage for _, stage in votes)]
     inputs += [negatives.stage, familiar, reference]
-    return shop.stage(name, "pairs/3", recipe | negatives.settings, inputs, write_pairs, key)
+    return shop.stage(name, "pairs/3", recipe | negatives.settings | shop.quantised(base), inputs, write_pairs, key)
 
 
 def show_first(work: Work, loaded: Loaded, what: str, rows: Sequence[Tokens]) -> None:

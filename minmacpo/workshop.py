@@ -20,16 +20,17 @@ from minmacpo.checkpoint import (
     load_model,
     no_folder,
     read_adapter_config,
+    read_config,
     stop_ids,
-    weight_files,
 )
 from minmacpo.commandline import overlay
 from minmacpo.config import Config
 from minmacpo.data import Example, Message, Pair, Sample
-from minmacpo.files import read_json, read_rows
+from minmacpo.files import Lines, read_json
 from minmacpo.generate import generate
 from minmacpo.lora import attach_lora, clear_adapter, write_adapter
 from minmacpo.machine import device_of, dtype_of, free_bytes
+from minmacpo.memory import weight_bytes
 from minmacpo.progress import inert
 from minmacpo.run import Run, Stage, Work, derive_seed
 from minmacpo.score import perplexity
@@ -54,15 +55,14 @@ class Texts:
     def settings(self) -> dict[str, list[str]]:
         return {"texts": [self.file, self.side]}
 
-    def read(self) -> list[Example] | list[Sample]:
-        """The texts, in the file's order; sampled ones with all that is known of them."""
+    def read(self) -> Sequence[Example] | Sequence[Sample]:
+        """The texts, in the file's order, each read from it where it is looked at; sampled ones with all that is known of them."""
+        file = self.stage.path / self.file
         if self.side == "question":
-            return read_rows(self.stage.path / self.file, Example)
+            return Lines(file, Example)
         if self.side in ("response", "untagged"):
-            found = read_rows(self.stage.path / self.file, Sample)
-            return [untag(sample) for sample in found] if self.side == "untagged" else found
-        pairs = read_rows(self.stage.path / self.file, Pair)
-        return [Example(pair.id, pair.prompt, getattr(pair, self.side), pair.meta) for pair in pairs]
+            return Lines(file, Sample, untag) if self.side == "untagged" else Lines(file, Sample)
+        return Lines(file, Pair, lambda pair: Example(pair.id, pair.prompt, getattr(pair, self.side), pair.meta))
 
 
 def untag(sample: Sample) -> Sample:
@@ -72,10 +72,10 @@ def untag(sample: Sample) -> Sample:
 
 class Loaded:
     """The model of an HF folder in memory with an empty slot, on the run's device in the run's dtype.
-    `slot_params` is all that ever trains; a row longer than `limit` tokens is not trained on."""
+    `slot_params` is all that ever trains; a row longer than `limit` tokens is not trained on. `form`: see quant.py."""
 
-    def __init__(self, folder: Path, config: Config):
-        self.model = load_model(folder, device_of(config), dtype_of(config))
+    def __init__(self, folder: Path, config: Config, form: str = "none"):
+        self.model = load_model(folder, device_of(config), dtype_of(config), form)
         self.slot_params, self.tokenizer = attach_lora(self.model, config.lora), load_tokenizer(folder)
         check_sizes(folder, self.model.config, self.tokenizer)
         self.stops = stop_ids(folder, self.tokenizer)
@@ -87,32 +87,35 @@ class Loaded:
 
 
 def open_folder(folder: Path, config: Config) -> tuple[Loaded, Path, str | None]:
-    """(model, folder of its base, template it was trained with, if known) of a base or adapter folder.
+    """(model, folder of its base, template it was trained with, if known) of a base or adapter folder; model.quantize counts.
     Raises UserError if `folder` is neither, or if the adapter's base is not where it says."""
     if not (folder / "adapter_config.json").is_file():
         if not folder.is_dir():
             raise UserError(f"{folder}: {no_folder(folder)}")
         if not (folder / "config.json").exists():
             raise UserError(f"{folder}: is no model: it has neither config.json nor adapter_config.json")
-        return Loaded(folder, config), folder, template_of(folder)
+        return Loaded(folder, config, config.model.quantize), folder, settings_of(folder).get("template")
     lora, named = read_adapter_config(folder)
     base = next((p for p in (folder / named, Path(named)) if named and p.is_dir()), None)
     if base is None:
         raise UserError(f"{folder}: its base {named!r} {no_folder(named)}")
-    loaded = Loaded(base, replace(config, lora=lora))
+    loaded = Loaded(base, replace(config, lora=lora), config.model.quantize)
     write_adapter(loaded.model, load_adapter(folder), str(folder))
-    return loaded, base, template_of(folder) or template_of(base)
+    return loaded, base, settings_of(folder).get("template") or settings_of(base).get("template")
 
 
-def template_of(folder: Path) -> str | None:
-    """The template of the run that a folder is a stage of; None: it is none."""
+def settings_of(folder: Path) -> dict:
+    """The settings of the stage that a folder is; none if it is none."""
     notes = read_json(folder / "stage.json") if (folder / "stage.json").is_file() else {}
-    return (notes.get("settings") or {}).get("template")
+    return notes.get("settings") or {}
 
 
 def open_agent(folder: Path, config: Config, flags: Mapping[str, str]) -> tuple[Config, Loaded, Path]:
     """(settings, model, folder of its base) of a base or adapter folder. `config` is completed by what the model
-    says of itself: its template, and answers that take no more than half of its context; `flags` stand over that."""
+    says of itself: its template, how its base was quantised, and answers that take no more than half of its context; `flags`
+    stand over that."""
+    form = flags.get("model.quantize", settings_of(folder).get("quantize", "none"))
+    config = replace(config, model=replace(config.model, quantize=form))
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
     loaded, base, template = open_folder(folder, config)
     most = min(config.generate.max_new, loaded.model.config.max_position_embeddings // 2)
@@ -154,17 +157,24 @@ class Workshop:
     def use(self, base: Base, adapter: Stage | None, copy: str = "") -> Loaded:
         """The base with `adapter` in its slot; None: the slot switched off. `copy` names a second one of the same
         base, for two adapters at a time."""
-        key, folder = base.stage.fingerprint + copy, base.stage.path
+        form, folder = self.quantised(base).get("quantize", "none"), base.stage.path
+        key = base.stage.fingerprint + form + copy
         if key not in self.loaded:
-            size = sum(file.stat().st_size for file in weight_files(folder))
+            size = weight_bytes(read_config(folder), dtype_of(self.config).itemsize, form)
             while self.loaded and free_bytes(device_of(self.config)) < 2 * size:
                 del self.loaded[next(iter(self.loaded))]
-        loaded = self.loaded[key] = self.loaded.pop(key, None) or Loaded(folder, self.config)
+        loaded = self.loaded[key] = self.loaded.pop(key, None) or Loaded(folder, self.config, form)
         if adapter is None:
             clear_adapter(loaded.model)
         else:
             write_adapter(loaded.model, load_adapter(adapter.path), str(adapter.path))
         return loaded
+
+    def quantised(self, base: Base) -> dict[str, str]:
+        """How the base is held in memory, as a setting of its stages; none if its weights are not quantised."""
+        model = self.config.model
+        form = model.quantize if base.name == "strong" else model.quantize_teachers
+        return {} if form == "none" else {"quantize": form}
 
     def stage(self, name: str, kind: str, settings: dict, inputs: Sequence[Stage | None],
               compute: Callable[[Work], dict], key: tuple = (), size: str = "") -> Stage:  # fmt: skip
@@ -183,8 +193,8 @@ class Workshop:
 def answer(config: Config, loaded: Loaded, agent: str, jobs: list[tuple[Example, int]],
            seed: int, against: Loaded | None = None, tell: Callable[[list[int]], None] | None = None,
            places: int | None = None) -> list[Sample]:  # fmt: skip
-    """One sample per job (a prompt, the number of the answer), `places` (None: all) decoded side by side; `against`: away from
-    what that model would say; `tell` gets the tokens as they are sampled (generate.generate)."""
+    """One sample per job (a prompt, the number of the answer), `places` (None: all) decoded side by side, half as many where
+    memory is short; `against`: away from what that model would say; `tell` gets the tokens as they are sampled (generate.generate)."""
     template, tokenizer = config.data.template, loaded.tokenizer
     seeds = [derive_seed(seed, example.id, number) for example, number in jobs]
     prompts = [render_prompt(tokenizer, template, example.prompt) for example, _ in jobs]
@@ -193,7 +203,15 @@ def answer(config: Config, loaded: Loaded, agent: str, jobs: list[tuple[Example,
         most = f"with generate.max_new = {config.generate.max_new} the context has room for {max(room, 0)}"
         raise UserError(f"a prompt has {longest} tokens; {most}")
     other, stops = against.model if against else None, loaded.ends(template)
-    found = generate(loaded.model, prompts, seeds, config.generate, stops, other, tell, places)
+    found, places = None, min(places or len(jobs), len(jobs))
+    while found is None:
+        try:
+            found = generate(loaded.model, prompts, seeds, config.generate, stops, other, tell, places)
+        except torch.OutOfMemoryError:
+            if places == 1:
+                raise UserError("out of memory at one answer at a time; lower generate.max_new") from None
+            places //= 2
+            print(f"WARNING: out of memory: the block is sampled again, {places} answers side by side (see generate.batch)", file=sys.stderr)
     samples = []
     for (e, _), own, new, logp in zip(jobs, seeds, *found, strict=True):
         text, ppl = response_text(tokenizer, template, new), perplexity(logp, len(new))

@@ -1,11 +1,12 @@
 """The benchmarks of decoding, of a round, of growth and of a card: without peers, too late, and what they call equal."""
 
 import json
+import re
 
 import pytest
 import torch
 
-from bench import gpu, growth, macpo, measure, trl_macpo
+from bench import gpu, growth, large, macpo, measure, trl_macpo
 
 
 @pytest.fixture
@@ -78,3 +79,14 @@ def test_both_rounds_measure_the_same_perplexity(tmp_path):
     mine = macpo.perplexities(own_model(tmp_path, "fp32")[0], prompts, texts)
     theirs = trl_macpo.perplexities(trl_macpo.load(tmp_path, "fp32"), prompts, texts, size=2)
     assert mine == pytest.approx(theirs, abs=1e-4) and len({round(value, 3) for value in mine}) == 3
+
+
+def test_a_70b_student_is_measured_at_toy_size_and_planned_at_its_own(place, capsys):
+    """The same code for all works in both forms; the plan says that each of them fits a card of 140 GB, and that bf16 does not."""
+    large.main(True)
+    rows, told = json.loads((place / "large-tiny.json").read_text())["rows"], capsys.readouterr().out
+    assert [(row["dtype"], row["work"]) for row in rows[1:]] == [(form, work) for form in ("int8", "nf4") for work in (
+        "DPO-LoRA step", "scoring", "sampling, batch 1", "sampling, batch 4")]  # fmt: skip
+    assert all(row["own"]["tokens_per_s"] > 0 and len(row["ratio_share"]) == 3 for row in rows[1:])
+    plans = re.findall(r"bf16 (\d+) GB, int8 (\d+) GB, nf4 (\d+) GB", told)
+    assert len(plans) == 6 and all(int(bf16) > 140 > int(int8) > int(nf4) for bf16, int8, nf4 in plans)

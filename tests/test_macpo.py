@@ -406,8 +406,8 @@ def test_a_text_longer_than_the_context_is_not_scored(stub, tmp_path, monkeypatc
 def test_a_random_pick_counts_every_prompt(stub, tmp_path, monkeypatch):
     real = stages.answer
 
-    def silent(config, loaded, agent, *rest):
-        made = real(config, loaded, agent, *rest)
+    def silent(config, loaded, agent, *rest, **more):
+        made = real(config, loaded, agent, *rest, **more)
         for sample in made:
             quiet = {"teacher1": (0, 1), "teacher2": (0,)}.get(agent, ())
             object.__setattr__(sample, "response", "" if int(sample.id, 16) % 4 in quiet else sample.response or "x")
@@ -496,8 +496,8 @@ def test_several_criteria_win_by_the_sum_of_their_ranks(tmp_path):
 def test_a_likelihood_ratio_is_of_mean_log_probabilities_and_a_text_too_long_never_wins(tmp_path):
     one = source(tmp_path, "a", "aaa", likelihood_ratio=[(1.0, [-1, -2, None]), (-1.0, [-5, -2, -1])])
     two = source(tmp_path, "b", "bbb", likelihood_ratio=[(1.0, [-3, -2, -9]), (-1.0, [-8, -3, -1])])
-    assert one.values() == {"likelihood-ratio": [4.0, 0.0, float("-inf")]}
-    assert two.values() == {"likelihood-ratio": [5.0, 1.0, -8.0]}
+    assert [value["likelihood-ratio"] for value in one.values()] == [4.0, 0.0, float("-inf")]
+    assert [value["likelihood-ratio"] for value in two.values()] == [5.0, 1.0, -8.0]
     assert winners(shop_of(select=("likelihood-ratio",)), [one, two]) == [["b"], ["b"], ["b"]]
 
 
@@ -511,7 +511,7 @@ def test_a_share_of_the_prompts_is_one_s_own(tmp_path):
 @pytest.mark.parametrize(("share", "kept"), [(1.0, [0, 1, 2, 3, 4]), (0.6, [0, 2, 4]), (0.2, [4]), (0.01, [4])])
 def test_the_least_perplexing_share_is_kept(tmp_path, share, kept):
     one = source(tmp_path, "a", "aaaaa", perplexity=[(1, [-2, -5, -1.5, -4, -1])])
-    chosen = choose.select(shop_of().config, choose.offered([one]), ("", 0.0), ())
+    chosen = choose.select(shop_of().config, choose.offered([one]), ("", 0.0), ())  # read once, as it comes
     assert [i for i, choices in enumerate(choose.keep_familiar(chosen, share)) if choices] == kept
 
 

@@ -44,7 +44,7 @@ class Living(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         old = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
         for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor) and (key := (kept := leaf.untyped_storage())._cdata) not in old | self.sizes.keys():
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta" and (key := (kept := leaf.untyped_storage())._cdata) not in old | self.sizes.keys():
                 self.sizes[key] = kept.nbytes()
                 self.now += kept.nbytes()
                 self.peak = max(self.peak, self.now)

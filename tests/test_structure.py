@@ -13,7 +13,7 @@ from conftest import REPO
 PACKAGE = REPO / "minmacpo"
 FLOORS = [
     {"config", "data", "domains", "bpe", "families", "progress"},
-    {"forms", "diversity", "world", "commandline", "files", "machine", "model", "lora", "losses", "page"},
+    {"forms", "diversity", "world", "commandline", "files", "machine", "model", "lora", "losses", "quant", "page"},
     {"tokenizer", "tables", "remote", "packed"},
     {"run", "checkpoint", "batching", "monitor", "templates", "memory"},
     {"fit", "generate", "score"},
@@ -174,8 +174,8 @@ def code_lines(name: str) -> int:
 
 
 def test_the_library_is_small():
-    """6,300 lines of code; docstrings and blank lines do not count, so that nobody saves on them."""
-    assert sum(code_lines(name) for name in TREES if name not in PROGRAMS) <= 6300
+    """6,900 lines of code; docstrings and blank lines do not count, so that nobody saves on them."""
+    assert sum(code_lines(name) for name in TREES if name not in PROGRAMS) <= 6900
 
 
 def test_the_programs_are_small():

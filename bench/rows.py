@@ -1,0 +1,83 @@
+"""Memory of sampling, scoring and pair building as prompts grow in number: python -m bench.rows [10000 100000 ...].
+
+Every number is a process of its own, with a base that can do nothing, two agents' answers of two tokens and an agent's negatives: the
+stages of a round without training. Printed is the peak of resident memory in every stage, and its distance from the first number's.
+"""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from minmacpo.bases import given_base
+from minmacpo.checkpoint import save_model
+from minmacpo.choose import Candidates
+from minmacpo.commandline import parse
+from minmacpo.data import Message, Pair
+from minmacpo.families import ModelConfig
+from minmacpo.files import write_rows
+from minmacpo.model import new_model
+from minmacpo.run import Run, Work
+from minmacpo.stages import pairs, sample, score_texts
+from minmacpo.tokenizer import Tokenizer, train_tokenizer
+from minmacpo.workshop import Texts, Workshop
+
+STAGES = ("sample", "score", "pairs")
+WORDS = ["@tiny", "--run.name=x", "--generate.max_new=2", "--generate.batch=512", "--run.log_every=100", "--data.max_length=64", "--data.max_prompt=40"]
+
+
+def question(number: int) -> str:
+    return f"who is number {number} and what does he do on day {number % 7} ?"
+
+
+def write_base(folder: Path) -> None:
+    """A stub: one layer, eight wide."""
+    pieces = train_tokenizer([question(i) for i in range(500)], 400)
+    config = ModelConfig(Tokenizer(pieces).size, 8, 16, 1, 1, 1, 8, 128)
+    folder.mkdir()
+    save_model(folder, config, new_model(config, 0).state_dict(), pieces)
+
+
+def prompts(count: int) -> Iterator[Pair]:
+    for number in range(count):
+        yield Pair(str(number), (Message("user", question(number)),), "he is a baker .", "go away .")
+
+
+def one(root: Path, count: int) -> None:
+    """The stages on so many prompts; prints the peak of each kind in MB."""
+    write_base(root / "base")
+    run = Run(parse([*WORDS, f"--run.root={root}"]).config)
+    shop, base = Workshop(run), given_base(run.config, "strong", root / "base")
+    run.begin()
+
+    def write_slices(work: Work) -> dict:
+        write_rows(work.folder / "d2.jsonl", prompts(count))
+        return {"rows": count}
+
+    queries = Texts(run.stage("data/slices", "slices/2", {"count": count}, [], write_slices), "d2.jsonl", "chosen")
+    said = {who: Texts(sample(shop, f"round1/{who}", base, None, queries, who, (who,))) for who in ("a", "b", "bad")}
+    scores = {who: score_texts(shop, f"round1/scores_{who}", base, None, texts) for who, texts in said.items()}
+    offers = [Candidates(who, said[who], {"perplexity": [(1.0, scores[who])]}) for who in ("a", "b")]
+    made = pairs(shop, "round1/pairs", base, offers, said["bad"], None, scores["bad"], ("", 0.0), ("pairs",))
+    done = {"sample": [texts.stage for texts in said.values()], "score": [*scores.values()], "pairs": [made]}
+    print(*(max(stage.notes()["peak_mb"] for stage in done[kind]) for kind in STAGES))
+
+
+def main(counts: list[int]) -> None:
+    first = None
+    for count in counts:
+        with tempfile.TemporaryDirectory() as root:
+            command = [sys.executable, "-m", "bench.rows", "--one", root, str(count)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks = [int(word) for word in done.stdout.splitlines()[-1].split()[:3]]
+        first = first or peaks
+        told = (f"{kind} {peak} MB ({peak / start - 1:+.1%})" for kind, peak, start in zip(STAGES, peaks, first, strict=True))
+        print(f"{count:9,} prompts: {', '.join(told)}", flush=True)
+
+
+if __name__ == "__main__":
+    if "--one" in sys.argv:
+        one(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        main([int(word) for word in sys.argv[1:]] or [10_000, 100_000, 1_000_000])
