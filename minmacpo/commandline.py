@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from minmacpo import UserError
-from minmacpo.config import SETTINGS, Config, check, flatten, toml_value
+from minmacpo.config import PLACE, SETTINGS, Config, check, flatten, toml_value
 
 PRESETS = Path(__file__).parent / "presets"
 UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # what a TOML file cannot hold as it is
@@ -220,7 +220,7 @@ def run_name(label: str, preset: Config, config: Config) -> str:
     old, new = flatten(preset), flatten(config)
     last = [key.split(".")[1] for key in new]
     for key, value in sorted(new.items(), key=lambda item: item[0].startswith("run.")):
-        if value == old[key] or key in ("run.root", "run.name"):
+        if value == old[key] or key in PLACE:
             continue
         short = key.split(".")[1] if last.count(key.split(".")[1]) == 1 else key
         text = ",".join(map(str, value)) if isinstance(value, tuple) else toml_value(value).strip('"')

@@ -29,17 +29,19 @@ def move(source: Path, target: Path) -> None:
     os.close(handle)
 
 
-def open_alone(path: Path, mode: str, busy: str) -> IO:
+def open_alone(path: Path, mode: str, busy: str | None, shared: bool = False) -> IO:
     """The file in `mode`, locked while it is open: the kernel lets go of it however the process ends. UserError with the
-    sentence `busy` if another process has it; does without a lock, and says so, where the file system knows none."""
+    sentence `busy` if another process has it, None: waits for that one; does without a lock, and says so, where the file
+    system knows none. `shared`: locked only against those who do not share it."""
     stream = path.open(mode, encoding=None if "b" in mode else "utf-8")
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if busy else 0))
     except BlockingIOError:
         stream.close()
         raise UserError(busy) from None
     except OSError as error:
-        print(f"no lock here ({error.strerror}): start no second process on {path}", file=sys.stderr)
+        if busy:
+            print(f"no lock here ({error.strerror}): start no second process on {path}", file=sys.stderr)
     return stream
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -124,6 +124,8 @@ def train(work: Work, base: Base, loaded: Loaded, units: list[Unit], objective, 
     tensors = read_adapter(loaded.model)
     if schedule.steps and not any(t.any() for k, t in tensors.items() if k.endswith("lora_B.weight")):
         raise UserError(f"{work.name}: the trained adapter is still zero")
+    if not work.ranks.main:
+        return counts
     path, config = base.stage.path, work.run.config
     home = path.absolute() if base.stage.external else os.path.relpath(path, work.run.path / work.name)
     save_adapter(work.folder, tensors, config.lora, str(home))
@@ -185,18 +187,16 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
         jobs = [(example, number) for example in prompts.read() for number in range(answers)]
         rows = [shop.render(loaded, example.prompt) for example, _ in jobs]
         show_first(work, loaded, "prompt", rows)
+
+        def answers_to(block: list[int]) -> list[dict]:
+            asked, side = [jobs[i] for i in block], config.generate.batch
+            return [asdict(s) for s in answer(config, loaded, agent, asked, work.seed, other, places=side)]
+
         order = sorted(range(len(jobs)), key=lambda i: len(rows[i].ids))
-        done: dict[int, Sample] = {}
-        with work.progress(len(jobs), "answer") as progress:
-            for start in range(0, len(jobs), size):
-                block, number = order[start : start + size], start // size
-                if not (file := kept_block(work.folder, number)):
-                    work.check()
-                    asked = [jobs[i] for i in block]
-                    said = answer(config, loaded, agent, asked, work.seed, other, places=config.generate.batch)
-                    file = keep_block(work.folder, number, said)
-                done |= zip(block, read_rows(file, Sample), strict=True)
-                progress.step(len(block))
+        files = in_blocks(work, [order[start : start + size] for start in range(0, len(jobs), size)], answers_to)
+        if not work.ranks.main:
+            return {}
+        done = dict(zip(order, (s for file in files for s in read_rows(file, Sample)), strict=True))
         samples = [done[i] for i in range(len(jobs))]
         write_rows(work.folder / "samples.jsonl", samples)
         for file in work.folder.glob("block*.jsonl"):
@@ -211,7 +211,7 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
     return shop.stage(name, "sample/1", settings, inputs, write_samples, key, size)
 
 
-def keep_block(folder: Path, number: int, rows: Sequence[Sample]) -> Path:
+def keep_block(folder: Path, number: int, rows: Iterable) -> Path:
     """The file with a block of samples, named after what is in it: no stage.json tells whether it is undamaged."""
     text = as_lines(rows).encode()
     file = folder / f"block{number}-{hashlib.sha256(text).hexdigest()}.jsonl"
@@ -225,6 +225,20 @@ def kept_block(folder: Path, number: int) -> Path | None:
     return next((file for file in files if file.stem.endswith(f"-{sha256_file(file)}")), None)
 
 
+def in_blocks(work: Work, blocks: list[list[int]], answers_to: Callable[[list[int]], list[dict]]) -> list[Path]:
+    """A file of answers for each block of jobs; those that a stopped stage has left are kept, the ranks share the others. []
+    for all ranks but the main one."""
+    numbers = range(len(blocks))
+    missing = work.ranks.first(lambda: [number for number in numbers if not kept_block(work.folder, number)])
+    total, left = sum(map(len, blocks)), sum(len(blocks[number]) for number in missing)
+    with work.progress(total, "answer", total - left) as progress:
+        for number, found in zip(missing, work.ranks.each([blocks[n] for n in missing], answers_to), strict=True):
+            if work.ranks.main:
+                keep_block(work.folder, number, found)
+            progress.step(len(found))
+    return [kept_block(work.folder, number) for number in numbers] if work.ranks.main else []
+
+
 def logps_together(shop: Workshop, work: Work, base: Base, adapter: Stage | None, group: Sequence[Texts]) -> dict[str, list]:
     """{Texts.key: [(text, its row, its logp; None: longer than the context)]} of all texts of the group in one pass, so
     that answers to one prompt share it; remembered for the group's next stage."""
@@ -235,7 +249,7 @@ def logps_together(shop: Workshop, work: Work, base: Base, adapter: Stage | None
         context = loaded.model.config.max_position_embeddings
         short = [row for each in found for _, row in each if len(row.ids) <= context]
         with work.progress(len(short), "text") as progress:
-            logps = iter(score(loaded.model, short, shop.score_tokens, progress, work.check, work.log, shop.free))
+            logps = iter(score(loaded.model, short, shop.score_tokens, progress, work.ranks, work.log, shop.free))
         parts = [[(text, row, next(logps) if len(row.ids) <= context else None) for text, row in each] for each in found]
         shop.scored = key, {texts.key: part for texts, part in zip(group, parts, strict=True)}
     return shop.scored[1]
@@ -258,6 +272,8 @@ def score_texts(shop: Workshop, name: str, base: Base, adapter: Stage | None, te
             ppl = perplexity(-math.inf if logp is None else logp, tokens)
             known = {"id": text.id, "logp": logp, "tokens": tokens, "perplexity": ppl}
             scores.append(known | {"characters": len(text.response)})
+        if not work.ranks.main:
+            return {}
         write_rows(work.folder / "scores.jsonl", scores)
         counts = {"texts": len(scores), "tokens": sum(sum(row.mask) for _, row, logp in found if logp is not None)}
         if long := sum(logp is None for _, _, logp in found):
@@ -302,8 +318,10 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates
         show_first(work, loaded, "chosen", rows)
         made = [pair for pair, *_ in found]
         if not heard:
-            logps = score(loaded.model, rows, shop.score_tokens, None, work.check, work.log, shop.free)
+            logps = score(loaded.model, rows, shop.score_tokens, None, work.ranks, work.log, shop.free)
             made = [replace(pair, ref_chosen_logps=logp) for pair, logp in zip(made, logps, strict=True)]
+        if not work.ranks.main:
+            return {}
         write_rows(work.folder / "pairs.jsonl", weighted(made))
         won = {f"chosen_{c.who}": sum(pair.chosen_by == c.who for pair in made) for c in candidates}
         dropped |= {"not_kept": kept.count([])} if settings.keep < 1 else {}

@@ -30,6 +30,7 @@ from minmacpo.files import read_json, read_rows
 from minmacpo.generate import generate
 from minmacpo.lora import attach_lora, clear_adapter, write_adapter
 from minmacpo.machine import device_of, dtype_of, free_bytes
+from minmacpo.parallel import ALONE, Ranks
 from minmacpo.progress import inert
 from minmacpo.run import Run, Stage, Work, derive_seed
 from minmacpo.score import perplexity
@@ -74,9 +75,10 @@ class Loaded:
     """The model of an HF folder in memory with an empty slot, on the run's device in the run's dtype.
     `slot_params` is all that ever trains; a row longer than `limit` tokens is not trained on."""
 
-    def __init__(self, folder: Path, config: Config):
-        self.model = load_model(folder, device_of(config), dtype_of(config))
+    def __init__(self, folder: Path, config: Config, ranks: Ranks = ALONE):
+        self.model = load_model(folder, "cpu" if ranks.shards else device_of(config), dtype_of(config))
         self.slot_params, self.tokenizer = attach_lora(self.model, config.lora), load_tokenizer(folder)
+        ranks.shard(self.model, self.slot_params, device_of(config))
         check_sizes(folder, self.model.config, self.tokenizer)
         self.stops = stop_ids(folder, self.tokenizer)
         self.limit = min(config.data.max_length, self.model.config.max_position_embeddings)
@@ -154,12 +156,12 @@ class Workshop:
     def use(self, base: Base, adapter: Stage | None, copy: str = "") -> Loaded:
         """The base with `adapter` in its slot; None: the slot switched off. `copy` names a second one of the same
         base, for two adapters at a time."""
-        key, folder = base.stage.fingerprint + copy, base.stage.path
+        key, folder, ranks = base.stage.fingerprint + copy, base.stage.path, self.run.ranks
         if key not in self.loaded:
-            size = sum(file.stat().st_size for file in weight_files(folder))
-            while self.loaded and free_bytes(device_of(self.config)) < 2 * size:
+            size = sum(file.stat().st_size for file in weight_files(folder)) // (ranks.world if ranks.shards else 1)
+            while self.loaded and ranks.agree(free_bytes(device_of(self.config)) < 2 * size * ranks.near):
                 del self.loaded[next(iter(self.loaded))]
-        loaded = self.loaded[key] = self.loaded.pop(key, None) or Loaded(folder, self.config)
+        loaded = self.loaded[key] = self.loaded.pop(key, None) or Loaded(folder, self.config, ranks)
         if adapter is None:
             clear_adapter(loaded.model)
         else:
