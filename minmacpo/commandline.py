@@ -36,9 +36,10 @@ python train.py [@preset | @file.toml]... [--section.key=value | --section.key v
 python train.py @experiment-NAME [--seeds=0,1] [--dry_run] [what every run of it gets]
 
 presets: @hh, @hh-real, @paper-hh-helpful, @paper-hh-harmless, @paper-pku, @tiny, @world (default @world; files and flags are laid over it, left to right)
+torchrun --nproc-per-node=N train.py ... does any of this (but an experiment) on N processes; see [parallel]
 experiments: a file each in minmacpo/presets/experiments; finished runs are not redone
 --dry_run   read the data, print settings, row counts, slices and the stages with their tokens and memory; write nothing
---stage     compute this one stage only; the stages it needs must be finished
+--stage     compute this one stage only; the stages it needs must be finished, others may be computed beside it
 --profile   write a Chrome trace of the first steps of each kind of stage into the run folder
 Defaults are those of the released MACPO scripts; a preset's values are in minmacpo/presets."""
 

@@ -72,7 +72,7 @@ class Ranks:
         """The largest of all ranks' numbers. Collective, on the CPU: nobody waits for a GPU."""
         if self.world == 1:
             return number
-        told = torch.tensor([number])
+        told = torch.tensor([int(number)])
         torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
         return int(told)
 

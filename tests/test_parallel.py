@@ -1,6 +1,7 @@
 """Several ranks against one: gradients, training, scores, samples and whole runs; and how ranks end together."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_model
 from runs import (
     METHODS,
     REPOSITORY,
@@ -27,6 +29,13 @@ from runs import (
     write_stub,
 )
 from safetensors.torch import load_file
+
+from minmacpo.commandline import parse
+from minmacpo.config import Lora
+from minmacpo.memory import held, parameters
+from minmacpo.parallel import Ranks
+from minmacpo.plan import Plan
+from minmacpo.run import Run
 
 CASES = ["1-pairs-replicate", "2-pairs-replicate", "2-pairs-shard", "a-2-4", "complaint-2"]
 MORE = ["1-sft-replicate", "1-pairs-replicate", "2-sft-replicate", "2-sft-shard", "4-sft-replicate", "4-pairs-shard", "a-4-1", "b-4-2", "complaint-4"]
@@ -97,6 +106,53 @@ def test_ranks_equal_one(tmp_path, seed):
 @pytest.mark.slow
 def test_two_and_four_ranks_replicated_and_sharded_equal_one(tmp_path, seed):
     check_toys(toys(tmp_path, seed, MORE))
+
+
+def as_rank(rank: int, world: int, shards: bool) -> Ranks:
+    """A rank that is asked what it would do, with nobody beside it."""
+    ranks = Ranks(rank=rank, world=world)
+    ranks.shards = shards
+    return ranks
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_step_is_shared_out_whole_and_evenly(world, shards, seed):
+    """Every unit once; ranks differ by a unit of each micro-batch that is cut; sharded, by no pass at all."""
+    rng, units = random.Random(seed), iter(range(10**6))
+    groups = [[next(units) for _ in range(rng.randrange(1, 12))] for _ in range(rng.randrange(1, 12))]
+    shares = [as_rank(rank, world, shards).share(groups) for rank in range(world)]
+    assert sorted(unit for share in shares for group in share for unit in group) == sorted(unit for group in groups for unit in group)
+    assert all(group in groups for share in shares for group in share[: len(groups) // world])
+    counts = [len(share) for share in shares]
+    assert max(counts) == counts[0] and (min(counts) == counts[0] if shards else all(group for share in shares for group in share))
+    assert world > 1 or shares[0] == groups
+
+
+def test_without_torchrun_nothing_is_distributed():
+    """One process does all by itself, and an ordinary start does not even look for others."""
+    code = ("import sys, torch; before = {m for m in sys.modules if 'distributed' in m}; import train, minmacpo.parallel as p, minmacpo.report; "
+            "r = p.meet(); assert r.world == 1 and r.first(dict) == {} and r.agree(7) == 7 and list(r.each([1, 2], str)) == ['1', '2']; "
+            "new = {m for m in sys.modules if 'distributed' in m} - before; assert not new, new")  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=60)
+
+
+def test_a_rank_of_a_sharded_base_is_planned_for_its_part(tmp_path):
+    """The larger part of a base of many layers goes to the others; embeddings, head and two blocks stay."""
+    config = dataclasses.replace(random_model(0).config, num_hidden_layers=40)
+    base, outer = parameters(config, Lora(targets=()))[0], 61 * 24 * 2 + 24
+    for world in (2, 4, 8):
+        assert held(config, Lora(targets=()), world) * base == pytest.approx(outer + (base - outer) * (1 / world + 2 / 40))
+    assert held(config, Lora(targets=()), 1) == held(random_model(0).config, Lora(targets=()), 8) == 1, "two layers are both at work"
+    totals = []
+    for ranks in (Ranks(), as_rank(0, 4, True)):
+        run = Run(parse(["@tiny", f"--run.root={tmp_path}", "--model.strong=64x12x4x128"]).config, ranks=ranks)
+        __import__("train").run_all(run, {}, None)
+        plan = Plan(run, run.config, None)
+        totals.append([plan.total(name) for name in ("bases/strong", "round0/student_pos", "round1/positives_student")])
+    assert totals[0][0] == totals[1][0], "bases are made by one rank"
+    weights = plan.need("round0/student_pos").weights
+    assert all(0.3 * weights < one - many < 0.7 * weights for one, many in list(zip(*totals, strict=True))[1:])
 
 
 # ---- whole runs -----------------------------------------------------------------------------
