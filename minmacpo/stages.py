@@ -190,7 +190,7 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
 
         def answers_to(block: list[int]) -> list[dict]:
             asked, side = [jobs[i] for i in block], config.generate.batch
-            return [asdict(s) for s in answer(config, loaded, agent, asked, work.seed, other, places=side)]
+            return [asdict(s) for s in answer(config, loaded, agent, asked, work.seed, other, None, side)]
 
         order = sorted(range(len(jobs)), key=lambda i: len(rows[i].ids))
         files = in_blocks(work, [order[start : start + size] for start in range(0, len(jobs), size)], answers_to)
