@@ -239,6 +239,7 @@ def test_two_processes_compute_two_stages_of_one_run_at_once_and_never_the_same(
     assert sorted(mine, key=key) == sorted(theirs, key=key), "in the order in which they came, each once"
 
 
+@pytest.mark.slow
 def test_a_stage_that_was_killed_leaves_no_lock(tmp_path, stub):
     words, run = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", "--stage=round0/teacher1_pos"], begun(stub, tmp_path)
     first = spawn("train", *words)
