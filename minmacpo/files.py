@@ -144,6 +144,20 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def keep_block(folder: Path, number: int, rows: Iterable) -> Path:
+    """The file with a block of samples, named after what is in it: no stage.json tells whether it is undamaged."""
+    text = as_lines(rows).encode()
+    file = folder / f"block{number}-{hashlib.sha256(text).hexdigest()}.jsonl"
+    write_atomic(file, text)
+    return file
+
+
+def kept_block(folder: Path, number: int) -> Path | None:
+    """The file that `keep_block` wrote, None if it is not there or damaged."""
+    files = (file for file in folder.glob(f"block{number}-*.jsonl") if file.is_file())
+    return next((file for file in files if file.stem.endswith(f"-{sha256_file(file)}")), None)
+
+
 def fingerprint(value) -> str:
     """32 hex digits that stand for a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

@@ -123,8 +123,7 @@ class Run:
         self.planning = True
         self.provided: set[str] = set()  # stages seen to in this process
         self.named: dict[tuple[bool, str], str] = {}  # (planning, stage) -> its fingerprint
-        self.ranks = ranks or Ranks()
-        self.signals = self.ranks.signals
+        self.ranks, self.signals = (ranks := ranks or Ranks()), ranks.signals
         self.on_step: Callable[[], None] | None = None
         self.after_stage: Callable[[Path], None] = lambda path: None  # called with the run's folder
         check_folder(self.path, config)
@@ -313,7 +312,6 @@ class Run:
 
     @functools.cached_property
     def siblings(self) -> dict[str, Path]:
-        """{fingerprint: folder} of the finished stages of all runs of the root, this one's included."""
         return finished_under(self.root)
 
     def clear(self, work: Work) -> None:

@@ -1,9 +1,8 @@
 """The kinds of stage that the methods are made of, each a function from its inputs to a Stage."""
 
-import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from minmacpo.checkpoint import save_adapter
 from minmacpo.choose import Candidates, keep_familiar, offered, select, weighted
 from minmacpo.config import Dpo
 from minmacpo.data import Pair, Sample
-from minmacpo.files import as_lines, read_rows, sha256_file, write_atomic, write_rows
+from minmacpo.files import keep_block, kept_block, read_rows, write_atomic, write_rows
 from minmacpo.fit import PairObjective, Plan, Schedule, SftObjective, Unit, fit, make_plan
 from minmacpo.lora import read_adapter, reset_adapter
 from minmacpo.losses import sequence_logps
@@ -209,20 +208,6 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
     settings |= ({"contrastive": True} if against else {}) | ({"blocks": blocks} if blocks > 1 else {})
     inputs, size = [base.stage, adapter, prompts.stage, against], f"{answers} answer(s) per prompt"
     return shop.stage(name, "sample/1", settings, inputs, write_samples, key, size)
-
-
-def keep_block(folder: Path, number: int, rows: Iterable) -> Path:
-    """The file with a block of samples, named after what is in it: no stage.json tells whether it is undamaged."""
-    text = as_lines(rows).encode()
-    file = folder / f"block{number}-{hashlib.sha256(text).hexdigest()}.jsonl"
-    write_atomic(file, text)
-    return file
-
-
-def kept_block(folder: Path, number: int) -> Path | None:
-    """The file that `keep_block` wrote, None if it is not there or damaged."""
-    files = (file for file in folder.glob(f"block{number}-*.jsonl") if file.is_file())
-    return next((file for file in files if file.stem.endswith(f"-{sha256_file(file)}")), None)
 
 
 def in_blocks(work: Work, blocks: list[list[int]], answers_to: Callable[[list[int]], list[dict]]) -> list[Path]:
