@@ -3,11 +3,11 @@
 import functools
 import sys
 
-from minmacpo import UserError, tables, world
+from minmacpo import UserError, world
 from minmacpo.commandline import help_text, parse
 from minmacpo.data import find_files
-from minmacpo.files import sha256_file, write_json
-from minmacpo.progress import call, inert
+from minmacpo.files import sha256_file
+from minmacpo.progress import call
 
 
 def source_of(config) -> dict:
@@ -58,37 +58,40 @@ def main(argv: list[str]) -> int | None:
     command = parse(argv)
     if command.help:
         return print(help_text())
+    from minmacpo.parallel import meet
+
+    with (ranks := meet()).one_voice():
+        return obey(command, ranks)
+
+
+def obey(command, ranks) -> int | None:
+    """The run, or the part of it, that is asked for, done together with the other ranks."""
     import torch
 
-    from minmacpo.evaluate import make_table, read_run
     from minmacpo.plan import check_memory, hints, show_plan
-    from minmacpo.report import write_report
-    from minmacpo.run import FINISHED, Run
+    from minmacpo.report import finish, write_report
+    from minmacpo.run import Run
 
     config = command.config
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
+    ranks.connect(config)
     prepared, source = functools.cache(lambda: prepare(config)), source_of(config)
-    run = Run(config, command.stage, command.profile, command.dry_run)
+    run = Run(config, command.stage, command.profile, command.dry_run, ranks)
     run_all(run, source, prepared)  # only lists the stages
     if command.stage and command.stage not in run.plan:
         raise UserError(f"--stage={command.stage}: no such stage; --dry_run lists them")
     if command.dry_run:
-        return show_plan(run, prepared)
+        return ranks.first(lambda: show_plan(run, prepared))
     if not all(stage.finished for name, stage in run.plan.items() if name.startswith(("data/", "bases/"))):
-        prepared()  # bad data is an error before there is a run folder
-    check_memory(run, prepared)
+        ranks.first(lambda: bool(prepared()))  # bad data is an error before there is a run folder
+    ranks.first(lambda: check_memory(run, prepared))
     run.begin()
     for said in hints(run):
         run.log(f"WARNING: {said}")
     run.after_stage = write_report
     run_all(run, source, prepared)
-    table = make_table(read_run(run.path))
-    if not command.stage:
-        run.end()
-        write_json(run.path / FINISHED, table)
-    write_report(run.path)
-    print(f"{inert(tables.format_table(table))}\n\nreport, with what the columns mean: {run.path / 'report.html'}")
-    return 0
+    if ranks.main:
+        print(finish(run))
 
 
 if __name__ == "__main__":

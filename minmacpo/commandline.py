@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from minmacpo import UserError
-from minmacpo.config import SETTINGS, Config, check, flatten, toml_value
+from minmacpo.config import PLACE, SETTINGS, Config, check, flatten, toml_value
 
 PRESETS = Path(__file__).parent / "presets"
 UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # what a TOML file cannot hold as it is
@@ -36,9 +36,10 @@ python train.py [@preset | @file.toml]... [--section.key=value | --section.key v
 python train.py @experiment-NAME [--seeds=0,1] [--dry_run] [what every run of it gets]
 
 presets: @hh, @hh-real, @paper-hh-helpful, @paper-hh-harmless, @paper-pku, @tiny, @world (default @world; files and flags are laid over it, left to right)
+torchrun --nproc-per-node=N train.py ... does any of this (but an experiment) on N processes; see [parallel]
 experiments: a file each in minmacpo/presets/experiments; finished runs are not redone
 --dry_run   read the data, print settings, row counts, slices and the stages with their tokens and memory; write nothing
---stage     compute this one stage only; the stages it needs must be finished
+--stage     compute this one stage only; the stages it needs must be finished, others may be computed beside it
 --profile   write a Chrome trace of the first steps of each kind of stage into the run folder
 Defaults are those of the released MACPO scripts; a preset's values are in minmacpo/presets."""
 
@@ -220,7 +221,7 @@ def run_name(label: str, preset: Config, config: Config) -> str:
     old, new = flatten(preset), flatten(config)
     last = [key.split(".")[1] for key in new]
     for key, value in sorted(new.items(), key=lambda item: item[0].startswith("run.")):
-        if value == old[key] or key in ("run.root", "run.name"):
+        if value == old[key] or key in PLACE:
             continue
         short = key.split(".")[1] if last.count(key.split(".")[1]) == 1 else key
         text = ",".join(map(str, value)) if isinstance(value, tuple) else toml_value(value).strip('"')

@@ -13,6 +13,7 @@ from typing import Literal
 
 from minmacpo import UserError
 
+PLACE = ("run.root", "run.name", "parallel.shard")  # where and how a run is done, not what it is
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -219,6 +220,11 @@ class Eval:
 
 
 @dataclass(frozen=True, slots=True)
+class Parallel:
+    shard: bool = setting(False, "under torchrun each process holds a part of a frozen base (FSDP), for one that does not fit; slow")
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     run: Run = Run()
     data: Data = Data()
@@ -232,6 +238,7 @@ class Config:
     macpo: Macpo = Macpo()
     feedback: Feedback = Feedback()
     eval: Eval = Eval()
+    parallel: Parallel = Parallel()
 
 
 SETTINGS = {f"{section.name}.{key.name}": key for section in fields(Config) for key in fields(section.type)}

@@ -77,7 +77,7 @@ def read_run(path: str | Path) -> Past:
     if not settings.is_file():
         raise UserError(f"{folder}: is no run folder (it has no config.toml)")
     check_links(folder)
-    for file in folder.glob("[!.]*/*/stage.json"):  # not those in run.PARTIAL
+    for file in folder.glob("[!.]*/*/stage.json"):  # not those in folder.PARTIAL
         found = notes[file.parent.relative_to(folder).as_posix()] = read_json(file)
         if found.pop("checksum", None) != fingerprint(found) or not found.keys() >= NOTES:
             raise UserError(f"{file}: is damaged, or no stage's; delete {file.parent} and start again")

@@ -34,9 +34,11 @@ from minmacpo.evaluate import (
     read_run,
 )
 from minmacpo.files import read_json, write_atomic, write_json
+from minmacpo.folder import check_folder
 from minmacpo.page import document, forest, grid, tag
+from minmacpo.parallel import launched
 from minmacpo.progress import Signals
-from minmacpo.run import FINISHED, check_folder
+from minmacpo.run import FINISHED
 from minmacpo.tables import aligned, bracketed
 
 MARK = "@experiment-"
@@ -94,6 +96,8 @@ def cases_of(found: dict) -> list[Case]:
 def run_experiment(argv: Sequence[str], program: str) -> int:
     """Run what is not finished of the experiment that argv names, with its other words as flags of every run;
     then write and print what was found. `program` is train.py's path."""
+    if launched() > 1:
+        raise UserError("an experiment is many runs, each in a process of its own; start it without torchrun")
     names = [word.removeprefix(MARK) for word in argv if word.startswith(MARK)]
     given = [word.removeprefix("--seeds=") for word in argv if word.startswith("--seeds=")]
     shared = [word for word in argv if not word.startswith((MARK, "--seeds=")) and word != "--dry_run"]

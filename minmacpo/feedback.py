@@ -44,6 +44,8 @@ def ask(shop: Workshop, name: str, base: Base, texts: Texts, questions: Callable
         for group in groups:
             sizes = [len(shop.render(loaded, e.prompt, e.response or None).ids) for e in group]
             kept += group if max(sizes) <= room else []
+        if not work.ranks.main:
+            return {}
         write_rows(work.folder / "questions.jsonl", kept)
         if not kept:
             raise UserError(f"{work.name}: no question fits into the {room} tokens that {base.name} has for it")

@@ -32,17 +32,19 @@ def move(source: Path, target: Path) -> None:
     os.close(handle)
 
 
-def open_alone(path: Path, mode: str, busy: str) -> IO:
+def open_alone(path: Path, mode: str, busy: str | None, shared: bool = False) -> IO:
     """The file in `mode`, locked while it is open: the kernel lets go of it however the process ends. UserError with the
-    sentence `busy` if another process has it; does without a lock, and says so, where the file system knows none."""
+    sentence `busy` if another process has it, None: waits for that one; does without a lock, and says so, where the file
+    system knows none. `shared`: locked only against those who do not share it."""
     stream = path.open(mode, encoding=None if "b" in mode else "utf-8")
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if busy else 0))
     except BlockingIOError:
         stream.close()
         raise UserError(busy) from None
     except OSError as error:
-        print(f"no lock here ({error.strerror}): start no second process on {path}", file=sys.stderr)
+        if busy:
+            print(f"no lock here ({error.strerror}): start no second process on {path}", file=sys.stderr)
     return stream
 
 
@@ -187,6 +189,20 @@ def sha256_file(path: Path) -> str:
     """Hex digest of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def keep_block(folder: Path, number: int, rows: Iterable) -> Path:
+    """The file with a block of samples, named after what is in it: no stage.json tells whether it is undamaged."""
+    text = as_lines(rows).encode()
+    file = folder / f"block{number}-{hashlib.sha256(text).hexdigest()}.jsonl"
+    write_atomic(file, text)
+    return file
+
+
+def kept_block(folder: Path, number: int) -> Path | None:
+    """The file that `keep_block` wrote, None if it is not there or damaged."""
+    files = (file for file in folder.glob(f"block{number}-*.jsonl") if file.is_file())
+    return next((file for file in files if file.stem.endswith(f"-{sha256_file(file)}")), None)
 
 
 def fingerprint(value) -> str:

@@ -18,6 +18,7 @@ from minmacpo.checkpoint import load_state, save_state
 from minmacpo.files import write_rows
 from minmacpo.losses import dpo_loss, masked_logps, sequence_logps, sft_loss
 from minmacpo.machine import device_of, peak_mb
+from minmacpo.parallel import ALONE, Ranks
 from minmacpo.run import Work
 from minmacpo.tokenizer import Tokens
 
@@ -129,17 +130,20 @@ def make_plan(units: Sequence[Unit], schedule: Schedule, work: Work, close: bool
 
 def within_memory(work: Work, groups: list[list[int]], cuts: int, model, params, units, objective, optimizer,
                   progress: float, share: bool) -> tuple[Tensor, int]:  # fmt: skip
-    """(`train_step` over micro-batches cut in two `cuts` times and, where memory is short, more often; how often)."""
+    """(`train_step` over micro-batches, this rank's cut in two `cuts` times and, where memory is short, more often; how often)."""
+    mine = work.ranks.share(groups)
     for _ in range(cuts):
-        groups = halved(groups)
+        mine = halved(mine)
     while True:
         try:
-            return train_step(model, params, units, groups, objective, optimizer, progress, share), cuts
+            return train_step(model, params, units, groups, objective, optimizer, progress, share, mine, work.ranks), cuts
         except torch.OutOfMemoryError:
-            if max(map(len, groups)) == 1:
+            if max(map(len, mine), default=1) == 1:
                 raise UserError(f"{work.name}: out of memory at one row or pair at a time; lower data.max_length") from None
+            if work.ranks.shards:
+                raise UserError(f"{work.name}: out of memory; lower run.micro_tokens") from None
         optimizer.zero_grad()
-        groups, cuts = halved(groups), cuts + 1
+        mine, cuts = halved(mine), cuts + 1
         work.log(f"out of memory: the step is done again with micro-batches of {work.run.config.run.micro_tokens >> cuts} tokens at most")
 
 
@@ -172,24 +176,29 @@ def fit(model, params: list, units: Sequence[Unit], objective, schedule: Schedul
                 watch.save(done)
                 work.check()
             progress.step()
-    write_rows(work.folder / "metrics.jsonl", watch.rows)
+    if work.ranks.main:
+        write_rows(work.folder / "metrics.jsonl", watch.rows)
     shown = ("loss", "rewards/margins")
     last = {k: round(v, 4) for row in watch.rows[-1:] for k, v in row.items() if k in shown}
     return {"rows": len(units), "steps": len(plan), "tokens": watch.tokens[-1]} | last
 
 
 def train_step(model, params, units: Sequence[Unit], groups: list[list[int]], objective, optimizer,
-               progress: float = 1.0, share: bool = False) -> Tensor:  # fmt: skip
-    """One optimiser step over micro-batches `groups`; returns its metrics and gradient norm [n + 1].
-    The denominators are those of the whole step, so accumulation equals one large batch."""
+               progress: float = 1.0, share: bool = False, mine: list[list[int]] | None = None,
+               ranks: Ranks = ALONE) -> Tensor:  # fmt: skip
+    """One optimiser step over micro-batches `groups`, of which this rank does `mine`; returns its metrics and gradient
+    norm [n + 1]. The denominators are those of the whole step, so accumulation, and ranks, equal one large batch."""
     tokens = sum(sum(row.mask) for group in groups for unit in group for row in units[unit].rows)
-    count, total, device = sum(map(len, groups)), 0, params[0].device
-    for group in groups:
-        batch = collate([row for unit in group for row in units[unit].rows], device, share)
-        refs = torch.tensor([units[unit].refs for unit in group], device=device)
+    count, device = sum(map(len, groups)), params[0].device
+    total = torch.zeros(len(objective.metrics), device=device)
+    for group in groups if mine is None else mine:
+        rows = group or groups[0][:1]  # of an empty one nothing counts, see Ranks.share
+        batch = collate([row for unit in rows for row in units[unit].rows], device, share)
+        refs = torch.tensor([units[unit].refs for unit in rows], device=device)
         loss, values = objective(model, batch, refs, count, tokens, progress)
-        loss.backward()
-        total = total + torch.stack(values)
+        (loss if group else 0 * loss).backward()
+        total = total + torch.stack(values) if group else total
+    total = ranks.add_up(params, total)
     norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -237,7 +246,9 @@ class Watch:
         self.pending, self.clock, self.clock_tokens = [], now, tokens
 
     def save(self, done: int) -> None:
-        """Write parameters, moments and the metrics so far, reported or not."""
+        """Write parameters, moments and the metrics so far, reported or not; they are the same on all ranks."""
+        if not self.work.ranks.main:
+            return
         tensors = {}
         for index, param in enumerate(self.optimizer.param_groups[0]["params"]):
             kept = self.optimizer.state[param] | {"param": param.detach()}

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minmacpo.config import Generate
 from minmacpo.model import Transformer
-from minmacpo.packed import pack, packs
+from minmacpo.packed import pack, packs, sharded
 
 PLAUSIBLE = 0.1  # of the likeliest token's probability: what contrastive decoding may choose
 LOOK_EVERY = 8  # decode steps between two looks at which rows have ended
@@ -96,6 +96,7 @@ class Decoder:
 
     def __init__(self, models: Sequence[Transformer], caches: Sequence[Tensor]):
         self.models, self.caches, self.shape, self.graph = models, caches, None, None
+        self.whole = not any(map(sharded, models))  # what is fetched from other ranks is not captured
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
@@ -132,7 +133,7 @@ class Decoder:
     def __call__(self, token: Tensor, where: Tensor, furthest: int) -> list[Tensor]:
         """`run`, where no position is beyond `furthest`."""
         used = min(ROOM * (furthest // ROOM + 1), self.caches[0].shape[4])
-        if token.device.type != "cuda" or not Decoder.captures:
+        if token.device.type != "cuda" or not (Decoder.captures and self.whole):
             return self.run(token, where, used)
         if (self.graph is None or self.shape != used) and not self.capture(token, where, used):
             return self.run(token, where, used)

@@ -76,8 +76,19 @@ def parameters(config: ModelConfig, lora: Lora) -> tuple[int, int]:
     linears = linear_ends(config)
     each = sum(wide * out for wide, out in linears.values()) + 2 * hidden + 2 * config.head_dim * variant.qk_norm
     each += (query + 2 * key) * variant.qkv_bias + hidden * variant.o_bias + (2 * mlp + hidden) * variant.mlp_bias
-    outer = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2) + hidden
-    return layers * each + outer, layers * lora.r * sum(sum(linears[name]) for name in lora.targets)
+    return layers * each + outside(config), layers * lora.r * sum(sum(linears[name]) for name in lora.targets)
+
+
+def outside(config: ModelConfig) -> int:
+    """How many parameters of the base are in none of its blocks."""
+    return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2) + config.hidden_size
+
+
+def held(config: ModelConfig, lora: Lora, world: int) -> float:
+    """Share of a base's weights that one of `world` ranks holds where they divide its blocks: its part of them, two whole
+    ones (the one at work and the next), and all that is outside."""
+    base, _ = parameters(config, lora)
+    return 1 - (1 - outside(config) / base) * max(0, 1 - 1 / world - 2 / config.num_hidden_layers)
 
 
 def kept(config: ModelConfig, lora: Lora | None, size: int) -> int:

@@ -28,10 +28,15 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
+def sharded(model: nn.Module) -> bool:
+    """Whether some parameters are only a part of what they stand for, the rest being with other ranks (parallel.shard)."""
+    return any(type(param) is not nn.Parameter for param in model.parameters())
+
+
 def packs(model: Transformer) -> bool:
     """True where a packed twin exists and pays: on a CPU with oneDNN, within the sizes above, in fp32 or bf16."""
     weight, size = model.model["embed_tokens"].weight, sum(p.numel() for p in model.parameters())
-    if weight.device.type != "cpu" or not SMALLEST <= size <= LARGEST:
+    if sharded(model) or weight.device.type != "cpu" or not SMALLEST <= size <= LARGEST:
         return False
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         say_missing()

@@ -21,7 +21,7 @@ from minmacpo.config import Config
 from minmacpo.data import Example
 from minmacpo.families import ModelConfig
 from minmacpo.machine import device_of, dtype_of, free_bytes, process_bytes
-from minmacpo.memory import Load, Need, need
+from minmacpo.memory import Load, Need, held, need
 from minmacpo.progress import inert
 from minmacpo.run import Run, Stage
 from minmacpo.templates import render, template_hint
@@ -224,8 +224,13 @@ class Plan:
 
     def total(self, name: str) -> int:
         """Bytes that the stage adds to those of the process; 0 for one that moves texts only."""
-        found = self.need(name)
-        return found.total + LIBRARIES * (device_of(self.config) == "cpu") if found else 0
+        found, ranks = self.need(name), self.run.ranks
+        if found is None:
+            return 0
+        task, others = self.task(name), 0.0
+        if ranks.shards and task.load.kind != "pretrain":
+            others = found.weights * (1 - held(task.model, self.config.lora, ranks.world))
+        return found.total - round(others) + LIBRARIES * (device_of(self.config) == "cpu")
 
 
 made_tokenizer = functools.cache(Tokenizer)
@@ -253,7 +258,7 @@ def open_stages(run: Run) -> Iterator[str]:
 def problem(run: Run, prepared: Prepared | None) -> str | None:
     """One sentence about the first stage that cannot fit, and the setting that would make it fit; None: all do."""
     plan, device, seen = Plan(run, run.config, prepared), device_of(run.config), set()
-    free = free_bytes(device)
+    free = free_bytes(device) // run.ranks.near
     for name in open_stages(run):
         recipe, inputs = run.recipes[name]
         settings = [recipe["settings"].get(key) for key in ("batch", "texts", "shape")]

@@ -54,11 +54,11 @@ class Signals:
 class Progress(tqdm):
     """A bar for one stage on a terminal; elsewhere a plain line every PLAIN_EVERY seconds."""
 
-    def __init__(self, label: str, total: int, unit: str, done: int, on_step: Callable[[], None] | None):
+    def __init__(self, label: str, total: int, unit: str, done: int, on_step: Callable[[], None] | None, shown: bool = True):
         self.on_step, self.plain = on_step, not sys.stderr.isatty()
         plain = {"mininterval": PLAIN_EVERY, "delay": PLAIN_EVERY, "ncols": 0}
         pace = plain if self.plain else {"dynamic_ncols": True}
-        super().__init__(total=total, desc=inert(label), unit=unit, initial=done, leave=False, **pace)
+        super().__init__(total=total, desc=inert(label), unit=unit, initial=done, leave=False, disable=not shown, **pace)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Show the bar, or print it as a line of its own."""

@@ -17,10 +17,11 @@ from minmacpo.commandline import to_toml
 from minmacpo.config import Config
 from minmacpo.data import Pair, Sample
 from minmacpo.evaluate import Past
-from minmacpo.files import read_json, read_rows, write_atomic
+from minmacpo.files import read_json, read_rows, write_atomic, write_json
 from minmacpo.page import Html, clip, document, figure, grid, tag, words
-from minmacpo.run import FINISHED, Stage
-from minmacpo.tables import tables
+from minmacpo.progress import inert
+from minmacpo.run import FINISHED, Run, Stage
+from minmacpo.tables import format_table, tables
 
 CURVES = {
     "gold": ("Gold reward", "of test answers, from 0 to 1, with 95% intervals"),
@@ -186,6 +187,17 @@ def samples(run: Past) -> list[Html]:
         table = grid(["round", "positive", "negative", "student, after the round"], rows[pair.id], "samples")
         cards.append(tag("article", title, truth, table))
     return cards
+
+
+def finish(run: Run) -> str:
+    """Write what the run has come to; it is whole, unless one stage alone was asked for. Returns its table as text."""
+    table = evaluate.make_table(evaluate.read_run(run.path))
+    if not run.only:
+        run.end()
+        write_json(run.path / FINISHED, table)
+    with run.turn():
+        write_report(run.path)
+    return f"{inert(format_table(table))}\n\nreport, with what the columns mean: {run.path / 'report.html'}"
 
 
 def write_report(path: Path) -> None:

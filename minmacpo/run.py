@@ -14,33 +14,34 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from minmacpo import UserError
-from minmacpo.commandline import overlay, read_toml, to_toml
-from minmacpo.config import Config, flatten
+from minmacpo.commandline import to_toml
+from minmacpo.config import Config
 from minmacpo.files import (
-    check_links,
     describe,
     fingerprint,
     move,
     naming,
-    open_alone,
     read_json,
     read_rows,
     write_atomic,
     write_json,
     write_rows,
 )
+from minmacpo.folder import PARTIAL, check_folder, finished_under, read_metrics, take, turn
 from minmacpo.machine import device_of, disk_need, environment, peaks, reset_peaks
-from minmacpo.progress import Progress, Signals, inert
+from minmacpo.parallel import Ranks
+from minmacpo.progress import Progress, inert
 
 FINISHED = "eval/table.json"  # written last: it says that the run is finished
-PARTIAL = ".partial"  # unfinished stages live here, under their fingerprint
+SEEN = 120.0  # seconds after which every rank has seen what rank 0 wrote
+TOGETHER = {"sft", "prefer", "sample", "score", "pairs", "ask"}  # kinds of stages that all ranks compute; they load a base
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +66,22 @@ class Stage:
 
 @dataclass(slots=True)
 class Work:
-    """What a stage's function gets: its (temporary) folder, its seed, and ways to speak."""
+    """What a stage's function gets: its (temporary) folder, its seed, and ways to speak. Of several `ranks` that compute it
+    the main one alone writes; a stage that is not `together` has no other."""
 
     run: "Run"
     name: str
     folder: Path
     seed: int
+    together: bool = False
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.run.ranks if self.together else Ranks(self.run.signals)
 
     def progress(self, total: int, unit: str, done: int = 0) -> Progress:
         """A bar for `total` units of this stage."""
-        return Progress(self.run.label(self.name), total, unit, done, self.run.on_step)
+        return Progress(self.run.label(self.name), total, unit, done, self.run.on_step, self.ranks.main)
 
     def log(self, text: str) -> None:
         """One line under this stage's name."""
@@ -84,16 +91,17 @@ class Work:
         """One line of the run's metrics.jsonl."""
         line = json.dumps({"stage": self.name} | row | timing | {"time": round(time.time(), 3)})
         file = self.run.path / "metrics.jsonl"
-        with naming(file), file.open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
+        if self.ranks.main:
+            with self.run.turn(), naming(file), file.open("a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
 
     def check(self) -> None:
         """Raise Interrupted if the user asked to stop."""
-        self.run.signals.check()
+        self.ranks.check()
 
     @property
     def stopping(self) -> bool:
-        return self.run.signals.number is not None
+        return self.ranks.agree(self.run.signals.number or 0) > 0
 
 
 def derive_seed(seed: int, *key) -> int:
@@ -104,7 +112,8 @@ def derive_seed(seed: int, *key) -> int:
 class Run:
     """One run folder. Made in planning mode: `stage` only lists; `begin` writes and computes."""
 
-    def __init__(self, config: Config, only: str | None = None, profile: bool = False, dry: bool = False):
+    def __init__(self, config: Config, only: str | None = None, profile: bool = False, dry: bool = False,
+                 ranks: Ranks | None = None):  # fmt: skip
         self.config, self.only, self.profile = config, only, profile
         self.dry = dry  # never begun: given weights are told apart by size and time, not read
         self.root = Path(config.run.root)
@@ -114,27 +123,35 @@ class Run:
         self.planning = True
         self.provided: set[str] = set()  # stages seen to in this process
         self.named: dict[tuple[bool, str], str] = {}  # (planning, stage) -> its fingerprint
-        self.signals = Signals()
+        self.ranks, self.signals = (ranks := ranks or Ranks()), ranks.signals
         self.on_step: Callable[[], None] | None = None
         self.after_stage: Callable[[Path], None] = lambda path: None  # called with the run's folder
         check_folder(self.path, config)
 
     def begin(self) -> None:
-        """Leave planning: take the folder for this process, and write the run's own files."""
-        self.check_room()
-        self.path.mkdir(parents=True, exist_ok=True)
-        busy = f"{self.path}: another process works on this run; wait for it, or choose another --run.name"
-        self.log_file = open_alone(self.path / "log.txt", "a", busy)
-        check_folder(self.path, self.config)  # another process may have made it since
-        if not (self.path / "config.toml").exists():
-            write_atomic(self.path / "config.toml", to_toml(self.config))
-        self.environment = environment(self.config)
-        write_json(self.path / "env.json", self.environment)
-        write_rows(self.path / "metrics.jsonl", read_metrics(self.path, self.plan))
-        if not all(stage.finished for stage in self.plan.values()):
-            (self.path / FINISHED).unlink(missing_ok=True)
+        """Leave planning: take the folder, and write the run's own files."""
+        self.ranks.agree(0)  # all have seen the folder as it was
+        self.ranks.first(self.open)
         self.signals.install()
         self.planning = False
+
+    def open(self) -> None:
+        """Take the folder for this process, for one stage together with those that compute other ones."""
+        self.check_room()
+        self.log_file, *self.locks = take(self.path, self.only, self.only and self.plan[self.only].fingerprint)
+        with self.turn():
+            check_folder(self.path, self.config)  # another process may have made it since
+            if not (self.path / "config.toml").exists():
+                write_atomic(self.path / "config.toml", to_toml(self.config))
+            self.environment = environment(self.config)
+            write_json(self.path / "env.json", self.environment)
+            write_rows(self.path / "metrics.jsonl", read_metrics(self.path, self.plan, self.only))
+            if not all(stage.finished for stage in self.plan.values()):
+                (self.path / FINISHED).unlink(missing_ok=True)
+
+    def turn(self) -> contextlib.AbstractContextManager:
+        """Held while a file of the whole run is written, as other processes may be at other stages of it."""
+        return turn(self.path) if self.only else contextlib.nullcontext()
 
     def check_room(self) -> None:
         """Raise UserError if the disk has no room for what is still to be computed."""
@@ -148,6 +165,8 @@ class Run:
 
     def log(self, text: str) -> None:
         """One line to the terminal and to log.txt."""
+        if not self.ranks.main:
+            return
         text = inert(text)
         print(text, flush=True)
         with naming(self.path / "log.txt"):
@@ -187,25 +206,46 @@ class Run:
             raise RuntimeError(f"{stage.name}: one name for two different stages")
 
     def provide(self, stage: Stage, notes: dict, compute: Callable[[Work], dict]) -> None:
-        """Accept the stage if it is finished here, link it from another run, or compute it."""
-        self.signals.check()
-        if stage.finished:
-            verify(stage)
-            return
-        if stage.path.exists():
-            problem = "has no stage.json, so it is no finished stage; delete that folder and start again"
-            raise UserError(f"{stage.path}: {problem}")
-        work = Work(self, stage.name, self.path / PARTIAL / stage.fingerprint, notes["seed"])
+        """Accept the stage if it is finished here, link it from another run, or compute it; rank 0 says which."""
+        together = stage.kind.partition("/")[0] in TOGETHER
+        work = Work(self, stage.name, self.path / PARTIAL / stage.fingerprint, notes["seed"], together)
+
+        def alone() -> bool:
+            """What rank 0 does before, or instead of, what all do; returns whether that is all."""
+            self.signals.check()
+            if stage.finished:
+                verify(stage)
+                return True
+            if stage.path.exists():
+                problem = "has no stage.json, so it is no finished stage; delete that folder and start again"
+                raise UserError(f"{stage.path}: {problem}")
+            found = self.link(work, stage)
+            if not found:
+                work.folder.mkdir(parents=True, exist_ok=True)
+                for torn in work.folder.glob("*.tmp"):
+                    torn.unlink()  # a kill left it
+                if together:
+                    return False
+            self.seal(work, stage, notes | (found or self.compute(work, stage.kind, compute)))
+            return True
+
         try:
-            notes |= self.link(work, stage) or self.compute(work, stage.kind, compute)
-            write_json(work.folder / "stage.json", notes | {"checksum": fingerprint(notes)})
-            stage.path.parent.mkdir(exist_ok=True)
-            move(work.folder, stage.path)
-            shutil.rmtree(work.folder.with_name(f"state-{work.folder.name}"), ignore_errors=True)  # see fit.Watch
+            if not self.ranks.first(alone):
+                found = self.compute(work, stage.kind, compute)
+                self.ranks.first(lambda: self.seal(work, stage, notes | found))
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                self.end()  # a full disk: give its space back
+                self.clear(work) if self.only else self.end()  # a full disk: give its space back
             raise
+        if not self.ranks.main:
+            await_stage(stage)
+
+    def seal(self, work: Work, stage: Stage, notes: dict) -> None:
+        """Put a stage that is computed, or linked, in its place, and say so."""
+        write_json(work.folder / "stage.json", notes | {"checksum": fingerprint(notes)})
+        stage.path.parent.mkdir(exist_ok=True)
+        move(work.folder, stage.path)
+        self.clear(work)
         self.siblings[stage.fingerprint] = stage.path
         if "linked_from" in notes:
             did = f"taken from {notes['linked_from']}"
@@ -214,7 +254,8 @@ class Run:
             words = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in counts)
             did = f"{notes['seconds']:.1f} s  {words}"
         self.log(f"{self.label(stage.name)}  {did}")
-        self.after_stage(self.path)
+        with self.turn():
+            self.after_stage(self.path)
 
     def link(self, work: Work, stage: Stage) -> dict | None:
         """Take the files and the metrics of an equal stage, of any run of the root; returns what
@@ -237,16 +278,15 @@ class Run:
         return {key: value for key, value in notes.items() if key != "inputs"} | own
 
     def compute(self, work: Work, kind: str, compute: Callable[[Work], dict]) -> dict:
-        """Fill the work folder by `compute`; returns what stage.json says of it."""
-        work.folder.mkdir(parents=True, exist_ok=True)
-        for torn in work.folder.glob("*.tmp"):
-            torn.unlink()  # a kill left it
+        """Fill the work folder by `compute`; returns what stage.json says of it, {} where another rank will write that."""
         device, started = device_of(self.config), time.time()
         clock, cpu = time.monotonic(), time.process_time()  # the time of day may be set back
         reset_peaks(device)
         with self.profiler(kind) as profiler:
             self.on_step = profiler and profiler.step
             counts = compute(work)
+        if not self.ranks.main:
+            return {}
         files = sorted(file for file in work.folder.iterdir() if file.name != "stage.json")
         return {
             "counts": counts,
@@ -254,6 +294,7 @@ class Run:
             "seconds": round(time.monotonic() - clock, 3),
             "cpu_seconds": round(time.process_time() - cpu, 3),
             **peaks(device),
+            **({"ranks": self.ranks.world} if work.ranks.world > 1 else {}),
             "commit": self.environment["commit"],
             "files": {file.name: describe(file) for file in files},
         }
@@ -261,7 +302,7 @@ class Run:
     def profiler(self, kind: str):
         """Traces three steps of the first stage of each kind into profile/, if the user asked to."""
         target = self.path / "profile" / f"{kind.partition('/')[0]}.json"
-        if not self.profile or target.exists():
+        if not (self.profile and self.ranks.main) or target.exists():
             return contextlib.nullcontext()
         target.parent.mkdir(exist_ok=True)
         schedule = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)
@@ -271,51 +312,27 @@ class Run:
 
     @functools.cached_property
     def siblings(self) -> dict[str, Path]:
-        """{fingerprint: folder} of the finished stages of all runs of the root, this one's included."""
-        found = {}
-        for file in sorted(self.root.glob("*/[!.]*/*/stage.json")):  # not those in PARTIAL
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # its own run will say so
-                found[json.loads(file.read_bytes())["fingerprint"]] = file.parent
-        return found
+        return finished_under(self.root)
+
+    def clear(self, work: Work) -> None:
+        """Remove what is there of a stage beside its own folder: a started one, its training state (fit.Watch), its lock."""
+        name = work.folder.name
+        for folder in (work.folder, work.folder.with_name(f"state-{name}")):
+            shutil.rmtree(folder, ignore_errors=True)
+        work.folder.with_name(f"{name}.lock").unlink(missing_ok=True)  # still held, and by nobody who waits
 
     def end(self) -> None:
         """Remove what is not part of a finished stage."""
         shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
 
 
-def read_metrics(run: Path, names: Iterable[str]) -> list[dict]:
-    """The lines of the finished ones of these stages in a run's metrics.jsonl, or, where they are not as the stage's own
-    file has them, those, without times; an unfinished stage writes its own anew."""
-    file, found, rows = run / "metrics.jsonl", {}, []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # torn by a kill
-            row = json.loads(line)
-            found.setdefault(row["stage"], []).append(row)
-    for name in names:
-        own = run / name / "metrics.jsonl"
-        if own.is_file() and (own.parent / "stage.json").is_file():
-            with contextlib.suppress(UserError):  # `verify` will say so
-                told = [{"stage": name} | row for row in read_rows(own)]
-                mine = found.get(name, [])
-                same = len(mine) == len(told) and all(row.items() >= want.items() for row, want in zip(mine, told, strict=True))
-                rows += mine if same else told
-    return rows
-
-
-def check_folder(path: Path, config: Config) -> None:
-    """Raise UserError if `path` holds something else than a run of this configuration, or a link, which could lead out of it."""
-    check_links(path)
-    file, names = path / "config.toml", {p.name for p in path.iterdir()} if path.is_dir() else set()
-    if file.name not in names:
-        begun = {"log.txt", "config.toml.tmp"}  # what is there before it, at a kill
-        if names - begun or (path.exists() and not path.is_dir()):
-            raise UserError(f"{path}: exists and is no run folder; choose another --run.name")
-        return
-    mine, theirs = flatten(config), flatten(overlay(Config(), read_toml(file), str(file)))
-    for key in mine:
-        if key not in ("run.root", "run.name") and mine[key] != theirs[key]:
-            problem = f"holds a run with {key} = {theirs[key]}, this one has {mine[key]}"
-            raise UserError(f"{path}: {problem}; choose another --run.name, or delete that folder")
+def await_stage(stage: Stage) -> None:
+    """Wait until a stage that another rank has finished is seen here too: a network's file system may take its time."""
+    end = time.monotonic() + SEEN
+    while not stage.finished:
+        if time.monotonic() > end:
+            raise UserError(f"{stage.path}: is finished, but not seen here; all ranks need the same run folder")
+        time.sleep(0.1)
 
 
 def verify(stage: Stage) -> dict:

@@ -9,6 +9,7 @@ import torch
 from minmacpo import UserError
 from minmacpo.batching import collate, halved, plan_scoring, plan_shared, worth_sharing
 from minmacpo.losses import sequence_logps
+from minmacpo.parallel import ALONE, Ranks
 from minmacpo.progress import Progress
 from minmacpo.tokenizer import Tokens
 
@@ -26,29 +27,39 @@ def preferred(margins: Sequence[float]) -> np.ndarray:
 
 @torch.inference_mode()
 def score(model, rows: Sequence[Tokens], budget: int, progress: Progress | None = None,
-          check: Callable[[], None] | None = None, log: Callable[[str], None] = print, share: bool = False) -> list[float]:  # fmt: skip
+          ranks: Ranks = ALONE, log: Callable[[str], None] = print, share: bool = False) -> list[float]:  # fmt: skip
     """Summed log-probability of each row's masked tokens; at most `budget` padded tokens per forward pass, half of it from
-    where memory is short. `check` is called between two passes, to stop there; `share`: prompts that rows
-    have in common are computed once, where that saves enough."""
+    where memory is short. Passes are divided among `ranks`, which may be stopped between two of them; `share`: prompts that
+    rows have in common are computed once, where that saves enough."""
     logps, groups = [0.0] * len(rows), plan_scoring([len(row.ids) for row in rows], budget)
     if share and rows:
         close = plan_shared(rows, budget)
         share, words = worth_sharing([rows[i] for i in group] for group in close)
         groups = close if share else groups
         log(words)
-    while groups:
-        if check:
-            check()
-        batch = collate([rows[i] for i in groups[0]], next(model.parameters()).device, share)
-        try:
-            found = sequence_logps(model, batch.tokens, batch.mask, shared=batch.shared).tolist()
-        except torch.OutOfMemoryError:
-            if len(groups[0]) == 1:
-                raise UserError(f"out of memory: a text of {batch.tokens.numel()} tokens is too long to be scored here") from None
-            groups, budget = halved(groups), budget // 2
-            log(f"out of memory: from here at most {budget} tokens per forward pass (run.micro_tokens is the limit that was tried)")
-            continue
-        for i, logp in zip(groups.pop(0), found, strict=True):
+    most = math.inf  # padded tokens that may be tried
+
+    def one_pass(group: list[int]) -> list[float]:
+        """Log-probabilities of the rows of a group, in parts where memory is short."""
+        nonlocal most
+        found, parts = [], [group]
+        while parts:
+            part = parts.pop(0)
+            if len(part) > 1 and len(part) * max(len(rows[i].ids) for i in part) > most:
+                parts[:0] = halved([part])
+                continue
+            batch = collate([rows[i] for i in part], next(model.parameters()).device, share)
+            try:
+                found += sequence_logps(model, batch.tokens, batch.mask, shared=batch.shared).tolist()
+            except torch.OutOfMemoryError:
+                if len(part) == 1 or ranks.shards:
+                    raise UserError(f"out of memory: a text of {batch.tokens.numel()} tokens is too long to be scored here") from None
+                most, parts[:0] = min(most, budget) // 2, halved([part])
+                log(f"out of memory: from here at most {most} tokens per forward pass (run.micro_tokens is the limit that was tried)")
+        return found
+
+    for group, found in zip(groups, ranks.each(groups, one_pass), strict=True):
+        for i, logp in zip(group, found, strict=True):
             logps[i] = logp
         if progress:
             progress.step(len(found))

@@ -1,11 +1,10 @@
 """The kinds of stage that the methods are made of, each a function from its inputs to a Stage."""
 
 import functools
-import hashlib
 import math
 import os
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, repeat, zip_longest
@@ -30,7 +29,7 @@ from minmacpo.choose import (
 )
 from minmacpo.config import Dpo
 from minmacpo.data import Pair, Sample
-from minmacpo.files import Lines, as_lines, each_row, in_runs, sha256_file, write_atomic, write_rows
+from minmacpo.files import Lines, each_row, in_runs, keep_block, kept_block, write_atomic, write_rows
 from minmacpo.fit import PairObjective, Plan, Schedule, SftObjective, Unit, fit, make_plan
 from minmacpo.lora import read_adapter, reset_adapter
 from minmacpo.losses import sequence_logps
@@ -141,6 +140,8 @@ def train(work: Work, base: Base, loaded: Loaded, units: list[Unit], objective, 
     tensors = read_adapter(loaded.model)
     if schedule.steps and not any(t.any() for k, t in tensors.items() if k.endswith("lora_B.weight")):
         raise UserError(f"{work.name}: the trained adapter is still zero")
+    if not work.ranks.main:
+        return counts
     path, config = base.stage.path, work.run.config
     home = path.absolute() if base.stage.external else os.path.relpath(path, work.run.path / work.name)
     save_adapter(work.folder, tensors, config.lora, str(home))
@@ -203,17 +204,14 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
         show_first(work, loaded, "prompt", [shop.render(loaded, example.prompt) for example in islice(asked, 1)])
         sizes = np.fromiter((len(shop.render(loaded, example.prompt).ids) for example in asked), np.int32)
         order = np.argsort(sizes.repeat(answers), kind="stable").astype(np.int32)
-        files: list[Path] = []
-        with work.progress(len(order), "answer") as progress:
-            for start in range(0, len(order), size):
-                block, number = order[start : start + size].tolist(), start // size
-                if not (file := kept_block(work.folder, number)):
-                    work.check()
-                    jobs = [(asked[i // answers], i % answers) for i in block]
-                    said = answer(config, loaded, agent, jobs, work.seed, other, places=config.generate.batch)
-                    file = keep_block(work.folder, number, said)
-                files.append(file)
-                progress.step(len(block))
+
+        def answers_to(block: np.ndarray) -> list[dict]:
+            jobs, side = [(asked[i // answers], i % answers) for i in block.tolist()], config.generate.batch
+            return [asdict(s) for s in answer(config, loaded, agent, jobs, work.seed, other, None, side)]
+
+        files = in_blocks(work, [order[start : start + size] for start in range(0, len(order), size)], answers_to)
+        if not work.ranks.main:
+            return {}
         counts = {"answers": len(order), "tokens": 0, "hit_length": 0, "empty": 0}
         write_rows(work.folder / "samples.jsonl", in_place(files, order, size, counts))
         for file in work.folder.glob("block*.jsonl"):
@@ -226,18 +224,18 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
     return shop.stage(name, "sample/1", settings, inputs, write_samples, key, size)
 
 
-def keep_block(folder: Path, number: int, rows: Sequence[Sample]) -> Path:
-    """The file with a block of samples, named after what is in it: no stage.json tells whether it is undamaged."""
-    text = as_lines(rows).encode()
-    file = folder / f"block{number}-{hashlib.sha256(text).hexdigest()}.jsonl"
-    write_atomic(file, text)
-    return file
-
-
-def kept_block(folder: Path, number: int) -> Path | None:
-    """The file that `keep_block` wrote, None if it is not there or damaged."""
-    files = (file for file in folder.glob(f"block{number}-*.jsonl") if file.is_file())
-    return next((file for file in files if file.stem.endswith(f"-{sha256_file(file)}")), None)
+def in_blocks(work: Work, blocks: list[np.ndarray], answers_to: Callable[[np.ndarray], list[dict]]) -> list[Path]:
+    """A file of answers for each block of jobs; those that a stopped stage has left are kept, the ranks share the others. []
+    for all ranks but the main one."""
+    numbers = range(len(blocks))
+    missing = work.ranks.first(lambda: [number for number in numbers if not kept_block(work.folder, number)])
+    total, left = sum(map(len, blocks)), sum(len(blocks[number]) for number in missing)
+    with work.progress(total, "answer", total - left) as progress:
+        for number, found in zip(missing, work.ranks.each([blocks[n] for n in missing], answers_to), strict=True):
+            if work.ranks.main:
+                keep_block(work.folder, number, found)
+            progress.step(len(found))
+    return [kept_block(work.folder, number) for number in numbers] if work.ranks.main else []
 
 
 def in_place(files: Sequence[Path], order: np.ndarray, size: int, counts: dict[str, int]) -> Iterator[Sample]:
@@ -267,7 +265,7 @@ def logps_together(shop: Workshop, work: Work, base: Base, adapter: Stage | None
             for run in zip_longest(*(in_runs(texts, WINDOW) for texts in given), fillvalue=()):
                 rows = [[shop.render(loaded, text.prompt, text.response) for text in part] for part in run]
                 short = [row for part in rows for row in part if len(row.ids) <= context]
-                logps = iter(score(loaded.model, short, shop.score_tokens, progress, work.check, work.log, shop.free))
+                logps = iter(score(loaded.model, short, shop.score_tokens, progress, work.ranks, work.log, shop.free))
                 for (values, tokens), part in zip(found.values(), rows, strict=True):
                     values.extend(next(logps) if len(row.ids) <= context else UNSCORED for row in part)
                     tokens.extend(sum(row.mask) for row in part)
@@ -286,6 +284,8 @@ def score_texts(shop: Workshop, name: str, base: Base, adapter: Stage | None, te
         loaded, given = shop.use(base, adapter), texts.read()
         logps, tokens = logps_together(shop, work, base, adapter, group)[texts.key]
         show_first(work, loaded, "row", [shop.render(loaded, text.prompt, text.response) for text in islice(given, 1)])
+        if not work.ranks.main:
+            return {}
         write_rows(work.folder / "scores.jsonl", (
             {"id": text.id, "logp": None if logp == UNSCORED else logp, "tokens": count,
              "perplexity": perplexity(-math.inf if logp == UNSCORED else logp, count), "characters": len(text.response)}
@@ -325,12 +325,15 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates
                 rows = [good for _, good, _ in run]
                 if number == 0:
                     show_first(work, loaded, "chosen", rows)
-                logps = score(loaded.model, rows, shop.score_tokens, None, work.check, work.log, shop.free) if not heard else repeat(None)
+                logps = score(loaded.model, rows, shop.score_tokens, None, work.ranks, work.log, shop.free) if not heard else repeat(None)
                 counts.update(dropped | {"pairs": len(run), "tokens": sum(sum(row.mask) for row in rows)})
                 for (pair, *_), logp in zip(run, logps, strict=not heard):
                     counts[f"chosen_{pair.chosen_by}"] += 1
                     yield pair if heard else replace(pair, ref_chosen_logps=logp)
 
+        if not work.ranks.main:
+            deque(made(), 0)  # it takes part in the scoring
+            return {}
         write_rows(file := work.folder / "pairs.jsonl", made())
         if settings.weights == "agreement":
             write_rows(file, weighted(Lines(file, Pair)))

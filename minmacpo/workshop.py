@@ -31,6 +31,7 @@ from minmacpo.generate import generate
 from minmacpo.lora import attach_lora, clear_adapter, write_adapter
 from minmacpo.machine import device_of, dtype_of, free_bytes
 from minmacpo.memory import weight_bytes
+from minmacpo.parallel import ALONE, Ranks
 from minmacpo.progress import inert
 from minmacpo.run import Run, Stage, Work, derive_seed
 from minmacpo.score import perplexity
@@ -74,9 +75,10 @@ class Loaded:
     """The model of an HF folder in memory with an empty slot, on the run's device in the run's dtype.
     `slot_params` is all that ever trains; a row longer than `limit` tokens is not trained on. `form`: see quant.py."""
 
-    def __init__(self, folder: Path, config: Config, form: str = "none"):
-        self.model = load_model(folder, device_of(config), dtype_of(config), form)
+    def __init__(self, folder: Path, config: Config, form: str = "none", ranks: Ranks = ALONE):
+        self.model = load_model(folder, "cpu" if ranks.shards else device_of(config), dtype_of(config), form)
         self.slot_params, self.tokenizer = attach_lora(self.model, config.lora), load_tokenizer(folder)
+        ranks.shard(self.model, self.slot_params, device_of(config))
         check_sizes(folder, self.model.config, self.tokenizer)
         self.stops = stop_ids(folder, self.tokenizer)
         self.limit = min(config.data.max_length, self.model.config.max_position_embeddings)
@@ -145,6 +147,8 @@ class Workshop:
 
     def __init__(self, run: Run):
         self.run, self.config, wanted = run, run.config, run.config.run.compile
+        if run.config.parallel.shard and {run.config.model.quantize, run.config.model.quantize_teachers} != {"none"}:
+            raise UserError("parallel.shard divides weights among ranks, but not those of model.quantize; choose one of the two")
         self.compiled = wanted == "true" or (wanted == "auto" and device_of(run.config) == "cuda")
         # The built-in world with its own bases in fp32 keeps the arithmetic, and so the bytes, of its finished runs.
         given = (self.config.data.path, self.config.model.student, *self.config.model.teachers)
@@ -157,13 +161,13 @@ class Workshop:
     def use(self, base: Base, adapter: Stage | None, copy: str = "") -> Loaded:
         """The base with `adapter` in its slot; None: the slot switched off. `copy` names a second one of the same
         base, for two adapters at a time."""
-        form, folder = self.quantised(base).get("quantize", "none"), base.stage.path
+        form, folder, ranks = self.quantised(base).get("quantize", "none"), base.stage.path, self.run.ranks
         key = base.stage.fingerprint + form + copy
         if key not in self.loaded:
-            size = weight_bytes(read_config(folder), dtype_of(self.config).itemsize, form)
-            while self.loaded and free_bytes(device_of(self.config)) < 2 * size:
+            size = weight_bytes(read_config(folder), dtype_of(self.config).itemsize, form) // (ranks.world if ranks.shards else 1)
+            while self.loaded and ranks.agree(free_bytes(device_of(self.config)) < 2 * size * ranks.near):
                 del self.loaded[next(iter(self.loaded))]
-        loaded = self.loaded[key] = self.loaded.pop(key, None) or Loaded(folder, self.config, form)
+        loaded = self.loaded[key] = self.loaded.pop(key, None) or Loaded(folder, self.config, form, ranks)
         if adapter is None:
             clear_adapter(loaded.model)
         else:

@@ -35,8 +35,9 @@ from runs import (
 from minmacpo import UserError, files, fit, machine
 from minmacpo import run as run_module
 from minmacpo.commandline import parse
+from minmacpo.folder import PARTIAL
 from minmacpo.progress import Signals
-from minmacpo.run import FINISHED, PARTIAL, Run, derive_seed
+from minmacpo.run import FINISHED, Run, derive_seed
 
 
 @pytest.fixture

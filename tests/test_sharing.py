@@ -252,7 +252,7 @@ def test_candidates_of_several_files_are_scored_together_once_and_sides_are_told
     render = lambda loaded, prompt, answer: Tokens([3, 4, *(5 + ord(c) % 50 for c in answer)], [False] * 2 + [True] * len(answer))  # noqa: E731
     progress = contextlib.nullcontext()
     shop = SimpleNamespace(use=lambda *_: SimpleNamespace(model=model), render=render, scored=(None, {}), score_tokens=200, free=True)
-    work = SimpleNamespace(progress=lambda *_: progress, check=None, log=None)
+    work = SimpleNamespace(progress=lambda *_: progress, ranks=None, log=None)
     stage, base = SimpleNamespace(fingerprint="s"), SimpleNamespace(stage=SimpleNamespace(fingerprint="b"))
     a, b, other = Texts(stage, "a", "chosen"), Texts(stage, "bcd", "chosen"), Texts(stage, "a", "rejected")
     first = stages.logps_together(shop, work, base, None, [a, b])

@@ -1,0 +1,212 @@
+"""Ranks for tests, as torchrun starts them but forked after the imports, so that two or four cost little more than one.
+
+With the repository on PYTHONPATH:
+
+    python tests/ranks.py WORLD WORDS...      train.py on so many ranks
+    python tests/ranks.py toys FOLDER SEED CASE...      what small models do (see all_toys), saved in FOLDER
+
+As under torchrun the store is the launcher's, a signal goes on to all ranks, and the first one that fails ends the others.
+"""
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import runs
+import torch
+import torch.distributed.fsdp
+from conftest import random_model
+from torch.distributed import TCPStore
+
+import minmacpo.report
+import train
+from minmacpo import UserError
+from minmacpo.commandline import parse
+from minmacpo.config import Generate, Lora
+from minmacpo.fit import PairObjective, Schedule, SftObjective, Unit, fit, train_step
+from minmacpo.generate import generate
+from minmacpo.lora import attach_lora, reset_adapter
+from minmacpo.parallel import meet
+from minmacpo.progress import Interrupted, call
+from minmacpo.run import Run, Work
+from minmacpo.score import score
+from minmacpo.tokenizer import Tokens
+
+
+class Keep:
+    """An optimiser that only remembers the gradients, before they are clipped."""
+
+    def __init__(self, params):
+        self.params, self.grads = params, None
+
+    def step(self):
+        self.grads = [p.grad.clone() for p in self.params]
+
+    def zero_grad(self):
+        for p in self.params:
+            p.grad = None
+
+
+def rows_of(seed: int, units: int, sides: int) -> list[Unit]:
+    """Answers, or pairs with reference logps, of different lengths."""
+    draw = torch.Generator().manual_seed(seed)
+    number = lambda low, high: int(torch.randint(low, high, (1,), generator=draw))  # noqa: E731
+    found = []
+    for i in range(units):
+        rows = []
+        for _ in range(sides):
+            length, start = number(8, 40), number(1, 7)
+            ids = torch.randint(3, 61, (length,), generator=draw).tolist()
+            rows.append(Tokens(ids, [place >= start for place in range(length)]))
+        found.append(Unit(f"u{i}", tuple(rows), (-20.0, -21.0)[: 2 if sides == 2 else 0]))
+    return found
+
+
+def slotted(seed: int, ranks):
+    """A random model with a slot that does something, on these ranks."""
+    model = random_model(seed)
+    params = attach_lora(model, Lora(targets=("q_proj", "v_proj", "down_proj")))
+    reset_adapter(model, seed)
+    draw = torch.Generator().manual_seed(seed)
+    for param in params:
+        param.data.add_(0.02 * torch.randn(param.shape, generator=draw))
+    ranks.shard(model, params, "cpu")
+    return model, params
+
+
+def together(seed: int, folder: str, name: str, kind: str, shards: bool, job):
+    """What `job` makes of (ranks, units, model, slot, objective, work), all ranks doing it."""
+    objective, sides = (SftObjective(), 1) if kind == "sft" else (PairObjective(0.1, 0.2), 2)
+    with (ranks := meet()).one_voice():
+        config = parse(["@tiny", f"--run.root={folder}/{name}", "--run.micro_tokens=120", f"--parallel.shard={str(shards).lower()}"]).config
+        ranks.connect(config)
+        work = Work(run := Run(config, ranks=ranks), "part/stage", Path(folder, name, "stage"), seed, together=True)
+        run.path, run.log_file = work.folder, sys.stderr
+        work.folder.mkdir(parents=True, exist_ok=True)
+        found = job(ranks, rows_of(seed, 24, sides), *slotted(seed, ranks), objective, work)
+    torch.save(found, Path(folder, f"{name}-{ranks.rank}.pt"))
+    return 0
+
+
+def toys(ranks, units, model, params, objective, work) -> dict:
+    """A step's gradients, twenty steps, scores and samples."""
+    groups, keep = [[*range(7)], [7, 8], [9], [10, 11, 12]], Keep(params)
+    values = train_step(model, params, units, groups, objective, keep, mine=ranks.share(groups), ranks=ranks)
+    grads = torch.cat([grad.flatten() for grad in keep.grads])
+    adapter = twenty_steps(ranks, units, model, params, objective, work)
+    logps = score(model, [row for unit in units for row in unit.rows], 90, ranks=ranks)
+    prompts, own = [list(unit.rows[0].ids[:9]) for unit in units[:13]], Generate(temperature=1.0, top_k=0, top_p=1.0, max_new=40)
+
+    def answers(block):
+        return generate(model, [prompts[i] for i in block], block, own, {2, 7, 11, 20, 33}, places=2)[0]
+
+    samples = [ids for block in ranks.each([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12]], answers) for ids in block]
+    held = sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters())
+    return {"values": values.tolist(), "grads": grads, "adapter": adapter, "logps": logps, "samples": samples, "held": held}
+
+
+def twenty_steps(ranks, units, model, params, objective, work):
+    """The slot after twenty steps of `fit`."""
+    fit(model, params, units, objective, Schedule(3e-3, 20, 8), work)
+    return torch.cat([param.detach().flatten() for param in params])
+
+
+def stopped(ranks, units, model, params, objective, work) -> int | None:
+    """The last rank alone is asked to stop after step 7; returns the step at which this one did."""
+    steps = []
+
+    def on_step():
+        steps.append(1)
+        if len(steps) == 7 and ranks.rank == ranks.world - 1:
+            ranks.signals.number = signal.SIGTERM
+
+    work.run.on_step = on_step
+    try:
+        twenty_steps(ranks, units, model, params, objective, work)
+    except Interrupted:
+        return len(steps)
+
+
+def complaint(words: list[str]) -> None:
+    """The last rank alone finds that something is wrong, while the others wait for what it should send."""
+    with (ranks := meet()).one_voice():
+        ranks.connect(parse(["@tiny"]).config)
+
+        def do(item: int) -> int:
+            if item:
+                raise UserError("row 7 is too long")
+            return item
+
+        list(ranks.each([*range(ranks.world)], do))
+
+
+def all_toys(folder: str, seed: int, cases: list[str]) -> int:
+    """Cases such as 2-pairs-shard; or a-2-4: two ranks stop, four go on from there; or complaint-2, which must fail."""
+    torch.set_num_threads(1)
+    failed = 0
+    for case in cases:
+        name, *rest = case.split("-")
+        if name == "complaint":
+            failed += not launch(int(rest[0]), lambda: call(complaint))
+        elif name.isdecimal():
+            failed += launch(int(name), lambda c=case, r=rest: together(seed, folder, c, r[0], r[1] == "shard", toys))
+        for world, job in zip(map(int, rest), (stopped, twenty_steps), strict=True) if len(rest) == 2 and not name.isdecimal() else ():
+            failed += launch(world, lambda n=name, j=job: together(seed, folder, n, "pairs", False, j))
+            for file in Path(folder).glob(f"{name}-*.pt"):
+                file.rename(file.with_name(f"{job.__name__}-{file.name}"))
+    return failed
+
+
+def start(rank: int, world: int, port: int, job) -> int:
+    """Fork a rank that does `job` and exits with its code; returns its process id."""
+    if pid := os.fork():
+        return pid
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+    os.fsync = lambda handle: None
+    code = 1
+    try:
+        code = job()
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def launch(world: int, job) -> int:
+    """Start the ranks and wait for all; returns 1 if one failed, after it has ended the others."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = [start(rank, world, port, job) for rank in range(world)]
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # the ranks wait for it
+    print("ranks", *pids, flush=True)
+    handlers = {n: signal.signal(n, lambda n, frame: [os.kill(pid, n) for pid in pids]) for n in (signal.SIGTERM, signal.SIGINT)}
+    failed = False
+    while pids:
+        pid, status = os.wait()
+        pids.remove(pid)
+        if status and not failed:
+            failed = True
+            time.sleep(0.1)  # as long as torchrun takes to notice
+            for other in pids:
+                os.kill(other, signal.SIGTERM)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    del store
+    return int(failed)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "toys":
+        sys.exit(all_toys(sys.argv[2], int(sys.argv[3]), sys.argv[4:]))
+    minmacpo.report.write_report = runs.last_report
+    world, sys.argv = int(sys.argv[1]), ["train.py", *sys.argv[2:]]
+    sys.exit(launch(world, lambda: call(train.main)))

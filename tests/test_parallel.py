@@ -1,0 +1,337 @@
+"""Several ranks against one: gradients, training, scores, samples and whole runs; and how ranks end together."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_model
+from runs import (
+    METHODS,
+    REPOSITORY,
+    copy_run,
+    differences,
+    invoke,
+    rows_of,
+    spawn,
+    stages_of,
+    train,
+    write_stub,
+)
+from safetensors.torch import load_file
+
+from minmacpo.commandline import parse
+from minmacpo.config import Lora
+from minmacpo.memory import held, parameters
+from minmacpo.parallel import Ranks
+from minmacpo.plan import Plan
+from minmacpo.run import Run
+
+CASES = ["1-pairs-replicate", "2-pairs-replicate", "2-pairs-shard", "a-2-4", "complaint-2"]
+MORE = ["1-sft-replicate", "1-pairs-replicate", "2-sft-replicate", "2-sft-shard", "4-sft-replicate", "4-pairs-shard", "a-4-1", "b-4-2", "complaint-4"]
+
+
+def launch(*words, **options) -> subprocess.Popen:
+    """tests/ranks.py as a process."""
+    command = [sys.executable, str(REPOSITORY / "tests/ranks.py"), *map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, **pipes | options)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a process that must end within two minutes."""
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 60) -> None:
+    """Until a path is there."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end, f"{path} never came"
+        time.sleep(0.01)
+
+
+def toys(folder: Path, seed: int, cases: list[str]) -> dict:
+    """{case: what each rank has found} of small models, see ranks.all_toys."""
+    code, _, err = finish(launch("toys", folder, seed, *cases))
+    assert code == 0, err
+    assert err.count("error:") == sum("complaint" in case for case in cases) == err.count("error: row 7 is too long"), err
+    found: dict = {}
+    for file in sorted(folder.glob("*.pt")):
+        case, _, _ = file.stem.rpartition("-")
+        found.setdefault(case, []).append(torch.load(file))
+    return found
+
+
+def check_toys(found: dict) -> None:
+    """Every case equals one rank."""
+    for case, ranks in found.items():
+        world, kind, mode = case.split("-") if case[0].isdecimal() else (None, None, None)
+        if case.startswith("stopped"):
+            assert len({*ranks}) == 1 and ranks[0] in (7, 8), "all ranks stop after the same step"
+        if case.startswith("twenty_steps"):
+            assert all((each - found["1-pairs-replicate"][0]["adapter"]).abs().max() <= 1e-5 for each in ranks)
+        if world in (None, "1"):
+            continue
+        one = found[f"1-{kind}-replicate"][0]
+        assert len(ranks) == int(world)
+        for each in ranks:
+            assert (each["grads"] - one["grads"]).norm() <= 1e-6 * one["grads"].norm() and one["grads"].norm() > 0
+            assert torch.equal(each["adapter"], ranks[0]["adapter"]) and (each["adapter"] - one["adapter"]).abs().max() <= 1e-5
+            assert each["values"] == pytest.approx(one["values"], rel=1e-5, abs=1e-6)
+            assert each["logps"] == pytest.approx(one["logps"], rel=1e-5)
+            assert each["samples"] == one["samples"] and len({*map(len, one["samples"])}) > 2
+            assert each["held"] == one["held"] if mode == "replicate" else each["held"] < 0.8 * one["held"]
+
+
+def test_ranks_equal_one(tmp_path, seed):
+    """Gradients of a step, twenty steps, scores and samples; stopped together, and gone on with by another number; one complaint."""
+    check_toys(toys(tmp_path, seed, CASES))
+
+
+@pytest.mark.slow
+def test_two_and_four_ranks_replicated_and_sharded_equal_one(tmp_path, seed):
+    check_toys(toys(tmp_path, seed, MORE))
+
+
+def as_rank(rank: int, world: int, shards: bool) -> Ranks:
+    """A rank that is asked what it would do, with nobody beside it."""
+    ranks = Ranks(rank=rank, world=world)
+    ranks.shards = shards
+    return ranks
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_step_is_shared_out_whole_and_evenly(world, shards, seed):
+    """Every unit once; ranks differ by a unit of each micro-batch that is cut; sharded, by no pass at all."""
+    rng, units = random.Random(seed), iter(range(10**6))
+    groups = [[next(units) for _ in range(rng.randrange(1, 12))] for _ in range(rng.randrange(1, 12))]
+    shares = [as_rank(rank, world, shards).share(groups) for rank in range(world)]
+    assert sorted(unit for share in shares for group in share for unit in group) == sorted(unit for group in groups for unit in group)
+    assert all(group in groups for share in shares for group in share[: len(groups) // world])
+    counts = [len(share) for share in shares]
+    assert max(counts) == counts[0] and (min(counts) == counts[0] if shards else all(group for share in shares for group in share))
+    assert world > 1 or shares[0] == groups
+
+
+def test_without_torchrun_nothing_is_distributed():
+    """One process does all by itself, and an ordinary start does not even look for others."""
+    code = ("import sys, torch; before = {m for m in sys.modules if 'distributed' in m}; import train, minmacpo.parallel as p, minmacpo.report; "
+            "r = p.meet(); assert r.world == 1 and r.first(dict) == {} and r.agree(7) == 7 and list(r.each([1, 2], str)) == ['1', '2']; "
+            "new = {m for m in sys.modules if 'distributed' in m} - before; assert not new, new")  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=60)
+
+
+def test_a_rank_of_a_sharded_base_is_planned_for_its_part(tmp_path):
+    """The larger part of a base of many layers goes to the others; embeddings, head and two blocks stay."""
+    config = dataclasses.replace(random_model(0).config, num_hidden_layers=40)
+    base, outer = parameters(config, Lora(targets=()))[0], 61 * 24 * 2 + 24
+    for world in (2, 4, 8):
+        assert held(config, Lora(targets=()), world) * base == pytest.approx(outer + (base - outer) * (1 / world + 2 / 40))
+    assert held(config, Lora(targets=()), 1) == held(random_model(0).config, Lora(targets=()), 8) == 1, "two layers are both at work"
+    totals = []
+    for ranks in (Ranks(), as_rank(0, 4, True)):
+        run = Run(parse(["@tiny", f"--run.root={tmp_path}", "--model.strong=64x12x4x128"]).config, ranks=ranks)
+        __import__("train").run_all(run, {}, None)
+        plan = Plan(run, run.config, None)
+        totals.append([plan.total(name) for name in ("bases/strong", "round0/student_pos", "round1/positives_student")])
+    assert totals[0][0] == totals[1][0], "bases are made by one rank"
+    weights = plan.need("round0/student_pos").weights
+    assert all(0.3 * weights < one - many < 0.7 * weights for one, many in list(zip(*totals, strict=True))[1:])
+
+
+# ---- whole runs -----------------------------------------------------------------------------
+
+
+def check_same(run: Path, one: Path) -> None:
+    """The run has the stages of the other, with the same texts, and adapters that differ by rounding at most."""
+    mine, theirs = stages_of(run), stages_of(one)
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert mine[name]["fingerprint"] == theirs[name]["fingerprint"] and mine[name]["files"].keys() == theirs[name]["files"].keys()
+        for file in mine[name]["files"]:
+            a, b = run / name / file, one / name / file
+            if file == "adapter_model.safetensors":
+                a, b = load_file(a), load_file(b)
+                assert all((a[key] - b[key]).abs().max() <= 1e-4 for key in b), name
+            elif file == "samples.jsonl":
+                assert [row["tokens"] for row in rows_of(a)] == [row["tokens"] for row in rows_of(b)], name
+            elif file == "scores.jsonl":
+                assert [row["logp"] for row in rows_of(a)] == pytest.approx([row["logp"] for row in rows_of(b)], rel=1e-3)
+            elif file != "metrics.jsonl" and file != "pairs.jsonl":
+                assert a.read_bytes() == b.read_bytes(), f"{name}/{file}"
+
+
+def lines_of_ours(err: str) -> list[str]:
+    """What stderr has that is not torchrun's or gloo's: no rank shows a traceback."""
+    assert "Traceback" not in err, err
+    return [line for line in err.splitlines() if line.startswith(("error:", "stopped;"))]
+
+
+def test_a_run_is_stopped_by_a_signal_then_by_a_kill_and_goes_on_with_any_number(tmp_path, stub):
+    words, run = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}"], tmp_path / "runs/stub"
+    process = launch(2, *words)
+    wait_for(run / "round0/teacher1_pos", process)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code and len(lines_of_ours(err)) == 1 and "stopped; all finished work is saved" in err
+    before = {name: notes["ranks"] for name, notes in stages_of(run).items() if "ranks" in notes}
+    assert before and {*before.values()} == {2}
+    process = launch(2, *words)
+    ranks = re.match(r"ranks (\d+) (\d+)", process.stdout.readline())
+    wait_for(run / "round1/teacher1_pos", process)
+    os.kill(int(ranks[2]), signal.SIGKILL)
+    code, _, err = finish(process)
+    assert code and len(lines_of_ours(err)) == 1, err
+    train(*words)
+    check_same(run, stub)
+    assert not (run / ".partial").exists() and len(rows_of(run / "metrics.jsonl")) == len(rows_of(stub / "metrics.jsonl"))
+
+
+# ---- several processes, each at a stage of its own ----------------------------------------------
+
+
+def begun(stub: Path, root: Path) -> Path:
+    """A copy of the finished run that has its texts and bases only."""
+    run = copy_run(stub, root / "runs", ("data", "bases"))
+    shutil.copy(stub / "config.toml", run)
+    rows = [row for row in rows_of(stub / "metrics.jsonl") if row["stage"].startswith(("data/", "bases/"))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def test_two_processes_compute_two_stages_of_one_run_at_once_and_never_the_same(tmp_path, stub):
+    """A run of all stages keeps out of their way, and they out of its."""
+    words, run = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}"], begun(stub, tmp_path)
+    names = ["round0/teacher1_pos", "round0/teacher2_pos"]
+    first = spawn("train", *words, f"--stage={names[0]}")
+    try:
+        wait_for(run / ".partial" / stages_of(stub)[names[0]]["fingerprint"], first)
+        first.send_signal(signal.SIGSTOP)
+        assert train(*words, f"--stage={names[1]}") and names[0] not in stages_of(run)
+        for more, says in (([f"--stage={names[0]}"], "another process computes this stage"), ([], "another process works on this run")):
+            second = invoke("train", *words, *more)
+            assert second.code == 2 and says in second.err and len(second.err.splitlines()) == 1
+        first.send_signal(signal.SIGCONT)
+        assert finish(first)[0] == 0
+    finally:
+        first.kill()
+    assert set(names) <= set(stages_of(run)) and set(names) <= {row["stage"] for row in rows_of(run / "metrics.jsonl")}
+    train(*words)
+    assert set(differences(run, stub)) <= {"metrics.jsonl"} and not (run / ".partial").exists()
+    key = lambda row: (row["stage"], row["step"])  # noqa: E731
+    mine, theirs = ([{k: row[k] for k in ("stage", "step", "loss")} for row in rows_of(folder / "metrics.jsonl")] for folder in (run, stub))
+    assert sorted(mine, key=key) == sorted(theirs, key=key), "in the order in which they came, each once"
+
+
+@pytest.mark.slow
+def test_a_stage_that_was_killed_leaves_no_lock(tmp_path, stub):
+    words, run = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", "--stage=round0/teacher1_pos"], begun(stub, tmp_path)
+    first = spawn("train", *words)
+    wait_for(run / ".partial" / stages_of(stub)["round0/teacher1_pos"]["fingerprint"], first)
+    first.kill()
+    first.communicate()
+    train(*words)
+    assert "round0/teacher1_pos" in stages_of(run)
+
+
+@pytest.mark.slow
+def test_many_processes_at_once(tmp_path, stub):
+    """Each at its own stage, all writing log, metrics and report of one run."""
+    words, run = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}"], begun(stub, tmp_path)
+    for names in (["round0/teacher1_pos", "round0/teacher2_pos", "controls/ceiling"],
+                  ["round0/teacher1_neg", "round0/teacher2_neg", "round1/positives_teacher1", "round1/positives_teacher2"]):  # fmt: skip
+        processes = [spawn("train", *words, f"--stage={name}") for name in names]
+        assert [finish(process)[0] for process in processes] == [0] * len(names)
+        assert set(names) <= set(stages_of(run))
+    train(*words)
+    assert set(differences(run, stub)) <= {"metrics.jsonl"}
+
+
+# ---- torchrun itself, and all methods (slow) ----------------------------------------------------
+
+
+def torchrun(world: int, *words) -> subprocess.Popen:
+    """train.py as a user starts it on several processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, str(REPOSITORY / "train.py"), *map(str, words)], **pipes)
+
+
+@pytest.mark.slow
+def test_torchrun_of_tiny_equals_one_process(tmp_path, tiny):
+    code, _, err = finish(torchrun(2, "@tiny", f"--run.root={tmp_path}"))
+    assert code == 0, err
+    check_same(tmp_path / "tiny", tiny)
+
+
+@pytest.mark.slow
+def test_torchrun_says_an_error_once_and_can_be_stopped(tmp_path, stub):
+    words, run = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}"], tmp_path / "runs/stub"
+    code, _, err = finish(torchrun(2, *words, "--data.path=nowhere.jsonl"))
+    assert code == 1 and err.count("nowhere.jsonl does not exist") == 1
+    code, _, err = finish(torchrun(2, "@experiment-main"))
+    assert code == 1 and "without torchrun" in err
+    process = torchrun(2, *words)
+    wait_for(run / "round0/teacher1_pos", process)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 1 and err.count("stopped; all finished work is saved") == 1
+    train(*words)
+    check_same(run, stub)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("shard", ["true", "false"])
+def test_stub_runs_on_ranks_equal_one(tmp_path, stub, world, shard):
+    code, _, err = finish(launch(world, write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", f"--parallel.shard={shard}"))
+    assert code == 0, err
+    check_same(tmp_path / "runs/stub", stub)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_on_two_ranks(tmp_path, methods, method):
+    shard = "true" if method in ("rlaif", "self-rewarding") else "false"
+    words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", f"--method={method}", f"--parallel.shard={shard}"]
+    code, _, err = finish(launch(2, *words))
+    assert code == 0, err
+    check_same(tmp_path / f"runs/stub-method={method}", methods[method])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draw", range(8))
+def test_killed_and_stopped_at_any_moment(tmp_path, stub, seed, draw):
+    """One message, no traceback, no rank left, and the next start ends with what one process makes."""
+    words, run, rng = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}"], tmp_path / "runs/stub", random.Random(seed)
+    process = launch(2, *words)
+    ranks = [int(pid) for pid in process.stdout.readline().split()[1:]]
+    wait_for(run / "config.toml", process)
+    time.sleep(rng.uniform(0, 1.5))
+    with contextlib.suppress(ProcessLookupError):
+        if rng.random() < 0.5:
+            os.kill(rng.choice(ranks), signal.SIGKILL)
+        else:
+            process.send_signal(rng.choice([signal.SIGTERM, signal.SIGINT]))
+    code, _, err = finish(process)
+    assert len(lines_of_ours(err)) == (code != 0), err
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    code, _, err = finish(launch(rng.choice([1, 2, 4]), *words))
+    assert code == 0, err
+    check_same(run, stub)
