@@ -50,7 +50,7 @@ def choose(familiar: list[list[float]], offered: list[Texts]) -> Texts:
 
 def learn(model, params: list, pairs: list[tuple], heard: list[float] | None = None) -> list[float]:
     """DPO + SFT on (prompt, chosen, rejected), one epoch; the loss of every step. The reference is the adapter at its start;
-    `heard`: the chosen texts' log-probabilities under it, which the student knows from choosing them (stages.pairs)."""
+    `heard`: the chosen texts' log-probabilities under it, which the student knows from choosing them (pairing.pairs)."""
     texts = [tuple(joined({"prompt": prompt, "text": text}, "text") for text in sides) for prompt, *sides in pairs]
     refs = iter(score(model, [text for pair in texts for text in (pair[1:] if heard else pair)], 16384, share=True, log=lambda line: None))
     units = [Unit(str(i), pair, (heard[i] if heard else next(refs), next(refs))) for i, pair in enumerate(texts)]

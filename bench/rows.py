@@ -18,8 +18,9 @@ from minmacpo.data import Message, Pair
 from minmacpo.families import ModelConfig
 from minmacpo.files import write_rows
 from minmacpo.model import new_model
+from minmacpo.pairing import pairs
 from minmacpo.run import Run, Work
-from minmacpo.stages import pairs, sample, score_texts
+from minmacpo.stages import sample, score_texts
 from minmacpo.tokenizer import Tokenizer, train_tokenizer
 from minmacpo.workshop import Texts, Workshop
 

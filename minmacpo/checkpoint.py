@@ -120,10 +120,10 @@ def stored_weights(folder: Path) -> dict[str, Stored]:
                     raise UserError(f"{path}: has {name}, and so has {found[name].file.name}")
                 part = file.get_slice(name)
                 found[name] = Stored(path, name, part.get_shape(), part.get_dtype())
-    said = read_json(index)["weight_map"] if files != [folder / "model.safetensors"] else {name: part.file.name for name, part in found.items()}
-    for name in sorted(said.keys() | found.keys()):
-        where = found[name].file.name if name in found else None
-        if said.get(name) != where:
+    places = {name: part.file.name for name, part in found.items()}
+    said = places if files == [folder / "model.safetensors"] else read_json(index)["weight_map"]
+    for name in sorted(said.keys() | places.keys()):
+        if said.get(name) != (where := places.get(name)):
             raise UserError(f"{index}: says that {name} is in {said.get(name, 'no file')}; it is in {where or 'none of them'}")
     return {name: part for name, part in found.items() if not name.endswith("rotary_emb.inv_freq")}
 
@@ -221,8 +221,7 @@ def check_model_folder(folder: Path) -> tuple[ModelConfig, Tokenizer]:
 def check_sizes(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
     """UserError where the tokenizer has ids that the model has no row for."""
     if tokenizer.size > config.vocab_size:
-        sizes = f"the tokenizer has {tokenizer.size} pieces, the model only {config.vocab_size} rows"
-        raise UserError(f"{folder}: {sizes}")
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.size} pieces, the model only {config.vocab_size} rows")
 
 
 def save_model(folder: Path, config: ModelConfig, weights: dict[str, Tensor], tokenizer: bytes) -> None:

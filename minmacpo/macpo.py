@@ -24,8 +24,9 @@ from minmacpo.choose import Candidates
 from minmacpo.config import Dpo
 from minmacpo.feedback import tagged_prompts
 from minmacpo.monitor import verdict
+from minmacpo.pairing import pairs
 from minmacpo.run import Stage
-from minmacpo.stages import Pace, keep, pairs, prefer, sample, score_texts, sft
+from minmacpo.stages import Pace, keep, prefer, sample, score_texts, sft
 from minmacpo.workshop import Texts, Workshop
 
 TAIL = 2.0  # temperature of macpo.negatives = tail

@@ -4,10 +4,9 @@ import functools
 import math
 import os
 from array import array
-from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice, repeat, zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +16,6 @@ from minmacpo import UserError
 from minmacpo.bases import Base
 from minmacpo.batching import collate, steps_per_epoch
 from minmacpo.checkpoint import save_adapter
-from minmacpo.choose import (
-    Candidates,
-    Choice,
-    keep_familiar,
-    matched,
-    negative_finder,
-    offered,
-    select,
-    weighted,
-)
 from minmacpo.config import Dpo
 from minmacpo.data import Pair, Sample
 from minmacpo.files import Lines, each_row, in_runs, keep_block, kept_block, write_atomic, write_rows
@@ -40,7 +29,6 @@ from minmacpo.workshop import Loaded, Texts, Workshop, answer
 
 EARNED = 2e12  # logits whose reading and writing (12 bytes less of each at 3 TB/s) takes as long as to compile: 8 s; an estimate
 BLOCKS = 4  # times as many prompts as are sampled side by side, in a block: those behind get the places of answers that ended
-
 WINDOW = 8192  # texts that are rendered and scored at a time: memory does not grow with their number
 UNSCORED = math.inf  # a log-probability that no text has
 
@@ -297,59 +285,6 @@ def score_texts(shop: Workshop, name: str, base: Base, adapter: Stage | None, te
 
     inputs = [base.stage, adapter, texts.stage, *(other.stage for other in group if other != texts)]
     return shop.stage(name, "score/1", texts.settings | shop.quantised(base), inputs, write_scores)
-
-
-def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates], negatives: Texts,
-          reference: Stage | None, familiar: Stage, own: tuple[str, float], key: tuple, heard: bool = False) -> Stage:  # fmt: skip
-    """pairs.jsonl: per prompt the selected candidate against the agent's own negative (R3, R5). `familiar` holds
-    the negatives' logps under the reference; those of the chosen answers are computed here, unless the reference was
-    who found their perplexity (`heard`). A pair that cannot be used is dropped and counted."""
-    settings = shop.config.macpo
-
-    def write_pairs(work: Work) -> dict:
-        """Choose, pair, drop what cannot be used, and store the reference logps, WINDOW pairs at a time."""
-        loaded, counts = shop.use(base, reference), Counter()
-        kept = keep_familiar(winners(), settings.keep) if settings.keep < 1 else repeat(True)
-        found = matched(shop, loaded, zip(winners(), kept, strict=False), negative_finder(negatives, familiar), heard, counts)
-        unusable = {
-            "all_empty": lambda pair, *rows: not pair.chosen,
-            "negative_empty": lambda pair, *rows: not pair.rejected,
-            "negative_equal": lambda pair, *rows: pair.chosen == pair.rejected,
-            "over_long": lambda pair, *rows: any(len(row.ids) > loaded.limit for row in rows),
-        }
-
-        def made() -> Iterator[Pair]:
-            """The pairs with their logps."""
-            for number, run in enumerate(in_runs(found, WINDOW)):
-                run, dropped = sift(work, run, unusable)
-                rows = [good for _, good, _ in run]
-                if number == 0:
-                    show_first(work, loaded, "chosen", rows)
-                logps = score(loaded.model, rows, shop.score_tokens, None, work.ranks, work.log, shop.free) if not heard else repeat(None)
-                counts.update(dropped | {"pairs": len(run), "tokens": sum(sum(row.mask) for row in rows)})
-                for (pair, *_), logp in zip(run, logps, strict=not heard):
-                    counts[f"chosen_{pair.chosen_by}"] += 1
-                    yield pair if heard else replace(pair, ref_chosen_logps=logp)
-
-        if not work.ranks.main:
-            deque(made(), 0)  # it takes part in the scoring
-            return {}
-        write_rows(file := work.folder / "pairs.jsonl", made())
-        if settings.weights == "agreement":
-            write_rows(file, weighted(Lines(file, Pair)))
-        names = ["pairs", *unusable, *(["not_kept"] if settings.keep < 1 else []), *(["no_negative"] if counts["no_negative"] else [])]
-        return {name: counts[name] for name in (*names, *(f"chosen_{c.who}" for c in candidates), "tokens")}
-
-    def winners() -> Iterator[list[Choice]]:
-        return select(shop.config, offered(candidates), own, key)
-
-    votes = [(weight, stage) for c in candidates for stages in c.votes.values() for weight, stage in stages]
-    recipe = {"names": [c.who for c in candidates], "votes": [[*c.votes] for c in candidates],
-              "signs": [weight for weight, _ in votes], "own": own, "select": settings.select,
-              "keep": settings.keep, "weights": settings.weights} | ({"heard": True} if heard else {})  # fmt: skip
-    inputs = [base.stage, *(c.texts.stage for c in candidates), *(stage for _, stage in votes)]
-    inputs += [negatives.stage, familiar, reference]
-    return shop.stage(name, "pairs/3", recipe | negatives.settings | shop.quantised(base), inputs, write_pairs, key)
 
 
 def show_first(work: Work, loaded: Loaded, what: str, rows: Sequence[Tokens]) -> None:

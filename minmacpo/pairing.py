@@ -1,0 +1,77 @@
+"""The stage that pairs the answers an agent chooses with its negatives."""
+
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import repeat
+
+from minmacpo.bases import Base
+from minmacpo.choose import (
+    Candidates,
+    Choice,
+    keep_familiar,
+    matched,
+    negative_finder,
+    offered,
+    select,
+    weighted,
+)
+from minmacpo.data import Pair
+from minmacpo.files import Lines, in_runs, write_rows
+from minmacpo.run import Stage, Work
+from minmacpo.score import score
+from minmacpo.stages import WINDOW, show_first, sift
+from minmacpo.workshop import Texts, Workshop
+
+
+def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates], negatives: Texts,
+          reference: Stage | None, familiar: Stage, own: tuple[str, float], key: tuple, heard: bool = False) -> Stage:  # fmt: skip
+    """pairs.jsonl: per prompt the selected candidate against the agent's own negative (R3, R5). `familiar` holds
+    the negatives' logps under the reference; those of the chosen answers are computed here, unless the reference was
+    who found their perplexity (`heard`). A pair that cannot be used is dropped and counted."""
+    settings = shop.config.macpo
+
+    def write_pairs(work: Work) -> dict:
+        """Choose, pair, drop what cannot be used, and store the reference logps, WINDOW pairs at a time."""
+        loaded, counts = shop.use(base, reference), Counter()
+        kept = keep_familiar(winners(), settings.keep) if settings.keep < 1 else repeat(True)
+        found = matched(shop, loaded, zip(winners(), kept, strict=False), negative_finder(negatives, familiar), heard, counts)
+        unusable = {
+            "all_empty": lambda pair, *rows: not pair.chosen,
+            "negative_empty": lambda pair, *rows: not pair.rejected,
+            "negative_equal": lambda pair, *rows: pair.chosen == pair.rejected,
+            "over_long": lambda pair, *rows: any(len(row.ids) > loaded.limit for row in rows),
+        }
+
+        def made() -> Iterator[Pair]:
+            """The pairs with their logps."""
+            for number, run in enumerate(in_runs(found, WINDOW)):
+                run, dropped = sift(work, run, unusable)
+                rows = [good for _, good, _ in run]
+                if number == 0:
+                    show_first(work, loaded, "chosen", rows)
+                logps = score(loaded.model, rows, shop.score_tokens, None, work.ranks, work.log, shop.free) if not heard else repeat(None)
+                counts.update(dropped | {"pairs": len(run), "tokens": sum(sum(row.mask) for row in rows)})
+                for (pair, *_), logp in zip(run, logps, strict=not heard):
+                    counts[f"chosen_{pair.chosen_by}"] += 1
+                    yield pair if heard else replace(pair, ref_chosen_logps=logp)
+
+        if not work.ranks.main:
+            deque(made(), 0)  # it takes part in the scoring
+            return {}
+        write_rows(file := work.folder / "pairs.jsonl", made())
+        if settings.weights == "agreement":
+            write_rows(file, weighted(Lines(file, Pair)))
+        names = ["pairs", *unusable, *(["not_kept"] if settings.keep < 1 else []), *(["no_negative"] if counts["no_negative"] else [])]
+        return {name: counts[name] for name in (*names, *(f"chosen_{c.who}" for c in candidates), "tokens")}
+
+    def winners() -> Iterator[list[Choice]]:
+        return select(shop.config, offered(candidates), own, key)
+
+    votes = [(weight, stage) for c in candidates for stages in c.votes.values() for weight, stage in stages]
+    recipe = {"names": [c.who for c in candidates], "votes": [[*c.votes] for c in candidates],
+              "signs": [weight for weight, _ in votes], "own": own, "select": settings.select,
+              "keep": settings.keep, "weights": settings.weights} | ({"heard": True} if heard else {})  # fmt: skip
+    inputs = [base.stage, *(c.texts.stage for c in candidates), *(stage for _, stage in votes)]
+    inputs += [negatives.stage, familiar, reference]
+    return shop.stage(name, "pairs/3", recipe | negatives.settings | shop.quantised(base), inputs, write_pairs, key)
