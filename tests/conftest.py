@@ -19,6 +19,8 @@ from minmacpo.families import ModelConfig
 from minmacpo.model import Transformer, new_model
 from minmacpo.tokenizer import Tokenizer, train_tokenizer
 
+pytest.register_assert_rewrite("forks")
+
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"
 TEXTS = [
@@ -153,3 +155,11 @@ def ragged(seed: int, rows: int, vocab: int, low: int = 1, high: int = 17) -> li
     """Rows of random ids, of different lengths."""
     rng = random.Random(seed)
     return [[rng.randrange(3, vocab) for _ in range(rng.randrange(low, high))] for _ in range(rows)]
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> tuple[list[str], Path]:
+    """What tests/faults starts from."""
+    from forks import small_run  # it lies beside those tests
+
+    return small_run(tmp_path_factory.mktemp("small"))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch._dynamo  # noqa: F401 (the first optimiser loads it)
-from runs import FREE, Ended, contents, program
+from runs import FREE, Ended, contents, program, write_stub
 from shim import Disk
 
 import minmacpo
@@ -154,3 +154,17 @@ def check_sentence(ended: Ended, *wanted: str) -> None:
     """The program ended with one sentence, which says what is `wanted`."""
     assert ended.code == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1, (ended.code, ended.err)
     assert all(word in ended.err for word in wanted), ended.err
+
+
+# The stub made smaller: one teacher, one round, a few prompts, one optimiser step a stage, its state saved after it.
+SMALL = """--macpo.teachers=1 --macpo.rounds=1 --macpo.controls=false --pretrain.strong_steps=1 --pretrain.weak_steps=1 --pretrain.batch=100 --world.d1=4
+--world.d2=6 --world.test=4 --sft.batch=8 --dpo.batch=8 --generate.max_new=4 --generate.batch=4 --eval.bootstrap=2
+--run.save_every=1 --run.log_every=1 --run.micro_tokens=100000 --run.threads=1""".split()
+
+
+def small_run(root: Path) -> tuple[list[str], Path]:
+    """(the words of a run as small as a whole one can be, but for its root; a finished one, not to be changed)."""
+    words = [write_stub(root), "--run.name=small", *SMALL]
+    ended, _ = fork("train", [*words, f"--run.root={root}"], reports=True)
+    assert ended.code == 0, ended.err
+    return words, root / "small"
