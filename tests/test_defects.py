@@ -122,7 +122,7 @@ def student_answers_before_its_update(patch) -> None:
 
 
 def mean_of_means(patch) -> None:
-    def train_step(model, params, units, groups, objective, optimizer, progress, share):
+    def train_step(model, params, units, groups, objective, optimizer, *rest):
         total = 0
         for group in groups:
             rows = [row for unit in group for row in units[unit].rows]

@@ -258,5 +258,7 @@ def test_candidates_of_several_files_are_scored_together_once_and_sides_are_told
     first = stages.logps_together(shop, work, base, None, [a, b])
     assert stages.logps_together(shop, work, base, None, [a, b]) is first and passes == [8] and set(first) == {a.key, b.key}
     alone = stages.logps_together(shop, work, base, None, [other])
-    assert passes == [8, 4] and alone[other.key][0][2] != first[a.key][0][2]
-    assert first[b.key][0][2] == pytest.approx(score.score(model, [first[b.key][0][1]], 200)[0], rel=1e-5)
+    assert passes == [8, 4] and alone[other.key][0][0] != first[a.key][0][0]
+    (logp, *_), (tokens, *_) = first[b.key]
+    row = render(None, None, "bcdchosen")
+    assert tokens == sum(row.mask) and logp == pytest.approx(score.score(model, [row], 200)[0], rel=1e-5)
