@@ -168,7 +168,7 @@ class Generate:
     top_k: int = setting(50, "0: off", at_least=0)
     top_p: float = setting(0.7, "1: off", above=0, at_most=1)
     max_new: int = setting(512, "most new tokens of an answer, end token included", at_least=1)
-    batch: int = setting(64, "answers sampled side by side; a killed run redoes up to four times as many", at_least=1)
+    batch: int = setting(64, "answers sampled side by side; a killed run redoes up to four times as many on every rank", at_least=1)
 
 
 @dataclass(frozen=True, slots=True)

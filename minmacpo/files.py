@@ -168,10 +168,13 @@ class Lines(Sequence):
         """The record of that number from 0; IndexError if there is none."""
         if not 0 <= index < self.count:
             raise IndexError(index)
-        with self.path.open("rb") as stream:
-            stream.seek(self.places[index // EVERY])
-            line = next(islice(stream, index % EVERY, None))
-        return self.change(from_json(self.kind, line.decode()))
+        try:
+            with self.path.open("rb") as stream:
+                stream.seek(self.places[index // EVERY])
+                line = next(islice(stream, index % EVERY, None), b"")
+            return self.change(from_json(self.kind, line.decode()))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{self.path}, line {index + 1}: cannot be read any more; the file has been damaged") from None
 
 
 def in_runs(rows: Iterable, size: int) -> Iterator[list]:
@@ -199,10 +202,10 @@ def keep_block(folder: Path, number: int, rows: Iterable) -> Path:
     return file
 
 
-def kept_block(folder: Path, number: int) -> Path | None:
-    """The file that `keep_block` wrote, None if it is not there or damaged."""
-    files = (file for file in folder.glob(f"block{number}-*.jsonl") if file.is_file())
-    return next((file for file in files if file.stem.endswith(f"-{sha256_file(file)}")), None)
+def kept_blocks(folder: Path) -> dict[int, Path]:
+    """The undamaged files that `keep_block` wrote, by number."""
+    files = (file for file in folder.glob("block*-*.jsonl") if file.is_file() and file.stem.endswith(f"-{sha256_file(file)}"))
+    return {int(file.stem.removeprefix("block").partition("-")[0]): file for file in files}
 
 
 def fingerprint(value) -> str:

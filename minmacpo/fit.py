@@ -160,6 +160,8 @@ def fit(model, params: list, units: Sequence[Unit], objective, schedule: Schedul
     optimizer = torch.optim.AdamW(params, schedule.lr, schedule.betas, weight_decay=decay, fused=True)
     watch = Watch(work, units, plan, optimizer, objective, steps_per_epoch(len(units), schedule.batch))
     first, cuts = watch.resume(), 0
+    if len({*work.ranks.gather(first)}) > 1:
+        raise UserError(f"{watch.file}: not all ranks see the same training state; they need the same run folder")
     if not first:  # a resumed training has them in its state
         watch.rows += rows
         for row in rows:

@@ -52,12 +52,14 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates
                     show_first(work, loaded, "chosen", rows)
                 logps = score(loaded.model, rows, shop.score_tokens, None, work.ranks, work.log, shop.free) if not heard else repeat(None)
                 counts.update(dropped | {"pairs": len(run), "tokens": sum(sum(row.mask) for row in rows)})
+                if heard:  # else `score` has looked
+                    work.run.signals.check()
                 for (pair, *_), logp in zip(run, logps, strict=not heard):
                     counts[f"chosen_{pair.chosen_by}"] += 1
                     yield pair if heard else replace(pair, ref_chosen_logps=logp)
 
         if not work.ranks.main:
-            deque(made(), 0)  # it takes part in the scoring
+            deque(() if heard else made(), 0)  # it takes part in the scoring
             return {}
         write_rows(file := work.folder / "pairs.jsonl", made())
         if settings.weights == "agreement":

@@ -1,6 +1,6 @@
 """Several processes ("ranks") under torchrun that do one run together; the only module that knows torch.distributed.
 
-Rank 0 alone reads the user's texts, writes and speaks; `Ranks.first` lets the others wait for it as long as it takes. In a
+Rank 0 alone makes slices of the user's texts, writes and speaks; `Ranks.first` lets the others wait for it as long as it takes. In a
 stage that uses a model all take part: `share` and `add_up` divide an optimiser step, `each` a list of forward passes.
 The one process of an ordinary run is `Ranks()`, which does all by itself and imports nothing.
 """
@@ -31,7 +31,7 @@ class Ranks:
 
     def __init__(self, signals: Signals | None = None, rank: int = 0, world: int = 1, store=None):
         self.signals, self.rank, self.world, self.store = signals or Signals(), rank, world, store
-        self.main, self.shards, self.turn = rank == 0, False, 0
+        self.main, self.shards, self.turns = rank == 0, False, 0
         self.near = 1  # how many ranks have the memory of this one's device
         self.sharded, self.count, self.following = WeakValueDictionary(), 0, False  # models by number, in the order of loading
 
@@ -54,8 +54,8 @@ class Ranks:
         """What rank 0 gets from `do`, a value of JSON; all others wait for it. Collective."""
         if self.world == 1:
             return do()
-        self.turn += 1
-        key = f"turn {self.turn}"
+        self.turns += 1
+        key = f"turn {self.turns}"
         if self.main:
             found = do()
             self.store.set(key, json.dumps(found))

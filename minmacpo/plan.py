@@ -280,7 +280,8 @@ def remedy(plan: Plan, name: str, free: int) -> str:
     while (value := value // 2) >= 1:
         halves.append((part, key, value))
     small = [("run", "dtype", "bfloat16")] * (dtype_of(config).itemsize > 2)
-    forms = [("model", plan.quantizer(name), form) for form in ("int8", "nf4") if plan.quantizer(name) and plan.form(name) == "none"]
+    able = plan.quantizer(name) and plan.form(name) == "none" and not config.parallel.shard  # the two do not go together
+    forms = [("model", plan.quantizer(name), form) for form in ("int8", "nf4") if able]
     for first in ([], *([change] for change in small), *([form, *small] for form in forms)):
         for changes in (first, *([*first, half] for half in halves)):
             changed = config
@@ -330,6 +331,7 @@ def show_plan(run: Run, prepared: Callable[[], Prepared]) -> None:
 
 
 def hints(run: Run) -> list[str]:
-    """What is odd about data.template and the chat templates of the given bases."""
+    """What is odd about data.template and the chat templates of the given bases, and about parallel.shard."""
     given = {stage.path for _, inputs in run.recipes.values() for stage in inputs if stage.external}
-    return [said for folder in sorted(given) if (said := template_hint(folder, run.config.data.template))]
+    alone = ["parallel.shard divides nothing without torchrun"] if run.config.parallel.shard and run.ranks.world == 1 else []
+    return alone + [said for folder in sorted(given) if (said := template_hint(folder, run.config.data.template))]

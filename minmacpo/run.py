@@ -234,7 +234,7 @@ class Run:
                 found = self.compute(work, stage.kind, compute)
                 self.ranks.first(lambda: self.seal(work, stage, notes | found))
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if self.ranks.main and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 self.clear(work) if self.only else self.end()  # a full disk: give its space back
             raise
         if not self.ranks.main:

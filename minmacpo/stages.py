@@ -18,7 +18,7 @@ from minmacpo.batching import collate, steps_per_epoch
 from minmacpo.checkpoint import save_adapter
 from minmacpo.config import Dpo
 from minmacpo.data import Pair, Sample
-from minmacpo.files import Lines, each_row, in_runs, keep_block, kept_block, write_atomic, write_rows
+from minmacpo.files import Lines, each_row, in_runs, keep_block, kept_blocks, write_atomic, write_rows
 from minmacpo.fit import PairObjective, Plan, Schedule, SftObjective, Unit, fit, make_plan
 from minmacpo.lora import read_adapter, reset_adapter
 from minmacpo.losses import sequence_logps
@@ -185,7 +185,7 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
         config = replace(config, generate=replace(config.generate, temperature=temperature))
 
     def write_samples(work: Work) -> dict:
-        """Sample in blocks of fixed size; a killed stage redoes one of them."""
+        """Sample in blocks of fixed size; a killed stage redoes one of them, or one a rank."""
         other = shop.use(base, against, "against") if against else None
         loaded, size = shop.use(base, adapter), config.generate.batch * blocks
         asked = prompts.read()
@@ -215,20 +215,20 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
 def in_blocks(work: Work, blocks: list[np.ndarray], answers_to: Callable[[np.ndarray], list[dict]]) -> list[Path]:
     """A file of answers for each block of jobs; those that a stopped stage has left are kept, the ranks share the others. []
     for all ranks but the main one."""
-    numbers = range(len(blocks))
-    missing = work.ranks.first(lambda: [number for number in numbers if not kept_block(work.folder, number)])
+    kept = kept_blocks(work.folder) if work.ranks.main else {}
+    missing = work.ranks.first(lambda: [number for number in range(len(blocks)) if number not in kept])
     total, left = sum(map(len, blocks)), sum(len(blocks[number]) for number in missing)
     with work.progress(total, "answer", total - left) as progress:
         for number, found in zip(missing, work.ranks.each([blocks[n] for n in missing], answers_to), strict=True):
             if work.ranks.main:
-                keep_block(work.folder, number, found)
+                kept[number] = keep_block(work.folder, number, found)
             progress.step(len(found))
-    return [kept_block(work.folder, number) for number in numbers] if work.ranks.main else []
+    return [kept[number] for number in range(len(blocks))] if work.ranks.main else []
 
 
 def in_place(files: Sequence[Path], order: np.ndarray, size: int, counts: dict[str, int]) -> Iterator[Sample]:
     """The samples of the blocks in the order of their jobs, `order` [N] being that in which they were made; counts them."""
-    places, block = np.empty_like(order), functools.lru_cache(64)(lambda number: Lines(files[number], Sample))
+    places, block = np.empty_like(order), functools.cache(lambda number: Lines(files[number], Sample))
     places[order] = np.arange(len(order), dtype=order.dtype)
     for place in map(int, places):
         said = block(place // size)[place % size]

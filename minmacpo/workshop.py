@@ -31,6 +31,7 @@ from minmacpo.generate import generate
 from minmacpo.lora import attach_lora, clear_adapter, write_adapter
 from minmacpo.machine import device_of, dtype_of, free_bytes
 from minmacpo.memory import weight_bytes
+from minmacpo.packed import sharded
 from minmacpo.parallel import ALONE, Ranks
 from minmacpo.progress import inert
 from minmacpo.run import Run, Stage, Work, derive_seed
@@ -147,7 +148,7 @@ class Workshop:
 
     def __init__(self, run: Run):
         self.run, self.config, wanted = run, run.config, run.config.run.compile
-        if run.config.parallel.shard and {run.config.model.quantize, run.config.model.quantize_teachers} != {"none"}:
+        if run.ranks.shards and {run.config.model.quantize, run.config.model.quantize_teachers} != {"none"}:
             raise UserError("parallel.shard divides weights among ranks, but not those of model.quantize; choose one of the two")
         self.compiled = wanted == "true" or (wanted == "auto" and device_of(run.config) == "cuda")
         # The built-in world with its own bases in fp32 keeps the arithmetic, and so the bytes, of its finished runs.
@@ -212,8 +213,8 @@ def answer(config: Config, loaded: Loaded, agent: str, jobs: list[tuple[Example,
         try:
             found = generate(loaded.model, prompts, seeds, config.generate, stops, other, tell, places)
         except torch.OutOfMemoryError:
-            if places == 1:
-                raise UserError("out of memory at one answer at a time; lower generate.max_new") from None
+            if places == 1 or sharded(loaded.model):  # other ranks wait for this one's next pass
+                raise UserError("out of memory while answers are sampled; lower generate.batch or generate.max_new") from None
             places //= 2
             print(f"WARNING: out of memory: the block is sampled again, {places} answers side by side (see generate.batch)", file=sys.stderr)
     samples = []

@@ -1,5 +1,6 @@
 """Mutators: the content of a good file in, that of a bad one out. All draw from the random.Random they are given."""
 
+import copy
 import gzip
 import json
 import re
@@ -62,7 +63,7 @@ def changed(value: object, rng: Random) -> object:
         return rng.choice((-value, value + 1, value - 1, value * 2, value * 1000, value / 2, float(value), str(value), value * 2**40))
     if kind == 0 and isinstance(value, list) and value:
         return rng.choice((value[::-1], value[:-1], value + value[:1], value * 3, value[0], [value]))
-    return rng.choice(({"a": value}, [value], [value, value])) if kind == 1 and rng.random() < 0.3 else rng.choice(VALUES)
+    return rng.choice(({"a": value}, [value], [value, value])) if kind == 1 and rng.random() < 0.3 else copy.deepcopy(rng.choice(VALUES))
 
 
 def reshape(value: object, rng: Random) -> object:
@@ -122,7 +123,7 @@ def lined(data: bytes, rng: Random) -> bytes:
 def worded(data: bytes, rng: Random) -> bytes:
     """Text with one of its words, numbers or quoted texts changed."""
     words = re.findall(rb'"[^"\n]*"|[\w.+-]+|\s+|.', data) or [b""]
-    at, value = rng.randrange(len(words)), rng.choice(VALUES)
+    at, value = rng.randrange(len(words)), copy.deepcopy(rng.choice(VALUES))
     text = json.dumps(value, ensure_ascii=rng.random() < 0.5)
     words[at] = rng.choice((text, str(value), "", "2020-01-01", "1e999", "0x10")).encode("utf-8", "surrogatepass")
     if rng.random() < 0.2:
