@@ -84,6 +84,8 @@ def from_json(kind: type, line: str):
     """The record of class `kind` in one line of JSON; a dict stays as it is. ValueError, TypeError or KeyError where it
     is none, or holds half a surrogate pair, which no file made here does."""
     values = json.loads(line)
+    if not isinstance(values, dict):
+        raise TypeError(f"{type(values).__name__} instead of an object")
     if "\\u" in line:
         json.dumps(values, ensure_ascii=False).encode()
     if kind is dict:

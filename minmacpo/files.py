@@ -7,7 +7,6 @@ in the same folder, flushed to the disk, and renamed; a kill leaves the old file
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +22,7 @@ from minmacpo import UserError
 from minmacpo.data import from_json
 
 EVERY = 16  # lines of which one place is remembered: half a byte a line
+
 
 def move(source: Path, target: Path) -> None:
     """Rename a file or folder to its place, and flush that to the disk, so that it survives a power cut."""
@@ -50,7 +50,7 @@ def open_alone(path: Path, mode: str, busy: str | None, shared: bool = False) ->
 
 def check_links(folder: Path) -> None:
     """UserError for a link in a run folder: it could lead out of it, and no run makes one."""
-    inside = (Path(home, name) for home, *names in os.walk(folder) for name in itertools.chain(*names))
+    inside = (Path(home, name) for home, *names in os.walk(folder) for name in chain(*names))
     if link := next(filter(Path.is_symlink, inside), None):
         raise UserError(f"{link}: is a link, which no run folder has; put what it stands for in its place, or delete it")
 

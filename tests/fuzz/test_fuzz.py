@@ -160,8 +160,9 @@ def check(reader: Reader, home: Path, seed: int, count: int, workers: int = 1) -
     return refused, read
 
 
-def test_readers_bear_a_few_changed_files(stub, tmp_path, seed):
-    told = [check(reader, tmp_path / str(i), seed, 12) for i, reader in enumerate(readers(stub))]
+def test_readers_bear_a_few_changed_files(stub, tmp_path):
+    """The same few each time: what new ones find is for the test below."""
+    told = [check(reader, tmp_path / str(i), 1, 12) for i, reader in enumerate(readers(stub))]
     refused, read = map(sum, zip(*told, strict=True))
     assert refused > 50 and read > 20
 
