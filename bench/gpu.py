@@ -14,13 +14,13 @@ import torch
 
 from bench.generate import by_transformers
 from bench.measure import INSTALL, alternate, clocked, missing, spread, write
-from bench.peers import BETA, LR, joined, make_rows, step_of, word_tokenizer
+from bench.peers import BETA, LR, joined, make_rows, random_slot, step_of, word_tokenizer
 from bench.score import by_transformers as score_by_transformers
 from minmacpo.config import Generate, Lora
 from minmacpo.families import ModelConfig
 from minmacpo.fit import PairObjective, Unit, train_step
 from minmacpo.generate import generate
-from minmacpo.lora import attach_lora, clear_adapter, read_adapter, reset_adapter, slot, write_adapter
+from minmacpo.lora import clear_adapter, read_adapter, write_adapter
 from minmacpo.model import Transformer
 from minmacpo.score import score
 from minmacpo.tokenizer import Tokens
@@ -48,11 +48,7 @@ class Bench:
         for weight in self.model.parameters():
             torch.nn.init.ones_(weight) if weight.dim() == 1 else torch.nn.init.normal_(weight, std=0.02)
         self.plain = {key: tensor for key, tensor in self.model.state_dict().items()}
-        self.params = attach_lora(self.model, Lora())
-        reset_adapter(self.model, 0)
-        for key, tensor in slot(self.model).items():
-            if key.endswith("lora_B.weight"):
-                torch.nn.init.normal_(tensor, std=0.02)
+        self.params = random_slot(self.model)
         self.adapter = read_adapter(self.model)
         self.body = sum(t.numel() for key, t in self.plain.items() if "layers" in key)
 

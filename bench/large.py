@@ -12,11 +12,11 @@ import torch
 
 from bench.gpu import Bench, ceilings, own_dpo, share
 from bench.measure import alternate
-from bench.peers import make_rows
+from bench.peers import make_rows, random_slot
 from minmacpo.config import Generate, Lora
 from minmacpo.families import ModelConfig
 from minmacpo.generate import generate
-from minmacpo.lora import attach_lora, clear_adapter, read_adapter, reset_adapter, slot, write_adapter
+from minmacpo.lora import clear_adapter, read_adapter, write_adapter
 from minmacpo.memory import Load, linear_ends, need
 from minmacpo.model import Transformer
 from minmacpo.quant import FORMS, Quantised, put_linears
@@ -78,11 +78,7 @@ class Large(Bench):
         self.device, self.config = "cuda" if torch.cuda.is_available() else "cpu", config_of(size["shape"])
         torch.manual_seed(0)
         self.model = random_model(self.config, form, self.device)
-        self.params = attach_lora(self.model, Lora())
-        reset_adapter(self.model, 0)
-        for key, tensor in slot(self.model).items():
-            if key.endswith("lora_B.weight"):
-                torch.nn.init.normal_(tensor, std=0.02)
+        self.params = random_slot(self.model)
         self.adapter = read_adapter(self.model)
         self.body = self.config.num_hidden_layers * sum(a * b for a, b in linear_ends(self.config).values())
         self.head = self.config.vocab_size * self.config.hidden_size

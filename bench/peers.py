@@ -14,7 +14,7 @@ from minmacpo.config import Lora, shape
 from minmacpo.families import ModelConfig
 from minmacpo.fit import PairObjective, SftObjective, Unit, train_step
 from minmacpo.lora import attach_lora, clear_adapter, read_adapter, reset_adapter, slot, write_adapter
-from minmacpo.model import new_model
+from minmacpo.model import Transformer, new_model
 from minmacpo.score import score
 from minmacpo.tokenizer import Tokens
 
@@ -33,12 +33,18 @@ def make_folder(place: Path, size: str, seed: int = 0) -> None:
     for name in ("base", "adapter"):
         (place / name).mkdir(parents=True, exist_ok=True)
     save_model(place / "base", config, model.state_dict(), b"")
-    attach_lora(model, LORA)
+    random_slot(model, seed)
+    save_adapter(place / "adapter", read_adapter(model), LORA, str(place / "base"))
+
+
+def random_slot(model: Transformer, seed: int = 0) -> list[torch.nn.Parameter]:
+    """The parameters of a new slot of rank 8 on q and v whose B is not zero."""
+    params = attach_lora(model, LORA)
     reset_adapter(model, seed)
     for key, tensor in slot(model).items():
         if key.endswith("lora_B.weight"):
-            torch.nn.init.normal_(tensor, std=0.02, generator=torch.Generator().manual_seed(seed))
-    save_adapter(place / "adapter", read_adapter(model), LORA, str(place / "base"))
+            torch.nn.init.normal_(tensor, std=0.02, generator=torch.Generator(tensor.device).manual_seed(seed))
+    return params
 
 
 def make_rows(count: int, prompt: int, answer: int, names: tuple[str, ...], seed: int = 0) -> list[Row]:

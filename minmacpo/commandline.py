@@ -215,6 +215,16 @@ def parse(argv: list[str]) -> Command:
     return Command(config, stage, **bare)
 
 
+def read_settings(file: Path) -> Config:
+    """The settings in the config.toml of a run; UserError where they are no run's."""
+    config = overlay(Config(), read_toml(file), str(file))
+    try:
+        check(config)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return config
+
+
 def run_name(label: str, preset: Config, config: Config) -> str:
     """`label` plus "-key=value" for every setting in which `config` differs from `preset`; a value that is
     long, or could be mistaken for another part of the name, is told apart by a hash."""

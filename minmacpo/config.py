@@ -216,7 +216,7 @@ class Feedback:
 @dataclass(frozen=True, slots=True)
 class Eval:
     samples: int = setting(2, "sampled answers per test prompt", at_least=1)
-    bootstrap: int = setting(1000, "resamples of the prompts for the intervals", at_least=1)
+    bootstrap: int = setting(1000, "resamples of the prompts for the intervals", at_least=1, at_most=10_000)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from minmacpo import UserError, world
 from minmacpo.bases import Ground
-from minmacpo.commandline import overlay, read_toml
+from minmacpo.commandline import read_settings
 from minmacpo.config import Config
 from minmacpo.data import Pair, Sample
 from minmacpo.diversity import distinct2, refuses, self_bleu
@@ -81,7 +81,7 @@ def read_run(path: str | Path) -> Past:
         found = notes[file.parent.relative_to(folder).as_posix()] = read_json(file)
         if found.pop("checksum", None) != fingerprint(found) or not found.keys() >= NOTES:
             raise UserError(f"{file}: is damaged, or no stage's; delete {file.parent} and start again")
-    return Past(folder, overlay(Config(), read_toml(settings), str(settings)), notes)
+    return Past(folder, read_settings(settings), notes)
 
 
 def judge(config: Config, record: Pair | Sample, response: str, finish: str = "stop") -> dict[str, float]:

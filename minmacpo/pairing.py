@@ -20,7 +20,7 @@ from minmacpo.data import Pair
 from minmacpo.files import Lines, in_runs, write_rows
 from minmacpo.run import Stage, Work
 from minmacpo.score import score
-from minmacpo.stages import WINDOW, show_first, sift
+from minmacpo.stages import WINDOW, show_first, sift, warn_of
 from minmacpo.workshop import Texts, Workshop
 
 
@@ -45,10 +45,10 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates
 
         def made() -> Iterator[Pair]:
             """The pairs with their logps."""
-            for number, run in enumerate(in_runs(found, WINDOW)):
-                run, dropped = sift(work, run, unusable)
+            for run in in_runs(found, WINDOW):
+                run, dropped = sift(run, unusable)
                 rows = [good for _, good, _ in run]
-                if number == 0:
+                if rows and not counts["pairs"]:
                     show_first(work, loaded, "chosen", rows)
                 logps = score(loaded.model, rows, shop.score_tokens, None, work.ranks, work.log, shop.free) if not heard else repeat(None)
                 counts.update(dropped | {"pairs": len(run), "tokens": sum(sum(row.mask) for row in rows)})
@@ -62,6 +62,9 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates
             deque(() if heard else made(), 0)  # it takes part in the scoring
             return {}
         write_rows(file := work.folder / "pairs.jsonl", made())
+        warn_of(work, {name: counts[name] for name in unusable}, counts["pairs"])
+        if not counts["pairs"]:
+            show_first(work, loaded, "chosen", [])
         if settings.weights == "agreement":
             write_rows(file, weighted(Lines(file, Pair)))
         names = ["pairs", *unusable, *(["not_kept"] if settings.keep < 1 else []), *(["no_negative"] if counts["no_negative"] else [])]

@@ -58,10 +58,11 @@ def sft(shop: Workshop, name: str, base: Base, texts: Texts, start: Stage | None
         if start is None:
             reset_adapter(loaded.model, derive_seed(shop.config.run.seed, base.name, "adapter"))
         found = [(text, shop.render(loaded, text.prompt, text.response)) for text in texts.read()]
-        found, dropped = sift(work, found, {
+        found, dropped = sift(found, {
             "empty": lambda text, row: not text.response,
             "over_long": lambda text, row: len(row.ids) > loaded.limit,
         })  # fmt: skip
+        warn_of(work, dropped, len(found))
         show_first(work, loaded, "row", [row for _, row in found])
         units = [Unit(text.id, (row,)) for text, row in found]
         schedule = pace.schedule(len(units), sum(stage.notes()["counts"]["steps"] for stage in like))
@@ -293,12 +294,15 @@ def show_first(work: Work, loaded: Loaded, what: str, rows: Sequence[Tokens]) ->
     work.log(f"first {what}: {text[max(0, text.find('⟦') - 200) :][:400]}")
 
 
-def sift(work: Work, found: list[tuple], problems: dict[str, Callable]) -> tuple[list[tuple], dict[str, int]]:
-    """(all that has none of the problems, how much was dropped for which); warns of more than a tenth."""
+def sift(found: list[tuple], problems: dict[str, Callable]) -> tuple[list[tuple], dict[str, int]]:
+    """(all that has none of the problems, how much was dropped for which)."""
     reasons = [next((name for name, holds in problems.items() if holds(*each)), None) for each in found]
     kept = [each for each, reason in zip(found, reasons, strict=True) if reason is None]
-    dropped = {name: reasons.count(name) for name in problems}
-    if len(kept) < 0.9 * len(found):
+    return kept, {name: reasons.count(name) for name in problems}
+
+
+def warn_of(work: Work, dropped: dict[str, int], kept: int) -> None:
+    """Log a warning where more than a tenth of a stage's rows was dropped."""
+    if (gone := sum(dropped.values())) > 0.1 * (gone + kept):
         words = ", ".join(f"{name} {count}" for name, count in dropped.items() if count)
-        work.log(f"WARNING: {len(found) - len(kept)} of {len(found)} rows were dropped ({words})")
-    return kept, dropped
+        work.log(f"WARNING: {gone} of {gone + kept} rows were dropped ({words})")

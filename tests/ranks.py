@@ -19,7 +19,7 @@ from pathlib import Path
 import runs
 import torch
 import torch.distributed.fsdp
-from conftest import random_model
+from conftest import Keep, random_model
 from torch.distributed import TCPStore
 
 import minmacpo.report
@@ -35,20 +35,6 @@ from minmacpo.progress import Interrupted, call
 from minmacpo.run import Run, Work
 from minmacpo.score import score
 from minmacpo.tokenizer import Tokens
-
-
-class Keep:
-    """An optimiser that only remembers the gradients, before they are clipped."""
-
-    def __init__(self, params):
-        self.params, self.grads = params, None
-
-    def step(self):
-        self.grads = [p.grad.clone() for p in self.params]
-
-    def zero_grad(self):
-        for p in self.params:
-            p.grad = None
 
 
 def rows_of(seed: int, units: int, sides: int) -> list[Unit]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import far, logits_of, ragged, random_model
+from conftest import Keep, far, logits_of, ragged, random_model
 
 from minmacpo import UserError
 from minmacpo import fit as fit_module
@@ -81,20 +81,6 @@ def slotted(seed: int, **changes):
 
 
 # ---- accumulation ---------------------------------------------------------------------------
-
-
-class Keep:
-    """An optimiser that only remembers the gradients it was given."""
-
-    def __init__(self, params):
-        self.params, self.grads = params, None
-
-    def step(self):
-        self.grads = [p.grad.clone() for p in self.params]
-
-    def zero_grad(self):
-        for p in self.params:
-            p.grad = None
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -1,6 +1,7 @@
 """What fuzzing has found, and what its limits are for: each input is refused in one sentence, in a child with limits."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -61,6 +62,8 @@ FOUND = {
     "a message of numbers": ("written", "texts.jsonl", line(3, "prompt", 0, "content")),
     "a table of no stages": ("run", "run/eval/table.json", put([1], "cost")),
     "counts that are no numbers": ("run", "run/round1/pairs_student/stage.json", put([], "counts", "pairs")),
+    "scores that are a text": ("written", "scores.jsonl", lambda good: b'"a"\n' + good),
+    "teachers without end": ("run", "run/config.toml", lambda good: re.sub(rb"teachers = \d", b"teachers = 99999999999", good)),
     "scores too many": ("run", UNDER, lambda good: good + good),
 }  # fmt: skip
 
