@@ -67,6 +67,7 @@ class Plan:
     def __init__(self, run: Run, config: Config, prepared: Prepared | None):
         self.run, self.config, self.prepared = run, config, prepared
         self.lengths: dict[tuple, list[tuple[int, int]]] = {}  # of texts that were rendered already
+        self.tasks: dict[str, Task | None] = {}
 
     def under(self, config: Config) -> "Plan":
         """The plan under other settings of memory."""
@@ -77,7 +78,9 @@ class Plan:
     def task(self, name: str) -> Task | None:
         """What the stage does; None for one that moves texts only."""
         kind = self.run.plan[name].kind.partition("/")[0]
-        return getattr(self, kind)(name) if kind in KINDS else None
+        if name not in self.tasks:
+            self.tasks[name] = getattr(self, kind)(name) if kind in KINDS else None
+        return self.tasks[name]
 
     def model(self, base: Stage) -> tuple[ModelConfig, Tokenizer | None]:
         """(structure, tokenizer) of a base that is given or will be made."""
@@ -135,7 +138,9 @@ class Plan:
         return Task(tokens, texts is not None, largest("pretrain", steps, lengths, lengths, 1), model)
 
     def steps(self, recipe: dict, lengths: list[int], steps: int, rows: int) -> list[list[list[int]]]:
-        """The micro-batches that `fit` will take."""
+        """The micro-batches that `fit` will take; of rows that are all alike, those of the first pass."""
+        if self.prepared is None:
+            steps = min(steps, steps_per_epoch(len(lengths), recipe["settings"]["batch"]))
         close = "arithmetic" in recipe["settings"] and not recipe["kind"].startswith("pretrain")  # Workshop.free
         budget, alike = limits(self.config.run.micro_tokens, device_of(self.config), close)
         return plan_steps(lengths, recipe["settings"]["batch"], max(steps, 1), recipe["seed"], budget // rows, alike)

@@ -112,11 +112,11 @@ def test_a_torn_file_ends_as_if_nothing_had_happened(agent, place, file):
 
 def test_killed_again_and_again(agent, place, file):
     """A process of its own, killed at moments that nobody chose."""
-    file.write_text("".join(f"where is it {i} ?\n" for i in range(200)))
+    file.write_text("".join(f"where is it {i} ?\n" for i in range(120)))
     words = (agent, f"--prompts={file}", "--generate.batch=2", "--generate.max_new=40")
     assert invoke("sample", *words, "--out=whole.jsonl").code == 0
     out, sizes = place / "out.jsonl", [0]
-    for _ in range(3):
+    for _ in range(2):
         process = spawn("sample", *words, "--out=out.jsonl", stderr=subprocess.DEVNULL)
         end = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < end and (out.stat().st_size if out.exists() else 0) <= sizes[-1]:

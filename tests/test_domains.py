@@ -1,5 +1,6 @@
 """What the world can be beyond the town as it is by default: other domains, open answers, gaps, corrupted truth."""
 
+import functools
 import json
 import re
 from collections import Counter
@@ -25,6 +26,12 @@ SUMS = {
 
 def settings_of(domain: str, **more) -> World:
     return replace(World(), domain=domain, names=24, **more)
+
+
+@functools.cache
+def prepared(*words: str):
+    """The texts of a run with these flags; made once, and not to be changed."""
+    return train.prepare(parse([*words]).config)
 
 
 @pytest.fixture(params=OTHERS)
@@ -187,7 +194,7 @@ def test_a_setting_that_came_later_is_in_the_fingerprint_where_it_changes_someth
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
 def test_a_share_of_the_ground_truth_is_corrupted(kind, share):
     words = [f"--data.noise={share}", f"--data.noise_kind={kind}", "--run.seed=8"]
-    clean, noisy = train.prepare(parse(["--run.seed=8"]).config), train.prepare(parse(words).config)
+    clean, noisy = prepared("--run.seed=8"), prepared(*words)
     assert noisy.slices["d2"] == clean.slices["d2"] and noisy.slices["test"] == clean.slices["test"]
     assert noisy.corpora == clean.corpora
     chosen, bad = {pair.chosen for pair in clean.slices["d1"]}, 0
@@ -209,7 +216,7 @@ def test_a_share_of_the_ground_truth_is_corrupted(kind, share):
 
 def test_corruption_is_of_the_seed_and_a_single_row_has_no_other_label():
     config = parse(["--data.noise=0.5", "--data.noise_kind=label"]).config
-    pairs = train.prepare(parse([]).config).slices["d1"]
+    pairs = prepared().slices["d1"]
     assert bases.corrupt(pairs, config) == bases.corrupt(pairs, config) != pairs
     other = replace(config, run=replace(config.run, seed=1))
     assert bases.corrupt(pairs, config) != bases.corrupt(pairs, other)
@@ -219,18 +226,18 @@ def test_corruption_is_of_the_seed_and_a_single_row_has_no_other_label():
 
 def test_true_answers_that_no_sampled_one_can_be_as_long_as_are_counted():
     words = ["--world.remarks=3"]
-    kept = train.prepare(parse([*words, "--generate.max_new=48"]).config).counts
-    assert bases.LONGER not in train.prepare(parse([]).config).counts and bases.LONGER not in kept
-    assert train.prepare(parse([*words, "--generate.max_new=16"]).config).counts[bases.LONGER] > 300
+    kept = prepared(*words, "--generate.max_new=48").counts
+    assert bases.LONGER not in prepared().counts and bases.LONGER not in kept
+    assert prepared(*words, "--generate.max_new=16").counts[bases.LONGER] > 300
 
 
 def test_an_empty_slice_of_a_world_names_the_worlds_settings():
     with pytest.raises(UserError, match=r"d2 .*world\.d2, world\.names"):
-        train.prepare(parse(["--world.domain=code", "--world.names=1", "--world.held_names=0"]).config)
+        prepared("--world.domain=code", "--world.names=1", "--world.held_names=0")
 
 
 def test_a_world_with_too_few_questions_says_so():
-    made = train.prepare(parse(["--world.domain=code"]).config)
+    made = prepared("--world.domain=code")
     assert made.counts["shorter than asked for"] == {"test": f"{len(made.slices['test'])} of 320"} and len(made.slices["test"]) < 320
-    assert "shorter than asked for" not in train.prepare(parse(["--world.domain=code", "--world.names=24"]).config).counts
-    assert "shorter than asked for" not in train.prepare(parse([]).config).counts
+    assert "shorter than asked for" not in prepared("--world.domain=code", "--world.names=24").counts
+    assert "shorter than asked for" not in prepared().counts

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -39,15 +40,22 @@ seeds = [0, 1]
 """
 
 
+def inside(command: list[str], end: float = math.inf) -> tuple[int, str]:
+    """A run in this process, which saves the start of another."""
+    ended = invoke("train", *command[2:])
+    return ended.code, ended.err
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """An experiment of two variants and two seeds of the stub, as a user runs it."""
+    """An experiment of two variants and two seeds of the stub."""
     root = tmp_path_factory.mktemp("experiment")
     (root / "experiments").mkdir()
     (root / "experiments/small.toml").write_text(SMALL)
     words = ["@experiment-small", write_stub(root), f"--run.root={root / 'runs'}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiments, "PRESETS", root)
+        patch.setattr(experiments, "run_alone", inside)
         assert experiments.run_experiment(words, str(REPO / "train.py")) == 0
         yield root, words
 
@@ -105,7 +113,7 @@ def test_a_file_that_would_mix_up_the_cases_is_refused(place, text, wanted):
 
 
 def test_a_failing_run_ends_the_experiment_with_its_sentence(place):
-    ended = invoke("train", "@experiment-self", "--seeds=0", "@tiny", "--data.max_length=70", "--generate.max_new=12", "--sft.student_lr=1e30")
+    ended = invoke("train", "@experiment-self", "--seeds=0", write_stub(place), "--sft.student_lr=1e30")
     assert ended.code == 2 and "seed 0, 0: exit" in ended.err and "learning rate" in ended.err
 
 
@@ -213,14 +221,13 @@ def test_a_run_that_lost_a_stage_is_made_whole(finished):
     assert [row["by_seed"] for row in old] == [row["by_seed"] for row in new]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_signal_reaches_the_run_once_and_the_experiment_goes_on_afterwards(tmp_path, place, number):
-    (tmp_path / "slow.toml").write_text("[pretrain]\nstrong_steps = 4000\n")
-    words = ["@experiment-self", "--seeds=0", "@tiny", f"@{tmp_path / 'slow.toml'}"]
+    words = ["@experiment-self", "--seeds=0", write_stub(tmp_path), "--sft.teacher_epochs=9999"]
     heard = lambda: signal.signal(number, signal.SIG_DFL)  # noqa: E731 (nohup would have it ignored)
     process = spawn("train", *words, cwd=place, start_new_session=True, preexec_fn=heard)
-    state = place / "runs/tiny+slow"
-    while not ((metrics := state / "metrics.jsonl").exists() and metrics.stat().st_size):  # it trains
+    state = place / "runs/stub-teacher_epochs=9999"
+    while not ((metrics := state / "metrics.jsonl").exists() and "teacher1_pos" in metrics.read_text()):  # it trains
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     os.kill(process.pid, number)

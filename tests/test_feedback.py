@@ -4,7 +4,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from runs import invoke, rows_of, stages_of
+from runs import invoke, rows_of, stages_of, write_stub
 
 from minmacpo import feedback
 from minmacpo.config import Config, Feedback
@@ -152,7 +152,7 @@ def test_rlcd_speaks_under_tags_and_learns_without(methods):
 
 def test_questions_too_long_are_counted_and_none_left_is_an_error(place):
     """In the world a rubric of 100 words leaves no room; the run ends with a sentence."""
-    words = ["@tiny", "--method=self-rewarding", "--macpo.rounds=1", "--macpo.controls=false", "--feedback.rubric=" + "word " * 150 + "{prompt} {response}"]
+    words = [write_stub(place), "--method=self-rewarding", "--macpo.rounds=1", "--macpo.controls=false", "--feedback.rubric=" + "word " * 150 + "{prompt} {response}"]
     ended = invoke("train", *words)
     assert ended.code == 2 and "no question fits" in ended.err and "Traceback" not in ended.err
 
