@@ -117,11 +117,9 @@ def plan_of(units: Sequence[Unit], schedule: Schedule, work: Work, close: bool =
     return plan_steps(lengths, schedule.batch, schedule.steps, work.seed, budget // len(units[0].rows), alike)
 
 
-def make_plan(units: Sequence[Unit], schedule: Schedule, work: Work, close: bool) -> Plan:
-    """`plan_of`; if `close`, padding and prompts in common are left out where that saves enough, and the log says how much."""
-    steps = plan_of(units, schedule, work, close) if units else []
-    if not close:
-        return Plan(steps)
+def make_plan(units: Sequence[Unit], schedule: Schedule, work: Work) -> Plan:
+    """`plan_of` rows of like length; padding and prompts in common are left out where that saves enough, and the log says how much."""
+    steps = plan_of(units, schedule, work, close=True) if units else []
     first = steps[: steps_per_epoch(len(units), schedule.batch)]
     worth, words = worth_sharing([row for unit in group for row in units[unit].rows] for groups in first for group in groups)
     work.log(words)

@@ -220,7 +220,7 @@ def contrast(agent: Agent, t: int, offers: Sequence[Candidates], bad: Texts, dpo
     reference = {"base": None, "init": agent.positive[0], "previous": π}[dpo.reference]
     familiar = score_texts(shop, f"round{t}/reference_{agent.name}", base, reference, bad)
     name, key = f"round{t}/pairs_{agent.name}", (agent.name, "pairs", t)
-    heard = shop.free and reference is π and all("perplexity" in each.votes for each in offers)
+    heard = reference is π and all("perplexity" in each.votes for each in offers)
     made = pairs(shop, name, base, offers, bad, reference, familiar, own, key, heard)
     name, key = f"round{t}/{agent.name}_pos", (agent.name, "prefer", t)
     agent.positive.append(prefer(shop, name, base, made, π, reference, agent.prefer_pace, dpo, key))

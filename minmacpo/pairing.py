@@ -50,7 +50,7 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates
                 rows = [good for _, good, _ in run]
                 if rows and not counts["pairs"]:
                     show_first(work, loaded, "chosen", rows)
-                logps = score(loaded.model, rows, shop.score_tokens, None, work.ranks, work.log, shop.free) if not heard else repeat(None)
+                logps = score(loaded.model, rows, shop.score_tokens, None, work.ranks, work.log, share=True) if not heard else repeat(None)
                 counts.update(dropped | {"pairs": len(run), "tokens": sum(sum(row.mask) for row in rows)})
                 if heard:  # else `score` has looked
                     work.run.signals.check()

@@ -141,8 +141,7 @@ class Plan:
         """The micro-batches that `fit` will take; of rows that are all alike, those of the first pass."""
         if self.prepared is None:
             steps = min(steps, steps_per_epoch(len(lengths), recipe["settings"]["batch"]))
-        close = "arithmetic" in recipe["settings"] and not recipe["kind"].startswith("pretrain")  # Workshop.free
-        budget, alike = limits(self.config.run.micro_tokens, device_of(self.config), close)
+        budget, alike = limits(self.config.run.micro_tokens, device_of(self.config), not recipe["kind"].startswith("pretrain"))
         return plan_steps(lengths, recipe["settings"]["batch"], max(steps, 1), recipe["seed"], budget // rows, alike)
 
     def sft(self, name: str) -> Task:

@@ -66,7 +66,7 @@ def sft(shop: Workshop, name: str, base: Base, texts: Texts, start: Stage | None
         show_first(work, loaded, "row", [row for _, row in found])
         units = [Unit(text.id, (row,)) for text, row in found]
         schedule = pace.schedule(len(units), sum(stage.notes()["counts"]["steps"] for stage in like))
-        plan = make_plan(units, schedule, work, shop.free)
+        plan = make_plan(units, schedule, work)
         objective = SftObjective(compiles(shop, loaded, units, schedule), confidence)
         counts = train(work, base, loaded, units, objective, schedule, plan)
         cut = sum(getattr(text, "finish", None) == "length" for text, _ in found)
@@ -98,7 +98,7 @@ def prefer(shop: Workshop, name: str, base: Base, pairs: Stage, start: Stage, re
         compiled = compiles(shop, loaded, units, schedule)
         objective = PairObjective(dpo.beta, dpo.gamma, dpo.label_smoothing, contrast, compiled,
                                   dpo.length_normalized, dpo.length_penalty)  # fmt: skip
-        plan = make_plan(units, schedule, work, shop.free)
+        plan = make_plan(units, schedule, work)
         before = check_start(shop, work, base, start, reference, units, objective, schedule, plan)
         return train(work, base, loaded, units, objective, schedule, plan, before)
 
@@ -181,14 +181,14 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
            against: Stage | None = None) -> Stage:  # fmt: skip
     """`answers` sampled answers per prompt, as samples.jsonl, in the prompts' order; `temperature` in place of
     the run's; `against`: decoded contrastively, away from that adapter (generate.contrast)."""
-    config, blocks = shop.config, BLOCKS if shop.free else 1
+    config = shop.config
     if temperature is not None:
         config = replace(config, generate=replace(config.generate, temperature=temperature))
 
     def write_samples(work: Work) -> dict:
         """Sample in blocks of fixed size; a killed stage redoes one of them, or one a rank."""
         other = shop.use(base, against, "against") if against else None
-        loaded, size = shop.use(base, adapter), config.generate.batch * blocks
+        loaded, size = shop.use(base, adapter), config.generate.batch * BLOCKS
         asked = prompts.read()
         show_first(work, loaded, "prompt", [shop.render(loaded, example.prompt) for example in islice(asked, 1)])
         sizes = np.fromiter((len(shop.render(loaded, example.prompt).ids) for example in asked), np.int32)
@@ -208,7 +208,7 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
         return counts
 
     settings = asdict(config.generate) | prompts.settings | {"answers": answers, "agent": agent}
-    settings |= ({"contrastive": True} if against else {}) | ({"blocks": blocks} if blocks > 1 else {}) | shop.quantised(base)
+    settings |= ({"contrastive": True} if against else {}) | {"blocks": BLOCKS} | shop.quantised(base)
     inputs, size = [base.stage, adapter, prompts.stage, against], f"{answers} answer(s) per prompt"
     return shop.stage(name, "sample/1", settings, inputs, write_samples, key, size)
 
@@ -254,7 +254,7 @@ def logps_together(shop: Workshop, work: Work, base: Base, adapter: Stage | None
             for run in zip_longest(*(in_runs(texts, WINDOW) for texts in given), fillvalue=()):
                 rows = [[shop.render(loaded, text.prompt, text.response) for text in part] for part in run]
                 short = [row for part in rows for row in part if len(row.ids) <= context]
-                logps = iter(score(loaded.model, short, shop.score_tokens, progress, work.ranks, work.log, shop.free))
+                logps = iter(score(loaded.model, short, shop.score_tokens, progress, work.ranks, work.log, share=True))
                 for (values, tokens), part in zip(found.values(), rows, strict=True):
                     values.extend(next(logps) if len(row.ids) <= context else UNSCORED for row in part)
                     tokens.extend(sum(row.mask) for row in part)
@@ -265,8 +265,8 @@ def logps_together(shop: Workshop, work: Work, base: Base, adapter: Stage | None
 def score_texts(shop: Workshop, name: str, base: Base, adapter: Stage | None, texts: Texts, among: Sequence[Texts] = ()) -> Stage:
     """Log-probability and perplexity of given texts, end token included, as scores.jsonl (2.4). A text longer
     than the model's context is counted; it has no log-probability, and the highest perplexity there is. `among`: these and
-    others for the same prompts, which are scored together where that may change last bits (Workshop.free)."""
-    group = [*among] if shop.free and among else [texts]
+    others for the same prompts, which are scored together."""
+    group = [*among] or [texts]
 
     def write_scores(work: Work) -> dict:
         """One row per text, in their order."""

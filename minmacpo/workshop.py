@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from minmacpo import UserError
-from minmacpo.bases import Base, arithmetic, fit_pair
+from minmacpo.bases import Base, fit_pair
 from minmacpo.batching import CPU_TOKENS
 from minmacpo.checkpoint import (
     check_sizes,
@@ -151,11 +151,8 @@ class Workshop:
         if run.ranks.shards and {run.config.model.quantize, run.config.model.quantize_teachers} != {"none"}:
             raise UserError("parallel.shard divides weights among ranks, but not those of model.quantize; choose one of the two")
         self.compiled = wanted == "true" or (wanted == "auto" and device_of(run.config) == "cuda")
-        # The built-in world with its own bases in fp32 keeps the arithmetic, and so the bytes, of its finished runs.
-        given = (self.config.data.path, self.config.model.student, *self.config.model.teachers)
-        self.free = any(given) or dtype_of(self.config) != torch.float32 or bool(arithmetic(self.config))
         tokens = self.config.run.micro_tokens  # of a pass of scoring, which keeps nothing: four times what training takes
-        self.score_tokens = min(tokens, 4 * CPU_TOKENS) if self.free and device_of(self.config) == "cpu" else tokens
+        self.score_tokens = min(tokens, 4 * CPU_TOKENS) if device_of(self.config) == "cpu" else tokens
         self.scored: tuple = (None, {})  # what was scored last, for the next stage of the same group (stages.logps_together)
         self.loaded: dict[str, Loaded] = {}  # by fingerprint, the last used one last
 
@@ -187,7 +184,7 @@ class Workshop:
         data, device, dtype = self.config.data, device_of(self.config), str(dtype_of(self.config))
         common = {"template": data.template, "max_length": data.max_length, "device": device, "dtype": dtype,
                   "micro_tokens": self.config.run.micro_tokens, "compile": self.compiled,
-                  "lora": asdict(self.config.lora)} | ({"arithmetic": 2} if self.free else {})  # fmt: skip
+                  "lora": asdict(self.config.lora), "arithmetic": 2}  # fmt: skip
         return self.run.stage(name, kind, common | settings, [s for s in inputs if s], compute, key, size)
 
     def render(self, loaded: Loaded, prompt: Sequence[Message], response: str | None = None) -> Tokens:

@@ -73,7 +73,7 @@ temperature = 0.7
 top_k = 0
 top_p = 1.0
 max_new = 12
-batch = 8
+batch = 2
 [macpo]
 teachers = 2
 rounds = 2

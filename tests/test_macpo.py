@@ -178,16 +178,13 @@ def test_bases_load_in_transformers_without_a_word(run, caplog):
 # ---- settings -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("free", [False, True])
 @pytest.mark.parametrize("setting", ["init", "previous"])
-def test_other_references(stub, tmp_path, setting, free, monkeypatch):
-    """`free`: with the arithmetic of runs on files, where the student's reference may have found the perplexity already."""
-    if free:
-        monkeypatch.setattr("minmacpo.workshop.arithmetic", lambda config: 2)
+def test_other_references(stub, tmp_path, setting):
+    """The student's reference may have found the perplexity already."""
     run = variant(stub, tmp_path, f"--dpo.reference={setting}")
     checks.check_reference(run)
     heard = {t for t in checks.rounds_of(run) if stages_of(run)[f"round{t}/pairs_student"]["settings"].get("heard")}
-    assert heard == ({t for t in checks.rounds_of(run) if t == 1 or setting == "previous"} if free else set())
+    assert heard == {t for t in checks.rounds_of(run) if t == 1 or setting == "previous"}
     margins = checks.margins_before_the_first_step(run)
     same = {f"round{t}/{a}_pos" for t, a in checks.updated(run) if t == 1 or setting == "previous"}
     assert max(abs(margins[name]) for name in same) < 1e-5

@@ -206,9 +206,9 @@ def test_scoring_goes_on_with_half_the_budget(seed):
 def test_training_says_what_sharing_saves(work_of, monkeypatch, seed):  # noqa: F811
     work, said = work_of(), []
     monkeypatch.setattr(Work, "log", lambda self, line: said.append(line))
-    assert make_plan(pair_units(seed, 12), Schedule(1e-2, 3, 4), work, True).share
+    assert make_plan(pair_units(seed, 12), Schedule(1e-2, 3, 4), work).share
     assert said[0].startswith("padding is ") and "saved)" in said[0]
-    assert not make_plan([], Schedule(1e-2, 3, 4), work, True).share
+    assert not make_plan([], Schedule(1e-2, 3, 4), work).share
 
 
 # ---- compiled -----------------------------------------------------------------------------------
@@ -247,11 +247,11 @@ def test_candidates_of_several_files_are_scored_together_once_and_sides_are_told
     from minmacpo.workshop import Texts
 
     model, passes = random_model(seed), []
-    monkeypatch.setattr(stages, "score", lambda model, rows, *rest: passes.append(len(rows)) or score.score(model, rows, 200))
+    monkeypatch.setattr(stages, "score", lambda model, rows, *rest, share: passes.append(len(rows)) or score.score(model, rows, 200))
     monkeypatch.setattr(Texts, "read", lambda self: [Example(str(i), (Message("user", "ab"),), self.file + self.side, {}) for i in range(4)])
     render = lambda loaded, prompt, answer: Tokens([3, 4, *(5 + ord(c) % 50 for c in answer)], [False] * 2 + [True] * len(answer))  # noqa: E731
     progress = contextlib.nullcontext()
-    shop = SimpleNamespace(use=lambda *_: SimpleNamespace(model=model), render=render, scored=(None, {}), score_tokens=200, free=True)
+    shop = SimpleNamespace(use=lambda *_: SimpleNamespace(model=model), render=render, scored=(None, {}), score_tokens=200)
     work = SimpleNamespace(progress=lambda *_: progress, ranks=None, log=None)
     stage, base = SimpleNamespace(fingerprint="s"), SimpleNamespace(stage=SimpleNamespace(fingerprint="b"))
     a, b, other = Texts(stage, "a", "chosen"), Texts(stage, "bcd", "chosen"), Texts(stage, "a", "rejected")

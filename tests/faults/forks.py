@@ -158,7 +158,7 @@ def check_sentence(ended: Ended, *wanted: str) -> None:
 
 # The stub made smaller: one teacher, one round, a few prompts, one optimiser step a stage, its state saved after it.
 SMALL = """--macpo.teachers=1 --macpo.rounds=1 --macpo.controls=false --pretrain.strong_steps=1 --pretrain.weak_steps=1 --pretrain.batch=100 --world.d1=4
---world.d2=6 --world.test=4 --sft.batch=8 --dpo.batch=8 --generate.max_new=4 --generate.batch=4 --eval.bootstrap=2
+--world.d2=6 --world.test=4 --sft.batch=8 --dpo.batch=8 --generate.max_new=4 --generate.batch=1 --eval.bootstrap=2
 --run.save_every=1 --run.log_every=1 --run.micro_tokens=100000 --run.threads=1""".split()
 
 
