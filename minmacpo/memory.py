@@ -84,11 +84,11 @@ def outside(config: ModelConfig) -> int:
     return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2) + config.hidden_size
 
 
-def held(config: ModelConfig, lora: Lora, world: int) -> float:
-    """Share of a base's weights that one of `world` ranks holds where they divide its blocks: its part of them, two whole
-    ones (the one at work and the next), and all that is outside."""
-    base, _ = parameters(config, lora)
-    return 1 - (1 - outside(config) / base) * max(0, 1 - 1 / world - 2 / config.num_hidden_layers)
+def held(config: ModelConfig, size: int, form: str, world: int) -> int:
+    """`weight_bytes` that one of `world` ranks holds where they divide a base's blocks: its part of them, two whole ones (the
+    one at work and the next), and all that is outside."""
+    whole, outer = weight_bytes(config, size, form), size * outside(config)
+    return round(whole - (whole - outer) * max(0, 1 - 1 / world - 2 / config.num_hidden_layers))
 
 
 def kept(config: ModelConfig, lora: Lora | None, size: int) -> int:
@@ -116,11 +116,11 @@ def crossed(config: ModelConfig, lora: Lora, size: int, scores: int) -> int:
     return 2 * config.hidden_size + max(mlp, norm, config.hidden_size + 4 * query + 2 * key + 2 * scores)
 
 
-def need(load: Load, config: ModelConfig, lora: Lora, size: int, form: str = "none") -> Need:
+def need(load: Load, config: ModelConfig, lora: Lora, size: int, form: str = "none", world: int = 1) -> Need:
     """What a pass of this load holds at its peak, in a model with weights of `size` bytes a number, its linears in `form` (a base
-    that is being pre-trained is not quantised). Gradients of all weights appear while the activations go: the larger of
+    that is being pre-trained is not quantised), its blocks divided among `world` ranks. Gradients of all weights appear while the activations go: the larger of
     the two counts, unless `again`."""
-    (base, slot), weights, unpacked = parameters(config, lora), weight_bytes(config, size, form), unpacking(config, size, form)
+    (base, slot), weights, unpacked = parameters(config, lora), held(config, size, form, world), unpacking(config, size, form)
     tokens, chunk = load.rows * load.length, min(load.scored, CHUNK, max(1, LOGITS // config.vocab_size)) * config.vocab_size
     hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     small = size < 4 and load.length <= SMALL_ROWS  # on a CPU bf16 attention then has all its scores

@@ -21,7 +21,7 @@ from minmacpo.config import Config
 from minmacpo.data import Example
 from minmacpo.families import ModelConfig
 from minmacpo.machine import device_of, dtype_of, free_bytes, process_bytes
-from minmacpo.memory import Load, Need, held, need
+from minmacpo.memory import Load, Need, need
 from minmacpo.progress import inert
 from minmacpo.run import Run, Stage
 from minmacpo.templates import render, template_hint
@@ -206,7 +206,8 @@ class Plan:
             return None
         made = task.load.kind == "pretrain"
         size = torch.float32.itemsize if made else dtype_of(self.config).itemsize
-        return need(task.load, task.model, self.config.lora, size, self.form(name))
+        world = self.run.ranks.world if self.run.ranks.shards and not made else 1
+        return need(task.load, task.model, self.config.lora, size, self.form(name), world)
 
     def quantizer(self, name: str) -> str | None:
         """The setting that says how the stage's base is quantised; None where it is being made."""
@@ -224,13 +225,8 @@ class Plan:
 
     def total(self, name: str) -> int:
         """Bytes that the stage adds to those of the process; 0 for one that moves texts only."""
-        found, ranks = self.need(name), self.run.ranks
-        if found is None:
-            return 0
-        task, others = self.task(name), 0.0
-        if ranks.shards and task.load.kind != "pretrain":
-            others = found.weights * (1 - held(task.model, self.config.lora, ranks.world))
-        return found.total - round(others) + LIBRARIES * (device_of(self.config) == "cpu")
+        found = self.need(name)
+        return 0 if found is None else found.total + LIBRARIES * (device_of(self.config) == "cpu")
 
 
 made_tokenizer = functools.cache(Tokenizer)

@@ -30,7 +30,7 @@ from minmacpo.files import Lines, read_json
 from minmacpo.generate import generate
 from minmacpo.lora import attach_lora, clear_adapter, write_adapter
 from minmacpo.machine import device_of, dtype_of, free_bytes
-from minmacpo.memory import weight_bytes
+from minmacpo.memory import held
 from minmacpo.packed import sharded
 from minmacpo.parallel import ALONE, Ranks
 from minmacpo.progress import inert
@@ -165,7 +165,7 @@ class Workshop:
         form, folder, ranks = self.quantised(base).get("quantize", "none"), base.stage.path, self.run.ranks
         key = base.stage.fingerprint + form + copy
         if key not in self.loaded:
-            size = weight_bytes(read_config(folder), dtype_of(self.config).itemsize, form) // (ranks.world if ranks.shards else 1)
+            size = held(read_config(folder), dtype_of(self.config).itemsize, form, ranks.world if ranks.shards else 1)
             while self.loaded and ranks.agree(free_bytes(device_of(self.config)) < 2 * size * ranks.near):
                 del self.loaded[next(iter(self.loaded))]
         loaded = self.loaded[key] = self.loaded.pop(key, None) or Loaded(folder, self.config, form, ranks)
