@@ -22,7 +22,7 @@ from minmacpo.data import find_files
 # Kernels that torch and oneDNN keep, of each 1024 by themselves. oneDNN makes one for every size of a product in bf16, and hardly
 # two micro-batches have one size: after 120 of them a process of 500 MB held 1.6 GB of kernels, of which none came again.
 for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-    os.environ.setdefault(name, "32")  # read at the first product; a step of decoding has fewer
+    os.environ.setdefault(name, "64")  # read at the first product; a micro-batch has fewer
 
 
 def device_of(config: Config) -> str:

@@ -10,14 +10,23 @@ from minmacpo.config import LINEARS, Lora
 from minmacpo.families import ModelConfig
 from minmacpo.losses import CHUNK, LOGITS
 from minmacpo.model import SMALL_ROWS
+from minmacpo.packed import LARGEST, SMALLEST
 from minmacpo.quant import BLOCK
+
+HEAP = 32 << 20  # glibc maps no smaller block by itself, but cuts it from its heap
+UNUSED = {"pretrain": 0.5, "train": 0.85, "score": 0.85, "sample": 0.0}  # of what such blocks hold, the heap holds beside them (measured
+# with glibc 2.36, bench/memory.py; where all weights learn, their gradients use some of it; the cache is counted twice already)
+PROCESS = 85 << 20  # what torch loads with its first model (measured), as the next two
+BACKWARD = 23 << 20  # with its first backward pass and optimiser
+KERNELS = 15 << 20  # oneDNN's, of a training in bf16 (machine.py says how many there are)
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
     """The largest forward pass of a stage. kind: "pretrain" (all weights learn), "train" (the slot learns), "score" or
     "sample". `rows` lie side by side, each `length` tokens with its padding, `scored` of all these reach the head.
-    `again`: gradients of an earlier pass of the step are kept. `room`: positions of the cache; `models`: how many."""
+    `again`: gradients of an earlier pass of the step are kept. `room`: positions of the cache; `models`: how many;
+    `twins`: their linears are packed once more where that pays (packed.py)."""
 
     kind: str
     rows: int
@@ -26,6 +35,7 @@ class Load:
     again: bool = False
     room: int = 0
     models: int = 1
+    twins: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +71,14 @@ def weight_bytes(config: ModelConfig, size: int, form: str) -> int:
     linears = config.num_hidden_layers * sum(wide * out for wide, out in ends)
     scales = config.num_hidden_layers * sum(out for _, out in ends) if form == "int8" else linears // BLOCK
     return size * (base - linears) + (linears if form == "int8" else linears // 2) + 2 * scales
+
+
+def twin_bytes(config: ModelConfig, size: int, form: str) -> int:
+    """Of what packed.pack makes beside a model: its head, and its linears unless they are quantised."""
+    linears = config.num_hidden_layers * sum(wide * out for wide, out in linear_ends(config).values()) * (form == "none")
+    if not SMALLEST <= outside(config) + linears <= LARGEST:
+        return 0
+    return size * (linears + config.vocab_size * config.hidden_size)
 
 
 def unpacking(config: ModelConfig, size: int, form: str) -> int:
@@ -129,6 +147,7 @@ def need(load: Load, config: ModelConfig, lora: Lora, size: int, form: str = "no
         moving, passing = size * tokens * hidden, size * tokens * crossed(config, lora, size, scores) + unpacked
         cache = 2 * layers * load.rows * load.room * config.num_key_value_heads * config.head_dim
         head = 8 * chunk if load.kind == "score" else 16 * load.rows * config.vocab_size
+        weights += twin_bytes(config, size, form) if load.twins else 0
         return Need(weights * load.models, 4 * slot * load.models, moving + max(passing, head) - head, head,
                     2 * cache * size * load.models)  # fmt: skip
     full = load.kind == "pretrain"
@@ -146,3 +165,16 @@ def need(load: Load, config: ModelConfig, lora: Lora, size: int, form: str = "no
         return Need(size * base, 8 * base + spare, worked, head, 0)
     low = size * slot if size < 4 else 0  # the slot in the base's dtype
     return Need(weights, 16 * slot, stored + low + max(passing, head) - head, head, 0)
+
+
+def beside(load: Load, config: ModelConfig, size: int, found: Need) -> int:
+    """What a process on a CPU holds beside the tensors of a pass: libraries, kernels, and the part of glibc's heap that is free but
+    taken: an aligned block that is freed has no room for the next of its size, for what was cut off to align it has been given
+    away. Larger blocks are mapped, and given back."""
+    learns, block = load.kind in ("pretrain", "train"), size * load.rows * load.length
+    fixed = PROCESS + learns * (BACKWARD + KERNELS * (size < 4))
+    if block * config.hidden_size >= HEAP:
+        return fixed
+    mlp, others = 3 * config.intermediate_size, 7 * config.hidden_size  # numbers a token, about, that a layer makes
+    share = 1 if block * config.intermediate_size < HEAP else others / (mlp + others)
+    return fixed + round(UNUSED[load.kind] * share * (found.activations + found.head))

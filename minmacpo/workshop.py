@@ -13,7 +13,7 @@ import torch
 
 from minmacpo import UserError
 from minmacpo.bases import Base, arithmetic, fit_pair
-from minmacpo.batching import CPU_TOKENS
+from minmacpo.batching import scoring_tokens
 from minmacpo.checkpoint import (
     check_sizes,
     load_adapter,
@@ -154,8 +154,7 @@ class Workshop:
         # The built-in world with its own bases in fp32 keeps the arithmetic, and so the bytes, of its finished runs.
         given = (self.config.data.path, self.config.model.student, *self.config.model.teachers)
         self.free = any(given) or dtype_of(self.config) != torch.float32 or bool(arithmetic(self.config))
-        tokens = self.config.run.micro_tokens  # of a pass of scoring, which keeps nothing: four times what training takes
-        self.score_tokens = min(tokens, 4 * CPU_TOKENS) if self.free and device_of(self.config) == "cpu" else tokens
+        self.score_tokens = scoring_tokens(self.config.run.micro_tokens, device_of(self.config), self.free)
         self.scored: tuple = (None, {})  # what was scored last, for the next stage of the same group (stages.logps_together)
         self.loaded: dict[str, Loaded] = {}  # by fingerprint, the last used one last
 

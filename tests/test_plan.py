@@ -161,7 +161,7 @@ def refused(place, monkeypatch, free: int, *words) -> str:
 
 def test_what_cannot_fit_is_refused_with_what_would(place, monkeypatch):
     words = ("--run.micro_tokens=20000", "--model.vocab=420")
-    said = refused(place, monkeypatch, (85 << 20) + 1_500_000, *words)
+    said = refused(place, monkeypatch, (85 + 23 << 20) + 2_500_000, *words)
     assert re.search(r"bases/\w+ needs about \d+ MB of memory, of which \d+ MB are free on the cpu; --run.micro_tokens=\d+ would fit", said)
     lowered, stage = re.search(r"--run.micro_tokens=\d+", said)[0], re.search(r"bases/\w+", said)[0]
     out = invoke("train", write_stub(place / "p"), f"--run.root={place / 'runs'}", "--sft.batch=64", *words, lowered, "--dry_run")
