@@ -3,6 +3,7 @@ the presets of the paper against their sources, and bases of 13 GB of which only
 
 import dataclasses
 import json
+import os
 import random
 import re
 import shutil
@@ -26,7 +27,8 @@ from minmacpo.files import read_json
 from minmacpo.generate import generate
 from minmacpo.lora import attach_lora
 from minmacpo.losses import masked_logps, sequence_logps
-from minmacpo.memory import Load, need, parameters
+from minmacpo.memory import HEAP, Load, beside, need, parameters
+from minmacpo.run import Run
 from minmacpo.templates import template_hint
 
 # ---- memory -------------------------------------------------------------------------------------
@@ -106,6 +108,28 @@ def test_parameters_are_counted(changes, seed):
     assert parameters(model.config, lora) == (base, sum(p.numel() for p in attach_lora(model, lora)))
 
 
+def test_what_lies_beside_the_tensors_grows_with_blocks_that_the_heap_keeps(seed):
+    """Libraries for all, more of them to train; the heap's part only of blocks that glibc does not map."""
+    config = shape_of(random.Random(seed))
+
+    def found(kind: str, rows: int, size: int = 4) -> int:
+        load = Load(kind, rows, 100, rows * 50, room=120)
+        return beside(load, config, size, need(load, config, Lora(), size))
+
+    few, many = 4, 1 + HEAP // (4 * 100 * config.hidden_size)
+    assert found("score", 1) < found("score", 2 * few) and found("sample", few) == found("sample", 2 * few) == found("score", many)
+    assert found("train", many) > found("score", many) and found("train", 2 * many, 2) > found("train", many)
+
+
+def test_kernels_for_sizes_that_do_not_come_again_are_few():
+    """oneDNN's and torch's caches are bounded before the first product."""
+    names = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    code = f"import train, minmacpo.machine, os; print(*(os.environ[name] for name in {names}))"
+    free = {key: value for key, value in os.environ.items() if key not in names}
+    for given, told in ((free, "64 64"), (free | {names[0]: "7"}, "7 64")):
+        assert subprocess.run([sys.executable, "-c", code], cwd=REPO, env=given, capture_output=True, text=True).stdout.split() == told.split()
+
+
 # ---- tokens, against a finished run -------------------------------------------------------------
 
 
@@ -166,6 +190,21 @@ def test_what_cannot_fit_is_refused_with_what_would(place, monkeypatch):
     lowered, stage = re.search(r"--run.micro_tokens=\d+", said)[0], re.search(r"bases/\w+", said)[0]
     out = invoke("train", write_stub(place / "p"), f"--run.root={place / 'runs'}", "--sft.batch=64", *words, lowered, "--dry_run")
     assert out.code == 0 and f"WARNING: {stage} needs" not in out.err
+
+
+@pytest.mark.parametrize(("stage", "key"), [("bases/strong", "run.micro_tokens"), ("round0/student_pos", "run.micro_tokens"),
+    ("round1/reference_student", "run.micro_tokens"), ("round1/positives_student", "generate.batch")])  # fmt: skip
+def test_the_setting_that_would_make_it_fit_is_that_of_the_stage(stage, key, place):
+    """Of a pre-training, a training, a scoring, a sampling that is a little too large; and with it, it fits."""
+    config = parse([write_stub(place / "p"), f"--run.root={place / 'runs'}", "--run.micro_tokens=20000", "--generate.batch=512", "--sft.batch=64"]).config
+    run = Run(config)
+    __import__("train").run_all(run, {}, None)
+    planned = plan.Plan(run, config, None)
+    free = planned.total(stage) - 1
+    said = plan.remedy(planned, stage, free)
+    part, setting, value = re.fullmatch(r"--(\w+)\.(\w+)=(\d+) would fit", said).groups()
+    changed = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **{setting: int(value)})})
+    assert f"{part}.{setting}" == key and planned.under(changed).total(stage) <= free
 
 
 def test_a_dry_run_warns_of_what_a_run_is_refused_for(place, monkeypatch):
