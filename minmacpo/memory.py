@@ -18,7 +18,7 @@ UNUSED = {"pretrain": 0.5, "train": 0.85, "score": 0.85, "sample": 0.0}  # of wh
 # with glibc 2.36, bench/memory.py; where all weights learn, their gradients use some of it; the cache is counted twice already)
 PROCESS = 85 << 20  # what torch loads with its first model (measured), as the next two
 BACKWARD = 23 << 20  # with its first backward pass and optimiser
-KERNELS = 15 << 20  # oneDNN's, of a training in bf16 (machine.py says how many there are)
+KERNELS = 27 << 20  # oneDNN's, of a pass in bf16 (machine.py says how many there are); as many again of a backward pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ def beside(load: Load, config: ModelConfig, size: int, found: Need) -> int:
     taken: an aligned block that is freed has no room for the next of its size, for what was cut off to align it has been given
     away. Larger blocks are mapped, and given back."""
     learns, block = load.kind in ("pretrain", "train"), size * load.rows * load.length
-    fixed = PROCESS + learns * (BACKWARD + KERNELS * (size < 4))
+    fixed = PROCESS + learns * BACKWARD + (1 + learns) * KERNELS * (size < 4)
     if block * config.hidden_size >= HEAP:
         return fixed
     mlp, others = 3 * config.intermediate_size, 7 * config.hidden_size  # numbers a token, about, that a layer makes
