@@ -29,7 +29,7 @@ from minmacpo.data import Example, Message, Pair, Sample
 from minmacpo.files import Lines, read_json
 from minmacpo.generate import generate
 from minmacpo.lora import attach_lora, clear_adapter, write_adapter
-from minmacpo.machine import device_of, dtype_of, free_bytes
+from minmacpo.machine import device_of, dtype_of, free_bytes, set_up
 from minmacpo.memory import held
 from minmacpo.packed import sharded
 from minmacpo.parallel import ALONE, Ranks
@@ -119,7 +119,7 @@ def open_agent(folder: Path, config: Config, flags: Mapping[str, str]) -> tuple[
     stand over that."""
     form = flags.get("model.quantize", settings_of(folder).get("quantize", "none"))
     config = replace(config, model=replace(config.model, quantize=form))
-    torch.set_num_threads(config.run.threads or torch.get_num_threads())
+    set_up(config)
     loaded, base, template = open_folder(folder, config)
     most = min(config.generate.max_new, loaded.model.config.max_position_embeddings // 2)
     template = template or usual_template(base, loaded.tokenizer, flags.get("data.template"))
