@@ -66,14 +66,13 @@ def main(argv: list[str]) -> int | None:
 
 def obey(command, ranks) -> int | None:
     """The run, or the part of it, that is asked for, done together with the other ranks."""
-    import torch
-
+    from minmacpo.machine import set_up
     from minmacpo.plan import check_memory, hints, show_plan
     from minmacpo.report import finish, write_report
     from minmacpo.run import Run
 
     config = command.config
-    torch.set_num_threads(config.run.threads or torch.get_num_threads())
+    set_up(config)
     ranks.connect(config)
     prepared, source = functools.cache(lambda: prepare(config)), source_of(config)
     run = Run(config, command.stage, command.profile, command.dry_run, ranks)

@@ -126,6 +126,11 @@ def limits(micro_tokens: int, device: str, close: bool) -> tuple[int, float]:
     return min(micro_tokens, CPU_TOKENS) if device == "cpu" else micro_tokens, ALIKE
 
 
+def scoring_tokens(micro_tokens: int, device: str) -> int:
+    """Tokens of a pass of scoring, which keeps nothing: on a CPU four times what training takes (see `limits`)."""
+    return min(micro_tokens, 4 * CPU_TOKENS) if device == "cpu" else micro_tokens
+
+
 def plan_scoring(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """All units once, sorted by length, in groups of at most `budget` padded tokens."""
     return cut(sorted(range(len(lengths)), key=lengths.__getitem__), lengths, budget)

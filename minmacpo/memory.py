@@ -10,14 +10,23 @@ from minmacpo.config import LINEARS, Lora
 from minmacpo.families import ModelConfig
 from minmacpo.losses import CHUNK, LOGITS
 from minmacpo.model import SMALL_ROWS
+from minmacpo.packed import LARGEST, SMALLEST
 from minmacpo.quant import BLOCK
+
+HEAP = 32 << 20  # glibc maps no smaller block by itself, but cuts it from its heap
+UNUSED = {"pretrain": 0.5, "train": 0.85, "score": 0.85, "sample": 0.0}  # of what such blocks hold, the heap holds beside them (measured
+# with glibc 2.36, bench/memory.py; where all weights learn, their gradients use some of it; the cache is counted twice already)
+PROCESS = 85 << 20  # what torch loads with its first model (measured), as the next two
+BACKWARD = 23 << 20  # with its first backward pass and optimiser
+KERNELS = 27 << 20  # oneDNN's, of a pass in bf16 (machine.py says how many there are); as many again of a backward pass
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
     """The largest forward pass of a stage. kind: "pretrain" (all weights learn), "train" (the slot learns), "score" or
     "sample". `rows` lie side by side, each `length` tokens with its padding, `scored` of all these reach the head.
-    `again`: gradients of an earlier pass of the step are kept. `room`: positions of the cache; `models`: how many."""
+    `again`: gradients of an earlier pass of the step are kept. `room`: positions of the cache; `models`: how many;
+    `twins`: their linears are packed once more where that pays (packed.py)."""
 
     kind: str
     rows: int
@@ -26,6 +35,7 @@ class Load:
     again: bool = False
     room: int = 0
     models: int = 1
+    twins: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +73,14 @@ def weight_bytes(config: ModelConfig, size: int, form: str) -> int:
     return size * (base - linears) + (linears if form == "int8" else linears // 2) + 2 * scales
 
 
+def twin_bytes(config: ModelConfig, size: int, form: str) -> int:
+    """Of what packed.pack makes beside a model: its head, and its linears unless they are quantised."""
+    linears = config.num_hidden_layers * sum(wide * out for wide, out in linear_ends(config).values()) * (form == "none")
+    if not SMALLEST <= outside(config) + linears <= LARGEST:
+        return 0
+    return size * (linears + config.vocab_size * config.hidden_size)
+
+
 def unpacking(config: ModelConfig, size: int, form: str) -> int:
     """Bytes while the largest linear is multiplied: its weight in the dtype of the products, and what that is made from."""
     largest = max(wide * out for wide, out in linear_ends(config).values())
@@ -84,11 +102,11 @@ def outside(config: ModelConfig) -> int:
     return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2) + config.hidden_size
 
 
-def held(config: ModelConfig, lora: Lora, world: int) -> float:
-    """Share of a base's weights that one of `world` ranks holds where they divide its blocks: its part of them, two whole
-    ones (the one at work and the next), and all that is outside."""
-    base, _ = parameters(config, lora)
-    return 1 - (1 - outside(config) / base) * max(0, 1 - 1 / world - 2 / config.num_hidden_layers)
+def held(config: ModelConfig, size: int, form: str, world: int) -> int:
+    """`weight_bytes` that one of `world` ranks holds where they divide a base's blocks: its part of them, two whole ones (the
+    one at work and the next), and all that is outside."""
+    whole, outer = weight_bytes(config, size, form), size * outside(config)
+    return round(whole - (whole - outer) * max(0, 1 - 1 / world - 2 / config.num_hidden_layers))
 
 
 def kept(config: ModelConfig, lora: Lora | None, size: int) -> int:
@@ -116,11 +134,11 @@ def crossed(config: ModelConfig, lora: Lora, size: int, scores: int) -> int:
     return 2 * config.hidden_size + max(mlp, norm, config.hidden_size + 4 * query + 2 * key + 2 * scores)
 
 
-def need(load: Load, config: ModelConfig, lora: Lora, size: int, form: str = "none") -> Need:
+def need(load: Load, config: ModelConfig, lora: Lora, size: int, form: str = "none", world: int = 1) -> Need:
     """What a pass of this load holds at its peak, in a model with weights of `size` bytes a number, its linears in `form` (a base
-    that is being pre-trained is not quantised). Gradients of all weights appear while the activations go: the larger of
+    that is being pre-trained is not quantised), its blocks divided among `world` ranks. Gradients of all weights appear while the activations go: the larger of
     the two counts, unless `again`."""
-    (base, slot), weights, unpacked = parameters(config, lora), weight_bytes(config, size, form), unpacking(config, size, form)
+    (base, slot), weights, unpacked = parameters(config, lora), held(config, size, form, world), unpacking(config, size, form)
     tokens, chunk = load.rows * load.length, min(load.scored, CHUNK, max(1, LOGITS // config.vocab_size)) * config.vocab_size
     hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     small = size < 4 and load.length <= SMALL_ROWS  # on a CPU bf16 attention then has all its scores
@@ -129,6 +147,7 @@ def need(load: Load, config: ModelConfig, lora: Lora, size: int, form: str = "no
         moving, passing = size * tokens * hidden, size * tokens * crossed(config, lora, size, scores) + unpacked
         cache = 2 * layers * load.rows * load.room * config.num_key_value_heads * config.head_dim
         head = 8 * chunk if load.kind == "score" else 16 * load.rows * config.vocab_size
+        weights += twin_bytes(config, size, form) if load.twins else 0
         return Need(weights * load.models, 4 * slot * load.models, moving + max(passing, head) - head, head,
                     2 * cache * size * load.models)  # fmt: skip
     full = load.kind == "pretrain"
@@ -146,3 +165,16 @@ def need(load: Load, config: ModelConfig, lora: Lora, size: int, form: str = "no
         return Need(size * base, 8 * base + spare, worked, head, 0)
     low = size * slot if size < 4 else 0  # the slot in the base's dtype
     return Need(weights, 16 * slot, stored + low + max(passing, head) - head, head, 0)
+
+
+def beside(load: Load, config: ModelConfig, size: int, found: Need) -> int:
+    """What a process on a CPU holds beside the tensors of a pass: libraries, kernels, and the part of glibc's heap that is free but
+    taken: an aligned block that is freed has no room for the next of its size, for what was cut off to align it has been given
+    away. Larger blocks are mapped, and given back."""
+    learns, block = load.kind in ("pretrain", "train"), size * load.rows * load.length
+    fixed = PROCESS + learns * BACKWARD + (1 + learns) * KERNELS * (size < 4)
+    if block * config.hidden_size >= HEAP:
+        return fixed
+    mlp, others = 3 * config.intermediate_size, 7 * config.hidden_size  # numbers a token, about, that a layer makes
+    share = 1 if block * config.intermediate_size < HEAP else others / (mlp + others)
+    return fixed + round(UNUSED[load.kind] * share * (found.activations + found.head))

@@ -14,14 +14,14 @@ import torch
 
 from minmacpo import UserError
 from minmacpo.bases import Prepared, made_config
-from minmacpo.batching import limits, plan_scoring, plan_steps, steps_per_epoch
+from minmacpo.batching import limits, plan_scoring, plan_steps, scoring_tokens, steps_per_epoch
 from minmacpo.checkpoint import read_config
 from minmacpo.commandline import to_toml
 from minmacpo.config import Config
 from minmacpo.data import Example
 from minmacpo.families import ModelConfig
 from minmacpo.machine import device_of, dtype_of, free_bytes, process_bytes
-from minmacpo.memory import Load, Need, held, need
+from minmacpo.memory import Load, Need, beside, need
 from minmacpo.progress import inert
 from minmacpo.run import Run, Stage
 from minmacpo.templates import render, template_hint
@@ -31,7 +31,6 @@ from minmacpo.workshop import Texts
 SOURCES = {"samples.jsonl": "sample", "questions.jsonl": "ask", "pairs.jsonl": "preferences"}  # file -> kind of its stage
 KINDS = ("pretrain", "sft", "prefer", "sample", "score", "pairs")  # that a model works in, each a method of Plan
 ENOUGH = 512  # rows that stand for all where only their greatest length is known
-LIBRARIES = 85 << 20  # what torch loads with its first model or optimiser (measured)
 NOTES = """\
 tokens: without padding. "<=": at most, for an answer that is not sampled yet counts as generate.max_new tokens, in every tokenizer.
 memory: at the peak, of this stage's base alone; other bases stay loaded while there is room."""
@@ -188,9 +187,9 @@ class Plan:
         rows, model, settings = self.rows(name, base), self.model(base)[0], recipe["settings"]
         count = len(rows.prompts) * settings["answers"]
         side, width = min(self.config.generate.batch, count), max(rows.prompts)
-        models = 2 if settings.get("contrastive") else 1
+        models, twins = 2 if settings.get("contrastive") else 1, device_of(self.config) == "cpu" and not self.run.ranks.shards
         tokens = models * (sum(rows.prompts) * settings["answers"] + count * most)
-        return Task(tokens, False, Load("sample", side, width, side, room=width + most, models=models), model)
+        return Task(tokens, False, Load("sample", side, width, side, room=width + most, models=models, twins=twins), model)
 
     def pairs(self, name: str) -> Task | None:
         """The chosen side is scored, unless it has been."""
@@ -201,16 +200,19 @@ class Plan:
         base = self.run.recipes[name][1][0]
         rows, model = rows or self.rows(name, base), self.model(base)[0]
         lengths, answers = rows.lengths(model.max_position_embeddings)
-        groups = plan_scoring(lengths, self.config.run.micro_tokens)  # on a CPU with less: Workshop.score_tokens
+        groups = plan_scoring(lengths, scoring_tokens(self.config.run.micro_tokens, device_of(self.config)))
         return Task(sum(lengths), rows.exact, largest("score", [groups], lengths, answers, 1), model)
 
     def need(self, name: str) -> Need | None:
         """What the stage holds at its peak, without the process itself."""
         if (task := self.task(name)) is None:
             return None
-        made = task.load.kind == "pretrain"
-        size = torch.float32.itemsize if made else dtype_of(self.config).itemsize
-        return need(task.load, task.model, self.config.lora, size, self.form(name))
+        world = self.run.ranks.world if self.run.ranks.shards and task.load.kind != "pretrain" else 1
+        return need(task.load, task.model, self.config.lora, self.size(task), self.form(name), world)
+
+    def size(self, task: Task) -> int:
+        """Bytes of a number; bases are made in fp32."""
+        return (torch.float32 if task.load.kind == "pretrain" else dtype_of(self.config)).itemsize
 
     def quantizer(self, name: str) -> str | None:
         """The setting that says how the stage's base is quantised; None where it is being made."""
@@ -228,13 +230,10 @@ class Plan:
 
     def total(self, name: str) -> int:
         """Bytes that the stage adds to those of the process; 0 for one that moves texts only."""
-        found, ranks = self.need(name), self.run.ranks
-        if found is None:
+        if (found := self.need(name)) is None:
             return 0
-        task, others = self.task(name), 0.0
-        if ranks.shards and task.load.kind != "pretrain":
-            others = found.weights * (1 - held(task.model, self.config.lora, ranks.world))
-        return found.total - round(others) + LIBRARIES * (device_of(self.config) == "cpu")
+        task = self.task(name)
+        return found.total + (beside(task.load, task.model, self.size(task), found) if device_of(self.config) == "cpu" else 0)
 
 
 made_tokenizer = functools.cache(Tokenizer)

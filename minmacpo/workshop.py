@@ -13,7 +13,7 @@ import torch
 
 from minmacpo import UserError
 from minmacpo.bases import Base, fit_pair
-from minmacpo.batching import CPU_TOKENS
+from minmacpo.batching import scoring_tokens
 from minmacpo.checkpoint import (
     check_sizes,
     load_adapter,
@@ -29,8 +29,8 @@ from minmacpo.data import Example, Message, Pair, Sample
 from minmacpo.files import Lines, read_json
 from minmacpo.generate import generate
 from minmacpo.lora import attach_lora, clear_adapter, write_adapter
-from minmacpo.machine import device_of, dtype_of, free_bytes
-from minmacpo.memory import weight_bytes
+from minmacpo.machine import device_of, dtype_of, free_bytes, set_up
+from minmacpo.memory import held
 from minmacpo.packed import sharded
 from minmacpo.parallel import ALONE, Ranks
 from minmacpo.progress import inert
@@ -119,7 +119,7 @@ def open_agent(folder: Path, config: Config, flags: Mapping[str, str]) -> tuple[
     stand over that."""
     form = flags.get("model.quantize", settings_of(folder).get("quantize", "none"))
     config = replace(config, model=replace(config.model, quantize=form))
-    torch.set_num_threads(config.run.threads or torch.get_num_threads())
+    set_up(config)
     loaded, base, template = open_folder(folder, config)
     most = min(config.generate.max_new, loaded.model.config.max_position_embeddings // 2)
     template = template or usual_template(base, loaded.tokenizer, flags.get("data.template"))
@@ -151,8 +151,7 @@ class Workshop:
         if run.ranks.shards and {run.config.model.quantize, run.config.model.quantize_teachers} != {"none"}:
             raise UserError("parallel.shard divides weights among ranks, but not those of model.quantize; choose one of the two")
         self.compiled = wanted == "true" or (wanted == "auto" and device_of(run.config) == "cuda")
-        tokens = self.config.run.micro_tokens  # of a pass of scoring, which keeps nothing: four times what training takes
-        self.score_tokens = min(tokens, 4 * CPU_TOKENS) if device_of(self.config) == "cpu" else tokens
+        self.score_tokens = scoring_tokens(self.config.run.micro_tokens, device_of(self.config))
         self.scored: tuple = (None, {})  # what was scored last, for the next stage of the same group (stages.logps_together)
         self.loaded: dict[str, Loaded] = {}  # by fingerprint, the last used one last
 
@@ -162,7 +161,7 @@ class Workshop:
         form, folder, ranks = self.quantised(base).get("quantize", "none"), base.stage.path, self.run.ranks
         key = base.stage.fingerprint + form + copy
         if key not in self.loaded:
-            size = weight_bytes(read_config(folder), dtype_of(self.config).itemsize, form) // (ranks.world if ranks.shards else 1)
+            size = held(read_config(folder), dtype_of(self.config).itemsize, form, ranks.world if ranks.shards else 1)
             while self.loaded and ranks.agree(free_bytes(device_of(self.config)) < 2 * size * ranks.near):
                 del self.loaded[next(iter(self.loaded))]
         loaded = self.loaded[key] = self.loaded.pop(key, None) or Loaded(folder, self.config, form, ranks)

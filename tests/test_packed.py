@@ -9,12 +9,13 @@ from conftest import far, ragged, random_model
 from test_generate import WAYS, new
 
 from minmacpo import generate as module
-from minmacpo import packed
+from minmacpo import memory, packed
 from minmacpo.config import Lora
 from minmacpo.generate import generate, prefill
 from minmacpo.lora import LoraLinear, attach_lora, slot, write_adapter
 from minmacpo.model import attend_one
 from minmacpo.packed import PackedLinear, pack, packs
+from minmacpo.quant import put_linears
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -73,6 +74,20 @@ def test_the_twin_has_the_adapter_and_leaves_the_model_alone(dtype, seed):
         assert far(twin(tokens), model(tokens)) <= (1e-4 if dtype == torch.float32 else 0.2)
         assert far(twin(tokens), bare) > 0.3
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items() if ".lora_" not in key)
+
+
+@pytest.mark.parametrize("form", ["none", "int8"])
+def test_the_plan_counts_what_a_twin_holds(form, monkeypatch):
+    """The bytes of all that is packed; none for a model that is not."""
+    model = random_model(0)
+    monkeypatch.setattr(memory, "SMALLEST", 0)
+    if form != "none":
+        put_linears(model, form)
+    twin = pack(model, 4)
+    packed_bytes = sum(m.weight.nbytes for m in twin.modules() if isinstance(m, PackedLinear))
+    assert memory.twin_bytes(model.config, 4, form) == packed_bytes > 0
+    monkeypatch.undo()
+    assert memory.twin_bytes(model.config, 4, form) == 0
 
 
 def test_a_torch_without_onednn_is_said_once(monkeypatch, capsys):

@@ -3,6 +3,7 @@ the presets of the paper against their sources, and bases of 13 GB of which only
 
 import dataclasses
 import json
+import os
 import random
 import re
 import shutil
@@ -19,14 +20,15 @@ from runs import copy_run, invoke, train, write_stub
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minmacpo import fit, plan
+from minmacpo import fit, machine, plan
 from minmacpo.commandline import parse
 from minmacpo.config import LINEARS, Generate, Lora, flatten
 from minmacpo.files import read_json
 from minmacpo.generate import generate
 from minmacpo.lora import attach_lora
 from minmacpo.losses import masked_logps, sequence_logps
-from minmacpo.memory import Load, need, parameters
+from minmacpo.memory import HEAP, Load, beside, need, parameters
+from minmacpo.run import Run
 from minmacpo.templates import template_hint
 
 # ---- memory -------------------------------------------------------------------------------------
@@ -106,6 +108,28 @@ def test_parameters_are_counted(changes, seed):
     assert parameters(model.config, lora) == (base, sum(p.numel() for p in attach_lora(model, lora)))
 
 
+def test_what_lies_beside_the_tensors_grows_with_blocks_that_the_heap_keeps(seed):
+    """Libraries for all, more of them to train; the heap's part only of blocks that glibc does not map."""
+    config = shape_of(random.Random(seed))
+
+    def found(kind: str, rows: int, size: int = 4) -> int:
+        load = Load(kind, rows, 100, rows * 50, room=120)
+        return beside(load, config, size, need(load, config, Lora(), size))
+
+    few, many = 4, 1 + HEAP // (4 * 100 * config.hidden_size)
+    assert found("score", 1) < found("score", 2 * few) and found("sample", few) == found("sample", 2 * few) == found("score", many)
+    assert found("train", many) > found("score", many) and found("train", 2 * many, 2) > found("train", many)
+
+
+def test_kernels_for_sizes_that_do_not_come_again_are_few(monkeypatch):
+    """oneDNN's and torch's caches are bounded, unless the user has said how."""
+    names = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    monkeypatch.delenv(names[0], raising=False)
+    monkeypatch.setenv(names[1], "7")
+    machine.set_up(parse(["@tiny"]).config)
+    assert [os.environ[name] for name in names] == [str(machine.KERNELS), "7"]
+
+
 # ---- tokens, against a finished run -------------------------------------------------------------
 
 
@@ -161,11 +185,26 @@ def refused(place, monkeypatch, free: int, *words) -> str:
 
 def test_what_cannot_fit_is_refused_with_what_would(place, monkeypatch):
     words = ("--run.micro_tokens=20000", "--model.vocab=420")
-    said = refused(place, monkeypatch, (85 << 20) + 1_500_000, *words)
+    said = refused(place, monkeypatch, (85 + 23 << 20) + 2_500_000, *words)
     assert re.search(r"bases/\w+ needs about \d+ MB of memory, of which \d+ MB are free on the cpu; --run.micro_tokens=\d+ would fit", said)
     lowered, stage = re.search(r"--run.micro_tokens=\d+", said)[0], re.search(r"bases/\w+", said)[0]
     out = invoke("train", write_stub(place / "p"), f"--run.root={place / 'runs'}", "--sft.batch=64", *words, lowered, "--dry_run")
     assert out.code == 0 and f"WARNING: {stage} needs" not in out.err
+
+
+@pytest.mark.parametrize(("stage", "key"), [("bases/strong", "run.micro_tokens"), ("round0/student_pos", "run.micro_tokens"),
+    ("round1/reference_student", "run.micro_tokens"), ("round1/positives_student", "generate.batch")])  # fmt: skip
+def test_the_setting_that_would_make_it_fit_is_that_of_the_stage(stage, key, place):
+    """Of a pre-training, a training, a scoring, a sampling that is a little too large; and with it, it fits."""
+    config = parse([write_stub(place / "p"), f"--run.root={place / 'runs'}", "--run.micro_tokens=20000", "--generate.batch=512", "--sft.batch=64"]).config
+    run = Run(config)
+    __import__("train").run_all(run, {}, None)
+    planned = plan.Plan(run, config, None)
+    free = planned.total(stage) - 1
+    said = plan.remedy(planned, stage, free)
+    part, setting, value = re.fullmatch(r"--(\w+)\.(\w+)=(\d+) would fit", said).groups()
+    changed = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **{setting: int(value)})})
+    assert f"{part}.{setting}" == key and planned.under(changed).total(stage) <= free
 
 
 def test_a_dry_run_warns_of_what_a_run_is_refused_for(place, monkeypatch):

@@ -258,7 +258,7 @@ def test_a_quantised_base_is_not_exported_but_the_adapter_merges_into_the_plain_
 def test_the_plan_names_quantisation_where_it_is_what_helps(place, stub, monkeypatch):
     """A student's base given, too large for the memory but for its quantised form: the sentence names the setting, and with it
     all fits."""
-    monkeypatch.setattr(plan, "LIBRARIES", 0)
+    monkeypatch.setattr(plan, "beside", lambda *_: 0)
     monkeypatch.setattr(plan, "process_bytes", lambda: 0)
     model = random_model(1, vocab_size=400, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
                          num_key_value_heads=4, head_dim=64, max_position_embeddings=128)  # fmt: skip
