@@ -152,8 +152,8 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """What `attend` gives of one query per row, q [B, heads, 1, D], k and v [B, kv_heads, S, D], as two
     plain products: on a CPU its kernel, made for many queries, takes up to four times as long."""
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]) * q.shape[3] ** -0.5
-    scores = (k @ grouped.transpose(2, 3)).transpose(2, 3).masked_fill(~mask, -torch.inf)
-    return (scores.softmax(-1) @ v).reshape(q.shape)
+    scores = (grouped @ k.transpose(2, 3)).masked_fill(~mask, -torch.inf)
+    return (v.transpose(2, 3) @ scores.softmax(-1).transpose(2, 3)).transpose(2, 3).reshape(q.shape)
 
 
 class MLP(nn.Module):
@@ -184,6 +184,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embedding, blocks and last norm (HF's `model`), and the head; a tied head is the embedding itself."""
 
+    direct = False  # with a cache too by plain products (packed.pack)
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -203,6 +205,8 @@ class Transformer(nn.Module):
     def new_cache(self, rows: int, length: int) -> Tensor:
         """Room for keys (0) and values (1): [2, layers, rows, kv_heads, length, head_dim], zeros."""
         layers, heads = self.config.num_hidden_layers, self.config.num_key_value_heads
+        if self.direct:  # of one coordinate all positions lie together: what attend_one multiplies fastest
+            return self.lm_head.weight.new_zeros(2, layers, rows, heads, self.config.head_dim, length).transpose(4, 5)
         return self.lm_head.weight.new_zeros(2, layers, rows, heads, length, self.config.head_dim)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: Tensor | None = None,
