@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minmacpo.config import Generate
-from minmacpo.model import Transformer
+from minmacpo.model import WHOLE, Transformer
 from minmacpo.packed import pack, packs, sharded
 
 PLAUSIBLE = 0.1  # of the likeliest token's probability: what contrastive decoding may choose
@@ -74,7 +75,10 @@ def noise(seeds: Sequence[int], steps: int) -> np.ndarray:
 
 def read(model: Transformer, tokens: Tensor, last: Tensor, cache: Tensor) -> Tensor:
     """Logits [B, V] after place last [B] of tokens [B, T], whose cache is written; a packed twin reads a few rows at a time."""
-    size = max(1, AT_ONCE // tokens.shape[1]) if model.direct else len(tokens)
+    size = len(tokens)
+    if model.direct:
+        tokens = F.pad(tokens, (0, -tokens.shape[1] % WHOLE))
+        size = max(1, AT_ONCE // tokens.shape[1])
     parts = zip(tokens.split(size), last.split(size), cache.split(size, dim=2), strict=True)
     return torch.cat([model.lm_head(model(part, cache=mine)[torch.arange(len(at), device=at.device), at]) for part, at, mine in parts])
 

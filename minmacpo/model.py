@@ -65,6 +65,7 @@ def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
 
 
 SMALL_ROWS = 512  # tokens of the longest rows whose attention in bf16 is done with plain matmuls on a CPU; it keeps all scores
+WHOLE = 32  # what a packed twin reads, and its cache, is a multiple of this long: kernels round an odd end in another way
 
 
 class Shared(NamedTuple):
@@ -203,11 +204,12 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def new_cache(self, rows: int, length: int) -> Tensor:
-        """Room for keys (0) and values (1): [2, layers, rows, kv_heads, length, head_dim], zeros."""
-        layers, heads = self.config.num_hidden_layers, self.config.num_key_value_heads
-        if self.direct:  # of one coordinate all positions lie together: what attend_one multiplies fastest
-            return self.lm_head.weight.new_zeros(2, layers, rows, heads, self.config.head_dim, length).transpose(4, 5)
-        return self.lm_head.weight.new_zeros(2, layers, rows, heads, length, self.config.head_dim)
+        """Room for keys (0) and values (1): [2, layers, rows, kv_heads, length, head_dim], zeros. Of a packed twin all positions of
+        one coordinate lie together, which `attend_one` reads fastest, and the length is rounded up to a multiple of WHOLE."""
+        layers, heads, size = self.config.num_hidden_layers, self.config.num_key_value_heads, self.config.head_dim
+        if self.direct:
+            return self.lm_head.weight.new_zeros(2, layers, rows, heads, size, length + -length % WHOLE).transpose(4, 5)
+        return self.lm_head.weight.new_zeros(2, layers, rows, heads, length, size)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: Tensor | None = None,
                 shared: Shared | None = None) -> Tensor:  # fmt: skip
