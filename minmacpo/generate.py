@@ -11,15 +11,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minmacpo.config import Generate
-from minmacpo.model import Transformer
+from minmacpo.model import WHOLE, Transformer
 from minmacpo.packed import pack, packs, sharded
 
 PLAUSIBLE = 0.1  # of the likeliest token's probability: what contrastive decoding may choose
 LOOK_EVERY = 8  # decode steps between two looks at which rows have ended
+AT_ONCE = 1024  # tokens of the prompts that a packed twin reads at once: what it computes with stays in a CPU's cache
 ROOM = 64  # attention reads the cache up to the last place in use, rounded up to a multiple of this
 
 
@@ -71,6 +73,16 @@ def noise(seeds: Sequence[int], steps: int) -> np.ndarray:
     return np.stack([np.random.Generator(np.random.Philox(seed)).random(steps, np.float32) for seed in seeds])
 
 
+def read(model: Transformer, tokens: Tensor, last: Tensor, cache: Tensor) -> Tensor:
+    """Logits [B, V] after place last [B] of tokens [B, T], whose cache is written; a packed twin reads a few rows at a time."""
+    size = len(tokens)
+    if model.direct:
+        tokens = F.pad(tokens, (0, -tokens.shape[1] % WHOLE))
+        size = max(1, AT_ONCE // tokens.shape[1])
+    parts = zip(tokens.split(size), last.split(size), cache.split(size, dim=2), strict=True)
+    return torch.cat([model.lm_head(model(part, cache=mine)[torch.arange(len(at), device=at.device), at]) for part, at, mine in parts])
+
+
 def prefill(models: Sequence[Transformer], prompts: Sequence[Sequence[int]], room: int) -> tuple[list[Tensor], list[Tensor]]:
     """(logits [B, V] of the first new token, cache with `room` more places) of every model. A prompt that several rows
     share is read once."""
@@ -80,8 +92,7 @@ def prefill(models: Sequence[Transformer], prompts: Sequence[Sequence[int]], roo
     tokens = pad_sequence([torch.tensor(prompt) for prompt in places], batch_first=True).to(device)
     last = torch.tensor([len(prompt) - 1 for prompt in places], device=device)
     caches = [m.new_cache(len(places), tokens.shape[1] + room) for m in models]
-    at = torch.arange(len(places), device=device), last
-    logits = [m.lm_head(m(tokens, cache=c)[at]) for m, c in zip(models, caches, strict=True)]
+    logits = [read(m, tokens, last, c) for m, c in zip(models, caches, strict=True)]
     if len(places) < len(prompts):
         chosen = torch.tensor(which, device=device)
         logits, caches = [each[chosen] for each in logits], [cache[:, :, chosen] for cache in caches]

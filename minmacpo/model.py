@@ -65,6 +65,7 @@ def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
 
 
 SMALL_ROWS = 512  # tokens of the longest rows whose attention in bf16 is done with plain matmuls on a CPU; it keeps all scores
+WHOLE = 32  # what a packed twin reads, and its cache, is a multiple of this long: kernels round an odd end in another way
 
 
 class Shared(NamedTuple):
@@ -152,8 +153,8 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """What `attend` gives of one query per row, q [B, heads, 1, D], k and v [B, kv_heads, S, D], as two
     plain products: on a CPU its kernel, made for many queries, takes up to four times as long."""
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]) * q.shape[3] ** -0.5
-    scores = (k @ grouped.transpose(2, 3)).transpose(2, 3).masked_fill(~mask, -torch.inf)
-    return (scores.softmax(-1) @ v).reshape(q.shape)
+    scores = (grouped @ k.transpose(2, 3)).masked_fill(~mask, -torch.inf)
+    return (v.transpose(2, 3) @ scores.softmax(-1).transpose(2, 3)).transpose(2, 3).reshape(q.shape)
 
 
 class MLP(nn.Module):
@@ -184,6 +185,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embedding, blocks and last norm (HF's `model`), and the head; a tied head is the embedding itself."""
 
+    direct = False  # with a cache too by plain products (packed.pack)
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -201,9 +204,12 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def new_cache(self, rows: int, length: int) -> Tensor:
-        """Room for keys (0) and values (1): [2, layers, rows, kv_heads, length, head_dim], zeros."""
-        layers, heads = self.config.num_hidden_layers, self.config.num_key_value_heads
-        return self.lm_head.weight.new_zeros(2, layers, rows, heads, length, self.config.head_dim)
+        """Room for keys (0) and values (1): [2, layers, rows, kv_heads, length, head_dim], zeros. Of a packed twin all positions of
+        one coordinate lie together, which `attend_one` reads fastest, and the length is rounded up to a multiple of WHOLE."""
+        layers, heads, size = self.config.num_hidden_layers, self.config.num_key_value_heads, self.config.head_dim
+        if self.direct:
+            return self.lm_head.weight.new_zeros(2, layers, rows, heads, size, length + -length % WHOLE).transpose(4, 5)
+        return self.lm_head.weight.new_zeros(2, layers, rows, heads, length, size)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: Tensor | None = None,
                 shared: Shared | None = None) -> Tensor:  # fmt: skip

@@ -13,7 +13,7 @@ from minmacpo import memory, packed
 from minmacpo.config import Lora
 from minmacpo.generate import generate, prefill
 from minmacpo.lora import LoraLinear, attach_lora, slot, write_adapter
-from minmacpo.model import attend_one
+from minmacpo.model import WHOLE, attend_one
 from minmacpo.packed import PackedLinear, pack, packs
 from minmacpo.quant import put_linears
 
@@ -43,6 +43,19 @@ def test_one_query_attends_as_sdpa_has_it(kv_heads, seed):
     mask = torch.arange(20) <= torch.randint(0, 20, (5, 1, 1, 1))
     wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask, enable_gqa=True)
     assert far(attend_one(q, k, v, mask).double(), wanted) <= 1e-5
+
+
+def test_a_twins_logits_depend_on_neither_the_rows_beside_nor_the_room_left(seed):
+    model, prompts = random_model(seed), ragged(seed, 7, 61, 1, 90)
+    with torch.inference_mode():
+        twin, found = pack(model, 7), []
+        for rows, room in (((0, 1, 2, 3, 4, 5, 6), 150), ((3,), 1), ((1, 3), 40)):
+            (first,), (cache,) = prefill([twin], [prompts[i] for i in rows], room)
+            assert cache.shape[4] % WHOLE == 0 and cache[:, :, [0]].stride()[4] == cache.stride()[4] == 1
+            where = torch.tensor([len(prompts[i]) for i in rows])
+            step = twin(torch.tensor(rows)[:, None], positions=where, cache=cache)
+            found.append((first[rows.index(3)], step[rows.index(3)]))
+    assert all(far(*pair) <= 1e-5 for other in found[1:] for pair in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize("way", WAYS)
