@@ -91,7 +91,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    direct = False  # with a cache too by plain products (packed.pack)
+    direct = False  # whether its cache lies, and its prompts are read, as pays in a packed twin (packed.pack)
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -185,7 +185,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embedding, blocks and last norm (HF's `model`), and the head; a tied head is the embedding itself."""
 
-    direct = False  # with a cache too by plain products (packed.pack)
+    direct = False  # whether its cache lies, and its prompts are read, as pays in a packed twin (packed.pack)
 
     def __init__(self, config: ModelConfig):
         super().__init__()

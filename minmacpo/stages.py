@@ -3,11 +3,13 @@
 import functools
 import math
 import os
-from array import array
+import struct
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, zip_longest
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -191,8 +193,8 @@ def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts
         loaded, size = shop.use(base, adapter), config.generate.batch * BLOCKS
         asked = prompts.read()
         show_first(work, loaded, "prompt", [shop.render(loaded, example.prompt) for example in islice(asked, 1)])
-        sizes = np.fromiter((len(shop.render(loaded, example.prompt).ids) for example in asked), np.int32)
-        order = np.argsort(sizes.repeat(answers), kind="stable").astype(np.int32)
+        sizes = (len(shop.render(loaded, example.prompt).ids) for example in asked)
+        order = np.argsort(np.fromiter(sizes, np.int32).repeat(answers), kind="stable").astype(np.int32)
 
         def answers_to(block: np.ndarray) -> list[dict]:
             jobs, side = [(asked[i // answers], i % answers) for i in block.tolist()], config.generate.batch
@@ -239,27 +241,40 @@ def in_place(files: Sequence[Path], order: np.ndarray, size: int, counts: dict[s
         yield said
 
 
-Scored = tuple[array, array]  # of every text its log-probability (UNSCORED: longer than the context), and its tokens
+FOUND = struct.Struct("dq")  # of a text its log-probability (UNSCORED: longer than the context), and its tokens
 
 
-def logps_together(shop: Workshop, work: Work, base: Base, adapter: Stage | None, group: Sequence[Texts]) -> dict[tuple, Scored]:
-    """What was found of all texts of the group by Texts.key, WINDOW of each in one pass, so that answers to one prompt share it;
-    remembered for the group's next stage."""
+def scored_together(shop: Workshop, work: Work, base: Base, adapter: Stage | None, group: Sequence[Texts]) -> dict[tuple, IO]:
+    """What was found of all texts of the group, by Texts.key, each a FOUND in a nameless file ({} for all ranks but the main
+    one); WINDOW of each in one pass, so that answers to one prompt share it; kept for the group's next stage."""
     key = (base.stage.fingerprint, adapter and adapter.fingerprint, *(texts.key for texts in group))
     if shop.scored[0] != key:
-        loaded = shop.use(base, adapter)
-        context, found = loaded.model.config.max_position_embeddings, {texts.key: (array("d"), array("l")) for texts in group}
-        given = [texts.read() for texts in group]
+        shop.scored = None, {}
+        loaded, given = shop.use(base, adapter), [texts.read() for texts in group]
+        context = loaded.model.config.max_position_embeddings
+        found = {texts.key: tempfile.TemporaryFile(dir=work.folder) for texts in group if work.ranks.main}  # noqa: SIM115 (closed when the next group comes)
         with work.progress(sum(map(len, given)), "text") as progress:
             for run in zip_longest(*(in_runs(texts, WINDOW) for texts in given), fillvalue=()):
                 rows = [[shop.render(loaded, text.prompt, text.response) for text in part] for part in run]
                 short = [row for part in rows for row in part if len(row.ids) <= context]
                 logps = iter(score(loaded.model, short, shop.score_tokens, progress, work.ranks, work.log, share=True))
-                for (values, tokens), part in zip(found.values(), rows, strict=True):
-                    values.extend(next(logps) if len(row.ids) <= context else UNSCORED for row in part)
-                    tokens.extend(sum(row.mask) for row in part)
+                for file, part in zip(found.values(), rows, strict=work.ranks.main):
+                    file.write(b"".join(FOUND.pack(next(logps) if len(row.ids) <= context else UNSCORED, sum(row.mask)) for row in part))
         shop.scored = key, found
     return shop.scored[1]
+
+
+def score_rows(texts: Sequence, file: IO, counts: dict[str, int]) -> Iterator[dict]:
+    """The rows of scores.jsonl from what `scored_together` found; counts them."""
+    file.seek(0)
+    found = (each for run in iter(lambda: file.read(FOUND.size * WINDOW), b"") for each in FOUND.iter_unpack(run))
+    for text, (logp, tokens) in zip(texts, found, strict=True):
+        known = logp != UNSCORED
+        counts["texts"] += 1
+        counts["tokens"] += tokens * known
+        counts["over_long"] += not known
+        yield {"id": text.id, "logp": logp if known else None, "tokens": tokens,
+               "perplexity": perplexity(logp if known else -math.inf, tokens), "characters": len(text.response)}  # fmt: skip
 
 
 def score_texts(shop: Workshop, name: str, base: Base, adapter: Stage | None, texts: Texts, among: Sequence[Texts] = ()) -> Stage:
@@ -270,19 +285,15 @@ def score_texts(shop: Workshop, name: str, base: Base, adapter: Stage | None, te
 
     def write_scores(work: Work) -> dict:
         """One row per text, in their order."""
-        loaded, given = shop.use(base, adapter), texts.read()
-        logps, tokens = logps_together(shop, work, base, adapter, group)[texts.key]
+        found = scored_together(shop, work, base, adapter, group)
+        loaded, given, counts = shop.use(base, adapter), texts.read(), {"texts": 0, "tokens": 0, "over_long": 0}
         show_first(work, loaded, "row", [shop.render(loaded, text.prompt, text.response) for text in islice(given, 1)])
         if not work.ranks.main:
             return {}
-        write_rows(work.folder / "scores.jsonl", (
-            {"id": text.id, "logp": None if logp == UNSCORED else logp, "tokens": count,
-             "perplexity": perplexity(-math.inf if logp == UNSCORED else logp, count), "characters": len(text.response)}
-            for text, logp, count in zip(given, logps, tokens, strict=True)))  # fmt: skip
-        if long := logps.count(UNSCORED):
-            work.log(f"WARNING: {long} of {len(logps)} texts are longer than the context of {base.name}")
-        known = sum(count for logp, count in zip(logps, tokens, strict=True) if logp != UNSCORED)
-        return {"texts": len(logps), "tokens": known, "over_long": long}
+        write_rows(work.folder / "scores.jsonl", score_rows(given, found[texts.key], counts))
+        if long := counts["over_long"]:
+            work.log(f"WARNING: {long} of {counts['texts']} texts are longer than the context of {base.name}")
+        return counts
 
     inputs = [base.stage, adapter, texts.stage, *(other.stage for other in group if other != texts)]
     return shop.stage(name, "score/1", texts.settings | shop.quantised(base), inputs, write_scores)

@@ -152,7 +152,7 @@ class Workshop:
             raise UserError("parallel.shard divides weights among ranks, but not those of model.quantize; choose one of the two")
         self.compiled = wanted == "true" or (wanted == "auto" and device_of(run.config) == "cuda")
         self.score_tokens = scoring_tokens(self.config.run.micro_tokens, device_of(self.config))
-        self.scored: tuple = (None, {})  # what was scored last, for the next stage of the same group (stages.logps_together)
+        self.scored: tuple = (None, {})  # what was scored last, for the next stage of the same group (stages.scored_together)
         self.loaded: dict[str, Loaded] = {}  # by fingerprint, the last used one last
 
     def use(self, base: Base, adapter: Stage | None, copy: str = "") -> Loaded:

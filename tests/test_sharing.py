@@ -19,6 +19,7 @@ from minmacpo.fit import PairObjective, Schedule, SftObjective, make_plan, train
 from minmacpo.lora import attach_lora, reset_adapter, slot
 from minmacpo.losses import masked_logps, sequence_logps
 from minmacpo.model import attend, attend_bf16
+from minmacpo.parallel import ALONE
 from minmacpo.run import Work
 from minmacpo.tokenizer import Tokens
 
@@ -241,7 +242,7 @@ def test_auto_compiles_only_where_a_stage_is_long_enough(wanted, device, steps, 
     assert stages.compiles(shop, loaded, pair_units(seed, 5), Schedule(1e-3, steps, 16)) is compiled
 
 
-def test_candidates_of_several_files_are_scored_together_once_and_sides_are_told_apart(monkeypatch, seed):
+def test_candidates_of_several_files_are_scored_together_once_and_sides_are_told_apart(monkeypatch, tmp_path, seed):
     """One pass for the group, its second stage takes what is known; another side of the same file is another text."""
     from minmacpo.data import Example, Message
     from minmacpo.workshop import Texts
@@ -252,13 +253,19 @@ def test_candidates_of_several_files_are_scored_together_once_and_sides_are_told
     render = lambda loaded, prompt, answer: Tokens([3, 4, *(5 + ord(c) % 50 for c in answer)], [False] * 2 + [True] * len(answer))  # noqa: E731
     progress = contextlib.nullcontext()
     shop = SimpleNamespace(use=lambda *_: SimpleNamespace(model=model), render=render, scored=(None, {}), score_tokens=200)
-    work = SimpleNamespace(progress=lambda *_: progress, ranks=None, log=None)
+    work = SimpleNamespace(progress=lambda *_: progress, ranks=ALONE, log=None, folder=tmp_path)
     stage, base = SimpleNamespace(fingerprint="s"), SimpleNamespace(stage=SimpleNamespace(fingerprint="b"))
     a, b, other = Texts(stage, "a", "chosen"), Texts(stage, "bcd", "chosen"), Texts(stage, "a", "rejected")
-    first = stages.logps_together(shop, work, base, None, [a, b])
-    assert stages.logps_together(shop, work, base, None, [a, b]) is first and passes == [8] and set(first) == {a.key, b.key}
-    alone = stages.logps_together(shop, work, base, None, [other])
-    assert passes == [8, 4] and alone[other.key][0][0] != first[a.key][0][0]
-    (logp, *_), (tokens, *_) = first[b.key]
+
+    def first(file) -> tuple[float, int]:
+        file.seek(0)
+        return stages.FOUND.unpack(file.read(stages.FOUND.size))
+
+    found = stages.scored_together(shop, work, base, None, [a, b])
+    assert stages.scored_together(shop, work, base, None, [a, b]) is found and passes == [8] and set(found) == {a.key, b.key}
+    assert not list(tmp_path.iterdir())
+    (logp, tokens), (of_a, _) = first(found[b.key]), first(found[a.key])
+    alone = stages.scored_together(shop, work, base, None, [other])
+    assert passes == [8, 4] and first(alone[other.key])[0] != of_a
     row = render(None, None, "bcdchosen")
     assert tokens == sum(row.mask) and logp == pytest.approx(score.score(model, [row], 200)[0], rel=1e-5)
