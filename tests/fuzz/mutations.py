@@ -1,4 +1,7 @@
-"""Mutators: the content of a good file in, that of a bad one out. All draw from the random.Random they are given."""
+"""Mutators: the content of a good file in, that of a bad one out.
+
+All draw whole numbers and choices from the Random they are given, which may be Hypothesis's: it makes them smaller, so the plain thing comes first.
+"""
 
 import copy
 import gzip
@@ -63,13 +66,13 @@ def changed(value: object, rng: Random) -> object:
         return rng.choice((-value, value + 1, value - 1, value * 2, value * 1000, value / 2, float(value), str(value), value * 2**40))
     if kind == 0 and isinstance(value, list) and value:
         return rng.choice((value[::-1], value[:-1], value + value[:1], value * 3, value[0], [value]))
-    return rng.choice(({"a": value}, [value], [value, value])) if kind == 1 and rng.random() < 0.3 else copy.deepcopy(rng.choice(VALUES))
+    return rng.choice(({"a": value}, [value], [value, value])) if kind == 1 and rng.randrange(10) > 6 else copy.deepcopy(rng.choice(VALUES))
 
 
 def reshape(value: object, rng: Random) -> object:
     """A JSON value with one of its parts changed, taken out, renamed, or put where another one was."""
     paths = places(value)
-    path = rng.choice(paths if rng.random() < 0.6 else [p for p in paths if len(p) <= 2])
+    path = rng.choice(paths if rng.randrange(5) < 3 else [p for p in paths if len(p) <= 2])
     if not path:
         return changed(value, rng)
     home = value
@@ -95,8 +98,8 @@ def structured(data: bytes, rng: Random) -> bytes:
     value = json.loads(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         value = reshape(value, rng)
-    text = json.dumps(value, ensure_ascii=rng.random() < 0.7, indent=rng.choice((None, None, 1)))
-    if rng.random() < 0.05:
+    text = json.dumps(value, ensure_ascii=rng.randrange(10) < 7, indent=rng.choice((None, None, 1)))
+    if rng.randrange(20) == 19:
         text = text.replace(", ", f", {text[1:60].partition(',')[0]}, ", 1)
     return text.encode("utf-8", "surrogatepass")
 
@@ -124,9 +127,9 @@ def worded(data: bytes, rng: Random) -> bytes:
     """Text with one of its words, numbers or quoted texts changed."""
     words = re.findall(rb'"[^"\n]*"|[\w.+-]+|\s+|.', data) or [b""]
     at, value = rng.randrange(len(words)), copy.deepcopy(rng.choice(VALUES))
-    text = json.dumps(value, ensure_ascii=rng.random() < 0.5)
+    text = json.dumps(value, ensure_ascii=rng.choice((True, False)))
     words[at] = rng.choice((text, str(value), "", "2020-01-01", "1e999", "0x10")).encode("utf-8", "surrogatepass")
-    if rng.random() < 0.2:
+    if rng.randrange(5) == 4:
         words.insert(at, rng.choice(words))
     return b"".join(words)
 
@@ -135,8 +138,8 @@ def tensors(data: bytes, rng: Random) -> bytes:
     """A .safetensors file with its header changed as JSON; its length is told rightly, most of the time."""
     size = int.from_bytes(data[:8], "little")
     header = structured(data[8 : 8 + size], rng)
-    header += b" " * (-len(header) % 8 if rng.random() < 0.8 else 0)
-    told = len(header) if rng.random() < 0.9 else rng.choice((0, 1, len(header) + 8, 2**40, 2**63, 2**64 - 1))
+    header += b" " * (-len(header) % 8 if rng.randrange(5) < 4 else 0)
+    told = len(header) if rng.randrange(10) < 9 else rng.choice((0, 1, len(header) + 8, 2**40, 2**63, 2**64 - 1))
     return told.to_bytes(8, "little") + header + data[8 + size :]
 
 
@@ -184,10 +187,10 @@ def buffers(data: bytes, rng: Random) -> bytes:
     """A protocol buffer (tokenizer.model) with a field, or one of a message in it, changed, doubled, taken out or renamed."""
     found = fields(data)
     rare = [i for i, (tag, _) in enumerate(found) if tag != found[0][0]]  # not one of the thousand pieces
-    at = rng.choice(rare) if rare and rng.random() < 0.4 else rng.randrange(len(found))
+    at = rng.choice(rare) if rare and rng.randrange(5) > 2 else rng.randrange(len(found))
     tag, value = found[at]
     try:
-        inner = isinstance(value, bytes) and fields(value) and rng.random() < 0.8
+        inner = isinstance(value, bytes) and fields(value) and rng.randrange(5) < 4
     except (IndexError, KeyError):
         inner = False
     if inner:
@@ -214,6 +217,6 @@ def retagged(tag: int, rng: Random) -> int:
 
 def zipped(data: bytes, rng: Random) -> bytes:
     """A .gz file whose text is changed, or whose bytes are."""
-    if rng.random() < 0.3:
+    if rng.randrange(10) > 6:
         return raw(data, rng)
     return gzip.compress(rng.choice((lined, raw))(gzip.decompress(data), rng), 1)
