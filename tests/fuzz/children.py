@@ -4,6 +4,7 @@ A crash of native code, a hang (CPU seconds of one input) and a blow-up of memor
 with the input; a change outside the process's folder, a socket and a process of its own are findings too.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import resource
@@ -11,6 +12,7 @@ import shutil
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
@@ -21,7 +23,7 @@ from readers import Reader
 from minmacpo import UserError
 
 FORK = multiprocessing.get_context("fork")
-SECONDS, MEGABYTES = 5, 700  # of CPU time for an input; of memory above what the parent has
+SECONDS, ASLEEP, MEGABYTES = 5, 300, 700  # for an input: CPU time, and any time; memory above what the parent has
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod", "shutil.rmtree"}
 
 
@@ -52,6 +54,7 @@ def prepare(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for number in (signal.SIGPROF, signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
+    faulthandler.disable()
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(null, stream)
@@ -62,10 +65,10 @@ def prepare(folder: Path) -> None:
     sys.addaudithook(guard(folder))
 
 
-def attempt(reader: Reader, folder: Path) -> str | None:
+def attempt(reader: Reader, folder: Path, name: str) -> str | None:
     """What is wrong with how a changed file is read; "" if it is refused as it should be, None if it is read."""
     try:
-        reader.read(folder)
+        reader.read(folder, name)
     except UserError as error:
         text = str(error)
         if not 15 < len(text) < 1200 or len(text.strip().splitlines()) > 5:
@@ -78,26 +81,29 @@ def attempt(reader: Reader, folder: Path) -> str | None:
 
 
 def serve(reader: Reader, folder: Path, pipe: Connection, other: Connection) -> None:
-    """The life of a child: read the folder each time it is asked to, and tell what is wrong."""
+    """The life of a child: be told which file is changed, read the folder, tell what is wrong."""
     other.close()  # or the end of the parent would not be seen
     prepare(folder)
-    while pipe.poll(None):
-        try:
-            pipe.recv()
-        except EOFError:
-            return
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        signal.setitimer(signal.ITIMER_REAL, 60 * SECONDS)  # asleep
-        said = attempt(reader, folder)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        pipe.send(said)
+    with suppress(EOFError):
+        while True:
+            name = pipe.recv()
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            signal.setitimer(signal.ITIMER_REAL, ASLEEP)
+            said = attempt(reader, folder, name)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            pipe.send(said)
+
+
+def same(a: bytes, b: bytes) -> int:
+    """How many of the first bytes are the same."""
+    return next((i for i, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
 
 
 def change(name: str, file: str, good: bytes, bad: bytes) -> str:
     """A line of test_found.FOUND that makes this change."""
-    start = len(os.path.commonprefix([good, bad]))
-    end = len(os.path.commonprefix([good[start:][::-1], bad[start:][::-1]]))
+    start = same(good, bad)
+    end = same(good[start:][::-1], bad[start:][::-1])
     return f'("{name}", "{file}", lambda good: good[:{start}] + {bad[start : len(bad) - end]!r} + good[{len(good) - end}:])'
 
 
@@ -126,9 +132,8 @@ class Reading:
 
     def problem(self, name: str, data: bytes) -> str | None:
         """As `attempt`, of the folder with this in that file; a child that dies is a problem too."""
-        (self.folder / name).write_bytes(data)
-        (self.folder / "changed").write_text(name)
-        self.pipe.send(None)
+        self.put(name, data)
+        self.pipe.send(name)
         try:
             said = self.pipe.recv()
         except (EOFError, ConnectionResetError):
@@ -136,8 +141,13 @@ class Reading:
             code = self.child.exitcode
             said = f"the process has ended with {signal.Signals(-code).name if code < 0 else code}"
             self.start()
-        (self.folder / name).write_bytes(self.good[name])
+        self.put(name, self.good[name])
         return said
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a file anew: into one that is there, the disk is waited for."""
+        (self.folder / name).unlink(missing_ok=True)
+        (self.folder / name).write_bytes(data)
 
     def take(self, rng: Random) -> None:
         """Change a file and have it read. One that is neither read nor refused is kept; AssertionError says what repeats it."""

@@ -54,16 +54,82 @@ def test_readers_bear_a_few_changed_files(stub, tmp_path):
 def test_readers_bear_changed_files(stub, tmp_path, seed, capsys):
     """A hundred thousand inputs and more; how many is printed."""
     pytest.importorskip("hypothesis")
-    total, started = 0, time.monotonic()
+    total, found, started = 0, [], time.monotonic()
     todo = sorted(readers(stub), key=lambda reader: -reader.share)
     with ProcessPoolExecutor(os.cpu_count(), FORK) as pool:
         jobs = [pool.submit(fuzz, reader, tmp_path / str(i), seed, round(1300 * reader.share)) for i, reader in enumerate(todo)]
         for reader, job in zip(todo, jobs, strict=True):
+            if error := job.exception():
+                found.append(f"{reader.name}: {type(error).__name__}: {error}")
+                continue
             refused, read = job.result()
-            assert refused and read, reader.name
             total += refused + read
             with capsys.disabled():
                 print(f"\n{reader.name}: {refused} inputs refused, {read} read", end="", flush=True)
+            assert refused and read, reader.name
     with capsys.disabled():
         print(f"\n{total} inputs, --seed={seed}, {time.monotonic() - started:.0f} s")
+    assert not found, "\n\n".join(found)
     assert total >= 100_000
+
+
+def crash() -> None:
+    ctypes.string_at(0)
+
+
+def hang() -> None:
+    while True:
+        pass
+
+
+def forget() -> None:
+    raise KeyError("prompt")
+
+
+def write() -> None:
+    try:
+        Path("../beside").write_text("x")
+    except Exception:
+        raise UserError("nothing of this is seen") from None
+
+
+def grow() -> None:
+    bytearray(10**10)
+
+
+def talk() -> None:
+    raise UserError("no")
+
+
+def start() -> None:
+    os.system("true")
+
+
+PLANTED = {crash: "ended with SIGSEGV", hang: "ended with SIGPROF", forget: "KeyError: 'prompt'", write: "open outside the folder", grow: "MemoryError",
+           talk: "sentence: 'no'", start: "os.system"}  # fmt: skip
+GOOD = '{"prompt": "who is it ?", "chosen": ["a fox", 7]}'
+
+
+@pytest.mark.parametrize("defect", PLANTED)
+def test_a_defect_is_found_and_made_small(tmp_path, seed, monkeypatch, defect):
+    """A reader that fails on a row that is no object: of all the changes that find it, a short row is left, beside three good ones."""
+    pytest.importorskip("hypothesis")
+    monkeypatch.setattr(children, "SECONDS", 0.1)
+
+    def make(folder: Path) -> None:
+        (folder / "x.jsonl").write_text(f"{GOOD}\n" * 4)
+
+    def read(folder: Path, name: str) -> None:
+        for row in (folder / "x.jsonl").read_bytes().splitlines():
+            try:
+                value = json.loads(row)
+            except (ValueError, RecursionError):
+                raise UserError("a line that is no JSON") from None
+            if not isinstance(value, dict):
+                defect()
+
+    reader = Reader("planted", 1, make, {"x.jsonl": (m.lined, m.raw)}, read)
+    with pytest.raises(AssertionError, match=PLANTED[defect]):
+        fuzz(reader, tmp_path / "home", seed, 1000)
+    rows = (tmp_path / "home/finding").read_text().splitlines()
+    assert len(rows) == 4 and sorted(map(len, rows))[0] < 5 and rows.count(GOOD) == 3
