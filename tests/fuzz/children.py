@@ -100,11 +100,13 @@ def same(a: bytes, b: bytes) -> int:
     return next((i for i, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
 
 
-def change(name: str, file: str, good: bytes, bad: bytes) -> str:
-    """A line of test_found.FOUND that makes this change."""
+def change(name: str, file: str, good: bytes, kept: Path) -> str:
+    """A line of test_found.FOUND that puts what is kept in the place of this good file."""
+    bad = kept.read_bytes()
     start = same(good, bad)
     end = same(good[start:][::-1], bad[start:][::-1])
-    return f'("{name}", "{file}", lambda good: good[:{start}] + {bad[start : len(bad) - end]!r} + good[{len(good) - end}:])'
+    put = f"good[:{start}] + {bad[start : len(bad) - end]!r} + good[{len(good) - end}:]"
+    return f'("{name}", "{file}", lambda good: {put if len(put) < 1000 else f"Path({str(kept)!r}).read_bytes()"})'
 
 
 class Reading:
@@ -159,8 +161,8 @@ class Reading:
         if problem:
             kept = self.home / "finding"
             kept.write_bytes(data)
-            again = change(self.reader.name, name, self.good[name], data)
-            raise AssertionError(f"{self.reader.name}: {name}, kept as {kept}, is neither read nor refused.\nTo repeat: {again}\n{problem}")
+            again = change(self.reader.name, name, self.good[name], kept)
+            raise AssertionError(f"{self.reader.name}: {name}, kept as {kept}, is neither read nor refused.\nTo repeat, in test_found.py: {again}\n{problem}")
 
     def close(self) -> None:
         """End the child; nothing is left beside its folder."""

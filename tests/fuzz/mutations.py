@@ -9,6 +9,7 @@ import json
 import re
 import struct
 from collections.abc import Callable
+from functools import lru_cache
 from random import Random
 
 TEXTS = ["", " ", "\x00", "\n", "\ud800", "\u202e", "\ufeff", "é" * 300, "a" * 5000, "../x", "/", "{}", "{0}", "[[A]]", "none", "nan", "1", "-1",
@@ -17,6 +18,7 @@ VALUES = [None, True, False, 0, 1, -1, 2, 7, 255, 65536, 2**31, 2**53, 2**63, -(
           float("inf"), -float("inf"), [], {}, [[]], [None], [1], ["a"], {"a": 1}, [{}], *TEXTS]  # fmt: skip
 CHUNKS = [b"", b"\x00", b"\xff", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\n", b"\r\n", b"[", b"{", b"]", b"}", b'"', b"\\", b",", b":", b"null", b"NaN", b"-",
           b"1e999", b"9" * 5000, b"[" * 3000, b'{"a":' * 3000, b"\x1f\x8b", b"\\ud800", b"\xff" * 8, b"\x00" * 8, b"\x80" * 20]  # fmt: skip
+STYLES: tuple[dict, ...] = ({"indent": 1}, {}, {"separators": (",", ":")})
 Mutator = Callable[[bytes, Random], bytes]
 
 
@@ -79,11 +81,11 @@ def reshape(value: object, rng: Random) -> object:
     for key in path[:-1]:
         home = home[key]
     act, key = rng.randrange(6), path[-1]
-    if act == 0:
+    if act == 3:
         del home[key]
-    elif act == 1 and isinstance(home, dict):
+    elif act == 4 and isinstance(home, dict):
         home[rng.choice((*home, *TEXTS, str(key) + "s"))] = home.pop(key)
-    elif act == 2:
+    elif act == 5:
         other = value
         for step in rng.choice(paths):
             other = other[step]
@@ -93,15 +95,22 @@ def reshape(value: object, rng: Random) -> object:
     return value
 
 
+@lru_cache
+def style(data: bytes) -> dict:
+    """How json.dumps writes what is written like this: a change is then all that differs."""
+    value = json.loads(data)
+    return next((words for words in STYLES if json.dumps(value, ensure_ascii=False, **words).encode() == data.strip()), {})
+
+
 def structured(data: bytes, rng: Random) -> bytes:
     """JSON with one to three of its parts changed; now and then written in another way, or with a key twice."""
     value = json.loads(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         value = reshape(value, rng)
-    text = json.dumps(value, ensure_ascii=rng.randrange(10) < 7, indent=rng.choice((None, None, 1)))
+    text = json.dumps(value, ensure_ascii=rng.randrange(10) < 7, **rng.choice((style(data), *STYLES)))
     if rng.randrange(20) == 19:
         text = text.replace(", ", f", {text[1:60].partition(',')[0]}, ", 1)
-    return text.encode("utf-8", "surrogatepass")
+    return text.encode("utf-8", "surrogatepass") + data[len(data.rstrip()) :]
 
 
 def lined(data: bytes, rng: Random) -> bytes:
@@ -137,7 +146,7 @@ def worded(data: bytes, rng: Random) -> bytes:
 def tensors(data: bytes, rng: Random) -> bytes:
     """A .safetensors file with its header changed as JSON; its length is told rightly, most of the time."""
     size = int.from_bytes(data[:8], "little")
-    header = structured(data[8 : 8 + size], rng)
+    header = structured(data[8 : 8 + size].rstrip(), rng)
     header += b" " * (-len(header) % 8 if rng.randrange(5) < 4 else 0)
     told = len(header) if rng.randrange(10) < 9 else rng.choice((0, 1, len(header) + 8, 2**40, 2**63, 2**64 - 1))
     return told.to_bytes(8, "little") + header + data[8 + size :]

@@ -25,7 +25,9 @@ def fuzz(reader: Reader, home: Path, seed: int, count: int) -> tuple[int, int]:
     """(inputs refused, read) of `count` that Hypothesis draws; the first that fails is made smaller, kept and raised."""
     from hypothesis import HealthCheck, Phase, given, settings, strategies
     from hypothesis import seed as start
+    from hypothesis.configuration import set_hypothesis_home_dir
 
+    set_hypothesis_home_dir(home.parent)
     with closing(Reading(reader, home)) as reading:
 
         @start(seed)
