@@ -8,7 +8,7 @@ import json
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from random import Random
 
@@ -30,7 +30,7 @@ def fuzz(reader: Reader, home: Path, seed: int, count: int) -> tuple[int, int]:
     set_hypothesis_home_dir(home.parent)
     with closing(Reading(reader, home)) as reading:
 
-        @start(seed)
+        @start(f"{seed}/{reader.name}")
         @settings(max_examples=count, database=None, deadline=None, phases=(Phase.generate, Phase.shrink),
                   suppress_health_check=[*HealthCheck], report_multiple_bugs=False)  # fmt: skip
         @given(strategies.randoms(use_true_random=False))
@@ -75,45 +75,22 @@ def test_readers_bear_changed_files(stub, tmp_path, seed, capsys):
     assert total >= 100_000
 
 
-def crash() -> None:
-    ctypes.string_at(0)
-
-
-def hang() -> None:
-    while True:
-        pass
-
-
-def forget() -> None:
-    raise KeyError("prompt")
-
-
 def write() -> None:
-    try:
+    with suppress(Exception):
         Path("../beside").write_text("x")
-    except Exception:
-        raise UserError("nothing of this is seen") from None
-
-
-def grow() -> None:
-    bytearray(10**10)
 
 
 def talk() -> None:
     raise UserError("no")
 
 
-def start() -> None:
-    os.system("true")
-
-
-PLANTED = {crash: "ended with SIGSEGV", hang: "ended with SIGPROF", forget: "KeyError: 'prompt'", write: "open outside the folder", grow: "MemoryError",
-           talk: "sentence: 'no'", start: "os.system"}  # fmt: skip
+PLANTED = {"ended with SIGSEGV": lambda: ctypes.string_at(0), "ended with SIGPROF": lambda: sum(iter(int, 1)), "MemoryError": lambda: bytearray(10**10),
+           "KeyError: 'prompt'": lambda: {}["prompt"], "open outside the folder": write, "os.system": lambda: os.system("true"), "sentence: 'no'": talk}  # fmt: skip
 GOOD = '{"prompt": "who is it ?", "chosen": ["a fox", 7]}'
 
 
-@pytest.mark.parametrize("defect", PLANTED)
-def test_a_defect_is_found_and_made_small(tmp_path, seed, monkeypatch, defect):
+@pytest.mark.parametrize("told", PLANTED)
+def test_a_defect_is_found_and_made_small(tmp_path, seed, monkeypatch, told):
     """A reader that fails on a row that is no object: of all the changes that find it, a short row is left, beside three good ones."""
     pytest.importorskip("hypothesis")
     monkeypatch.setattr(children, "SECONDS", 0.1)
@@ -128,10 +105,10 @@ def test_a_defect_is_found_and_made_small(tmp_path, seed, monkeypatch, defect):
             except (ValueError, RecursionError):
                 raise UserError("a line that is no JSON") from None
             if not isinstance(value, dict):
-                defect()
+                PLANTED[told]()
 
     reader = Reader("planted", 1, make, {"x.jsonl": (m.lined, m.raw)}, read)
-    with pytest.raises(AssertionError, match=PLANTED[defect]):
+    with pytest.raises(AssertionError, match=told):
         fuzz(reader, tmp_path / "home", seed, 1000)
     rows = (tmp_path / "home/finding").read_text().splitlines()
     assert len(rows) == 4 and sorted(map(len, rows))[0] < 5 and rows.count(GOOD) == 3
