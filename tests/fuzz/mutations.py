@@ -228,4 +228,4 @@ def zipped(data: bytes, rng: Random) -> bytes:
     """A .gz file whose text is changed, or whose bytes are."""
     if rng.randrange(10) > 6:
         return raw(data, rng)
-    return gzip.compress(rng.choice((lined, raw))(gzip.decompress(data), rng), 1)
+    return gzip.compress(rng.choice((lined, raw))(gzip.decompress(data), rng), 1, mtime=0)

@@ -91,7 +91,7 @@ def make_rows(form: str, folder: Path) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     for name, text in (("x.jsonl", lines), ("x.json", json.dumps(rows, indent=1)), ("x.txt", "why ?\nwho is it ?\n\nhow ?\n")):
         (folder / name).write_text(text)
-        (folder / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+        (folder / f"{name}.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
 def read_rows_of(folder: Path, name: str) -> None:
@@ -129,6 +129,7 @@ def make_model(kind: str, folder: Path) -> None:
     write_json(folder / "config.json", raw)
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": [2, 5]})
     config = parse_config(raw, kind)
+    torch.manual_seed(0)  # of the biases
     save_weights(folder, config, new_model(config, 0).state_dict())
     read_model(folder, "")  # torch imports a part of itself when it is first used: not in every child
 
@@ -137,6 +138,7 @@ def make_sharded(folder: Path) -> None:
     """As `make_model`, in three files with their index."""
     make_model("llama", folder)
     config = parse_config(json.loads((folder / "config.json").read_text()), "")
+    torch.manual_seed(0)
     weights, where = new_model(config, 0).state_dict(), {}
     for number in range(3):
         part = dict([*weights.items()][number::3])
