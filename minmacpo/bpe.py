@@ -165,5 +165,11 @@ class BytePairs:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens give nothing, broken bytes give U+FFFD."""
-        parts = (self.visible.get(i) or bytes(self.byte_of[c] for c in self.names.get(i, "")) for i in ids)
-        return b"".join(parts).decode("utf-8", "replace")
+        return b"".join(self.visible.get(i) or self.spelled(self.names.get(i, "")) for i in ids).decode("utf-8", "replace")
+
+    def spelled(self, name: str) -> bytes:
+        """What a name of the vocabulary stands for: bytes, or itself where a character of it is none, as `tokenizers` has it."""
+        try:
+            return bytes(self.byte_of[letter] for letter in name)
+        except KeyError:
+            return name.encode("utf-8", "surrogatepass")

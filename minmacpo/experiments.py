@@ -80,7 +80,7 @@ def read_experiment(name: str) -> Experiment:
     try:
         found = tomllib.loads(file.read_text("utf-8"))
         experiment = Experiment(name, found["question"], found["seeds"], cases_of(found))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: no experiment: {error}; expected question, seeds, [variants] of flags, perhaps [groups]") from None
     if not experiment.cases or not experiment.seeds:
         raise UserError(f"{file}: has no variant or no seed; an experiment needs one of each")

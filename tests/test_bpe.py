@@ -123,6 +123,15 @@ def test_decoding_drops_special_tokens_shows_others_and_minds_broken_bytes():
     assert ours.decode(ours.encode("\U0001f600")[:1]) == "�"
 
 
+def test_a_piece_that_spells_no_bytes_is_text_as_the_package_has_it():
+    file = json.loads(made("gpt-2", LEARNED))
+    first = len(file["model"]["vocab"]) + 10
+    file["model"]["vocab"] |= {"the fox": first, "Ġthe▁fox": first + 1, "Ġ日": first + 2}
+    ours, theirs = BytePairs(json.dumps(file).encode(), "here"), pytest.importorskip("tokenizers").Tokenizer.from_str(json.dumps(file))
+    for ids in ([first], [first + 1, 70], [70, first + 2, 71]):
+        assert ours.decode(ids) == theirs.decode(ids)
+
+
 def test_half_a_surrogate_pair_is_no_text(tmp_path):
     (tmp_path / "tokenizer.json").write_text(made("gpt-2", LEARNED))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(NOTES["gpt-2"]))

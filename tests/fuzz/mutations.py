@@ -1,4 +1,7 @@
-"""Mutators: the content of a good file in, that of a bad one out. All draw from the random.Random they are given."""
+"""Mutators: the content of a good file in, that of a bad one out.
+
+All draw whole numbers and choices from the Random they are given, which may be Hypothesis's: it makes them smaller, so the plain thing comes first.
+"""
 
 import copy
 import gzip
@@ -6,6 +9,7 @@ import json
 import re
 import struct
 from collections.abc import Callable
+from functools import lru_cache
 from random import Random
 
 TEXTS = ["", " ", "\x00", "\n", "\ud800", "\u202e", "\ufeff", "é" * 300, "a" * 5000, "../x", "/", "{}", "{0}", "[[A]]", "none", "nan", "1", "-1",
@@ -14,6 +18,7 @@ VALUES = [None, True, False, 0, 1, -1, 2, 7, 255, 65536, 2**31, 2**53, 2**63, -(
           float("inf"), -float("inf"), [], {}, [[]], [None], [1], ["a"], {"a": 1}, [{}], *TEXTS]  # fmt: skip
 CHUNKS = [b"", b"\x00", b"\xff", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\n", b"\r\n", b"[", b"{", b"]", b"}", b'"', b"\\", b",", b":", b"null", b"NaN", b"-",
           b"1e999", b"9" * 5000, b"[" * 3000, b'{"a":' * 3000, b"\x1f\x8b", b"\\ud800", b"\xff" * 8, b"\x00" * 8, b"\x80" * 20]  # fmt: skip
+STYLES: tuple[dict, ...] = ({"indent": 1}, {}, {"separators": (",", ":")})
 Mutator = Callable[[bytes, Random], bytes]
 
 
@@ -63,24 +68,24 @@ def changed(value: object, rng: Random) -> object:
         return rng.choice((-value, value + 1, value - 1, value * 2, value * 1000, value / 2, float(value), str(value), value * 2**40))
     if kind == 0 and isinstance(value, list) and value:
         return rng.choice((value[::-1], value[:-1], value + value[:1], value * 3, value[0], [value]))
-    return rng.choice(({"a": value}, [value], [value, value])) if kind == 1 and rng.random() < 0.3 else copy.deepcopy(rng.choice(VALUES))
+    return rng.choice(({"a": value}, [value], [value, value])) if kind == 1 and rng.randrange(10) > 6 else copy.deepcopy(rng.choice(VALUES))
 
 
 def reshape(value: object, rng: Random) -> object:
     """A JSON value with one of its parts changed, taken out, renamed, or put where another one was."""
     paths = places(value)
-    path = rng.choice(paths if rng.random() < 0.6 else [p for p in paths if len(p) <= 2])
+    path = rng.choice(paths if rng.randrange(5) < 3 else [p for p in paths if len(p) <= 2])
     if not path:
         return changed(value, rng)
     home = value
     for key in path[:-1]:
         home = home[key]
     act, key = rng.randrange(6), path[-1]
-    if act == 0:
+    if act == 3:
         del home[key]
-    elif act == 1 and isinstance(home, dict):
+    elif act == 4 and isinstance(home, dict):
         home[rng.choice((*home, *TEXTS, str(key) + "s"))] = home.pop(key)
-    elif act == 2:
+    elif act == 5:
         other = value
         for step in rng.choice(paths):
             other = other[step]
@@ -90,15 +95,22 @@ def reshape(value: object, rng: Random) -> object:
     return value
 
 
+@lru_cache
+def style(data: bytes) -> dict:
+    """How json.dumps writes what is written like this: a change is then all that differs."""
+    value = json.loads(data)
+    return next((words for words in STYLES if json.dumps(value, ensure_ascii=False, **words).encode() == data.strip()), {})
+
+
 def structured(data: bytes, rng: Random) -> bytes:
     """JSON with one to three of its parts changed; now and then written in another way, or with a key twice."""
     value = json.loads(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         value = reshape(value, rng)
-    text = json.dumps(value, ensure_ascii=rng.random() < 0.7, indent=rng.choice((None, None, 1)))
-    if rng.random() < 0.05:
+    text = json.dumps(value, ensure_ascii=rng.randrange(10) < 7, **rng.choice((style(data), *STYLES)))
+    if rng.randrange(20) == 19:
         text = text.replace(", ", f", {text[1:60].partition(',')[0]}, ", 1)
-    return text.encode("utf-8", "surrogatepass")
+    return text.encode("utf-8", "surrogatepass") + data[len(data.rstrip()) :]
 
 
 def lined(data: bytes, rng: Random) -> bytes:
@@ -124,9 +136,9 @@ def worded(data: bytes, rng: Random) -> bytes:
     """Text with one of its words, numbers or quoted texts changed."""
     words = re.findall(rb'"[^"\n]*"|[\w.+-]+|\s+|.', data) or [b""]
     at, value = rng.randrange(len(words)), copy.deepcopy(rng.choice(VALUES))
-    text = json.dumps(value, ensure_ascii=rng.random() < 0.5)
+    text = json.dumps(value, ensure_ascii=rng.choice((True, False)))
     words[at] = rng.choice((text, str(value), "", "2020-01-01", "1e999", "0x10")).encode("utf-8", "surrogatepass")
-    if rng.random() < 0.2:
+    if rng.randrange(5) == 4:
         words.insert(at, rng.choice(words))
     return b"".join(words)
 
@@ -134,9 +146,9 @@ def worded(data: bytes, rng: Random) -> bytes:
 def tensors(data: bytes, rng: Random) -> bytes:
     """A .safetensors file with its header changed as JSON; its length is told rightly, most of the time."""
     size = int.from_bytes(data[:8], "little")
-    header = structured(data[8 : 8 + size], rng)
-    header += b" " * (-len(header) % 8 if rng.random() < 0.8 else 0)
-    told = len(header) if rng.random() < 0.9 else rng.choice((0, 1, len(header) + 8, 2**40, 2**63, 2**64 - 1))
+    header = structured(data[8 : 8 + size].rstrip(), rng)
+    header += b" " * (-len(header) % 8 if rng.randrange(5) < 4 else 0)
+    told = len(header) if rng.randrange(10) < 9 else rng.choice((0, 1, len(header) + 8, 2**40, 2**63, 2**64 - 1))
     return told.to_bytes(8, "little") + header + data[8 + size :]
 
 
@@ -184,10 +196,10 @@ def buffers(data: bytes, rng: Random) -> bytes:
     """A protocol buffer (tokenizer.model) with a field, or one of a message in it, changed, doubled, taken out or renamed."""
     found = fields(data)
     rare = [i for i, (tag, _) in enumerate(found) if tag != found[0][0]]  # not one of the thousand pieces
-    at = rng.choice(rare) if rare and rng.random() < 0.4 else rng.randrange(len(found))
+    at = rng.choice(rare) if rare and rng.randrange(5) > 2 else rng.randrange(len(found))
     tag, value = found[at]
     try:
-        inner = isinstance(value, bytes) and fields(value) and rng.random() < 0.8
+        inner = isinstance(value, bytes) and fields(value) and rng.randrange(5) < 4
     except (IndexError, KeyError):
         inner = False
     if inner:
@@ -214,6 +226,6 @@ def retagged(tag: int, rng: Random) -> int:
 
 def zipped(data: bytes, rng: Random) -> bytes:
     """A .gz file whose text is changed, or whose bytes are."""
-    if rng.random() < 0.3:
+    if rng.randrange(10) > 6:
         return raw(data, rng)
-    return gzip.compress(rng.choice((lined, raw))(gzip.decompress(data), rng), 1)
+    return gzip.compress(rng.choice((lined, raw))(gzip.decompress(data), rng), 1, mtime=0)

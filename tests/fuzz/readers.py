@@ -52,13 +52,13 @@ TEXT = (m.worded, m.worded, m.lined, m.raw)
 @dataclass(frozen=True, slots=True)
 class Reader:
     """`make` writes good files into a folder; the ones that match a key of `files` are changed by one of its mutators;
-    `read` reads them. `share`: how many inputs of every hundred."""
+    `read` reads them, and is told which it is. `share`: how many inputs of every hundred."""
 
     name: str
     share: float
     make: Callable[[Path], None]
     files: dict[str, tuple[m.Mutator, ...]]
-    read: Callable[[Path, Random], object]
+    read: Callable[[Path, str], object]
 
 
 # ---- rows --------------------------------------------------------------------------------------
@@ -91,12 +91,12 @@ def make_rows(form: str, folder: Path) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     for name, text in (("x.jsonl", lines), ("x.json", json.dumps(rows, indent=1)), ("x.txt", "why ?\nwho is it ?\n\nhow ?\n")):
         (folder / name).write_text(text)
-        (folder / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+        (folder / f"{name}.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
-def read_rows_of(folder: Path, rng: Random) -> None:
-    """Every row as it would come to a tokenizer, and back on the disk."""
-    name = (folder / "changed").read_text()
+def read_rows_of(folder: Path, name: str) -> None:
+    """Every row as it would come to a tokenizer, and back on the disk; how they are read is drawn from the content, which alone repeats it."""
+    rng = Random((folder / name).read_bytes())
     pairs, reports = forms.read_data(str(folder / name), rng.choice(("better", "safer")), rng.random() < 0.3, rng.choice((None, 2)), prompts="txt" in name)
     json.dumps([asdict(pair) for pair in pairs], ensure_ascii=False).encode()
     "".join(map(str, reports.values())).encode()
@@ -129,14 +129,16 @@ def make_model(kind: str, folder: Path) -> None:
     write_json(folder / "config.json", raw)
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": [2, 5]})
     config = parse_config(raw, kind)
+    torch.manual_seed(0)  # of the biases
     save_weights(folder, config, new_model(config, 0).state_dict())
-    read_model(folder, Random(0))  # torch imports a part of itself when it is first used: not in every child
+    read_model(folder, "")  # torch imports a part of itself when it is first used: not in every child
 
 
 def make_sharded(folder: Path) -> None:
     """As `make_model`, in three files with their index."""
     make_model("llama", folder)
     config = parse_config(json.loads((folder / "config.json").read_text()), "")
+    torch.manual_seed(0)
     weights, where = new_model(config, 0).state_dict(), {}
     for number in range(3):
         part = dict([*weights.items()][number::3])
@@ -148,7 +150,7 @@ def make_sharded(folder: Path) -> None:
 
 
 @torch.inference_mode()
-def read_model(folder: Path, rng: Random) -> None:
+def read_model(folder: Path, name: str) -> None:
     """The whole model, and one pass."""
     model = load_model(folder)
     model(torch.arange(12).view(2, 6))
@@ -156,10 +158,10 @@ def read_model(folder: Path, rng: Random) -> None:
 
 
 @torch.inference_mode()
-def run_model(folder: Path, rng: Random) -> None:
+def run_model(folder: Path, name: str) -> None:
     """As `read_model`, but the loader alone of another device too."""
     load_model(folder, "meta")
-    read_model(folder, rng)
+    read_model(folder, name)
 
 
 def make_adapter(folder: Path) -> None:
@@ -175,7 +177,7 @@ def make_adapter(folder: Path) -> None:
     save_state(folder / "state/state.safetensors", {"0.param": torch.ones(3), "0.step": torch.ones(())}, {"step": 1, "rows": [{"loss": 1.0}], "pending": []})
 
 
-def read_adapter_of(folder: Path, rng: Random) -> None:
+def read_adapter_of(folder: Path, name: str) -> None:
     """The adapter on its base."""
     lora, _ = read_adapter_config(folder / "adapter")
     model = load_model(folder)
@@ -183,7 +185,7 @@ def read_adapter_of(folder: Path, rng: Random) -> None:
     write_adapter(model, load_adapter(folder / "adapter"))
 
 
-def read_state_of(folder: Path, rng: Random) -> None:
+def read_state_of(folder: Path, name: str) -> None:
     load_state(folder / "state/state.safetensors")
 
 
@@ -234,7 +236,7 @@ def make_pairs(folder: Path) -> None:
     write_json(folder / "config.json", {"eos_token_id": [281], "bos_token_id": 280})
 
 
-def read_tokenizer(folder: Path, rng: Random) -> None:
+def read_tokenizer(folder: Path, name: str) -> None:
     """Text to ids and back, and as a log shows it."""
     found = tokenizer.load_tokenizer(folder)
     for text in ("the fox 's 12 é\n\n  ?", "", " \n" * 20 + "a" * 40):
@@ -267,9 +269,8 @@ def make_toml(folder: Path) -> None:
         'question = "which ?"\nseeds = [0, 1]\n[groups]\none = "@tiny"\ntwo = "@tiny --dpo.beta=0.2"\n[variants]\nfirst = ""\n"the other" = "--macpo.rounds=1"\n')  # fmt: skip
 
 
-def read_toml_of(folder: Path, rng: Random) -> None:
+def read_toml_of(folder: Path, name: str) -> None:
     """A file as train.py takes it, or as the config.toml of a run folder."""
-    name = (folder / "changed").read_text()
     if name.startswith("experiments"):
         experiments.PRESETS = folder
         found = experiments.read_experiment("x")
@@ -310,9 +311,8 @@ def make_written(folder: Path) -> None:
     write_rows(folder / "answers.jsonl", made)
 
 
-def read_written(folder: Path, rng: Random) -> None:
+def read_written(folder: Path, name: str) -> None:
     """The file that was changed, by its reader."""
-    name = (folder / "changed").read_text()
     pairs = [(sample, sample) for sample in SAMPLES]
     match name:
         case "samples.jsonl":
@@ -348,7 +348,7 @@ def copied(run: Path, folder: Path) -> None:
     shutil.copytree(run, folder / "run")
 
 
-def read_run_folder(folder: Path, rng: Random) -> None:
+def read_run_folder(folder: Path, name: str) -> None:
     """Its table, its report, and whether it is finished."""
     for kept in (evaluate.check_once, evaluate.gold_of, evaluate.row_of, evaluate.right_share, evaluate.offered, evaluate.signs_of):
         kept.cache_clear()

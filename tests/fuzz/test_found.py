@@ -3,11 +3,14 @@
 import json
 import re
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
+from random import Random
 
 import pytest
+from children import Reading
 from readers import readers
-from test_fuzz import check
 
 from minmacpo import UserError
 
@@ -54,6 +57,7 @@ FOUND = {
     "half a character": ("sentencepiece", "tokenizer.model", lambda good: good.replace(b"<0x16>", b"<0\xb216", 1)),
     "a half id": ("byte pairs", "tokenizer.json", put(7.5, "model", "vocab", "a")),
     "an added token that is a number": ("byte pairs", "tokenizer.json", put(5, "added_tokens", 0, "content")),
+    "nothing but brackets, in an experiment": ("experiment", "experiments/x.toml", lambda good: b"seeds = " + b"[" * 3000),
     "a repeated group": ("byte pairs", "tokenizer.json", put(r"(?:\p{L}|\p{L}\p{L})+x", *SPLIT)),
     "an answer that is a number": ("written", "samples.jsonl", line(5, "response")),
     "tokens that are text": ("written", "samples.jsonl", line(["a"], "tokens")),
@@ -68,18 +72,24 @@ FOUND = {
 }  # fmt: skip
 
 
+def answer(stub: Path, home: Path, name: str, file: str, changed: Callable[[bytes], bytes]) -> str:
+    """Whether this change of a file is read or refused; fails if neither."""
+    reader = next(reader for reader in readers(stub) if reader.name == name)
+    with closing(Reading(replace(reader, files={file: (lambda good, rng: changed(good),)}), home)) as reading:
+        reading.take(Random(0))
+    return "read" if reading.read else "refused"
+
+
 @pytest.mark.parametrize("what", FOUND)
 def test_is_refused(stub, tmp_path, what):
-    name, file, changed = FOUND[what]
-    reader = next(reader for reader in readers(stub) if reader.name == name)
-    assert check(replace(reader, files={file: (lambda good, rng: changed(good),)}), tmp_path / "home", 0, 1) == (1, 0)
+    assert answer(stub, tmp_path / "home", *FOUND[what]) == "refused"
 
 
-def test_torn_metrics_and_replies_that_are_no_text_are_passed_over(stub, tmp_path):
-    """They are no errors: what a kill has torn belongs to no finished stage, a verdict without its reply is asked again."""
-    for name, file, changed in (("run", "run/metrics.jsonl", lambda good: good + DEEP), ("written", "verdicts.jsonl", line(5, "reply"))):
-        reader = next(reader for reader in readers(stub) if reader.name == name)
-        assert check(replace(reader, files={file: (lambda good, rng, changed=changed: changed(good),)}), tmp_path / name, 0, 1) == (0, 1)
+def test_what_only_looks_wrong_is_read(stub, tmp_path):
+    """What a kill has torn belongs to no finished stage, a verdict without its reply is asked again, a piece that is no bytes is text."""
+    for name, file, changed in (("run", "run/metrics.jsonl", lambda good: good + DEEP), ("written", "verdicts.jsonl", line(5, "reply")),
+                                ("byte pairs", "tokenizer.json", put(5, "model", "vocab", "the fox \ud800"))):  # fmt: skip
+        assert answer(stub, tmp_path / name, name, file, changed) == "read"
 
 
 def test_a_sentence_has_an_end():
