@@ -175,8 +175,8 @@ def code_lines(name: str) -> int:
 
 
 def test_the_library_is_small():
-    """7,000 lines of code; docstrings and blank lines do not count, so that nobody saves on them."""
-    assert sum(code_lines(name) for name in TREES if name not in PROGRAMS) <= 7000
+    """7,050 lines of code; docstrings and blank lines do not count, so that nobody saves on them."""
+    assert sum(code_lines(name) for name in TREES if name not in PROGRAMS) <= 7050
 
 
 def test_the_programs_are_small():

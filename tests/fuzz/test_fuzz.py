@@ -90,7 +90,7 @@ GOOD = '{"prompt": "who is it ?", "chosen": ["a fox", 7]}'
 
 
 @pytest.mark.parametrize("told", PLANTED)
-def test_a_defect_is_found_and_made_small(tmp_path, seed, monkeypatch, told):
+def test_a_defect_is_found_and_made_small(tmp_path, monkeypatch, told):
     """A reader that fails on a row that is no object: of all the changes that find it, a short row is left, beside three good ones."""
     pytest.importorskip("hypothesis")
     monkeypatch.setattr(children, "SECONDS", 0.1)
@@ -109,6 +109,6 @@ def test_a_defect_is_found_and_made_small(tmp_path, seed, monkeypatch, told):
 
     reader = Reader("planted", 1, make, {"x.jsonl": (m.lined, m.raw)}, read)
     with pytest.raises(AssertionError, match=told):
-        fuzz(reader, tmp_path / "home", seed, 1000)
+        fuzz(reader, tmp_path / "home", 0, 1000)
     rows = (tmp_path / "home/finding").read_text().splitlines()
     assert len(rows) == 4 and sorted(map(len, rows))[0] < 5 and rows.count(GOOD) == 3
