@@ -156,11 +156,12 @@ class Decoder:
 
 class Board:
     """The rows that are decoded side by side: whose prompt each is (`row`), how many new tokens it has (`at`), whether it goes
-    on (`running`), all [places]; the prompts that wait; and what all rows have so far."""
+    on (`running`), all [places]; the prompts that wait; after which steps rows that began together have all ended (`ends`); and
+    what all rows have so far."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], most: int, places: int, device):
         rows = len(prompts)
-        self.most, self.waiting, self.step = most, deque(range(places, rows)), 0
+        self.most, self.waiting, self.step, self.ends = most, deque(range(places, rows)), 0, {most}
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.uniform = torch.from_numpy(noise(seeds, most + 1)).to(device)  # a row that has ended goes on for a while, unread
         self.out = torch.zeros(rows, most + 1, dtype=torch.long, device=device)
@@ -195,6 +196,7 @@ class Board:
         places = (~self.running).nonzero()[:, 0]
         self.row[places] = torch.tensor(fresh, device=places.device)
         self.at[places], self.running[places] = 0, True
+        self.ends.add(self.step + self.most)
         return places
 
 
@@ -218,8 +220,7 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], seeds: Sequen
         if tell:
             tell(token.tolist())
         board.write(token, logp, stop)
-        last = board.step == most and places == len(prompts)  # all rows end at once
-        if (last or board.step % LOOK_EVERY == 0) and not board.running.all():
+        if (board.step in board.ends or board.step % LOOK_EVERY == 0) and not board.running.all():
             keep, fresh = board.clear()
             if keep is not None:
                 token = token[keep]
