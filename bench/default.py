@@ -27,6 +27,13 @@ def seconds(code: Path, root: Path) -> Counter:
     return found
 
 
+def same(old: Path, new: Path) -> str:
+    """How far the tables of two runs are apart."""
+    sides = [{(row["agent"], row["round"]): row for row in json.loads((root / "world/eval/table.json").read_bytes())["rows"]} for root in (old, new)]
+    gold, perplexity = (max(abs(row[key] - sides[1][who][key]) for who, row in sides[0].items()) for key in ("gold", "perplexity"))
+    return f"{len(sides[0])} rows of the table: gold reward within {gold:.1g}, perplexity within {perplexity:.1g}"
+
+
 def main(commit: str = BEFORE, times: str = "1") -> None:
     turns = []
     with tempfile.TemporaryDirectory() as folder:
@@ -34,11 +41,13 @@ def main(commit: str = BEFORE, times: str = "1") -> None:
         subprocess.run(["git", "-C", f"{folder}/code", "checkout", "--quiet", commit], check=True)
         for turn in range(int(times)):
             turns.append([seconds(code, Path(folder, f"{side}{turn}")) for side, code in enumerate((Path(folder, "code"), Path.cwd()))])
+        equal = same(Path(folder, "00"), Path(folder, "10"))
     rows = []
     for kind, work in {**KINDS, "all": "all stages"}.items():
         old, new = ([sum(side.values()) if kind == "all" else side[kind] for side in sides] for sides in zip(*turns, strict=True))
         rows.append({"work": work, "shape": "world", "dtype": "fp32", "peer": f"commit {commit[:7]}", "own": {"cpu_s": spread(new)},
                      "peer_values": {"cpu_s": spread(old)}, "ratio_cpu": spread([a / b for a, b in zip(old, new, strict=True)])})  # fmt: skip
+    rows[-1]["equal"] = equal
     write("default", TITLE, rows)
 
 
