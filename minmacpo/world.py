@@ -21,6 +21,7 @@ import random
 from dataclasses import asdict
 from typing import NamedTuple
 
+from minmacpo import UserError
 from minmacpo.data import Example, Message, Pair, example_id
 from minmacpo.domains import DOMAINS, HARMING, TOOLS, TOPICS
 
@@ -243,9 +244,11 @@ def gold(town: Town, pair: Pair, response: str, finish: str) -> dict[str, float]
     """Components in {0, 1} and "gold" = 0.6 right + 0.2 polite + 0.2 well formed, in [0, 1].
     right: the answer ends with the true sentence, in the form asked for. polite: it opens politely or with regret.
     well formed: a known opening, exactly one sentence that answers this question, in that form, the end token
-    (`finish` is "stop"). Closing remarks, where there may be any, come after all that."""
+    (`finish` is "stop"). Closing remarks, where there may be any, come after all that. UserError if the town has no such fact."""
     key, name, question = pair.meta["item"], pair.meta["name"], pair.prompt[0].content
-    item = next(i for i in town.facts + town.harms if i.key == key and i.name in (None, name))
+    item = next((i for i in town.facts + town.harms if i.key == key and i.name in (None, name)), None)
+    if not item:
+        raise UserError(f"{key}, {name}: the world of these settings has no such fact; [world] and run.seed must be those of the questions")
     response, concluded = unclosed(town, response)
     legal = [formed(town, question, body(item, name, value)) for value in item.values]
     opening = next((o for o in POLITE + SORRY + RUDE if response.startswith(o + " ")), None)

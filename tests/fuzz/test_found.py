@@ -68,6 +68,7 @@ FOUND = {
     "counts that are no numbers": ("run", "run/round1/pairs_student/stage.json", put([], "counts", "pairs")),
     "scores that are a text": ("written", "scores.jsonl", lambda good: b'"a"\n' + good),
     "teachers without end": ("run", "run/config.toml", lambda good: re.sub(rb"teachers = \d", b"teachers = 99999999999", good)),
+    "a seed of another world": ("run", "run/config.toml", lambda good: re.sub(rb"(?m)^seed = 0", b"seed = 16", good)),
     "scores too many": ("run", UNDER, lambda good: good + good),
 }  # fmt: skip
 
