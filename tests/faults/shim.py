@@ -66,9 +66,10 @@ class Disk:
             apart = isinstance(file, int) or str(file).startswith(("/proc/", "/dev/"))
             if apart or not {*mode} & {*"wax+"}:
                 return real(file, mode, buffering, encoding, errors, newline, closefd, opener)
-            assert mode.replace("a+", "a").isalpha() and buffering == -1 and opener is None, "the shim knows no such file"
+            assert mode.replace("a+", "a").replace("w+", "w").isalpha() and buffering == -1, "the shim knows no such file"
             self.before("open", file)
-            buffer = io.BufferedWriter(File(self, file, mode.replace("b", "").replace("t", "")))
+            kind = io.BufferedRandom if "w+" in mode else io.BufferedWriter
+            buffer = kind(File(self, file, mode.replace("b", "").replace("t", ""), opener))
             return buffer if "b" in mode else io.TextIOWrapper(buffer, encoding, errors, newline)
 
         return opened
@@ -77,9 +78,9 @@ class Disk:
 class File(io.FileIO):
     """An open file whose writes and cuts go over a Disk."""
 
-    def __init__(self, disk: Disk, path, mode: str):
+    def __init__(self, disk: Disk, path, mode: str, opener=None):
         self.disk = disk
-        super().__init__(path, mode)
+        super().__init__(path, mode, opener=opener)
 
     def write(self, data) -> int:
         return self.disk.write(super().write, data)
