@@ -273,11 +273,6 @@ def make_ground(run: Run, source: dict, prepared: Callable[[], Prepared]) -> Gro
     return Ground(slices, bases)
 
 
-def arithmetic(config: Config) -> dict[str, int]:
-    """Raised where a faster way changed the last bits of what the bases made here learn."""
-    return {"arithmetic": 2} if config.model.vocab > SMALL else {}
-
-
 def make_base(run: Run, name: str, origin: dict, tokenizer: Stage, prepared: Callable[[], Prepared]) -> Base:
     """Two stages: the text of base `name`, and the base pre-trained on it."""
     config, part, weak = run.config, run.config.pretrain, run.config.model.weak
@@ -290,7 +285,9 @@ def make_base(run: Run, name: str, origin: dict, tokenizer: Stage, prepared: Cal
     schedule = Schedule(lr, steps, part.batch, floor=0.1, betas=(0.9, 0.95), weight_decay=0.1)
     settings = {"shape": form, "context": config.model.context, "max_length": config.data.max_length,
                 "template": config.data.template, "device": device_of(config),
-                "micro_tokens": config.run.micro_tokens} | asdict(schedule) | arithmetic(config)  # fmt: skip
+                "micro_tokens": config.run.micro_tokens} | asdict(schedule)  # fmt: skip
+    if config.model.vocab > SMALL:  # a faster way changed the last bits of what such bases learn
+        settings["arithmetic"] = 2
 
     def write_corpus(work: Work) -> dict:
         write_rows(work.folder / "texts.jsonl", prepared().corpora[name])

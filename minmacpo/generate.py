@@ -76,7 +76,7 @@ def noise(seeds: Sequence[int], steps: int) -> np.ndarray:
 def read(model: Transformer, tokens: Tensor, last: Tensor, cache: Tensor) -> Tensor:
     """Logits [B, V] after place last [B] of tokens [B, T], whose cache is written; a packed twin reads a few rows at a time."""
     size = len(tokens)
-    if model.direct:
+    if model.by_coordinate:
         tokens = F.pad(tokens, (0, -tokens.shape[1] % WHOLE))
         size = max(1, AT_ONCE // tokens.shape[1])
     parts = zip(tokens.split(size), last.split(size), cache.split(size, dim=2), strict=True)

@@ -91,7 +91,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    direct = False  # whether its cache lies, and its prompts are read, as pays in a packed twin (packed.pack)
+    direct = False  # with a cache too by plain products (packed.pack)
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -188,7 +188,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embedding, blocks and last norm (HF's `model`), and the head; a tied head is the embedding itself."""
 
-    direct = False  # whether its cache lies, and its prompts are read, as pays in a packed twin (packed.pack)
+    by_coordinate = False  # how its cache lies, and its prompts are read: set in a packed twin where that pays (packed.pack)
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -207,10 +207,10 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def new_cache(self, rows: int, length: int) -> Tensor:
-        """Room for keys (0) and values (1): [2, layers, rows, kv_heads, length, head_dim], zeros. Of a packed twin all positions of
+        """Room for keys (0) and values (1): [2, layers, rows, kv_heads, length, head_dim], zeros. `by_coordinate`: all positions of
         one coordinate lie together, which `attend_one` reads fastest, and the length is rounded up to a multiple of WHOLE."""
         layers, heads, size = self.config.num_hidden_layers, self.config.num_key_value_heads, self.config.head_dim
-        if self.direct:
+        if self.by_coordinate:
             return self.lm_head.weight.new_zeros(2, layers, rows, heads, size, length + -length % WHOLE).transpose(4, 5)
         return self.lm_head.weight.new_zeros(2, layers, rows, heads, length, size)
 

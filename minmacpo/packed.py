@@ -55,7 +55,7 @@ def pack(model: Transformer, rows: int) -> Transformer:
     """A twin of the model as it is now, for `rows` tokens at a time, that shares its parameters and quantised linears. In fp32 an adapter is merged
     into what is packed; in bf16, where merging would round it, it stays the slot. No gradient passes."""
     twin = copy.deepcopy(model, {id(kept): kept for kept in chain(model.parameters(), model.buffers())})
-    twin.direct = model.lm_head.weight.dtype == torch.float32  # in bf16 it does not pay
+    twin.by_coordinate = model.lm_head.weight.dtype == torch.float32  # in bf16 it does not pay
     for name, module in [*twin.named_modules()]:
         parent, _, last = name.rpartition(".")
         if isinstance(module, LoraLinear) and type(module.base) is nn.Linear and module.base.weight.dtype == torch.float32:

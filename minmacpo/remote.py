@@ -73,6 +73,7 @@ def over_http(words: Namespace) -> Ask:
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
     def ask(question: str) -> str:
+        """The reply to one question."""
         body = {"model": words.model, "messages": [{"role": "user", "content": question}],
                 "temperature": 0, "max_tokens": words.max_new}  # fmt: skip
         problem = ""
@@ -143,6 +144,7 @@ def asked(ask: Ask, jobs: Sequence[tuple], workers: int) -> Iterator[tuple]:
     left, done = deque(jobs), SimpleQueue()
 
     def work() -> None:
+        """Ask what is left, until nothing is, or a question fails."""
         with contextlib.suppress(IndexError):  # none is left
             while True:
                 key, question = left.popleft()
