@@ -100,16 +100,24 @@ def versions() -> dict[str, str]:
 
 def write(name: str, title: str, rows: Sequence[dict], keep: bool = False, **more) -> None:
     """assets/bench/NAME.json (form: this package's first lines), and its table on the screen. `keep`: rows of the
-    file that are not measured anew stay in it."""
+    file that are not measured anew stay in it. The file stays as it is where it has a peer's figures that the new rows lack."""
     PLACE.mkdir(parents=True, exist_ok=True)
-    if keep and (file := PLACE / f"{name}.json").is_file():
-        new = {tuple(row.get(key) for key in KEY) for row in rows}
-        old = json.loads(file.read_text("utf-8"))["rows"]
-        rows = [row for row in old if tuple(row.get(key) for key in KEY) not in new] + list(rows)
-    known = {"bench": name, "title": title, "command": f"python -m bench.{name}", "machine": machine(), "versions": versions(),
-             "date": datetime.now(UTC).date().isoformat(), "commit": (code_commit() or "unknown")[:12]}  # fmt: skip
-    write_json(PLACE / f"{name}.json", known | {"rows": list(rows)} | more)
+    file = PLACE / f"{name}.json"
+    old = json.loads(file.read_text("utf-8"))["rows"] if file.is_file() else []
+    new = {key_of(row): row for row in rows}
+    if any(row.get("peer_values") and not new.get(key_of(row), row).get("peer_values") for row in old):
+        title += f" {file} is left as it was: it has figures of a peer that could not be measured now."
+    else:
+        kept = [row for row in old if key_of(row) not in new] if keep else []
+        known = {"bench": name, "title": title, "command": f"python -m bench.{name}", "machine": machine(), "versions": versions(),
+                 "date": datetime.now(UTC).date().isoformat(), "commit": (code_commit() or "unknown")[:12]}  # fmt: skip
+        write_json(file, known | {"rows": [*kept, *rows]} | more)
     print(f"{title}\n", *map(line, rows), sep="\n")
+
+
+def key_of(row: dict) -> tuple:
+    """What tells a row of a file from the others."""
+    return tuple(row.get(key) for key in KEY)
 
 
 def line(row: dict) -> str:

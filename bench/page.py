@@ -83,7 +83,7 @@ def bench_section(bench: dict) -> str:
 
 def page(place: Path) -> str:
     """BENCHMARKS.md of the JSON files in `place`."""
-    benches = [json.loads(file.read_text("utf-8")) for file in sorted(place.glob("*.json"))]
+    benches = [json.loads(file.read_text("utf-8")) for file in sorted(place.glob("*.json")) if not file.stem.endswith("-tiny")]
     targets = markdown(["work", "peer", "target", "measured", "", "by"], target_rows(benches))
     return "\n".join([INTRO, "## Targets\n", targets, *map(bench_section, benches)])
 

@@ -287,7 +287,7 @@ def make_base(run: Run, name: str, origin: dict, tokenizer: Stage, prepared: Cal
                 "template": config.data.template, "device": device_of(config),
                 "micro_tokens": config.run.micro_tokens} | asdict(schedule)  # fmt: skip
     if config.model.vocab > SMALL:  # a faster way changed the last bits of what such bases learn
-        settings["arithmetic"] = 2
+        settings["arithmetic"] = 3
 
     def write_corpus(work: Work) -> dict:
         write_rows(work.folder / "texts.jsonl", prepared().corpora[name])

@@ -14,15 +14,7 @@ import numpy as np
 
 from minmacpo import UserError
 from minmacpo.commandline import Words
-from minmacpo.evaluate import (
-    Past,
-    gold_by_prompt,
-    last_student,
-    measured,
-    paired_interval,
-    read_run,
-    row_at,
-)
+from minmacpo.evaluate import Past, gold_by_prompt, last_student, measured, paired_interval, read_run, row_at
 from minmacpo.files import read_json, write_atomic
 from minmacpo.page import document, figure, grid
 from minmacpo.run import FINISHED

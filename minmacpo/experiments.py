@@ -25,14 +25,7 @@ import numpy as np
 from minmacpo import UserError
 from minmacpo.commandline import PRESETS, parse
 from minmacpo.config import Config
-from minmacpo.evaluate import (
-    Past,
-    gold_by_prompt,
-    make_table,
-    measured,
-    paired_interval,
-    read_run,
-)
+from minmacpo.evaluate import Past, gold_by_prompt, make_table, measured, paired_interval, read_run
 from minmacpo.files import read_json, write_atomic, write_json
 from minmacpo.folder import check_folder
 from minmacpo.page import document, forest, grid, tag

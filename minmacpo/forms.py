@@ -15,19 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from minmacpo import UserError
-from minmacpo.data import (
-    ENDINGS,
-    Message,
-    Pair,
-    Sample,
-    example_id,
-    find_files,
-    is_array,
-    read_array,
-    read_lines,
-    spoken,
-    two_sides,
-)
+from minmacpo.data import ENDINGS, Message, Pair, Sample, example_id, find_files, is_array, read_array, read_lines, spoken, two_sides
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}

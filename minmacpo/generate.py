@@ -134,6 +134,8 @@ class Decoder:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self.logits = self.run(*self.inputs, used)
+        except torch.OutOfMemoryError:  # fewer rows may do
+            raise
         except RuntimeError as error:
             Decoder.captures = False
             print(f"WARNING: decoding is not captured as a CUDA graph ({str(error).splitlines()[0]}); it goes on without, slower", file=sys.stderr)

@@ -14,29 +14,45 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK = 2048  # most tokens per head matmul: [its rows, vocabulary] is the largest tensor that exists
 LOGITS = 1 << 23  # most logits at a time: what is done to them is done within a CPU's cache (bench/loss.py)
+BLOCK = 256  # tokens that a matmul takes up best: of 262, each costs an eighth more
+STRIP = 1 << 20  # of these, logits of bf16 that are fp32 at a time
 SMALL = 4096  # a vocabulary up to which nothing is gained by taking each exponential once, and in place
 compile_once = functools.cache(torch.compile)  # a function's compiled form, the same for the whole process
 
 
 def target_logits(logits: Tensor, targets: Tensor, likeliest: Tensor, own: Tensor | None) -> Tensor:
-    """[N, 1] of logits [N, V]: the target's; with `own`, mixed with that of the `likeliest` token [N]."""
-    found = logits.gather(-1, targets[:, None])
-    return found if own is None else torch.lerp(found, logits.gather(-1, likeliest[:, None]), own)
+    """[N, 1] of logits [N, V], at least in fp32: the target's; with `own`, mixed with that of the `likeliest` token [N]."""
+    found = widened(logits.gather(-1, targets[:, None]))
+    return found if own is None else torch.lerp(found, widened(logits.gather(-1, likeliest[:, None])), own)
+
+
+def widened(x: Tensor) -> Tensor:
+    """x, in fp32 if it has fewer bits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def take_exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(largest, sum of the exponentials of what is left without it), [N, 1], of logits [N, V], which become those exponentials."""
-    top = logits.amax(-1, keepdim=True)
-    return top, logits.sub_(top).exp_().sum(-1, keepdim=True)
+    """(largest, sum of the exponentials of what is left without it), [N, 1], at least in fp32, of logits [N, V], which become those
+    exponentials. Of those with fewer bits, on a CPU, only STRIP are fp32 at a time."""
+    plain = logits.device.type == "cpu" and not torch.compiler.is_compiling()  # a compiler keeps no wide copy
+    if plain and logits.dtype.itemsize < 4 and len(logits) > 1 and logits.numel() > STRIP:
+        tops, masses = zip(*map(take_exponentials, logits.split(max(1, STRIP // logits.shape[1]))), strict=True)
+        return torch.cat(tops), torch.cat(masses)
+    wide = widened(logits)
+    top = wide.amax(-1, keepdim=True)
+    mass = wide.sub_(top).exp_().sum(-1, keepdim=True)
+    if wide is not logits:
+        logits.copy_(wide)
+    return top, mass
 
 
 def chunk_logps(hidden: Tensor, weight: Tensor, targets: Tensor, own: Tensor | None = None) -> Tensor:
     """log p(target) [N] from hidden [N, H], head weight [V, H], targets [N]; `own` as in token_logps."""
-    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    logits = hidden @ weight.T
     likeliest = targets if own is None else logits.argmax(-1)
     found = target_logits(logits, targets, likeliest, own)
     if logits.requires_grad or len(weight) <= SMALL:
-        return found[:, 0] - logits.logsumexp(-1)
+        return found[:, 0] - widened(logits).logsumexp(-1)
     top, mass = take_exponentials(logits)
     return (found - top - mass.log())[:, 0]
 
@@ -46,21 +62,28 @@ def chunk_logps_direction(
 ) -> tuple[Tensor, Tensor]:
     """(log p(target) [N], its gradient W[y] - Σ_v p_v W[v] with respect to hidden [N, H]); with `own`, W[y]
     is mixed with the row of the likeliest token, through whose choice no gradient goes."""
-    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    logits = hidden @ weight.T
     likeliest = targets if own is None else logits.argmax(-1)
     found, rows = target_logits(logits, targets, likeliest, own), weight[targets]
     if own is not None:
         rows = torch.lerp(rows, weight[likeliest], own.to(weight.dtype))
     if len(weight) <= SMALL:
+        logits = widened(logits)
         total = logits.logsumexp(-1, keepdim=True)
         return (found - total)[:, 0], rows - logits.sub_(total).exp_().to(hidden.dtype) @ weight
     top, mass = take_exponentials(logits)  # probabilities times `mass` are left
-    return (found - top - mass.log())[:, 0], rows - (logits.to(hidden.dtype) @ weight) / mass.to(hidden.dtype)
+    return (found - top - mass.log())[:, 0], rows - (logits @ weight) / mass.to(hidden.dtype)
+
+
+def chunk_size(vocab: int) -> int:
+    """Tokens of a chunk: one, or as many as have at most LOGITS, in whole BLOCKs."""
+    size = max(1, min(CHUNK, LOGITS // vocab))
+    return size - size % BLOCK if size > BLOCK else size
 
 
 def in_chunks(hidden: Tensor, targets: Tensor, vocab: int) -> list[tuple[Tensor, Tensor]]:
-    """Parts of hidden [N, H] and targets [N] whose logits are at most LOGITS, or of one token."""
-    size = max(1, min(CHUNK, LOGITS // vocab))
+    """Parts of hidden [N, H] and targets [N], by `chunk_size`."""
+    size = chunk_size(vocab)
     return list(zip(hidden.split(size), targets.split(size), strict=True))
 
 
@@ -106,7 +129,7 @@ def masked_logps(
     if shared is None:
         hidden = model(tokens)[:, :-1][picked]
     else:
-        hidden = model(tokens, shared=shared)[0].index_select(0, shared.origin[:, :-1][picked])
+        hidden = model(tokens, shared=shared, picked=F.pad(picked, (0, 1)))
     logps = token_logps(hidden, model.lm_head.weight, tokens[:, 1:][picked], compiled, own)
     return logps, picked.nonzero()[:, 0]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from minmacpo.config import LINEARS, Lora
 from minmacpo.families import ModelConfig
-from minmacpo.losses import CHUNK, LOGITS
+from minmacpo.losses import SMALL, STRIP, chunk_size
 from minmacpo.model import SMALL_ROWS
 from minmacpo.packed import LARGEST, SMALLEST
 from minmacpo.quant import BLOCK
@@ -24,7 +24,8 @@ KERNELS = 27 << 20  # oneDNN's, of a pass in bf16 (machine.py says how many ther
 @dataclass(frozen=True, slots=True)
 class Load:
     """The largest forward pass of a stage. kind: "pretrain" (all weights learn), "train" (the slot learns), "score" or
-    "sample". `rows` lie side by side, each `length` tokens with its padding, `scored` of all these reach the head.
+    "sample". `rows` lie side by side, each `length` tokens with its padding, `scored` of all these reach the head; where padding
+    and prompts in common are left out (model.Shared), all but attention is done on `computed` tokens.
     `again`: gradients of an earlier pass of the step are kept. `room`: positions of the cache; `models`: how many;
     `twins`: their linears are packed once more where that pays (packed.py)."""
 
@@ -36,6 +37,12 @@ class Load:
     room: int = 0
     models: int = 1
     twins: bool = False
+    computed: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """That all but attention is done on."""
+        return self.rows * self.length if self.computed is None else self.computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,19 +116,30 @@ def held(config: ModelConfig, size: int, form: str, world: int) -> int:
     return round(whole - (whole - outer) * max(0, 1 - 1 / world - 2 / config.num_hidden_layers))
 
 
-def kept(config: ModelConfig, lora: Lora | None, size: int) -> int:
-    """Numbers (of `size` bytes) a token that a layer keeps for its backward pass; `lora` None: every weight learns."""
+def kept(config: ModelConfig, lora: Lora | None) -> int:
+    """Numbers that a layer keeps of a token for its backward pass, without what attention gets and gives
+    (`attended`); `lora` None: every weight learns."""
     hidden, mlp, variant = config.hidden_size, config.intermediate_size, config.variant
-    query, key = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    found = 2 * hidden * (2 if size < 4 else 1)  # what the norms get; they compute in fp32
+    found = 2 * hidden  # what the norms get
     found += 3 * mlp  # gate, silu(gate) and up, which multiply each other
-    found += 2 * (query + key)  # what attention gets and gives
-    found += (query + key) * variant.qk_norm
+    found += attended(config) // 2 * variant.qk_norm
     if lora is None:  # a weight that learns needs its input, that of a norm the normed input
-        return found + 4 * hidden + mlp + (query + key) * variant.qk_norm
+        return found + 4 * hidden + mlp + attended(config) // 2 * variant.qk_norm
     learning = {*lora.targets}
     found += hidden * bool(learning & {"q_proj", "k_proj", "v_proj"}) + hidden * bool(learning & {"gate_proj", "up_proj"})
     return found + mlp * ("down_proj" in learning) + lora.r * len(learning)
+
+
+def attended(config: ModelConfig) -> int:
+    """Numbers that attention gets and gives for a token, padding and prompts in common too: query, key, value, their mean."""
+    return 2 * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
+
+
+def of_logits(count: int, config: ModelConfig, size: int) -> int:
+    """Bytes of so many logits and of what is made of them, under a frozen head (losses.take_exponentials)."""
+    if config.vocab_size <= SMALL:
+        return 8 * count
+    return size * count + 4 * min(count, STRIP) * (size < 4)
 
 
 def crossed(config: ModelConfig, lora: Lora, size: int, scores: int) -> int:
@@ -134,30 +152,33 @@ def crossed(config: ModelConfig, lora: Lora, size: int, scores: int) -> int:
     return 2 * config.hidden_size + max(mlp, norm, config.hidden_size + 4 * query + 2 * key + 2 * scores)
 
 
-def need(load: Load, config: ModelConfig, lora: Lora, size: int, form: str = "none", world: int = 1) -> Need:
+def need(load: Load, config: ModelConfig, lora: Lora, size: int, form: str = "none", world: int = 1,
+         device: str = "cpu") -> Need:  # fmt: skip
     """What a pass of this load holds at its peak, in a model with weights of `size` bytes a number, its linears in `form` (a base
     that is being pre-trained is not quantised), its blocks divided among `world` ranks. Gradients of all weights appear while the activations go: the larger of
     the two counts, unless `again`."""
     (base, slot), weights, unpacked = parameters(config, lora), held(config, size, form, world), unpacking(config, size, form)
-    tokens, chunk = load.rows * load.length, min(load.scored, CHUNK, max(1, LOGITS // config.vocab_size)) * config.vocab_size
+    tokens, places, chunk = load.tokens, load.rows * load.length, min(load.scored, chunk_size(config.vocab_size)) * config.vocab_size
     hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    small = size < 4 and load.length <= SMALL_ROWS  # on a CPU bf16 attention then has all its scores
+    small = device == "cpu" and size < 4 and load.length <= SMALL_ROWS  # its bf16 attention then has all its scores
     scores = load.length * config.num_attention_heads * small
     if load.kind in ("score", "sample"):
         moving, passing = size * tokens * hidden, size * tokens * crossed(config, lora, size, scores) + unpacked
         cache = 2 * layers * load.rows * load.room * config.num_key_value_heads * config.head_dim
-        head = 8 * chunk if load.kind == "score" else 16 * load.rows * config.vocab_size
+        head = of_logits(chunk, config, size) if load.kind == "score" else 16 * load.rows * config.vocab_size
         weights += twin_bytes(config, size, form) if load.twins else 0
         return Need(weights * load.models, 4 * slot * load.models, moving + max(passing, head) - head, head,
                     2 * cache * size * load.models)  # fmt: skip
     full = load.kind == "pretrain"
     freed = mlp * (full or "down_proj" in lora.targets)  # what down_proj kept goes before the rest comes
     passing = size * tokens * (3 * mlp - freed + 2 * hidden) + unpacked  # back through the last layer's MLP
-    each = kept(config, None if full else lora, size)
-    stats = 4 * tokens * layers * (config.num_attention_heads + 2)  # fp32: logsumexp of attention, scale of norms
-    stats += size * tokens * layers * scores
-    stored = size * tokens * (layers * each + 2 * hidden) + stats + 2 * size * load.scored * hidden
-    head = (16 if full else 8) * chunk
+    if places > tokens:  # or through its attention, when what the MLP kept has gone
+        passing = max(passing, size * (places * 3 * attended(config) // 2 - tokens * 3 * mlp))
+    each = kept(config, None if full else lora)
+    stats = 4 * layers * places * config.num_attention_heads  # fp32: logsumexp of attention
+    inside = size * places * layers * (attended(config) + scores)
+    stored = size * tokens * (layers * each + 2 * hidden) + inside + stats + 2 * size * load.scored * hidden
+    head = 16 * chunk if full else of_logits(chunk, config, size)
     if full:
         gradients = 4 * base
         worked = stored + max(passing, head) - head
@@ -171,7 +192,7 @@ def beside(load: Load, config: ModelConfig, size: int, found: Need) -> int:
     """What a process on a CPU holds beside the tensors of a pass: libraries, kernels, and the part of glibc's heap that is free but
     taken: an aligned block that is freed has no room for the next of its size, for what was cut off to align it has been given
     away. Larger blocks are mapped, and given back."""
-    learns, block = load.kind in ("pretrain", "train"), size * load.rows * load.length
+    learns, block = load.kind in ("pretrain", "train"), size * load.tokens
     fixed = PROCESS + learns * BACKWARD + (1 + learns) * KERNELS * (size < 4)
     if block * config.hidden_size >= HEAP:
         return fixed

@@ -11,18 +11,7 @@ from functools import partial
 from minmacpo import feedback
 from minmacpo.bases import Ground
 from minmacpo.choose import Candidates
-from minmacpo.macpo import (
-    Agent,
-    Trained,
-    ceiling,
-    contrast,
-    imitate,
-    make_agents,
-    positives,
-    roll_back,
-    rounds,
-    run_macpo,
-)
+from minmacpo.macpo import Agent, Trained, ceiling, contrast, imitate, make_agents, positives, roll_back, rounds, run_macpo
 from minmacpo.run import Stage
 from minmacpo.stages import Pace, sample, score_texts, sft
 from minmacpo.workshop import Texts, Workshop

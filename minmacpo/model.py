@@ -77,17 +77,63 @@ class Shared(NamedTuple):
     origin: Tensor
 
 
+class Wanted(NamedTuple):
+    """The M of the computed N tokens whose hidden states are asked for; of the others the last block computes keys and values only.
+    `source` [M]: their numbers among the N; `rows`: as Shared has it, with M in place of N."""
+
+    source: Tensor
+    rows: Shared
+
+
+def want(picked: Tensor, shared: Shared) -> Wanted:
+    """Those at the places picked [B, T] (bool)."""
+    kept, origin = picked.flatten().nonzero()[:, 0], torch.zeros_like(shared.origin)
+    origin.view(-1)[kept] = torch.arange(len(kept), device=kept.device)
+    return Wanted(shared.origin.flatten()[kept], Shared(kept, origin))
+
+
+def of_wanted(x: Tensor, wanted: Wanted | None) -> Tensor:
+    """Of x [1, N, H] the M tokens wanted; all where None is."""
+    return x if wanted is None else x.index_select(1, wanted.source)
+
+
 def in_rows(x: Tensor, shared: Shared) -> Tensor:
     """[1, heads, N, D] of the tokens that are computed, as [B, heads, T, D] of the rows."""
     flat = x[0].transpose(0, 1).flatten(1)
-    index = shared.origin.view(-1, 1).expand(-1, flat.shape[1])
-    return flat.gather(0, index).view(*shared.origin.shape, *x.shape[1::2]).transpose(1, 2)
+    return flat.index_select(0, shared.origin.flatten()).view(*shared.origin.shape, *x.shape[1::2]).transpose(1, 2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, heads, T, D] turned by the angles of cos, sin (broadcastable to x)."""
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+class FrozenNorm(torch.autograd.Function):
+    """RMSNorm whose weight [H] does not learn."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        """x [..., H] over the root of its mean square, times weight."""
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """In fp32, of y = w x r with r = (mean of x² + eps)^-½: w grad r - x r³ (mean of w grad x)."""
+        x, weight = ctx.saved_tensors
+        grad, wide = grad.float() * weight, x.float()
+        scale = (wide.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
+        along = torch.linalg.vecdot(grad, wide)[..., None] / len(weight) * scale**3
+        return grad.mul_(scale).addcmul_(wide, along, value=-1).to(x.dtype), None, None
+
+
+class Norm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        """On a CPU torch's own way back makes three times as many passes over x as FrozenNorm's."""
+        by_hand = x.requires_grad and not self.weight.requires_grad and x.device.type == "cpu" and x.dtype.itemsize <= 4
+        return FrozenNorm.apply(x, self.weight, self.eps) if by_hand else super().forward(x)
 
 
 class Attention(nn.Module):
@@ -104,15 +150,19 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=variant.qkv_bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=variant.o_bias)
         for name in ("q_norm", "k_norm"):
-            norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if variant.qk_norm else nn.Identity()
+            norm = Norm(config.head_dim, config.rms_norm_eps) if variant.qk_norm else nn.Identity()
             self.add_module(name, norm)
 
-    def forward(self, x: Tensor, rope, positions: Tensor | None, mask: Tensor | None, cache, shared) -> Tensor:
-        """x [B, T, H] -> [B, T, H]; see Transformer.forward for positions, mask, cache (this layer's) and shared."""
+    def forward(self, x: Tensor, rope, positions: Tensor | None, mask: Tensor | None, cache, shared, wanted) -> Tensor:
+        """x [B, T, H] -> [B, T, H], or [1, M, H] of those `wanted`; see Transformer.forward for positions, mask, cache (this
+        layer's) and shared."""
+        asking, turns, places = of_wanted(x, wanted), rope, shared
+        if wanted is not None:
+            turns, places = [table[wanted.source] for table in rope], wanted.rows
         rows, length, _ = x.shape
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (proj(x).view(rows, length, -1, self.head_dim).transpose(1, 2) for proj in projections)
-        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        q, k, v = (proj(each).view(rows, each.shape[1], -1, self.head_dim).transpose(1, 2)
+                   for proj, each in ((self.q_proj, asking), (self.k_proj, x), (self.v_proj, x)))  # fmt: skip
+        q, k = rotate(self.q_norm(q), *turns), rotate(self.k_norm(k), *rope)
         if cache is not None and positions is None:
             cache[0, :, :, :length], cache[1, :, :, :length] = k, v
         elif cache is not None:
@@ -120,13 +170,13 @@ class Attention(nn.Module):
             cache[0][row, :, positions], cache[1][row, :, positions] = k[:, :, 0], v[:, :, 0]
             k, v = cache
         if shared is not None:
-            q, k, v = (in_rows(each, shared) for each in (q, k, v))
+            q, k, v = in_rows(q, places), in_rows(k, shared), in_rows(v, shared)
         matmuls = small_bf16(q) and (cache is None or self.direct)
         way = attend_one if self.direct and positions is not None else attend_bf16 if matmuls else attend
         y = way(q, k, v, mask).transpose(1, 2)
         if shared is not None:
-            y = y.flatten(0, 1).index_select(0, shared.kept)
-        return self.o_proj(y.reshape(rows, length, -1))
+            y = y.flatten(0, 1).index_select(0, places.kept)
+        return self.o_proj(y.reshape(*asking.shape[:2], -1))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -142,11 +192,13 @@ def small_bf16(q: Tensor) -> bool:
 def attend_bf16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """`attend` with plain matmuls, and all scores in memory."""
     _, heads, length, size = q.shape
-    k, v = (each.repeat_interleave(heads // each.shape[1], 1) for each in (k, v))
+    if heads != k.shape[1]:
+        k, v = (each.repeat_interleave(heads // each.shape[1], 1) for each in (k, v))
     if mask is None:
         mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril()
     hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
-    return ((q * size**-0.5) @ k.transpose(-1, -2)).add_(hidden).softmax(-1) @ v
+    scores = torch.baddbmm(hidden, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=size**-0.5)
+    return (scores.softmax(-1) @ v.flatten(0, 1)).view(q.shape)
 
 
 def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -175,13 +227,13 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope, positions, mask, cache, shared) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, positions, mask, cache, shared)
+    def forward(self, x: Tensor, rope, positions, mask, cache, shared, wanted) -> Tensor:
+        x = of_wanted(x, wanted) + self.self_attn(self.input_layernorm(x), rope, positions, mask, cache, shared, wanted)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -196,7 +248,7 @@ class Transformer(nn.Module):
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
-            "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps),
+            "norm": Norm(config.hidden_size, config.rms_norm_eps),
         })  # fmt: skip
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_head()
@@ -215,12 +267,13 @@ class Transformer(nn.Module):
         return self.lm_head.weight.new_zeros(2, layers, rows, heads, length, size)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: Tensor | None = None,
-                shared: Shared | None = None) -> Tensor:  # fmt: skip
+                shared: Shared | None = None, picked: Tensor | None = None) -> Tensor:  # fmt: skip
         """Hidden states [B, T, H] of tokens [B, T] (int64), after the last norm; a cache is written.
         positions None: rows start at 0 and attend causally; no real token sees the padding at the right.
         positions [B] (int64): T is 1, row b is decoded at its own position and sees the cache up to there;
         what padding left behind in the cache lies beyond it, and is overwritten in turn.
-        shared: positions None, no cache; [1, N, H] of the N tokens that are computed."""
+        shared: positions None, no cache; [1, N, H] of the N tokens that are computed, or [M, H] of the M places `picked`
+        ([B, T] bool), row after row."""
         length = tokens.shape[1]
         x = self.model.embed_tokens(tokens if shared is None else tokens.flatten()[shared.kept][None])
         layers, config = self.model.layers, self.config
@@ -235,9 +288,11 @@ class Transformer(nn.Module):
         for window in set(windows):  # plain causal attention needs no mask: it has a faster kernel of its own
             causal = positions is None and (window is None or window >= length)
             masks[window] = None if causal else visible(queries, keys, window)
+        wanted = None if picked is None else want(picked, shared)
         for layer, (block, window) in enumerate(zip(layers, windows, strict=True)):
-            x = block(x, rope, positions, masks[window], None if cache is None else cache[:, layer], shared)
-        return self.model.norm(x)
+            last = wanted if layer == len(layers) - 1 else None
+            x = block(x, rope, positions, masks[window], None if cache is None else cache[:, layer], shared, last)
+        return self.model.norm(x if picked is None else x[0])
 
 
 def new_model(config: ModelConfig, seed: int) -> Transformer:

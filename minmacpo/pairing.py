@@ -6,16 +6,7 @@ from dataclasses import replace
 from itertools import repeat
 
 from minmacpo.bases import Base
-from minmacpo.choose import (
-    Candidates,
-    Choice,
-    keep_familiar,
-    matched,
-    negative_finder,
-    offered,
-    select,
-    weighted,
-)
+from minmacpo.choose import Candidates, Choice, keep_familiar, matched, negative_finder, offered, select, weighted
 from minmacpo.data import Pair
 from minmacpo.files import Lines, in_runs, write_rows
 from minmacpo.run import Stage, Work

@@ -208,7 +208,7 @@ class Plan:
         if (task := self.task(name)) is None:
             return None
         world = self.run.ranks.world if self.run.ranks.shards and task.load.kind != "pretrain" else 1
-        return need(task.load, task.model, self.config.lora, self.size(task), self.form(name), world)
+        return need(task.load, task.model, self.config.lora, self.size(task), self.form(name), world, device_of(self.config))
 
     def size(self, task: Task) -> int:
         """Bytes of a number; bases are made in fp32."""
@@ -247,10 +247,17 @@ def given_model(folder) -> tuple[ModelConfig, Tokenizer]:
 
 def largest(kind: str, steps: Sequence, lengths: list[int], answers: list[int], sides: int) -> Load:
     """The largest of the micro-batches, of units of so many rows ("sides") of these lengths."""
+
+    def computed(group: list[int]) -> int:
+        """Its tokens: training leaves out padding and a prompt's second reading, or they are few (batching.WORTH)."""
+        if kind == "train":
+            return sum(lengths[unit] + (sides - 1) * answers[unit] for unit in group)
+        return sides * len(group) * max(lengths[unit] for unit in group)
+
     groups = [group for step in steps for group in step]
-    most = max(groups, key=lambda group: len(group) * max(lengths[unit] for unit in group))
-    scored = max(sum(answers[unit] for unit in group) for group in groups)
-    return Load(kind, sides * len(most), max(lengths[unit] for unit in most), sides * scored, any(len(step) > 1 for step in steps))
+    most, scored = max(groups, key=computed), max(sum(answers[unit] for unit in group) for group in groups)
+    again, longest = any(len(step) > 1 for step in steps), max(lengths[unit] for unit in most)
+    return Load(kind, sides * len(most), longest, sides * scored, again, computed=computed(most))
 
 
 def open_stages(run: Run) -> Iterator[str]:
@@ -264,7 +271,7 @@ def problem(run: Run, prepared: Prepared | None) -> str | None:
     free = free_bytes(device) // run.ranks.near
     for name in open_stages(run):
         recipe, inputs = run.recipes[name]
-        settings = [recipe["settings"].get(key) for key in ("batch", "texts", "shape")]
+        settings = [recipe["settings"].get(key) for key in ("batch", "texts", "shape", "contrastive")]
         like = repr((recipe["kind"], [s.fingerprint for s in inputs[:1]], settings))
         if prepared is None and like in seen:
             continue  # with rows of one length it would be the same

@@ -23,17 +23,7 @@ import torch
 from minmacpo import UserError
 from minmacpo.commandline import to_toml
 from minmacpo.config import Config
-from minmacpo.files import (
-    describe,
-    fingerprint,
-    move,
-    naming,
-    read_json,
-    read_rows,
-    write_atomic,
-    write_json,
-    write_rows,
-)
+from minmacpo.files import describe, fingerprint, move, naming, read_json, read_rows, write_atomic, write_json, write_rows
 from minmacpo.folder import PARTIAL, check_folder, finished_under, read_metrics, take, turn
 from minmacpo.machine import device_of, disk_need, environment, peaks, reset_peaks
 from minmacpo.parallel import Ranks

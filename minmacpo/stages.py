@@ -31,7 +31,7 @@ from minmacpo.workshop import Loaded, Texts, Workshop, answer
 
 EARNED = 2e12  # logits whose reading and writing (12 bytes less of each at 3 TB/s) takes as long as to compile: 8 s; an estimate
 BLOCKS = 4  # times as many prompts as are sampled side by side, in a block: those behind get the places of answers that ended
-WINDOW = 8192  # texts that are rendered and scored at a time: memory does not grow with their number
+WINDOW = 2048  # texts that are rendered and scored at a time: memory does not grow with their number
 UNSCORED = math.inf  # a log-probability that no text has
 
 
@@ -252,7 +252,7 @@ def scored_together(shop: Workshop, work: Work, base: Base, adapter: Stage | Non
         shop.scored = None, {}
         loaded, given = shop.use(base, adapter), [texts.read() for texts in group]
         context = loaded.model.config.max_position_embeddings
-        found = {texts.key: tempfile.TemporaryFile(dir=work.folder) for texts in group if work.ranks.main}  # noqa: SIM115 (closed when the next group comes)
+        found = {texts.key: tempfile.TemporaryFile(dir=work.folder.parent) for texts in group if work.ranks.main}  # noqa: SIM115 (closed when the next group comes)
         with work.progress(sum(map(len, given)), "text") as progress:
             for run in zip_longest(*(in_runs(texts, WINDOW) for texts in given), fillvalue=()):
                 rows = [[shop.render(loaded, text.prompt, text.response) for text in part] for part in run]

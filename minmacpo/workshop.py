@@ -14,15 +14,7 @@ import torch
 from minmacpo import UserError
 from minmacpo.bases import Base, fit_pair
 from minmacpo.batching import scoring_tokens
-from minmacpo.checkpoint import (
-    check_sizes,
-    load_adapter,
-    load_model,
-    no_folder,
-    read_adapter_config,
-    read_config,
-    stop_ids,
-)
+from minmacpo.checkpoint import check_sizes, load_adapter, load_model, no_folder, read_adapter_config, read_config, stop_ids
 from minmacpo.commandline import overlay
 from minmacpo.config import Config
 from minmacpo.data import Example, Message, Pair, Sample
@@ -183,7 +175,7 @@ class Workshop:
         data, device, dtype = self.config.data, device_of(self.config), str(dtype_of(self.config))
         common = {"template": data.template, "max_length": data.max_length, "device": device, "dtype": dtype,
                   "micro_tokens": self.config.run.micro_tokens, "compile": self.compiled,
-                  "lora": asdict(self.config.lora), "arithmetic": 2}  # fmt: skip
+                  "lora": asdict(self.config.lora), "arithmetic": 3}  # fmt: skip
         return self.run.stage(name, kind, common | settings, [s for s in inputs if s], compute, key, size)
 
     def render(self, loaded: Loaded, prompt: Sequence[Message], response: str | None = None) -> Tokens:

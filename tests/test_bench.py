@@ -62,6 +62,20 @@ def test_a_row_measured_again_takes_the_place_of_the_old_one(tmp_path, monkeypat
     assert [(r["dtype"], r["ratio_cpu"][0]) for r in rows] == [("fp32", 2.0), ("bf16", 3.0)]
 
 
+def test_figures_of_a_peer_are_not_lost_where_it_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "PLACE", tmp_path)
+    measure.write("dpo", "T", [row("a", [3.0, 3.0, 3.0], peer_values={"cpu_s": [3.0, 3.0, 3.0]})])
+    before = (tmp_path / "dpo.json").read_bytes()
+    measure.write("dpo", "T", [row("a", None)], keep=True)
+    assert (tmp_path / "dpo.json").read_bytes() == before and "is left as it was" in capsys.readouterr().out
+
+
+def test_toy_sizes_are_not_on_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "PLACE", tmp_path)
+    measure.write("gpu-tiny", "A toy.", [row("a", [1.0, 1.0, 1.0])])
+    assert "A toy." not in page.page(tmp_path)
+
+
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """A folder of a very small shape, as make_folder writes it."""
