@@ -165,7 +165,7 @@ def need(load: Load, config: ModelConfig, lora: Lora, size: int, form: str = "no
     if load.kind in ("score", "sample"):
         moving, passing = size * tokens * hidden, size * tokens * crossed(config, lora, size, scores) + unpacked
         cache = 2 * layers * load.rows * load.room * config.num_key_value_heads * config.head_dim
-        head = of_logits(chunk, config, size) if load.kind == "score" else 16 * load.rows * config.vocab_size
+        head = of_logits(chunk, config, size) if load.kind == "score" else 20 * load.rows * config.vocab_size
         weights += twin_bytes(config, size, form) if load.twins else 0
         return Need(weights * load.models, 4 * slot * load.models, moving + max(passing, head) - head, head,
                     2 * cache * size * load.models)  # fmt: skip
