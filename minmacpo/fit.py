@@ -5,7 +5,7 @@ Nothing in it is random (no dropout, a plan made before), so a state is paramete
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -126,23 +126,29 @@ def make_plan(units: Sequence[Unit], schedule: Schedule, work: Work) -> Plan:
     return Plan(steps, worth)
 
 
-def within_memory(work: Work, groups: list[list[int]], cuts: int, model, params, units, objective, optimizer,
-                  progress: float, share: bool) -> tuple[Tensor, int]:  # fmt: skip
-    """(`train_step` over micro-batches, this rank's cut in two `cuts` times and, where memory is short, more often; how often)."""
-    mine = work.ranks.share(groups)
-    for _ in range(cuts):
-        mine = halved(mine)
-    while True:
-        try:
-            return train_step(model, params, units, groups, objective, optimizer, progress, share, mine, work.ranks), cuts
-        except torch.OutOfMemoryError:
-            if max(map(len, mine), default=1) == 1:
-                raise UserError(f"{work.name}: out of memory at one row or pair at a time; lower data.max_length") from None
-            if work.ranks.shards:
-                raise UserError(f"{work.name}: out of memory; lower run.micro_tokens") from None
-        optimizer.zero_grad()
-        mine, cuts = halved(mine), cuts + 1
-        work.log(f"out of memory: the step is done again with micro-batches of {work.run.config.run.micro_tokens >> cuts} tokens at most")
+class Cut:
+    """How this rank's micro-batches are cut: in two `times`, and once more whenever memory is short."""
+
+    def __init__(self, work: Work):
+        self.work, self.times = work, 0
+
+    def share(self, groups: list[list[int]]) -> list[list[int]]:
+        """This rank's micro-batches of a step, as small as was needed so far."""
+        mine = self.work.ranks.share(groups)
+        for _ in range(self.times):
+            mine = halved(mine)
+        return mine
+
+    def again(self, mine: list[list[int]]) -> list[list[int]]:
+        """Micro-batches half as large, for which memory may do; UserError if there are none."""
+        if max(map(len, mine), default=1) == 1:
+            raise UserError(f"{self.work.name}: out of memory at one row or pair at a time; lower data.max_length")
+        if self.work.ranks.shards:  # others wait for this rank's next pass
+            raise UserError(f"{self.work.name}: out of memory; lower run.micro_tokens")
+        self.times += 1
+        most = self.work.run.config.run.micro_tokens >> self.times
+        self.work.log(f"out of memory: the step is done again with micro-batches of {most} tokens at most")
+        return halved(mine)
 
 
 def fit(model, params: list, units: Sequence[Unit], objective, schedule: Schedule, work: Work,
@@ -156,8 +162,9 @@ def fit(model, params: list, units: Sequence[Unit], objective, schedule: Schedul
     planned = planned or Plan(plan_of(units, schedule, work))
     config, plan, decay = work.run.config.run, planned.steps, schedule.weight_decay
     optimizer = torch.optim.AdamW(params, schedule.lr, schedule.betas, weight_decay=decay, fused=True)
-    watch = Watch(work, units, plan, optimizer, objective, steps_per_epoch(len(units), schedule.batch))
-    first, cuts = watch.resume(), 0
+    cut = Cut(work)
+    watch = Watch(work, units, plan, optimizer, objective, steps_per_epoch(len(units), schedule.batch), cut)
+    first = watch.resume()
     if len({*work.ranks.gather(first)}) > 1:
         raise UserError(f"{watch.file}: not all ranks see the same training state; they need the same run folder")
     if not first:  # a resumed training has them in its state
@@ -167,9 +174,8 @@ def fit(model, params: list, units: Sequence[Unit], objective, schedule: Schedul
     with work.progress(len(plan), "step", first) as progress:
         for done, groups in enumerate(plan[first:], first + 1):
             optimizer.param_groups[0]["lr"] = schedule.rate(done - 1)
-            fixed = (model, params, units, objective, optimizer, (done - 1) / len(plan), planned.share)
-            found, cuts = within_memory(work, groups, cuts, *fixed)
-            watch.pending.append(found)
+            watch.pending.append(train_step(model, params, units, groups, objective, optimizer, (done - 1) / len(plan),
+                                            planned.share, cut.share(groups), work.ranks, cut.again))  # fmt: skip
             if done % config.log_every == 0 or done == len(plan):
                 watch.report(done)
             if done % config.save_every == 0 or work.stopping:
@@ -185,19 +191,19 @@ def fit(model, params: list, units: Sequence[Unit], objective, schedule: Schedul
 
 def train_step(model, params, units: Sequence[Unit], groups: list[list[int]], objective, optimizer,
                progress: float = 1.0, share: bool = False, mine: list[list[int]] | None = None,
-               ranks: Ranks = ALONE) -> Tensor:  # fmt: skip
-    """One optimiser step over micro-batches `groups`, of which this rank does `mine`; returns its metrics and gradient
-    norm [n + 1]. The denominators are those of the whole step, so accumulation, and ranks, equal one large batch."""
-    tokens = sum(sum(row.mask) for group in groups for unit in group for row in units[unit].rows)
-    count, device = sum(map(len, groups)), params[0].device
-    total = torch.zeros(len(objective.metrics), device=device)
-    for group in groups if mine is None else mine:
-        rows = group or groups[0][:1]  # of an empty one nothing counts, see Ranks.share
-        batch = collate([row for unit in rows for row in units[unit].rows], device, share)
-        refs = torch.tensor([units[unit].refs for unit in rows], device=device)
-        loss, values = objective(model, batch, refs, count, tokens, progress)
-        (loss if group else 0 * loss).backward()
-        total = total + torch.stack(values) if group else total
+               ranks: Ranks = ALONE, again: Callable | None = None) -> Tensor:  # fmt: skip
+    """One optimiser step over micro-batches `groups`, of which this rank does `mine`, or where memory is short what `again`
+    makes of them; returns its metrics and gradient norm [n + 1]."""
+    mine = groups if mine is None else mine
+    while True:
+        try:
+            total = add_gradients(model, params[0].device, units, groups, mine, objective, progress, share)
+            break
+        except torch.OutOfMemoryError:
+            if again is None:
+                raise
+        optimizer.zero_grad()  # outside of the handler, whose traceback holds the tensors of the pass
+        mine = again(mine)
     total = ranks.add_up(params, total)
     norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
     optimizer.step()
@@ -205,12 +211,28 @@ def train_step(model, params, units: Sequence[Unit], groups: list[list[int]], ob
     return torch.cat((total, norm.detach()[None].to(total.dtype)))
 
 
+def add_gradients(model, device: torch.device, units: Sequence[Unit], groups: list[list[int]], mine: list[list[int]],
+                  objective, progress: float, share: bool) -> Tensor:  # fmt: skip
+    """The passes of a step over the micro-batches `mine`, forward and backward; returns the sums of its metrics [n]. The
+    denominators are those of the whole step `groups`, so accumulation, and ranks, equal one large batch."""
+    tokens = sum(sum(row.mask) for group in groups for unit in group for row in units[unit].rows)
+    count, total = sum(map(len, groups)), torch.zeros(len(objective.metrics), device=device)
+    for group in mine:
+        rows = group or groups[0][:1]  # of an empty one nothing counts, see Ranks.share
+        batch = collate([row for unit in rows for row in units[unit].rows], device, share)
+        refs = torch.tensor([units[unit].refs for unit in rows], device=device)
+        loss, values = objective(model, batch, refs, count, tokens, progress)
+        (loss if group else 0 * loss).backward()
+        total = total + torch.stack(values) if group else total
+    return total
+
+
 class Watch:
     """Reads the metrics of several steps at once, stops a run that has gone wrong, logs, saves and resumes.
     The state lies beside the work folder, so that it lasts until `Run.provide` has sealed the stage."""
 
-    def __init__(self, work: Work, units: Sequence[Unit], plan: list, optimizer, objective, per_epoch: int):
-        self.work, self.units, self.plan, self.optimizer = work, units, plan, optimizer
+    def __init__(self, work: Work, units: Sequence[Unit], plan: list, optimizer, objective, per_epoch: int, cut: Cut):
+        self.work, self.units, self.plan, self.optimizer, self.cut = work, units, plan, optimizer, cut
         self.names, self.per_epoch = (*objective.metrics, "grad_norm"), per_epoch
         self.file = work.folder.with_name(f"state-{work.folder.name}") / "state.safetensors"
         self.rows: list[dict] = []  # of metrics.jsonl
@@ -253,7 +275,7 @@ class Watch:
         for index, param in enumerate(self.optimizer.param_groups[0]["params"]):
             kept = self.optimizer.state[param] | {"param": param.detach()}
             tensors |= {f"{index}.{name}": kept[name].cpu() for name in KEPT}
-        notes = {"step": done, "rows": self.rows, "pending": self.read(done)}
+        notes = {"step": done, "rows": self.rows, "pending": self.read(done), "cuts": self.cut.times}
         save_state(self.file, tensors, notes)
 
     def resume(self) -> int:
@@ -266,6 +288,7 @@ class Watch:
             param.data.copy_(kept.pop("param"))
             self.optimizer.state[param] = kept
         self.rows, self.clock_tokens = notes["rows"], self.tokens[notes["step"]]
+        self.cut.times = notes.get("cuts", 0)
         self.pending = [torch.tensor(values, device=param.device) for values in notes["pending"]]
         for row in self.rows:
             self.work.metrics(row)

@@ -44,6 +44,11 @@ class Rows:
     answers: list[int]
     exact: bool = True
 
+    @classmethod
+    def of(cls, sizes: Sequence[tuple[int, int]], exact: bool = True) -> "Rows":
+        """Rows of (tokens of the prompt, of the answer)."""
+        return cls([prompt for prompt, _ in sizes], [answer for _, answer in sizes], exact)
+
     def lengths(self, limit: int) -> tuple[list[int], list[int]]:
         """(tokens of each row, of them those of the answer), no more than `limit`."""
         whole = [min(a + b, limit) for a, b in zip(self.prompts, self.answers, strict=True)]
@@ -108,7 +113,7 @@ class Plan:
         if file not in SOURCES:
             part = file.removesuffix(".jsonl")
             texts = [Example(p.id, p.prompt, "" if side == "prompt" else getattr(p, side) or "") for p in self.prepared.slices[part]]
-            return Rows(*map(list, zip(*self.sizes(texts, (part, side), tokenizer), strict=True)))
+            return Rows.of(self.sizes(texts, (part, side), tokenizer))
         source = next(stage for stage in inputs if stage.kind.startswith(SOURCES[file]))
         if source.finished and self.prepared:
             return self.read(Texts(source, file, side), base, kind.startswith("sample"))
@@ -123,7 +128,7 @@ class Plan:
         """Texts that are on the disk already (not exact, as empty ones may be left out); `asked`: their prompts alone matter."""
         found, key = texts.read(), (texts.stage.name, texts.file, texts.side)
         texts = [Example(text.id, text.prompt, "" if asked else text.response) for text in found]
-        return Rows(*map(list, zip(*self.sizes(texts, key, self.model(base)[1]), strict=True)), exact=False)
+        return Rows.of(self.sizes(texts, key, self.model(base)[1]), exact=False)
 
     def pretrain(self, name: str) -> Task:
         """Every token of a document is trained on, but for the first."""
@@ -138,6 +143,8 @@ class Plan:
 
     def steps(self, recipe: dict, lengths: list[int], steps: int, rows: int) -> list[list[list[int]]]:
         """The micro-batches that `fit` will take; of rows that are all alike, those of the first pass."""
+        if not lengths:
+            return []
         if self.prepared is None:
             steps = min(steps, steps_per_epoch(len(lengths), recipe["settings"]["batch"]))
         budget, alike = limits(self.config.run.micro_tokens, device_of(self.config), not recipe["kind"].startswith("pretrain"))
@@ -186,7 +193,7 @@ class Plan:
         (recipe, (base, *_)), most = self.run.recipes[name], self.config.generate.max_new
         rows, model, settings = self.rows(name, base), self.model(base)[0], recipe["settings"]
         count = len(rows.prompts) * settings["answers"]
-        side, width = min(self.config.generate.batch, count), max(rows.prompts)
+        side, width = min(self.config.generate.batch, count), max(rows.prompts, default=0)
         models, twins = 2 if settings.get("contrastive") else 1, device_of(self.config) == "cpu" and not self.run.ranks.shards
         tokens = models * (sum(rows.prompts) * settings["answers"] + count * most)
         return Task(tokens, False, Load("sample", side, width, side, room=width + most, models=models, twins=twins), model)
@@ -254,7 +261,9 @@ def largest(kind: str, steps: Sequence, lengths: list[int], answers: list[int], 
             return sum(lengths[unit] + (sides - 1) * answers[unit] for unit in group)
         return sides * len(group) * max(lengths[unit] for unit in group)
 
-    groups = [group for step in steps for group in step]
+    groups = [group for step in steps for group in step if group]
+    if not groups:
+        return Load(kind, 0, 0, 0)
     most, scored = max(groups, key=computed), max(sum(answers[unit] for unit in group) for group in groups)
     again, longest = any(len(step) > 1 for step in steps), max(lengths[unit] for unit in most)
     return Load(kind, sides * len(most), longest, sides * scored, again, computed=computed(most))
@@ -310,7 +319,7 @@ def check_memory(run: Run, prepared: Callable[[], Prepared]) -> None:
 
 
 def gigabytes(size: int) -> str:
-    return f"{size / 2**30:.1f} GB" if size >= 2**30 else f"{size / 2**20:.0f} MB"
+    return f"{size / 2**30:.2f} GB" if size >= 2**30 else f"{size / 2**20:.0f} MB"
 
 
 def thousands(count: float) -> str:

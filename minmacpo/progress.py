@@ -96,6 +96,11 @@ def call(main: Callable[[list[str]], int | None], after_stop: str = RESUMES) -> 
     except OSError as error:
         print(inert(f"error: {error.filename or 'a file'}: {error.strerror or error}"), file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):  # torch's OutOfMemoryError, and its allocator on a CPU
+            raise
+        print(f"error: out of memory; `python train.py --dry_run ...` says what each stage needs, and {after_stop}", file=sys.stderr)
+        return 2
     except (Interrupted, KeyboardInterrupt) as stopped:
         for listening in (number for number in Signals.numbers if callable(signal.getsignal(number))):
             signal.signal(listening, signal.SIG_DFL)  # one more would be raised where nobody catches it

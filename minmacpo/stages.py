@@ -153,15 +153,27 @@ def keep(shop: Workshop, name: str, adapter: Stage) -> Stage:
 
 def check_start(shop: Workshop, work: Work, base: Base, start: Stage, reference: Stage | None,
                 units: list[Unit], objective, schedule: Schedule, plan: Plan) -> list[dict]:  # fmt: skip
-    """[metrics of the first micro-batch before the first step], [] if there is none. Raises UserError unless it
-    has the stored reference logps and, where reference and start are one, no margin; leaves `start` loaded."""
-    if not schedule.steps:
-        return []
-    first = [units[i] for i in plan.steps[0][0]]
+    """[metrics of the first micro-batch before the first step], of half of it where memory is short, [] if there is none. Raises
+    UserError unless it has the stored reference logps and, where reference and start are one, no margin; leaves `start` loaded."""
+    first = [units[i] for i in plan.steps[0][0]] if schedule.steps else []
+    while first:
+        try:
+            found = check_pairs(shop, work, base, start, reference, first, objective, plan.share)
+            break
+        except torch.OutOfMemoryError:
+            if len(first) == 1 or work.ranks.shards:
+                raise UserError(f"{work.name}: out of memory before the first step; lower run.micro_tokens or data.max_length") from None
+        first = first[: len(first) // 2]
+    return [{"step": 0, "epoch": 0.0} | found] if first else []
+
+
+def check_pairs(shop: Workshop, work: Work, base: Base, start: Stage, reference: Stage | None,
+                first: list[Unit], objective, share: bool) -> dict:  # fmt: skip
+    """The metrics of some pairs, if all is as `check_start` wants it."""
     rows, refs = [row for unit in first for row in unit.rows], [ref for unit in first for ref in unit.refs[:2]]
     model = shop.use(base, reference).model
     weight = next(model.parameters())
-    batch, exact = collate(rows, weight.device, plan.share), weight.dtype == torch.float32
+    batch, exact = collate(rows, weight.device, share), weight.dtype == torch.float32
     logps = sequence_logps(model, batch.tokens, batch.mask, objective.compiled, batch.shared).tolist()  # on the path of training
     worst = max(abs(a - b) / (1 + abs(b)) for a, b in zip(logps, refs, strict=True))
     if worst > (1e-4 if exact else 0.02):
@@ -175,7 +187,7 @@ def check_start(shop: Workshop, work: Work, base: Base, start: Stage, reference:
     work.log(f"margin before the first step: {found['rewards/margins']:+.4f}")
     if start == reference and abs(found["rewards/margins"]) > (1e-3 if exact else 0.5):
         raise UserError(f"{work.name}: start and reference are the same, yet the margin is not zero: {found}")
-    return [{"step": 0, "epoch": 0.0} | found]
+    return found
 
 
 def sample(shop: Workshop, name: str, base: Base, adapter: Stage | None, prompts: Texts, agent: str,

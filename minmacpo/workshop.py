@@ -75,6 +75,7 @@ class Loaded:
         check_sizes(folder, self.model.config, self.tokenizer)
         self.stops = stop_ids(folder, self.tokenizer)
         self.limit = min(config.data.max_length, self.model.config.max_position_embeddings)
+        self.places = sys.maxsize  # answers side by side for which memory has not been too short yet
 
     def ends(self, template: str) -> set[int]:
         """The tokens that end an answer in this template."""
@@ -196,15 +197,15 @@ def answer(config: Config, loaded: Loaded, agent: str, jobs: list[tuple[Example,
         most = f"with generate.max_new = {config.generate.max_new} the context has room for {max(room, 0)}"
         raise UserError(f"a prompt has {longest} tokens; {most}")
     other, stops = against.model if against else None, loaded.ends(template)
-    found, places = None, min(places or len(jobs), len(jobs))
+    found, places = None, min(places or len(jobs), len(jobs), loaded.places)
     while found is None:
         try:
             found = generate(loaded.model, prompts, seeds, config.generate, stops, other, tell, places)
         except torch.OutOfMemoryError:
             if places == 1 or sharded(loaded.model):  # other ranks wait for this one's next pass
                 raise UserError("out of memory while answers are sampled; lower generate.batch or generate.max_new") from None
-            places //= 2
-            print(f"WARNING: out of memory: the block is sampled again, {places} answers side by side (see generate.batch)", file=sys.stderr)
+            places = loaded.places = places // 2
+            print(f"WARNING: out of memory: from here {places} answers are sampled side by side (see generate.batch)", file=sys.stderr)
     samples = []
     for (e, _), own, new, logp in zip(jobs, seeds, *found, strict=True):
         text, ppl = response_text(tokenizer, template, new), perplexity(logp, len(new))

@@ -196,6 +196,17 @@ def test_what_is_on_the_disk_is_read(tiny, tmp_path):
         assert said[1] and 0.85 * count(said[2]) <= real[name] <= 1.006 * count(said[2]), lines[name]  # pairs: by their longer side
 
 
+@pytest.mark.parametrize("stage", ["round1/positives_student", "round1/pairs_student"])
+def test_a_stage_that_has_left_nothing_is_planned_with(stage, tiny, tmp_path):
+    run = copy_run(tiny, tmp_path / "runs")
+    for file in (run / stage).glob("*.jsonl"):
+        file.write_text("")
+    for other in (run / "round1").iterdir():
+        if other.name != stage.partition("/")[2] and other.name != "pairs_student":
+            shutil.rmtree(other)
+    assert "round1/student_pos" in train("@tiny", f"--run.root={run.parent}", "--dry_run").out
+
+
 # ---- what does not fit --------------------------------------------------------------------------
 
 

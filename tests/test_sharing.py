@@ -12,7 +12,7 @@ from conftest import config_of, ragged, random_model
 from test_fit import pairs as pair_units
 from test_fit import slotted, work_of  # noqa: F401  (a fixture)
 
-from minmacpo import UserError, fit, losses, score, stages
+from minmacpo import UserError, fit, losses, progress, score, stages
 from minmacpo.batching import collate, halved, plan_shared, token_counts, worth_sharing
 from minmacpo.config import Lora
 from minmacpo.fit import PairObjective, Schedule, SftObjective, make_plan, train_step
@@ -186,6 +186,51 @@ def test_a_step_that_does_not_fit_is_done_in_halves_with_the_same_result(work_of
     assert told and all("out of memory" in line for line in told) and len(told) <= 4, "later steps start with what fitted"
 
 
+def test_a_training_that_was_cut_goes_on_cut_to_the_same_bits(work_of, monkeypatch, seed):  # noqa: F811
+    units, schedule, found = pair_units(seed, 12), Schedule(1e-2, 6, 12), []
+    monkeypatch.setattr(Work, "log", lambda self, line: None)
+
+    def trained(work):
+        model, params = slotted(seed)
+        short_memory(200)(model)
+        fit.fit(model, params, units, PairObjective(0.2, 0.3), schedule, work)
+        found.append([p.detach().clone() for p in params])
+
+    trained(work_of("whole"))
+    stopped, real = work_of("stopped", save_every=2), fit.train_step
+    monkeypatch.setattr(fit, "train_step", lambda *words: pytest.fail("a kill") if words[6] > 0.5 else real(*words))
+    with contextlib.suppress(pytest.fail.Exception):
+        trained(stopped)
+    monkeypatch.setattr(fit, "train_step", real)
+    trained(stopped)
+    assert all(map(torch.equal, *found))
+
+
+def test_only_passes_are_done_again(seed):
+    """What comes after them is done by all ranks together, once a step."""
+    model, params = slotted(seed)
+    optimizer = torch.optim.SGD(params, 1e-2)
+    optimizer.step = lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        train_step(model, params, pair_units(seed, 4), [[0, 1, 2, 3]], PairObjective(0.2, 0.3), optimizer, again=pytest.fail)
+
+
+def test_a_look_before_training_takes_half_the_pairs_where_memory_is_short(work_of, monkeypatch, seed):  # noqa: F811
+    (model, _), work, objective, margins = slotted(seed), work_of(), PairObjective(0.2, 0.3), []
+    shop, schedule = SimpleNamespace(use=lambda base, stage: SimpleNamespace(model=model)), Schedule(1e-2, 1, 12)
+    monkeypatch.setattr(Work, "log", lambda self, line: None)
+    units = [replace(unit, refs=tuple(score.score(model, unit.rows, 10**6, log=lambda line: None))) for unit in pair_units(seed, 12)]
+    for limit in (10**9, 200, 3):
+        short_memory(limit)(model)
+        words = (shop, work, None, None, None, units, objective, schedule, fit.Plan([[[*range(12)]]]))
+        if limit == 3:
+            with pytest.raises(UserError, match="out of memory before the first step"):
+                stages.check_start(*words)
+        else:
+            margins += [row["rewards/margins"] for row in stages.check_start(*words)]
+    assert margins == pytest.approx([0, 0], abs=1e-4)
+
+
 def test_what_never_fits_is_one_sentence(work_of, seed):  # noqa: F811
     model, params = slotted(seed)
     short_memory(3)(model)
@@ -193,6 +238,15 @@ def test_what_never_fits_is_one_sentence(work_of, seed):  # noqa: F811
         fit.fit(model, params, pair_units(seed, 4), PairObjective(0.2, 0.3), Schedule(1e-2, 2, 4), work_of())
     with pytest.raises(UserError, match="too long to be scored here"):
         score.score(model, rows_of(seed, 3), 100, log=lambda line: None)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_is_short_anywhere_else_is_one_sentence(error, capsys):
+    def fails(argv):
+        raise error
+
+    assert progress.call(fails) == 2
+    assert capsys.readouterr().err == f"error: out of memory; `python train.py --dry_run ...` says what each stage needs, and {progress.RESUMES}\n"
 
 
 def test_scoring_goes_on_with_half_the_budget(seed):
