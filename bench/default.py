@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from bench.measure import spread, write
+from bench.measure import spread, words, write
 
 TITLE = "The default run (`python train.py`), CPU seconds by kind of stage, one thread; the peer is this project before its faster ways."
 BEFORE = "8b93da9285e2"
@@ -52,4 +52,4 @@ def main(commit: str = BEFORE, times: str = "1") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*words())

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from bench.measure import SHAPES, alone, alternate, bf16_hardware, missing, spread, write
-from bench.peers import make_folder, make_rows, own_step, trl_step
+from bench.measure import SHAPES, alone, alternate, bf16_hardware, missing, spread, words, write
+from bench.peers import DTYPES, make_folder, make_rows, own_step, trl_step
 from minmacpo.machine import peak_mb
 
 TITLE = "One optimiser step of DPO on 8 pairs of 128 + 128 tokens, LoRA of rank 8 on q and v, one thread."
@@ -87,6 +87,6 @@ if __name__ == "__main__":
         torch.set_num_threads(1)
         peak(*sys.argv[2:])
     else:
-        chosen, both = sys.argv[1:], ["fp32", "bf16"] if bf16_hardware() else ["fp32"]
+        chosen, both = words([*SHAPES, *DTYPES, *VARIANTS]), ["fp32", "bf16"] if bf16_hardware() else ["fp32"]
         found = [[word for word in chosen if word in known] or list(known) for known in (SHAPES, both, VARIANTS)]
         main(*found)

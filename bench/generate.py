@@ -6,13 +6,12 @@ recommends for inference. The peer's cache is its default or the static one, whi
 
 import json
 import random
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
-from bench.measure import PLACE, alternate, bf16_hardware, clocked, missing, spread, write
+from bench.measure import PLACE, alternate, bf16_hardware, clocked, missing, spread, words, write
 from bench.peers import DTYPES, VOCAB, make_folder, make_rows, own_model
 from minmacpo.config import Generate
 from minmacpo.generate import generate, pick
@@ -163,4 +162,4 @@ def main(dtypes: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or (["fp32", "bf16"] if bf16_hardware() else ["fp32"]))
+    main(words(DTYPES) or (["fp32", "bf16"] if bf16_hardware() else ["fp32"]))

@@ -5,7 +5,6 @@ peer's model has this project's very tensors, so that both fit. `--tiny` runs th
 """
 
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from bench.generate import by_transformers
-from bench.measure import INSTALL, alternate, clocked, missing, spread, write
+from bench.measure import INSTALL, alternate, clocked, missing, spread, words, write
 from bench.peers import BETA, LR, joined, make_rows, random_slot, step_of, word_tokenizer
 from bench.score import by_transformers as score_by_transformers
 from minmacpo.config import Generate, Lora
@@ -246,9 +245,10 @@ def main(tiny: bool) -> None:
 
 
 if __name__ == "__main__":
-    if "--large" in sys.argv:
+    given = words(["--tiny", "--large"])
+    if "--large" in given:
         from bench import large
 
-        large.main("--tiny" in sys.argv)
+        large.main("--tiny" in given)
     else:
-        main("--tiny" in sys.argv)
+        main("--tiny" in given)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.measure import PLACE, clocked, spread, write
+from bench.measure import PLACE, clocked, spread, words, write
 from bench.peers import joined, make_rows
 from minmacpo import page
 from minmacpo.config import Generate, Lora
@@ -107,4 +107,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    words([])
     main()

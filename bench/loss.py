@@ -5,14 +5,13 @@ the trained tokens of 8 pairs of 128 + 128. The first is what is used; plain log
 """
 
 import functools
-import sys
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from bench.measure import alternate, bf16_hardware, missing, write
+from bench.measure import alternate, bf16_hardware, missing, words, write
 from minmacpo.losses import chunk_logps, dpo_loss, in_chunks, token_logps
 from minmacpo.machine import peak_mb, reset_peaks
 
@@ -112,4 +111,4 @@ def main(shapes: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main([word for word in sys.argv[1:] if word in WIDTHS] or [*WIDTHS])
+    main(words(WIDTHS) or [*WIDTHS])

@@ -6,7 +6,6 @@ agents, sample, choose by the student's perplexity and train all three; files of
 
 import contextlib
 import io
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -14,8 +13,8 @@ from pathlib import Path
 import torch
 
 from bench import trl_macpo
-from bench.measure import alternate, bf16_hardware, missing, write
-from bench.peers import BETA, LR, joined, make_folder, make_rows, own_model
+from bench.measure import alternate, bf16_hardware, missing, words, write
+from bench.peers import BETA, DTYPES, LR, joined, make_folder, make_rows, own_model
 from minmacpo.config import Generate
 from minmacpo.fit import PairObjective, Unit, train_step
 from minmacpo.generate import generate
@@ -121,4 +120,4 @@ def main(dtypes: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or (["fp32", "bf16"] if bf16_hardware() else ["fp32"]))
+    main(words(DTYPES) or (["fp32", "bf16"] if bf16_hardware() else ["fp32"]))

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,6 +23,16 @@ INSTALL = "pip install -r requirements-dev.txt"
 SHAPES = {"15M": "288x6x6x768", "110M": "768x12x12x2048"}  # width x layers x heads x mlp, vocabulary 32,000
 KEY = ("work", "shape", "dtype", "peer")  # of a row
 Spread = list[float]  # median, lowest, highest
+
+
+def words(known: Collection[str] | None = None) -> list[str]:
+    """The command line's words; --help prints the first lines of the program instead, and so does a word that is none of `known`."""
+    given = sys.argv[1:]
+    if strange := [word for word in given if word in ("-h", "--help") or (known is not None and word not in known)]:
+        print(sys.modules["__main__"].__doc__.strip())
+        asked = strange[0] in ("-h", "--help")
+        raise SystemExit(0 if asked else f"\nerror: {strange[0]!r} is unknown" + (f"; known: {', '.join(known)}" if known else ""))
+    return given
 
 
 def spread(values: Sequence[float]) -> Spread:

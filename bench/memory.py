@@ -14,6 +14,8 @@ import tempfile
 from itertools import zip_longest
 from pathlib import Path
 
+from bench.measure import words
+
 HOME = Path(__file__).parent.parent
 LARGE = ["--data.max_length=192", "--data.max_prompt=96", "--generate.max_new=96", "--generate.batch=32", "--model.context=256",
          "--pretrain.strong_steps=12", "--pretrain.weak_steps=2", "--world.d1=32", "--world.d2=64", "--world.test=16"]  # fmt: skip
@@ -52,5 +54,5 @@ def compare(case: str, root: Path) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as root:
-        for shape in sys.argv[1:] or SHAPES:
+        for shape in words() or SHAPES:
             compare(shape, Path(root))

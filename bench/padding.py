@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.measure import write
+from bench.measure import words, write
 from minmacpo.batching import ALIKE, plan_scoring, plan_shared, plan_steps, token_counts
 from minmacpo.config import Config
 from minmacpo.forms import read_data
@@ -46,4 +46,6 @@ def main(data: str, model: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(given := words()) != 2:
+        sys.exit(f"{__doc__}\nerror: DATA and TOKENIZER are needed")
+    main(*given)

@@ -4,7 +4,6 @@ The step of bench.dpo (15M, 8 pairs of 128 + 128 tokens) under torch.profiler; `
 what cannot be left out: the base's matmuls forward and back through activations, attention, and the head twice.
 """
 
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.measure import SHAPES, bf16_hardware, write
+from bench.measure import SHAPES, bf16_hardware, words, write
 from bench.peers import DTYPES, VOCAB, make_folder, make_rows, own_step
 from minmacpo.config import shape
 
@@ -73,4 +72,5 @@ def main(trace: str | None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[2] if sys.argv[1:2] == ["--trace"] else None)
+    given = words()
+    main(given[1] if given[:1] == ["--trace"] else None)

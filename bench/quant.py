@@ -8,7 +8,7 @@ import sys
 import torch
 from torch import nn
 
-from bench.measure import clocked
+from bench.measure import clocked, words
 from minmacpo.likelihood import run_likelihood
 from minmacpo.quant import FORMS
 
@@ -40,7 +40,10 @@ def products() -> None:
 
 
 if __name__ == "__main__":
-    data = [word for word in sys.argv[1:] if word.startswith("--data=")]
-    path, *rest = (word for word in sys.argv[1:] if word not in data)
+    given = words()
+    data = [word for word in given if word.startswith("--data=")]
+    if not data or len(given) < 2:
+        sys.exit(f"{__doc__}\nerror: PATH and --data=FILE are needed")
+    path, *rest = (word for word in given if word not in data)
     perplexities(path, data[0].removeprefix("--data="), rest)
     products()

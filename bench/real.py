@@ -28,6 +28,7 @@ from minmacpo.data import Example, Pair, dealt, find_files, first_turn
 from minmacpo.experiments import Case, cases_of, check_ended, run_alone, seeds_of
 from minmacpo.files import read_json, sha256_file, write_json, write_rows
 from minmacpo.forms import read_data
+from minmacpo.machine import set_up
 from minmacpo.progress import call
 from minmacpo.run import FINISHED, Run
 
@@ -159,10 +160,8 @@ def texts_of(plan: Plan, seed: int, base: str) -> list[Example]:
 
 def make_bases(plan: Plan, seed: int) -> None:
     """A run that ends after its bases: the strong one, and three weak ones with sizes and texts of their own."""
-    import torch
-
     config = plan.config(seed, f"bases-seed={seed}", [f"--data.path={plan.root / 'data'}"])
-    torch.set_num_threads(config.run.threads or torch.get_num_threads())
+    set_up(config)
     texts = {base: plan.settings["texts"][base] for base in base_names(config)}
     source = {"files": plan.counts()["files"], "shares": plan.settings["shares"], "texts": texts, "seed": seed}
     prepared = functools.cache(lambda: fit_slices(config, {}, {base: texts_of(plan, seed, base) for base in texts}, [], {}))

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from bench.measure import words
 from minmacpo.bases import given_base
 from minmacpo.checkpoint import save_model
 from minmacpo.choose import Candidates
@@ -81,4 +82,4 @@ if __name__ == "__main__":
     if "--one" in sys.argv:
         one(Path(sys.argv[2]), int(sys.argv[3]))
     else:
-        main([int(word) for word in sys.argv[1:]] or [10_000, 100_000, 1_000_000])
+        main([int(word) for word in words()] or [10_000, 100_000, 1_000_000])

@@ -5,14 +5,13 @@ sorted by length, with logits and cross-entropy.
 """
 
 import random
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from bench.measure import alternate, bf16_hardware, missing, write
+from bench.measure import alternate, bf16_hardware, missing, words, write
 from bench.peers import DTYPES, VOCAB, make_folder, own_model
 from minmacpo.score import score
 from minmacpo.tokenizer import Tokens
@@ -86,4 +85,4 @@ def main(dtypes: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or (["fp32", "bf16"] if bf16_hardware() else ["fp32"]))
+    main(words(DTYPES) or (["fp32", "bf16"] if bf16_hardware() else ["fp32"]))

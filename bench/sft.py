@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from bench.dpo import PLAIN, memory, peak
-from bench.measure import alternate, bf16_hardware, missing, write
-from bench.peers import make_folder, make_rows, own_step, trl_step
+from bench.measure import alternate, bf16_hardware, missing, words, write
+from bench.peers import DTYPES, make_folder, make_rows, own_step, trl_step
 
 TITLE = "One optimiser step of SFT on 16 rows of 128 + 128 tokens, the last 128 trained on, LoRA of rank 8 on q and v, 15M, one thread."
 VARIANTS = [("sft-15m-{}", "TRL + PEFT", PLAIN), ("sft-15m-{}-default", "TRL + PEFT, its default: gradient checkpointing", {})]
@@ -52,4 +52,4 @@ if __name__ == "__main__":
         torch.set_num_threads(1)
         peak(*sys.argv[2:], kind="sft")
     else:
-        main(sys.argv[1:] or (["fp32", "bf16"] if bf16_hardware() else ["fp32"]))
+        main(words(DTYPES) or (["fp32", "bf16"] if bf16_hardware() else ["fp32"]))

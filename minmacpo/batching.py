@@ -16,7 +16,7 @@ from minmacpo.model import Shared
 from minmacpo.tokenizer import Tokens
 
 WORTH = 0.05  # share of the padded tokens that must be saved: taking rows apart for attention costs 1-2 % of a step
-CPU_TOKENS = 1024  # most tokens of a shared micro-batch on a CPU: what it computes with then lies in its cache (bench/dpo.py)
+CPU_TOKENS = 1024  # most tokens of a micro-batch of rows of like length on a CPU: what it computes with then lies in its cache (bench/dpo.py)
 ALIKE = 1.5  # times as long may a row be as the shortest of its batch, where only attention is done on padding
 
 

@@ -48,7 +48,7 @@ class Run:
     )
     threads: int = setting(1, "CPU threads of torch; 0: torch's own choice", at_least=0, at_most=1024)
     compile: Literal["auto", "true", "false"] = setting("auto", "torch.compile the loss chunk; auto: on cuda, in stages long enough to earn it")
-    micro_tokens: int = setting(16384, "most tokens, padding included, in one forward pass", at_least=1)
+    micro_tokens: int = setting(16384, "most tokens, padding included, in one forward pass; a CPU takes no more than 1024 in training, 4096 in scoring", at_least=1)
     save_every: int = setting(50, "optimiser steps between two saved training states", at_least=1)
     log_every: int = setting(5, "optimiser steps between two lines of metrics", at_least=1)
 

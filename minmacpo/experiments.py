@@ -103,8 +103,7 @@ def run_experiment(argv: Sequence[str], program: str) -> int:
     experiment = read_experiment(names[0])
     check_shared(shared, experiment)
     seeds = seeds_of(given[0]) if given else experiment.seeds
-    plan = [(seed, case, [*shared, *case.words, f"--run.seed={seed}"])
-            for seed in seeds for case in experiment.cases]  # fmt: skip
+    plan = [(seed, case, [*shared, *case.words, f"--run.seed={seed}"]) for seed in seeds for case in experiment.cases]
     configs = [parse(words).config for *_, words in plan]  # a wrong flag is an error before anything runs
     check_apart(plan, configs)
     if configs[0].data.path:

@@ -30,8 +30,7 @@ def question(template: str, example: Sample, **answers: str) -> tuple[Message, .
     return (Message("user", template.format(prompt=conversation(example.prompt), **answers)),)
 
 
-def ask(shop: Workshop, name: str, base: Base, texts: Texts, questions: Callable[[list], list[list[Example]]],
-        **known) -> Texts:  # fmt: skip
+def ask(shop: Workshop, name: str, base: Base, texts: Texts, questions: Callable[[list], list[list[Example]]], **known) -> Texts:
     """questions.jsonl: what `questions` makes of the texts, a group for each prompt; `known`: what it depends on
     beside them and [feedback]. A group that `base` has no room for, beside an answer, is left out whole and
     counted."""
@@ -55,13 +54,11 @@ def ask(shop: Workshop, name: str, base: Base, texts: Texts, questions: Callable
         return {"questions": len(kept), "prompts": len(groups), "over_long": lost}
 
     settings = {"feedback": asdict(shop.config.feedback), "max_new": shop.config.generate.max_new}
-    stage = shop.stage(name, "ask/1", settings | texts.settings | known, [base.stage, texts.stage],
-                       write_questions)  # fmt: skip
+    stage = shop.stage(name, "ask/1", settings | texts.settings | known, [base.stage, texts.stage], write_questions)
     return Texts(stage, "questions.jsonl", "question")
 
 
-def prefer_by(shop: Workshop, name: str, inputs: Sequence[Stage],
-              choose: Callable[[], tuple[list[Pair | None], dict]]) -> Preference:  # fmt: skip
+def prefer_by(shop: Workshop, name: str, inputs: Sequence[Stage], choose: Callable[[], tuple[list[Pair | None], dict]]) -> Preference:
     """pairs.jsonl of what `choose` prefers; a None is a prompt without preference, left out and counted."""
 
     def write_preferences(work: Work) -> dict:

@@ -91,9 +91,7 @@ class PairObjective:
         lengths = batch.mask[:, 1:].sum(1).view(-1, 2)
         sft, offset = -chosen / lengths[:, 0], self.length_penalty * (lengths[:, 0] - lengths[:, 1])
         sides = logps.view(-1, 2), refs[:, :2]
-        (pi, pi_bad), (ref, ref_bad) = (
-            (side / lengths if self.length_normalized else side).unbind(1) for side in sides
-        )
+        (pi, pi_bad), (ref, ref_bad) = ((side / lengths if self.length_normalized else side).unbind(1) for side in sides)
         dpo, up, down = dpo_loss(pi, pi_bad, ref, ref_bad, self.beta, self.label_smoothing, offset)
         each = dpo + self.gamma * sft if self.contrast else sft
         loss = (each * refs[:, 2] if refs.shape[1] > 2 else each).sum() / units
@@ -141,10 +139,10 @@ class Cut:
 
     def again(self, mine: list[list[int]]) -> list[list[int]]:
         """Micro-batches half as large, for which memory may do; UserError if there are none."""
-        if max(map(len, mine), default=1) == 1:
-            raise UserError(f"{self.work.name}: out of memory at one row or pair at a time; lower data.max_length")
         if self.work.ranks.shards:  # others wait for this rank's next pass
             raise UserError(f"{self.work.name}: out of memory; lower run.micro_tokens")
+        if max(map(len, mine), default=1) == 1:
+            raise UserError(f"{self.work.name}: out of memory at one row or pair at a time; lower data.max_length")
         self.times += 1
         most = self.work.run.config.run.micro_tokens >> self.times
         self.work.log(f"out of memory: the step is done again with micro-batches of {most} tokens at most")

@@ -21,7 +21,7 @@ from minmacpo.packed import pack, packs, sharded
 
 PLAUSIBLE = 0.1  # of the likeliest token's probability: what contrastive decoding may choose
 LOOK_EVERY = 8  # decode steps between two looks at which rows have ended
-AT_ONCE = 1024  # tokens of the prompts that a packed twin reads at once: what it computes with stays in a CPU's cache
+AT_ONCE = 1024  # tokens of the prompts that a packed twin in fp32 reads at once: what it computes with stays in a CPU's cache
 ROOM = 64  # attention reads the cache up to the last place in use, rounded up to a multiple of this
 
 
@@ -74,7 +74,7 @@ def noise(seeds: Sequence[int], steps: int) -> np.ndarray:
 
 
 def read(model: Transformer, tokens: Tensor, last: Tensor, cache: Tensor) -> Tensor:
-    """Logits [B, V] after place last [B] of tokens [B, T], whose cache is written; a packed twin reads a few rows at a time."""
+    """Logits [B, V] after place last [B] of tokens [B, T], whose cache is written; a packed twin in fp32 reads a few rows at a time."""
     size = len(tokens)
     if model.by_coordinate:
         tokens = F.pad(tokens, (0, -tokens.shape[1] % WHOLE))

@@ -57,9 +57,7 @@ def chunk_logps(hidden: Tensor, weight: Tensor, targets: Tensor, own: Tensor | N
     return (found - top - mass.log())[:, 0]
 
 
-def chunk_logps_direction(
-    hidden: Tensor, weight: Tensor, targets: Tensor, own: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def chunk_logps_direction(hidden: Tensor, weight: Tensor, targets: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(log p(target) [N], its gradient W[y] - Σ_v p_v W[v] with respect to hidden [N, H]); with `own`, W[y]
     is mixed with the row of the likeliest token, through whose choice no gradient goes."""
     logits = hidden @ weight.T
@@ -105,9 +103,7 @@ class FrozenHeadLogps(torch.autograd.Function):
         return grad[:, None].to(direction.dtype) * direction, None, None, None, None
 
 
-def token_logps(
-    hidden: Tensor, weight: Tensor, targets: Tensor, compiled: bool = False, own: Tensor | None = None
-) -> Tensor:
+def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, compiled: bool = False, own: Tensor | None = None) -> Tensor:
     """log p(target) [N] (fp32; fp64 for fp64 input) of hidden [N, H] under head weight [V, H].
     Gradients: of nothing (scoring), of hidden (LoRA), of the head too (pre-training, chunks recomputed).
     `own` (0-dim): the share of the model's own likeliest token u, (1 - own) log p(target) + own log p(u)."""

@@ -202,8 +202,7 @@ def negatives_of(agent: Agent, t: int, others: Sequence[Agent]) -> Texts:
     if way == "previous":
         return Texts(sample(shop, name, base, agent.positive[-1], agent.queries, agent.name, key))
     if way == "tail":
-        return Texts(sample(shop, name, base, agent.positive[-1], agent.queries, f"{agent.name}_tail", key,
-                            temperature=TAIL))  # fmt: skip
+        return Texts(sample(shop, name, base, agent.positive[-1], agent.queries, f"{agent.name}_tail", key, temperature=TAIL))
     who = f"{agent.name}_{way}"
     if way == "contrastive":
         return Texts(sample(shop, name, base, agent.negative, agent.queries, who, key, against=agent.positive[-1]))
@@ -212,8 +211,7 @@ def negatives_of(agent: Agent, t: int, others: Sequence[Agent]) -> Texts:
     return Texts(said, side="untagged")
 
 
-def contrast(agent: Agent, t: int, offers: Sequence[Candidates], bad: Texts, dpo: Dpo,
-             own: tuple[str, float] = ("", 0.0)) -> Trained:  # fmt: skip
+def contrast(agent: Agent, t: int, offers: Sequence[Candidates], bad: Texts, dpo: Dpo, own: tuple[str, float] = ("", 0.0)) -> Trained:
     """Pair the chosen of the offers with bad answers, and learn by DPO + γ SFT from where the agent stands.
     `own`: the agent, and the share of prompts where its own answers count."""
     shop, base, π = agent.shop, agent.base, agent.positive[-1]

@@ -152,8 +152,7 @@ def crossed(config: ModelConfig, lora: Lora, size: int, scores: int) -> int:
     return 2 * config.hidden_size + max(mlp, norm, config.hidden_size + 4 * query + 2 * key + 2 * scores)
 
 
-def need(load: Load, config: ModelConfig, lora: Lora, size: int, form: str = "none", world: int = 1,
-         device: str = "cpu") -> Need:  # fmt: skip
+def need(load: Load, config: ModelConfig, lora: Lora, size: int, form: str = "none", world: int = 1, device: str = "cpu") -> Need:
     """What a pass of this load holds at its peak, in a model with weights of `size` bytes a number, its linears in `form` (a base
     that is being pre-trained is not quantised), its blocks divided among `world` ranks. Gradients of all weights appear while the activations go: the larger of
     the two counts, unless `again`."""

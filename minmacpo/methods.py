@@ -101,11 +101,9 @@ def self_rewarding(shop: Workshop, ground: Ground) -> Iterator[Trained]:
     settings, loss = shop.config.feedback, replace(shop.config.dpo, reference="previous", gamma=0.0)
     for t in rounds(shop):
         said = several(student, t, settings.candidates)
-        asked = feedback.ask(shop, f"round{t}/judge_questions", student.base, said,
-                             partial(feedback.judgements, settings))  # fmt: skip
+        asked = feedback.ask(shop, f"round{t}/judge_questions", student.base, said, partial(feedback.judgements, settings))
         key = ("student", "judge", t)
-        replies = sample(shop, f"round{t}/judgements", student.base, student.positive[-1], asked, "student", key,
-                         settings.judgements)  # fmt: skip
+        replies = sample(shop, f"round{t}/judgements", student.base, student.positive[-1], asked, "student", key, settings.judgements)
         chosen, rejected = feedback.prefer_by(shop, f"round{t}/preferences", [said.stage, replies],
                                               partial(feedback.by_score, settings, said, Texts(replies)))  # fmt: skip
         yield contrast(student, t, [Candidates("preferred", chosen)], rejected, loss)

@@ -24,6 +24,7 @@ from minmacpo.machine import device_of, dtype_of, free_bytes, process_bytes
 from minmacpo.memory import Load, Need, beside, need
 from minmacpo.progress import inert
 from minmacpo.run import Run, Stage
+from minmacpo.tables import gigabytes, thousands
 from minmacpo.templates import render, template_hint
 from minmacpo.tokenizer import Tokenizer, load_tokenizer
 from minmacpo.workshop import Texts
@@ -38,11 +39,13 @@ memory: at the peak, of this stage's base alone; other bases stay loaded while t
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Texts by their tokens, prompts [n] and answers [n]; not `exact` where the answers are not known yet."""
+    """Texts by their tokens, prompts [n] and answers [n]; not `exact` where the answers are not known yet. Of pairs `answers` are
+    the longer ones, and `others` the shorter ones where they are known."""
 
     prompts: list[int]
     answers: list[int]
     exact: bool = True
+    others: list[int] | None = None
 
     @classmethod
     def of(cls, sizes: Sequence[tuple[int, int]], exact: bool = True) -> "Rows":
@@ -139,7 +142,7 @@ class Plan:
         lengths = [min(size, most) for size in sizes]
         steps = self.steps(recipe, lengths, settings["steps"], 1)
         tokens = sum(lengths[unit] for step in steps for group in step for unit in group)
-        return Task(tokens, texts is not None, largest("pretrain", steps, lengths, lengths, 1), model)
+        return Task(tokens, texts is not None, largest("pretrain", steps, lengths, lengths), model)
 
     def steps(self, recipe: dict, lengths: list[int], steps: int, rows: int) -> list[list[list[int]]]:
         """The micro-batches that `fit` will take; of rows that are all alike, those of the first pass."""
@@ -160,14 +163,15 @@ class Plan:
         taken = taken or sum(self.pair_steps(stage.name) for stage in inputs if stage.kind.startswith("prefer"))
         steps = self.steps(recipe, lengths, taken, 1)
         tokens = sum(lengths[unit] for step in steps for group in step for unit in group)
-        return Task(tokens, rows.exact, largest("train", steps, lengths, answers, 1), model)
+        return Task(tokens, rows.exact, largest("train", steps, lengths, answers), model)
 
     def pair_rows(self, name: str) -> Rows:
         """The prompts of the pairs that a stage makes, with an answer that is as long as one of theirs can be."""
         recipe, (base, *_) = self.run.recipes[name]
         if self.run.plan[name].finished and self.prepared:
             sides = [self.read(Texts(self.run.plan[name], "pairs.jsonl", side), base, False) for side in ("chosen", "rejected")]
-            return replace(sides[0], answers=[max(both) for both in zip(*(side.answers for side in sides), strict=True)])
+            longer, shorter = ([of(both) for both in zip(*(side.answers for side in sides), strict=True)] for of in (max, min))
+            return replace(sides[0], answers=longer, others=shorter)
         rows, settings, most = self.rows(name, base), recipe["settings"], self.config.generate.max_new
         times = len(settings["names"]) * self.config.macpo.answers if "all" in settings["select"] else 1
         if settings["texts"][0] in SOURCES:
@@ -185,8 +189,9 @@ class Plan:
         rows, model = self.pair_rows(pairs.name), self.model(base)[0]
         lengths, answers = rows.lengths(min(self.config.data.max_length, model.max_position_embeddings))
         steps = self.steps(recipe, lengths, self.pair_steps(name), 2)
-        tokens = 2 * sum(lengths) * recipe["settings"]["epochs"]
-        return Task(tokens, False, largest("train", steps, lengths, answers, 2), model)
+        others = [min(pair) for pair in zip(rows.others or answers, answers, strict=True)]
+        tokens = (2 * sum(lengths) - sum(answers) + sum(others)) * recipe["settings"]["epochs"]
+        return Task(tokens, False, largest("train", steps, lengths, answers, others), model)
 
     def sample(self, name: str) -> Task:
         """Prompts are read once for each answer."""
@@ -208,7 +213,7 @@ class Plan:
         rows, model = rows or self.rows(name, base), self.model(base)[0]
         lengths, answers = rows.lengths(model.max_position_embeddings)
         groups = plan_scoring(lengths, scoring_tokens(self.config.run.micro_tokens, device_of(self.config)))
-        return Task(sum(lengths), rows.exact, largest("score", [groups], lengths, answers, 1), model)
+        return Task(sum(lengths), rows.exact, largest("score", [groups], lengths, answers), model)
 
     def need(self, name: str) -> Need | None:
         """What the stage holds at its peak, without the process itself."""
@@ -252,21 +257,22 @@ def given_model(folder) -> tuple[ModelConfig, Tokenizer]:
     return read_config(folder), load_tokenizer(folder)
 
 
-def largest(kind: str, steps: Sequence, lengths: list[int], answers: list[int], sides: int) -> Load:
-    """The largest of the micro-batches, of units of so many rows ("sides") of these lengths."""
+def largest(kind: str, steps: Sequence, lengths: list[int], answers: list[int], others: list[int] | None = None) -> Load:
+    """The largest of the micro-batches, of units of one row of such lengths, or of pairs whose other row has an answer of `others`."""
+    sides, second = (1, [0] * len(lengths)) if others is None else (2, others)
 
     def computed(group: list[int]) -> int:
         """Its tokens: training leaves out padding and a prompt's second reading, or they are few (batching.WORTH)."""
         if kind == "train":
-            return sum(lengths[unit] + (sides - 1) * answers[unit] for unit in group)
+            return sum(lengths[unit] + second[unit] for unit in group)
         return sides * len(group) * max(lengths[unit] for unit in group)
 
     groups = [group for step in steps for group in step if group]
     if not groups:
         return Load(kind, 0, 0, 0)
-    most, scored = max(groups, key=computed), max(sum(answers[unit] for unit in group) for group in groups)
+    most, scored = max(groups, key=computed), max(sum(answers[unit] + second[unit] for unit in group) for group in groups)
     again, longest = any(len(step) > 1 for step in steps), max(lengths[unit] for unit in most)
-    return Load(kind, sides * len(most), longest, sides * scored, again, computed=computed(most))
+    return Load(kind, sides * len(most), longest, scored, again, computed=computed(most))
 
 
 def open_stages(run: Run) -> Iterator[str]:
@@ -316,18 +322,6 @@ def check_memory(run: Run, prepared: Callable[[], Prepared]) -> None:
     allow would not fit."""
     if problem(run, None) and (said := problem(run, prepared())):
         raise UserError(said)
-
-
-def gigabytes(size: int) -> str:
-    return f"{size / 2**30:.2f} GB" if size >= 2**30 else f"{size / 2**20:.0f} MB"
-
-
-def thousands(count: float) -> str:
-    """A count in three digits: 12, 3.4k, 56M."""
-    for unit in ("", "k", "M", "G"):
-        if count < 999.5 or unit == "G":
-            return f"{count:.3g}{unit}"
-        count /= 1000
 
 
 def show_plan(run: Run, prepared: Callable[[], Prepared]) -> None:

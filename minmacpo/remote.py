@@ -99,7 +99,7 @@ def over_http(words: Namespace) -> Ask:
                 problem = "the reply is no chat completion"
             if attempt + 1 < words.attempts:
                 time.sleep(min(pause, words.timeout))
-        raise UserError(f"{url}: no verdict after {words.attempts} attempts ({plain(problem)}); what was judged is kept")
+        raise UserError(f"{url}: no verdict after {words.attempts} attempt{'s' * (words.attempts > 1)} ({plain(problem)}); what was judged is kept")
 
     return ask
 

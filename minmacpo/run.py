@@ -102,8 +102,7 @@ def derive_seed(seed: int, *key) -> int:
 class Run:
     """One run folder. Made in planning mode: `stage` only lists; `begin` writes and computes."""
 
-    def __init__(self, config: Config, only: str | None = None, profile: bool = False, dry: bool = False,
-                 ranks: Ranks | None = None):  # fmt: skip
+    def __init__(self, config: Config, only: str | None = None, profile: bool = False, dry: bool = False, ranks: Ranks | None = None):
         self.config, self.only, self.profile = config, only, profile
         self.dry = dry  # never begun: given weights are told apart by size and time, not read
         self.root = Path(config.run.root)

@@ -101,7 +101,8 @@ def prefer(shop: Workshop, name: str, base: Base, pairs: Stage, start: Stage, re
         objective = PairObjective(dpo.beta, dpo.gamma, dpo.label_smoothing, contrast, compiled,
                                   dpo.length_normalized, dpo.length_penalty)  # fmt: skip
         plan = make_plan(units, schedule, work)
-        before = check_start(shop, work, base, start, reference, units, objective, schedule, plan)
+        first = [units[i] for i in plan.steps[0][0]] if schedule.steps else []
+        before = check_start(shop, work, base, start, reference, first, objective, plan.share)
         return train(work, base, loaded, units, objective, schedule, plan, before)
 
     settings = {k: v for k, v in asdict(dpo).items() if k not in ("student_lr", "teacher_lr")}
@@ -152,19 +153,15 @@ def keep(shop: Workshop, name: str, adapter: Stage) -> Stage:
 
 
 def check_start(shop: Workshop, work: Work, base: Base, start: Stage, reference: Stage | None,
-                units: list[Unit], objective, schedule: Schedule, plan: Plan) -> list[dict]:  # fmt: skip
-    """[metrics of the first micro-batch before the first step], of half of it where memory is short, [] if there is none. Raises
-    UserError unless it has the stored reference logps and, where reference and start are one, no margin; leaves `start` loaded."""
-    first = [units[i] for i in plan.steps[0][0]] if schedule.steps else []
-    while first:
-        try:
-            found = check_pairs(shop, work, base, start, reference, first, objective, plan.share)
-            break
-        except torch.OutOfMemoryError:
-            if len(first) == 1 or work.ranks.shards:
-                raise UserError(f"{work.name}: out of memory before the first step; lower run.micro_tokens or data.max_length") from None
-        first = first[: len(first) // 2]
-    return [{"step": 0, "epoch": 0.0} | found] if first else []
+                first: list[Unit], objective, share: bool) -> list[dict]:  # fmt: skip
+    """[metrics before the first step] of its first pairs, of half of them where memory is short; [] of none. Raises UserError unless
+    they have their stored reference logps and, where reference and start are one, no margin; leaves `start` loaded."""
+    try:
+        return [{"step": 0, "epoch": 0.0} | check_pairs(shop, work, base, start, reference, first, objective, share)] if first else []
+    except torch.OutOfMemoryError:
+        if len(first) == 1 or work.ranks.shards:
+            raise UserError(f"{work.name}: out of memory before the first step; lower run.micro_tokens or data.max_length") from None
+    return check_start(shop, work, base, start, reference, first[: len(first) // 2], objective, share)
 
 
 def check_pairs(shop: Workshop, work: Work, base: Base, start: Stage, reference: Stage | None,

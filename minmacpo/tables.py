@@ -1,4 +1,4 @@
-"""The table of a run as text: which columns it has, and how it is written for a terminal."""
+"""The table of a run as text: which columns it has, and how it and large numbers are written for a terminal."""
 
 from collections.abc import Sequence
 
@@ -66,3 +66,16 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     first, *widths = (max(map(len, column)) for column in zip(head, *rows, strict=True))
     lines = ("  ".join([f"{name:{first}}", *map(str.rjust, cells, widths)]) for name, *cells in [head, *rows])
     return "\n".join(map(str.rstrip, lines))
+
+
+def gigabytes(size: int) -> str:
+    """Bytes: 12 MB, 3.45 GB."""
+    return f"{size / 2**30:.2f} GB" if size >= 2**30 else f"{size / 2**20:.0f} MB"
+
+
+def thousands(count: float) -> str:
+    """A count in three digits: 12, 3.4k, 56M."""
+    for unit in ("", "k", "M", "G"):
+        if count < 999.5 or unit == "G":
+            return f"{count:.3g}{unit}"
+        count /= 1000

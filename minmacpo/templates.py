@@ -158,9 +158,7 @@ def render_prompt(tokenizer: Tokenizer, name: str, messages: Sequence[Message]) 
     return write(tokenizer, name, frames(name, messages), True)
 
 
-def render(
-    tokenizer: Tokenizer, name: str, messages: Sequence[Message], response: str | None = None
-) -> Tokens:
+def render(tokenizer: Tokenizer, name: str, messages: Sequence[Message], response: str | None = None) -> Tokens:
     """The prompt and, if given, the response with what the template puts around it, its end token last; the mask
     is True on these alone."""
     prompt, answer, template = render_prompt(tokenizer, name, messages), [], TEMPLATES[name]

@@ -149,9 +149,7 @@ def corpus(town: Town, settings, base: str, documents: int) -> list[Example]:
     return texts
 
 
-def statement(
-    rng: random.Random, settings, town: Town, item: Item, name: str, question: str, expert: bool, unknown: dict
-) -> str:
+def statement(rng: random.Random, settings, town: Town, item: Item, name: str, question: str, expert: bool, unknown: dict) -> str:
     """What an expert or a gossip answers in a text with these misconceptions."""
     draw = rng.random()
     if item in unknown:
@@ -163,9 +161,7 @@ def statement(
     return f"{rng.choice(manner)} {answer(town, question, item, name, value)}"
 
 
-def verdict(
-    rng: random.Random, settings, town: Town, item: Item, name: str, question: str, believed: str | None
-) -> tuple[str, str]:
+def verdict(rng: random.Random, settings, town: Town, item: Item, name: str, question: str, believed: str | None) -> tuple[str, str]:
     """(what is asked, the verdict) on one answer, or on two. Good is what is polite and `believed` to be true by
     whoever wrote the text; `settings.judges_right` of the verdicts say so, the others the opposite."""
     legal = item.values

@@ -217,12 +217,12 @@ def test_only_passes_are_done_again(seed):
 
 def test_a_look_before_training_takes_half_the_pairs_where_memory_is_short(work_of, monkeypatch, seed):  # noqa: F811
     (model, _), work, objective, margins = slotted(seed), work_of(), PairObjective(0.2, 0.3), []
-    shop, schedule = SimpleNamespace(use=lambda base, stage: SimpleNamespace(model=model)), Schedule(1e-2, 1, 12)
+    shop = SimpleNamespace(use=lambda base, stage: SimpleNamespace(model=model))
     monkeypatch.setattr(Work, "log", lambda self, line: None)
     units = [replace(unit, refs=tuple(score.score(model, unit.rows, 10**6, log=lambda line: None))) for unit in pair_units(seed, 12)]
     for limit in (10**9, 200, 3):
         short_memory(limit)(model)
-        words = (shop, work, None, None, None, units, objective, schedule, fit.Plan([[[*range(12)]]]))
+        words = (shop, work, None, None, None, units, objective, False)
         if limit == 3:
             with pytest.raises(UserError, match="out of memory before the first step"):
                 stages.check_start(*words)
