@@ -7,14 +7,11 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from minmacpo import UserError
@@ -24,9 +21,9 @@ from minmacpo.files import read_json, write_atomic, write_json
 from minmacpo.lora import merged_weights
 from minmacpo.model import Transformer
 from minmacpo.quant import is_quantised, pack_weight, put_linears
+from minmacpo.tensors import FLOATS, load_tensors, opened, raw, save_tensors
 from minmacpo.tokenizer import FILES, Tokenizer, load_tokenizer
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Settings of adapter_config.json that plain LoRA leaves at these values.
 PLAIN = {"use_rslora": False, "use_dora": False, "modules_to_save": None, "layers_to_transform": None,
          "rank_pattern": {}, "alpha_pattern": {}}  # fmt: skip
@@ -39,39 +36,6 @@ ENDLESS = re.compile(r"\)[*+{]|(?:([*+{]|(?<![(*+}?])\?).*?){6}")  # a repeated 
 STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # values of init_lora_weights that leave the base alone
 # What a base may say of how to talk to it: an export has it unchanged.
 MANNERS = (*FILES, "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Tensors as one .safetensors file, atomically."""
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, save(tensors, metadata or {"format": "pt"}))
-
-
-@contextmanager
-def opened(path: Path) -> Iterator:
-    """A .safetensors file, memory-mapped; UserError that says what is wrong with it."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: {fault(path, error)}") from None
-
-
-def fault(path: Path, error: Exception) -> str:
-    """What is wrong with a file that is no safetensors file, as the end of a sentence."""
-    if path.is_dir():
-        return "is a folder, where a file is expected"
-    if not path.is_file():
-        return "is missing"
-    with path.open("rb") as stream:
-        pointer = stream.read(23) == b"version https://git-lfs"
-    return "is a git-lfs pointer; get the file itself with git lfs pull" if pointer else f"is cut short or damaged ({error})"
-
-
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a .safetensors file, on the CPU; UserError if missing or damaged."""
-    with opened(path) as file:
-        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +299,7 @@ def sum_of(tensors: dict[str, Tensor], notes: str) -> str:
     digest = hashlib.sha256(notes.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(raw(tensor))
     return digest.hexdigest()
 
 

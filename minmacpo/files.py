@@ -65,8 +65,8 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def write_atomic(path: Path, content: str | bytes | Iterable[str]) -> None:
-    """Write `path` whole, or leave it as it was, from a text, bytes, or one text after the other; the temporary is removed if
+def write_atomic(path: Path, content: str | bytes | Iterable) -> None:
+    """Write `path` whole, or leave it as it was, from a text, bytes, or one of them after the other; the temporary is removed if
     the disk is full."""
     temporary = path.with_name(path.name + ".tmp")
     try:

@@ -182,6 +182,7 @@ def fit(model, params: list, units: Sequence[Unit], objective, schedule: Schedul
             progress.step()
     if work.ranks.main:
         write_rows(work.folder / "metrics.jsonl", watch.rows)
+    optimizer.state.clear()  # torch leaves an optimiser in a cycle of references: its moments would stay until the collector comes
     shown = ("loss", "rewards/margins")
     last = {k: round(v, 4) for row in watch.rows[-1:] for k, v in row.items() if k in shown}
     return {"rows": len(units), "steps": len(plan), "tokens": watch.tokens[-1]} | last

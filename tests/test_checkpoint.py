@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import far, logits_of, random_model
 from safetensors.torch import load_file, save_file
@@ -19,18 +20,17 @@ from minmacpo.checkpoint import (
     load_adapter,
     load_model,
     load_state,
-    load_tensors,
     read_adapter_config,
     save_adapter,
     save_model,
     save_state,
-    save_tensors,
     stop_ids,
     weight_files,
 )
 from minmacpo.config import Lora
 from minmacpo.lora import attach_lora, read_adapter, reset_adapter, write_adapter
 from minmacpo.machine import linux, peak_mb, reset_peaks
+from minmacpo.tensors import load_tensors, save_tensors
 
 
 def refused(call, *words) -> str:
@@ -402,7 +402,7 @@ def test_an_adapter_config_that_is_no_object_is_refused(content, adapter):
 
 def test_a_state_comes_back_bit_for_bit(tmp_path, seed):
     file = tmp_path / "state.safetensors"
-    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).double(), "c": torch.randn(4, 4).T, "d": torch.tensor(3)}
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).double(), "c": torch.randn(4, 4).T, "d": torch.tensor(3.0)}
     notes = {"step": 3, "rows": [{"loss": 0.1}, {"loss": float("1e-30")}], "text": "é\n"}
     save_state(file, tensors, notes)
     found, told = load_state(file)
@@ -441,6 +441,29 @@ def test_a_state_without_notes_says_what_to_delete(metadata, tmp_path):
     file = tmp_path / "state.safetensors"
     save_tensors(file, {"a": torch.ones(2)}, metadata)
     refused(lambda: load_state(file), file, "delete it")
+
+
+def test_a_file_of_tensors_has_the_bytes_that_the_library_writes(tmp_path, seed):
+    """Of one kind of numbers; of several it reads them. Empty ones, one without a dimension, a turned one; names in no order."""
+    file, draw = tmp_path / "x.safetensors", torch.Generator().manual_seed(seed)
+    sizes = [(3, 5), (), (0, 4), (7,), (2, 3, 4), (1, 1)]
+    kinds = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+    tensors = {f"{n * 7 % 24}.é": torch.randn(sizes[n % 6], generator=draw).to(kinds[n % 4]) for n in range(24)}
+    tensors["turned"] = torch.randn(5, 3, generator=draw).T
+    save_tensors(file, tensors)
+    for found in (load_file(file), load_tensors(file)[0]):
+        assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in found)
+    weights = {name: tensor.float() for name, tensor in tensors.items()}
+    save_tensors(file, weights)
+    assert file.read_bytes() == safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, {"format": "pt"})
+
+
+def test_writing_takes_no_second_copy_of_what_is_written(tmp_path):
+    tensors = {str(i): torch.ones(1 << 20) for i in range(32)}
+    reset_peaks("cpu")
+    before = peak_mb()
+    save_tensors(tmp_path / "x.safetensors", tensors)
+    assert peak_mb() - before < 32, "of 128 MB"
 
 
 def test_what_is_written_replaces_the_old_file_only_when_whole(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ PACKAGE = REPO / "minmacpo"
 FLOORS = [
     {"config", "data", "domains", "bpe", "families", "progress"},
     {"forms", "diversity", "world", "commandline", "files", "machine", "model", "lora", "losses", "quant", "page"},
-    {"tokenizer", "tables", "remote", "packed", "parallel", "folder"},
+    {"tokenizer", "tables", "tensors", "remote", "packed", "parallel", "folder"},
     {"run", "checkpoint", "batching", "monitor", "templates", "memory"},
     {"fit", "generate", "score"},
     {"bases"},
@@ -114,7 +114,7 @@ def test_only_evaluation_and_programs_know_the_world():
 
 def test_libraries_have_one_home():
     assert {name for name in TREES if "sentencepiece" in foreign(name)} == {"tokenizer"}
-    assert {name for name in TREES if "safetensors" in foreign(name)} == {"checkpoint"}
+    assert {name for name in TREES if "safetensors" in foreign(name)} == {"tensors"}
     assert {name for name in TREES if "distributed" in path_of(name).read_text()} <= {"parallel"}
     network = {"urllib", "http", "socket", "requests", "ssl", "ftplib"}
     assert not [name for name in TREES if name != "remote" and network & {d.split(".")[0] for d in imported(name)}]
@@ -175,8 +175,8 @@ def code_lines(name: str) -> int:
 
 
 def test_the_library_is_small():
-    """7,050 lines of code; docstrings and blank lines do not count, so that nobody saves on them."""
-    assert sum(code_lines(name) for name in TREES if name not in PROGRAMS) <= 7050
+    """7,100 lines of code; docstrings and blank lines do not count, so that nobody saves on them."""
+    assert sum(code_lines(name) for name in TREES if name not in PROGRAMS) <= 7100
 
 
 def test_the_programs_are_small():
