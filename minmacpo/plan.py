@@ -262,10 +262,10 @@ def largest(kind: str, steps: Sequence, lengths: list[int], answers: list[int], 
     sides, second = (1, [0] * len(lengths)) if others is None else (2, others)
 
     def computed(group: list[int]) -> int:
-        """Its tokens: training leaves out padding and a prompt's second reading, or they are few (batching.WORTH)."""
-        if kind == "train":
-            return sum(lengths[unit] + second[unit] for unit in group)
-        return sides * len(group) * max(lengths[unit] for unit in group)
+        """Its tokens: but for pre-training they are without padding and a prompt's second reading, or these are few (batching.WORTH)."""
+        if kind == "pretrain":
+            return len(group) * max(lengths[unit] for unit in group)
+        return sum(lengths[unit] + second[unit] for unit in group)
 
     groups = [group for step in steps for group in step if group]
     if not groups:
