@@ -56,6 +56,7 @@ def measure(command: str, words: list[str]):
 def read(words: list[str]):
     """(what was found, how it is shown) of the commands that only read."""
     from minmacpo.evaluate import export, make_table, read_run
+    from minmacpo.run import FINISHED
     from minmacpo.tables import format_table
 
     if odd := [word for word in words if word.startswith("-")]:
@@ -67,9 +68,11 @@ def read(words: list[str]):
     runs = words[1:] if words[0] == "table" else words
     if len(runs) != 1:
         raise UserError("expected one run; eval.py compare RUN RUN... takes several")
-    found = make_table(read_run(runs[0]))
+    found = make_table(run := read_run(runs[0]))
     if not found["rows"]:
         raise UserError(f"{runs[0]}: no agent has been measured yet")
+    if not (run.folder / FINISHED).is_file():
+        print(f"WARNING: {inert(runs[0])} has not ended: this is what has been measured so far", file=sys.stderr)
     return found, format_table
 
 
