@@ -175,9 +175,11 @@ class Run:
         seed = derive_seed(self.config.run.seed, *key) if key else 0
         recipe = {"kind": kind, "settings": settings, "seed": seed, "inputs": [s.fingerprint for s in inputs]}
         stage = Stage(name, self.path / name, fingerprint(recipe), kind=kind, size=size)
-        for source in (source for source in inputs if name == self.only and not source.external):
-            if not source.finished:
-                raise UserError(f"--stage={name} needs {source.name}, which is not finished; run that first")
+        sources = [source for source in inputs if name == self.only and not source.external]
+        if missing := [source.name for source in sources if not source.finished]:
+            many = len(missing) > 1
+            raise UserError(f"--stage={name} needs {', '.join(missing)}, which {'are' if many else 'is'} not finished; run {'those' if many else 'that'} first")
+        for source in sources:
             verify(source)
         self.check_name(stage)
         if self.planning:
