@@ -217,6 +217,7 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], seeds: Sequen
     longest = max(map(len, prompts))
     logits, caches = prefill(models, prompts[:places], longest + most - max(map(len, prompts[:places])))
     decoder, fresh = Decoder(models, caches), []
+    del caches  # else they stay beside what `Decoder.keep` makes of them
     while len(board.row):
         token, logp = pick(contrast(*logits) if against else logits[0], settings, board.uniform[board.row, board.at])
         if tell:

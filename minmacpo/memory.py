@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from minmacpo.config import LINEARS, Lora
 from minmacpo.families import ModelConfig
 from minmacpo.losses import SMALL, STRIP, chunk_size
-from minmacpo.model import SMALL_ROWS
+from minmacpo.model import SMALL_ROWS, WHOLE
 from minmacpo.packed import LARGEST, SMALLEST
 from minmacpo.quant import BLOCK
 
@@ -163,10 +163,11 @@ def need(load: Load, config: ModelConfig, lora: Lora, size: int, form: str = "no
     scores = load.length * config.num_attention_heads * small
     if load.kind in ("score", "sample"):
         moving, passing = size * tokens * hidden, size * tokens * crossed(config, lora, size, scores) + unpacked
-        cache = 2 * layers * load.rows * load.room * config.num_key_value_heads * config.head_dim
+        twins = twin_bytes(config, size, form) * load.twins
+        room = load.room + -load.room % WHOLE * (size == 4) * bool(twins)  # its cache lies by coordinate
+        cache = 2 * layers * load.rows * room * config.num_key_value_heads * config.head_dim
         head = of_logits(chunk, config, size) if load.kind == "score" else 20 * load.rows * config.vocab_size
-        weights += twin_bytes(config, size, form) if load.twins else 0
-        return Need(weights * load.models, 4 * slot * load.models, moving + max(passing, head) - head, head,
+        return Need((weights + twins) * load.models, 4 * slot * load.models, moving + max(passing, head) - head, head,
                     2 * cache * size * load.models)  # fmt: skip
     full = load.kind == "pretrain"
     freed = mlp * (full or "down_proj" in lora.targets)  # what down_proj kept goes before the rest comes
