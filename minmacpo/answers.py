@@ -70,16 +70,15 @@ def write_answers(config: Config, loaded: Loaded, agent: str, jobs: Sequence[Job
     size, busy = config.generate.batch, f"{out}: another process is writing it; wait for it, or give another --out"
     if out.exists() and not out.is_file():
         raise UserError(f"{out}: is no ordinary file, to which answers could be added")
-    with open_alone(out, "ab", busy) as stream:
+    with naming(out), open_alone(out, "ab", busy) as stream:  # closing it writes once more what could not be written
         found = done = rows_there(out, agent, jobs, config.run.seed, stream)
         with Progress("answers", len(jobs), "answer", done, None) as progress:
             while done < len(jobs):
                 start = done - done % size
                 rows = answer(config, loaded, agent, jobs[start : start + size], config.run.seed)[done - start :]
-                with naming(out):
-                    stream.write(as_lines(rows).encode())
-                    stream.flush()
-                    os.fsync(stream.fileno())
+                stream.write(as_lines(rows).encode())
+                stream.flush()
+                os.fsync(stream.fileno())
                 done += len(rows)
                 progress.step(len(rows))
     return found
