@@ -195,16 +195,21 @@ def sha256_file(path: Path) -> str:
 
 
 def keep_block(folder: Path, number: int, rows: Iterable) -> Path:
-    """The file with a block of samples, named after what is in it: no stage.json tells whether it is undamaged."""
+    """The file with a block of samples, named after what is in it and where: no stage.json tells whether it is undamaged."""
     text = as_lines(rows).encode()
-    file = folder / f"block{number}-{hashlib.sha256(text).hexdigest()}.jsonl"
+    file = folder / f"block{number}-{block_sum(folder, text)}.jsonl"
     write_atomic(file, text)
     return file
 
 
+def block_sum(folder: Path, text: bytes) -> str:
+    """Hex digest of a block of the unfinished stage in this folder, which is named after all that the stage depends on."""
+    return hashlib.sha256(f"{folder.name}\n".encode() + text).hexdigest()
+
+
 def kept_blocks(folder: Path) -> dict[int, Path]:
     """The undamaged files that `keep_block` wrote, by number."""
-    files = (file for file in folder.glob("block*-*.jsonl") if file.is_file() and file.stem.endswith(f"-{sha256_file(file)}"))
+    files = (file for file in folder.glob("block*-*.jsonl") if file.is_file() and file.stem.endswith(f"-{block_sum(folder, file.read_bytes())}"))
     return {int(file.stem.removeprefix("block").partition("-")[0]): file for file in files}
 
 

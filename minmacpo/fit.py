@@ -145,7 +145,8 @@ class Cut:
             raise UserError(f"{self.work.name}: out of memory at one row or pair at a time; lower data.max_length")
         self.times += 1
         most = self.work.run.config.run.micro_tokens >> self.times
-        self.work.log(f"out of memory: the step is done again with micro-batches of {most} tokens at most")
+        told = f"out of memory: the step is done again with micro-batches of {most} tokens at most"
+        self.work.ranks.warn(told, self.work.log)
         return halved(mine)
 
 
@@ -267,14 +268,15 @@ class Watch:
         self.pending, self.clock, self.clock_tokens = [], now, tokens
 
     def save(self, done: int) -> None:
-        """Write parameters, moments and the metrics so far, reported or not; they are the same on all ranks."""
+        """Write parameters, moments and the metrics so far, reported or not, which are the same on all ranks, and every rank's cut."""
+        cuts = self.work.ranks.gather(self.cut.times)
         if not self.work.ranks.main:
             return
         tensors = {}
         for index, param in enumerate(self.optimizer.param_groups[0]["params"]):
             kept = self.optimizer.state[param] | {"param": param.detach()}
             tensors |= {f"{index}.{name}": kept[name].cpu() for name in KEPT}
-        notes = {"step": done, "rows": self.rows, "pending": self.read(done), "cuts": self.cut.times}
+        notes = {"stage": self.work.folder.name, "step": done, "rows": self.rows, "pending": self.read(done), "cuts": cuts}
         save_state(self.file, tensors, notes)
 
     def resume(self) -> int:
@@ -282,12 +284,14 @@ class Watch:
         if not self.file.is_file():
             return 0
         tensors, notes = load_state(self.file)
+        if notes.get("stage") != self.work.folder.name:
+            raise UserError(f"{self.file}: is another stage's training state; delete it, and this stage trains anew")
         for index, param in enumerate(self.optimizer.param_groups[0]["params"]):
             kept = {name: tensors[f"{index}.{name}"].to(param.device) for name in KEPT}
             param.data.copy_(kept.pop("param"))
             self.optimizer.state[param] = kept
         self.rows, self.clock_tokens = notes["rows"], self.tokens[notes["step"]]
-        self.cut.times = notes.get("cuts", 0)
+        self.cut.times = dict(enumerate(notes["cuts"])).get(self.work.ranks.rank, 0)  # there may be more ranks than there were
         self.pending = [torch.tensor(values, device=param.device) for values in notes["pending"]]
         for row in self.rows:
             self.work.metrics(row)

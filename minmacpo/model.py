@@ -190,7 +190,8 @@ def small_bf16(q: Tensor) -> bool:
 
 
 def attend_bf16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`attend` with plain matmuls, and all scores in memory."""
+    """`attend` with plain matmuls, and all scores in memory, rounded to bf16 as in transformers' eager attention: at scores of 20 an
+    output of size 1 is 0.05 off, at 100 it is 0.2 (there 0.1 and 0.4)."""
     _, heads, length, size = q.shape
     if heads != k.shape[1]:
         k, v = (each.repeat_interleave(heads // each.shape[1], 1) for each in (k, v))

@@ -8,6 +8,7 @@ The one process of an ordinary run is `Ranks()`, which does all by itself and im
 import contextlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -92,6 +93,13 @@ class Ranks:
         parts = [torch.zeros(room, dtype=torch.uint8) for _ in sizes]
         torch.distributed.all_gather(parts, nn.functional.pad(data, (0, room - len(data))))
         return [json.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+
+    def warn(self, text: str, log: Callable[[str], None]) -> None:
+        """A line on what may be so on this rank alone: by `log`, which is silent but on rank 0, and there on stderr."""
+        if self.main:
+            log(text)
+        else:
+            print(f"WARNING: rank {self.rank}: {text}", file=sys.stderr, flush=True)
 
     def each(self, items: Sequence, do: Callable) -> Iterator:
         """`do` of every item, in order and for all ranks; each rank does one of `world` items at a time. An item is computed

@@ -97,7 +97,8 @@ def call(main: Callable[[list[str]], int | None], after_stop: str = RESUMES) -> 
         print(inert(f"error: {error.filename or 'a file'}: {error.strerror or error}"), file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):  # torch's OutOfMemoryError, and its allocator on a CPU
+        known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+        if not known and "can't allocate memory" not in str(error):  # its allocator on a CPU
             raise
         print(f"error: out of memory; `python train.py --dry_run ...` says what each stage needs, and {after_stop}", file=sys.stderr)
         return 2

@@ -52,10 +52,12 @@ def score(model, rows: Sequence[Tokens], budget: int, progress: Progress | None 
             try:
                 found += sequence_logps(model, batch.tokens, batch.mask, shared=batch.shared).tolist()
             except torch.OutOfMemoryError:
-                if len(part) == 1 or ranks.shards:
+                if ranks.shards:
+                    raise UserError("out of memory while texts are scored; lower run.micro_tokens") from None
+                if len(part) == 1:
                     raise UserError(f"out of memory: a text of {batch.tokens.numel()} tokens is too long to be scored here") from None
                 most, parts[:0] = min(most, budget) // 2, halved([part])
-                log(f"out of memory: from here at most {most} tokens per forward pass (run.micro_tokens is the limit that was tried)")
+                ranks.warn(f"out of memory: from here at most {most} tokens per forward pass (run.micro_tokens is the limit that was tried)", log)
         return found
 
     for group, found in zip(groups, ranks.each(groups, one_pass), strict=True):

@@ -160,7 +160,7 @@ def check_start(shop: Workshop, work: Work, base: Base, start: Stage, reference:
         return [{"step": 0, "epoch": 0.0} | check_pairs(shop, work, base, start, reference, first, objective, share)] if first else []
     except torch.OutOfMemoryError:
         if len(first) == 1 or work.ranks.shards:
-            raise UserError(f"{work.name}: out of memory before the first step; lower run.micro_tokens or data.max_length") from None
+            raise UserError(f"{work.name}: out of memory before the first step; lower {'run.micro_tokens' if len(first) > 1 else 'data.max_length'}") from None
     return check_start(shop, work, base, start, reference, first[: len(first) // 2], objective, share)
 
 

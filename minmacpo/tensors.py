@@ -38,8 +38,8 @@ def tensor_parts(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Iterat
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU."""
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    """The bytes of a tensor."""
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 @contextmanager

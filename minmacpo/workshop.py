@@ -203,7 +203,8 @@ def answer(config: Config, loaded: Loaded, agent: str, jobs: list[tuple[Example,
             found = generate(loaded.model, prompts, seeds, config.generate, stops, other, tell, places)
         except torch.OutOfMemoryError:
             if places == 1 or sharded(loaded.model):  # other ranks wait for this one's next pass
-                raise UserError("out of memory while answers are sampled; lower generate.batch or generate.max_new") from None
+                setting = "generate.batch" if places > 1 else "generate.max_new"
+                raise UserError(f"out of memory while answers are sampled, {places} side by side; lower {setting}") from None
             places = loaded.places = places // 2
             print(f"WARNING: out of memory: from here {places} answers are sampled side by side (see generate.batch)", file=sys.stderr)
     samples = []

@@ -102,8 +102,9 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(kind, whole, seed):
         values = train_step(model, params, units, groups, objective, keep)
         found.append([values, *keep.grads])
     for other in found[1:]:
-        for a, b in zip(found[0], other, strict=True):
-            assert far(a, b) <= 1e-9 * (1 + a.abs().max().item()) and a.abs().max() > 0
+        for i, (a, b) in enumerate(zip(found[0], other, strict=True)):
+            most = 1e-9 if i else 1e-7  # of the metrics, accuracies are counted in fp32
+            assert far(a, b) <= most * (1 + a.abs().max().item()) and a.abs().max() > 0
 
 
 def test_the_sft_step_is_the_mean_over_all_trained_tokens(seed):

@@ -359,5 +359,5 @@ def test_sampling_goes_on_with_fewer_side_by_side_where_memory_is_short(stub, mo
     assert [s.tokens for s in workshop.answer(config, loaded, "x", jobs, 1)] == [s.tokens for s in wanted]
     assert tried == [6, 3, 1] and capsys.readouterr().err.count("out of memory") == 2
     limit = 0
-    with pytest.raises(UserError, match=r"out of memory while answers are sampled; lower generate\.batch"):
+    with pytest.raises(UserError, match=r"out of memory while answers are sampled, 1 side by side; lower generate\.max_new"):
         workshop.answer(config, loaded, "x", jobs, 1)

@@ -731,6 +731,20 @@ def test_a_torn_file_inside_an_unfinished_stage(ours, stub, leftover):
     assert differences(run, stub) in ([], ["metrics.jsonl"])
 
 
+def test_a_block_of_another_stage_is_sampled_anew(ours, stub):
+    """It is whole, and would fit."""
+    run, words = ours
+    name = "round1/positives_student"
+    other, unfinished = run / PARTIAL / "other", run / PARTIAL / stages_of(stub)[name]["fingerprint"]
+    shutil.rmtree(run / name)
+    for folder in (other, unfinished):
+        folder.mkdir(parents=True)
+    block = files.keep_block(other, 0, rows_of(stub / "round1/positives_teacher1/samples.jsonl"))
+    block.rename(unfinished / block.name)
+    train(*words)
+    assert differences(run, stub) in ([], ["metrics.jsonl"])
+
+
 def test_a_torn_last_line_of_metrics(mine, stub):
     run, words = mine
     shutil.rmtree(run / "controls")

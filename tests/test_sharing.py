@@ -153,6 +153,21 @@ def test_the_bf16_attention_of_a_cpu_is_the_kernel_within_rounding(seed):
         assert (attend(q, k, v, mask).float() - exact).abs().max() <= 0.03
 
 
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_attention_in_bf16_is_no_coarser_than_that_of_transformers(size, seed):
+    from transformers.models.llama.modeling_llama import eager_attention_forward
+
+    torch.manual_seed(seed)
+    q, k, v = ((torch.randn(4, 4, 64, 32) * scale).bfloat16() for scale in (size, size**0.5, 1))
+    mask = torch.ones(64, 64, dtype=torch.bool).tril()
+    exact = attend(q.double(), k.double(), v.double(), mask)
+    hidden = torch.zeros(64, 64).masked_fill(~mask, -torch.inf).bfloat16()
+    module = SimpleNamespace(num_key_value_groups=1, training=False)
+    theirs = eager_attention_forward(module, q, k, v, hidden[None, None], 32**-0.5)[0].transpose(1, 2)
+    mine, other = ((found - exact).square().mean().sqrt() for found in (attend_bf16(q, k, v, mask), theirs))
+    assert mine <= other
+
+
 # ---- memory -------------------------------------------------------------------------------------
 
 
@@ -247,6 +262,27 @@ def test_memory_that_is_short_anywhere_else_is_one_sentence(error, capsys):
 
     assert progress.call(fails) == 2
     assert capsys.readouterr().err == f"error: out of memory; `python train.py --dry_run ...` says what each stage needs, and {progress.RESUMES}\n"
+
+
+@pytest.mark.parametrize("said", ["CUDA error: an illegal memory access was encountered", "unsupported: refers to a single memory location"])
+def test_an_error_that_speaks_of_memory_is_not_hidden(said):
+    def fails(argv):
+        raise RuntimeError(said)
+
+    with pytest.raises(RuntimeError, match=said):
+        progress.call(fails)
+
+
+def test_a_state_of_another_stage_is_refused(work_of, seed):  # noqa: F811
+    """Also where all its shapes fit."""
+    (model, params), work, other = slotted(seed), work_of("one", save_every=1), work_of("other", save_every=1)
+    words = (pair_units(seed, 4), PairObjective(0.2, 0.3), Schedule(1e-2, 3, 4))
+    for each in (work, other):
+        fit.fit(model, params, *words, each)
+    work.folder, there = work.folder.with_name("another"), work.folder.with_name(f"state-{work.folder.name}")
+    there.rename(there.with_name("state-another"))
+    with pytest.raises(UserError, match="is another stage's training state; delete it"):
+        fit.fit(model, params, *words, work)
 
 
 def test_scoring_goes_on_with_half_the_budget(seed):
