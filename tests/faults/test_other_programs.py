@@ -128,12 +128,13 @@ def test_kills_of_an_experiment(tmp_path, seed):
     rng, words = random.Random(seed), ["@experiment-self", "--seeds=0", write_stub(tmp_path), *SMALL_EXPERIMENT]
     place = tmp_path / "runs"
     words.append(f"--run.root={place}")
-    for _ in range(4):
+    for number in range(4):
         process = spawn("train", *words)
-        time.sleep(2 + rng.random() * 8)
+        time.sleep(2 + rng.random() * (8 if number else 2))
         process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        _, err = process.communicate()
+        if process.returncode != -signal.SIGKILL:  # it was faster, or has met a run that outlived the one before
+            assert number and (process.returncode == 0 or "another process works on this run" in err), err
     while True:
         process = spawn("train", *words)
         _, err = process.communicate()
