@@ -52,4 +52,6 @@ def main(commit: str = BEFORE, times: str = "1") -> None:
 
 
 if __name__ == "__main__":
-    main(*words())
+    if len(given := words()) > 2:
+        sys.exit(f"{__doc__}\nerror: expected no more than COMMIT and TIMES")
+    main(*given)

@@ -1,6 +1,6 @@
 """One DPO-LoRA step against TRL + PEFT: python -m bench.dpo [SHAPE] [DTYPE] [VARIANT]; 8 pairs of 128 + 128 tokens, LoRA of rank 8 on q and v.
 
-`--peak SIDE SHAPE DTYPE [CHECKPOINTING]` prints the peak memory of a process that does two steps of one side.
+`--peak SIDE SHAPE DTYPE` prints the peak memory of a process that does two steps of one side.
 """
 
 import json
@@ -88,5 +88,5 @@ if __name__ == "__main__":
         peak(*sys.argv[2:])
     else:
         chosen, both = words([*SHAPES, *DTYPES, *VARIANTS]), ["fp32", "bf16"] if bf16_hardware() else ["fp32"]
-        found = [[word for word in chosen if word in known] or list(known) for known in (SHAPES, both, VARIANTS)]
+        found = [[word for word in chosen if word in known] or list(usual) for known, usual in ((SHAPES, SHAPES), (DTYPES, both), (VARIANTS, VARIANTS))]
         main(*found)

@@ -103,7 +103,8 @@ def refilled(place: Path, dtype: str) -> dict:
 def decode_profile(place: Path, dtype: str) -> dict:
     """CPU milliseconds of the parts of one sampling step in the middle of an answer, beside one read of what it must read."""
     model, settings, used = own_model(place, dtype)[0], WAYS["sampling, top-p 0.7, top-k 50"][0], PROMPT + NEW // 2
-    fast, cache = pack(model, ROWS) if packs(model) else model, model.new_cache(ROWS, used)
+    fast = pack(model, ROWS) if packs(model) else model
+    cache = fast.new_cache(ROWS, used)
     token, where, uniform = torch.ones(ROWS, 1, dtype=torch.long), torch.full((ROWS,), used - 1), torch.rand(ROWS)
     hidden = fast(token, positions=where, cache=cache)[:, 0]
     block, logits = fast.model.layers[0], fast.lm_head(hidden)

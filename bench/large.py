@@ -39,7 +39,7 @@ def loads(size: dict) -> dict[str, Load]:
     """The largest pass of everything that is measured."""
     half, most = size["half"], size["rows"][-1]
     score_rows = min(3 * size["texts"], max(1, 16384 // (2 * half)))
-    return {"DPO-LoRA step": Load("train", 2, 2 * half, 2 * half), "scoring": Load("score", score_rows, 2 * half, score_rows * half),
+    return {"DPO-LoRA step": Load("train", 2, 2 * half, 2 * half, computed=3 * half), "scoring": Load("score", score_rows, 2 * half, score_rows * half),
             f"sampling, batch {most}": Load("sample", most, half, most, room=half + size["new"])}  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def show_plan() -> None:
     for vocab in (32_000, 128_256):
         config = config_of((*SHAPE[:-1], vocab))
         for work, load in loads(LARGE).items():
-            sizes = {form: need(load, config, Lora(), 2, form).total for form in ("none", *FORMS)}
+            sizes = {form: need(load, config, Lora(), 2, form, device="cuda").total for form in ("none", *FORMS)}
             told = ", ".join(f"{'bf16' if form == 'none' else form} {size / 1e9:.0f} GB" for form, size in sizes.items())
             print(f"plan, 70B, vocabulary {vocab:,}, {work}: {told}", flush=True)
 
@@ -88,7 +88,7 @@ class Large(Bench):
         row = {"work": work, "dtype": self.form} | alternate(call, None, self.size["times"])
         row["own"]["tokens_per_s"] = tokens / row["own"]["wall_s"][0]
         if load := loads(self.size).get(work):
-            row["own"]["counted_gb"] = need(load, self.config, Lora(), 2, self.form).total / 1e9
+            row["own"]["counted_gb"] = need(load, self.config, Lora(), 2, self.form, device="cuda").total / 1e9
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             call()
@@ -101,6 +101,8 @@ def dpo(bench: Large) -> list[dict]:
     half = bench.size["half"]
     step = own_dpo(bench, make_rows(1, half, half, ("chosen", "rejected")))
     row = bench.row("DPO-LoRA step", step, 4 * half)
+    if peak := row["own"].get("peak_gb"):
+        row |= {"target": ["gpu-70b"], "ratio_free_gb": [140 - peak] * 3}
     row["ratio_share"] = share(bench, 4 * bench.body * 3 * half + 4 * bench.head * 2 * half, "matmul_flops", row["own"])
     write_adapter(bench.model, bench.adapter)
     return [row]

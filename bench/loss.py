@@ -95,6 +95,8 @@ def compare(name: str, form: Callable | str, shape: str, dtype: torch.dtype) -> 
     except (RuntimeError, NotImplementedError, TypeError) as error:
         return row | {"own": {}, "peer_values": {}, "note": f"fails: {str(error).splitlines()[0][:120]}"}
     away = ((found - wanted).float().norm() / wanted.float().norm()).item()
+    if abs(loss - other) > (1e-3 if dtype == torch.float32 else 0.02) * abs(other):
+        raise SystemExit(f"{name}: the losses differ, {loss} and {other}")
     timed = alternate(lambda: gradient(own, case), lambda: gradient(form, case), 5, warm=False)
     timed["own"]["peak_mb"], timed["peer_values"]["peak_mb"] = peak_of(own, case), peak_of(form, case)
     return row | timed | {"equal": f"loss {loss:.5f} / {other:.5f}, gradients differ by {away:.1g} (relative)"}

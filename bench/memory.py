@@ -53,6 +53,8 @@ def compare(case: str, root: Path) -> None:
 
 
 if __name__ == "__main__":
+    if strange := [word for word in words() if word.partition(":")[0] not in SHAPES]:
+        sys.exit(f"{__doc__}\nerror: {strange[0]} is no shape; known: {', '.join(SHAPES)}")
     with tempfile.TemporaryDirectory() as root:
         for shape in words() or SHAPES:
             compare(shape, Path(root))

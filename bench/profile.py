@@ -4,6 +4,7 @@ The step of bench.dpo (15M, 8 pairs of 128 + 128 tokens) under torch.profiler; `
 what cannot be left out: the base's matmuls forward and back through activations, attention, and the head twice.
 """
 
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -35,7 +36,8 @@ def floor() -> tuple[float, float, float]:
     """FLOPs of a step of the base, of attention and of the head."""
     width, layers, _, mlp = shape(SHAPES["15M"])
     tokens, trained, body = 8 * 384, 2048, layers * (4 * width * width + 3 * width * mlp)
-    return 4 * body * tokens, 3 * layers * 16 * 256 * 256 * 2 * width, 4 * width * VOCAB * trained
+    body = body * tokens - (2 * width * width + 3 * width * mlp) * (tokens - trained)  # the last block does the rest for answers alone
+    return 4 * body, 3 * layers * 16 * 256 * 256 * 2 * width, 4 * width * VOCAB * trained
 
 
 def measure(place: Path, dtype: str, trace: str | None) -> tuple[dict, str]:
@@ -72,5 +74,6 @@ def main(trace: str | None) -> None:
 
 
 if __name__ == "__main__":
-    given = words()
-    main(given[1] if given[:1] == ["--trace"] else None)
+    if (given := words()) and (given[0] != "--trace" or len(given) != 2):
+        sys.exit(f"{__doc__}\nerror: expected nothing, or --trace FILE")
+    main(given[1] if given else None)

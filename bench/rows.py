@@ -81,5 +81,7 @@ def main(counts: list[int]) -> None:
 if __name__ == "__main__":
     if "--one" in sys.argv:
         one(Path(sys.argv[2]), int(sys.argv[3]))
+    elif strange := [word for word in words() if not word.isdecimal()]:
+        sys.exit(f"{__doc__}\nerror: {strange[0]} is no number of prompts")
     else:
         main([int(word) for word in words()] or [10_000, 100_000, 1_000_000])

@@ -320,6 +320,6 @@ def pretrain(work: Work, name: str, form: str, schedule: Schedule, tokenizer: St
     work.log(f"first row: {show_mask(pieces, rows[0])[:400]}")
     units = [Unit(text.id, (row,)) for text, row in zip(texts, rows, strict=True)]
     counts = fit(model, list(model.parameters()), units, SftObjective(), schedule, work)
-    save_model(work.folder, model_config, {k: v.cpu() for k, v in model.state_dict().items()}, pieces.model)
+    save_model(work.folder, model_config, model.state_dict(), pieces.model)
     write_json(work.folder / FILES[2], tokenizer_notes(pieces, config.data.template, config.model.context))
     return counts | {"documents_cut": cut, "parameters": sum(p.numel() for p in model.parameters())}

@@ -21,7 +21,7 @@ from minmacpo.files import read_json, write_atomic, write_json
 from minmacpo.lora import merged_weights
 from minmacpo.model import Transformer
 from minmacpo.quant import is_quantised, pack_weight, put_linears
-from minmacpo.tensors import FLOATS, load_tensors, opened, raw, save_tensors
+from minmacpo.tensors import FLOATS, bytes_of, load_tensors, opened, save_tensors
 from minmacpo.tokenizer import FILES, Tokenizer, load_tokenizer
 
 # Settings of adapter_config.json that plain LoRA leaves at these values.
@@ -299,7 +299,7 @@ def sum_of(tensors: dict[str, Tensor], notes: str) -> str:
     digest = hashlib.sha256(notes.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(raw(tensor))
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 

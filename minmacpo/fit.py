@@ -133,7 +133,7 @@ class Cut:
     def share(self, groups: list[list[int]]) -> list[list[int]]:
         """This rank's micro-batches of a step, as small as was needed so far."""
         mine = self.work.ranks.share(groups)
-        for _ in range(self.times):
+        for _ in range(0 if self.work.ranks.shards else self.times):  # there all ranks have equally many passes
             mine = halved(mine)
         return mine
 

@@ -10,6 +10,7 @@ those of PATH's run, or the defaults, under --data.template= (label, on_bad, max
 bootstrap intervals over prompts. What is longer than data.max_length, or than the context, is treated as data.long says.
 """
 
+import sys
 from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,11 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from minmacpo import UserError
+from minmacpo.batching import scoring_tokens
 from minmacpo.commandline import Words, agent_flags, agent_folder, agent_settings
 from minmacpo.config import Config
 from minmacpo.data import Pair, example_id
 from minmacpo.forms import Report, read_data
 from minmacpo.lora import clear_adapter
+from minmacpo.machine import device_of
 from minmacpo.progress import Progress, inert
 from minmacpo.score import perplexity, preferred, score
 from minmacpo.tables import bracketed
@@ -118,7 +121,8 @@ def run_likelihood(command: str, argv: Sequence[str]) -> dict:
 def scored(config: Config, loaded: Loaded, rows: Sequence[Tokens]) -> np.ndarray:
     """Summed log-probabilities [N] of the rows' answers, with a bar."""
     with Progress("scoring", len(rows), "answer", 0, None) as progress:
-        return np.array(score(loaded.model, rows, config.run.micro_tokens, progress))
+        budget = scoring_tokens(config.run.micro_tokens, device_of(config))
+        return np.array(score(loaded.model, rows, budget, progress, log=lambda line: print(line, file=sys.stderr)))
 
 
 def as_text(found: dict) -> str:

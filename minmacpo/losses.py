@@ -73,15 +73,17 @@ def chunk_logps_direction(hidden: Tensor, weight: Tensor, targets: Tensor, own: 
     return (found - top - mass.log())[:, 0], rows - (logits @ weight) / mass.to(hidden.dtype)
 
 
-def chunk_size(vocab: int) -> int:
-    """Tokens of a chunk: one, or as many as have at most LOGITS, in whole BLOCKs."""
+def chunk_size(vocab: int, device: str = "cpu") -> int:
+    """Tokens of a chunk: on a CPU one, or as many as have at most LOGITS, in whole BLOCKs."""
+    if device != "cpu":
+        return CHUNK
     size = max(1, min(CHUNK, LOGITS // vocab))
     return size - size % BLOCK if size > BLOCK else size
 
 
 def in_chunks(hidden: Tensor, targets: Tensor, vocab: int) -> list[tuple[Tensor, Tensor]]:
     """Parts of hidden [N, H] and targets [N], by `chunk_size`."""
-    size = chunk_size(vocab)
+    size = chunk_size(vocab, hidden.device.type)
     return list(zip(hidden.split(size), targets.split(size), strict=True))
 
 
@@ -122,12 +124,13 @@ def masked_logps(
     Only they reach the head. Position 0 has nothing before it and is not scored; no template masks it in.
     `shared` (model.Shared): which tokens the model computes."""
     picked = mask[:, 1:]
+    rows, places = picked.nonzero(as_tuple=True)  # a GPU is waited for here, before it has the model to compute
     if shared is None:
-        hidden = model(tokens)[:, :-1][picked]
+        hidden = model(tokens)[rows, places]
     else:
         hidden = model(tokens, shared=shared, picked=F.pad(picked, (0, 1)))
-    logps = token_logps(hidden, model.lm_head.weight, tokens[:, 1:][picked], compiled, own)
-    return logps, picked.nonzero()[:, 0]
+    logps = token_logps(hidden, model.lm_head.weight, tokens[rows, places + 1], compiled, own)
+    return logps, rows
 
 
 def sequence_logps(model, tokens: Tensor, mask: Tensor, compiled: bool = False, shared=None) -> Tensor:

@@ -135,11 +135,11 @@ def attended(config: ModelConfig) -> int:
     return 2 * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
 
 
-def of_logits(count: int, config: ModelConfig, size: int) -> int:
+def of_logits(count: int, config: ModelConfig, size: int, device: str) -> int:
     """Bytes of so many logits and of what is made of them, under a frozen head (losses.take_exponentials)."""
     if config.vocab_size <= SMALL:
         return 8 * count
-    return size * count + 4 * min(count, STRIP) * (size < 4)
+    return size * count + 4 * (min(count, STRIP) if device == "cpu" else count) * (size < 4)
 
 
 def crossed(config: ModelConfig, lora: Lora, size: int, scores: int) -> int:
@@ -157,7 +157,7 @@ def need(load: Load, config: ModelConfig, lora: Lora, size: int, form: str = "no
     that is being pre-trained is not quantised), its blocks divided among `world` ranks. Gradients of all weights appear while the activations go: the larger of
     the two counts, unless `again`."""
     (base, slot), weights, unpacked = parameters(config, lora), held(config, size, form, world), unpacking(config, size, form)
-    tokens, places, chunk = load.tokens, load.rows * load.length, min(load.scored, chunk_size(config.vocab_size)) * config.vocab_size
+    tokens, places, chunk = load.tokens, load.rows * load.length, min(load.scored, chunk_size(config.vocab_size, device)) * config.vocab_size
     hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     small = device == "cpu" and size < 4 and load.length <= SMALL_ROWS  # its bf16 attention then has all its scores
     scores = load.length * config.num_attention_heads * small
@@ -166,7 +166,7 @@ def need(load: Load, config: ModelConfig, lora: Lora, size: int, form: str = "no
         twins = twin_bytes(config, size, form) * load.twins
         room = load.room + -load.room % WHOLE * (size == 4) * bool(twins)  # its cache lies by coordinate
         cache = 2 * layers * load.rows * room * config.num_key_value_heads * config.head_dim
-        head = of_logits(chunk, config, size) if load.kind == "score" else 20 * load.rows * config.vocab_size
+        head = of_logits(chunk, config, size, device) if load.kind == "score" else 20 * load.rows * config.vocab_size
         return Need((weights + twins) * load.models, 4 * slot * load.models, moving + max(passing, head) - head, head,
                     2 * cache * size * load.models)  # fmt: skip
     full = load.kind == "pretrain"
@@ -178,7 +178,7 @@ def need(load: Load, config: ModelConfig, lora: Lora, size: int, form: str = "no
     stats = 4 * layers * places * config.num_attention_heads  # fp32: logsumexp of attention
     inside = size * places * layers * (attended(config) + scores)
     stored = size * tokens * (layers * each + 2 * hidden) + inside + stats + 2 * size * load.scored * hidden
-    head = 16 * chunk if full else of_logits(chunk, config, size)
+    head = 16 * chunk if full else of_logits(chunk, config, size, device)
     if full:
         gradients = 4 * base
         worked = stored + max(passing, head) - head

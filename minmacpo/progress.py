@@ -100,7 +100,7 @@ def call(main: Callable[[list[str]], int | None], after_stop: str = RESUMES) -> 
         known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
         if not known and "can't allocate memory" not in str(error):  # its allocator on a CPU
             raise
-        print(f"error: out of memory; `python train.py --dry_run ...` says what each stage needs, and {after_stop}", file=sys.stderr)
+        print(f"error: out of memory; {after_stop}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as stopped:
         for listening in (number for number in Signals.numbers if callable(signal.getsignal(number))):

@@ -34,10 +34,10 @@ def tensor_parts(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Iterat
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in order:
-        yield raw(tensors[name])
+        yield bytes_of(tensors[name])
 
 
-def raw(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor."""
     return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 

@@ -54,6 +54,12 @@ def test_the_page_says_met_short_and_not_measured(tmp_path, monkeypatch):
     assert "A title. `python -m bench.dpo`" in text and "A note." in text and torch.__version__ in text
 
 
+def test_a_target_of_several_rows_is_judged_by_the_worst():
+    rows = [row("score", [ratio] * 3, shape=str(ratio)) for ratio in (6.0, 2.0, 4.0)]
+    [line] = [line for line in page.target_rows([{"bench": "score", "rows": rows}]) if line[0].startswith("scoring K")]
+    assert line[3].startswith("2.00×") and line[4] == "**short**"
+
+
 def test_a_row_measured_again_takes_the_place_of_the_old_one(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "PLACE", tmp_path)
     measure.write("dpo", "T", [row("a", [1.0, 1.0, 1.0]), row("b", [2.0, 2.0, 2.0], dtype="fp32")])

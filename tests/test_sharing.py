@@ -202,8 +202,8 @@ def test_a_step_that_does_not_fit_is_done_in_halves_with_the_same_result(work_of
 
 
 def test_a_training_that_was_cut_goes_on_cut_to_the_same_bits(work_of, monkeypatch, seed):  # noqa: F811
-    units, schedule, found = pair_units(seed, 12), Schedule(1e-2, 6, 12), []
-    monkeypatch.setattr(Work, "log", lambda self, line: None)
+    units, schedule, found, said = pair_units(seed, 12), Schedule(1e-2, 6, 12), [], []
+    monkeypatch.setattr(Work, "log", lambda self, line: said.append(line))
 
     def trained(work):
         model, params = slotted(seed)
@@ -217,8 +217,10 @@ def test_a_training_that_was_cut_goes_on_cut_to_the_same_bits(work_of, monkeypat
     with contextlib.suppress(pytest.fail.Exception):
         trained(stopped)
     monkeypatch.setattr(fit, "train_step", real)
+    assert any("out of memory" in line for line in said)
+    said.clear()
     trained(stopped)
-    assert all(map(torch.equal, *found))
+    assert all(map(torch.equal, *found)) and [line for line in said if "out of memory" in line] == []
 
 
 def test_only_passes_are_done_again(seed):
@@ -261,7 +263,7 @@ def test_memory_that_is_short_anywhere_else_is_one_sentence(error, capsys):
         raise error
 
     assert progress.call(fails) == 2
-    assert capsys.readouterr().err == f"error: out of memory; `python train.py --dry_run ...` says what each stage needs, and {progress.RESUMES}\n"
+    assert capsys.readouterr().err == f"error: out of memory; {progress.RESUMES}\n"
 
 
 @pytest.mark.parametrize("said", ["CUDA error: an illegal memory access was encountered", "unsupported: refers to a single memory location"])
