@@ -172,7 +172,10 @@ class Attention(nn.Module):
         if shared is not None:
             q, k, v = in_rows(q, places), in_rows(k, shared), in_rows(v, shared)
         matmuls = small_bf16(q) and (cache is None or self.direct)
-        way = attend_one if self.direct and positions is not None else attend_bf16 if matmuls else attend
+        if positions is not None:
+            way = attend_one if self.direct else attend_group if x.is_cuda else attend_bf16 if matmuls else attend
+        else:
+            way = attend_bf16 if matmuls else attend
         y = way(q, k, v, mask).transpose(1, 2)
         if shared is not None:
             y = y.flatten(0, 1).index_select(0, places.kept)
@@ -182,6 +185,13 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of q [B, heads, T, D] to k, v [B, kv_heads, S, D] under `mask`, None: causally."""
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def attend_group(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """What `attend` gives of one query per row, q [B, heads, 1, D], the queries of a group as rows of one head: a GPU has no fast kernel
+    for a mask and groups together, and the slow one repeats the whole cache."""
+    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
 
 
 def small_bf16(q: Tensor) -> bool:

@@ -13,7 +13,7 @@ from minmacpo import memory, packed
 from minmacpo.config import Lora
 from minmacpo.generate import generate, prefill
 from minmacpo.lora import LoraLinear, attach_lora, slot, write_adapter
-from minmacpo.model import WHOLE, attend_one
+from minmacpo.model import WHOLE, attend_group, attend_one
 from minmacpo.packed import PackedLinear, pack, packs
 from minmacpo.quant import put_linears
 
@@ -42,7 +42,7 @@ def test_one_query_attends_as_sdpa_has_it(kv_heads, seed):
     q, k, v = torch.randn(5, 6, 1, 8), torch.randn(5, kv_heads, 20, 8), torch.randn(5, kv_heads, 20, 8)
     mask = torch.arange(20) <= torch.randint(0, 20, (5, 1, 1, 1))
     wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask, enable_gqa=True)
-    assert far(attend_one(q, k, v, mask).double(), wanted) <= 1e-5
+    assert far(attend_one(q, k, v, mask).double(), wanted) <= 1e-5 and far(attend_group(q, k, v, mask).double(), wanted) <= 1e-5
     k, v = (each.transpose(2, 3).contiguous().transpose(2, 3) for each in (k, v))  # as a packed twin's cache lies
     assert far(attend_one(q, k, v, mask).double(), wanted) <= 1e-5
 
