@@ -13,6 +13,7 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from minmacpo import UserError
+from minmacpo.patterns import PART, check_ways
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # re knows no \p{L}, and its \s has four control characters too many. So patterns are matched on a copy of the
@@ -20,8 +21,6 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 # patterns name some, stand for themselves (the last is ſ, which (?i:'s) takes for an s).
 CATEGORIES = "Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po Sm Sc Sk So Zs Zl Zp Cc Cf Cs Co Cn".split()
 OWN, STAND_INS = 0x180, 0xE000
-BRACKETS_OR_CLASS = re.compile(r"\[(?:\\.|[^]\\])*\]|\\p\{\w+\}|\\[sS]")
-ENDLESS = re.compile(r"\)[*+{]")  # a repeated group: matching may take for ever
 MOST_IDS = 1 << 31
 UNKNOWN = re.compile(r"\\[dDwWbBhHXRP]|&&|\[\[")  # not done here, or something else in Python
 
@@ -35,7 +34,9 @@ class StandIns(dict):
 
 
 def members(token: str) -> str:
-    r"""All characters and stand-ins of \p{L}, \s and the like, to stand in brackets; ValueError if none."""
+    r"""All characters and stand-ins of \p{L}, \s and the like, to stand in brackets; ValueError if none. An escape stays one."""
+    if not token.startswith((r"\p{", r"\s", r"\S")):
+        return token
     category, space = token[3:-1] or "Z", "" if token[3:] else "\t-\r\x85"
     known = {chr(code): unicodedata.category(chr(code)) for code in range(OWN)}
     known |= {chr(STAND_INS + i): name for i, name in enumerate(CATEGORIES)}
@@ -51,13 +52,14 @@ def compile_pattern(pattern: str) -> re.Pattern:
 
     def translated(found: re.Match) -> str:
         if found[0][0] == "[":
-            return re.sub(r"\\p\{\w+\}|\\s", lambda inner: members(inner[0]), found[0])
+            return re.sub(r"\\p\{\w+\}|\\[^S]", lambda inner: members(inner[0]), found[0])
         return f"[{'^' * (found[0][1] == 'S')}{members(found[0])}]"
 
-    whole = BRACKETS_OR_CLASS.sub(translated, pattern)
-    if UNKNOWN.search(pattern) or r"\S" in whole or ENDLESS.search(BRACKETS_OR_CLASS.sub("", pattern)):
+    whole = PART.sub(translated, pattern)
+    if UNKNOWN.search(pattern) or r"\S" in whole:
         raise ValueError(f"pattern {pattern}")
     compiled = re.compile(f"({whole})")
+    check_ways(pattern, repeats=2)
     if compiled.groups > 1:
         raise ValueError(f"pattern {pattern}")
     return compiled

@@ -20,6 +20,7 @@ from minmacpo.families import ModelConfig, parse_config
 from minmacpo.files import read_json, write_atomic, write_json
 from minmacpo.lora import merged_weights
 from minmacpo.model import Transformer
+from minmacpo.patterns import check_ways
 from minmacpo.quant import is_quantised, pack_weight, put_linears
 from minmacpo.tensors import FLOATS, bytes_of, load_tensors, opened, save_tensors
 from minmacpo.tokenizer import FILES, Tokenizer, load_tokenizer
@@ -32,7 +33,6 @@ NOTES = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_n
          "inference_mode", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias", "init_lora_weights",
          "layers_pattern", "eva_config", "loftq_config", "megatron_core", "qalora_group_size"}  # fmt: skip
 MOST_RANK = 1 << 16
-ENDLESS = re.compile(r"\)[*+{]|(?:([*+{]|(?<![(*+}?])\?).*?){6}")  # a repeated group, or many repeats: matching may take for ever
 STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # values of init_lora_weights that leave the base alone
 # What a base may say of how to talk to it: an export has it unchanged.
 MANNERS = (*FILES, "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
@@ -280,8 +280,7 @@ def read_adapter_config(folder: Path) -> tuple[Lora, str]:
     try:
         for target in targets:
             re.compile(target)
-            if ENDLESS.search(target):
-                raise re.error("a repeated group, or more than five repeats")
+            check_ways(target, repeats=5)
     except re.error as error:
         raise UserError(f"{file}: target_modules holds a broken pattern ({error})") from None
     return Lora(r, alpha * math.sqrt(r) if stable else alpha, tuple(targets)), base

@@ -313,8 +313,9 @@ class Run:
         work.folder.with_name(f"{name}.lock").unlink(missing_ok=True)  # still held, and by nobody who waits
 
     def end(self) -> None:
-        """Remove what is not part of a finished stage."""
+        """Remove what is not part of a finished stage; the metrics stand as the plan has the stages, whatever was made anew."""
         shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
+        write_rows(self.path / "metrics.jsonl", read_metrics(self.path, self.plan))
 
 
 def await_stage(stage: Stage) -> None:

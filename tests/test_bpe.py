@@ -103,6 +103,15 @@ def test_patterns_tell_every_character_apart(pattern, name):
         assert mine == left
 
 
+@pytest.mark.parametrize("pattern", [r"\[\p{L}+\]", r"[\\p{L}]", r"a\|b|c", r"\(+x", r"[\[\]]+", r"(?:a|b|\p{N})?x+", r"\{+|\S", r"[^\]\p{L}]+"])
+def test_escaped_marks_are_letters(pattern):
+    """A bracket, bar or backslash that is escaped begins and divides nothing, as the package has it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    text = "ab[xyé]p{L}\\pLLs (((x é|a|b c 1x {{"
+    theirs = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated").pre_tokenize_str(text)
+    assert [len(piece) for piece in compile_pattern(pattern).split(text.translate(StandIns())) if piece] == [len(piece) for piece, _ in theirs]
+
+
 # ---- special tokens -------------------------------------------------------------------------
 
 
@@ -174,7 +183,7 @@ def test_a_sentencepiece_model_comes_first(model_folder, tokenizer):
     {"pre_tokenizer": None}, {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁"}}, {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
     {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}]}},
     {"added_tokens": [{"id": 3, "content": "   ", "special": False}]}, {"added_tokens": 3}, {"model": 7},
-    *({"pattern": pattern} for pattern in [r"\w+", r"\d", r"[\S]", r"(a)", r"\p{Han}", r"[\p{Han}]", r"(", r"[a&&b]", r"\P{L}"]),
+    *({"pattern": pattern} for pattern in [r"\w+", r"\d", r"[\S]", r"(a)", r"\p{Han}", r"[\p{Han}]", r"(", r"[a&&b]", r"\P{L}", r"\pL"]),
     {"split": {"behavior": "Removed"}}, {"split": {"invert": True}}, {"split": {"pattern": {"String": "x"}}},
 ])  # fmt: skip
 def test_what_is_not_done_here_is_refused(change):

@@ -12,8 +12,8 @@ from conftest import REPO
 
 PACKAGE = REPO / "minmacpo"
 FLOORS = [
-    {"config", "data", "domains", "bpe", "families", "progress"},
-    {"forms", "diversity", "world", "commandline", "files", "machine", "model", "lora", "losses", "quant", "page"},
+    {"config", "data", "domains", "families", "patterns", "progress"},
+    {"bpe", "forms", "diversity", "world", "commandline", "files", "machine", "model", "lora", "losses", "quant", "page"},
     {"tokenizer", "tables", "tensors", "remote", "packed", "parallel", "folder"},
     {"run", "checkpoint", "batching", "monitor", "templates", "memory"},
     {"fit", "generate", "score"},
@@ -31,7 +31,7 @@ FLOORS = [
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 PROGRAMS = FLOORS[-1]
 THIRD_PARTY = {"torch", "safetensors", "sentencepiece", "numpy", "tqdm"}
-WITHOUT_TORCH = ["config", "data", "forms", "families", "domains", "bpe", "world", "commandline", "diversity"]
+WITHOUT_TORCH = ["config", "data", "forms", "families", "domains", "bpe", "patterns", "world", "commandline", "diversity"]
 TREES = {
     file.stem: ast.parse(file.read_text(), str(file))
     for file in sorted([*PACKAGE.glob("*.py"), *REPO.glob("*.py")])
@@ -175,8 +175,8 @@ def code_lines(name: str) -> int:
 
 
 def test_the_library_is_small():
-    """7,100 lines of code; docstrings and blank lines do not count, so that nobody saves on them."""
-    assert sum(code_lines(name) for name in TREES if name not in PROGRAMS) <= 7100
+    """7,120 lines of code; docstrings and blank lines do not count, so that nobody saves on them."""
+    assert sum(code_lines(name) for name in TREES if name not in PROGRAMS) <= 7120
 
 
 def test_the_programs_are_small():

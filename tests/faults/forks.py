@@ -123,22 +123,15 @@ def stages(run: Path) -> dict[str, tuple[int, int]]:
 ORIGIN = ("linked_from",)  # which of several equal stages a stage was taken from
 
 
-def by_stage(run: Path) -> dict[str, object]:
-    """The contents of a run without times and origins; in metrics.jsonl the stages may have any order."""
-    found = contents(run, ORIGIN)
-    found["metrics.jsonl"] = sorted(found["metrics.jsonl"], key=lambda row: row["stage"])
-    return found
-
-
 class Good:
     """An undisturbed run, and what another must have in common with it."""
 
     def __init__(self, run: Path):
-        self.contents, self.folders = by_stage(run), folders(run)
+        self.contents, self.folders = contents(run, ORIGIN), folders(run)
 
     def check(self, run: Path, before: dict) -> None:
         """The run is bit-identical but for times, has nothing besides, and every stage that was finished `before` is untouched."""
-        now = by_stage(run)
+        now = contents(run, ORIGIN)
         assert [n for n in now.keys() | self.contents.keys() if now.get(n, 0) != self.contents.get(n, 0)] == []
         assert folders(run) == self.folders and PARTIAL not in self.folders and {*FREE} <= now.keys()
         kept = stages(run)
