@@ -81,8 +81,8 @@ def obey(command, ranks) -> int | None:
         raise UserError(f"--stage={command.stage}: no such stage; --dry_run lists them")
     if command.dry_run:
         return ranks.first(lambda: show_plan(run, prepared))
-    if not all(stage.finished for name, stage in run.plan.items() if name.startswith(("data/", "bases/"))):
-        ranks.first(lambda: bool(prepared()))  # bad data is an error before there is a run folder
+    made = [stage for name, stage in run.plan.items() if name.startswith(("data/", "bases/"))]
+    ranks.first(lambda: all(stage.finished for stage in made) or bool(prepared()))  # bad data is an error before there is a run folder
     ranks.first(lambda: check_memory(run, prepared))
     run.begin()
     for said in hints(run):

@@ -7,7 +7,7 @@ peer's model has this project's very tensors, so that both fit. `--tiny` runs th
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -51,15 +51,17 @@ class Bench:
         self.adapter = read_adapter(self.model)
         self.body = sum(t.numel() for key, t in self.plain.items() if "layers" in key)
 
-    def add(self, measure: Callable[["Bench"], list[dict]]) -> None:
+    def add(self, measure: Callable[["Bench"], Iterable[dict]]) -> None:
         """Rows of one measurement; what fails or comes too late is a row that says so."""
+        found = []
         if time.perf_counter() - self.began > SECONDS:
-            found = [{"work": measure.__name__, "note": f"not measured: {SECONDS} s were over"}]
+            found.append({"work": measure.__name__, "note": f"not measured: {SECONDS} s were over"})
         else:
             try:
-                found = measure(self)
-            except Exception as error:  # one library's trouble must not cost the other figures
-                found = [{"work": measure.__name__, "note": f"failed: {type(error).__name__}: {str(error)[:200]}"}]
+                for row in measure(self):
+                    found.append(row)
+            except Exception as error:  # one library's trouble, or too large a size, must not cost the other figures
+                found.append({"work": measure.__name__, "note": f"failed: {type(error).__name__}: {str(error)[:200]}"})
         for row in found:
             if self.size is TINY:
                 row.pop("target", None)  # toy sizes answer no target
@@ -180,9 +182,9 @@ def dpo_liger(bench: Bench) -> list[dict]:
     return dpo(bench, liger=True)
 
 
-def sampling(bench: Bench) -> list[dict]:
+def sampling(bench: Bench) -> Iterator[dict]:
     """Sampling at several numbers of rows; the share is that of one read of weights and cache a step."""
-    found, lacks, new = [], missing("transformers"), bench.size["new"]
+    lacks, new = missing("transformers"), bench.size["new"]
     peer, settings = None if lacks else peer_model(bench), Generate(0.95, 50, 0.7, new)
     clear_adapter(bench.model)
     for rows in bench.size["rows"]:
@@ -201,9 +203,8 @@ def sampling(bench: Bench) -> list[dict]:
         cache = 2 * rows * bench.config.num_hidden_layers * bench.config.hidden_size * 2 * (bench.size["tokens"] + new // 2)
         row["ratio_share"] = share(bench, (weights + cache) * new, "copy_bytes", row["own"])
         row["own"]["tokens_per_s"] = rows * new / row["own"]["wall_s"][0]
-        found.append(row)
+        yield row
     write_adapter(bench.model, bench.adapter)
-    return found
 
 
 def scoring(bench: Bench) -> list[dict]:

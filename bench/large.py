@@ -7,6 +7,7 @@ CPU if need be. Both print first what minmacpo/memory.py counts at the large sha
 import gc
 import random
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -120,9 +121,9 @@ def scoring(bench: Large) -> list[dict]:
     return [row]
 
 
-def sampling(bench: Large) -> list[dict]:
+def sampling(bench: Large) -> Iterator[dict]:
     """Answers side by side; the share is that of one read of the quantised weights and the cache a step."""
-    found, new, half, config = [], bench.size["new"], bench.size["half"], bench.config
+    new, half, config = bench.size["new"], bench.size["half"], bench.config
     clear_adapter(bench.model)
     read = sum(t.nbytes for name, t in bench.model.state_dict().items() if "embed" not in name and ".lora_" not in name)
     for rows in bench.size["rows"]:
@@ -132,9 +133,8 @@ def sampling(bench: Large) -> list[dict]:
             bench.model, prompts, range(rows), Generate(0.95, 50, 0.7, new), set()), rows * new)  # fmt: skip
         cache = 4 * rows * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (half + new // 2)
         row["ratio_share"] = share(bench, (read + cache) * new, "copy_bytes", row["own"])
-        found.append(row)
+        yield row
     write_adapter(bench.model, bench.adapter)
-    return found
 
 
 def main(tiny: bool) -> None:

@@ -137,11 +137,12 @@ def plan_scoring(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def plan_shared(rows: Sequence[Tokens], budget: int) -> list[list[int]]:
-    """`plan_scoring` of rows, those with equal prompts side by side."""
+    """`plan_scoring` of rows, those with equal prompts side by side: together, if a group has room for them."""
     prompts: dict = {}
     for i, row in enumerate(rows):
         prompts.setdefault(prompt_of(row), []).append(i)
-    units = [*prompts.values()]
-    lengths = [max(len(rows[i].ids) for i in unit) for unit in units]
+    sizes = [len(row.ids) for row in rows]
+    units = [part for unit in prompts.values() for part in cut(unit, sizes, budget)]
+    lengths = [max(sizes[i] for i in unit) for unit in units]
     order = sorted(range(len(units)), key=lengths.__getitem__)
     return [[i for unit in group for i in units[unit]] for group in cut(order, lengths, budget, [*map(len, units)])]

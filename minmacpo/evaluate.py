@@ -179,9 +179,10 @@ def make_table(run: Past) -> dict:
             rows.append({"agent": agent, "round": t, "label": CONTROLS.get(agent, label)} | row)
     add_pgr(run, rows)
     watched = monitor_rows(run)
-    negatives, keys = negative_rows(run), ("name", "kind", "seconds", "cpu_seconds", "peak_mb", "linked_from")
+    negatives, keys = negative_rows(run), ("name", "kind", "seconds", "cpu_seconds", "linked_from")
     stages = sorted(run.notes.values(), key=lambda notes: notes["started"])
-    cost = [{k: notes.get(k) for k in keys} | {"tokens": notes["counts"].get("tokens")} for notes in stages]
+    cost = [{k: notes.get(k) for k in keys} | {"tokens": notes["counts"].get("tokens"), "peak_mb": notes.get("peak_gpu_mb", notes["peak_mb"])}
+            for notes in stages]  # fmt: skip
     return {"run": run.folder.resolve().name, "method": run.config.run.method, "world": run.config.data.path is None,
             "rounds": rounds, "rows": rows, "filter": filter_rows(run), "negatives": negatives,
             "monitor": watched, "warnings": warnings(negatives, watched), "cost": cost}  # fmt: skip

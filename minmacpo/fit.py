@@ -100,7 +100,7 @@ class PairObjective:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Planned:
     """The steps that `fit` takes, each a list of micro-batches, each a list of units; `share`: see batching.collate."""
 
     steps: list[list[list[int]]]
@@ -115,13 +115,13 @@ def plan_of(units: Sequence[Unit], schedule: Schedule, work: Work, close: bool =
     return plan_steps(lengths, schedule.batch, schedule.steps, work.seed, budget // len(units[0].rows), alike)
 
 
-def make_plan(units: Sequence[Unit], schedule: Schedule, work: Work) -> Plan:
+def make_plan(units: Sequence[Unit], schedule: Schedule, work: Work) -> Planned:
     """`plan_of` rows of like length; padding and prompts in common are left out where that saves enough, and the log says how much."""
     steps = plan_of(units, schedule, work, close=True) if units else []
     first = steps[: steps_per_epoch(len(units), schedule.batch)]
     worth, words = worth_sharing([row for unit in group for row in units[unit].rows] for groups in first for group in groups)
     work.log(words)
-    return Plan(steps, worth)
+    return Planned(steps, worth)
 
 
 class Cut:
@@ -151,14 +151,14 @@ class Cut:
 
 
 def fit(model, params: list, units: Sequence[Unit], objective, schedule: Schedule, work: Work,
-        rows: Sequence[dict] = (), planned: Plan | None = None) -> dict:  # fmt: skip
+        rows: Sequence[dict] = (), planned: Planned | None = None) -> dict:  # fmt: skip
     """Train `params` in place by `schedule`, from the stage's saved state if there is one; returns counts. `planned`: None:
     as `plan_of` says.
     Writes metrics.jsonl (`rows`, then no times, so that it is reproducible) into the work folder. Raises
     UserError naming rows for a loss or gradient that is not finite, or a first gradient that is zero."""
     if not units:
         raise UserError(f"{work.name}: no row to train on is left")
-    planned = planned or Plan(plan_of(units, schedule, work))
+    planned = planned or Planned(plan_of(units, schedule, work))
     config, plan, decay = work.run.config.run, planned.steps, schedule.weight_decay
     optimizer = torch.optim.AdamW(params, schedule.lr, schedule.betas, weight_decay=decay, fused=True)
     cut = Cut(work)
@@ -220,7 +220,7 @@ def add_gradients(model, device: torch.device, units: Sequence[Unit], groups: li
     for group in mine:
         rows = group or groups[0][:1]  # of an empty one nothing counts, see Ranks.share
         batch = collate([row for unit in rows for row in units[unit].rows], device, share)
-        refs = torch.tensor([units[unit].refs for unit in rows], device=device)
+        refs = torch.tensor([units[unit].refs for unit in rows]).to(device, non_blocking=True)
         loss, values = objective(model, batch, refs, count, tokens, progress)
         (loss if group else 0 * loss).backward()
         total = total + torch.stack(values) if group else total
@@ -264,7 +264,7 @@ class Watch:
         row = {"step": done, "epoch": round(done / self.per_epoch, 4)} | dict(zip(self.names, means, strict=True))
         self.rows.append(row | {"lr": self.optimizer.param_groups[0]["lr"], "tokens": tokens})
         speed = round((tokens - self.clock_tokens) / max(now - self.clock, 1e-9))
-        self.work.metrics(self.rows[-1], tokens_per_s=speed, peak_mem_gb=round(peak_mb() / 1024, 3))
+        self.work.metrics(self.rows[-1], tokens_per_s=speed, peak_mem_gb=round(peak_mb(device_of(self.work.run.config)) / 1024, 3))
         self.pending, self.clock, self.clock_tokens = [], now, tokens
 
     def save(self, done: int) -> None:

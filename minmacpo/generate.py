@@ -132,7 +132,7 @@ class Decoder:
         torch.cuda.synchronize()
         try:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # which leaves its stream in use if it fails
                 self.logits = self.run(*self.inputs, used)
         except torch.OutOfMemoryError:  # fewer rows may do
             raise

@@ -93,7 +93,7 @@ class FrozenHeadLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, compiled, own=None):
         """log p(target) [N]; keeps the gradient of each with respect to hidden [N, H]."""
-        step = compile_once(chunk_logps_direction, dynamic=True) if compiled else chunk_logps_direction
+        step, weight = compile_once(chunk_logps_direction, dynamic=True) if compiled else chunk_logps_direction, weight.detach()
         chunks = in_chunks(hidden, targets, len(weight))
         logps, directions = zip(*(step(h, weight, t, own) for h, t in chunks), strict=True)
         ctx.save_for_backward(torch.cat(directions))

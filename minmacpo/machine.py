@@ -86,7 +86,7 @@ def code_commit() -> str | None:
 
 
 def linux(file: str, pattern: str) -> str | None:
-    """The group of `pattern` in /proc/`file`; None where there is none."""
+    """The group of `pattern` in /proc/`file`, or a file elsewhere by its whole path; None where there is none."""
     try:
         found = re.search(pattern, Path("/proc", file).read_text())
     except OSError:
@@ -95,10 +95,16 @@ def linux(file: str, pattern: str) -> str | None:
 
 
 def free_bytes(device: str) -> int:
-    """Memory that is still free on the device; where the system does not say, as much as one could wish."""
+    """Memory that is still free on the device, and may be taken; where the system does not say, as much as one could wish."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return int(linux("meminfo", r"MemAvailable:\s*(\d+)") or sys.maxsize) * 1024
+    free = int(linux("meminfo", r"MemAvailable:\s*(\d+)") or sys.maxsize) * 1024
+    group = Path("/sys/fs/cgroup" + (linux("self/cgroup", r"(?m)^0::(/.*)$") or "/"))
+    for place in (group, *group.parents):  # a container's limit, or that of a group around it (man 7 cgroups)
+        most, used = (linux(str(place / name), r"^(\d+)") for name in ("memory.max", "memory.current"))
+        if most and used:  # of which files that were read can be dropped
+            free = min(free, int(most) - int(used) + int(linux(str(place / "memory.stat"), r"(?m)^inactive_file (\d+)") or 0))
+    return free
 
 
 def reset_peaks(device: str) -> None:
@@ -109,8 +115,10 @@ def reset_peaks(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def peak_mb() -> float:
-    """Peak resident memory of this process since `reset_peaks`, in MB."""
+def peak_mb(device: str = "cpu") -> float:
+    """Peak memory since `reset_peaks`, in MB: of torch's tensors on a GPU, else all that this process has resident."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
     if kilobytes := linux("self/status", r"VmHWM:\s*(\d+)"):
         return int(kilobytes) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
@@ -124,8 +132,7 @@ def process_bytes() -> int:
 
 def peaks(device: str) -> dict[str, int]:
     """{"peak_mb"} since `reset_peaks`, and on a GPU {"peak_gpu_mb"} of torch's tensors."""
-    gpu = {"peak_gpu_mb": round(torch.cuda.max_memory_allocated() / 2**20)} if device == "cuda" else {}
-    return {"peak_mb": round(peak_mb())} | gpu
+    return {"peak_mb": round(peak_mb())} | ({"peak_gpu_mb": round(peak_mb(device))} if device == "cuda" else {})
 
 
 def disk_need(config: Config, kinds: Iterable[str]) -> int:

@@ -22,7 +22,7 @@ from minmacpo.config import Config
 from minmacpo.machine import device_of
 from minmacpo.progress import Interrupted, Signals
 
-PATIENCE = timedelta(minutes=30)  # of a collective: ranks are at most one block of samples, or one step, apart
+PATIENCE = timedelta(days=1)  # of a collective: ranks are a block of samples, or a step, apart; one that ends is noticed at once
 LISTEN = 0.2  # most seconds between two looks, while waiting for rank 0
 
 
@@ -175,7 +175,7 @@ class Ranks:
                     code = 128 + error.number if isinstance(error, Interrupted) else 2
                     raise SystemExit(code) from None
             if lost(error):
-                raise UserError("a rank has ended; all finished work is saved. The same command line goes on from here") from None
+                raise UserError("a rank has ended, or did not answer for a day; all finished work is saved. The same command line goes on from here") from None
             raise
         if self.world > 1:
             torch.distributed.destroy_process_group()

@@ -152,7 +152,7 @@ def cut(stage: Stage, ids: tuple[str, ...]) -> set[tuple[str, str]]:
     return {(s.id, s.response) for s in said if s.id in ids and s.finish == "length"}
 
 
-def answer(config: Config, record: Pair | Sample, text: str, by: str = "", finish: str = "stop") -> Html:
+def answer_cell(config: Config, record: Pair | Sample, text: str, by: str = "", finish: str = "stop") -> Html:
     """An answer to the record's prompt with its gold reward, where there is one; `by`: whose it is."""
     gold = evaluate.judge(config, record, text, finish).get("gold")
     facts = [words(by), "" if gold is None else f"gold {gold:.1f}"]
@@ -178,8 +178,8 @@ def samples(run: Past) -> list[Html]:
             sides = ((text, by, "length" if (name, text) in over else "stop")
                      for text, by in ((pair.chosen, pair.chosen_by), (pair.rejected, pair.rejected_by)))  # fmt: skip
             said = later.get(name)
-            after = answer(run.config, said, said.response, finish=said.finish) if said else Html("–")
-            rows[name].append([t, *(answer(run.config, pair, *side) for side in sides), after])
+            after = answer_cell(run.config, said, said.response, finish=said.finish) if said else Html("–")
+            rows[name].append([t, *(answer_cell(run.config, pair, *side) for side in sides), after])
     for pair in (pair for pair in pairs if rows[pair.id]):
         before = f"After {len(pair.prompt) - 1} earlier turns. " if len(pair.prompt) > 1 else ""
         title = tag("h3", clip(pair.prompt[-1].content), class_="text")

@@ -20,8 +20,8 @@ from minmacpo.batching import collate, steps_per_epoch
 from minmacpo.checkpoint import save_adapter
 from minmacpo.config import Dpo
 from minmacpo.data import Pair, Sample
-from minmacpo.files import Lines, each_row, in_runs, keep_block, kept_blocks, write_atomic, write_rows
-from minmacpo.fit import PairObjective, Plan, Schedule, SftObjective, Unit, fit, make_plan
+from minmacpo.files import Lines, each_row, in_runs, keep_block, kept_blocks, naming, write_atomic, write_rows
+from minmacpo.fit import PairObjective, Planned, Schedule, SftObjective, Unit, fit, make_plan
 from minmacpo.lora import read_adapter, reset_adapter
 from minmacpo.losses import sequence_logps
 from minmacpo.run import Stage, Work, derive_seed
@@ -125,7 +125,7 @@ def compiles(shop: Workshop, loaded: Loaded, units: Sequence[Unit], schedule: Sc
     return trained * loaded.model.config.vocab_size >= EARNED
 
 
-def train(work: Work, base: Base, loaded: Loaded, units: list[Unit], objective, schedule: Schedule, plan: Plan,
+def train(work: Work, base: Base, loaded: Loaded, units: list[Unit], objective, schedule: Schedule, plan: Planned,
           before: Sequence[dict] = ()) -> dict:  # fmt: skip
     """Fit the slot, check that it does something, and write it in PEFT's layout. `before`: first metrics."""
     counts = fit(loaded.model, loaded.slot_params, units, objective, schedule, work, before, plan)
@@ -268,7 +268,8 @@ def scored_together(shop: Workshop, work: Work, base: Base, adapter: Stage | Non
                 short = [row for part in rows for row in part if len(row.ids) <= context]
                 logps = iter(score(loaded.model, short, shop.score_tokens, progress, work.ranks, work.log, share=True))
                 for file, part in zip(found.values(), rows, strict=work.ranks.main):
-                    file.write(b"".join(FOUND.pack(next(logps) if len(row.ids) <= context else UNSCORED, sum(row.mask)) for row in part))
+                    with naming(work.folder.parent):
+                        file.write(b"".join(FOUND.pack(next(logps) if len(row.ids) <= context else UNSCORED, sum(row.mask)) for row in part))
         shop.scored = key, found
     return shop.scored[1]
 

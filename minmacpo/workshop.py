@@ -3,6 +3,7 @@
 Agents exchange text: whoever trains on an answer or scores it renders it with its own tokenizer.
 """
 
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -157,6 +158,7 @@ class Workshop:
             size = held(read_config(folder), dtype_of(self.config).itemsize, form, ranks.world if ranks.shards else 1)
             while self.loaded and ranks.agree(free_bytes(device_of(self.config)) < 2 * size * ranks.near):
                 del self.loaded[next(iter(self.loaded))]
+                gc.collect()  # a sharded one refers to itself
         loaded = self.loaded[key] = self.loaded.pop(key, None) or Loaded(folder, self.config, form, ranks)
         if adapter is None:
             clear_adapter(loaded.model)

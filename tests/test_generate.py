@@ -162,7 +162,8 @@ def dense(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) ->
 @pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.7, 0.95, 1.0])
 def test_warp_equals_the_warpers_of_transformers(temperature, top_k, top_p, seed):
     process = pytest.importorskip("transformers").generation.logits_process
-    logits = torch.randn(16, 300) * torch.rand(16, 1) * 8
+    logits = torch.randn(32, 300) * torch.rand(32, 1) * 8
+    logits = logits[(logits.sort().values.diff() > 1e-6).all(-1)]  # of two that are equal, either may be kept
     scores = process.TemperatureLogitsWarper(temperature)(None, logits) if temperature != 1 else logits
     if top_k:
         scores = process.TopKLogitsWarper(top_k)(None, scores)
@@ -275,6 +276,38 @@ def test_decoding_goes_on_where_nothing_can_be_captured(seed, monkeypatch, capsy
     with torch.inference_mode():
         assert not decoder.capture(token, where, 8) and decoder.graph is None and not Decoder.captures
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_stream_of_a_capture_that_fails_at_its_end_is_left(seed, monkeypatch):
+    """torch's context leaves its own stream only after `capture_end`."""
+    begun = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def __enter__(self):
+            begun.append(self.name)
+
+        def __exit__(self, *_):
+            del begun[begun.index(self.name) :]  # what was in use before it is in use again
+
+    class Graph:
+        def capture_begin(self, **_):
+            assert begun == ["now", "aside"]
+
+        def capture_end(self):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    for name, value in {"CUDAGraph": Graph, "stream": Stream, "current_stream": lambda: "now", "synchronize": lambda: None, "empty_cache": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", "aside")
+    monkeypatch.setattr(Decoder, "captures", True)
+    model = random_model(seed)
+    with torch.inference_mode():
+        assert not Decoder([model], [model.new_cache(2, 8)]).capture(torch.tensor([5, 7]), torch.tensor([2, 3]), 8)
+    assert begun == []
 
 
 def test_contrast_by_hand():

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -11,7 +12,9 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +33,7 @@ from runs import (
 )
 from safetensors.torch import load_file
 
+from minmacpo import workshop
 from minmacpo.commandline import parse
 from minmacpo.config import Lora
 from minmacpo.memory import held, parameters
@@ -135,6 +139,29 @@ def test_without_torchrun_nothing_is_distributed():
             "r = p.meet(); assert r.world == 1 and r.first(dict) == {} and r.agree(7) == 7 and list(r.each([1, 2], str)) == ['1', '2']; "
             "new = {m for m in sys.modules if 'distributed' in m} - before; assert not new, new")  # fmt: skip
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=60)
+
+
+def test_a_base_that_is_given_up_is_gone_before_the_next_one_comes(monkeypatch):
+    """Also one that refers to itself, as a sharded model does."""
+    seen = []
+
+    class Loaded:
+        def __init__(self, *_):
+            self.itself, self.model = self, None
+            assert all(known() is None for known in seen), "the last one is still there"
+            seen.append(weakref.ref(self))
+
+    for name, value in {"Loaded": Loaded, "free_bytes": lambda device: 0, "held": lambda *_: 1, "read_config": lambda folder: None, "clear_adapter": lambda model: None}.items():
+        monkeypatch.setattr(workshop, name, value)
+    config = parse(["@tiny"]).config
+    shop = workshop.Workshop(SimpleNamespace(config=config, ranks=Ranks()))
+    gc.disable()
+    try:
+        for name in ("a", "b", "c"):
+            shop.use(SimpleNamespace(name=name, stage=SimpleNamespace(fingerprint=name, path=Path(name))), None)
+    finally:
+        gc.enable()
+    assert len(seen) == 3 and len(shop.loaded) == 1
 
 
 def test_a_rank_of_a_sharded_base_is_planned_for_its_part(tmp_path):

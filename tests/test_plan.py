@@ -207,6 +207,26 @@ def test_a_stage_that_has_left_nothing_is_planned_with(stage, tiny, tmp_path):
     assert "round1/student_pos" in train("@tiny", f"--run.root={run.parent}", "--dry_run").out
 
 
+def test_what_is_free_is_no_more_than_a_container_may_take(monkeypatch):
+    """The limits of a control group and of those around it count, less what is used, but for files that can be dropped."""
+    told = {"meminfo": "MemAvailable:   8000 kB", "self/cgroup": "9:name=systemd:/\n0::/pod/inner\n",
+            "/sys/fs/cgroup/memory.max": "max\n", "/sys/fs/cgroup/pod/memory.max": "5000000\n", "/sys/fs/cgroup/pod/memory.current": "2000000\n",
+            "/sys/fs/cgroup/pod/memory.stat": "anon 7\nactive_file 5\ninactive_file 400000\n", "/sys/fs/cgroup/pod/inner/memory.max": "max\n"}  # fmt: skip
+
+    def linux(file: str, pattern: str) -> str | None:
+        found = re.search(pattern, told.get(file, ""))
+        return found and found[1]
+
+    monkeypatch.setattr(machine, "linux", linux)
+    assert machine.free_bytes("cpu") == 3_400_000
+    told["/sys/fs/cgroup/pod/inner/memory.max"], told["/sys/fs/cgroup/pod/inner/memory.current"] = "1000000\n", "900000\n"
+    assert machine.free_bytes("cpu") == 100_000
+    told["meminfo"] = "MemAvailable:   50 kB"
+    assert machine.free_bytes("cpu") == 51_200
+    told.clear()
+    assert machine.free_bytes("cpu") == sys.maxsize * 1024
+
+
 # ---- what does not fit --------------------------------------------------------------------------
 
 

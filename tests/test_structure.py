@@ -175,8 +175,8 @@ def code_lines(name: str) -> int:
 
 
 def test_the_library_is_small():
-    """7,120 lines of code; docstrings and blank lines do not count, so that nobody saves on them."""
-    assert sum(code_lines(name) for name in TREES if name not in PROGRAMS) <= 7120
+    """7,130 lines of code; docstrings and blank lines do not count, so that nobody saves on them."""
+    assert sum(code_lines(name) for name in TREES if name not in PROGRAMS) <= 7130
 
 
 def test_the_programs_are_small():

@@ -1,9 +1,11 @@
 """A disk that fills up: one sentence, an exit code, nothing half-written; with room again, the same words end with the same bits."""
 
 import contextlib
+import errno
 import random
 import shutil
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -38,6 +40,31 @@ def test_no_room_at_every_write_of_a_run(small, tmp_path, capsys):
     with capsys.disabled():
         print(f"\nno room at {len(points)} of {len(done)} operations, {time.monotonic() - begun:.0f} s")
     assert not failed, f"{len(failed)} of {len(points)}: " + "\n".join(failed[:3])
+
+
+class Nameless:
+    """Files without a name have no room."""
+
+    done = ()
+
+    def install(self) -> None:
+        real = tempfile.TemporaryFile
+
+        def full(**options):
+            file = real(**options)
+            file.write = lambda data: (_ for _ in ()).throw(OSError(errno.ENOSPC, FULL))
+            return file
+
+        tempfile.TemporaryFile = full
+
+
+def test_no_room_for_what_lies_in_no_file_yet(small, tmp_path):
+    """Scores that wait for their rows: the sentence names the disk."""
+    words, whole = small
+    check_sentence(fork("train", [*words, f"--run.root={tmp_path}"], Nameless())[0], f"error: {tmp_path}", FULL)
+    there = stages(tmp_path / "small")
+    assert fork("train", [*words, f"--run.root={tmp_path}"])[0].code == 0
+    Good(whole).check(tmp_path / "small", there)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import tqdm.std
@@ -18,23 +19,31 @@ pytestmark = pytest.mark.faults
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
-def check_stopped(stopped: Ended, number: signal.Signals) -> None:
-    """It said so, or died before the run began to listen, or had no more work to stop."""
+def check_stopped(stopped: Ended, number: signal.Signals, told: Path) -> None:
+    """It said so, or died before the run began to listen, or had no more work to stop; which of them is added to `told`."""
     codes = {128 + number: f"\nstopped; {RESUMES}\n", -number: "", 0: ""}
     assert stopped.code in codes and stopped.err == codes[stopped.code], (stopped.code, stopped.err)
+    with told.open("a") as stream:
+        stream.write("stopped\n" if stopped.code > 128 else "other\n")
+
+
+def check_most_stopped(told: Path) -> None:
+    """Most of the points that were told came while a run was at work, and ended it."""
+    said = told.read_text().split()
+    assert said.count("stopped") > len(said) / 2 > 10, said
 
 
 def test_a_signal_at_many_operations(small, tmp_path, seed):
     """Each signal before 30 operations drawn at random: the run stops at the next good moment, and goes on later."""
     words, whole = small
-    good, rng = Good(whole), random.Random(seed)
+    good, rng, told = Good(whole), random.Random(seed), tmp_path / "told"
     _, done = fork("train", [*words, f"--run.root={tmp_path / 'counted'}"], Disk())
     points = [(number, at) for number in SIGNALS for at in rng.sample(range(len(done)), 30)]
 
     def check(point: tuple[signal.Signals, int]) -> None:
         root = tmp_path / f"{point[0].name}{point[1]}"
         stopped, _ = fork("train", [*words, f"--run.root={root}"], Disk(*point))
-        check_stopped(stopped, point[0])
+        check_stopped(stopped, point[0], told)
         there = stages(root / "small")
         again, _ = fork("train", [*words, f"--run.root={root}"])
         assert again.code == 0, again.err
@@ -42,12 +51,13 @@ def test_a_signal_at_many_operations(small, tmp_path, seed):
 
     failed = spread(check, points)
     assert not failed, f"{len(failed)} of {len(points)}: " + "\n".join(failed[:3])
+    check_most_stopped(told)
 
 
 def test_a_second_signal_acts_at_once(small, tmp_path, seed):
     """At any moment, also within the writing of a file."""
     words, whole = small
-    good = Good(whole)
+    good, told = Good(whole), tmp_path / "told"
 
     def check(point: int) -> None:
         rng, root, said = random.Random(f"{seed}/{point}"), tmp_path / str(point), tmp_path / f"said{point}"
@@ -56,7 +66,7 @@ def test_a_second_signal_acts_at_once(small, tmp_path, seed):
         for _ in range(2):
             os.kill(pid, number)
             time.sleep(rng.random() * 0.01)
-        check_stopped(Ended(ended(pid), "", said.with_suffix(".err").read_text()), number)
+        check_stopped(Ended(ended(pid), "", said.with_suffix(".err").read_text()), number, told)
         there = stages(root / "small") if (root / "small").exists() else {}
         again, _ = fork("train", [*words, f"--run.root={root}"])
         assert again.code == 0, again.err
@@ -64,6 +74,7 @@ def test_a_second_signal_acts_at_once(small, tmp_path, seed):
 
     failed = spread(check, range(40))
     assert not failed, f"{len(failed)}: " + "\n".join(failed[:3])
+    check_most_stopped(told)
 
 
 def test_three_processes_that_start_on_one_folder(small, tmp_path, seed):
