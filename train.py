@@ -66,8 +66,8 @@ def main(argv: list[str]) -> int | None:
 
 def obey(command, ranks) -> int | None:
     """The run, or the part of it, that is asked for, done together with the other ranks."""
+    from minmacpo.dryrun import check_memory, hints, show_plan
     from minmacpo.machine import set_up
-    from minmacpo.plan import check_memory, hints, show_plan
     from minmacpo.report import finish, write_report
     from minmacpo.run import Run
 

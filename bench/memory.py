@@ -20,7 +20,7 @@ HOME = Path(__file__).parent.parent
 LARGE = ["--data.max_length=192", "--data.max_prompt=96", "--generate.max_new=96", "--generate.batch=32", "--model.context=256",
          "--pretrain.strong_steps=12", "--pretrain.weak_steps=2", "--world.d1=32", "--world.d2=64", "--world.test=16"]  # fmt: skip
 SHAPES = {
-    "world": ["--pretrain.strong_steps=20", "--pretrain.weak_steps=20"],
+    "world": ["--pretrain.strong_steps=100", "--pretrain.weak_steps=20"],  # what is free in glibc's heap grows for as long
     "15M": ["--model.strong=288x6x6x768", "--model.weak=96x3x3x256", *LARGE],
     "110M": ["--model.strong=768x12x12x2048", "--model.weak=96x3x3x256", *LARGE, "--pretrain.batch=8", "--sft.batch=16"],
 }

@@ -59,7 +59,7 @@ def compile_pattern(pattern: str) -> re.Pattern:
     if UNKNOWN.search(pattern) or r"\S" in whole:
         raise ValueError(f"pattern {pattern}")
     compiled = re.compile(f"({whole})")
-    check_ways(pattern, repeats=2)
+    check_ways(pattern, repeats=2, long=True)
     if compiled.groups > 1:
         raise ValueError(f"pattern {pattern}")
     return compiled

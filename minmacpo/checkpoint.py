@@ -256,7 +256,10 @@ def load_adapter(folder: Path) -> dict[str, Tensor]:
     file = folder / "adapter_model.safetensors"
     if not file.exists() and (folder / "adapter_model.bin").exists():
         raise UserError(f"{folder}: adapter_model.bin is a pickle, which is not read: save it again with save_pretrained")
-    return load_tensors(file)[0]
+    tensors = load_tensors(file)[0]
+    if odd := next((name for name, tensor in tensors.items() if tensor.dtype not in FLOATS.values()), None):
+        raise UserError(f"{file}: {odd} is {str(tensors[odd].dtype).removeprefix('torch.')}; expected {', '.join(FLOATS)}")
+    return tensors
 
 
 def read_adapter_config(folder: Path) -> tuple[Lora, str]:

@@ -20,6 +20,8 @@ from minmacpo.config import PLACE, SETTINGS, Config, check, flatten, toml_value
 PRESETS = Path(__file__).parent / "presets"
 UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # what a TOML file cannot hold as it is
 UNSAFE = re.compile(r"[^A-Za-z0-9_.,+-]")  # what the name of a run does not hold
+MOST_TOML = 1 << 20
+DOTTED = re.compile(r"""(?:\.[ \t]*(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*){20}""")
 BARE = {"--dry_run": "dry_run", "--profile": "profile", "--help": "help", "-h": "help"}
 
 
@@ -87,7 +89,8 @@ def convert(kind, value, key: str):
             number = kind(value) if isinstance(value, str) or kind is float else value
             if isinstance(number, kind) and math.isfinite(number):
                 return number
-    shown = ascii(value) if len(str(value)) <= 80 else ascii(str(value)[:80]) + "…"
+    text = hex(value) if type(value) is int else str(value)  # Python writes no number of thousands of digits
+    shown = ascii(value) if len(text) <= 80 else ascii(text[:80]) + "…"
     near = get_close_matches(value, args, 1) if origin is typing.Literal and isinstance(value, str) else []
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"{key} = {shown}: expected {describe(kind)}{hint}")
@@ -119,9 +122,12 @@ def preset_path(word: str) -> Path:
 
 
 def read_toml(path: Path) -> dict[str, object]:
-    """Flat {"section.key": value} of one TOML file; UserError if unreadable, broken or empty."""
+    """Flat {"section.key": value} of one TOML file; UserError if unreadable, broken, empty, or what a parser would need gigabytes for."""
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if len(text) > MOST_TOML or DOTTED.search(text):
+            raise ValueError(f"more than {MOST_TOML} characters, or a key of more than twenty parts")
+        tables = tomllib.loads(text)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
@@ -161,7 +167,8 @@ def agent_settings(folder: Path, flags: dict[str, str]) -> Config:
 def agent_flags(words: list[str], accepted: tuple[str, ...]) -> dict[str, str]:
     """{setting: text} of words such as --run.seed=3; UserError for one that begins with none of `accepted`."""
     if odd := [word for word in words if not word.startswith(accepted) or "=" not in word]:
-        raise UserError(f"{odd[0]}: expected one of {' '.join(accepted)} with its value")
+        quotes = "" if odd[0].startswith("--") else ", or a prompt of several words in quotes"
+        raise UserError(f"{odd[0]}: expected one of {' '.join(accepted)} with its value{quotes}")
     return dict(word[2:].split("=", 1) for word in words)
 
 
@@ -178,7 +185,8 @@ def split_words(argv: list[str]) -> tuple[list[str], dict[str, str], dict[str, b
             key, equals, text = word[2:].partition("=")
             text = text if equals else next(words, "")
             if not text or (not equals and text.startswith(("--", "@"))):
-                raise UserError(f"--{key} needs a value: --{key}=VALUE")
+                near = get_close_matches(word, BARE, 1)
+                raise UserError(f"--{key} needs a value: --{key}=VALUE" + (f"; did you mean {near[0]}?" if near else ""))
             values["run.method" if key == "method" else key] = text
         else:
             raise UserError(f"{word!r}: expected @preset, @file.toml or --section.key=value")
@@ -207,7 +215,7 @@ def parse(argv: list[str]) -> Command:
     preset, config = lay(layers), lay([*layers, ("command line", values)])
     laid = {key: value for values in [*(values for _, values in layers), values] for key, value in values.items()}
     if needed := next((key for key in SETTINGS if laid.get(key) == ""), None):
-        raise UserError(f"@{' @'.join(files)} needs --{needed}=VALUE: {SETTINGS[needed].metadata['help']}")
+        raise UserError(f"@{' @'.join(files)} needs --{needed}=VALUE: {SETTINGS[needed].metadata['help'].partition(';')[0]}")
     if config.run.name is None:
         label = "+".join(Path(word).stem for word in files) or "world"
         config = replace(config, run=replace(config.run, name=run_name(label, preset, config)))

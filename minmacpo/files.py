@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,10 +50,13 @@ def open_alone(path: Path, mode: str, busy: str | None, shared: bool = False) ->
 
 
 def check_links(folder: Path) -> None:
-    """UserError for a link in a run folder: it could lead out of it, and no run makes one."""
-    inside = (Path(home, name) for home, *names in os.walk(folder) for name in chain(*names))
-    if link := next(filter(Path.is_symlink, inside), None):
-        raise UserError(f"{link}: is a link, which no run folder has; put what it stands for in its place, or delete it")
+    """UserError for what no run makes: a link, which could lead out of the folder, or a pipe and the like, which may be waited for."""
+    for path in (Path(home, name) for home, *names in os.walk(folder) for name in chain(*names)):
+        mode = path.lstat().st_mode if os.path.lexists(path) else stat.S_IFREG  # another process may have removed it
+        if stat.S_ISLNK(mode):
+            raise UserError(f"{path}: is a link, which no run folder has; put what it stands for in its place, or delete it")
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise UserError(f"{path}: is neither a file nor a folder; delete it")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from minmacpo.batching import Batch, collate, halved, limits, plan_steps, steps_
 from minmacpo.checkpoint import load_state, save_state
 from minmacpo.files import write_rows
 from minmacpo.losses import dpo_loss, masked_logps, sequence_logps, sft_loss
-from minmacpo.machine import device_of, peak_mb
+from minmacpo.machine import allocating, device_of, peak_mb
 from minmacpo.parallel import ALONE, Ranks
 from minmacpo.run import Work
 from minmacpo.tokenizer import Tokens
@@ -197,7 +197,8 @@ def train_step(model, params, units: Sequence[Unit], groups: list[list[int]], ob
     mine = groups if mine is None else mine
     while True:
         try:
-            total = add_gradients(model, params[0].device, units, groups, mine, objective, progress, share)
+            with allocating():
+                total = add_gradients(model, params[0].device, units, groups, mine, objective, progress, share)
             break
         except torch.OutOfMemoryError:
             if again is None:

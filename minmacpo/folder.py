@@ -9,7 +9,7 @@ from typing import IO
 from minmacpo import UserError
 from minmacpo.commandline import overlay, read_toml
 from minmacpo.config import PLACE, Config, flatten
-from minmacpo.files import check_links, open_alone, read_rows
+from minmacpo.files import check_links, describe, fingerprint, open_alone, read_json, read_rows
 
 PARTIAL = ".partial"  # unfinished stages live here, under their fingerprint, and locks
 
@@ -76,3 +76,23 @@ def check_folder(path: Path, config: Config) -> None:
         if key not in PLACE and mine[key] != theirs[key]:
             problem = f"holds a run with {key} = {theirs[key]}, this one has {mine[key]}"
             raise UserError(f"{path}: {problem}; choose another --run.name, or delete that folder")
+
+
+def notes_of(folder: Path) -> dict:
+    """The stage.json of a folder; {} if it has none. In a run all that it names is undamaged, as for `check_whole`; a copy elsewhere
+    may have been changed."""
+    if not (folder / "stage.json").is_file():
+        return {}
+    return check_whole(folder) if (folder.resolve().parent.parent / "config.toml").is_file() else read_json(folder / "stage.json")
+
+
+def check_whole(folder: Path) -> dict:
+    """The stage.json of a finished stage's folder; UserError unless it and all files that it names are undamaged."""
+    notes, remedy = read_json(folder / "stage.json"), f"damaged; delete the folder {folder} and start again"
+    if notes.pop("checksum", None) != fingerprint(notes):
+        raise UserError(f"{folder / 'stage.json'}: is {remedy}")
+    for name, wanted in notes["files"].items():
+        file = folder / name
+        if name != file.name or file.is_symlink() or not file.is_file() or wanted["size"] != file.stat().st_size or wanted != describe(file):
+            raise UserError(f"{file}: is missing or {remedy}")
+    return notes

@@ -28,6 +28,7 @@ from minmacpo.data import Example, Message, Sample
 from minmacpo.evaluate import interval, last_student, read_run
 from minmacpo.feedback import conversation, points
 from minmacpo.files import naming, open_alone, read_rows, write_atomic, write_json
+from minmacpo.folder import notes_of
 from minmacpo.progress import Progress, inert
 from minmacpo.remote import Ask, asked, check_request, over_http
 from minmacpo.tables import bracketed
@@ -76,6 +77,7 @@ def read_answers(path: Path) -> dict[str, Sample]:
         agent, t = last_student(read_run(path))
         path = path / f"eval/round{t}_{agent}_samples"
     file = path / "samples.jsonl" if path.is_dir() else path
+    notes_of(file.parent)  # those of a run are undamaged
     samples = read_rows(file, Sample)
     found = {sample.id: sample for sample in reversed(samples)}
     if more := len(samples) - len(found):
@@ -239,7 +241,8 @@ def summary(words: Namespace, pairs: Sequence[Pair], rows: Sequence[dict]) -> di
     judged = [(a, b) for a, b in pairs if a.id in won]
     if not judged:
         said = next((f", such as {inert(row['reply'])[-100:]!r}" for row in rows if row.get("reply")), "")
-        raise UserError(f"{words.out}: no pair has a verdict in both orders; {len(rows)} replies{said}")
+        problem = "no row of human.csv has a verdict yet" if words.human else f"no pair has a verdict in both orders; {len(rows)} replies{said}"
+        raise UserError(f"{words.out}: {problem}")
     values = np.array([won[a.id] for a, _ in judged])
     lengths = np.array([[len(a.response), len(b.response)] for a, b in judged], float)
     silent = [row for row in rows if row["verdict"] is None]

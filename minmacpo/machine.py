@@ -9,7 +9,7 @@ import resource
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -105,6 +105,18 @@ def free_bytes(device: str) -> int:
         if most and used:  # of which files that were read can be dropped
             free = min(free, int(most) - int(used) + int(linux(str(place / "memory.stat"), r"(?m)^inactive_file (\d+)") or 0))
     return free
+
+
+@contextlib.contextmanager
+def allocating() -> Iterator[None]:
+    """Memory that is short within is torch.OutOfMemoryError, also that of a CPU, of which allocators say it in other ways."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        told = isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "bad_alloc" in str(error)
+        if not told or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from None
 
 
 def reset_peaks(device: str) -> None:

@@ -14,7 +14,7 @@ from minmacpo.packed import LARGEST, SMALLEST
 from minmacpo.quant import BLOCK
 
 HEAP = 32 << 20  # glibc maps no smaller block by itself, but cuts it from its heap
-UNUSED = {"pretrain": 0.5, "train": 0.85, "score": 0.85, "sample": 0.0}  # of what such blocks hold, the heap holds beside them (measured
+UNUSED = {"pretrain": 0.7, "train": 0.85, "score": 0.85, "sample": 0.0}  # of what such blocks hold, the heap holds beside them (measured
 # with glibc 2.36, bench/memory.py; where all weights learn, their gradients use some of it; the cache is counted twice already)
 PROCESS = 85 << 20  # what torch loads with its first model (measured), as the next two
 BACKWARD = 23 << 20  # with its first backward pass and optimiser

@@ -131,7 +131,7 @@ def draw(agent: str, points: list, spots: list, name: str, name_at: tuple[float,
     if len(spots[0]) > 2 and not level:
         high = [(x, top) for x, _, _, top in spots]
         parts.append(path(high + [(x, low) for x, _, low, _ in reversed(spots)], "band"))
-    parts += [path(spots, "curve"), path([spots[-1], (name_at[0] - 3, name_at[1])], "thread")]
+    parts += [path(spots, "curve"), path([spots[-1], (name_at[0] - 28, spots[-1][1]), (name_at[0] - 3, name_at[1])], "thread")]  # level within the plot
     for (x, y, *_), (_, value, *bar) in zip(spots, points, strict=True):
         if len(points) == 1 or (len(points) < 15 and not level):
             told = f"{words(agent)}: {value:.4g}" + (" (95%: {:.3f} to {:.3f})".format(*bar) if bar else "")
@@ -143,7 +143,8 @@ def draw(agent: str, points: list, spots: list, name: str, name_at: tuple[float,
 def figure(title: str, note: str, lines: dict[str, list], unit: str = "round", main: bool = False) -> Html:
     """A chart under its title, the main one for wide and for narrow windows; nothing if it has no lines."""
     lines = {agent: points for agent, points in lines.items() if points}
-    sizes = {"wide": (1070, 440, 150), "narrow": (400, 350, 122)} if main else {None: (400, 250, 92)}
+    names = min(400, 24 + 7 * max((len(words(agent)) + 6 for agent in lines), default=0))
+    sizes = {"wide": (1070, 440, max(150, names)), "narrow": (400, 350, 122)} if main else {None: (400, 250, 92)}
     charts = (chart(lines, unit, size, kind) for kind, size in sizes.items() if lines)
     return tag("figure", tag("figcaption", tag("b", title), " ", note), *charts) if lines else Html()
 

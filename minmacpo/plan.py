@@ -1,40 +1,32 @@
-"""What a run will do, before it does it: its stages, the tokens that each goes through, the memory that it needs.
+"""What a run will do, before it does it: the tokens that each stage goes through, the memory that it needs.
 
 Everything is read off the recipes that planning has listed (run.Run.stage), the texts and the config.json files; no
 weight is read. An answer that is still to be sampled counts as generate.max_new tokens, also in another tokenizer.
 """
 
 import functools
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from minmacpo import UserError
 from minmacpo.bases import Prepared, made_config
 from minmacpo.batching import limits, plan_scoring, plan_steps, scoring_tokens, steps_per_epoch
 from minmacpo.checkpoint import read_config
-from minmacpo.commandline import to_toml
 from minmacpo.config import Config
 from minmacpo.data import Example
 from minmacpo.families import ModelConfig
-from minmacpo.machine import device_of, dtype_of, free_bytes, process_bytes
+from minmacpo.machine import device_of, dtype_of
 from minmacpo.memory import Load, Need, beside, need
-from minmacpo.progress import inert
 from minmacpo.run import Run, Stage
-from minmacpo.tables import gigabytes, thousands
-from minmacpo.templates import render, template_hint
+from minmacpo.templates import render
 from minmacpo.tokenizer import Tokenizer, load_tokenizer
 from minmacpo.workshop import Texts
 
 SOURCES = {"samples.jsonl": "sample", "questions.jsonl": "ask", "pairs.jsonl": "preferences"}  # file -> kind of its stage
 KINDS = ("pretrain", "sft", "prefer", "sample", "score", "pairs")  # that a model works in, each a method of Plan
 ENOUGH = 512  # rows that stand for all where only their greatest length is known
-NOTES = """\
-tokens: without padding. "<=": at most, for an answer that is not sampled yet counts as generate.max_new tokens, in every tokenizer.
-memory: at the peak, of this stage's base alone; other bases stay loaded while there is room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,78 +265,3 @@ def largest(kind: str, steps: Sequence, lengths: list[int], answers: list[int], 
     most, scored = max(groups, key=computed), max(sum(answers[unit] + second[unit] for unit in group) for group in groups)
     again, longest = any(len(step) > 1 for step in steps), max(lengths[unit] for unit in most)
     return Load(kind, sides * len(most), longest, scored, again, computed=computed(most))
-
-
-def open_stages(run: Run) -> Iterator[str]:
-    """The stages that are still to be computed."""
-    return (name for name, stage in run.plan.items() if run.only in (None, name) and not stage.finished)
-
-
-def problem(run: Run, prepared: Prepared | None) -> str | None:
-    """One sentence about the first stage that cannot fit, and the setting that would make it fit; None: all do."""
-    plan, device, seen = Plan(run, run.config, prepared), device_of(run.config), set()
-    free = free_bytes(device) // run.ranks.near
-    for name in open_stages(run):
-        recipe, inputs = run.recipes[name]
-        settings = [recipe["settings"].get(key) for key in ("batch", "texts", "shape", "contrastive")]
-        like = repr((recipe["kind"], [s.fingerprint for s in inputs[:1]], settings))
-        if prepared is None and like in seen:
-            continue  # with rows of one length it would be the same
-        seen.add(like)
-        if (asked := plan.total(name)) > free:
-            what = f"{name} needs about {gigabytes(asked)} of memory, of which {gigabytes(free)} are free on the {device}"
-            return f"{what}; {remedy(plan, name, free)}"
-    return None
-
-
-def remedy(plan: Plan, name: str, free: int) -> str:
-    """The first setting, lowered as little as need be, with which the stage fits."""
-    config, part = plan.config, "generate" if plan.run.plan[name].kind.startswith("sample") else "run"
-    key = "batch" if part == "generate" else "micro_tokens"
-    halves, value = [], getattr(getattr(config, part), key)
-    while (value := value // 2) >= 1:
-        halves.append((part, key, value))
-    small = [("run", "dtype", "bfloat16")] * (dtype_of(config).itemsize > 2)
-    able = plan.quantizer(name) and plan.form(name) == "none" and not config.parallel.shard  # the two do not go together
-    forms = [("model", plan.quantizer(name), form) for form in ("int8", "nf4") if able]
-    for first in ([], *([change] for change in small), *([form, *small] for form in forms)):
-        for changes in (first, *([*first, half] for half in halves)):
-            changed = config
-            for section, setting, new in changes:
-                changed = replace(changed, **{section: replace(getattr(changed, section), **{setting: new})})
-            if changes and plan.under(changed).total(name) <= free:
-                return f"{' with '.join(f'--{section}.{setting}={new}' for section, setting, new in changes)} would fit"
-    return "no setting makes it fit: take a smaller base, lower data.max_length, or another machine"
-
-
-def check_memory(run: Run, prepared: Callable[[], Prepared]) -> None:
-    """Raise UserError for a stage that cannot fit. The texts are looked at only where rows as long as the settings
-    allow would not fit."""
-    if problem(run, None) and (said := problem(run, prepared())):
-        raise UserError(said)
-
-
-def show_plan(run: Run, prepared: Callable[[], Prepared]) -> None:
-    """The dry run: settings, rows, slices, and the stages with what each will take."""
-    process = process_bytes() if device_of(run.config) == "cpu" else 0  # before the texts are read
-    plan, tokens, most, lines = Plan(run, run.config, prepared()), 0, (0, "no stage"), []
-    for number, (name, stage) in enumerate(run.plan.items(), 1):
-        words, task = "finished" if stage.finished else stage.size, None if stage.finished else plan.task(name)
-        if task:
-            asked, tokens = plan.total(name) + process, tokens + task.tokens
-            most = max(most, (asked, name))
-            words = f"{words + '; ' if words else ''}{'' if task.exact else '<= '}{thousands(task.tokens)} tokens, {gigabytes(asked)}"
-        lines.append(f"{number:4} {name:32} {stage.kind:12} {words}".rstrip())
-    print(inert(to_toml(run.config)), *(f"{name}: {count}" for name, count in prepared().counts.items()), sep="\n")
-    if tokens:
-        print(f"\nin all <= {thousands(tokens)} tokens; at most {gigabytes(most[0])} of memory, in {most[1]}\n{NOTES}")
-    print(f"\n{len(lines)} stages in {run.path}:", *lines, sep="\n", flush=True)
-    for said in filter(None, [*hints(run), problem(run, prepared())]):
-        print(f"WARNING: {inert(said)}", file=sys.stderr)
-
-
-def hints(run: Run) -> list[str]:
-    """What is odd about data.template and the chat templates of the given bases, and about parallel.shard."""
-    given = {stage.path for _, inputs in run.recipes.values() for stage in inputs if stage.external}
-    alone = ["parallel.shard divides nothing without torchrun"] if run.config.parallel.shard and run.ranks.world == 1 else []
-    return alone + [said for folder in sorted(given) if (said := template_hint(folder, run.config.data.template))]

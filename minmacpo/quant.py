@@ -106,7 +106,7 @@ class Int8Linear(Quantised):
     def product(self, x: Tensor) -> Tensor:
         """x Wᵀ: the scales are of the output, so that codes alone are multiplied, exact in bf16."""
         rows = x.reshape(-1, self.in_features)
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(rows) <= FEW:
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(rows) <= FEW and self.in_features % 16 == 0:  # else it reads on
             return torch._weight_int8pack_mm(rows, self.codes, self.scale).view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.codes.to(x.dtype)) * self.scale.to(x.dtype)
 

@@ -70,8 +70,8 @@ def story(run: Past, rows: list[dict]) -> list[str]:
     reached = [f"{way} reaches {by[agent][0][key]:.3f}" for agent, way in ways.items() if agent in by]
     compared = f"For comparison, in {name} {' and '.join(reached)}"
     if student and student[-1].get("pgr") is not None:
-        gap = "of the gap between the best teacher at the start and the ceiling the student recovered"
-        compared += f"; {gap} {student[-1]['pgr']:.0%}"
+        gap, share = "the gap between the best teacher at the start and the ceiling", student[-1]["pgr"]
+        compared += f"; of {gap} the student recovered {share:.0%}" if share >= 0 else "; the student ends below the best teacher at the start"
     came = [f"{words(agent)} {moved(rows, key)}" for agent, rows in by.items() if agent.startswith("teacher")]
     return [
         student_sentence(run, student) if student else "The student has not been measured yet.",

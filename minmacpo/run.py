@@ -24,7 +24,7 @@ from minmacpo import UserError
 from minmacpo.commandline import to_toml
 from minmacpo.config import Config
 from minmacpo.files import describe, fingerprint, move, naming, read_json, read_rows, write_atomic, write_json, write_rows
-from minmacpo.folder import PARTIAL, check_folder, finished_under, read_metrics, take, turn
+from minmacpo.folder import PARTIAL, check_folder, check_whole, finished_under, read_metrics, take, turn
 from minmacpo.machine import device_of, disk_need, environment, peaks, reset_peaks
 from minmacpo.parallel import Ranks
 from minmacpo.progress import Progress, inert
@@ -329,14 +329,8 @@ def await_stage(stage: Stage) -> None:
 
 def verify(stage: Stage) -> dict:
     """stage.json of a finished stage; UserError unless it is the one wanted and its files are undamaged."""
-    notes, remedy = stage.notes(), f"damaged; delete the folder {stage.path} and start again"
-    if notes.pop("checksum", None) != fingerprint(notes):
-        raise UserError(f"{stage.path / 'stage.json'}: is {remedy}")
+    notes = check_whole(stage.path)
     if notes["fingerprint"] != stage.fingerprint:
         problem = "was made by another version of the code or from other files"
         raise UserError(f"{stage.path}: {problem}; delete that folder, or choose another --run.name")
-    for name, wanted in notes["files"].items():
-        file = stage.path / name
-        if name != file.name or file.is_symlink() or not file.is_file() or wanted != describe(file):
-            raise UserError(f"{file}: is missing or {remedy}")
     return notes

@@ -9,6 +9,7 @@ import torch
 from minmacpo import UserError
 from minmacpo.batching import collate, halved, plan_scoring, plan_shared, worth_sharing
 from minmacpo.losses import sequence_logps
+from minmacpo.machine import allocating
 from minmacpo.parallel import ALONE, Ranks
 from minmacpo.progress import Progress
 from minmacpo.tokenizer import Tokens
@@ -50,7 +51,8 @@ def score(model, rows: Sequence[Tokens], budget: int, progress: Progress | None 
                 continue
             batch = collate([rows[i] for i in part], next(model.parameters()).device, share)
             try:
-                found += sequence_logps(model, batch.tokens, batch.mask, shared=batch.shared).tolist()
+                with allocating():
+                    found += sequence_logps(model, batch.tokens, batch.mask, shared=batch.shared).tolist()
             except torch.OutOfMemoryError:
                 if ranks.shards:
                     raise UserError("out of memory while texts are scored; lower run.micro_tokens") from None

@@ -24,6 +24,7 @@ from minmacpo.files import Lines, each_row, in_runs, keep_block, kept_blocks, na
 from minmacpo.fit import PairObjective, Planned, Schedule, SftObjective, Unit, fit, make_plan
 from minmacpo.lora import read_adapter, reset_adapter
 from minmacpo.losses import sequence_logps
+from minmacpo.machine import allocating
 from minmacpo.run import Stage, Work, derive_seed
 from minmacpo.score import perplexity, score
 from minmacpo.tokenizer import Tokens, show_mask
@@ -157,7 +158,8 @@ def check_start(shop: Workshop, work: Work, base: Base, start: Stage, reference:
     """[metrics before the first step] of its first pairs, of half of them where memory is short; [] of none. Raises UserError unless
     they have their stored reference logps and, where reference and start are one, no margin; leaves `start` loaded."""
     try:
-        return [{"step": 0, "epoch": 0.0} | check_pairs(shop, work, base, start, reference, first, objective, share)] if first else []
+        with allocating():
+            return [{"step": 0, "epoch": 0.0} | check_pairs(shop, work, base, start, reference, first, objective, share)] if first else []
     except torch.OutOfMemoryError:
         if len(first) == 1 or work.ranks.shards:
             raise UserError(f"{work.name}: out of memory before the first step; lower {'run.micro_tokens' if len(first) > 1 else 'data.max_length'}") from None

@@ -50,7 +50,7 @@ class Tokenizer:
         self.names = {i: name for name, i in self.special.items()}
         self.size = max([self.known, *(i + 1 for i in self.names)])
         for key, end in (ends or {}).items():
-            if (found := self.special.get(end, end)) not in range(self.size):
+            if type(found := self.special.get(end, end)) is not int or not 0 <= found < self.size:
                 raise UserError(f"{where}: the {key} token is {end!r}, which is no special token of it")
             setattr(self, key, found)
         if self.eos < 0:

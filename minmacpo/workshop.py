@@ -19,10 +19,11 @@ from minmacpo.checkpoint import check_sizes, load_adapter, load_model, no_folder
 from minmacpo.commandline import overlay
 from minmacpo.config import Config
 from minmacpo.data import Example, Message, Pair, Sample
-from minmacpo.files import Lines, read_json
+from minmacpo.files import Lines
+from minmacpo.folder import notes_of
 from minmacpo.generate import generate
 from minmacpo.lora import attach_lora, clear_adapter, write_adapter
-from minmacpo.machine import device_of, dtype_of, free_bytes, set_up
+from minmacpo.machine import allocating, device_of, dtype_of, free_bytes, set_up
 from minmacpo.memory import held
 from minmacpo.packed import sharded
 from minmacpo.parallel import ALONE, Ranks
@@ -85,26 +86,28 @@ class Loaded:
 
 def open_folder(folder: Path, config: Config) -> tuple[Loaded, Path, str | None]:
     """(model, folder of its base, template it was trained with, if known) of a base or adapter folder; model.quantize counts.
-    Raises UserError if `folder` is neither, or if the adapter's base is not where it says."""
+    Raises UserError if `folder` is neither, if the adapter's base is not where it says, or if a stage's files are damaged."""
     if not (folder / "adapter_config.json").is_file():
         if not folder.is_dir():
             raise UserError(f"{folder}: {no_folder(folder)}")
         if not (folder / "config.json").exists():
             raise UserError(f"{folder}: is no model: it has neither config.json nor adapter_config.json")
-        return Loaded(folder, config, config.model.quantize), folder, settings_of(folder).get("template")
+        template = settings_of(folder).get("template")
+        return Loaded(folder, config, config.model.quantize), folder, template
     lora, named = read_adapter_config(folder)
     base = next((p for p in (folder / named, Path(named)) if named and p.is_dir()), None)
     if base is None:
         raise UserError(f"{folder}: its base {named!r} {no_folder(named)}")
+    template, usual = (settings_of(place).get("template") for place in (folder, base))
     loaded = Loaded(base, replace(config, lora=lora), config.model.quantize)
     write_adapter(loaded.model, load_adapter(folder), str(folder))
-    return loaded, base, settings_of(folder).get("template") or settings_of(base).get("template")
+    return loaded, base, template or usual
 
 
 def settings_of(folder: Path) -> dict:
-    """The settings of the stage that a folder is; none if it is none."""
-    notes = read_json(folder / "stage.json") if (folder / "stage.json").is_file() else {}
-    return notes.get("settings") or {}
+    """The settings of the stage that a folder is; none if it is none. UserError where its files are damaged."""
+    settings = notes_of(folder).get("settings")
+    return settings if isinstance(settings, dict) else {}
 
 
 def open_agent(folder: Path, config: Config, flags: Mapping[str, str]) -> tuple[Config, Loaded, Path]:
@@ -112,7 +115,7 @@ def open_agent(folder: Path, config: Config, flags: Mapping[str, str]) -> tuple[
     says of itself: its template, how its base was quantised, and answers that take no more than half of its context; `flags`
     stand over that."""
     form = flags.get("model.quantize", settings_of(folder).get("quantize", "none"))
-    config = replace(config, model=replace(config.model, quantize=form))
+    config = overlay(config, {"model.quantize": form}, str(folder / "stage.json"))
     set_up(config)
     loaded, base, template = open_folder(folder, config)
     most = min(config.generate.max_new, loaded.model.config.max_position_embeddings // 2)
@@ -202,7 +205,8 @@ def answer(config: Config, loaded: Loaded, agent: str, jobs: list[tuple[Example,
     found, places = None, min(places or len(jobs), len(jobs), loaded.places)
     while found is None:
         try:
-            found = generate(loaded.model, prompts, seeds, config.generate, stops, other, tell, places)
+            with allocating():
+                found = generate(loaded.model, prompts, seeds, config.generate, stops, other, tell, places)
         except torch.OutOfMemoryError:
             if places == 1 or sharded(loaded.model):  # other ranks wait for this one's next pass
                 setting = "generate.batch" if places > 1 else "generate.max_new"

@@ -153,7 +153,7 @@ def test_another_adapter_under_the_same_path_is_noticed(stub, place, file):
     run = copy_run(stub, place / "runs", ("bases", "round1", "round2"))
     agent, words = run / "round1/student_pos", ("--generate.batch=4", "--generate.max_new=8")
     batch(agent, file, *words)
-    shutil.copy(run / "round2/student_pos/adapter_model.safetensors", agent)
+    shutil.copytree(run / "round2/student_pos", agent, dirs_exist_ok=True)
     assert "another PATH" in batch(agent, file, *words, code=2)
 
 

@@ -326,9 +326,44 @@ def damaged(folder: Path, how: str) -> None:
     [("not finite", "not finite"), ("flipped", "damaged"), ("folder", "is a folder"), ("leads away", "index.json"), ("family", "only llama, mistral")],
 )
 def test_an_export_of_a_damaged_model_leaves_nothing(place, models, how, says):
+    (place / "strong/stage.json").unlink(missing_ok=True)  # a model that is no stage
     damaged(place / "strong", how)
     assert says in refused(place, "strong", "--export", "merged", program="sample")
     assert says in refused(place, "strong", "hello", program="sample")
+
+
+@pytest.mark.parametrize(("part", "file"), [("round1/student_pos", "adapter_model.safetensors"), ("round1/student_pos", "stage.json"), ("bases/strong", "model.safetensors")])
+def test_no_program_takes_a_damaged_stage(place, stub, part, file):
+    """One bit of a weight is another one; so does an edited answer not count."""
+    run = copy_run(stub, place / "runs")
+    whole = bytearray((run / part / file).read_bytes())
+    whole[-40] ^= 64
+    (run / part / file).write_bytes(whole)
+    for words in (["hello"], ["--export", "merged"]):
+        said = refused(place, run / "round1/student_pos", *words, program="sample")
+        assert f"{part}/{file}" in said and ("damaged" in said or "cannot be read" in said) and not (place / "merged").exists()
+    answers = run / "eval/round2_student_samples/samples.jsonl"
+    answers.write_bytes(answers.read_bytes().replace(b'"response": "', b'"response": "x', 1))
+    assert "samples.jsonl: is missing or damaged" in refused(place, "judge", answers.parent, run / "eval/round1_student_samples", "--human", "--out=out", program="eval")
+
+
+@pytest.mark.parametrize("notes", ['{"settings": [1]}', '{"settings": {"quantize": ["int8"]}}', '{"settings": null}', '{"name": "mine"}'])
+def test_a_stage_json_of_another_program_is_no_traceback(place, models, notes):
+    (place / "strong/stage.json").write_text(notes)
+    ended = invoke("sample", place / "strong", "hello", "--generate.max_new=2")
+    assert ended.code == 0 or "stage.json: model.quantize = " in ended.err
+
+
+def test_an_adapter_in_another_kind_of_number_is_refused(place, models, stub):
+    adapter = place / "adapter"
+    shutil.copytree(stub / "round0/student_pos", adapter)
+    (adapter / "stage.json").unlink()
+    raw = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(raw | {"base_model_name_or_path": str(place / "strong")}))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for kind in (torch.float8_e4m3fn, torch.int64, torch.bool):
+        save_file({name: tensor.to(kind) for name, tensor in tensors.items()}, adapter / "adapter_model.safetensors")
+        assert "expected F64, F32, BF16, F16" in refused(place, adapter, "hello", program="sample")
 
 
 def test_an_adapter_of_another_base(place, models, stub):

@@ -17,7 +17,7 @@ from tokenizers.normalizers import NFC
 from minmacpo import UserError
 from minmacpo.bpe import BytePairs, StandIns, compile_pattern
 from minmacpo.data import find_files, read_lines
-from minmacpo.tokenizer import load_tokenizer
+from minmacpo.tokenizer import Tokenizer, load_tokenizer
 
 LEARNED = [*TEXTS, "It's Bemir's; they'LL say: we've 12345 or 3.14 (or ½, x²) …", "naïve façade 日本語の文章です。 हिन्दी 👍🏽 \r\n\t x  y", "E\u0301"]
 TRAPS = [
@@ -183,7 +183,8 @@ def test_a_sentencepiece_model_comes_first(model_folder, tokenizer):
     {"pre_tokenizer": None}, {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁"}}, {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
     {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}]}},
     {"added_tokens": [{"id": 3, "content": "   ", "special": False}]}, {"added_tokens": 3}, {"model": 7},
-    *({"pattern": pattern} for pattern in [r"\w+", r"\d", r"[\S]", r"(a)", r"\p{Han}", r"[\p{Han}]", r"(", r"[a&&b]", r"\P{L}", r"\pL"]),
+    *({"pattern": pattern} for pattern in [r"\w+", r"\d", r"[\S]", r"(a)", r"\p{Han}", r"[\p{Han}]", r"(", r"[a&&b]", r"\P{L}", r"\pL", r"(?x:(?:[a-z]+) +!)",
+      "(?#[)(?:a+)+b(?#])", "(?x:#[\n(?:a+)+b#]\n)", "[a-z]*[a-z]*!", "(?:a*a*)(?!b)", "(?:a|b)+"]),
     {"split": {"behavior": "Removed"}}, {"split": {"invert": True}}, {"split": {"pattern": {"String": "x"}}},
 ])  # fmt: skip
 def test_what_is_not_done_here_is_refused(change):
@@ -200,6 +201,16 @@ def test_what_is_not_done_here_is_refused(change):
     with pytest.raises(UserError, match="here/tokenizer") as caught:
         BytePairs(json.dumps(file).encode(), "here/tokenizer.json")
     assert "\n" not in str(caught.value) and "tokenizer.model" in str(caught.value)
+
+
+def test_an_end_that_is_no_token_is_looked_for_once():
+    """A name among two thousand million ids would take a minute and a half."""
+    file = json.loads(made("llama-3", LEARNED))
+    file["added_tokens"][0]["id"] = (1 << 31) - 1
+    start = time.process_time()
+    with pytest.raises(UserError, match="nosuch"):
+        Tokenizer(json.dumps(file).encode(), "x/tokenizer.json", ends={"eos": "nosuch"})
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b"[" * 100_000])

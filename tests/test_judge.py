@@ -317,7 +317,7 @@ def test_a_wrong_sheet_names_the_row(place, sides):
 @pytest.mark.parametrize("sheet,wanted", [
     (b"", "columns"), (b"id;verdict\nid0;1\n", "columns"), (b"id,verdict\nid0,1\n", "columns"),
     (b"id,prompt,first,second,verdict\nnobody,,,,1\n", "nobody"), ("id,verdict\nid0,1\n".encode("utf-16"), "UTF-8"),
-    (b"id,prompt,first,second,verdict\n\n", "no pair"),
+    (b"id,prompt,first,second,verdict\n\n", "no row"),
 ])  # fmt: skip
 def test_a_sheet_that_is_none_is_refused(place, sides, sheet, wanted):
     (place / "out").mkdir()

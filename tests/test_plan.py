@@ -20,7 +20,7 @@ from runs import copy_run, invoke, train, write_stub
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minmacpo import fit, machine, plan
+from minmacpo import dryrun, fit, machine, plan
 from minmacpo.batching import collate
 from minmacpo.commandline import parse
 from minmacpo.config import LINEARS, Generate, Lora, flatten
@@ -231,7 +231,7 @@ def test_what_is_free_is_no_more_than_a_container_may_take(monkeypatch):
 
 
 def refused(place, monkeypatch, free: int, *words) -> str:
-    monkeypatch.setattr(plan, "free_bytes", lambda device: free)
+    monkeypatch.setattr(dryrun, "free_bytes", lambda device: free)
     ended = invoke("train", write_stub(place / "p"), f"--run.root={place / 'runs'}", "--sft.batch=64", *words)
     assert ended.code == 2 and not (place / "runs").exists() and ended.err.count("\n") == 1
     return ended.err
@@ -255,10 +255,25 @@ def test_the_setting_that_would_make_it_fit_is_that_of_the_stage(stage, key, pla
     __import__("train").run_all(run, {}, None)
     planned = plan.Plan(run, config, None)
     free = planned.total(stage) - 1
-    said = plan.remedy(planned, stage, free)
-    part, setting, value = re.fullmatch(r"--(\w+)\.(\w+)=(\d+) would fit", said).groups()
-    changed = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **{setting: int(value)})})
-    assert f"{part}.{setting}" == key and planned.under(changed).total(stage) <= free
+    [change] = dryrun.remedy(planned, stage, free)
+    assert ".".join(change[:2]) == key and planned.under(dryrun.changed(config, [change])).total(stage) <= free
+
+
+def test_with_all_settings_that_are_named_every_stage_fits(place, monkeypatch):
+    """Not the first that fails alone."""
+    words = ["--run.micro_tokens=20000", "--generate.batch=512", "--model.strong=64x2x4x128"]
+    config = parse([write_stub(place / "p"), f"--run.root={place / 'runs'}", "--sft.batch=64", *words]).config
+    run = Run(config)
+    __import__("train").run_all(run, {}, None)
+    monkeypatch.setattr(plan, "beside", lambda *_: 0)
+    for free in (6_000_000, 12_000_000, 30_000_000):
+        monkeypatch.setattr(dryrun, "free_bytes", lambda device, free=free: free)
+        said = dryrun.problem(run, None)
+        flags = dict(re.findall(r"--(\w+\.\w+)=(\d+)", said))
+        assert said.endswith(" would fit") and flags.keys() == {"run.micro_tokens", "generate.batch"}
+        other = dryrun.changed(config, [(*key.split("."), int(value)) for key, value in flags.items()])
+        planned = plan.Plan(run, other, None)
+        assert all(planned.total(name) <= free for name in run.plan) and dryrun.first_that_fails(planned, free) is None
 
 
 def test_a_dry_run_warns_of_what_a_run_is_refused_for(place, monkeypatch):
@@ -269,7 +284,7 @@ def test_a_dry_run_warns_of_what_a_run_is_refused_for(place, monkeypatch):
 
 
 def test_a_finished_run_needs_nothing(stub, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(dryrun, "free_bytes", lambda device: 0)
     run = copy_run(stub, tmp_path / "runs")
     train(write_stub(tmp_path), f"--run.root={run.parent}")
 

@@ -239,6 +239,15 @@ def test_a_link_in_a_run_folder_is_refused_before_anything_is_written(mine):
     assert outside.read_text() == "mine\n"
 
 
+@pytest.mark.parametrize("name", ["config.toml", "log.txt", "metrics.jsonl", "round1/student_pos/stage.json"])
+def test_a_pipe_in_a_run_folder_is_not_waited_for(mine, name):
+    run, words = mine
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    ended = invoke("train", *words)
+    assert ended.code == 2 and f"{run / name}: is neither a file nor a folder" in ended.err
+
+
 def test_a_stage_has_no_file_of_another_folder(mine):
     """Nor is one taken from a run that says so."""
     run, words = mine

@@ -189,7 +189,7 @@ def short_memory(limit: int):
 
         def forward(tokens, **more):
             if tokens.numel() > limit:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise torch.OutOfMemoryError("CUDA out of memory") if tokens.numel() % 2 else RuntimeError("DefaultCPUAllocator: can't allocate memory")
             return inner(tokens, **more)
 
         model.forward = forward

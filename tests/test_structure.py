@@ -26,6 +26,7 @@ FLOORS = [
     {"methods"},
     {"evaluate"},
     {"report", "experiments", "compare", "judge", "reward", "plan"},
+    {"dryrun"},
     {"train", "sample", "eval"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -175,8 +176,8 @@ def code_lines(name: str) -> int:
 
 
 def test_the_library_is_small():
-    """7,130 lines of code; docstrings and blank lines do not count, so that nobody saves on them."""
-    assert sum(code_lines(name) for name in TREES if name not in PROGRAMS) <= 7130
+    """7,200 lines of code; docstrings and blank lines do not count, so that nobody saves on them."""
+    assert sum(code_lines(name) for name in TREES if name not in PROGRAMS) <= 7200
 
 
 def test_the_programs_are_small():
