@@ -14,8 +14,8 @@ from minmacpo.packed import LARGEST, SMALLEST
 from minmacpo.quant import BLOCK
 
 HEAP = 32 << 20  # glibc maps no smaller block by itself, but cuts it from its heap
-UNUSED = {"pretrain": 0.7, "train": 0.85, "score": 0.85, "sample": 0.0}  # of what such blocks hold, the heap holds beside them (measured
-# with glibc 2.36, bench/memory.py; where all weights learn, their gradients use some of it; the cache is counted twice already)
+UNUSED = {"pretrain": 0.7, "train": 0.85, "score": 0.85, "sample": 0.85}  # of what such blocks hold, the heap holds beside them (measured
+# with glibc 2.36, bench/memory.py; where all weights learn, their gradients use some of it; a cache, which is counted twice, makes up for it)
 PROCESS = 85 << 20  # what torch loads with its first model (measured), as the next two
 BACKWARD = 23 << 20  # with its first backward pass and optimiser
 KERNELS = 27 << 20  # oneDNN's, of a pass in bf16 (machine.py says how many there are); as many again of a backward pass
@@ -198,4 +198,4 @@ def beside(load: Load, config: ModelConfig, size: int, found: Need) -> int:
         return fixed
     mlp, others = 3 * config.intermediate_size, 7 * config.hidden_size  # numbers a token, about, that a layer makes
     share = 1 if block * config.intermediate_size < HEAP else others / (mlp + others)
-    return fixed + round(UNUSED[load.kind] * share * (found.activations + found.head))
+    return fixed + max(0, round(UNUSED[load.kind] * share * (found.activations + found.head)) - found.cache // 2)
