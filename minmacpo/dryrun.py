@@ -1,7 +1,7 @@
 """What is said of a run before it starts: its stages, what does not fit in memory, and the settings with which it would."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from minmacpo import UserError
@@ -20,33 +20,30 @@ tokens: without padding. "<=": at most, for an answer that is not sampled yet co
 memory: at the peak, of this stage's base alone; other bases stay loaded while there is room."""
 
 
-def open_stages(run: Run) -> Iterator[str]:
-    """The stages that are still to be computed."""
-    return (name for name, stage in run.plan.items() if run.only in (None, name) and not stage.finished)
-
-
 def first_that_fails(plan: Plan, free: int) -> str | None:
-    """The first stage that needs more than so many bytes."""
-    seen = set()
-    for name in open_stages(plan.run):
-        recipe, inputs = plan.run.recipes[name]
+    """The first stage, of those that are still to be computed, that needs more than so many bytes."""
+    run, seen = plan.run, set()
+    for name in (name for name, stage in run.plan.items() if run.only in (None, name) and not stage.finished):
+        recipe, inputs = run.recipes[name]
         settings = [recipe["settings"].get(key) for key in ("batch", "texts", "shape", "contrastive")]
         like = repr((recipe["kind"], [s.fingerprint for s in inputs[:1]], settings))
-        if plan.prepared is None and like in seen:
-            continue  # with rows of one length it would be the same
-        seen.add(like)
-        if plan.total(name) > free:
+        if (plan.prepared or like not in seen) and plan.total(name) > free:  # with rows of one length it would be the same
             return name
+        seen.add(like)
     return None
+
+
+def room(run: Run) -> int:
+    """Bytes of memory that are free to this rank."""
+    return free_bytes(device_of(run.config)) // run.ranks.near
 
 
 def problem(run: Run, prepared: Prepared | None) -> str | None:
     """One sentence about the first stage that cannot fit, and the settings with which every stage would; None: all do."""
-    plan, device, flags = Plan(run, run.config, prepared), device_of(run.config), {}
-    free = free_bytes(device) // run.ranks.near
+    plan, free, flags = Plan(run, run.config, prepared), room(run), {}
     if not (name := first_that_fails(plan, free)):
         return None
-    said = f"{name} needs about {gigabytes(plan.total(name))} of memory, of which {gigabytes(free)} are free on the {device}"
+    said = f"{name} needs about {gigabytes(plan.total(name))} of memory, of which {gigabytes(free)} are free on the {device_of(run.config)}"
     while name:
         if not (changes := remedy(plan, name, free)):
             return f"{said}; no setting makes {name if flags else 'it'} fit: take a smaller base, lower data.max_length, or another machine"
@@ -67,9 +64,8 @@ def remedy(plan: Plan, name: str, free: int) -> Sequence[tuple[str, str, object]
     """The first settings, lowered as little as need be, with which the stage fits; () if none do."""
     config, part = plan.config, "generate" if plan.run.plan[name].kind.startswith("sample") else "run"
     key = "batch" if part == "generate" else "micro_tokens"
-    halves, value = [], getattr(getattr(config, part), key)
-    while (value := value // 2) >= 1:
-        halves.append((part, key, value))
+    value = getattr(getattr(config, part), key)
+    halves = [(part, key, value >> times) for times in range(1, value.bit_length())]
     small = [("run", "dtype", "bfloat16")] * (dtype_of(config).itemsize > 2)
     able = plan.quantizer(name) and plan.form(name) == "none" and not config.parallel.shard  # the two do not go together
     forms = [("model", plan.quantizer(name), form) for form in ("int8", "nf4") if able]
@@ -83,7 +79,7 @@ def remedy(plan: Plan, name: str, free: int) -> Sequence[tuple[str, str, object]
 def check_memory(run: Run, prepared: Callable[[], Prepared]) -> None:
     """Raise UserError for a stage that cannot fit. The texts are looked at only where rows as long as the settings
     allow would not fit."""
-    if problem(run, None) and (said := problem(run, prepared())):
+    if first_that_fails(Plan(run, run.config, None), room(run)) and (said := problem(run, prepared())):
         raise UserError(said)
 
 

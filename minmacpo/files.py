@@ -52,11 +52,12 @@ def open_alone(path: Path, mode: str, busy: str | None, shared: bool = False) ->
 def check_links(folder: Path) -> None:
     """UserError for what no run makes: a link, which could lead out of the folder, or a pipe and the like, which may be waited for."""
     for path in (Path(home, name) for home, *names in os.walk(folder) for name in chain(*names)):
-        mode = path.lstat().st_mode if os.path.lexists(path) else stat.S_IFREG  # another process may have removed it
-        if stat.S_ISLNK(mode):
-            raise UserError(f"{path}: is a link, which no run folder has; put what it stands for in its place, or delete it")
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise UserError(f"{path}: is neither a file nor a folder; delete it")
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                raise UserError(f"{path}: is a link, which no run folder has; put what it stands for in its place, or delete it")
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise UserError(f"{path}: is neither a file nor a folder; delete it")
 
 
 @contextlib.contextmanager

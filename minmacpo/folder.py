@@ -78,12 +78,10 @@ def check_folder(path: Path, config: Config) -> None:
             raise UserError(f"{path}: {problem}; choose another --run.name, or delete that folder")
 
 
-def notes_of(folder: Path) -> dict:
-    """The stage.json of a folder; {} if it has none. In a run all that it names is undamaged, as for `check_whole`; a copy elsewhere
-    may have been changed."""
-    if not (folder / "stage.json").is_file():
-        return {}
-    return check_whole(folder) if (folder.resolve().parent.parent / "config.toml").is_file() else read_json(folder / "stage.json")
+def check_stage(folder: Path) -> None:
+    """`check_whole`, where the folder is a stage within a run; a copy elsewhere may have been changed."""
+    if (folder / "stage.json").is_file() and (folder.resolve().parent.parent / "config.toml").is_file():
+        check_whole(folder)
 
 
 def check_whole(folder: Path) -> dict:

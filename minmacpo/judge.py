@@ -28,7 +28,7 @@ from minmacpo.data import Example, Message, Sample
 from minmacpo.evaluate import interval, last_student, read_run
 from minmacpo.feedback import conversation, points
 from minmacpo.files import naming, open_alone, read_rows, write_atomic, write_json
-from minmacpo.folder import notes_of
+from minmacpo.folder import check_stage
 from minmacpo.progress import Progress, inert
 from minmacpo.remote import Ask, asked, check_request, over_http
 from minmacpo.tables import bracketed
@@ -77,7 +77,7 @@ def read_answers(path: Path) -> dict[str, Sample]:
         agent, t = last_student(read_run(path))
         path = path / f"eval/round{t}_{agent}_samples"
     file = path / "samples.jsonl" if path.is_dir() else path
-    notes_of(file.parent)  # those of a run are undamaged
+    check_stage(file.parent)
     samples = read_rows(file, Sample)
     found = {sample.id: sample for sample in reversed(samples)}
     if more := len(samples) - len(found):

@@ -18,6 +18,7 @@ import torch
 from minmacpo import UserError, __version__
 from minmacpo.config import Config, shape
 from minmacpo.data import find_files
+from minmacpo.progress import short_of_memory
 
 KERNELS = 64  # that are kept; a micro-batch has fewer
 
@@ -113,8 +114,7 @@ def allocating() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        told = isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "bad_alloc" in str(error)
-        if not told or isinstance(error, torch.OutOfMemoryError):
+        if not short_of_memory(error) or isinstance(error, torch.OutOfMemoryError):
             raise
         raise torch.OutOfMemoryError(str(error)) from None
 

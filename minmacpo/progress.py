@@ -80,6 +80,12 @@ def inert(text: str) -> str:
     return ACTIVE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def short_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory is short: Python's error, torch's of a GPU, or that of an allocator of a CPU."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, which is not loaded here
+    return named or "can't allocate memory" in str(error) or "bad_alloc" in str(error)
+
+
 def call(main: Callable[[list[str]], int | None], after_stop: str = RESUMES) -> int:
     """Run `main` on the command line; returns the exit code, 2 after one clear sentence, 130 after Ctrl-C;
     `after_stop` is what is true then."""
@@ -97,8 +103,7 @@ def call(main: Callable[[list[str]], int | None], after_stop: str = RESUMES) -> 
         print(inert(f"error: {error.filename or 'a file'}: {error.strerror or error}"), file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
-        if not known and "can't allocate memory" not in str(error):  # its allocator on a CPU
+        if not short_of_memory(error):
             raise
         print(f"error: out of memory; {after_stop}", file=sys.stderr)
         return 2

@@ -19,8 +19,8 @@ from minmacpo.checkpoint import check_sizes, load_adapter, load_model, no_folder
 from minmacpo.commandline import overlay
 from minmacpo.config import Config
 from minmacpo.data import Example, Message, Pair, Sample
-from minmacpo.files import Lines
-from minmacpo.folder import notes_of
+from minmacpo.files import Lines, read_json
+from minmacpo.folder import check_stage
 from minmacpo.generate import generate
 from minmacpo.lora import attach_lora, clear_adapter, write_adapter
 from minmacpo.machine import allocating, device_of, dtype_of, free_bytes, set_up
@@ -92,21 +92,22 @@ def open_folder(folder: Path, config: Config) -> tuple[Loaded, Path, str | None]
             raise UserError(f"{folder}: {no_folder(folder)}")
         if not (folder / "config.json").exists():
             raise UserError(f"{folder}: is no model: it has neither config.json nor adapter_config.json")
-        template = settings_of(folder).get("template")
-        return Loaded(folder, config, config.model.quantize), folder, template
+        check_stage(folder)
+        return Loaded(folder, config, config.model.quantize), folder, settings_of(folder).get("template")
     lora, named = read_adapter_config(folder)
     base = next((p for p in (folder / named, Path(named)) if named and p.is_dir()), None)
     if base is None:
         raise UserError(f"{folder}: its base {named!r} {no_folder(named)}")
-    template, usual = (settings_of(place).get("template") for place in (folder, base))
+    check_stage(folder)
+    check_stage(base)
     loaded = Loaded(base, replace(config, lora=lora), config.model.quantize)
     write_adapter(loaded.model, load_adapter(folder), str(folder))
-    return loaded, base, template or usual
+    return loaded, base, settings_of(folder).get("template") or settings_of(base).get("template")
 
 
 def settings_of(folder: Path) -> dict:
-    """The settings of the stage that a folder is; none if it is none. UserError where its files are damaged."""
-    settings = notes_of(folder).get("settings")
+    """The settings of the stage that a folder is; none if it is none."""
+    settings = (read_json(folder / "stage.json") if (folder / "stage.json").is_file() else {}).get("settings")
     return settings if isinstance(settings, dict) else {}
 
 
