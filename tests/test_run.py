@@ -214,7 +214,12 @@ def changed(file: Path) -> None:
     file.write_text(file.read_text().replace('"step": 2', '"step": 3'))
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda file: os.truncate(file, 500), changed])
+def renamed(file: Path) -> None:
+    """A bit of the name of a rate is another one."""
+    file.write_text(file.read_text().replace("tokens_per_s", "uokens_per_s", 1))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: os.truncate(file, 500), changed, renamed])
 def test_metrics_are_put_back_from_the_stages_in_the_order_of_the_plan(mine, stub, damage):
     run, words = mine
     damage(run / "metrics.jsonl")

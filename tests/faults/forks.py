@@ -6,15 +6,19 @@ import importlib
 import json
 import os
 import pkgutil
+import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import numpy.ma  # noqa: F401 (quantiles load it)
 import torch._dynamo  # noqa: F401 (the first optimiser loads it)
 from runs import FREE, Ended, contents, program, write_stub
-from shim import Disk
+from shim import Disk, Walk
 
 import minmacpo
 from minmacpo import report
@@ -22,7 +26,7 @@ from minmacpo.files import write_atomic
 from minmacpo.progress import call
 from minmacpo.run import PARTIAL
 
-WORKERS = 2
+WORKERS = 3  # on two cores: one may wait for its disk or its twin
 for module in pkgutil.iter_modules(minmacpo.__path__, "minmacpo."):
     importlib.import_module(module.name)  # here once, and not in every child
 PROGRAMS = {name: program(name) for name in ("train", "sample", "eval")}
@@ -61,6 +65,7 @@ def start(name: str, words, said: Path, disk: Disk | None = None, reports: bool 
             os.dup2(os.open(said.with_suffix(kind), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         sys.argv = [f"{name}.py", *map(str, words)]
+        gc.disable()  # too short to need it
         if not reports:
             report.write_report = lambda path: write_atomic(path / "report.html", "x")
         main, file = PROGRAMS[name], said.with_suffix(".json").open("w")
@@ -85,14 +90,28 @@ def fork(name: str, words, disk: Disk | None = None, reports: bool = False) -> t
         return Ended(code, *(said.with_suffix(kind).read_text() for kind in (".out", ".err"))), done
 
 
-def spread(check: Callable[[object], None], points: Iterable) -> list[str]:
-    """Check every point, in WORKERS children side by side; what failed, with the point."""
-    points, failed = [*points], []
+def deaths(words, place: Path, moments: Iterable[int]) -> Iterator[Path]:
+    """train.py on the root `place`/runs, and a copy of `place` as a kill -9 leaves it at each of the `moments` (of a Walk)."""
+    left = place.with_name(f"{place.name}-left")
+    pid = start("train", [*words, f"--run.root={place / 'runs'}"], place.with_name(f"{place.name}-said"), Walk(moments))
+    while os.WIFSTOPPED(status := os.waitpid(pid, os.WUNTRACED)[1]):
+        subprocess.run(["cp", "-a", place, left], check=True)  # what is linked stays linked
+        yield left
+        shutil.rmtree(left)
+        os.kill(pid, signal.SIGCONT)
+    assert status == 0
+
+
+def spread(check: Callable[[object], None], points: Iterable | Callable[[int], Iterable]) -> list[str]:
+    """Check every point, in WORKERS children side by side; what failed, with the point. `points`: all, or a function that
+    gives those of a child."""
+    of = points if callable(points) else lambda i, every=[*points]: every[i::WORKERS]
+    failed = []
     with tempfile.TemporaryDirectory() as place:
         files = [Path(place) / str(i) for i in range(WORKERS)]
 
         def share(i: int) -> None:
-            for point in points[i::WORKERS]:
+            for point in of(i):
                 try:
                     check(point)
                 except BaseException:
@@ -150,8 +169,8 @@ def check_sentence(ended: Ended, *wanted: str) -> None:
 
 
 # The stub made smaller: one teacher, one round, a few prompts, one optimiser step a stage, its state saved after it.
-SMALL = """--macpo.teachers=1 --macpo.rounds=1 --macpo.controls=false --pretrain.strong_steps=1 --pretrain.weak_steps=1 --pretrain.batch=100 --world.d1=4
---world.d2=6 --world.test=4 --sft.batch=8 --dpo.batch=8 --generate.max_new=4 --generate.batch=1 --eval.bootstrap=2
+SMALL = """--macpo.teachers=1 --macpo.rounds=1 --macpo.controls=false --pretrain.strong_steps=1 --pretrain.weak_steps=1 --pretrain.batch=4 --world.d1=2
+--world.d2=2 --world.test=2 --sft.batch=8 --dpo.batch=8 --generate.max_new=2 --generate.batch=1 --eval.bootstrap=2
 --run.save_every=1 --run.log_every=1 --run.micro_tokens=100000 --run.threads=1""".split()
 
 

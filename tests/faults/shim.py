@@ -1,14 +1,16 @@
 """A disk on which a test makes things go wrong: every operation that changes it is counted, and at one of them comes a fault.
 
 It is put under a program in a child process, in place of Python's own functions. What only reads is not counted, nor is
-what changes nothing (a folder that exists already, a file that is gone already), nor /proc and /dev. Nothing is flushed.
+what changes nothing (a folder that exists already, a file that is gone already), nor /proc and devices. Nothing is flushed.
 """
 
 import builtins
 import errno
 import io
 import os
+import re
 import signal
+from collections.abc import Iterable
 
 # ---- operations: the name, and whether it needs room on the disk
 CALLS = {"fsync": True, "replace": True, "rename": True, "mkdir": True, "link": True, "symlink": True, "sendfile": True,
@@ -63,7 +65,7 @@ class Disk:
         """`open`, counted where it is for writing, with a file that counts what is written."""
 
         def opened(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, closefd=True, opener=None):
-            apart = isinstance(file, int) or str(file).startswith(("/proc/", "/dev/"))
+            apart = isinstance(file, int) or re.match("/proc/|/dev/(?!shm/)", str(file))
             if apart or not {*mode} & {*"wax+"}:
                 return real(file, mode, buffering, encoding, errors, newline, closefd, opener)
             assert mode.replace("a+", "a").replace("w+", "w").isalpha() and buffering == -1, "the shim knows no such file"
@@ -73,6 +75,34 @@ class Disk:
             return buffer if "b" in mode else io.TextIOWrapper(buffer, encoding, errors, newline)
 
         return opened
+
+
+class Walk(Disk):
+    """A disk on which a program dies many times and lives on: at each of the `moments` a twin is forked and killed with kill -9,
+    and the program stands still (SIGSTOP) until somebody has looked at what the twin left. Moment 2i is before operation i,
+    2i + 1 is within it, if it is a write: half of that is there."""
+
+    def __init__(self, moments: Iterable[int]):
+        super().__init__()
+        self.moments = frozenset(moments)
+
+    def before(self, name: str, *path) -> None:
+        self.die(2 * len(self.done))
+        super().before(name, *path)
+
+    def write(self, put, data) -> int:
+        self.before("write")
+        half = put(memoryview(data)[: len(data) // 2])
+        self.die(2 * len(self.done) - 1)
+        return half + put(memoryview(data)[half:])
+
+    def die(self, moment: int) -> None:
+        """A twin's death, if one is due."""
+        if moment in self.moments:
+            if not (twin := os.fork()):
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.waitpid(twin, 0)
+            os.kill(os.getpid(), signal.SIGSTOP)
 
 
 class File(io.FileIO):

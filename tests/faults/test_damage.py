@@ -3,11 +3,10 @@
 import os
 import random
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
-from forks import Good, check_sentence, fork, spread, stages, tree
+from forks import Good, check_sentence, deaths, fork, spread, stages, tree
 from runs import stages_of
 from shim import Disk
 
@@ -32,8 +31,7 @@ def replaced(file: Path, put) -> None:
 
 
 DAMAGES = {
-    "cut": lambda file, rng: os.truncate(file, rng.randrange(file.stat().st_size)),
-    "emptied": lambda file, rng: os.truncate(file, 0),
+    "cut": lambda file, rng: os.truncate(file, rng.choice([0, rng.randrange(file.stat().st_size)])),
     "flipped": flip,
     "deleted": lambda file, rng: file.unlink(),
     "a folder": lambda file, rng: replaced(file, Path.mkdir),
@@ -56,7 +54,7 @@ def kinds(run: Path, rng: random.Random) -> list[str]:
     return [rng.choice(files) for files in found.values()] + [*REMADE, *GIVEN]
 
 
-def test_every_kind_of_file_damaged_in_every_way(small, tmp_path, seed, capsys):
+def test_every_kind_of_file_damaged_in_every_way(small, scratch, seed, capsys):
     """Then what the sentence asks for is done, and the run is made whole. A run beside it does not mind."""
     words, whole = small
     good = Good(whole)
@@ -64,7 +62,7 @@ def test_every_kind_of_file_damaged_in_every_way(small, tmp_path, seed, capsys):
 
     def check(point: tuple[str, str]) -> None:
         (file, damage), rng = point, random.Random(f"{seed}/{point}")
-        home = tmp_path / f"{file.replace('/', '-')}-{damage}"
+        home = scratch / f"{file.replace('/', '-')}-{damage}"
         root, run, asked = home / "runs", home / "runs/small", [*words, f"--run.root={home / 'runs'}"]
         shutil.copytree(whole, run)
         DAMAGES[damage](run / file, rng)
@@ -101,23 +99,24 @@ def mend(run: Path, file: str, whole: Path) -> None:
         shutil.copy(whole / file, place)
 
 
-def test_every_kind_of_unfinished_file_damaged_in_every_way(small, tmp_path, seed, capsys):
+def test_every_kind_of_unfinished_file_damaged_in_every_way(small, scratch, seed, capsys):
     """Blocks of samples and states of training have no stage.json yet that tells of their damage."""
     words, whole = small
     good, rng = Good(whole), random.Random(seed)
-    _, done = fork("train", [*words, f"--run.root={tmp_path / 'counted'}"], Disk())
+    _, done = fork("train", [*words, f"--run.root={scratch / 'counted'}"], Disk())
     found: dict[str, Path] = {}
-    for at in rng.sample(range(len(done)), 60):
-        root = tmp_path / f"cut{at}"
-        fork("train", [*words, f"--run.root={root}"], Disk(signal.SIGKILL, at))
-        for file in (root / "small" / PARTIAL).rglob("*.*"):
+    (scratch / "walk").mkdir()
+    moments = rng.sample(range(0, 2 * len(done), 2), 60)
+    for at, left in enumerate(deaths(words, scratch / "walk", moments)):
+        source = shutil.copytree(left / "runs", scratch / f"cut{at}", symlinks=True) if (left / "runs").exists() else left
+        for file in (source / "small" / PARTIAL).rglob("*.*"):
             found.update({file.name.split("-")[0]: file} if file.stat().st_size else {})
     points = [(name, damage) for name in found for damage in DAMAGES]
 
     def check(point: tuple[str, str]) -> None:
         name, damage = point
         source = next(path for path in found[name].parents if path.name.startswith("cut"))
-        home = tmp_path / f"{name}-{damage}"
+        home = scratch / f"{name}-{damage}"
         root, asked = home / "runs", [*words, f"--run.root={home / 'runs'}"]
         shutil.copytree(source, root)
         damaged = root / found[name].relative_to(source)

@@ -18,15 +18,16 @@ pytestmark = pytest.mark.faults
 FULL = "No space left on device"
 
 
-def test_no_room_at_every_write_of_a_run(small, tmp_path, capsys):
-    """Half of the first write that has no room gets through; new files and folders have none, either."""
+def test_no_room_from_a_write_of_a_run_on(small, scratch, seed, capsys):
+    """From a quarter of them on, drawn anew each time. Half of the first write that has no room gets through; new files and
+    folders have none, either."""
     words, whole = small
     good, begun = Good(whole), time.monotonic()
-    _, done = fork("train", [*words, f"--run.root={tmp_path / 'counted'}"], Disk())
-    points = [i for i, name in enumerate(done) if name in ("write", "mkdir", "link")]
+    _, done = fork("train", [*words, f"--run.root={scratch / 'counted'}"], Disk())
+    points = [i for i, name in enumerate(done) if name in ("write", "mkdir", "link")][seed % 4 :: 4]
 
     def check(point: int) -> None:
-        root = tmp_path / str(point)
+        root = scratch / str(point)
         full, _ = fork("train", [*words, f"--run.root={root}"], Disk("full", point))
         check_sentence(full, f"error: {root}", FULL)
         assert not [*root.rglob("*.tmp")]
@@ -58,19 +59,19 @@ class Nameless:
         tempfile.TemporaryFile = full
 
 
-def test_no_room_for_what_lies_in_no_file_yet(small, tmp_path):
+def test_no_room_for_what_lies_in_no_file_yet(small, scratch):
     """Scores that wait for their rows: the sentence names the disk."""
     words, whole = small
-    check_sentence(fork("train", [*words, f"--run.root={tmp_path}"], Nameless())[0], f"error: {tmp_path}", FULL)
-    there = stages(tmp_path / "small")
-    assert fork("train", [*words, f"--run.root={tmp_path}"])[0].code == 0
-    Good(whole).check(tmp_path / "small", there)
+    check_sentence(fork("train", [*words, f"--run.root={scratch}"], Nameless())[0], f"error: {scratch}", FULL)
+    there = stages(scratch / "small")
+    assert fork("train", [*words, f"--run.root={scratch}"])[0].code == 0
+    Good(whole).check(scratch / "small", there)
 
 
 @pytest.fixture
-def island(tmp_path):
+def island(scratch):
     """A disk of its own of 40 MB; skips where none may be mounted."""
-    place = tmp_path / "island"
+    place = scratch / "island"
     place.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(place)], capture_output=True, text=True)
     if done.returncode:
@@ -93,7 +94,7 @@ def test_a_small_disk_that_others_fill_up(small, island, seed):
     good, rng, full = Good(whole), random.Random(seed), 0
     filler = fill(island)
     check_sentence(fork("train", [*words, f"--run.root={island}"])[0], f"error: {island}", "MB free")
-    for attempt in range(6):
+    for attempt in range(4):
         filler.unlink()
         there, printed = (island / "out.txt").open("w"), attempt % 2
         process = spawn("train", *words, f"--run.root={island}", **({"stdout": there, "stderr": there} if printed else {}))
@@ -112,4 +113,4 @@ def test_a_small_disk_that_others_fill_up(small, island, seed):
         good.check(island / "small", before)
         shutil.rmtree(island / "small")
         filler = fill(island)
-    assert full >= 3, "the disk was never full in time"
+    assert full >= 2, "the disk was never full in time"

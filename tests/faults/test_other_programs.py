@@ -9,13 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from forks import check_sentence, ended, fork, spread, start, tree
+from forks import SMALL, check_sentence, ended, fork, spread, start, tree
 from runs import spawn, write_stub
 from shim import Disk
 from test_judge import Server
 
 pytestmark = pytest.mark.faults
-SMALL_EXPERIMENT = "--macpo.teachers=1 --macpo.rounds=1 --macpo.controls=false --eval.bootstrap=2".split()
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def outcome(place: Path) -> dict:
 
 
 @pytest.mark.parametrize("case", ["answers", "merged", "judge", "sheet", "released", "page"])
-def test_every_operation_of_the_other_programs(cases, tmp_path, case, capsys):
+def test_every_operation_of_the_other_programs(cases, scratch, case, capsys):
     """kill -9 before each and within each write; no room at each; then the same words make the same files, and no others."""
     name, words = cases[case]
 
@@ -57,14 +56,14 @@ def test_every_operation_of_the_other_programs(cases, tmp_path, case, capsys):
         place.mkdir(exist_ok=True)
         return fork(name, [str(word).replace("{}", str(place)) for word in words], Disk(*disk))
 
-    whole, done = call(tmp_path / "good")
+    whole, done = call(scratch / "good")
     assert whole.code == 0, whole.err
-    good = outcome(tmp_path / "good")
+    good = outcome(scratch / "good")
     points = [(fault, i) for i, what in enumerate(done) for fault in (signal.SIGKILL, "tear", "full")
               if fault == signal.SIGKILL or what == "write" or (fault == "full" and what in ("open", "mkdir"))]  # fmt: skip
 
     def check(point: tuple) -> None:
-        place = tmp_path / "-".join(map(str, point))
+        place = scratch / "-".join(map(str, point))
         first, _ = call(place, *point)
         if point[0] == "full":
             check_sentence(first, f"error: {place}", "No space left")
@@ -81,23 +80,23 @@ def test_every_operation_of_the_other_programs(cases, tmp_path, case, capsys):
     assert not failed, f"{len(failed)} of {len(points)}: " + "\n".join(failed[:3])
 
 
-def test_kills_at_random_moments_of_the_other_programs(cases, tmp_path, seed):
+def test_kills_at_random_moments_of_the_other_programs(cases, scratch, seed):
     """Twice each, the second time in what the first kill left."""
 
     def check(point: tuple[str, int]) -> None:
         case, number = point
-        (name, words), place, rng = cases[case], tmp_path / f"{case}{number}", random.Random(f"{seed}/{point}")
+        (name, words), place, rng = cases[case], scratch / f"{case}{number}", random.Random(f"{seed}/{point}")
         place.mkdir()
         asked = [str(word).replace("{}", str(place)) for word in words]
         for _ in range(2):
-            pid = start(name, asked, tmp_path / f"said-{case}{number}")
+            pid = start(name, asked, scratch / f"said-{case}{number}")
             time.sleep(rng.random() * 0.3)
             os.kill(pid, signal.SIGKILL)
             ended(pid)
         kept, (again, _) = outcome(place), fork(name, asked)
-        (tmp_path / "whole" / case).mkdir(parents=True, exist_ok=True)
-        fork(name, [str(word).replace("{}", str(tmp_path / "whole" / case)) for word in words])
-        good = outcome(tmp_path / "whole" / case)
+        (scratch / "whole" / case).mkdir(parents=True, exist_ok=True)
+        fork(name, [str(word).replace("{}", str(scratch / "whole" / case)) for word in words])
+        good = outcome(scratch / "whole" / case)
         assert outcome(place) == good and (again.code == 0 or (again.code == 2 and kept == good)), again.err
 
     failed = spread(check, [(case, number) for number in range(4) for case in sorted(cases)])
@@ -105,30 +104,31 @@ def test_kills_at_random_moments_of_the_other_programs(cases, tmp_path, seed):
 
 
 @pytest.mark.parametrize("case", ["answers", "merged", "judge"])
-def test_two_processes_on_one_target(cases, tmp_path, case):
+def test_two_processes_on_one_target(cases, scratch, case):
     """One writes; the other one says so, or that all is there; together they leave what one would have left."""
     name, words = cases[case]
-    asked = {place: [str(word).replace("{}", str(tmp_path / place)) for word in words] for place in ("good", "both")}
+    asked = {place: [str(word).replace("{}", str(scratch / place)) for word in words] for place in ("good", "both")}
     for place in asked:
-        (tmp_path / place).mkdir()
+        (scratch / place).mkdir()
     assert fork(name, asked["good"])[0].code == 0
     for _ in range(5):
-        codes = [ended(pid) for pid in [start(name, asked["both"], tmp_path / f"said{i}") for i in range(2)]]
+        codes = [ended(pid) for pid in [start(name, asked["both"], scratch / f"said{i}") for i in range(2)]]
         assert codes.count(0) >= 1
         for i in (i for i, code in enumerate(codes) if code):
-            err = (tmp_path / f"said{i}.err").read_text()
+            err = (scratch / f"said{i}.err").read_text()
             assert ("another process" in err or "exists already" in err or "not empty" in err) and err.count("\n") == 1, err
-        assert outcome(tmp_path / "both") == outcome(tmp_path / "good")
-        shutil.rmtree(tmp_path / "both")
-        (tmp_path / "both").mkdir()
+        assert outcome(scratch / "both") == outcome(scratch / "good")
+        shutil.rmtree(scratch / "both")
+        (scratch / "both").mkdir()
 
 
-def test_kills_of_an_experiment(tmp_path, seed):
+def test_kills_of_an_experiment(scratch, seed):
     """Real processes. A run that outlives its experiment goes on; until it has ended, the same words say that it is there."""
-    rng, words = random.Random(seed), ["@experiment-self", "--seeds=0", write_stub(tmp_path), *SMALL_EXPERIMENT]
-    place = tmp_path / "runs"
+    rng, words = random.Random(seed), ["@experiment-self", "--seeds=0", write_stub(scratch), *SMALL]
+    undisturbed = spawn("train", *words, f"--run.root={scratch / 'whole'}")
+    place = scratch / "runs"
     words.append(f"--run.root={place}")
-    for number in range(4):
+    for number in range(3):
         process = spawn("train", *words)
         time.sleep(2 + rng.random() * (8 if number else 2))
         process.kill()
@@ -144,9 +144,9 @@ def test_kills_of_an_experiment(tmp_path, seed):
         time.sleep(0.2)
     killed = json.loads((place / "experiment-self/results.json").read_text())
     assert not [*place.rglob("*.tmp"), *place.rglob(".partial")]
-    shutil.rmtree(place)
-    assert spawn("train", *words).wait() == 0
-    whole = json.loads((place / "experiment-self/results.json").read_text())
+    _, err = undisturbed.communicate()
+    assert undisturbed.returncode == 0, err
+    whole = json.loads((scratch / "whole/experiment-self/results.json").read_text())
     for found in (killed, whole):
         for row in found["variants"]:
             for key in ("cpu_seconds", "spent"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tqdm.std
 from forks import Good, check_sentence, ended, fork, spread, stages, start
-from runs import Ended, differences, spawn
+from runs import Ended, differences, spawn, write_stub
 from shim import Disk
 
 from minmacpo.progress import RESUMES
@@ -33,15 +33,15 @@ def check_most_stopped(told: Path) -> None:
     assert said.count("stopped") > len(said) / 2 > 10, said
 
 
-def test_a_signal_at_many_operations(small, tmp_path, seed):
-    """Each signal before 30 operations drawn at random: the run stops at the next good moment, and goes on later."""
+def test_a_signal_at_many_operations(small, scratch, seed):
+    """Each signal before 20 operations drawn at random: the run stops at the next good moment, and goes on later."""
     words, whole = small
-    good, rng, told = Good(whole), random.Random(seed), tmp_path / "told"
-    _, done = fork("train", [*words, f"--run.root={tmp_path / 'counted'}"], Disk())
-    points = [(number, at) for number in SIGNALS for at in rng.sample(range(len(done)), 30)]
+    good, rng, told = Good(whole), random.Random(seed), scratch / "told"
+    _, done = fork("train", [*words, f"--run.root={scratch / 'counted'}"], Disk())
+    points = [(number, at) for number in SIGNALS for at in rng.sample(range(len(done)), 20)]
 
     def check(point: tuple[signal.Signals, int]) -> None:
-        root = tmp_path / f"{point[0].name}{point[1]}"
+        root = scratch / f"{point[0].name}{point[1]}"
         stopped, _ = fork("train", [*words, f"--run.root={root}"], Disk(*point))
         check_stopped(stopped, point[0], told)
         there = stages(root / "small")
@@ -54,13 +54,13 @@ def test_a_signal_at_many_operations(small, tmp_path, seed):
     check_most_stopped(told)
 
 
-def test_a_second_signal_acts_at_once(small, tmp_path, seed):
+def test_a_second_signal_acts_at_once(small, scratch, seed):
     """At any moment, also within the writing of a file."""
     words, whole = small
-    good, told = Good(whole), tmp_path / "told"
+    good, told = Good(whole), scratch / "told"
 
     def check(point: int) -> None:
-        rng, root, said = random.Random(f"{seed}/{point}"), tmp_path / str(point), tmp_path / f"said{point}"
+        rng, root, said = random.Random(f"{seed}/{point}"), scratch / str(point), scratch / f"said{point}"
         pid, number = start("train", [*words, f"--run.root={root}"], said), rng.choice(SIGNALS)
         time.sleep(0.1 + rng.random() * 0.5)
         for _ in range(2):
@@ -77,12 +77,12 @@ def test_a_second_signal_acts_at_once(small, tmp_path, seed):
     check_most_stopped(told)
 
 
-def test_three_processes_that_start_on_one_folder(small, tmp_path, seed):
+def test_three_processes_that_start_on_one_folder(small, scratch, seed):
     """One works, the others say so and touch nothing; or they come after it, and find all done."""
     words, whole = small
     good, rng, shut_out = Good(whole), random.Random(seed), 0
     for attempt in range(10):
-        root, said = tmp_path / str(attempt), [tmp_path / f"said{attempt}-{i}" for i in range(3)]
+        root, said = scratch / str(attempt), [scratch / f"said{attempt}-{i}" for i in range(3)]
         pids = []
         for name in said:
             pids.append(start("train", [*words, f"--run.root={root}"], name))
@@ -106,32 +106,32 @@ class Clock:
         time.time = tqdm.std.time = lambda: float(next(now))
 
 
-def test_a_clock_that_is_set_back(small, tmp_path):
+def test_a_clock_that_is_set_back(small, scratch):
     """Nothing depends on it but what it is for; how long a stage took is not below zero."""
     words, whole = small
-    ran, _ = fork("train", [*words, f"--run.root={tmp_path}"], Clock(), reports=True)
+    ran, _ = fork("train", [*words, f"--run.root={scratch}"], Clock(), reports=True)
     assert ran.code == 0 and "Traceback" not in ran.err, ran.err
-    Good(whole).check(tmp_path / "small", {})
-    notes = [json.loads(file.read_text()) for file in tmp_path.glob("small/*/*/stage.json")]
+    Good(whole).check(scratch / "small", {})
+    notes = [json.loads(file.read_text()) for file in scratch.glob("small/*/*/stage.json")]
     assert all(note["seconds"] >= 0 for note in notes) and min(note["started"] for note in notes) < 0
-    assert fork("eval", [str(tmp_path / "small")])[0].out == fork("eval", [str(whole)])[0].out
-    there = stages(tmp_path / "small")
-    assert fork("train", [*words, f"--run.root={tmp_path}"], reports=True)[0].code == 0
-    Good(whole).check(tmp_path / "small", there)
+    assert fork("eval", [str(scratch / "small")])[0].out == fork("eval", [str(whole)])[0].out
+    there = stages(scratch / "small")
+    assert fork("train", [*words, f"--run.root={scratch}"], reports=True)[0].code == 0
+    Good(whole).check(scratch / "small", there)
 
 
-def test_two_runs_are_the_same_bytes_and_env_json_says_what_may_differ(tmp_path):
-    """Two processes of @tiny with other hash seeds, places, languages and time zones."""
+def test_two_runs_are_the_same_bytes_and_env_json_says_what_may_differ(scratch):
+    """Two processes with other hash seeds, places, languages and time zones."""
     surroundings = [{"PYTHONHASHSEED": "1", "TZ": "UTC", "LC_ALL": "C"}, {"PYTHONHASHSEED": "2", "TZ": "Asia/Tokyo", "LC_ALL": "C.UTF-8"}]
     processes = []
     for number, around in enumerate(surroundings):
-        place = tmp_path / f"place{number}"
-        place.mkdir()
-        processes.append(spawn("train", "@tiny", "--run.root=runs", cwd=place, env=os.environ | around))
+        place = scratch / f"place{number}"
+        write_stub(place)
+        processes.append(spawn("train", "@stub.toml", "--run.root=runs", cwd=place, env=os.environ | around))
     for process in processes:
         _, err = process.communicate()
         assert process.returncode == 0, err
-    one, two = (tmp_path / f"place{number}/runs/tiny" for number in (0, 1))
+    one, two = (scratch / f"place{number}/runs/stub" for number in (0, 1))
     assert differences(one, two) == []
     environments = [json.loads((run / "env.json").read_text()) for run in (one, two)]
     assert environments[0] == environments[1]
