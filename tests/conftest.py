@@ -1,6 +1,6 @@
 """Shared ground of the tests: one thread, printed seeds, tiny tokenizer and model folders, oracles.
 
-Nothing here reaches the network or leaves its tmp_path. A test that draws random numbers takes
+Nothing here reaches the network or leaves its tmp_path (or `scratch`). A test that draws random numbers takes
 `seed`, a fresh one each time; pytest prints it when the test fails, and --seed=N repeats it.
 """
 

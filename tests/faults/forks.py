@@ -1,6 +1,7 @@
 """Programs in forked children of the test, which has torch loaded already; some of them die there. And how a folder is
 compared with that of an undisturbed run."""
 
+import contextlib
 import gc
 import importlib
 import json
@@ -26,7 +27,7 @@ from minmacpo.files import write_atomic
 from minmacpo.progress import call
 from minmacpo.run import PARTIAL
 
-WORKERS = 3  # on two cores: one may wait for its disk or its twin
+WORKERS = 3  # on two cores: one may wait for its files
 for module in pkgutil.iter_modules(minmacpo.__path__, "minmacpo."):
     importlib.import_module(module.name)  # here once, and not in every child
 PROGRAMS = {name: program(name) for name in ("train", "sample", "eval")}
@@ -90,38 +91,44 @@ def fork(name: str, words, disk: Disk | None = None, reports: bool = False) -> t
         return Ended(code, *(said.with_suffix(kind).read_text() for kind in (".out", ".err"))), done
 
 
-def deaths(words, place: Path, moments: Iterable[int]) -> Iterator[Path]:
-    """train.py on the root `place`/runs, and a copy of `place` as a kill -9 leaves it at each of the `moments` (of a Walk)."""
-    left = place.with_name(f"{place.name}-left")
-    pid = start("train", [*words, f"--run.root={place / 'runs'}"], place.with_name(f"{place.name}-said"), Walk(moments))
-    while os.WIFSTOPPED(status := os.waitpid(pid, os.WUNTRACED)[1]):
-        subprocess.run(["cp", "-a", place, left], check=True)  # what is linked stays linked
-        yield left
-        shutil.rmtree(left)
-        os.kill(pid, signal.SIGCONT)
-    assert status == 0
+def deaths(words, place: Path, moments: Iterable[int]) -> Iterator[tuple[int, Path]]:
+    """train.py on the root `place`/runs; each of the `moments` (of a Walk), with a copy of `place` as a kill -9 leaves it there."""
+    left, said = (place.with_name(f"{place.name}-{what}") for what in ("left", "said"))
+    pid = start("train", [*words, f"--run.root={place / 'runs'}"], said, Walk(moments))
+    try:
+        for moment in sorted(moments):
+            stopped = os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
+            assert stopped, f"moment {moment} never came: {said.with_suffix('.err').read_text()}"
+            subprocess.run(["cp", "-a", place, left], check=True)  # what is linked stays linked
+            yield moment, left
+            shutil.rmtree(left)
+            os.kill(pid, signal.SIGCONT)
+        assert ended(pid) == 0, said.with_suffix(".err").read_text()
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            ended(pid)
+        raise
 
 
-def spread(check: Callable[[object], None], points: Iterable | Callable[[int], Iterable]) -> list[str]:
-    """Check every point, in WORKERS children side by side; what failed, with the point. `points`: all, or a function that
-    gives those of a child."""
-    of = points if callable(points) else lambda i, every=[*points]: every[i::WORKERS]
-    failed = []
+def spread(check: Callable[[object], None], points: Iterable) -> list[str]:
+    """Check every point, in WORKERS children side by side; what failed, with the point."""
+    points, failed = [*points], []
     with tempfile.TemporaryDirectory() as place:
         files = [Path(place) / str(i) for i in range(WORKERS)]
 
         def share(i: int) -> None:
-            for point in of(i):
+            for point in points[i::WORKERS]:
                 try:
                     check(point)
                 except BaseException:
                     with files[i].open("a") as stream:
                         print(json.dumps(f"{point}: {traceback.format_exc(limit=-3)}"), file=stream)
 
-        for pid in [child(lambda i=i: share(i)) for i in range(WORKERS)]:
-            assert ended(pid) == 0
+        codes = [ended(pid) for pid in [child(lambda i=i: share(i)) for i in range(WORKERS)]]
         for file in files:
             failed += [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    assert not any(codes), codes
     return failed
 
 

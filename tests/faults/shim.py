@@ -78,9 +78,9 @@ class Disk:
 
 
 class Walk(Disk):
-    """A disk on which a program dies many times and lives on: at each of the `moments` a twin is forked and killed with kill -9,
-    and the program stands still (SIGSTOP) until somebody has looked at what the twin left. Moment 2i is before operation i,
-    2i + 1 is within it, if it is a write: half of that is there."""
+    """A disk on which a program dies many times and lives on: at each of the `moments` a twin, with the same memory and open files,
+    is killed with kill -9, and the program stands still (SIGSTOP) until what is there then has been copied. It need not begin
+    anew for each of them. Moment 2i is before operation i, 2i + 1 is within it, if it is a write: half of that is there."""
 
     def __init__(self, moments: Iterable[int]):
         super().__init__()

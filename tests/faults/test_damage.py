@@ -107,7 +107,7 @@ def test_every_kind_of_unfinished_file_damaged_in_every_way(small, scratch, seed
     found: dict[str, Path] = {}
     (scratch / "walk").mkdir()
     moments = rng.sample(range(0, 2 * len(done), 2), 60)
-    for at, left in enumerate(deaths(words, scratch / "walk", moments)):
+    for at, left in deaths(words, scratch / "walk", moments):
         source = shutil.copytree(left / "runs", scratch / f"cut{at}", symlinks=True) if (left / "runs").exists() else left
         for file in (source / "small" / PARTIAL).rglob("*.*"):
             found.update({file.name.split("-")[0]: file} if file.stat().st_size else {})

@@ -80,7 +80,7 @@ def test_every_operation_of_the_other_programs(cases, scratch, case, capsys):
     assert not failed, f"{len(failed)} of {len(points)}: " + "\n".join(failed[:3])
 
 
-def test_kills_at_random_moments_of_the_other_programs(cases, scratch, seed):
+def test_kills_at_random_moments_of_the_other_programs(cases, scratch, seed, capsys):
     """Twice each, the second time in what the first kill left."""
 
     def check(point: tuple[str, int]) -> None:
@@ -92,15 +92,20 @@ def test_kills_at_random_moments_of_the_other_programs(cases, scratch, seed):
             pid = start(name, asked, scratch / f"said-{case}{number}")
             time.sleep(rng.random() * 0.3)
             os.kill(pid, signal.SIGKILL)
-            ended(pid)
+            if ended(pid) == -signal.SIGKILL:
+                (scratch / "kills").open("a").write("x")
         kept, (again, _) = outcome(place), fork(name, asked)
         (scratch / "whole" / case).mkdir(parents=True, exist_ok=True)
         fork(name, [str(word).replace("{}", str(scratch / "whole" / case)) for word in words])
         good = outcome(scratch / "whole" / case)
         assert outcome(place) == good and (again.code == 0 or (again.code == 2 and kept == good)), again.err
 
-    failed = spread(check, [(case, number) for number in range(4) for case in sorted(cases)])
+    failed = spread(check, [(case, number) for number in range(5) for case in sorted(cases)])
+    kills = (scratch / "kills").stat().st_size
+    with capsys.disabled():
+        print(f"\n{kills} kills at random moments of the other programs")
     assert not failed, f"{len(failed)}: " + "\n".join(failed[:3])
+    assert kills >= 20
 
 
 @pytest.mark.parametrize("case", ["answers", "merged", "judge"])
@@ -122,15 +127,13 @@ def test_two_processes_on_one_target(cases, scratch, case):
         (scratch / "both").mkdir()
 
 
-def test_kills_of_an_experiment(scratch, seed):
-    """Real processes. A run that outlives its experiment goes on; until it has ended, the same words say that it is there."""
-    rng, words = random.Random(seed), ["@experiment-self", "--seeds=0", write_stub(scratch), *SMALL]
-    undisturbed = spawn("train", *words, f"--run.root={scratch / 'whole'}")
-    place = scratch / "runs"
-    words.append(f"--run.root={place}")
+def interrupted(words: list[str], place: Path, rng: random.Random) -> None:
+    """train.py with these words, killed three times while runs are at work on the root `place`, then brought to its end."""
     for number in range(3):
         process = spawn("train", *words)
-        time.sleep(2 + rng.random() * (8 if number else 2))
+        while process.poll() is None and not [*place.glob("*/env.json")]:
+            time.sleep(0.02)
+        time.sleep(rng.random() * (8 if number else 2))
         process.kill()
         _, err = process.communicate()
         if process.returncode != -signal.SIGKILL:  # it was faster, or has met a run that outlived the one before
@@ -139,16 +142,21 @@ def test_kills_of_an_experiment(scratch, seed):
         process = spawn("train", *words)
         _, err = process.communicate()
         if process.returncode == 0:
-            break
+            return
         assert process.returncode == 2 and "another process works on this run" in err and err.count("\n") == 1, err
         time.sleep(0.2)
-    killed = json.loads((place / "experiment-self/results.json").read_text())
-    assert not [*place.rglob("*.tmp"), *place.rglob(".partial")]
-    _, err = undisturbed.communicate()
-    assert undisturbed.returncode == 0, err
-    whole = json.loads((scratch / "whole/experiment-self/results.json").read_text())
-    for found in (killed, whole):
-        for row in found["variants"]:
-            for key in ("cpu_seconds", "spent"):
-                del row[key]
-    assert killed == whole
+
+
+def test_kills_of_an_experiment(scratch, seed):
+    """Real processes. A run that outlives its experiment goes on; until it has ended, the same words say that it is there."""
+    words = ["@experiment-self", "--seeds=0", write_stub(scratch), *SMALL]
+    roots = [scratch / name for name in ("whole", "killed")]
+    with spawn("train", *words, f"--run.root={roots[0]}") as undisturbed:
+        interrupted([*words, f"--run.root={roots[1]}"], roots[1], random.Random(seed))
+        _, err = undisturbed.communicate()
+        assert undisturbed.returncode == 0, err
+    assert not [*roots[1].rglob("*.tmp"), *roots[1].rglob(".partial")]
+    whole, killed = (json.loads((root / "experiment-self/results.json").read_text()) for root in roots)
+    for row in whole["variants"] + killed["variants"]:
+        del row["cpu_seconds"], row["spent"]
+    assert whole == killed
