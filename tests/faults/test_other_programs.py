@@ -82,6 +82,12 @@ def test_every_operation_of_the_other_programs(cases, scratch, case, capsys):
 
 def test_kills_at_random_moments_of_the_other_programs(cases, scratch, seed, capsys):
     """Twice each, the second time in what the first kill left."""
+    good, lasted = {}, {}
+    for case, (name, words) in cases.items():
+        place, begun = scratch / "whole" / case, time.monotonic()
+        place.mkdir(parents=True)
+        assert fork(name, [str(word).replace("{}", str(place)) for word in words])[0].code == 0
+        good[case], lasted[case] = outcome(place), time.monotonic() - begun
 
     def check(point: tuple[str, int]) -> None:
         case, number = point
@@ -90,15 +96,12 @@ def test_kills_at_random_moments_of_the_other_programs(cases, scratch, seed, cap
         asked = [str(word).replace("{}", str(place)) for word in words]
         for _ in range(2):
             pid = start(name, asked, scratch / f"said-{case}{number}")
-            time.sleep(rng.random() * 0.3)
+            time.sleep(rng.random() * lasted[case])
             os.kill(pid, signal.SIGKILL)
             if ended(pid) == -signal.SIGKILL:
                 (scratch / "kills").open("a").write("x")
         kept, (again, _) = outcome(place), fork(name, asked)
-        (scratch / "whole" / case).mkdir(parents=True, exist_ok=True)
-        fork(name, [str(word).replace("{}", str(scratch / "whole" / case)) for word in words])
-        good = outcome(scratch / "whole" / case)
-        assert outcome(place) == good and (again.code == 0 or (again.code == 2 and kept == good)), again.err
+        assert outcome(place) == good[case] and (again.code == 0 or (again.code == 2 and kept == good[case])), again.err
 
     failed = spread(check, [(case, number) for number in range(5) for case in sorted(cases)])
     kills = (scratch / "kills").stat().st_size
