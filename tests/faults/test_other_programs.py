@@ -104,10 +104,10 @@ def test_kills_at_random_moments_of_the_other_programs(cases, scratch, seed, cap
         assert outcome(place) == good[case] and (again.code == 0 or (again.code == 2 and kept == good[case])), again.err
 
     failed = spread(check, [(case, number) for number in range(5) for case in sorted(cases)])
+    assert not failed, f"{len(failed)}: " + "\n".join(failed[:3])
     kills = (scratch / "kills").stat().st_size
     with capsys.disabled():
         print(f"\n{kills} kills at random moments of the other programs")
-    assert not failed, f"{len(failed)}: " + "\n".join(failed[:3])
     assert kills >= 20
 
 
