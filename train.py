@@ -7,6 +7,7 @@ from minmacpo import UserError, world
 from minmacpo.commandline import help_text, parse
 from minmacpo.data import find_files
 from minmacpo.files import sha256_file
+from minmacpo.heap import start_again
 from minmacpo.progress import call
 
 
@@ -94,4 +95,5 @@ def obey(command, ranks) -> int | None:
 
 
 if __name__ == "__main__":
+    start_again()
     sys.exit(call(main))

@@ -4,11 +4,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
+
 from minmacpo import UserError
 from minmacpo.bases import Prepared
 from minmacpo.commandline import to_toml
 from minmacpo.config import Config
 from minmacpo.machine import device_of, dtype_of, free_bytes, process_bytes
+from minmacpo.packed import multiplies_bf16
 from minmacpo.plan import Plan
 from minmacpo.progress import inert
 from minmacpo.run import Run
@@ -103,7 +106,9 @@ def show_plan(run: Run, prepared: Callable[[], Prepared]) -> None:
 
 
 def hints(run: Run) -> list[str]:
-    """What is odd about data.template and the chat templates of the given bases, and about parallel.shard."""
+    """What is odd about data.template and the chat templates of the given bases, about parallel.shard, and about run.dtype."""
     given = {stage.path for _, inputs in run.recipes.values() for stage in inputs if stage.external}
-    alone = ["parallel.shard divides nothing without torchrun"] if run.config.parallel.shard and run.ranks.world == 1 else []
-    return alone + [said for folder in sorted(given) if (said := template_hint(folder, run.config.data.template))]
+    odd = ["parallel.shard divides nothing without torchrun"] * (run.config.parallel.shard and run.ranks.world == 1)
+    if device_of(run.config) == "cpu" and dtype_of(run.config) == torch.bfloat16 and not multiplies_bf16():
+        odd += ["this CPU has no products in bfloat16 that oneDNN uses; run.dtype=float32 may be several times faster"]
+    return odd + [said for folder in sorted(given) if (said := template_hint(folder, run.config.data.template))]

@@ -14,12 +14,11 @@ from minmacpo.config import Lora
 from minmacpo.generate import generate, prefill
 from minmacpo.lora import LoraLinear, attach_lora, slot, write_adapter
 from minmacpo.model import WHOLE, attend_group, attend_one
-from minmacpo.packed import PackedLinear, pack, packs
+from minmacpo.packed import PackedLinear, multiplies_bf16, pack, packs
 from minmacpo.quant import put_linears
 
-ONEDNN = torch.backends.mkldnn.is_available()
-pytestmark = pytest.mark.skipif(not ONEDNN, reason="this torch has no oneDNN")
-IN_BF16 = pytest.mark.skipif(not (ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()), reason="oneDNN does not repack bf16 on this CPU: packs() is False")
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+IN_BF16 = pytest.mark.skipif(not multiplies_bf16(), reason="oneDNN repacks no bf16 on this CPU, and packs() says so")
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=IN_BF16)]
 
 

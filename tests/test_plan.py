@@ -20,7 +20,7 @@ from runs import copy_run, invoke, train, write_stub
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minmacpo import dryrun, fit, machine, plan
+from minmacpo import dryrun, fit, machine, memory, plan
 from minmacpo.batching import collate
 from minmacpo.commandline import parse
 from minmacpo.config import LINEARS, Generate, Lora, flatten
@@ -131,18 +131,21 @@ def test_parameters_are_counted(changes, seed):
     assert parameters(model.config, lora) == (base, sum(p.numel() for p in attach_lora(model, lora)))
 
 
-def test_what_lies_beside_the_tensors_grows_with_blocks_that_the_heap_keeps(seed):
-    """Libraries for all, more of them to train; the heap's part only of blocks that glibc does not map."""
+def test_what_lies_beside_the_tensors_grows_with_blocks_that_the_heap_keeps(seed, monkeypatch):
+    """Libraries for all, more of them to train, and in bf16 where this CPU has it; the heap's part only of blocks that glibc does not map."""
     config = shape_of(random.Random(seed))
 
     def found(kind: str, rows: int, size: int = 4) -> int:
-        load = Load(kind, rows, 100, rows * 50, room=120)
+        load = Load(kind, rows, 100, rows * 50, room=120 * (kind == "sample"))
         return beside(load, config, size, need(load, config, Lora(), size))
 
     few, many = 4, 1 + HEAP // (4 * 100 * config.hidden_size)
     assert found("score", 1) < found("score", 2 * few) and found("sample", many) == found("score", many)
     assert found("score", many) <= found("sample", few) <= found("sample", 2 * few)  # a cache that is counted twice makes up for it
-    assert found("train", many) > found("score", many) and found("train", 2 * many, 2) > found("train", many)
+    assert found("train", many) > found("score", many)
+    for kernels in (False, True):
+        monkeypatch.setattr(memory, "multiplies_bf16", lambda kernels=kernels: kernels)
+        assert (found("train", 2 * many, 2) > found("train", 2 * many)) is kernels
 
 
 def test_kernels_for_sizes_that_do_not_come_again_are_few(monkeypatch):
@@ -282,6 +285,13 @@ def test_a_dry_run_warns_of_what_a_run_is_refused_for(place, monkeypatch):
     assert "no setting makes it fit" in said
     ended = invoke("train", write_stub(place / "p"), f"--run.root={place / 'runs'}", "--sft.batch=64", "--dry_run")
     assert ended.code == 0 and f"WARNING: {said.removeprefix('error: ')}" in ended.err
+
+
+@pytest.mark.parametrize(("dtype", "known"), [("bfloat16", False), ("bfloat16", True), ("float32", False)])
+def test_slow_products_are_told_of(dtype, known, place, monkeypatch):
+    monkeypatch.setattr(dryrun, "multiplies_bf16", lambda: known)
+    said = invoke("train", write_stub(place / "p"), f"--run.root={place / 'runs'}", f"--run.dtype={dtype}", "--dry_run").err
+    assert ("run.dtype=float32 may be" in said) is (dtype == "bfloat16" and not known)
 
 
 def test_a_finished_run_needs_nothing(stub, tmp_path, monkeypatch):
