@@ -43,9 +43,7 @@ class Run:
     root: str = setting("runs", "folder that holds all runs; they share finished stages")
     seed: int = setting(0, "every random number is derived from it")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "of base weights and matmuls; auto: float32 on cpu, bfloat16 on cuda"
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of base weights and matmuls; auto: float32 on cpu, bfloat16 on cuda")
     threads: int = setting(1, "CPU threads of torch; 0: torch's own choice", at_least=0, at_most=1024)
     compile: Literal["auto", "true", "false"] = setting("auto", "torch.compile the loss chunk; auto: on cuda, in stages long enough to earn it")
     micro_tokens: int = setting(16384, "most tokens, padding included, in one forward pass; a CPU takes no more than 1024 in training, 4096 in scoring", at_least=1)
@@ -157,9 +155,7 @@ class Dpo:
     label_smoothing: float = setting(0.0, "assumed share of flipped preferences", at_least=0, below=0.5)
     length_normalized: bool = setting(False, "log-probabilities per token in the preference term")
     length_penalty: float = setting(0.0, "per token that the chosen answer is longer (R-DPO)", at_least=0)
-    reference: Literal["base", "init", "previous"] = setting(
-        "base", "base: adapter off (as released); init: round 0; previous: the last round"
-    )
+    reference: Literal["base", "init", "previous"] = setting("base", "base: adapter off (as released); init: round 0; previous: the last round")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,17 +196,11 @@ class Feedback:
     candidates: int = setting(4, "self-rewarding: answers per prompt, of which it prefers one", at_least=2)
     judgements: int = setting(3, "self-rewarding: judgements of each answer", at_least=1)
     rubric: str = setting(RUBRIC, "self-rewarding: how it is asked; holds {prompt} and {response}")
-    verdicts: tuple[str, ...] = setting(
-        tuple(f"Score: {points}" for points in range(6)), "self-rewarding: how a judgement ends, worst first"
-    )
+    verdicts: tuple[str, ...] = setting(tuple(f"Score: {points}" for points in range(6)), "self-rewarding: how a judgement ends, worst first")
     compare: str = setting(COMPARE, "rlaif: how the labeller is asked; holds {prompt}, {first} and {second}")
     options: tuple[str, ...] = setting(("(A)", "(B)"), "rlaif: its two replies")
-    good_tags: tuple[str, ...] = setting(
-        ("helpful response", "harmless response", "honest response"), "rlcd: how the chosen answer is asked for"
-    )
-    bad_tags: tuple[str, ...] = setting(
-        ("unhelpful response", "harmful response", "dishonest response"), "rlcd: the rejected; one pair per prompt"
-    )
+    good_tags: tuple[str, ...] = setting(("helpful response", "harmless response", "honest response"), "rlcd: how the chosen answer is asked for")
+    bad_tags: tuple[str, ...] = setting(("unhelpful response", "harmful response", "dishonest response"), "rlcd: the rejected; one pair per prompt")
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,11 +171,8 @@ class Attention(nn.Module):
             k, v = cache
         if shared is not None:
             q, k, v = in_rows(q, places), in_rows(k, shared), in_rows(v, shared)
-        matmuls = small_bf16(q) and (cache is None or self.direct)
-        if positions is not None:
-            way = attend_one if self.direct else attend_group if x.is_cuda else attend_bf16 if matmuls else attend
-        else:
-            way = attend_bf16 if matmuls else attend
+        plain = attend_bf16 if small_bf16(q) and (cache is None or self.direct) else attend
+        way = plain if positions is None else attend_one if self.direct else attend_group if x.is_cuda else plain
         y = way(q, k, v, mask).transpose(1, 2)
         if shared is not None:
             y = y.flatten(0, 1).index_select(0, places.kept)

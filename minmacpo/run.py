@@ -297,9 +297,7 @@ class Run:
             return contextlib.nullcontext()
         target.parent.mkdir(exist_ok=True)
         schedule = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)
-        return torch.profiler.profile(
-            schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(str(target)), record_shapes=True
-        )
+        return torch.profiler.profile(schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(str(target)), record_shapes=True)
 
     @functools.cached_property
     def siblings(self) -> dict[str, Path]:

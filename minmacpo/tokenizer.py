@@ -97,9 +97,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     file = next((folder / name for name in FILES[:2] if (folder / name).is_file()), None)
     if file is None:
         raise UserError(f"{folder}: has no {FILES[0]} (sentencepiece) and no {FILES[1]} (byte-level BPE)")
-    config, named, added, model = (
-        read_json(folder / name) if (folder / name).is_file() else {} for name in (*FILES[2:], "config.json")
-    )
+    config, named, added, model = (read_json(folder / name) if (folder / name).is_file() else {} for name in (*FILES[2:], "config.json"))
     try:
         added |= {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
         ends = {key: (named | config).get(f"{key}_token") for key in ("bos", "eos")}
