@@ -9,6 +9,7 @@ from itertools import groupby, repeat
 
 import numpy as np
 
+from minmacpo import UserError
 from minmacpo.config import Config
 from minmacpo.data import Example, Pair
 from minmacpo.files import each_row
@@ -82,10 +83,11 @@ def keep_familiar(winners: Iterable[list[Choice]], share: float) -> np.ndarray:
 
 
 def weighted(made: Sequence[Pair]) -> Iterable[Pair]:
-    """The pairs with their weights, if they have any, scaled to a mean of 1."""
+    """The pairs with their weights, if they have any, scaled to a mean of 1; UserError where none has one above 0."""
     if not made or made[0].weight is None:
         return made
-    mean = sum(pair.weight for pair in made) / len(made)
+    if not (mean := sum(pair.weight for pair in made) / len(made)):
+        raise UserError("macpo.weights = agreement leaves every pair without a weight, since no peer has room for the answers; take macpo.weights=none")
     return (replace(pair, weight=pair.weight / mean) for pair in made)
 
 

@@ -325,10 +325,7 @@ def signs_of(folder: Path, agent: str, t: int, stages: str) -> dict[str, float]:
 
 def warnings(negatives: list[dict], watched: Sequence[dict] = ()) -> list[str]:
     """What breaks the method first: negatives that are right, or equal to their positive; the monitor's alarms."""
-    found = []
-    for row in watched:
-        if row["alarms"]:
-            found.append(f"{words(row['agent'])}, round {row['round']}: {', '.join(row['alarms'])} (monitor)")
+    found = [f"{words(row['agent'])}, round {row['round']}: {', '.join(row['alarms'])} (monitor)" for row in watched if row["alarms"]]
     for row in negatives:
         agent, wrong, equal = row["agent"], row["wrong"], max(row["equal"], default=0)
         if wrong is not None and wrong < 0.7:

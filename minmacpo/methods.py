@@ -19,7 +19,7 @@ from minmacpo.workshop import Texts, Workshop
 
 def run_method(shop: Workshop, ground: Ground) -> Iterator[Trained]:
     """The agents of `run.method`, each as soon as it is trained; then the student that macpo.stop = rollback keeps."""
-    methods = {"macpo": run_macpo, "sft": naive, "sft-continued": continued, "confident": confident,
+    methods = {"macpo": run_macpo, "sft": start, "sft-continued": continued, "confident": confident,
                "spin": spin, "self-rewarding": self_rewarding, "rlaif": rlaif, "rlcd": rlcd,
                "dpo-truth": dpo_truth, "ceiling": truth}  # fmt: skip
     students = []
@@ -42,11 +42,6 @@ def start(shop: Workshop, ground: Ground) -> Generator[Trained, None, tuple[Agen
     if shop.config.macpo.controls:
         yield ceiling(student)
     return student, labels
-
-
-def naive(shop: Workshop, ground: Ground) -> Iterator[Trained]:
-    """Nothing but the start."""
-    yield from start(shop, ground)
 
 
 def continued(shop: Workshop, ground: Ground) -> Iterator[Trained]:

@@ -49,8 +49,8 @@ def signs(run: Path, agent: str, t: int) -> dict[str, float]:
         "loops": mean(loops(s.response) for s in said),
     }
     if (based := run / f"eval/round{t}_{agent}_under_base/scores.jsonl").is_file():
-        scores = zip(said, read_rows(based), strict=True)
-        found["kl"] = mean(s.logp - row["logp"] for s, row in scores if row["logp"] is not None)
+        above = [s.logp - row["logp"] for s, row in zip(said, read_rows(based), strict=True) if row["logp"] is not None]
+        found |= {"kl": mean(above)} if above else {}
     if before:
         found["same"] = mean(a.response == b.response for a, b in zip(said, before, strict=True))
     if (pairs := run / f"round{t}/pairs_{agent}/pairs.jsonl").is_file():

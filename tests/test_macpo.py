@@ -11,7 +11,7 @@ import pytest
 import torch
 from runs import copy_run, differences, rows_of, stages_of, train, write_stub
 
-from minmacpo import choose, evaluate, feedback, macpo, stages, world
+from minmacpo import UserError, choose, evaluate, feedback, macpo, stages, world
 from minmacpo.checkpoint import load_tensors
 from minmacpo.commandline import parse
 from minmacpo.config import Config, Macpo
@@ -516,6 +516,8 @@ def test_weights_have_a_mean_of_one_and_keep_their_order():
     made = [Pair(str(i), (), "a", "b", weight=w) for i, w in enumerate((0.1, 0.4, 0.7))]
     assert [pair.weight for pair in choose.weighted(made)] == pytest.approx([0.25, 1.0, 1.75])
     assert choose.weighted([Pair("x", (), "a", "b")])[0].weight is None and choose.weighted([]) == []
+    with pytest.raises(UserError, match="leaves every pair without a weight"):
+        choose.weighted([replace(pair, weight=0.0) for pair in made])
 
 
 # ---- settings beyond the paper ----------------------------------------------------------------

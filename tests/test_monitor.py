@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 from collections import Counter
 
 import pytest
@@ -38,7 +39,7 @@ def test_surprise_is_measured_against_the_round_before_and_entropy_against_the_s
     assert monitor.alarms(slow[:2]) == [] and monitor.alarms(slow[:3]) == [] and monitor.alarms(slow) == ["surprised"]
 
 
-def test_signs_are_those_of_the_files(tiny):
+def test_signs_are_those_of_the_files(tiny, tmp_path):
     for t in (0, 1, 2):
         found = monitor.signs(tiny, "student", t)
         said = rows_of(tiny / f"eval/round{t}_student_samples/samples.jsonl")
@@ -55,6 +56,12 @@ def test_signs_are_those_of_the_files(tiny):
             assert found["surprise"] == steps[0]["sft_loss"]
         else:
             assert not found.keys() & {"same", "surprise", "similarity"}
+    rows = [row | {"logp": None} for row in based]
+    (tmp_path / "eval").mkdir()
+    for name in ("eval/round2_student_samples", "eval/round2_student_under_base"):
+        shutil.copytree(tiny / name, tmp_path / name)
+    (tmp_path / "eval/round2_student_under_base/scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert monitor.signs(tmp_path, "student", 2).keys() == found.keys() - {"kl", "same", "surprise", "similarity"}, "no mean of nothing"
     assert monitor.signs(tiny, "student", 7) == {} and monitor.verdict(tiny, "student", 7) == ""
 
 
