@@ -234,10 +234,7 @@ def folder_print(folder: Path, dry: bool = False) -> str:
     return fingerprint([[file.name, [*about] if dry and file in weights else hash_once(file, *about)] for file, *about in seen])
 
 
-@functools.cache
-def hash_once(file: Path, size: int, changed: int) -> str:
-    """`sha256_file`, remembered: a run plans its stages before it computes them."""
-    return sha256_file(file)
+hash_once = functools.cache(lambda file, size, changed: sha256_file(file))  # a run plans its stages before it computes them
 
 
 def make_ground(run: Run, source: dict, prepared: Callable[[], Prepared]) -> Ground:

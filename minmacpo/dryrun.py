@@ -108,7 +108,7 @@ def show_plan(run: Run, prepared: Callable[[], Prepared]) -> None:
 def hints(run: Run) -> list[str]:
     """What is odd about data.template and the chat templates of the given bases, about parallel.shard, and about run.dtype."""
     given = {stage.path for _, inputs in run.recipes.values() for stage in inputs if stage.external}
-    odd = ["parallel.shard divides nothing without torchrun"] * (run.config.parallel.shard and run.ranks.world == 1)
+    odd = ["parallel.shard divides nothing without torchrun"] if run.config.parallel.shard and run.ranks.world == 1 else []
     if device_of(run.config) == "cpu" and dtype_of(run.config) == torch.bfloat16 and not multiplies_bf16():
         odd += ["this CPU has no products in bfloat16 that oneDNN uses; run.dtype=float32 may be several times faster"]
     return odd + [said for folder in sorted(given) if (said := template_hint(folder, run.config.data.template))]

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from minmacpo.config import LINEARS, Lora
 from minmacpo.families import ModelConfig
+from minmacpo.heap import tuned
 from minmacpo.losses import SMALL, STRIP, chunk_size
 from minmacpo.model import SMALL_ROWS, WHOLE
 from minmacpo.packed import LARGEST, SMALLEST, multiplies_bf16
 from minmacpo.quant import BLOCK
 
 HEAP = 32 << 20  # glibc maps no smaller block by itself, but cuts it from its heap
-UNUSED = 0.45  # of what such blocks hold, the heap holds beside them (measured with glibc 2.36 as heap.py sets it, bench/memory.py)
+UNUSED = {True: 0.45, False: 0.85}  # of what such blocks hold, the heap holds beside them: as heap.py sets it, and else (glibc 2.36, bench/memory.py)
 PROCESS = 85 << 20  # what torch loads with its first model (measured), as the next two
 BACKWARD = 23 << 20  # with its first backward pass and optimiser
 KERNELS = 27 << 20  # oneDNN's, of a pass in bf16 (machine.py says how many there are); as many again of a backward pass
@@ -189,12 +190,12 @@ def need(load: Load, config: ModelConfig, lora: Lora, size: int, form: str = "no
 
 def beside(load: Load, config: ModelConfig, size: int, found: Need) -> int:
     """What a process on a CPU holds beside the tensors of a pass: libraries, kernels, and the part of glibc's heap that is free but
-    taken: an aligned block that is freed has no room for the next of its size, for what was cut off to align it has been given
-    away. Larger blocks are mapped, and given back."""
+    taken: an aligned block that is freed has no room for the next of its size where what was cut off to align it has been given
+    away, which is rarer as heap.py sets it. Larger blocks are mapped, and given back."""
     learns, block = load.kind in ("pretrain", "train"), size * load.tokens
     fixed = PROCESS + learns * BACKWARD + (1 + learns) * KERNELS * (size < 4 and multiplies_bf16())
     if block * config.hidden_size >= HEAP:
         return fixed
     mlp, others = 3 * config.intermediate_size, 7 * config.hidden_size  # numbers a token, about, that a layer makes
     share = 1 if block * config.intermediate_size < HEAP else others / (mlp + others)
-    return fixed + max(0, round(UNUSED * share * (found.activations + found.head)) - found.cache // 2)
+    return fixed + max(0, round(UNUSED[tuned()] * share * (found.activations + found.head)) - found.cache // 2)

@@ -45,7 +45,7 @@ def packs(model: Transformer) -> bool:
 
 
 def multiplies_bf16() -> bool:
-    """Whether oneDNN does on this CPU; else torch does, several times slower than in fp32."""
+    """Whether oneDNN does on this CPU; else torch does (with AVX2 4 GFLOP/s, against 30 in fp32, of one thread)."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

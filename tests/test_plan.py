@@ -143,6 +143,10 @@ def test_what_lies_beside_the_tensors_grows_with_blocks_that_the_heap_keeps(seed
     assert found("score", 1) < found("score", 2 * few) and found("sample", many) == found("score", many)
     assert found("score", many) <= found("sample", few) <= found("sample", 2 * few)  # a cache that is counted twice makes up for it
     assert found("train", many) > found("score", many)
+    monkeypatch.setattr(memory, "tuned", lambda: True)
+    less = found("score", few)
+    monkeypatch.setattr(memory, "tuned", lambda: False)
+    assert less < found("score", few), "malloc as it is leaves more unused"
     for kernels in (False, True):
         monkeypatch.setattr(memory, "multiplies_bf16", lambda kernels=kernels: kernels)
         assert (found("train", 2 * many, 2) > found("train", 2 * many)) is kernels
@@ -290,7 +294,7 @@ def test_a_dry_run_warns_of_what_a_run_is_refused_for(place, monkeypatch):
 @pytest.mark.parametrize(("dtype", "known"), [("bfloat16", False), ("bfloat16", True), ("float32", False)])
 def test_slow_products_are_told_of(dtype, known, place, monkeypatch):
     monkeypatch.setattr(dryrun, "multiplies_bf16", lambda: known)
-    said = invoke("train", write_stub(place / "p"), f"--run.root={place / 'runs'}", f"--run.dtype={dtype}", "--dry_run").err
+    said = invoke("train", write_stub(place / "p"), f"--run.root={place / 'runs'}", f"--run.dtype={dtype}", "--run.device=cpu", "--dry_run").err
     assert ("run.dtype=float32 may be" in said) is (dtype == "bfloat16" and not known)
 
 
