@@ -67,7 +67,7 @@ def check_request(url: str, model: str) -> None:
 
 def over_http(words: Namespace) -> Ask:
     """Asks a chat completion of `words.url` (model, max_new, timeout in seconds, attempts). 429, 5xx, a broken reply, a
-    hang or a lost connection is tried again after 1, 2, 4 … seconds or what Retry-After says; the reply raises UserError
+    hang or a lost connection is tried again after 1, 2, 4 … seconds or what Retry-After says (at most --timeout); the reply raises UserError
     when the attempts are spent, and at once for what no attempt can mend (a wrong key, an unknown model)."""
     url, key = words.url.rstrip("/") + "/chat/completions", os.environ.get(KEY)
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
