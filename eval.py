@@ -16,7 +16,7 @@ import json
 import sys
 
 from minmacpo import UserError
-from minmacpo.progress import call, inert
+from minmacpo.runtime.progress import call, inert
 
 
 def main(argv: list[str]) -> int:
@@ -37,27 +37,27 @@ def main(argv: list[str]) -> int:
 def measure(command: str, words: list[str]):
     """(what was found, how it is shown) of the commands with words of their own."""
     if command == "compare":
-        from minmacpo.compare import format_comparison, run_compare
+        from minmacpo.evaluation.compare import format_comparison, run_compare
 
         return run_compare(words), format_comparison
     if command == "judge":
-        from minmacpo.judge import as_text, run_judge
+        from minmacpo.evaluation.judge import as_text, run_judge
 
         return run_judge(words), as_text
     if command in ("ppl", "accuracy"):
-        from minmacpo.likelihood import as_text, run_likelihood
+        from minmacpo.evaluation.likelihood import as_text, run_likelihood
 
         return run_likelihood(command, words), as_text
-    from minmacpo.reward import as_text, run_reward
+    from minmacpo.evaluation.reward_model import as_text, run_reward
 
     return run_reward(words), as_text
 
 
 def read(words: list[str]):
     """(what was found, how it is shown) of the commands that only read."""
-    from minmacpo.evaluate import export, make_table, read_run
-    from minmacpo.run import FINISHED
-    from minmacpo.tables import format_table
+    from minmacpo.evaluation.table import export, make_table, read_run
+    from minmacpo.evaluation.text_tables import format_table
+    from minmacpo.pipeline.run import FINISHED
 
     if odd := [word for word in words if word.startswith("-")]:
         raise UserError(f"{odd[0]}: unknown word, or no value; see eval.py --help")

@@ -16,10 +16,10 @@ from argparse import Namespace, RawTextHelpFormatter
 from pathlib import Path
 
 from minmacpo import UserError
-from minmacpo.commandline import Words, agent_flags, agent_folder, agent_settings
-from minmacpo.data import Example, Message, example_id
-from minmacpo.files import making
-from minmacpo.progress import call, inert
+from minmacpo.config.parse import Words, agent_flags, agent_folder, agent_settings
+from minmacpo.data.records import Example, Message, example_id
+from minmacpo.runtime.files import making
+from minmacpo.runtime.progress import call, inert
 
 ACCEPTED = ("--generate.", "--run.seed=", "--run.device=", "--run.dtype=", "--run.threads=", "--data.template=",
             "--data.label=", "--data.on_bad=", "--data.long=", "--data.max_examples=", "--model.quantize=")  # fmt: skip
@@ -54,10 +54,10 @@ def main(argv: list[str]) -> int:
     words, flags = parse_words(argv)
     folder, n = agent_folder(words.path), int(words.n)
     config = agent_settings(folder, flags)
-    from minmacpo.answers import fit_prompts, marked, read_prompts, write_answers
-    from minmacpo.chat import shown, talk
-    from minmacpo.checkpoint import export_merged
-    from minmacpo.workshop import answer, open_agent
+    from minmacpo.cli.batch_sampling import fit_prompts, marked, read_prompts, write_answers
+    from minmacpo.cli.chat import shown, talk
+    from minmacpo.core.checkpoint import export_merged
+    from minmacpo.pipeline.model_pool import answer, open_agent
 
     rows, told = read_prompts(words.prompts, config) if words.prompts else ([], [])
     config, loaded, base = open_agent(folder, config, flags)

@@ -3,17 +3,18 @@
 import functools
 import sys
 
-from minmacpo import UserError, world
-from minmacpo.commandline import help_text, parse
-from minmacpo.data import find_files
-from minmacpo.files import sha256_file
-from minmacpo.heap import start_again
-from minmacpo.progress import call
+from minmacpo import UserError
+from minmacpo.cli.heap import start_again
+from minmacpo.config.parse import help_text, parse
+from minmacpo.data import synthetic as world
+from minmacpo.data.readers import find_files
+from minmacpo.runtime.files import sha256_file
+from minmacpo.runtime.progress import call
 
 
 def source_of(config) -> dict:
     """What identifies the run's texts: the world and its seed, or the files' content."""
-    from minmacpo.bases import TOKENIZER_TEXTS  # loads torch; --help does not wait for that
+    from minmacpo.pipeline.prepare_data import TOKENIZER_TEXTS
 
     data, seed = config.data, config.run.seed
     if data.path is None:
@@ -27,7 +28,7 @@ def source_of(config) -> dict:
 
 def prepare(config):
     """Read or make the run's texts (in memory)."""
-    from minmacpo.bases import base_names, fit_slices, given_tokenizers, prepare_data
+    from minmacpo.pipeline.prepare_data import base_names, fit_slices, given_tokenizers, prepare_data
 
     given = given_tokenizers(config)
     if config.data.path is not None:
@@ -40,10 +41,10 @@ def prepare(config):
 
 def run_all(run, source: dict, prepared) -> None:
     """Every stage of the run: the ground, the algorithm, a measurement after each trained agent."""
-    from minmacpo.bases import make_ground
-    from minmacpo.evaluate import measure
-    from minmacpo.methods import run_method
-    from minmacpo.workshop import Workshop
+    from minmacpo.evaluation.table import measure
+    from minmacpo.method.baselines import run_method
+    from minmacpo.pipeline.base_models import make_ground
+    from minmacpo.pipeline.model_pool import Workshop
 
     shop, ground = Workshop(run), make_ground(run, source, prepared)
     for trained in run_method(shop, ground):
@@ -53,13 +54,13 @@ def run_all(run, source: dict, prepared) -> None:
 def main(argv: list[str]) -> int | None:
     """Run what the command line asks for; returns the exit code, None for 0."""
     if any(word.startswith("@experiment-") for word in argv) and not {"--help", "-h"} & {*argv}:
-        from minmacpo.experiments import run_experiment
+        from minmacpo.evaluation.experiments import run_experiment
 
         return run_experiment(argv, __file__)
     command = parse(argv)
     if command.help:
         return print(help_text())
-    from minmacpo.parallel import meet
+    from minmacpo.runtime.distributed import meet
 
     with (ranks := meet()).one_voice():
         return obey(command, ranks)
@@ -67,10 +68,10 @@ def main(argv: list[str]) -> int | None:
 
 def obey(command, ranks) -> int | None:
     """The run, or the part of it, that is asked for, done together with the other ranks."""
-    from minmacpo.dryrun import check_memory, hints, show_plan
-    from minmacpo.machine import set_up
-    from minmacpo.report import finish, write_report
-    from minmacpo.run import Run
+    from minmacpo.cli.dry_run import check_memory, hints, show_plan
+    from minmacpo.evaluation.report import finish, write_report
+    from minmacpo.pipeline.run import Run
+    from minmacpo.runtime.device import set_up
 
     config = command.config
     set_up(config)

@@ -12,7 +12,7 @@ import torch
 
 from bench.measure import SHAPES, alone, alternate, bf16_hardware, missing, spread, words, write
 from bench.peers import DTYPES, make_folder, make_rows, own_step, trl_step
-from minmacpo.machine import peak_mb
+from minmacpo.runtime.device import peak_mb
 
 TITLE = "One optimiser step of DPO on 8 pairs of 128 + 128 tokens, LoRA of rank 8 on q and v, one thread."
 PLAIN = {"gradient_checkpointing": False}

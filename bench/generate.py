@@ -13,9 +13,9 @@ import torch
 
 from bench.measure import PLACE, alternate, bf16_hardware, clocked, missing, spread, words, write
 from bench.peers import DTYPES, VOCAB, make_folder, make_rows, own_model
-from minmacpo.config import Generate
-from minmacpo.generate import generate, pick
-from minmacpo.packed import pack, packs
+from minmacpo.config.schema import Generate
+from minmacpo.core.prepack import pack, packs
+from minmacpo.core.sampling import generate, pick
 
 ROWS, PROMPT, NEW = 16, 128, 128
 TITLE = f"{ROWS} prompts of {PROMPT} tokens, {NEW} new tokens each, 15M, one thread; the adapter in its slot, merged on the peer's side."

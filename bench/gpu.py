@@ -15,14 +15,15 @@ from bench.generate import by_transformers
 from bench.measure import INSTALL, alternate, clocked, missing, spread, words, write
 from bench.peers import BETA, LR, joined, make_rows, random_slot, step_of, word_tokenizer
 from bench.score import by_transformers as score_by_transformers
-from minmacpo.config import Generate, Lora
-from minmacpo.families import ModelConfig
-from minmacpo.fit import PairObjective, Unit, train_step
-from minmacpo.generate import generate
-from minmacpo.lora import clear_adapter, read_adapter, write_adapter
-from minmacpo.model import Transformer
-from minmacpo.score import score
-from minmacpo.tokenizer import Tokens
+from minmacpo.config.schema import Generate, Lora
+from minmacpo.core.lora import clear_adapter, read_adapter, write_adapter
+from minmacpo.core.losses import PairObjective
+from minmacpo.core.model import Transformer
+from minmacpo.core.model_config import ModelConfig
+from minmacpo.core.sampling import generate
+from minmacpo.core.scoring import score
+from minmacpo.core.trainer import Unit, train_step
+from minmacpo.data.tokenizer import Tokens
 
 SECONDS = 480  # no measurement begins later
 TITLE = "One card: DPO-LoRA, sampling and scoring at Llama-2-7B's shape in bf16, beside the card's own ceilings measured in the same run."

@@ -13,15 +13,16 @@ import torch
 
 from bench.measure import PLACE, clocked, spread, words, write
 from bench.peers import joined, make_rows
-from minmacpo import page
-from minmacpo.config import Generate, Lora
-from minmacpo.families import ModelConfig
-from minmacpo.files import write_atomic
-from minmacpo.fit import PairObjective, Unit, train_step
-from minmacpo.generate import pick
-from minmacpo.lora import attach_lora, reset_adapter
-from minmacpo.model import Transformer, new_model
-from minmacpo.packed import pack, packs
+from minmacpo.config.schema import Generate, Lora
+from minmacpo.core.lora import attach_lora, reset_adapter
+from minmacpo.core.losses import PairObjective
+from minmacpo.core.model import Transformer, new_model
+from minmacpo.core.model_config import ModelConfig
+from minmacpo.core.prepack import pack, packs
+from minmacpo.core.sampling import pick
+from minmacpo.core.trainer import Unit, train_step
+from minmacpo.evaluation import html as page
+from minmacpo.runtime.files import write_atomic
 
 BASE = {"length": 128, "batch": 4, "vocabulary": 16_000, "width": 192}
 RANGES = {"length": (64, 128, 256, 512), "batch": (2, 4, 8, 16), "vocabulary": (4_000, 8_000, 16_000, 32_000), "width": (96, 192, 384, 768)}

@@ -14,15 +14,15 @@ import torch
 from bench.gpu import Bench, ceilings, own_dpo, share
 from bench.measure import alternate
 from bench.peers import make_rows, random_slot
-from minmacpo.config import Generate, Lora
-from minmacpo.families import ModelConfig
-from minmacpo.generate import generate
-from minmacpo.lora import clear_adapter, read_adapter, write_adapter
-from minmacpo.memory import Load, linear_ends, need
-from minmacpo.model import Transformer
-from minmacpo.quant import FORMS, Quantised, put_linears
-from minmacpo.score import score
-from minmacpo.tokenizer import Tokens
+from minmacpo.cli.memory_estimate import Load, linear_ends, need
+from minmacpo.config.schema import Generate, Lora
+from minmacpo.core.lora import clear_adapter, read_adapter, write_adapter
+from minmacpo.core.model import Transformer
+from minmacpo.core.model_config import ModelConfig
+from minmacpo.core.sampling import generate
+from minmacpo.core.scoring import score
+from minmacpo.data.tokenizer import Tokens
+from minmacpo.kernels.quantization import FORMS, Quantised, put_linears
 
 TITLE = "A student of Llama-2-70B's shape on one card, quantised: a DPO-LoRA step on a pair of 1,024 tokens a side, scoring, sampling."
 SHAPE = (8192, 80, 64, 8, 28672, 32_000)  # width, layers, heads, key heads, MLP, vocabulary

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bench.measure import alternate, bf16_hardware, missing, words, write
-from minmacpo.losses import chunk_logps, dpo_loss, in_chunks, token_logps
-from minmacpo.machine import peak_mb, reset_peaks
+from minmacpo.core.losses import dpo_loss
+from minmacpo.kernels.fused_logps import chunk_logps, in_chunks, token_logps
+from minmacpo.runtime.device import peak_mb, reset_peaks
 
 TITLE = "DPO loss of 2,048 trained tokens of 16 answers from hidden states, vocabulary 32,000, forward and backward, frozen head, one thread."
 WIDTHS = {"15M": 288, "110M": 768}

@@ -15,10 +15,11 @@ import torch
 from bench import trl_macpo
 from bench.measure import alternate, bf16_hardware, missing, words, write
 from bench.peers import BETA, DTYPES, LR, joined, make_folder, make_rows, own_model
-from minmacpo.config import Generate
-from minmacpo.fit import PairObjective, Unit, train_step
-from minmacpo.generate import generate
-from minmacpo.score import score
+from minmacpo.config.schema import Generate
+from minmacpo.core.losses import PairObjective
+from minmacpo.core.sampling import generate
+from minmacpo.core.scoring import score
+from minmacpo.core.trainer import Unit, train_step
 
 PROMPTS, PROMPT, NEW, BATCH = 16, 32, 32, 8
 SAMPLING = Generate(0.95, 50, 0.7, NEW)

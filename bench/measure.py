@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from minmacpo.files import write_json
-from minmacpo.machine import code_commit, linux
+from minmacpo.runtime.device import code_commit, linux
+from minmacpo.runtime.files import write_json
 
 PLACE = Path("assets/bench")
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "liger-kernel", "numpy")

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from minmacpo import UserError
-from minmacpo.data import Sample
-from minmacpo.evaluate import Past, judge, read_run
-from minmacpo.files import read_rows, write_json
-from minmacpo.progress import call
-from minmacpo.score import perplexity, score
-from minmacpo.templates import render
-from minmacpo.workshop import open_folder
+from minmacpo.core.scoring import perplexity, score
+from minmacpo.data.chat_template import render
+from minmacpo.data.records import Sample
+from minmacpo.evaluation.table import Past, judge, read_run
+from minmacpo.pipeline.model_pool import open_folder
+from minmacpo.runtime.files import read_rows, write_json
+from minmacpo.runtime.progress import call
 
 
 def texts_of(run: Past, t: int, agents: list[str]) -> dict[str, list[Sample]]:

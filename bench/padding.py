@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.measure import words, write
-from minmacpo.batching import ALIKE, plan_scoring, plan_shared, plan_steps, token_counts
-from minmacpo.config import Config
-from minmacpo.forms import read_data
-from minmacpo.templates import render
-from minmacpo.tokenizer import Tokenizer, Tokens
+from minmacpo.config.schema import Config
+from minmacpo.core.batching import ALIKE, plan_scoring, plan_shared, plan_steps, token_counts
+from minmacpo.data.chat_template import render
+from minmacpo.data.formats import read_data
+from minmacpo.data.tokenizer import Tokenizer, Tokens
 
 TITLE = "Tokens of planned batches of HH-RLHF pairs: padding included, without padding, and computed (no padding, a prompt once for all its answers). Only attention is done on padding."
 

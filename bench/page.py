@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bench.measure import PLACE, figure, words
 from bench.results import markdown
-from minmacpo.files import write_atomic
+from minmacpo.runtime.files import write_atomic
 
 TARGETS = {  # key: (work, peer, which ratio, at least)
     "dpo-15m-bf16": ("DPO-LoRA step, CPU, 15M, bf16", "TRL + PEFT", "cpu", 6.0),

@@ -8,15 +8,17 @@ from pathlib import Path
 import torch
 
 from bench.measure import SHAPES
-from minmacpo.batching import CPU_TOKENS, cut
-from minmacpo.checkpoint import load_adapter, load_model, save_adapter, save_model
-from minmacpo.config import Lora, shape
-from minmacpo.families import ModelConfig
-from minmacpo.fit import PairObjective, SftObjective, Unit, train_step
-from minmacpo.lora import attach_lora, clear_adapter, read_adapter, reset_adapter, slot, write_adapter
-from minmacpo.model import Transformer, new_model
-from minmacpo.score import score
-from minmacpo.tokenizer import Tokens
+from minmacpo.config.schema import Lora
+from minmacpo.config.validate import shape
+from minmacpo.core.batching import CPU_TOKENS, cut
+from minmacpo.core.checkpoint import load_adapter, load_model, save_adapter, save_model
+from minmacpo.core.lora import attach_lora, clear_adapter, read_adapter, reset_adapter, slot, write_adapter
+from minmacpo.core.losses import PairObjective, SftObjective
+from minmacpo.core.model import Transformer, new_model
+from minmacpo.core.model_config import ModelConfig
+from minmacpo.core.scoring import score
+from minmacpo.core.trainer import Unit, train_step
+from minmacpo.data.tokenizer import Tokens
 
 VOCAB, LORA, BETA, LR = 32_000, Lora(), 0.1, 1e-5  # LoRA: rank 8 on q and v
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -7,11 +7,11 @@ import re
 import sys
 from pathlib import Path
 
-from minmacpo import page
-from minmacpo.evaluate import make_table, read_run
-from minmacpo.files import write_atomic
-from minmacpo.progress import call
-from minmacpo.report import over_rounds
+from minmacpo.evaluation import html as page
+from minmacpo.evaluation.report import over_rounds
+from minmacpo.evaluation.table import make_table, read_run
+from minmacpo.runtime.files import write_atomic
+from minmacpo.runtime.progress import call
 
 
 def picture(run: str) -> str:

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.measure import SHAPES, bf16_hardware, words, write
 from bench.peers import DTYPES, VOCAB, make_folder, make_rows, own_step
-from minmacpo.config import shape
+from minmacpo.config.validate import shape
 
 TITLE = "One optimiser step of DPO (15M, 8 pairs of 128 + 128 tokens, LoRA of rank 8 on q and v), one thread, by operator."
 PARTS = {"matmuls (linears, head)": ("aten::mm", "aten::addmm"), "attention": ("bmm", "softmax", "scaled_dot"),

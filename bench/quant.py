@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from bench.measure import clocked, words
-from minmacpo.likelihood import run_likelihood
-from minmacpo.quant import FORMS
+from minmacpo.evaluation.likelihood import run_likelihood
+from minmacpo.kernels.quantization import FORMS
 
 SIDE, ROWS = 2048, (1, 4, 16, 64, 256)
 

@@ -21,16 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minmacpo import UserError
-from minmacpo.bases import base_names, fit_slices, make_ground
-from minmacpo.commandline import Words, parse
-from minmacpo.config import Config
-from minmacpo.data import Example, Pair, dealt, find_files, first_turn
-from minmacpo.experiments import Case, cases_of, check_ended, run_alone, seeds_of
-from minmacpo.files import read_json, sha256_file, write_json, write_rows
-from minmacpo.forms import read_data
-from minmacpo.machine import set_up
-from minmacpo.progress import call
-from minmacpo.run import FINISHED, Run
+from minmacpo.config.parse import Words, parse
+from minmacpo.config.schema import Config
+from minmacpo.data.formats import read_data
+from minmacpo.data.readers import find_files
+from minmacpo.data.records import Example, Pair
+from minmacpo.data.splits import dealt, first_turn
+from minmacpo.evaluation.experiments import Case, cases_of, check_ended, run_alone, seeds_of
+from minmacpo.pipeline.base_models import make_ground
+from minmacpo.pipeline.prepare_data import base_names, fit_slices
+from minmacpo.pipeline.run import FINISHED, Run
+from minmacpo.runtime.device import set_up
+from minmacpo.runtime.files import read_json, sha256_file, write_json, write_rows
+from minmacpo.runtime.progress import call
 
 HERE = Path(__file__).parent
 PARTS = ("pretrain", "d1", "d2", "test", "reward")

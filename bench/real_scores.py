@@ -7,14 +7,14 @@ import numpy as np
 
 from bench.real import PARTS, Plan, name_of, runs_of, slices_of
 from bench.results import PLACE, markdown, read
-from minmacpo.evaluate import Past, make_table, read_run
-from minmacpo.experiments import Case, wins, with_interval
-from minmacpo.files import read_json, read_rows, write_json
-from minmacpo.forms import read_data
-from minmacpo.reward import Rate, fitting, informative, ranked, test_answers, trained_here, unseen
-from minmacpo.run import FINISHED
-from minmacpo.score import preferred
-from minmacpo.tables import bracketed
+from minmacpo.core.scoring import preferred
+from minmacpo.data.formats import read_data
+from minmacpo.evaluation.experiments import Case, wins, with_interval
+from minmacpo.evaluation.reward_model import Rate, fitting, informative, ranked, test_answers, trained_here, unseen
+from minmacpo.evaluation.table import Past, make_table, read_run
+from minmacpo.evaluation.text_tables import bracketed
+from minmacpo.pipeline.run import FINISHED
+from minmacpo.runtime.files import read_json, read_rows, write_json
 
 RATED = ("student", "continued", "ceiling")  # agents, all of them on the strong base
 Arrays = dict[str, np.ndarray]  # by measure, a value per test prompt
@@ -224,7 +224,7 @@ def section(found: dict, written: str) -> str:
     cost = sum(found["spent"].values()) + sum(n["cpu_seconds"] for made in found["bases"].values() for n in made.values())
     return "\n".join([
         "## Real files\n",
-        "`python -m bench.real --helpful=FILE --harmless=FILE --pku=FILE --alpaca=FILE` (sizes: `minmacpo/presets/hh-real.toml"
+        "`python -m bench.real --helpful=FILE --harmless=FILE --pku=FILE --alpaca=FILE` (sizes: `minmacpo/config/presets/hh-real.toml"
         f"{', --full' if found['full'] else ''}`; experiments: `bench/real.toml`), then `--collect` and `python -m bench.results`. "
         f"Seeds of which bases are finished: {', '.join(found['bases']) or 'none'}; {cost:,.0f} CPU seconds. Brackets are 95 % "
         f"bootstraps over seeds, then prompts. Commits of the stages: {', '.join(found['commits']) or 'none'}.\n",

@@ -12,11 +12,11 @@ import tomllib
 from pathlib import Path
 
 from minmacpo import UserError
-from minmacpo.evaluate import make_table, read_run
-from minmacpo.experiments import HEAD, cells
-from minmacpo.files import write_atomic, write_json
-from minmacpo.progress import call
-from minmacpo.tables import format_table
+from minmacpo.evaluation.experiments import HEAD, cells
+from minmacpo.evaluation.table import make_table, read_run
+from minmacpo.evaluation.text_tables import format_table
+from minmacpo.runtime.files import write_atomic, write_json
+from minmacpo.runtime.progress import call
 
 PLACE = Path("assets/results")
 MARKS = ("<!-- made by python -m bench.results -->", "<!-- as far as here -->")  # around README's table

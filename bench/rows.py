@@ -11,19 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.measure import words
-from minmacpo.bases import given_base
-from minmacpo.checkpoint import save_model
-from minmacpo.choose import Candidates
-from minmacpo.commandline import parse
-from minmacpo.data import Message, Pair
-from minmacpo.families import ModelConfig
-from minmacpo.files import write_rows
-from minmacpo.model import new_model
-from minmacpo.pairing import pairs
-from minmacpo.run import Run, Work
-from minmacpo.stages import sample, score_texts
-from minmacpo.tokenizer import Tokenizer, train_tokenizer
-from minmacpo.workshop import Texts, Workshop
+from minmacpo.config.parse import parse
+from minmacpo.core.checkpoint import save_model
+from minmacpo.core.model import new_model
+from minmacpo.core.model_config import ModelConfig
+from minmacpo.data.records import Message, Pair
+from minmacpo.data.tokenizer import Tokenizer, train_tokenizer
+from minmacpo.method.pairs import pairs
+from minmacpo.method.selection import Candidates
+from minmacpo.pipeline.base_models import given_base
+from minmacpo.pipeline.model_pool import Texts, Workshop
+from minmacpo.pipeline.run import Run, Work
+from minmacpo.pipeline.sample_stage import sample
+from minmacpo.pipeline.score_stage import score_texts
+from minmacpo.runtime.files import write_rows
 
 STAGES = ("sample", "score", "pairs")
 WORDS = ["@tiny", "--run.name=x", "--generate.max_new=2", "--generate.batch=512", "--run.log_every=100", "--data.max_length=64", "--data.max_prompt=40"]

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from bench.measure import alternate, bf16_hardware, missing, words, write
 from bench.peers import DTYPES, VOCAB, make_folder, own_model
-from minmacpo.score import score
-from minmacpo.tokenizer import Tokens
+from minmacpo.core.scoring import score
+from minmacpo.data.tokenizer import Tokens
 
 TITLE = "Summed log-probabilities of three candidates for each of 16 prompts (128 tokens, answers of 32 to 128), 15M, one thread."
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import transformers
 from runs import rows_of, stages_of
 
-from minmacpo.batching import plan_steps  # the order of the data is given, not checked, here
+from minmacpo.core.batching import plan_steps
 
 Row = tuple[list[int], int]  # ids, and how many of the last ones are the answer
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 from runs import METHODS, copy_run, new_run, train, write_stub
 
-from minmacpo.checkpoint import save_model
-from minmacpo.families import ModelConfig
-from minmacpo.model import Transformer, new_model
-from minmacpo.tokenizer import Tokenizer, train_tokenizer
+from minmacpo.core.checkpoint import save_model
+from minmacpo.core.model import Transformer, new_model
+from minmacpo.core.model_config import ModelConfig
+from minmacpo.data.tokenizer import Tokenizer, train_tokenizer
 
 pytest.register_assert_rewrite("forks")
 

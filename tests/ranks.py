@@ -16,25 +16,26 @@ import time
 import traceback
 from pathlib import Path
 
+import minmacpo.report
 import runs
 import torch
 import torch.distributed.fsdp
 from conftest import Keep, random_model
 from torch.distributed import TCPStore
 
-import minmacpo.report
 import train
 from minmacpo import UserError
-from minmacpo.commandline import parse
-from minmacpo.config import Generate, Lora
-from minmacpo.fit import PairObjective, Schedule, SftObjective, Unit, fit, train_step
-from minmacpo.generate import generate
-from minmacpo.lora import attach_lora, reset_adapter
-from minmacpo.parallel import meet
-from minmacpo.progress import Interrupted, call
-from minmacpo.run import Run, Work
-from minmacpo.score import score
-from minmacpo.tokenizer import Tokens
+from minmacpo.config.parse import parse
+from minmacpo.config.schema import Generate, Lora
+from minmacpo.core.lora import attach_lora, reset_adapter
+from minmacpo.core.losses import PairObjective, SftObjective
+from minmacpo.core.sampling import generate
+from minmacpo.core.scoring import score
+from minmacpo.core.trainer import Schedule, Unit, fit, train_step
+from minmacpo.data.tokenizer import Tokens
+from minmacpo.pipeline.run import Run, Work
+from minmacpo.runtime.distributed import meet
+from minmacpo.runtime.progress import Interrupted, call
 
 
 def rows_of(seed: int, units: int, sides: int) -> list[Unit]:

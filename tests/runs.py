@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from minmacpo import report
-from minmacpo.progress import call
-from minmacpo.report import write_report
+from minmacpo.evaluation import report
+from minmacpo.evaluation.report import write_report
+from minmacpo.runtime.progress import call
 
 METHODS = ["sft", "sft-continued", "confident", "spin", "self-rewarding", "rlaif", "rlcd", "dpo-truth", "ceiling"]
 REPOSITORY = Path(__file__).parent.parent

@@ -13,9 +13,9 @@ from runs import copy_run, invoke, rows_of, spawn
 from test_bad_input import check_sentence, tree
 
 from minmacpo import UserError
-from minmacpo.chat import CUT
-from minmacpo.files import open_alone
-from minmacpo.progress import inert
+from minmacpo.cli.chat import CUT
+from minmacpo.runtime.files import open_alone
+from minmacpo.runtime.progress import inert
 
 QUESTION = "\n\nHuman: where is it ?\n\nAssistant:"
 TURNS = [{"role": "user", "content": "where is it ?"}]

@@ -16,7 +16,7 @@ from conftest import shared
 from runs import REPOSITORY, STUB, copy_run, invoke, stages_of, train, write_stub
 from safetensors.torch import load_file, save_file
 
-from minmacpo import bases
+from minmacpo.pipeline import base_models as bases
 
 
 def tree(folder: Path) -> dict[str, object]:

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from minmacpo.batching import collate, cut, plan_scoring, plan_steps, steps_per_epoch
-from minmacpo.tokenizer import Tokens
+from minmacpo.core.batching import collate, cut, plan_scoring, plan_steps, steps_per_epoch
+from minmacpo.data.tokenizer import Tokens
 
 
 @pytest.fixture

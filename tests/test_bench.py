@@ -9,7 +9,7 @@ from conftest import REPO  # noqa: F401  (puts the repository on the path)
 
 from bench import loss, measure, page, peers
 from bench.score import by_transformers, candidates
-from minmacpo.score import score
+from minmacpo.core.scoring import score
 
 
 def test_own_and_peer_take_turns_and_ratios_are_of_neighbours():

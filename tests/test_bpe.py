@@ -15,9 +15,9 @@ from test_tokenizer import ODD, random_text
 from tokenizers.normalizers import NFC
 
 from minmacpo import UserError
-from minmacpo.bpe import BytePairs, StandIns, compile_pattern
-from minmacpo.data import find_files, read_lines
-from minmacpo.tokenizer import Tokenizer, load_tokenizer
+from minmacpo.data.bpe import BytePairs, StandIns, compile_pattern
+from minmacpo.data.readers import find_files, read_lines
+from minmacpo.data.tokenizer import Tokenizer, load_tokenizer
 
 LEARNED = [*TEXTS, "It's Bemir's; they'LL say: we've 12345 or 3.14 (or ½, x²) …", "naïve façade 日本語の文章です。 हिन्दी 👍🏽 \r\n\t x  y", "E\u0301"]
 TRAPS = [

@@ -15,14 +15,15 @@ import torch
 from runs import REPOSITORY, invoke
 from test_bad_input import check_sentence
 
-from minmacpo import chat, workshop
-from minmacpo.checkpoint import load_model, save_weights
-from minmacpo.config import Config
-from minmacpo.data import Message
-from minmacpo.progress import inert
-from minmacpo.templates import TEMPLATES, render_prompt, response_text
-from minmacpo.tokenizer import load_tokenizer
-from minmacpo.workshop import open_folder
+from minmacpo.cli import chat
+from minmacpo.config.schema import Config
+from minmacpo.core.checkpoint import load_model, save_weights
+from minmacpo.data.chat_template import TEMPLATES, render_prompt, response_text
+from minmacpo.data.records import Message
+from minmacpo.data.tokenizer import load_tokenizer
+from minmacpo.pipeline import model_pool as workshop
+from minmacpo.pipeline.model_pool import open_folder
+from minmacpo.runtime.progress import inert
 
 
 class Terminal:

@@ -15,22 +15,23 @@ from conftest import far, logits_of, random_model
 from safetensors.torch import load_file, save_file
 
 from minmacpo import UserError
-from minmacpo.checkpoint import (
+from minmacpo.config.schema import Lora
+from minmacpo.core.checkpoint import (
     check_model_folder,
     load_adapter,
     load_model,
     load_state,
+    load_tensors,
     read_adapter_config,
     save_adapter,
     save_model,
     save_state,
+    save_tensors,
     stop_ids,
     weight_files,
 )
-from minmacpo.config import Lora
-from minmacpo.lora import attach_lora, read_adapter, reset_adapter, write_adapter
-from minmacpo.machine import linux, peak_mb, reset_peaks
-from minmacpo.tensors import load_tensors, save_tensors
+from minmacpo.core.lora import attach_lora, read_adapter, reset_adapter, write_adapter
+from minmacpo.runtime.device import linux, peak_mb, reset_peaks
 
 
 def refused(call, *words) -> str:

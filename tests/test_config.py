@@ -11,18 +11,9 @@ from dataclasses import asdict, fields, replace
 import pytest
 
 from minmacpo import UserError
-from minmacpo.commandline import (
-    PRESETS,
-    convert,
-    describe,
-    help_text,
-    overlay,
-    parse,
-    preset_path,
-    read_toml,
-    to_toml,
-)
-from minmacpo.config import SETTINGS, Config, check, flatten
+from minmacpo.config.parse import PRESETS, convert, describe, help_text, overlay, parse, preset_path, read_toml, to_toml
+from minmacpo.config.schema import SETTINGS, Config, flatten
+from minmacpo.config.validate import check
 
 
 def refused(*argv: str) -> str:

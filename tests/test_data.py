@@ -10,22 +10,15 @@ from dataclasses import replace
 import pytest
 from conftest import shared
 
-from minmacpo import UserError, bases
-from minmacpo.commandline import parse
-from minmacpo.data import (
-    SLICES,
-    Example,
-    Message,
-    Pair,
-    Sample,
-    example_id,
-    find_files,
-    read_lines,
-    split_pairs,
-)
-from minmacpo.files import read_rows, write_rows
-from minmacpo.forms import parse_row, read_data, split_dialogue
-from minmacpo.templates import render, render_prompt
+from minmacpo import UserError
+from minmacpo.config.parse import parse
+from minmacpo.data.chat_template import render, render_prompt
+from minmacpo.data.formats import parse_row, read_data, split_dialogue
+from minmacpo.data.readers import find_files, read_lines
+from minmacpo.data.records import Example, Message, Pair, Sample, example_id
+from minmacpo.data.splits import SLICES, split_pairs
+from minmacpo.pipeline import base_models as bases
+from minmacpo.runtime.files import read_rows, write_rows
 
 USER, BOT = "user", "assistant"
 

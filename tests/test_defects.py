@@ -14,10 +14,19 @@ import pytest
 import torch
 from runs import copy_run, invoke, write_stub
 
-from minmacpo import UserError, choose, evaluate, fit, lora, losses, macpo, stages, templates, workshop
-from minmacpo.batching import collate
-from minmacpo.run import Run
-from minmacpo.tokenizer import Tokens
+from minmacpo import UserError
+from minmacpo.core import lora
+from minmacpo.core import trainer as fit
+from minmacpo.core.batching import collate
+from minmacpo.data import chat_template as templates
+from minmacpo.data.tokenizer import Tokens
+from minmacpo.evaluation import table as evaluate
+from minmacpo.kernels import fused_logps as losses
+from minmacpo.method import macpo
+from minmacpo.method import selection as choose
+from minmacpo.pipeline import model_pool as workshop
+from minmacpo.pipeline import train_stage as stages
+from minmacpo.pipeline.run import Run
 
 
 def everywhere(patch, good: Callable, bad: Callable) -> None:

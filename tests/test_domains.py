@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 import train
-from minmacpo import UserError, bases, world
-from minmacpo.commandline import parse
-from minmacpo.config import World
-from minmacpo.domains import ARITHMETIC, CODE, DOMAINS, INSTRUCTIONS, TOPICS, TOWN
+from minmacpo import UserError
+from minmacpo.config.parse import parse
+from minmacpo.config.schema import World
+from minmacpo.data import synthetic as world
+from minmacpo.data.synthetic_domains import ARITHMETIC, CODE, DOMAINS, INSTRUCTIONS, TOPICS, TOWN
+from minmacpo.pipeline import base_models as bases
 
 OTHERS = ["arithmetic", "code", "instructions"]
 SUMS = {

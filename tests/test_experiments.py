@@ -14,9 +14,10 @@ from conftest import REPO
 from runs import METHODS, invoke, spawn, stages_of, write_stub
 
 from bench import results
-from minmacpo import UserError, experiments
-from minmacpo.commandline import PRESETS, parse
-from minmacpo.evaluate import gold_by_prompt, read_run
+from minmacpo import UserError
+from minmacpo.config.parse import PRESETS, parse
+from minmacpo.evaluation import experiments
+from minmacpo.evaluation.table import gold_by_prompt, read_run
 
 NAMES = sorted(file.stem for file in (PRESETS / "experiments").glob("*.toml"))
 

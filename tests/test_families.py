@@ -8,12 +8,12 @@ import torch
 from conftest import far, logits_of, ragged
 
 from minmacpo import UserError
-from minmacpo.checkpoint import export_merged, load_adapter, load_model, read_adapter_config, save_adapter
-from minmacpo.config import LINEARS, Generate, Lora
-from minmacpo.families import parse_config
-from minmacpo.generate import generate
-from minmacpo.lora import attach_lora, read_adapter, write_adapter
-from minmacpo.losses import sequence_logps
+from minmacpo.config.schema import LINEARS, Generate, Lora
+from minmacpo.core.checkpoint import export_merged, load_adapter, load_model, read_adapter_config, save_adapter
+from minmacpo.core.lora import attach_lora, read_adapter, write_adapter
+from minmacpo.core.model_config import parse_config
+from minmacpo.core.sampling import generate
+from minmacpo.kernels.fused_logps import sequence_logps
 
 transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)

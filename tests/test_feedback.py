@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 from runs import invoke, rows_of, stages_of, write_stub
 
-from minmacpo import feedback
-from minmacpo.config import Config, Feedback
-from minmacpo.data import Example, Message, Sample
+from minmacpo.config.schema import Config, Feedback
+from minmacpo.data.records import Example, Message, Sample
+from minmacpo.method import ai_feedback as feedback
 
 WORLD = Feedback(rubric="{prompt} {response} good ?", verdicts=("bad .", "good ."), compare="{prompt} 1 {first} 2 {second} ?",
                  options=("one", "two"), good_tags=("nice", "true"), bad_tags=("rude", "false"))  # fmt: skip
@@ -84,7 +84,7 @@ def test_both_orders_are_averaged():
 
 
 def test_a_comparison_prefers_what_the_labeller_does(tmp_path):
-    from minmacpo.files import write_rows
+    from minmacpo.runtime.files import write_rows
 
     logps = {"a": [-1, -2, -3, -1], "b": [-1, -2, -1, -9], "same": [-1, -2, -3, -1]}
     write_rows(tmp_path / "scores.jsonl", [{"id": f"{n}/{i}", "logp": v} for n, four in logps.items() for i, v in enumerate(four)])

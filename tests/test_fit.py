@@ -13,17 +13,18 @@ import torch.nn.functional as F
 from conftest import Keep, far, logits_of, ragged, random_model
 
 from minmacpo import UserError
-from minmacpo import fit as fit_module
-from minmacpo import run as run_module
-from minmacpo.batching import plan_steps
-from minmacpo.checkpoint import load_model, save_adapter, save_model, save_tensors
-from minmacpo.commandline import parse
-from minmacpo.config import Lora
-from minmacpo.fit import PairObjective, Schedule, SftObjective, Unit, fit, plan_of, train_step
-from minmacpo.lora import attach_lora, read_adapter, reset_adapter, slot, write_adapter
-from minmacpo.progress import Interrupted
-from minmacpo.run import Run, Work
-from minmacpo.tokenizer import Tokens
+from minmacpo.config.parse import parse
+from minmacpo.config.schema import Lora
+from minmacpo.core import trainer as fit_module
+from minmacpo.core.batching import plan_steps
+from minmacpo.core.checkpoint import load_model, save_adapter, save_model, save_tensors
+from minmacpo.core.lora import attach_lora, read_adapter, reset_adapter, slot, write_adapter
+from minmacpo.core.losses import PairObjective, SftObjective
+from minmacpo.core.trainer import Schedule, Unit, fit, plan_of, train_step
+from minmacpo.data.tokenizer import Tokens
+from minmacpo.pipeline import run as run_module
+from minmacpo.pipeline.run import Run, Work
+from minmacpo.runtime.progress import Interrupted
 
 ALL = Lora(r=4, alpha=8.0, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
 

@@ -15,9 +15,11 @@ from test_data import dialogue, row, write
 
 import train as train_program
 from minmacpo import UserError
-from minmacpo.commandline import parse
-from minmacpo.data import ROW_LIMIT, Message, Pair, Sample, example_id, is_array, read_array, split_pairs
-from minmacpo.forms import Report, parse_row, read_data, read_file, released
+from minmacpo.config.parse import parse
+from minmacpo.data.formats import Report, parse_row, read_data, read_file, released
+from minmacpo.data.readers import ROW_LIMIT, is_array, read_array
+from minmacpo.data.records import Message, Pair, Sample, example_id
+from minmacpo.data.splits import split_pairs
 
 Q, A, B = Message("user", "q"), Message("assistant", "a"), Message("assistant", "b")
 R, S = Message("user", "r"), Message("system", "s")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import far, logits_of, ragged, random_model
 
-from minmacpo.config import Generate
-from minmacpo.generate import Decoder, contrast, draw, generate, noise, pick, warp
+from minmacpo.config.schema import Generate
+from minmacpo.core.sampling import Decoder, contrast, draw, generate, noise, pick, warp
 
 GREEDY = Generate(temperature=0.0, top_k=0, top_p=1.0, max_new=12)
 SAMPLED = Generate(temperature=1.3, top_k=0, top_p=1.0, max_new=12)
@@ -99,7 +99,7 @@ def test_greedy_takes_the_likeliest_token(seed):
 def test_greedy_equals_transformers_on_ragged_prompts(model_folder):
     """The oracle runs one row at a time; ours side by side."""
     transformers = pytest.importorskip("transformers")
-    from minmacpo.checkpoint import load_model
+    from minmacpo.core.checkpoint import load_model
 
     prompts = ragged(5, 5, 400, 1, 20)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(model_folder).eval()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-from minmacpo.heap import MARK, TUNABLES, tuned
+from minmacpo.cli.heap import MARK, TUNABLES, tuned
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
 TOLD = "print(os.getpid(), os.environ.get('GLIBC_TUNABLES', '-'), sys.flags.utf8_mode, *sys.argv[1:], sep='|', flush=True)"

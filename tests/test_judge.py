@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from runs import invoke, rows_of, spawn
 
-from minmacpo import judge, remote
-from minmacpo.data import Message, Sample
-from minmacpo.files import open_alone, write_rows
+from minmacpo.data.records import Message, Sample
+from minmacpo.evaluation import judge
+from minmacpo.evaluation import remote_judge as remote
+from minmacpo.runtime.files import open_alone, write_rows
 
 KEY = "sk-a-secret-that-nobody-may-see"
 

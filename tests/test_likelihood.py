@@ -8,7 +8,7 @@ import pytest
 from runs import invoke, rows_of
 from test_bad_input import check_sentence, tree
 
-from minmacpo.likelihood import ratio
+from minmacpo.evaluation.likelihood import ratio
 
 
 def measured(command, *words) -> dict:

@@ -8,25 +8,9 @@ import torch
 from conftest import far, logits_of, random_model
 
 from minmacpo import UserError
-from minmacpo.checkpoint import (
-    export_merged,
-    load_adapter,
-    load_model,
-    read_adapter_config,
-    save_adapter,
-    stop_ids,
-)
-from minmacpo.config import Lora
-from minmacpo.lora import (
-    PREFIX,
-    attach_lora,
-    clear_adapter,
-    merged_weights,
-    read_adapter,
-    reset_adapter,
-    slot,
-    write_adapter,
-)
+from minmacpo.config.schema import Lora
+from minmacpo.core.checkpoint import export_merged, load_adapter, load_model, read_adapter_config, save_adapter, stop_ids
+from minmacpo.core.lora import PREFIX, attach_lora, clear_adapter, merged_weights, read_adapter, reset_adapter, slot, write_adapter
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SETTINGS = {

@@ -8,19 +8,12 @@ import torch.nn.functional as F
 from conftest import far, logits_of, random_model
 from torch.autograd import gradcheck
 
-from minmacpo import losses
-from minmacpo.batching import Batch
-from minmacpo.config import Lora
-from minmacpo.fit import PairObjective, SftObjective
-from minmacpo.lora import attach_lora, reset_adapter, slot
-from minmacpo.losses import (
-    FrozenHeadLogps,
-    dpo_loss,
-    masked_logps,
-    sequence_logps,
-    sft_loss,
-    token_logps,
-)
+from minmacpo.config.schema import Lora
+from minmacpo.core.batching import Batch
+from minmacpo.core.lora import attach_lora, reset_adapter, slot
+from minmacpo.core.losses import PairObjective, SftObjective, dpo_loss, sft_loss
+from minmacpo.kernels import fused_logps as losses
+from minmacpo.kernels.fused_logps import FrozenHeadLogps, masked_logps, sequence_logps, token_logps
 
 
 class Stub:

@@ -11,15 +11,21 @@ import pytest
 import torch
 from runs import copy_run, differences, rows_of, stages_of, train, write_stub
 
-from minmacpo import UserError, choose, evaluate, feedback, macpo, stages, world
-from minmacpo.checkpoint import load_tensors
-from minmacpo.commandline import parse
-from minmacpo.config import Config, Macpo
-from minmacpo.data import Message, Pair, Sample
-from minmacpo.files import read_rows, write_rows
-from minmacpo.run import Run
-from minmacpo.templates import render
-from minmacpo.tokenizer import load_tokenizer
+from minmacpo import UserError
+from minmacpo.config.parse import parse
+from minmacpo.config.schema import Config, Macpo
+from minmacpo.core.checkpoint import load_tensors
+from minmacpo.data import synthetic as world
+from minmacpo.data.chat_template import render
+from minmacpo.data.records import Message, Pair, Sample
+from minmacpo.data.tokenizer import load_tokenizer
+from minmacpo.evaluation import table as evaluate
+from minmacpo.method import ai_feedback as feedback
+from minmacpo.method import macpo
+from minmacpo.method import selection as choose
+from minmacpo.pipeline import train_stage as stages
+from minmacpo.pipeline.run import Run
+from minmacpo.runtime.files import read_rows, write_rows
 
 
 @pytest.fixture(params=["tiny", "stub"])

@@ -6,15 +6,15 @@ from conftest import far, random_model
 from runs import METHODS, invoke, rows_of, stages_of
 from torch.autograd import gradcheck
 
-from minmacpo import report
-from minmacpo.batching import Batch
-from minmacpo.checkpoint import load_tensors
-from minmacpo.config import Lora
-from minmacpo.evaluate import read_run
-from minmacpo.fit import SftObjective
-from minmacpo.lora import attach_lora, reset_adapter
-from minmacpo.losses import CHUNK, chunk_logps_direction, token_logps
-from minmacpo.page import clip, escape, words
+from minmacpo.config.schema import Lora
+from minmacpo.core.batching import Batch
+from minmacpo.core.checkpoint import load_tensors
+from minmacpo.core.lora import attach_lora, reset_adapter
+from minmacpo.core.losses import SftObjective
+from minmacpo.evaluation import report
+from minmacpo.evaluation.html import clip, escape, words
+from minmacpo.evaluation.table import read_run
+from minmacpo.kernels.fused_logps import CHUNK, chunk_logps_direction, token_logps
 
 
 def adapter(run, name: str) -> torch.Tensor:

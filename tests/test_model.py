@@ -7,9 +7,9 @@ import torch
 from conftest import config_of, far, logits_of, ragged, random_model
 
 from minmacpo import UserError
-from minmacpo.checkpoint import load_model
-from minmacpo.families import parse_config
-from minmacpo.generate import generate
+from minmacpo.core.checkpoint import load_model
+from minmacpo.core.model_config import parse_config
+from minmacpo.core.sampling import generate
 
 SHAPES = {  # heads, key heads, head_dim, hidden, mlp, layers, vocab, theta, eps, tied
     "grouped": (4, 2, 10, 24, 40, 2, 61, 1e4, 1e-5, False),
@@ -165,14 +165,14 @@ def test_the_same_weights_sample_first_and_train_later(seed):
 
 
 def greedy(model, prompts: list[list[int]], new: int) -> list[list[int]]:
-    from minmacpo.config import Generate
+    from minmacpo.config.schema import Generate
 
     settings = Generate(temperature=0, max_new=new)
     return generate(model, prompts, list(range(len(prompts))), settings, set())[0]
 
 
 def test_stories_gives_the_known_text(stories):
-    from minmacpo.tokenizer import load_tokenizer
+    from minmacpo.data.tokenizer import load_tokenizer
 
     ids = greedy(load_model(stories), [[1]], 200)[0]
     known = (stories / "greedy_200.txt").read_text()
@@ -194,7 +194,7 @@ def test_stories_equals_transformers(stories, seed):
 
 
 def test_stories_ragged_batch_equals_single(stories, seed):
-    from minmacpo.tokenizer import load_tokenizer
+    from minmacpo.data.tokenizer import load_tokenizer
 
     model, tokenizer = load_model(stories), load_tokenizer(stories)
     texts = ["Once upon a time", "Tom", "One day, a big dog saw a", "The sun was", "She said, \"I"]

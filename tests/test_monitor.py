@@ -9,7 +9,10 @@ from collections import Counter
 import pytest
 from runs import copy_run, rows_of, stages_of, train, write_stub
 
-from minmacpo import compare, diversity, evaluate, judge, macpo, monitor
+from minmacpo.data import text_metrics as diversity
+from minmacpo.evaluation import compare, judge
+from minmacpo.evaluation import table as evaluate
+from minmacpo.method import macpo, monitor
 
 HEALTHY = {"entropy": 0.2, "distinct2": 0.5, "cut": 0.0, "loops": 0.0, "surprise": 0.2, "same": 0.5}
 

@@ -8,14 +8,16 @@ import torch.nn.functional as F
 from conftest import far, ragged, random_model
 from test_generate import WAYS, new
 
-from minmacpo import generate as module
-from minmacpo import memory, packed
-from minmacpo.config import Lora
-from minmacpo.generate import generate, prefill
-from minmacpo.lora import LoraLinear, attach_lora, slot, write_adapter
-from minmacpo.model import WHOLE, attend_group, attend_one
-from minmacpo.packed import PackedLinear, multiplies_bf16, pack, packs
-from minmacpo.quant import put_linears
+from minmacpo.cli import memory_estimate as memory
+from minmacpo.config.schema import Lora
+from minmacpo.core import prepack as packed
+from minmacpo.core import sampling as module
+from minmacpo.core.lora import LoraLinear, attach_lora, slot, write_adapter
+from minmacpo.core.model import WHOLE
+from minmacpo.core.prepack import PackedLinear, multiplies_bf16, pack, packs
+from minmacpo.core.sampling import generate, prefill
+from minmacpo.kernels.attention import attend_group, attend_one
+from minmacpo.kernels.quantization import put_linears
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 IN_BF16 = pytest.mark.skipif(not multiplies_bf16(), reason="oneDNN repacks no bf16 on this CPU, and packs() says so")

@@ -33,13 +33,13 @@ from runs import (
 )
 from safetensors.torch import load_file
 
-from minmacpo import workshop
-from minmacpo.commandline import parse
-from minmacpo.config import Lora
-from minmacpo.memory import held, parameters
-from minmacpo.parallel import Ranks
-from minmacpo.plan import Plan
-from minmacpo.run import Run
+from minmacpo.cli.memory_estimate import held, parameters
+from minmacpo.cli.plan import Plan
+from minmacpo.config.parse import parse
+from minmacpo.config.schema import Lora
+from minmacpo.pipeline import model_pool as workshop
+from minmacpo.pipeline.run import Run
+from minmacpo.runtime.distributed import Ranks
 
 CASES = ["1-pairs-replicate", "2-pairs-replicate", "2-pairs-shard", "a-2-4", "complaint-2"]
 MORE = ["1-sft-replicate", "1-pairs-replicate", "2-sft-replicate", "2-sft-shard", "4-sft-replicate", "4-pairs-shard", "a-4-1", "b-4-2", "complaint-4"]

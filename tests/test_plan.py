@@ -20,18 +20,22 @@ from runs import copy_run, invoke, train, write_stub
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minmacpo import dryrun, fit, machine, memory, plan
-from minmacpo.batching import collate
-from minmacpo.commandline import parse
-from minmacpo.config import LINEARS, Generate, Lora, flatten
-from minmacpo.files import read_json
-from minmacpo.generate import generate
-from minmacpo.lora import attach_lora
-from minmacpo.losses import SMALL, masked_logps, sequence_logps
-from minmacpo.memory import HEAP, Load, beside, need, parameters
-from minmacpo.run import Run
-from minmacpo.templates import template_hint
-from minmacpo.tokenizer import Tokens
+from minmacpo.cli import dry_run as dryrun
+from minmacpo.cli import memory_estimate as memory
+from minmacpo.cli import plan
+from minmacpo.cli.memory_estimate import HEAP, Load, beside, need, parameters
+from minmacpo.config.parse import parse
+from minmacpo.config.schema import LINEARS, Generate, Lora, flatten
+from minmacpo.core import trainer as fit
+from minmacpo.core.batching import collate
+from minmacpo.core.lora import attach_lora
+from minmacpo.core.sampling import generate
+from minmacpo.data.chat_template import template_hint
+from minmacpo.data.tokenizer import Tokens
+from minmacpo.kernels.fused_logps import SMALL, masked_logps, sequence_logps
+from minmacpo.pipeline.run import Run
+from minmacpo.runtime import device as machine
+from minmacpo.runtime.files import read_json
 
 # ---- memory -------------------------------------------------------------------------------------
 
@@ -343,7 +347,7 @@ def test_every_value_of_a_paper_preset_is_that_of_its_source(name):
     assert found["data.shares"] == pytest.approx((0, *(n / sum(rows) for n in rows)), abs=1e-4)
     schedule = fit.Schedule(1.0, 10, 1)
     assert (schedule.floor, schedule.betas, schedule.weight_decay) == (0.0, (0.9, 0.999), 0.0) and schedule.rate(0) == 1.0
-    lines = (REPO / f"minmacpo/presets/{name}.toml").read_text().splitlines()
+    lines = (REPO / f"minmacpo/config/presets/{name}.toml").read_text().splitlines()
     bare = [line for line in lines if re.match(r"\w+ = ", line) and "#" not in line and line.partition(" ")[0] not in ("temperature", "top_p", "top_k", "max_new")]
     assert not bare, "each value says where it is from"
 
@@ -368,8 +372,8 @@ LLAMA_7B = {
 
 def hollow(folder, raw: dict, tokenizer: bytes):
     """A checkpoint of that shape in bf16: config.json, tokenizer, the header of its weights, and a hole behind it."""
-    from minmacpo.families import parse_config
-    from minmacpo.model import Transformer
+    from minmacpo.core.model import Transformer
+    from minmacpo.core.model_config import parse_config
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(raw))

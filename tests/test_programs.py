@@ -28,12 +28,18 @@ from runs import (
 from test_bad_input import HH, check_sentence, data_file, row, tree
 from transformers import LlamaForCausalLM
 
-from minmacpo import UserError, bases, checkpoint, evaluate, page, workshop, world
-from minmacpo.chat import CUT
-from minmacpo.commandline import agent_folder
-from minmacpo.config import Config
-from minmacpo.data import Message, Pair
-from minmacpo.report import write_report
+from minmacpo import UserError
+from minmacpo.cli.chat import CUT
+from minmacpo.config.parse import agent_folder
+from minmacpo.config.schema import Config
+from minmacpo.core import checkpoint
+from minmacpo.data import synthetic as world
+from minmacpo.data.records import Message, Pair
+from minmacpo.evaluation import html as page
+from minmacpo.evaluation import table as evaluate
+from minmacpo.evaluation.report import write_report
+from minmacpo.pipeline import base_models as bases
+from minmacpo.pipeline import model_pool as workshop
 
 
 def sample(*words):

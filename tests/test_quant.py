@@ -16,16 +16,18 @@ from test_generate import GREEDY, new
 from test_lora import fill
 from test_plan import Living, planned, shape_of
 
-from minmacpo import dryrun, packed, plan
-from minmacpo.checkpoint import load_model, save_model
-from minmacpo.config import LINEARS, Lora
-from minmacpo.families import Variant
-from minmacpo.files import read_json
-from minmacpo.generate import generate
-from minmacpo.lora import attach_lora, slot
-from minmacpo.losses import masked_logps
-from minmacpo.memory import Load, need, weight_bytes
-from minmacpo.quant import BLOCK, FORMS, Quantised, is_quantised, levels, pack_weight, put_linears
+from minmacpo.cli import dry_run as dryrun
+from minmacpo.cli import plan
+from minmacpo.cli.memory_estimate import Load, need, weight_bytes
+from minmacpo.config.schema import LINEARS, Lora
+from minmacpo.core import prepack as packed
+from minmacpo.core.checkpoint import load_model, save_model
+from minmacpo.core.lora import attach_lora, slot
+from minmacpo.core.model_config import Variant
+from minmacpo.core.sampling import generate
+from minmacpo.kernels.fused_logps import masked_logps
+from minmacpo.kernels.quantization import BLOCK, FORMS, Quantised, is_quantised, levels, pack_weight, put_linears
+from minmacpo.runtime.files import read_json
 
 # QLoRA's table (Dettmers et al. 2023, appendix E), to seven places
 NF4 = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
@@ -234,7 +236,7 @@ def test_only_what_the_quantised_base_does_is_another_stage(quantised, stub):
 
 
 def test_a_quantised_run_resumes_and_knows_itself(quantised, tmp_path, monkeypatch):
-    from minmacpo import workshop
+    from minmacpo.pipeline import model_pool as workshop
 
     seen, real = [], workshop.load_model
     monkeypatch.setattr(workshop, "load_model", lambda *words: seen.append(words[3]) or real(*words))
@@ -289,7 +291,7 @@ def test_answers_of_another_form_are_not_gone_on_with(quantised, tmp_path):
 
 def test_lines_are_the_rows_of_the_file(tmp_path, seed):
     from minmacpo import UserError
-    from minmacpo.files import EVERY, Lines, in_runs, read_rows, write_rows
+    from minmacpo.runtime.files import EVERY, Lines, in_runs, read_rows, write_rows
 
     for count in (0, 1, EVERY, 5 * EVERY + 3):
         rows = [{"i": i, "text": "é\u2028\n" * random.Random(seed + i).randrange(5)} for i in range(count)]
@@ -309,7 +311,7 @@ def test_lines_are_the_rows_of_the_file(tmp_path, seed):
 def test_windows_change_no_row(stub, tmp_path, monkeypatch):
     """A run whose texts are scored and paired three at a time has the rows of one that takes all at once, in their order, and
     where no such row was learned from yet their log-probabilities up to rounding."""
-    from minmacpo import stages
+    from minmacpo.pipeline import train_stage as stages
 
     monkeypatch.setattr(stages, "WINDOW", 3)
     train(write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", "--run.micro_tokens=170")
@@ -324,9 +326,9 @@ def test_windows_change_no_row(stub, tmp_path, monkeypatch):
 
 
 def test_a_negative_is_found_by_its_prompt_in_any_order(tmp_path, stub):
-    from minmacpo import choose
-    from minmacpo.files import write_rows
-    from minmacpo.run import Stage
+    from minmacpo.method import selection as choose
+    from minmacpo.pipeline.run import Stage
+    from minmacpo.runtime.files import write_rows
 
     rows = [{"id": str(i), "prompt": [], "response": f"r{i}"} for i in (3, 1, 4, 0)]
     write_rows(tmp_path / "questions.jsonl", rows)
@@ -338,9 +340,10 @@ def test_a_negative_is_found_by_its_prompt_in_any_order(tmp_path, stub):
 
 
 def test_sampling_goes_on_with_fewer_side_by_side_where_memory_is_short(stub, monkeypatch, capsys):
-    from minmacpo import UserError, workshop
-    from minmacpo.config import Config
-    from minmacpo.data import Example, Message
+    from minmacpo import UserError
+    from minmacpo.config.schema import Config
+    from minmacpo.data.records import Example, Message
+    from minmacpo.pipeline import model_pool as workshop
 
     config, real, tried = Config(), workshop.generate, []
     config = dataclasses.replace(config, generate=dataclasses.replace(config.generate, max_new=4))

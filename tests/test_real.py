@@ -11,8 +11,9 @@ from runs import invoke
 
 from bench import real, real_scores, results
 from minmacpo import UserError
-from minmacpo.data import Message, Pair, first_turn
-from minmacpo.files import write_rows
+from minmacpo.data.records import Message, Pair
+from minmacpo.data.splits import first_turn
+from minmacpo.runtime.files import write_rows
 
 # as bench/real.toml, of models that can do nothing
 SMALL = """

@@ -6,9 +6,10 @@ import pytest
 from runs import invoke
 
 from minmacpo import UserError
-from minmacpo.data import Message, Pair, join_sides
-from minmacpo.forms import read_data, released
-from minmacpo.templates import frames
+from minmacpo.data.chat_template import frames
+from minmacpo.data.formats import read_data, released
+from minmacpo.data.records import Message, Pair
+from minmacpo.data.splits import join_sides
 
 PROMPT = (Message("user", "hi"), Message("assistant", "yo"), Message("user", "q"))
 

@@ -11,12 +11,12 @@ import torch
 from conftest import far, random_model
 from runs import invoke, rows_of
 
-from minmacpo import reward
-from minmacpo.checkpoint import load_scorer
-from minmacpo.data import Pair
-from minmacpo.evaluate import read_run
-from minmacpo.files import write_rows
-from minmacpo.tokenizer import Tokens
+from minmacpo.core.checkpoint import load_scorer
+from minmacpo.data.records import Pair
+from minmacpo.data.tokenizer import Tokens
+from minmacpo.evaluation import reward_model as reward
+from minmacpo.evaluation.table import read_run
+from minmacpo.runtime.files import write_rows
 
 
 @pytest.fixture

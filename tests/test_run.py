@@ -32,12 +32,15 @@ from runs import (
     write_stub,
 )
 
-from minmacpo import UserError, files, fit, machine
-from minmacpo import run as run_module
-from minmacpo.commandline import parse
-from minmacpo.folder import PARTIAL
-from minmacpo.progress import Signals
-from minmacpo.run import FINISHED, Run, derive_seed
+from minmacpo import UserError
+from minmacpo.config.parse import parse
+from minmacpo.core import trainer as fit
+from minmacpo.pipeline import run as run_module
+from minmacpo.pipeline.run import FINISHED, Run, derive_seed
+from minmacpo.pipeline.run_dir import PARTIAL
+from minmacpo.runtime import device as machine
+from minmacpo.runtime import files
+from minmacpo.runtime.progress import Signals
 
 
 @pytest.fixture
@@ -554,7 +557,7 @@ def test_a_cut_at_any_file_operation_is_resumed_to_the_same_bits(stub, tmp_path,
 def quick(words) -> int:
     """The program without its reports, its files under the eyes of `cut_power`."""
     with pytest.MonkeyPatch.context() as patch:
-        from minmacpo import report
+        from minmacpo.evaluation import report
 
         patch.setattr(report, "write_report", lambda path: files.write_atomic(path / "report.html", "x"))
         return invoke("train", *words, whole=True).code

@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import logits_of, ragged, random_model
 
-from minmacpo.checkpoint import load_model
-from minmacpo.score import perplexity, preferred, score
-from minmacpo.tokenizer import Tokens, load_tokenizer
+from minmacpo.core.checkpoint import load_model
+from minmacpo.core.scoring import perplexity, preferred, score
+from minmacpo.data.tokenizer import Tokens, load_tokenizer
 
 
 def rows_of(seed: int, count: int, vocab: int = 61) -> list[Tokens]:

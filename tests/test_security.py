@@ -14,13 +14,16 @@ from test_chat import dialogue_of
 from test_judge import KEY, Server, quick, sides  # noqa: F401  fixtures
 from test_programs import WORDS
 
-from minmacpo import UserError, progress, remote, workshop
-from minmacpo.chat import Whole
-from minmacpo.checkpoint import load_model
-from minmacpo.files import describe, fingerprint
-from minmacpo.page import document, grid, tag
-from minmacpo.report import write_report
-from minmacpo.run import Stage, verify
+from minmacpo import UserError
+from minmacpo.cli.chat import Whole
+from minmacpo.core.checkpoint import load_model
+from minmacpo.evaluation import remote_judge as remote
+from minmacpo.evaluation.html import document, grid, tag
+from minmacpo.evaluation.report import write_report
+from minmacpo.pipeline import model_pool as workshop
+from minmacpo.pipeline.run import Stage, verify
+from minmacpo.runtime import progress
+from minmacpo.runtime.files import describe, fingerprint
 
 BIDI = "\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 ACTIVE = "\x00\x07\x08\r\x1b\x7f\x85\x9b\x9d" + BIDI + "\ud800"

@@ -12,16 +12,22 @@ from conftest import config_of, ragged, random_model
 from test_fit import pairs as pair_units
 from test_fit import slotted, work_of  # noqa: F401  (a fixture)
 
-from minmacpo import UserError, fit, losses, progress, score, stages
-from minmacpo.batching import collate, halved, plan_shared, token_counts, worth_sharing
-from minmacpo.config import Lora
-from minmacpo.fit import PairObjective, Schedule, SftObjective, make_plan, train_step
-from minmacpo.lora import attach_lora, reset_adapter, slot
-from minmacpo.losses import masked_logps, sequence_logps
-from minmacpo.model import attend, attend_bf16
-from minmacpo.parallel import ALONE
-from minmacpo.run import Work
-from minmacpo.tokenizer import Tokens
+from minmacpo import UserError
+from minmacpo.config.schema import Lora
+from minmacpo.core import scoring as score
+from minmacpo.core import trainer as fit
+from minmacpo.core.batching import collate, halved, plan_shared, token_counts, worth_sharing
+from minmacpo.core.lora import attach_lora, reset_adapter, slot
+from minmacpo.core.losses import PairObjective, SftObjective
+from minmacpo.core.trainer import Schedule, make_plan, train_step
+from minmacpo.data.tokenizer import Tokens
+from minmacpo.kernels import fused_logps as losses
+from minmacpo.kernels.attention import attend, attend_bf16
+from minmacpo.kernels.fused_logps import masked_logps, sequence_logps
+from minmacpo.pipeline import train_stage as stages
+from minmacpo.pipeline.run import Work
+from minmacpo.runtime import progress
+from minmacpo.runtime.distributed import ALONE
 
 MODELS = {
     "plain": {"num_key_value_heads": 4},
@@ -350,8 +356,8 @@ def test_auto_compiles_only_where_a_stage_is_long_enough(wanted, device, steps, 
 
 def test_candidates_of_several_files_are_scored_together_once_and_sides_are_told_apart(monkeypatch, tmp_path, seed):
     """One pass for the group, its second stage takes what is known; another side of the same file is another text."""
-    from minmacpo.data import Example, Message
-    from minmacpo.workshop import Texts
+    from minmacpo.data.records import Example, Message
+    from minmacpo.pipeline.model_pool import Texts
 
     model, passes = random_model(seed), []
     monkeypatch.setattr(stages, "score", lambda model, rows, *rest, share: passes.append(len(rows)) or score.score(model, rows, 200))

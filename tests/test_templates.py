@@ -7,11 +7,10 @@ import pytest
 from byte_pairs import NOTES, made
 from conftest import TEXTS, random_model, shared
 
-from minmacpo import UserError, workshop
-from minmacpo.checkpoint import save_model
-from minmacpo.config import SETTINGS, Config, Data
-from minmacpo.data import Example, Message, example_id
-from minmacpo.templates import (
+from minmacpo import UserError
+from minmacpo.config.schema import SETTINGS, Config, Data
+from minmacpo.core.checkpoint import save_model
+from minmacpo.data.chat_template import (
     ALPACA,
     HUMAN,
     TEMPLATES,
@@ -23,7 +22,9 @@ from minmacpo.templates import (
     response_text,
     tokenizer_notes,
 )
-from minmacpo.tokenizer import Tokenizer, load_tokenizer, show_mask
+from minmacpo.data.records import Example, Message, example_id
+from minmacpo.data.tokenizer import Tokenizer, load_tokenizer, show_mask
+from minmacpo.pipeline import model_pool as workshop
 
 # ---- templates ------------------------------------------------------------------------------
 

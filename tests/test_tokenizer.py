@@ -7,9 +7,9 @@ import pytest
 from conftest import TEXTS, shared
 
 from minmacpo import UserError
-from minmacpo.checkpoint import check_model_folder, stop_ids
-from minmacpo.data import find_files, read_lines
-from minmacpo.tokenizer import TURN_MARKS, Tokenizer, load_tokenizer, train_tokenizer
+from minmacpo.core.checkpoint import check_model_folder, stop_ids
+from minmacpo.data.readers import find_files, read_lines
+from minmacpo.data.tokenizer import TURN_MARKS, Tokenizer, load_tokenizer, train_tokenizer
 
 ODD = [
     "Hello world", "été, naïve façade", "日本語の文章です。", "हिन्दी ਪੰਜਾਬੀ", "עברית ‏ العربية", "👍🏽 👩‍👩‍👧‍👦 🏴󠁧󠁢󠁥󠁮󠁧󠁿", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 \U0010ffff",

@@ -7,11 +7,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from minmacpo import world
-from minmacpo.commandline import parse
-from minmacpo.config import World
-from minmacpo.data import Message, Pair, example_id
-from minmacpo.domains import TOOLS, TOWN
+from minmacpo.config.parse import parse
+from minmacpo.config.schema import World
+from minmacpo.data import synthetic as world
+from minmacpo.data.records import Message, Pair, example_id
+from minmacpo.data.synthetic_domains import TOOLS, TOWN
 
 SETTINGS = World()
 SEEDS = (0, 7)

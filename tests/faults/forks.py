@@ -22,10 +22,10 @@ from runs import FREE, Ended, contents, program, write_stub
 from shim import Disk, Walk
 
 import minmacpo
-from minmacpo import report
-from minmacpo.files import write_atomic
-from minmacpo.progress import call
-from minmacpo.run import PARTIAL
+from minmacpo.evaluation import report
+from minmacpo.pipeline.run import PARTIAL
+from minmacpo.runtime.files import write_atomic
+from minmacpo.runtime.progress import call
 
 WORKERS = 3  # on two cores: one may wait for its files
 for module in pkgutil.iter_modules(minmacpo.__path__, "minmacpo."):

@@ -10,7 +10,7 @@ from forks import Good, check_sentence, deaths, fork, spread, stages, tree
 from runs import stages_of
 from shim import Disk
 
-from minmacpo.run import PARTIAL
+from minmacpo.pipeline.run import PARTIAL
 
 pytestmark = pytest.mark.faults
 REMADE = ("env.json", "report.html", "eval/table.json", "metrics.jsonl")  # from what is finished

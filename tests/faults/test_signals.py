@@ -13,7 +13,7 @@ from forks import Good, check_sentence, ended, fork, spread, stages, start
 from runs import Ended, differences, spawn, write_stub
 from shim import Disk
 
-from minmacpo.progress import RESUMES
+from minmacpo.runtime.progress import RESUMES
 
 pytestmark = pytest.mark.faults
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]

@@ -13,20 +13,10 @@ from random import Random
 import mutations as m
 import torch
 
-from minmacpo import (
-    answers,
-    commandline,
-    evaluate,
-    experiments,
-    forms,
-    judge,
-    report,
-    reward,
-    templates,
-    tokenizer,
-)
-from minmacpo.bpe import byte_letters
-from minmacpo.checkpoint import (
+from minmacpo.cli import batch_sampling as answers
+from minmacpo.config import parse as commandline
+from minmacpo.config.schema import Lora
+from minmacpo.core.checkpoint import (
     load_adapter,
     load_model,
     load_state,
@@ -36,13 +26,19 @@ from minmacpo.checkpoint import (
     save_weights,
     stop_ids,
 )
-from minmacpo.config import Lora
-from minmacpo.data import Example, Message, Pair, Sample
-from minmacpo.families import parse_config
-from minmacpo.files import read_rows, write_json, write_rows
-from minmacpo.lora import attach_lora, read_adapter, reset_adapter, write_adapter
-from minmacpo.model import new_model
-from minmacpo.run import check_folder, derive_seed, read_metrics
+from minmacpo.core.lora import attach_lora, read_adapter, reset_adapter, write_adapter
+from minmacpo.core.model import new_model
+from minmacpo.core.model_config import parse_config
+from minmacpo.data import chat_template as templates
+from minmacpo.data import formats as forms
+from minmacpo.data import tokenizer
+from minmacpo.data.bpe import byte_letters
+from minmacpo.data.records import Example, Message, Pair, Sample
+from minmacpo.evaluation import experiments, judge, report
+from minmacpo.evaluation import reward_model as reward
+from minmacpo.evaluation import table as evaluate
+from minmacpo.pipeline.run import check_folder, derive_seed, read_metrics
+from minmacpo.runtime.files import read_rows, write_json, write_rows
 
 JSON = (m.structured, m.structured, m.raw)
 LINES = (m.lined, m.lined, m.raw)
