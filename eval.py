@@ -16,7 +16,7 @@ import json
 import sys
 
 from minmacpo import UserError
-from minmacpo.runtime.progress import call, inert
+from minmacpo.runtime.progress import escape_control_chars, run_main
 
 
 def main(argv: list[str]) -> int:
@@ -30,7 +30,9 @@ def main(argv: list[str]) -> int:
     else:
         found, show = read(words)
     if found is not None:
-        print(json.dumps(found, indent=1) if "--json" in argv else inert(show(found)))
+        print(
+            json.dumps(found, indent=1) if "--json" in argv else escape_control_chars(show(found))
+        )
     return 0
 
 
@@ -72,9 +74,17 @@ def read(words: list[str]):
     if not found["rows"]:
         raise UserError(f"{runs[0]}: no agent has been measured yet")
     if not (run.folder / FINISHED).is_file():
-        print(f"WARNING: {inert(runs[0])} has not ended: this is what has been measured so far", file=sys.stderr)
+        print(
+            f"WARNING: {escape_control_chars(runs[0])} has not ended: this is what has been measured so far",
+            file=sys.stderr,
+        )
     return found, format_table
 
 
 if __name__ == "__main__":
-    sys.exit(call(main, "this program only reads runs, and writes what is asked for whole or not at all; verdicts of a judge are kept."))
+    sys.exit(
+        run_main(
+            main,
+            "this program only reads runs, and writes what is asked for whole or not at all; verdicts of a judge are kept.",
+        )
+    )

@@ -7,7 +7,7 @@ python sample.py PATH --export FOLDER             base and adapter merged into o
 
 PATH is a model or adapter folder, or a run: its last student. --prompts takes rows of every form in the README, or a
 prompt per line. Settings are those of PATH's run, or the defaults, under --generate.KEY= (temperature, top_k, top_p,
-max_new, batch), --run.seed= (device, dtype, threads), --model.quantize= and --data.template= (label, on_bad, long,
+max_new_tokens, batch), --run.seed= (device, dtype, threads), --model.quantize= and --data.template= (label, on_invalid_row, long,
 max_examples).
 """
 
@@ -16,18 +16,31 @@ from argparse import Namespace, RawTextHelpFormatter
 from pathlib import Path
 
 from minmacpo import UserError
-from minmacpo.config.parse import Words, agent_flags, agent_folder, agent_settings
+from minmacpo.config.parse import ArgParser, agent_flags, agent_settings, resolve_checkpoint
 from minmacpo.data.records import Example, Message, example_id
-from minmacpo.runtime.files import making
-from minmacpo.runtime.progress import call, inert
+from minmacpo.runtime.files import atomic_dir
+from minmacpo.runtime.progress import escape_control_chars, run_main
 
-ACCEPTED = ("--generate.", "--run.seed=", "--run.device=", "--run.dtype=", "--run.threads=", "--data.template=",
-            "--data.label=", "--data.on_bad=", "--data.long=", "--data.max_examples=", "--model.quantize=")  # fmt: skip
+ACCEPTED = (
+    "--generate.",
+    "--run.seed=",
+    "--run.device=",
+    "--run.dtype=",
+    "--run.threads=",
+    "--data.template=",
+    "--data.preference_label=",
+    "--data.on_invalid_row=",
+    "--data.truncation_mode=",
+    "--data.max_examples=",
+    "--model.quantize=",
+)
 
 
 def parse_words(argv: list[str]) -> tuple[Namespace, dict[str, str]]:
     """The words of the command line, and the settings among them."""
-    parser = Words("sample.py", description=__doc__, formatter_class=RawTextHelpFormatter, allow_abbrev=False)
+    parser = ArgParser(
+        "sample.py", description=__doc__, formatter_class=RawTextHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("path", nargs="?", type=Path)
     parser.add_argument("prompt", nargs="?")
     for name in ("--prompts", "--out", "--export"):
@@ -40,8 +53,15 @@ def parse_words(argv: list[str]) -> tuple[Namespace, dict[str, str]]:
     if words.prompt is not None and not words.prompt.strip():
         raise UserError("PROMPT is empty")
     talking = not asked and not words.export and sys.stdin.isatty()
-    if not words.path or asked > 1 or not (asked or words.export or talking) or bool(words.prompts) != bool(words.out):
-        raise UserError("expected PATH and PROMPT, --prompts FILE with --out FILE, or --export DIR (--help); PATH alone in a terminal")
+    if (
+        not words.path
+        or asked > 1
+        or not (asked or words.export or talking)
+        or bool(words.prompts) != bool(words.out)
+    ):
+        raise UserError(
+            "expected PATH and PROMPT, --prompts FILE with --out FILE, or --export DIR (--help); PATH alone in a terminal"
+        )
     if int(words.n) > 1 and not asked:
         raise UserError("--n is for a PROMPT or --prompts")
     if words.export and words.export.exists():
@@ -52,7 +72,7 @@ def parse_words(argv: list[str]) -> tuple[Namespace, dict[str, str]]:
 def main(argv: list[str]) -> int:
     """Talk, answer or export as the command line asks; returns the exit code."""
     words, flags = parse_words(argv)
-    folder, n = agent_folder(words.path), int(words.n)
+    folder, n = resolve_checkpoint(words.path), int(words.n)
     config = agent_settings(folder, flags)
     from minmacpo.cli.batch_sampling import fit_prompts, marked, read_prompts, write_answers
     from minmacpo.cli.chat import shown, talk
@@ -62,19 +82,27 @@ def main(argv: list[str]) -> int:
     rows, told = read_prompts(words.prompts, config) if words.prompts else ([], [])
     config, loaded, base = open_agent(folder, config, flags)
     if words.export:
-        with making(words.export) as folder_made:
+        with atomic_dir(words.export) as folder_made:
             export_merged(loaded.model, base, folder_made)
         print(f"merged model: {words.export}")
     if words.prompts:
         prompts, lost = fit_prompts(config, loaded, rows)
-        print(*map(inert, filter(None, [*told, lost])), sep="\n", flush=True)
-        found = write_answers(config, loaded, str(folder), marked(config, folder, base, prompts, n), words.out)
-        print(f"{len(prompts) * n} answers: {words.out}" + f" ({found} were there already)" * bool(found))
+        print(*map(escape_control_chars, filter(None, [*told, lost])), sep="\n", flush=True)
+        found = write_answers(
+            config, loaded, str(folder), marked(config, folder, base, prompts, n), words.out
+        )
+        print(
+            f"{len(prompts) * n} answers: {words.out}"
+            + f" ({found} were there already)" * bool(found)
+        )
     elif words.prompt:
         prompt, size = (Message("user", words.prompt),), config.generate.batch
         jobs = [(Example(example_id(prompt), prompt, ""), number) for number in range(n)]
         for start in range(0, n, size):
-            for number, said in enumerate(answer(config, loaded, str(folder), jobs[start : start + size], config.run.seed), start + 1):
+            for number, said in enumerate(
+                answer(config, loaded, str(folder), jobs[start : start + size], config.run.seed),
+                start + 1,
+            ):
                 print(f"[{number}] " * (n > 1) + shown(loaded, config.data.template, said))
     elif not words.export:
         talk(config, loaded, str(folder))
@@ -83,4 +111,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     after = "what is not announced above is not done, and nothing half-written is left; the same words take up --out again."
-    sys.exit(call(main, after))
+    sys.exit(run_main(main, after))

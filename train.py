@@ -9,7 +9,7 @@ from minmacpo.config.parse import help_text, parse
 from minmacpo.data import synthetic as world
 from minmacpo.data.readers import find_files
 from minmacpo.runtime.files import sha256_file
-from minmacpo.runtime.progress import call
+from minmacpo.runtime.progress import run_main
 
 
 def source_of(config) -> dict:
@@ -18,37 +18,69 @@ def source_of(config) -> dict:
 
     data, seed = config.data, config.run.seed
     if data.path is None:
-        few = config.pretrain.strong_steps * config.pretrain.batch  # documents the tokenizer may learn from
-        return {"world": world.identity(config.world), "seed": seed} | ({"tokenizer_texts": few} if few < TOKENIZER_TEXTS else {})
-    files = {key: [[f.name, sha256_file(f)] for f in find_files(path, f"data.{key}")] for key, path in data.files.items()}
-    source = {"shares": list(data.shares), "max_examples": data.max_examples, "seed": seed, "files": files.pop("path")}
-    chosen = {"label": data.label, "on_bad": data.on_bad}
-    return source | files | (chosen if chosen != {"label": "better", "on_bad": "error"} else {})
+        few = (
+            config.pretrain.strong_steps * config.pretrain.batch
+        )  # documents the tokenizer may learn from
+        return {"world": world.identity(config.world), "seed": seed} | (
+            {"tokenizer_texts": few} if few < TOKENIZER_TEXTS else {}
+        )
+    files = {
+        key: [[f.name, sha256_file(f)] for f in find_files(path, f"data.{key}")]
+        for key, path in data.files.items()
+    }
+    source = {
+        "shares": list(data.shares),
+        "max_examples": data.max_examples,
+        "seed": seed,
+        "files": files.pop("path"),
+    }
+    chosen = {"label": data.preference_label, "on_invalid_row": data.on_invalid_row}
+    return (
+        source
+        | files
+        | (chosen if chosen != {"label": "better", "on_invalid_row": "error"} else {})
+    )
 
 
 def prepare(config):
     """Read or make the run's texts (in memory)."""
-    from minmacpo.pipeline.prepare_data import base_names, fit_slices, given_tokenizers, prepare_data
+    from minmacpo.pipeline.prepare_data import (
+        base_names,
+        given_tokenizers,
+        prepare_data,
+        prepare_splits,
+    )
 
     given = given_tokenizers(config)
     if config.data.path is not None:
         return prepare_data(config, given)
-    place, part, town = config.world, config.pretrain, world.make_town(config.world, config.run.seed)
-    steps = {name: part.strong_steps if name == "strong" else part.weak_steps for name in base_names(config)}
-    corpora = {name: world.corpus(town, place, name, part.batch * count) for name, count in steps.items()}
-    return fit_slices(config, made := world.slices(town, place), corpora, given, world.shorter(made, place))
+    place, part, town = (
+        config.world,
+        config.pretrain,
+        world.make_town(config.world, config.run.seed),
+    )
+    steps = {
+        name: part.strong_steps if name == "strong" else part.weak_steps
+        for name in base_names(config)
+    }
+    corpora = {
+        name: world.corpus(town, place, name, part.batch * count) for name, count in steps.items()
+    }
+    return prepare_splits(
+        config, made := world.slices(town, place), corpora, given, world.shorter(made, place)
+    )
 
 
 def run_all(run, source: dict, prepared) -> None:
     """Every stage of the run: the ground, the algorithm, a measurement after each trained agent."""
     from minmacpo.evaluation.table import measure
     from minmacpo.method.baselines import run_method
-    from minmacpo.pipeline.base_models import make_ground
-    from minmacpo.pipeline.model_pool import Workshop
+    from minmacpo.pipeline.base_models import setup_stages
+    from minmacpo.pipeline.model_pool import Session
 
-    shop, ground = Workshop(run), make_ground(run, source, prepared)
-    for trained in run_method(shop, ground):
-        measure(shop, ground, trained)
+    session, ground = Session(run), setup_stages(run, source, prepared)
+    for trained in run_method(session, ground):
+        measure(session, ground, trained)
 
 
 def main(argv: list[str]) -> int | None:
@@ -62,7 +94,7 @@ def main(argv: list[str]) -> int | None:
         return print(help_text())
     from minmacpo.runtime.distributed import meet
 
-    with (ranks := meet()).one_voice():
+    with (ranks := meet()).report_first_error():
         return obey(command, ranks)
 
 
@@ -71,10 +103,10 @@ def obey(command, ranks) -> int | None:
     from minmacpo.cli.dry_run import check_memory, hints, show_plan
     from minmacpo.evaluation.report import finish, write_report
     from minmacpo.pipeline.run import Run
-    from minmacpo.runtime.device import set_up
+    from minmacpo.runtime.device import configure_torch
 
     config = command.config
-    set_up(config)
+    configure_torch(config)
     ranks.connect(config)
     prepared, source = functools.cache(lambda: prepare(config)), source_of(config)
     run = Run(config, command.stage, command.profile, command.dry_run, ranks)
@@ -82,19 +114,21 @@ def obey(command, ranks) -> int | None:
     if command.stage and command.stage not in run.plan:
         raise UserError(f"--stage={command.stage}: no such stage; --dry_run lists them")
     if command.dry_run:
-        return ranks.first(lambda: show_plan(run, prepared))
+        return ranks.run_on_main(lambda: show_plan(run, prepared))
     made = [stage for name, stage in run.plan.items() if name.startswith(("data/", "bases/"))]
-    ranks.first(lambda: all(stage.finished for stage in made) or bool(prepared()))  # bad data is an error before there is a run folder
-    ranks.first(lambda: check_memory(run, prepared))
+    ranks.run_on_main(
+        lambda: all(stage.finished for stage in made) or bool(prepared())
+    )  # bad data is an error before there is a run folder
+    ranks.run_on_main(lambda: check_memory(run, prepared))
     run.begin()
     for said in hints(run):
         run.log(f"WARNING: {said}")
     run.after_stage = write_report
     run_all(run, source, prepared)
-    if ranks.main:
+    if ranks.is_main:
         print(finish(run))
 
 
 if __name__ == "__main__":
     start_again()
-    sys.exit(call(main))
+    sys.exit(run_main(main))

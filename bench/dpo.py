@@ -18,7 +18,12 @@ TITLE = "One optimiser step of DPO on 8 pairs of 128 + 128 tokens, LoRA of rank 
 PLAIN = {"gradient_checkpointing": False}
 VARIANTS = {  # what is compared: key of the target by shape and dtype, name of the peer, its settings, is our reference stored
     "plain": ("dpo-{}", "TRL + PEFT", PLAIN, True),
-    "precomputed": ("dpo-{}-precomputed", "TRL + PEFT, reference precomputed", PLAIN | {"precompute_ref_log_probs": True}, True),
+    "precomputed": (
+        "dpo-{}-precomputed",
+        "TRL + PEFT, reference precomputed",
+        PLAIN | {"precompute_ref_log_probs": True},
+        True,
+    ),
     "default": ("dpo-{}-default", "TRL + PEFT, its default: gradient checkpointing", {}, True),
     "both": ("dpo-{}-both", "TRL + PEFT; own reference in the step too", PLAIN, False),
 }
@@ -31,7 +36,11 @@ def peak(side: str, size: str, dtype: str, kind: str = "dpo") -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         alone("bench.peers", folder, size)  # so that this process holds one side alone
-        step, _ = own_step(place, rows, dtype, kind) if side == "own" else trl_step(place, rows, dtype, kind, **(PLAIN if side == "peer" else {}))
+        step, _ = (
+            own_step(place, rows, dtype, kind)
+            if side == "own"
+            else trl_step(place, rows, dtype, kind, **(PLAIN if side == "peer" else {}))
+        )
         step()
     print(json.dumps({"peak_mb": round(peak_mb())}))
 
@@ -39,8 +48,14 @@ def peak(side: str, size: str, dtype: str, kind: str = "dpo") -> None:
 def memory(size: str, dtype: str, side: str, kind: str = "dpo") -> dict:
     """The memory part of a row, from processes of their own."""
     module = f"bench.{kind}"
-    mine, theirs = (alone(module, "--peak", who, size, dtype)[0]["peak_mb"] for who in ("own", side))
-    return {"ratio_memory": spread([theirs / mine]), "own": {"peak_mb": mine}, "peer_values": {"peak_mb": theirs}}
+    mine, theirs = (
+        alone(module, "--peak", who, size, dtype)[0]["peak_mb"] for who in ("own", side)
+    )
+    return {
+        "ratio_memory": spread([theirs / mine]),
+        "own": {"peak_mb": mine},
+        "peer_values": {"peak_mb": theirs},
+    }
 
 
 def compare(place: Path, size: str, dtype: str, variant: tuple, lacks: str, times: int) -> dict:
@@ -48,14 +63,23 @@ def compare(place: Path, size: str, dtype: str, variant: tuple, lacks: str, time
     key, peer, settings, store = variant
     rows = make_rows(8, 128, 128, ("chosen", "rejected"))
     mine, loss = own_step(place, rows, dtype, store=store)
-    row = {"work": "DPO-LoRA step", "shape": size, "dtype": dtype, "peer": peer, "target": [key.format(f"{size.lower()}-{dtype}")], "note": lacks}
+    row = {
+        "work": "DPO-LoRA step",
+        "shape": size,
+        "dtype": dtype,
+        "peer": peer,
+        "target": [key.format(f"{size.lower()}-{dtype}")],
+        "note": lacks,
+    }
     if lacks:
         return row | alternate(mine, None, times)
     theirs, other = trl_step(place, rows, dtype, **settings)
     exact = loss if dtype == "fp32" else own_step(place, rows, "fp32")[1]
     if abs(loss - other) > (1e-4 if dtype == "fp32" else 0.1) or abs(loss - exact) > 0.1:
         raise SystemExit(f"{size} {dtype}: the losses differ, {loss} and {other}")
-    equal = f"loss {loss:.4f} / {other:.4f}" + (f" (in fp32 {exact:.4f}; logps are sums over 128 tokens)" if dtype == "bf16" else "")
+    equal = f"loss {loss:.4f} / {other:.4f}" + (
+        f" (in fp32 {exact:.4f}; logps are sums over 128 tokens)" if dtype == "bf16" else ""
+    )
     return row | alternate(mine, theirs, times, warm=False) | {"equal": equal}
 
 
@@ -87,6 +111,12 @@ if __name__ == "__main__":
         torch.set_num_threads(1)
         peak(*sys.argv[2:])
     else:
-        chosen, both = words([*SHAPES, *DTYPES, *VARIANTS]), ["fp32", "bf16"] if bf16_hardware() else ["fp32"]
-        found = [[word for word in chosen if word in known] or list(usual) for known, usual in ((SHAPES, SHAPES), (DTYPES, both), (VARIANTS, VARIANTS))]
+        chosen, both = (
+            words([*SHAPES, *DTYPES, *VARIANTS]),
+            ["fp32", "bf16"] if bf16_hardware() else ["fp32"],
+        )
+        found = [
+            [word for word in chosen if word in known] or list(usual)
+            for known, usual in ((SHAPES, SHAPES), (DTYPES, both), (VARIANTS, VARIANTS))
+        ]
         main(*found)

@@ -16,19 +16,40 @@ from bench.measure import alternate
 from bench.peers import make_rows, random_slot
 from minmacpo.cli.memory_estimate import Load, linear_ends, need
 from minmacpo.config.schema import Generate, Lora
-from minmacpo.core.lora import clear_adapter, read_adapter, write_adapter
+from minmacpo.core.lora import disable_adapter, get_adapter_weights, set_adapter_weights
 from minmacpo.core.model import Transformer
 from minmacpo.core.model_config import ModelConfig
 from minmacpo.core.sampling import generate
 from minmacpo.core.scoring import score
 from minmacpo.data.tokenizer import Tokens
-from minmacpo.kernels.quantization import FORMS, Quantised, put_linears
+from minmacpo.kernels.quantization import FORMS, Quantised, quantize_linears
 
 TITLE = "A student of Llama-2-70B's shape on one card, quantised: a DPO-LoRA step on a pair of 1,024 tokens a side, scoring, sampling."
 SHAPE = (8192, 80, 64, 8, 28672, 32_000)  # width, layers, heads, key heads, MLP, vocabulary
-LARGE = {"shape": SHAPE, "half": 512, "texts": 16, "new": 128, "rows": (1, 16, 64), "square": 8192, "copy": 2**30, "times": 3}
-TINY = {"shape": (64, 2, 4, 2, 128, 32_000), "half": 8, "texts": 2, "new": 8, "rows": (1, 4), "square": 256, "copy": 2**20, "times": 1}
-SPREAD = {"int8": 0.02 / 73, "nf4": 0.02 / 0.5}  # scales with which random codes are weights of standard deviation 0.02
+LARGE = {
+    "shape": SHAPE,
+    "half": 512,
+    "texts": 16,
+    "new": 128,
+    "rows": (1, 16, 64),
+    "square": 8192,
+    "copy": 2**30,
+    "times": 3,
+}
+TINY = {
+    "shape": (64, 2, 4, 2, 128, 32_000),
+    "half": 8,
+    "texts": 2,
+    "new": 8,
+    "rows": (1, 4),
+    "square": 256,
+    "copy": 2**20,
+    "times": 1,
+}
+SPREAD = {
+    "int8": 0.02 / 73,
+    "nf4": 0.02 / 0.5,
+}  # scales with which random codes are weights of standard deviation 0.02
 
 
 def config_of(shape: tuple[int, ...]) -> ModelConfig:
@@ -40,8 +61,11 @@ def loads(size: dict) -> dict[str, Load]:
     """The largest pass of everything that is measured."""
     half, most = size["half"], size["rows"][-1]
     score_rows = min(3 * size["texts"], max(1, 16384 // (2 * half)))
-    return {"DPO-LoRA step": Load("train", 2, 2 * half, 2 * half, computed=3 * half), "scoring": Load("score", score_rows, 2 * half, score_rows * half),
-            f"sampling, batch {most}": Load("sample", most, half, most, room=half + size["new"])}  # fmt: skip
+    return {
+        "DPO-LoRA step": Load("train", 2, 2 * half, 2 * half, computed=3 * half),
+        "scoring": Load("score", score_rows, 2 * half, score_rows * half),
+        f"sampling, batch {most}": Load("sample", most, half, most, room=half + size["new"]),
+    }
 
 
 def show_plan() -> None:
@@ -49,8 +73,14 @@ def show_plan() -> None:
     for vocab in (32_000, 128_256):
         config = config_of((*SHAPE[:-1], vocab))
         for work, load in loads(LARGE).items():
-            sizes = {form: need(load, config, Lora(), 2, form, device="cuda").total for form in ("none", *FORMS)}
-            told = ", ".join(f"{'bf16' if form == 'none' else form} {size / 1e9:.0f} GB" for form, size in sizes.items())
+            sizes = {
+                form: need(load, config, Lora(), 2, form, device="cuda").total
+                for form in ("none", *FORMS)
+            }
+            told = ", ".join(
+                f"{'bf16' if form == 'none' else form} {size / 1e9:.0f} GB"
+                for form, size in sizes.items()
+            )
             print(f"plan, 70B, vocabulary {vocab:,}, {work}: {told}", flush=True)
 
 
@@ -59,7 +89,7 @@ def random_model(config: ModelConfig, form: str, device: str) -> Transformer:
     """A model of random weights in bf16, its linears in `form`; nothing else is ever as large as a layer."""
     with torch.device("meta"):
         model = Transformer(config).to(torch.bfloat16)
-        put_linears(model, form)
+        quantize_linears(model, form)
     model.to_empty(device=device)
     for module in model.modules():
         if isinstance(module, Quantised):
@@ -76,12 +106,17 @@ class Large(Bench):
     def __init__(self, size: dict, form: str, rows: list[dict], began: float):
         self.size, self.form, self.rows, self.began, self.title = size, form, rows, began, TITLE
         self.name = "large-tiny" if size is TINY else "large"
-        self.device, self.config = "cuda" if torch.cuda.is_available() else "cpu", config_of(size["shape"])
+        self.device, self.config = (
+            "cuda" if torch.cuda.is_available() else "cpu",
+            config_of(size["shape"]),
+        )
         torch.manual_seed(0)
         self.model = random_model(self.config, form, self.device)
         self.params = random_slot(self.model)
-        self.adapter = read_adapter(self.model)
-        self.body = self.config.num_hidden_layers * sum(a * b for a, b in linear_ends(self.config).values())
+        self.adapter = get_adapter_weights(self.model)
+        self.body = self.config.num_hidden_layers * sum(
+            a * b for a, b in linear_ends(self.config).values()
+        )
         self.head = self.config.vocab_size * self.config.hidden_size
 
     def row(self, work: str, call, tokens: int) -> dict:
@@ -89,7 +124,9 @@ class Large(Bench):
         row = {"work": work, "dtype": self.form} | alternate(call, None, self.size["times"])
         row["own"]["tokens_per_s"] = tokens / row["own"]["wall_s"][0]
         if load := loads(self.size).get(work):
-            row["own"]["counted_gb"] = need(load, self.config, Lora(), 2, self.form, device="cuda").total / 1e9
+            row["own"]["counted_gb"] = (
+                need(load, self.config, Lora(), 2, self.form, device="cuda").total / 1e9
+            )
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             call()
@@ -104,8 +141,10 @@ def dpo(bench: Large) -> list[dict]:
     row = bench.row("DPO-LoRA step", step, 4 * half)
     if peak := row["own"].get("peak_gb"):
         row |= {"target": ["gpu-70b"], "ratio_free_gb": [140 - peak] * 3}
-    row["ratio_share"] = share(bench, 4 * bench.body * 3 * half + 4 * bench.head * 2 * half, "matmul_flops", row["own"])
-    write_adapter(bench.model, bench.adapter)
+    row["ratio_share"] = share(
+        bench, 4 * bench.body * 3 * half + 4 * bench.head * 2 * half, "matmul_flops", row["own"]
+    )
+    set_adapter_weights(bench.model, bench.adapter)
     return [row]
 
 
@@ -114,8 +153,18 @@ def scoring(bench: Large) -> list[dict]:
     rng, half, rows = random.Random(0), bench.size["half"], []
     for _ in range(bench.size["texts"]):
         prompt = [rng.randrange(3, bench.config.vocab_size) for _ in range(half)]
-        rows += [Tokens(prompt + [rng.randrange(3, bench.config.vocab_size) for _ in range(half)], [False] * half + [True] * half) for _ in range(3)]
-    row = bench.row("scoring", lambda: score(bench.model, rows, 16384, log=lambda text: None, share=True), 2 * half * len(rows))
+        rows += [
+            Tokens(
+                prompt + [rng.randrange(3, bench.config.vocab_size) for _ in range(half)],
+                [False] * half + [True] * half,
+            )
+            for _ in range(3)
+        ]
+    row = bench.row(
+        "scoring",
+        lambda: score(bench.model, rows, 16384, log=lambda text: None, share=True),
+        2 * half * len(rows),
+    )
     flops = 2 * bench.body * bench.size["texts"] * 4 * half + 2 * bench.head * len(rows) * half
     row["ratio_share"] = share(bench, flops, "matmul_flops", row["own"])
     return [row]
@@ -124,23 +173,41 @@ def scoring(bench: Large) -> list[dict]:
 def sampling(bench: Large) -> Iterator[dict]:
     """Answers side by side; the share is that of one read of the quantised weights and the cache a step."""
     new, half, config = bench.size["new"], bench.size["half"], bench.config
-    clear_adapter(bench.model)
-    read = sum(t.nbytes for name, t in bench.model.state_dict().items() if "embed" not in name and ".lora_" not in name)
+    disable_adapter(bench.model)
+    read = sum(
+        t.nbytes
+        for name, t in bench.model.state_dict().items()
+        if "embed" not in name and ".lora_" not in name
+    )
     for rows in bench.size["rows"]:
         rng = random.Random(rows)
         prompts = [[rng.randrange(3, config.vocab_size) for _ in range(half)] for _ in range(rows)]
-        row = bench.row(f"sampling, batch {rows}", lambda prompts=prompts, rows=rows: generate(
-            bench.model, prompts, range(rows), Generate(0.95, 50, 0.7, new), set()), rows * new)  # fmt: skip
-        cache = 4 * rows * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (half + new // 2)
+        row = bench.row(
+            f"sampling, batch {rows}",
+            lambda prompts=prompts, rows=rows: generate(
+                bench.model, prompts, range(rows), Generate(0.95, 50, 0.7, new), set()
+            ),
+            rows * new,
+        )
+        cache = (
+            4
+            * rows
+            * config.num_hidden_layers
+            * config.num_key_value_heads
+            * config.head_dim
+            * (half + new // 2)
+        )
         row["ratio_share"] = share(bench, (read + cache) * new, "copy_bytes", row["own"])
         yield row
-    write_adapter(bench.model, bench.adapter)
+    set_adapter_weights(bench.model, bench.adapter)
 
 
 def main(tiny: bool) -> None:
     show_plan()
     if not tiny and not torch.cuda.is_available():
-        raise SystemExit("torch finds no GPU here; python -m bench.gpu --large --tiny runs the same code at toy size")
+        raise SystemExit(
+            "torch finds no GPU here; python -m bench.gpu --large --tiny runs the same code at toy size"
+        )
     rows: list[dict] = []
     began = time.perf_counter()
     for form in FORMS:

@@ -34,7 +34,9 @@ def plain(hidden, weight, targets):
 
 def checkpointed(hidden, weight, targets):
     chunks = in_chunks(hidden, targets, len(weight))
-    return torch.cat([checkpoint(chunk_logps, h, weight, t, use_reentrant=False) for h, t in chunks])
+    return torch.cat(
+        [checkpoint(chunk_logps, h, weight, t, use_reentrant=False) for h, t in chunks]
+    )
 
 
 def of_torch(options, hidden, weight, targets):
@@ -47,7 +49,9 @@ def of_liger(hidden, weight, targets) -> torch.Tensor:
 
     order = [*range(0, ANSWERS, 2), *range(1, ANSWERS, 2)]
     x, y = hidden.view(ANSWERS, -1, hidden.shape[1])[order], targets.view(ANSWERS, -1)[order]
-    loss = LigerFusedLinearDPOLoss(beta=BETA, compute_nll_loss=False, use_ref_model=False, compiled=False)
+    loss = LigerFusedLinearDPOLoss(
+        beta=BETA, compute_nll_loss=False, use_ref_model=False, compiled=False
+    )
     return loss(weight, x, y)[0]
 
 
@@ -57,8 +61,13 @@ def forms() -> dict[str, Callable | str]:
     if hasattr(F, "linear_cross_entropy"):
         found["torch F.linear_cross_entropy"] = functools.partial(of_torch, None)
         if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-            found["torch F.linear_cross_entropy, chunked"] = functools.partial(of_torch, torch.nn.LinearCrossEntropyOptions())
-    made = {name: (lambda h, w, t, form=form: margin_loss(form(h, w, t))) for name, form in found.items()}
+            found["torch F.linear_cross_entropy, chunked"] = functools.partial(
+                of_torch, torch.nn.LinearCrossEntropyOptions()
+            )
+    made = {
+        name: (lambda h, w, t, form=form: margin_loss(form(h, w, t)))
+        for name, form in found.items()
+    }
     lacks = missing("liger_kernel").replace("-r requirements-dev.txt", "liger-kernel")
     return made | {"Liger's chunked DPO loss": lacks or of_liger}
 
@@ -83,24 +92,44 @@ def compare(name: str, form: Callable | str, shape: str, dtype: torch.dtype) -> 
     """One row: that way against the one of losses.py."""
     torch.manual_seed(0)
     width = WIDTHS[shape]
-    case = (torch.randn(TOKENS, width).to(dtype), (torch.randn(VOCAB, width) * width**-0.5).to(dtype), torch.randint(VOCAB, (TOKENS,)))
+    case = (
+        torch.randn(TOKENS, width).to(dtype),
+        (torch.randn(VOCAB, width) * width**-0.5).to(dtype),
+        torch.randint(VOCAB, (TOKENS,)),
+    )
 
     def own(hidden, weight, targets):
         return margin_loss(token_logps(hidden, weight, targets))
 
-    row = {"work": "frozen head, DPO loss", "shape": shape, "dtype": {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype], "peer": name}
+    row = {
+        "work": "frozen head, DPO loss",
+        "shape": shape,
+        "dtype": {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype],
+        "peer": name,
+    }
     if isinstance(form, str):
         return row | {"own": {}, "peer_values": {}, "note": form}
     try:
         (loss, found), (other, wanted) = gradient(own, case), gradient(form, case)
     except (RuntimeError, NotImplementedError, TypeError) as error:
-        return row | {"own": {}, "peer_values": {}, "note": f"fails: {str(error).splitlines()[0][:120]}"}
+        return row | {
+            "own": {},
+            "peer_values": {},
+            "note": f"fails: {str(error).splitlines()[0][:120]}",
+        }
     away = ((found - wanted).float().norm() / wanted.float().norm()).item()
     if abs(loss - other) > (1e-3 if dtype == torch.float32 else 0.02) * abs(other):
         raise SystemExit(f"{name}: the losses differ, {loss} and {other}")
     timed = alternate(lambda: gradient(own, case), lambda: gradient(form, case), 5, warm=False)
-    timed["own"]["peak_mb"], timed["peer_values"]["peak_mb"] = peak_of(own, case), peak_of(form, case)
-    return row | timed | {"equal": f"loss {loss:.5f} / {other:.5f}, gradients differ by {away:.1g} (relative)"}
+    timed["own"]["peak_mb"], timed["peer_values"]["peak_mb"] = (
+        peak_of(own, case),
+        peak_of(form, case),
+    )
+    return (
+        row
+        | timed
+        | {"equal": f"loss {loss:.5f} / {other:.5f}, gradients differ by {away:.1g} (relative)"}
+    )
 
 
 def main(shapes: list[str]) -> None:

@@ -16,33 +16,35 @@ from bench import trl_macpo
 from bench.measure import alternate, bf16_hardware, missing, words, write
 from bench.peers import BETA, DTYPES, LR, joined, make_folder, make_rows, own_model
 from minmacpo.config.schema import Generate
-from minmacpo.core.losses import PairObjective
+from minmacpo.core.losses import PreferenceLoss
 from minmacpo.core.sampling import generate
 from minmacpo.core.scoring import score
-from minmacpo.core.trainer import Unit, train_step
+from minmacpo.core.trainer import TrainExample, train_step
 
 PROMPTS, PROMPT, NEW, BATCH = 16, 32, 32, 8
 SAMPLING = Generate(0.95, 50, 0.7, NEW)
 AGENTS = ("student", "teacher1", "teacher2")
-TITLE = (f"One round with two teachers, 15M each: {PROMPTS} prompts of {PROMPT} tokens, answers of up to {NEW}, DPO + SFT with {BATCH} "
-         "pairs a step, one thread, models loaded anew.")  # fmt: skip
-Texts = list[list[int]]
+TITLE = (
+    f"One round with two teachers, 15M each: {PROMPTS} prompts of {PROMPT} tokens, answers of up to {NEW}, DPO + SFT with {BATCH} "
+    "pairs a step, one thread, models loaded anew."
+)
+TextColumn = list[list[int]]
 
 
-def sample(model, prompts: Texts, seed: int) -> Texts:
+def sample(model, prompts: TextColumn, seed: int) -> TextColumn:
     """An answer to each prompt."""
     found, _ = generate(model, prompts, range(seed, seed + len(prompts)), SAMPLING, {2})
     return [trl_macpo.whole(text) for text in found]
 
 
-def perplexities(model, prompts: Texts, texts: Texts) -> list[float]:
+def perplexities(model, prompts: TextColumn, texts: TextColumn) -> list[float]:
     """Mean negative log-probability per token of every text behind its prompt (perplexity is monotone in it)."""
     rows = [joined({"prompt": p, "text": t}, "text") for p, t in zip(prompts, texts, strict=True)]
     logps = score(model, rows, 16384, share=True, log=lambda line: None)
     return [-logp / len(text) for logp, text in zip(logps, texts, strict=True)]
 
 
-def choose(familiar: list[list[float]], offered: list[Texts]) -> Texts:
+def choose(familiar: list[list[float]], offered: list[TextColumn]) -> TextColumn:
     """Of every prompt the answer with the lowest perplexity."""
     columns = zip(zip(*familiar, strict=True), zip(*offered, strict=True), strict=True)
     return [min(zip(column, texts, strict=True))[1] for column, texts in columns]
@@ -51,29 +53,58 @@ def choose(familiar: list[list[float]], offered: list[Texts]) -> Texts:
 def learn(model, params: list, pairs: list[tuple], heard: list[float] | None = None) -> list[float]:
     """DPO + SFT on (prompt, chosen, rejected), one epoch; the loss of every step. The reference is the adapter at its start;
     `heard`: the chosen texts' log-probabilities under it, which the student knows from choosing them (pairing.pairs)."""
-    texts = [tuple(joined({"prompt": prompt, "text": text}, "text") for text in sides) for prompt, *sides in pairs]
-    refs = iter(score(model, [text for pair in texts for text in (pair[1:] if heard else pair)], 16384, share=True, log=lambda line: None))
-    units = [Unit(str(i), pair, (heard[i] if heard else next(refs), next(refs))) for i, pair in enumerate(texts)]
-    objective, optimizer = PairObjective(BETA, trl_macpo.GAMMA), torch.optim.AdamW(params, LR, weight_decay=0.0, fused=True)
-    groups = [[*range(start, min(start + BATCH, len(units)))] for start in range(0, len(units), BATCH)]
-    return [train_step(model, params, units, [group], objective, optimizer, 1.0, True)[0].item() for group in groups]
+    texts = [
+        tuple(joined({"prompt": prompt, "text": text}, "text") for text in sides)
+        for prompt, *sides in pairs
+    ]
+    refs = iter(
+        score(
+            model,
+            [text for pair in texts for text in (pair[1:] if heard else pair)],
+            16384,
+            share=True,
+            log=lambda line: None,
+        )
+    )
+    units = [
+        TrainExample(str(i), pair, (heard[i] if heard else next(refs), next(refs)))
+        for i, pair in enumerate(texts)
+    ]
+    objective, optimizer = (
+        PreferenceLoss(BETA, trl_macpo.GAMMA),
+        torch.optim.AdamW(params, LR, weight_decay=0.0, fused=True),
+    )
+    groups = [
+        [*range(start, min(start + BATCH, len(units)))] for start in range(0, len(units), BATCH)
+    ]
+    return [
+        train_step(model, params, units, [group], objective, optimizer, 1.0, True)[0].item()
+        for group in groups
+    ]
 
 
-def macpo_round(place: Path, prompts: Texts, negatives: dict[str, Texts], dtype: str) -> None:
+def macpo_round(
+    place: Path, prompts: TextColumn, negatives: dict[str, TextColumn], dtype: str
+) -> None:
     """Teachers answer, the student takes the least perplexing answer and learns, answers, and the teachers learn from it."""
     agents = {name: own_model(place / name, dtype) for name in AGENTS}
     student, *teachers = AGENTS
     offered = [sample(agents[name][0], prompts, 0) for name in teachers]
     familiar = [perplexities(agents[student][0], prompts, texts) for texts in offered]
     chosen = choose(familiar, offered)
-    heard = [-min(column) * len(text) for column, text in zip(zip(*familiar, strict=True), chosen, strict=True)]
+    heard = [
+        -min(column) * len(text)
+        for column, text in zip(zip(*familiar, strict=True), chosen, strict=True)
+    ]
     learn(*agents[student], [*zip(prompts, chosen, negatives[student], strict=True)], heard)
     said = sample(agents[student][0], prompts, 0)
     for name in teachers:
         learn(*agents[name], [*zip(prompts, said, negatives[name], strict=True)])
 
 
-def same_method(place: Path, prompts: Texts, negatives: dict[str, Texts], dtype: str) -> str:
+def same_method(
+    place: Path, prompts: TextColumn, negatives: dict[str, TextColumn], dtype: str
+) -> str:
     """Given the same samples both sides must choose the same answers, and given the same pairs have the same first loss."""
     student, *teachers = AGENTS
     model, params = own_model(place / student, dtype)
@@ -83,18 +114,35 @@ def same_method(place: Path, prompts: Texts, negatives: dict[str, Texts], dtype:
     theirs = choose([trl_macpo.perplexities(peer, prompts, texts) for texts in offered], offered)
     agreed = sum(a == b for a, b in zip(mine, theirs, strict=True))
     pairs = [*zip(prompts, mine, negatives[student], strict=True)][:BATCH]
-    loss, other = learn(model, params, pairs)[0], trl_macpo.learn(peer, place / "trl", pairs, dtype, BATCH)[0]
-    if agreed < len(prompts) - (2 if dtype == "bf16" else 0) or abs(loss - other) > (1e-3 if dtype == "fp32" else 0.02) * other:
-        raise SystemExit(f"{dtype}: {agreed} of {len(prompts)} choices are the same; losses {loss} and {other}")
+    loss, other = (
+        learn(model, params, pairs)[0],
+        trl_macpo.learn(peer, place / "trl", pairs, dtype, BATCH)[0],
+    )
+    if (
+        agreed < len(prompts) - (2 if dtype == "bf16" else 0)
+        or abs(loss - other) > (1e-3 if dtype == "fp32" else 0.02) * other
+    ):
+        raise SystemExit(
+            f"{dtype}: {agreed} of {len(prompts)} choices are the same; losses {loss} and {other}"
+        )
     return f"{agreed} of {len(prompts)} chosen answers; first loss {loss:.4f} / {other:.4f}"
 
 
 def compare(place: Path, dtype: str, lacks: str, times: int) -> dict:
     """The row, timed after both sides were found to do the same."""
     rows = make_rows(PROMPTS, PROMPT, NEW, AGENTS)
-    prompts, negatives = [row["prompt"] for row in rows], {name: [row[name] for row in rows] for name in AGENTS}
-    row = {"work": "a MACPO round", "shape": "15M", "dtype": dtype, "peer": "TRL + PEFT + generate", "target": ["macpo"] if dtype == "fp32" else [],
-           "note": lacks}  # fmt: skip
+    prompts, negatives = (
+        [row["prompt"] for row in rows],
+        {name: [row[name] for row in rows] for name in AGENTS},
+    )
+    row = {
+        "work": "a MACPO round",
+        "shape": "15M",
+        "dtype": dtype,
+        "peer": "TRL + PEFT + generate",
+        "target": ["macpo"] if dtype == "fp32" else [],
+        "note": lacks,
+    }
 
     def mine():
         macpo_round(place, prompts, negatives, dtype)

@@ -20,7 +20,10 @@ from minmacpo.runtime.files import write_json
 PLACE = Path("assets/bench")
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "liger-kernel", "numpy")
 INSTALL = "pip install -r requirements-dev.txt"
-SHAPES = {"15M": "288x6x6x768", "110M": "768x12x12x2048"}  # width x layers x heads x mlp, vocabulary 32,000
+SHAPES = {
+    "15M": "288x6x6x768",
+    "110M": "768x12x12x2048",
+}  # width x layers x heads x mlp, vocabulary 32,000
 KEY = ("work", "shape", "dtype", "peer")  # of a row
 Spread = list[float]  # median, lowest, highest
 
@@ -28,16 +31,27 @@ Spread = list[float]  # median, lowest, highest
 def words(known: Collection[str] | None = None) -> list[str]:
     """The command line's words; --help prints the first lines of the program instead, and so does a word that is none of `known`."""
     given = sys.argv[1:]
-    if strange := [word for word in given if word in ("-h", "--help") or (known is not None and word not in known)]:
+    if strange := [
+        word
+        for word in given
+        if word in ("-h", "--help") or (known is not None and word not in known)
+    ]:
         print(sys.modules["__main__"].__doc__.strip())
         asked = strange[0] in ("-h", "--help")
-        raise SystemExit(0 if asked else f"\nerror: {strange[0]!r} is unknown" + (f"; known: {', '.join(known)}" if known else ""))
+        raise SystemExit(
+            0
+            if asked
+            else f"\nerror: {strange[0]!r} is unknown"
+            + (f"; known: {', '.join(known)}" if known else "")
+        )
     return given
 
 
 def spread(values: Sequence[float]) -> Spread:
     """[median, lowest, highest], of four digits each."""
-    return [float(f"{value:.4g}") for value in (statistics.median(values), min(values), max(values))]
+    return [
+        float(f"{value:.4g}") for value in (statistics.median(values), min(values), max(values))
+    ]
 
 
 def clocked(call: Callable[[], object]) -> tuple[float, float]:
@@ -56,8 +70,13 @@ def alternate(own: Callable, peer: Callable | None, times: int = 5, warm: bool =
     for call in sides if warm else ():
         call()
     found = [[clocked(call) for call in sides] for _ in range(times)]
-    values = [{name: spread([turn[side][i] for turn in found]) for i, name in enumerate(("wall_s", "cpu_s"))}
-              for side in range(len(sides))]  # fmt: skip
+    values = [
+        {
+            name: spread([turn[side][i] for turn in found])
+            for i, name in enumerate(("wall_s", "cpu_s"))
+        }
+        for side in range(len(sides))
+    ]
     if peer is None:
         return {"ratio_cpu": None, "ratio_wall": None, "own": values[0], "peer_values": {}}
     wall, cpu = (spread([theirs[i] / mine[i] for mine, theirs in found]) for i in range(2))
@@ -76,14 +95,16 @@ def alone(*words: str, times: int = 1) -> list[dict]:
 
 
 def missing(*packages: str) -> str:
-    """"" if all are installed; else what a row's note says."""
+    """ "" if all are installed; else what a row's note says."""
     lacking = [name for name in packages if importlib.util.find_spec(name) is None]
     return f"{', '.join(lacking)} not installed ({INSTALL}): own side only" if lacking else ""
 
 
 def bf16_hardware() -> str:
     """What multiplies bf16 here: the CPU's flags for it, or a GPU; "" where it is emulated."""
-    flags = (linux("cpuinfo", r"flags\s*: (.*)") or linux("cpuinfo", r"Features\s*: (.*)") or "").split()
+    flags = (
+        linux("cpuinfo", r"flags\s*: (.*)") or linux("cpuinfo", r"Features\s*: (.*)") or ""
+    ).split()
     found = [flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in flags]
     return ", ".join(found)
 
@@ -92,9 +113,14 @@ def machine() -> dict:
     """Where a figure was measured."""
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     kilobytes = linux("meminfo", r"MemTotal:\s*(\d+)") or 0
-    return {"processor": linux("cpuinfo", r"model name\s*: (.*)") or "unknown", "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "memory_gb": round(int(kilobytes) / 2**20), "isa": torch.backends.cpu.get_cpu_capability(),
-            "bf16": bf16_hardware() or "none"} | gpu  # fmt: skip
+    return {
+        "processor": linux("cpuinfo", r"model name\s*: (.*)") or "unknown",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(int(kilobytes) / 2**20),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "bf16": bf16_hardware() or "none",
+    } | gpu
 
 
 def versions() -> dict[str, str]:
@@ -115,12 +141,23 @@ def write(name: str, title: str, rows: Sequence[dict], keep: bool = False, **mor
     file = PLACE / f"{name}.json"
     old = json.loads(file.read_text("utf-8"))["rows"] if file.is_file() else []
     new = {key_of(row): row for row in rows}
-    if any(row.get("peer_values") and not new.get(key_of(row), row).get("peer_values") for row in old):
-        title += f" {file} is left as it was: it has figures of a peer that could not be measured now."
+    if any(
+        row.get("peer_values") and not new.get(key_of(row), row).get("peer_values") for row in old
+    ):
+        title += (
+            f" {file} is left as it was: it has figures of a peer that could not be measured now."
+        )
     else:
         kept = [row for row in old if key_of(row) not in new] if keep else []
-        known = {"bench": name, "title": title, "command": f"python -m bench.{name}", "machine": machine(), "versions": versions(),
-                 "date": datetime.now(UTC).date().isoformat(), "commit": (code_commit() or "unknown")[:12]}  # fmt: skip
+        known = {
+            "bench": name,
+            "title": title,
+            "command": f"python -m bench.{name}",
+            "machine": machine(),
+            "versions": versions(),
+            "date": datetime.now(UTC).date().isoformat(),
+            "commit": (code_commit() or "unknown")[:12],
+        }
         write_json(file, known | {"rows": [*kept, *rows]} | more)
     print(f"{title}\n", *map(line, rows), sep="\n")
 
@@ -132,16 +169,32 @@ def key_of(row: dict) -> tuple:
 
 def line(row: dict) -> str:
     """One row as the terminal shows it."""
-    ratios = [f"{key.removeprefix('ratio_')} x{row[key][0]:.2f} ({row[key][1]:.2f}-{row[key][2]:.2f})"
-              for key in ("ratio_cpu", "ratio_wall", "ratio_memory") if row.get(key)]  # fmt: skip
-    sides = [f"{side} " + ", ".join(f"{k} {figure(v)}" for k, v in row[key].items()) for side, key in
-             (("own", "own"), ("peer", "peer_values")) if row.get(key)]  # fmt: skip
-    head = " · ".join(filter(None, (row["work"], row.get("shape"), row.get("dtype"), row.get("peer"))))
-    return "  ".join(filter(None, (f"{head}:", *ratios, *sides, row.get("equal", ""), row.get("note", ""))))
+    ratios = [
+        f"{key.removeprefix('ratio_')} x{row[key][0]:.2f} ({row[key][1]:.2f}-{row[key][2]:.2f})"
+        for key in ("ratio_cpu", "ratio_wall", "ratio_memory")
+        if row.get(key)
+    ]
+    sides = [
+        f"{side} " + ", ".join(f"{k} {figure(v)}" for k, v in row[key].items())
+        for side, key in (("own", "own"), ("peer", "peer_values"))
+        if row.get(key)
+    ]
+    head = " · ".join(
+        filter(None, (row["work"], row.get("shape"), row.get("dtype"), row.get("peer")))
+    )
+    return "  ".join(
+        filter(None, (f"{head}:", *ratios, *sides, row.get("equal", ""), row.get("note", "")))
+    )
 
 
 def figure(value) -> str:
     """A number, or a median with its range."""
     if isinstance(value, list):
         return f"{value[0]:.4g} ({value[1]:.4g}-{value[2]:.4g})"
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        f"{value:,.4g}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )

@@ -13,18 +13,21 @@ from minmacpo import UserError
 from minmacpo.core.scoring import perplexity, score
 from minmacpo.data.chat_template import render
 from minmacpo.data.records import Sample
-from minmacpo.evaluation.table import Past, judge, read_run
+from minmacpo.evaluation.table import FinishedRun, judge, read_run
 from minmacpo.pipeline.model_pool import open_folder
 from minmacpo.runtime.files import read_rows, write_json
-from minmacpo.runtime.progress import call
+from minmacpo.runtime.progress import run_main
 
 
-def texts_of(run: Past, t: int, agents: list[str]) -> dict[str, list[Sample]]:
+def texts_of(run: FinishedRun, t: int, agents: list[str]) -> dict[str, list[Sample]]:
     """{"positives of …", "negatives of …": samples} of round t, as far as they are on the disk."""
     names = {f"positives of {a}": f"round{t}/positives_{a}" for a in agents}
     names |= {f"negatives of {a}": f"round0/negatives_{a}" for a in agents}
-    return {label: read_rows(run.stage(name).path / "samples.jsonl", Sample)
-            for label, name in names.items() if name in run.notes}  # fmt: skip
+    return {
+        label: read_rows(run.stage(name).path / "samples.jsonl", Sample)
+        for label, name in names.items()
+        if name in run.notes
+    }
 
 
 def matrix(run: Path, t: int) -> dict[str, dict[str, float]]:
@@ -36,9 +39,14 @@ def matrix(run: Path, t: int) -> dict[str, dict[str, float]]:
         last = max(i for i in range(t) if f"round{i}/{agent}_pos" in past.notes)
         loaded, _, _ = open_folder(past.stage(f"round{last}/{agent}_pos").path, past.config)
         for label, samples in texts_of(past, t, agents).items():
-            rows = [render(loaded.tokenizer, past.config.data.template, s.prompt, s.response) for s in samples]
-            logps = score(loaded.model, rows, past.config.run.micro_tokens)
-            values = [perplexity(logp, sum(row.mask)) for logp, row in zip(logps, rows, strict=True)]
+            rows = [
+                render(loaded.tokenizer, past.config.data.template, s.prompt, s.response)
+                for s in samples
+            ]
+            logps = score(loaded.model, rows, past.config.run.max_tokens_per_batch)
+            values = [
+                perplexity(logp, sum(row.mask)) for logp, row in zip(logps, rows, strict=True)
+            ]
             found.setdefault(label, {})[agent] = float(np.median(values))
     return found
 
@@ -51,19 +59,26 @@ def complement(run: Path, t: int) -> dict[str, float]:
         said = read_rows(past.stage(f"round{t}/positives_{teacher}").path / "samples.jsonl", Sample)
         right.append([judge(past.config, s, s.response)["right"] for s in said])
     counts = np.sum(right, 0)
-    return {"none": float(np.mean(counts == 0)), "all": float(np.mean(counts == len(right))),
-            "some but not all": float(np.mean((counts > 0) & (counts < len(right))))}  # fmt: skip
+    return {
+        "none": float(np.mean(counts == 0)),
+        "all": float(np.mean(counts == len(right))),
+        "some but not all": float(np.mean((counts > 0) & (counts < len(right)))),
+    }
 
 
 def main(runs: list[str]) -> int:
     if not runs:
-        raise UserError("expected finished runs of the built-in world: python -m bench.mechanism RUN RUN")
+        raise UserError(
+            "expected finished runs of the built-in world: python -m bench.mechanism RUN RUN"
+        )
     rounds = range(1, read_run(runs[0]).config.macpo.rounds + 1)
     found = {"runs": [Path(run).name for run in runs], "rounds": {}}
     for t in rounds:
         tables = [matrix(Path(run), t) for run in runs]
-        mean = {label: {p: float(np.mean([table[label][p] for table in tables])) for p in row}
-                for label, row in tables[0].items()}  # fmt: skip
+        mean = {
+            label: {p: float(np.mean([table[label][p] for table in tables])) for p in row}
+            for label, row in tables[0].items()
+        }
         shares = [complement(Path(run), t) for run in runs]
         right = {key: float(np.mean([share[key] for share in shares])) for key in shares[0]}
         found["rounds"][str(t)] = {"perplexity": mean, "teachers right": right}
@@ -72,4 +87,4 @@ def main(runs: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(call(main, "nothing was written."))
+    sys.exit(run_main(main, "nothing was written."))

@@ -17,14 +17,39 @@ from pathlib import Path
 from bench.measure import words
 
 HOME = Path(__file__).parent.parent
-LARGE = ["--data.max_length=192", "--data.max_prompt=96", "--generate.max_new=96", "--generate.batch=32", "--model.context=256",
-         "--pretrain.strong_steps=12", "--pretrain.weak_steps=2", "--world.d1=32", "--world.d2=64", "--world.test=16"]  # fmt: skip
+LARGE = [
+    "--data.max_length=192",
+    "--data.max_prompt_length=96",
+    "--generate.max_new_tokens=96",
+    "--generate.batch=32",
+    "--model.context=256",
+    "--pretrain.strong_steps=12",
+    "--pretrain.weak_steps=2",
+    "--world.d1=32",
+    "--world.d2=64",
+    "--world.test=16",
+]
 SHAPES = {
-    "world": ["--pretrain.strong_steps=100", "--pretrain.weak_steps=20"],  # what is free in glibc's heap grows for as long
+    "world": [
+        "--pretrain.strong_steps=100",
+        "--pretrain.weak_steps=20",
+    ],  # what is free in glibc's heap grows for as long
     "15M": ["--model.strong=288x6x6x768", "--model.weak=96x3x3x256", *LARGE],
-    "110M": ["--model.strong=768x12x12x2048", "--model.weak=96x3x3x256", *LARGE, "--pretrain.batch=8", "--sft.batch=16"],
+    "110M": [
+        "--model.strong=768x12x12x2048",
+        "--model.weak=96x3x3x256",
+        *LARGE,
+        "--pretrain.batch=8",
+        "--sft.batch=16",
+    ],
 }
-STAGES = ["bases/strong", "round0/student_pos", "round1/student_pos", "round1/positives_student", "round1/reference_student"]
+STAGES = [
+    "bases/strong",
+    "round0/student_pos",
+    "round1/student_pos",
+    "round1/positives_student",
+    "round1/reference_student",
+]
 
 
 def program(words: list[str]) -> str:
@@ -38,19 +63,39 @@ def program(words: list[str]) -> str:
 
 def compare(case: str, root: Path) -> None:
     """A line for every stage of a shape."""
-    shape, dtype, form = (part or usual for part, usual in zip_longest(case.split(":"), ("", "float32", "none")))
+    shape, dtype, form = (
+        part or usual for part, usual in zip_longest(case.split(":"), ("", "float32", "none"))
+    )
     name = case.replace(":", "-")
-    words = [*SHAPES[shape], f"--run.dtype={dtype}", f"--model.quantize={form}", "--macpo.teachers=1", "--macpo.rounds=1", "--macpo.controls=false", f"--run.root={root}", f"--run.name={name}"]
+    words = [
+        *SHAPES[shape],
+        f"--run.dtype={dtype}",
+        f"--model.quantize={form}",
+        "--macpo.teachers=1",
+        "--macpo.rounds=1",
+        "--macpo.controls=false",
+        f"--run.root={root}",
+        f"--run.name={name}",
+    ]
     program(words)
     for stage in STAGES:
         shutil.rmtree(root / name / stage)
         (root / name / "eval/table.json").unlink(missing_ok=True)
-        [line] = [line for line in program([*words, "--dry_run"]).splitlines() if f" {stage} " in line]
-        told = float(re.search(r"([\d.]+) (MB|GB)$", line)[1]) * (1024 if line.endswith("GB") else 1)
+        [line] = [
+            line for line in program([*words, "--dry_run"]).splitlines() if f" {stage} " in line
+        ]
+        told = float(re.search(r"([\d.]+) (MB|GB)$", line)[1]) * (
+            1024 if line.endswith("GB") else 1
+        )
         program([*words, f"--stage={stage}"])
         notes = json.loads((root / name / stage / "stage.json").read_text())
-        measured = notes.get("peak_gpu_mb") or notes["peak_mb"]  # what is planned is the memory of the device
-        print(f"{case:18} {stage:26} {notes['kind']:11} predicted {told:5.0f} MB, measured {measured:5} MB ({told / measured - 1:+.0%})", flush=True)
+        measured = (
+            notes.get("peak_gpu_mb") or notes["peak_mb"]
+        )  # what is planned is the memory of the device
+        print(
+            f"{case:18} {stage:26} {notes['kind']:11} predicted {told:5.0f} MB, measured {measured:5} MB ({told / measured - 1:+.0%})",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -21,27 +21,70 @@ TITLE = "Tokens of planned batches of HH-RLHF pairs: padding included, without p
 def counted(work: str, groups: Sequence[Sequence[Tokens]], note: str) -> dict:
     """One row of the table."""
     padded, real, computed = token_counts(groups)
-    own = {"padded_tokens": padded, "padding_share_of_attention": round(1 - real / padded, 4), "computed_tokens": computed,
-           "saved_share": round(1 - computed / padded, 4)}  # fmt: skip
+    own = {
+        "padded_tokens": padded,
+        "padding_share_of_attention": round(1 - real / padded, 4),
+        "computed_tokens": computed,
+        "saved_share": round(1 - computed / padded, 4),
+    }
     return {"work": work, "own": own, "peer_values": {}, "note": note}
 
 
 def main(data: str, model: str) -> None:
     config, tokenizer = Config(), Tokenizer(Path(model).read_bytes())
     pairs, _ = read_data(data, "better", True, None, "data")
-    found = [tuple(render(tokenizer, "plain", pair.prompt, text) for text in (pair.chosen, pair.rejected)) for pair in pairs]
+    found = [
+        tuple(
+            render(tokenizer, "plain", pair.prompt, text) for text in (pair.chosen, pair.rejected)
+        )
+        for pair in pairs
+    ]
     kept = [pair for pair in found if max(len(row.ids) for row in pair) <= config.data.max_length]
-    lengths, budget = [max(len(row.ids) for row in pair) for pair in kept], config.run.micro_tokens
-    per_step = plan_steps(lengths, config.dpo.batch, -(-len(kept) // config.dpo.batch), 0, budget // 2, ALIKE)
+    lengths, budget = (
+        [max(len(row.ids) for row in pair) for pair in kept],
+        config.run.max_tokens_per_batch,
+    )
+    per_step = plan_steps(
+        lengths, config.dpo.batch, -(-len(kept) // config.dpo.batch), 0, budget // 2, ALIKE
+    )
     groups = [[row for i in group for row in kept[i]] for step in per_step for group in step]
-    rows = [counted("DPO pairs", groups, f"{len(kept)} pairs, {len(found) - len(kept)} of more than {config.data.max_length} tokens left out")]
+    rows = [
+        counted(
+            "DPO pairs",
+            groups,
+            f"{len(kept)} pairs, {len(found) - len(kept)} of more than {config.data.max_length} tokens left out",
+        )
+    ]
     chosen = [pair[0] for pair in kept]
-    per_step = plan_steps([len(row.ids) for row in chosen], config.sft.batch, -(-len(chosen) // config.sft.batch), 0, budget, ALIKE)
-    rows.append(counted("SFT answers", [[chosen[i] for i in group] for step in per_step for group in step], ""))
+    per_step = plan_steps(
+        [len(row.ids) for row in chosen],
+        config.sft.batch,
+        -(-len(chosen) // config.sft.batch),
+        0,
+        budget,
+        ALIKE,
+    )
+    rows.append(
+        counted(
+            "SFT answers", [[chosen[i] for i in group] for step in per_step for group in step], ""
+        )
+    )
     flat = [row for pair in kept for row in pair]
     plain = plan_scoring([len(row.ids) for row in flat], budget)
-    rows.append(counted("scoring, sorted", [[flat[i] for i in group] for group in plain], "all texts known beforehand"))
-    rows.append(counted("scoring, answers of a prompt together", [[flat[i] for i in group] for group in plan_shared(flat, budget)], ""))
+    rows.append(
+        counted(
+            "scoring, sorted",
+            [[flat[i] for i in group] for group in plain],
+            "all texts known beforehand",
+        )
+    )
+    rows.append(
+        counted(
+            "scoring, answers of a prompt together",
+            [[flat[i] for i in group] for group in plan_shared(flat, budget)],
+            "",
+        )
+    )
     write("padding", TITLE, rows)
 
 

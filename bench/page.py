@@ -12,23 +12,63 @@ TARGETS = {  # key: (work, peer, which ratio, at least)
     "dpo-110m-bf16": ("DPO-LoRA step, CPU, 110M, bf16", "TRL + PEFT", "cpu", 4.5),
     "dpo-15m-fp32": ("DPO-LoRA step, CPU, 15M, fp32", "TRL + PEFT", "cpu", 3.0),
     "dpo-110m-fp32": ("DPO-LoRA step, CPU, 110M, fp32", "TRL + PEFT", "cpu", 2.0),
-    "dpo-15m-bf16-precomputed": ("the same, 15M bf16, peer precomputes its reference", "TRL + PEFT", "cpu", 4.0),
+    "dpo-15m-bf16-precomputed": (
+        "the same, 15M bf16, peer precomputes its reference",
+        "TRL + PEFT",
+        "cpu",
+        4.0,
+    ),
     "sft-15m-bf16": ("SFT-LoRA step, CPU, 15M, bf16", "TRL + PEFT", "cpu", 4.0),
-    "memory-15m": ("peak memory of the process on a DPO step, 15M, bf16", "TRL + PEFT", "memory", 8.0),
-    "memory-110m": ("peak memory of the process on a DPO step, 110M, bf16", "TRL + PEFT", "memory", 5.0),
+    "memory-15m": (
+        "peak memory of the process on a DPO step, 15M, bf16",
+        "TRL + PEFT",
+        "memory",
+        8.0,
+    ),
+    "memory-110m": (
+        "peak memory of the process on a DPO step, 110M, bf16",
+        "TRL + PEFT",
+        "memory",
+        5.0,
+    ),
     "score": ("scoring K = 3 candidates", "transformers, sorted batches", "cpu", 2.5),
     "generate": ("sampling top-p 0.7, top-k 50, batch 16", "transformers generate", "cpu", 3.0),
     "macpo": ("whole MACPO round, tiny, HH-shaped", "TRL + generate", "wall", 4.0),
     "gpu-dpo": ("H200, Llama-2-7B shape, DPO-LoRA tokens/s", "TRL + PEFT", "wall", 2.5),
     "gpu-dpo-liger": ("the same", "TRL + PEFT + Liger", "wall", 1.5),
     "gpu-memory": ("the same, peak memory", "TRL + PEFT", "memory", 2.0),
-    "gpu-dpo-share": ("the same, share of the measured matmul ceiling", "the card's ceiling", "share", 0.55),
-    "gpu-generate": ("H200, sampling, 7B shape, batch 1-16 and 256", "transformers generate", "wall", 5.0),
-    "gpu-generate-share": ("the same, batch up to 16, share of the bandwidth limit", "the card's ceiling", "share", 0.7),
+    "gpu-dpo-share": (
+        "the same, share of the measured matmul ceiling",
+        "the card's ceiling",
+        "share",
+        0.55,
+    ),
+    "gpu-generate": (
+        "H200, sampling, 7B shape, batch 1-16 and 256",
+        "transformers generate",
+        "wall",
+        5.0,
+    ),
+    "gpu-generate-share": (
+        "the same, batch up to 16, share of the bandwidth limit",
+        "the card's ceiling",
+        "share",
+        0.7,
+    ),
     "gpu-score": ("H200, scoring, 7B shape", "transformers, batch", "wall", 2.0),
-    "gpu-score-share": ("the same, share of the matmul ceiling", "the card's ceiling", "share", 0.6),
-    "gpu-70b": ("a DPO step at 1,024 tokens, 70B shape in int8 or 4 bit, GB free of 140", "one card", "free_gb", 0.0),
-}  # fmt: skip
+    "gpu-score-share": (
+        "the same, share of the matmul ceiling",
+        "the card's ceiling",
+        "share",
+        0.6,
+    ),
+    "gpu-70b": (
+        "a DPO step at 1,024 tokens, 70B shape in int8 or 4 bit, GB free of 140",
+        "one card",
+        "free_gb",
+        0.0,
+    ),
+}
 INTRO = """# Benchmarks
 
 Speed and memory against the libraries that people use, each set up as its own documentation recommends. Made by
@@ -43,7 +83,11 @@ Weights are random, which does not matter for speed. CPU time is what ratios are
 
 def cell(value, times: bool = True) -> str:
     """A ratio with its range; nothing where there is none."""
-    return "" if value is None else f"{value[0]:.2f}{'×' if times else ''} ({value[1]:.2f}-{value[2]:.2f})"
+    return (
+        ""
+        if value is None
+        else f"{value[0]:.2f}{'×' if times else ''} ({value[1]:.2f}-{value[2]:.2f})"
+    )
 
 
 def worst_rows(benches: list[dict]) -> dict[str, tuple[dict, dict]]:
@@ -67,32 +111,65 @@ def target_rows(benches: list[dict]) -> list[list[str]]:
         value, sign = row.get(f"ratio_{which}"), "×" if which in ("cpu", "wall", "memory") else ""
         verdict = "not measured" if value is None else "met" if value[0] >= least else "**short**"
         where = f"bench.{bench['bench']}" if bench else ""
-        rows.append([work, peer, f"≥ {least:g}{sign} ({which.replace('_', ' ')})", cell(value, bool(sign)), verdict, where])
+        rows.append(
+            [
+                work,
+                peer,
+                f"≥ {least:g}{sign} ({which.replace('_', ' ')})",
+                cell(value, bool(sign)),
+                verdict,
+                where,
+            ]
+        )
     return rows
 
 
 def bench_section(bench: dict) -> str:
     """One benchmark: what and where, its table, its notes and pictures."""
-    where = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in bench["machine"].items())
+    where = ", ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in bench["machine"].items()
+    )
     with_what = ", ".join(f"{name} {version}" for name, version in bench["versions"].items())
-    head = ["work", "shape", "dtype", "peer", "CPU time, peer / own", "wall, peer / own", "peak memory, peer / own", "own", "peer", "equal", "note"]
+    head = [
+        "work",
+        "shape",
+        "dtype",
+        "peer",
+        "CPU time, peer / own",
+        "wall, peer / own",
+        "peak memory, peer / own",
+        "own",
+        "peer",
+        "equal",
+        "note",
+    ]
     table = []
     for row in bench["rows"]:
-        sides = [", ".join(f"{k} {figure(v)}" for k, v in (row.get(key) or {}).items()) for key in ("own", "peer_values")]
+        sides = [
+            ", ".join(f"{k} {figure(v)}" for k, v in (row.get(key) or {}).items())
+            for key in ("own", "peer_values")
+        ]
         ratios = [cell(row.get(f"ratio_{which}")) for which in ("cpu", "wall", "memory")]
         named = [row.get(key, "") or "" for key in ("work", "shape", "dtype", "peer")]
         table.append([*named, *ratios, *sides, row.get("equal", ""), row.get("note", "")])
     used = [i for i in range(len(head)) if any(row[i] for row in table)]
-    parts = [f"## {bench['bench']}\n", f"{bench['title']} `{bench['command']}`\n",
-             f"{bench['date']}, commit {bench['commit']}; {where}; {with_what}.\n",
-             markdown([head[i] for i in used], [[row[i] for i in used] for row in table])]  # fmt: skip
+    parts = [
+        f"## {bench['bench']}\n",
+        f"{bench['title']} `{bench['command']}`\n",
+        f"{bench['date']}, commit {bench['commit']}; {where}; {with_what}.\n",
+        markdown([head[i] for i in used], [[row[i] for i in used] for row in table]),
+    ]
     pictures = [f"![{name}]({(PLACE / name).as_posix()})\n" for name in bench.get("pictures", ())]
     return "\n".join([*parts, *(f"{note}\n" for note in bench.get("notes", ())), *pictures])
 
 
 def page(place: Path) -> str:
     """BENCHMARKS.md of the JSON files in `place`."""
-    benches = [json.loads(file.read_text("utf-8")) for file in sorted(place.glob("*.json")) if not file.stem.endswith("-tiny")]
+    benches = [
+        json.loads(file.read_text("utf-8"))
+        for file in sorted(place.glob("*.json"))
+        if not file.stem.endswith("-tiny")
+    ]
     targets = markdown(["work", "peer", "target", "measured", "", "by"], target_rows(benches))
     return "\n".join([INTRO, "## Targets\n", targets, *map(bench_section, benches)])
 

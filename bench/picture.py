@@ -11,7 +11,6 @@ from minmacpo.evaluation import html as page
 from minmacpo.evaluation.report import over_rounds
 from minmacpo.evaluation.table import make_table, read_run
 from minmacpo.runtime.files import write_atomic
-from minmacpo.runtime.progress import call
 
 
 def picture(run: str) -> str:
@@ -25,4 +24,11 @@ def picture(run: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(call(lambda words: write_atomic(Path("assets/world.svg"), picture(words[0] if words else "runs/world")) or 0))
+    sys.exit(
+        call(
+            lambda words: (
+                write_atomic(Path("assets/world.svg"), picture(words[0] if words else "runs/world"))
+                or 0
+            )
+        )
+    )

@@ -17,9 +17,17 @@ from bench.peers import DTYPES, VOCAB, make_folder, make_rows, own_step
 from minmacpo.config.validate import shape
 
 TITLE = "One optimiser step of DPO (15M, 8 pairs of 128 + 128 tokens, LoRA of rank 8 on q and v), one thread, by operator."
-PARTS = {"matmuls (linears, head)": ("aten::mm", "aten::addmm"), "attention": ("bmm", "softmax", "scaled_dot"),
-         "exponentials and sums of the head": ("aten::exp_", "aten::sub_", "aten::amax", "aten::logsumexp"),
-         "copies and casts": ("aten::copy_",)}  # fmt: skip
+PARTS = {
+    "matmuls (linears, head)": ("aten::mm", "aten::addmm"),
+    "attention": ("bmm", "softmax", "scaled_dot"),
+    "exponentials and sums of the head": (
+        "aten::exp_",
+        "aten::sub_",
+        "aten::amax",
+        "aten::logsumexp",
+    ),
+    "copies and casts": ("aten::copy_",),
+}
 
 
 def rate(dtype: torch.dtype, width: int, mlp: int) -> float:
@@ -36,7 +44,9 @@ def floor() -> tuple[float, float, float]:
     """FLOPs of a step of the base, of attention and of the head."""
     width, layers, _, mlp = shape(SHAPES["15M"])
     tokens, trained, body = 8 * 384, 2048, layers * (4 * width * width + 3 * width * mlp)
-    body = body * tokens - (2 * width * width + 3 * width * mlp) * (tokens - trained)  # the last block does the rest for answers alone
+    body = body * tokens - (2 * width * width + 3 * width * mlp) * (
+        tokens - trained
+    )  # the last block does the rest for answers alone
     return 4 * body, 3 * layers * 16 * 256 * 256 * 2 * width, 4 * width * VOCAB * trained
 
 
@@ -53,23 +63,39 @@ def measure(place: Path, dtype: str, trace: str | None) -> tuple[dict, str]:
         found.export_chrome_trace(trace)
     events = [(event.key, event.self_cpu_time_total) for event in found.key_averages()]
     total = sum(spent for _, spent in events)
-    shares = {part: sum(spent for key, spent in events if any(name in key for name in names)) / total for part, names in PARTS.items()}
+    shares = {
+        part: sum(spent for key, spent in events if any(name in key for name in names)) / total
+        for part, names in PARTS.items()
+    }
     flops, ceiling = floor(), rate(DTYPES[dtype], width, mlp)
     least = sum(flops) / ceiling
-    shares = {name: round(share, 3) for name, share in shares.items()} | {"the rest": round(1 - sum(shares.values()), 3)}
+    shares = {name: round(share, 3) for name, share in shares.items()} | {
+        "the rest": round(1 - sum(shares.values()), 3)
+    }
     words = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
     base, attention, head = (f"{part / 1e9:.0f}" for part in flops)
-    note = (f"**{dtype}**: {seconds:.2f} CPU seconds; {words}. The floor is {sum(flops) / 1e9:.0f} GFLOP (base {base}, attention {attention}, "
-            f"head {head}), {least:.2f} s at the {ceiling / 1e9:.0f} GFLOP/s that this core reaches on the base's widest matmul: the step runs at "
-            f"{least / seconds:.0%} of that ceiling.")  # fmt: skip
-    return {"work": "DPO-LoRA step", "shape": "15M", "dtype": dtype, "own": {"cpu_s": round(seconds, 3), "floor_s": round(least, 3)} | shares, "peer_values": {}}, note
+    note = (
+        f"**{dtype}**: {seconds:.2f} CPU seconds; {words}. The floor is {sum(flops) / 1e9:.0f} GFLOP (base {base}, attention {attention}, "
+        f"head {head}), {least:.2f} s at the {ceiling / 1e9:.0f} GFLOP/s that this core reaches on the base's widest matmul: the step runs at "
+        f"{least / seconds:.0%} of that ceiling."
+    )
+    return {
+        "work": "DPO-LoRA step",
+        "shape": "15M",
+        "dtype": dtype,
+        "own": {"cpu_s": round(seconds, 3), "floor_s": round(least, 3)} | shares,
+        "peer_values": {},
+    }, note
 
 
 def main(trace: str | None) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         make_folder(Path(folder), "15M")
-        found = [measure(Path(folder), dtype, trace) for dtype in (["fp32", "bf16"] if bf16_hardware() else ["fp32"])]
+        found = [
+            measure(Path(folder), dtype, trace)
+            for dtype in (["fp32", "bf16"] if bf16_hardware() else ["fp32"])
+        ]
     write("profile", TITLE, [row for row, _ in found], notes=[note for _, note in found])
 
 

@@ -19,10 +19,15 @@ def perplexities(path: str, file: str, rest: list[str]) -> None:
     """A line for every form of the base, each with its distance from bf16."""
     first = None
     for form in ("none", *FORMS):
-        found = run_likelihood("ppl", [path, file, "--run.dtype=bfloat16", f"--model.quantize={form}", *rest])
+        found = run_likelihood(
+            "ppl", [path, file, "--run.dtype=bfloat16", f"--model.quantize={form}", *rest]
+        )
         first = first or found["perplexity"]
         size = f"{found['rows']['kept']} rows, {found['tokens']} tokens"
-        print(f"{'bf16' if form == 'none' else form:5} perplexity {found['perplexity']:.4f} ({found['perplexity'] / first - 1:+.2%}), {size}", flush=True)
+        print(
+            f"{'bf16' if form == 'none' else form:5} perplexity {found['perplexity']:.4f} ({found['perplexity'] / first - 1:+.2%}), {size}",
+            flush=True,
+        )
 
 
 def products() -> None:
@@ -35,8 +40,15 @@ def products() -> None:
         layers[form].load_state_dict(packed(plain.weight), assign=True)
     for rows in ROWS:
         x = torch.randn(rows, SIDE, dtype=torch.bfloat16)
-        times = {name: 1e3 * min(clocked(lambda layer=layer, x=x: layer(x))[0] for _ in range(9)) for name, layer in layers.items()}
-        print(f"{rows:4} rows of {SIDE}: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items()), flush=True)
+        times = {
+            name: 1e3 * min(clocked(lambda layer=layer, x=x: layer(x))[0] for _ in range(9))
+            for name, layer in layers.items()
+        }
+        print(
+            f"{rows:4} rows of {SIDE}: "
+            + ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items()),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -21,19 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minmacpo import UserError
-from minmacpo.config.parse import Words, parse
+from minmacpo.config.parse import ArgParser, parse
 from minmacpo.config.schema import Config
 from minmacpo.data.formats import read_data
 from minmacpo.data.readers import find_files
 from minmacpo.data.records import Example, Pair
-from minmacpo.data.splits import dealt, first_turn
+from minmacpo.data.splits import assign_splits, first_turn
 from minmacpo.evaluation.experiments import Case, cases_of, check_ended, run_alone, seeds_of
-from minmacpo.pipeline.base_models import make_ground
-from minmacpo.pipeline.prepare_data import base_names, fit_slices
+from minmacpo.pipeline.base_models import setup_stages
+from minmacpo.pipeline.prepare_data import base_names, prepare_splits
 from minmacpo.pipeline.run import FINISHED, Run
-from minmacpo.runtime.device import set_up
+from minmacpo.runtime.device import configure_torch
 from minmacpo.runtime.files import read_json, sha256_file, write_json, write_rows
-from minmacpo.runtime.progress import call
+from minmacpo.runtime.progress import run_main
 
 HERE = Path(__file__).parent
 PARTS = ("pretrain", "d1", "d2", "test", "reward")
@@ -52,7 +52,11 @@ class Plan:
     @property
     def experiments(self) -> dict[str, dict]:
         """What is asked, by name."""
-        return {name: found for name, found in self.settings.items() if isinstance(found, dict) and "question" in found}
+        return {
+            name: found
+            for name, found in self.settings.items()
+            if isinstance(found, dict) and "question" in found
+        }
 
     def cases(self, name: str) -> list[Case]:
         """All runs of an experiment, for any seed."""
@@ -92,33 +96,50 @@ def read_plan(root: Path, full: bool) -> Plan:
 def split(plan: Plan, files: dict[str, str]) -> None:
     """Write data/SOURCE/SLICE.jsonl and split.json. A first human turn that occurs in several sources goes to one slice
     in all; D2 and test have a prompt once. UserError if an earlier call split other files."""
-    marks = {name: [[f.name, sha256_file(f)] for f in find_files(path, name)] for name, path in files.items()}
+    marks = {
+        name: [[f.name, sha256_file(f)] for f in find_files(path, name)]
+        for name, path in files.items()
+    }
     note = plan.root / "data/split.json"
     if note.is_file():
         if files and plan.counts()["files"] != marks:
-            raise UserError(f"{note}: was made of other files; give the same ones, or choose another --root")
+            raise UserError(
+                f"{note}: was made of other files; give the same ones, or choose another --root"
+            )
         return
     if not {"helpful", "harmless"} <= files.keys():
-        raise UserError("the first call needs --helpful=FILE and --harmless=FILE, HH-RLHF's files as published")
+        raise UserError(
+            "the first call needs --helpful=FILE and --harmless=FILE, HH-RLHF's files as published"
+        )
     found = {name: read_data(path, key=name) for name, path in files.items()}
     most = {} if plan.full else plan.settings["most"]
-    parts = divide({name: pairs for name, (pairs, _) in found.items()}, plan.settings["shares"], most)
+    parts = divide(
+        {name: pairs for name, (pairs, _) in found.items()}, plan.settings["shares"], most
+    )
     for (name, part), pairs in parts.items():
         (plan.root / "data" / name).mkdir(parents=True, exist_ok=True)
         write_rows(plan.root / "data" / name / f"{part}.jsonl", map(row_of, pairs))
     rows = {name: {part: len(parts[name, part]) for part in PARTS} for name in found}
-    read = {name: {file: str(report) for file, report in reports.items()} for name, (_, reports) in found.items()}
+    read = {
+        name: {file: str(report) for file, report in reports.items()}
+        for name, (_, reports) in found.items()
+    }
     write_json(note, {"files": marks, "read": read, "rows": rows})
 
 
-def divide(found: dict[str, list[Pair]], shares: dict[str, Sequence[float]], most: dict[str, int]
-           ) -> dict[tuple[str, str], list[Pair]]:  # fmt: skip
+def divide(
+    found: dict[str, list[Pair]], shares: dict[str, Sequence[float]], most: dict[str, int]
+) -> dict[tuple[str, str], list[Pair]]:
     """{(source, slice): pairs}, shares being of the first human turns of a source; `most`: rows of a slice at most."""
     where: dict[str, str] = {}
     for name, pairs in found.items():
         mine = dict(zip(PARTS, shares[name], strict=True))
-        where |= dealt({first_turn(pair) for pair in pairs} - where.keys(), mine, f"real/{name}")
-    parts: dict[tuple[str, str], list[Pair]] = {(name, part): [] for name in found for part in PARTS}
+        where |= assign_splits(
+            {first_turn(pair) for pair in pairs} - where.keys(), mine, f"real/{name}"
+        )
+    parts: dict[tuple[str, str], list[Pair]] = {
+        (name, part): [] for name in found for part in PARTS
+    }
     prompts = set()
     for name, pairs in found.items():
         for pair in pairs:
@@ -135,14 +156,23 @@ def divide(found: dict[str, list[Pair]], shares: dict[str, Sequence[float]], mos
 
 def check_disjoint(parts: dict[tuple[str, str], list[Pair]]) -> None:
     """No first human turn stands in two slices, of whatever sources."""
-    turns = [{first_turn(pair) for (_, part), pairs in parts.items() if part == wanted for pair in pairs} for wanted in PARTS]
-    assert sum(map(len, turns)) == len(set().union(*turns)), "two slices have a first human turn in common"
+    turns = [
+        {first_turn(pair) for (_, part), pairs in parts.items() if part == wanted for pair in pairs}
+        for wanted in PARTS
+    ]
+    assert sum(map(len, turns)) == len(set().union(*turns)), (
+        "two slices have a first human turn in common"
+    )
 
 
 def row_of(pair: Pair) -> dict:
     """A pair as a row that train.py reads."""
     prompt = [{"role": message.role, "content": message.content} for message in pair.prompt]
-    answers = {"chosen": pair.chosen, "rejected": pair.rejected} if pair.rejected else {"response": pair.chosen}
+    answers = (
+        {"chosen": pair.chosen, "rejected": pair.rejected}
+        if pair.rejected
+        else {"response": pair.chosen}
+    )
     return {"prompt": prompt} | answers
 
 
@@ -156,25 +186,43 @@ def texts_of(plan: Plan, seed: int, base: str) -> list[Example]:
         share, rng = plan.settings["texts"][base][source], random.Random(f"{seed}/{base}/{source}")
         pairs, _ = read_data(str(plan.root / "data" / source / "pretrain.jsonl"))
         for pair in (pair for pair in pairs if rng.random() < share):
-            found += [Example(pair.id, pair.prompt, text, {"file": source}) for text in (pair.chosen, pair.rejected) if text]
-    random.Random(f"{seed}/{base}").shuffle(found)  # a tokenizer made of the first ones knows all sources
+            found += [
+                Example(pair.id, pair.prompt, text, {"file": source})
+                for text in (pair.chosen, pair.rejected)
+                if text
+            ]
+    random.Random(f"{seed}/{base}").shuffle(
+        found
+    )  # a tokenizer made of the first ones knows all sources
     return found
 
 
 def make_bases(plan: Plan, seed: int) -> None:
     """A run that ends after its bases: the strong one, and three weak ones with sizes and texts of their own."""
     config = plan.config(seed, f"bases-seed={seed}", [f"--data.path={plan.root / 'data'}"])
-    set_up(config)
+    configure_torch(config)
     texts = {base: plan.settings["texts"][base] for base in base_names(config)}
-    source = {"files": plan.counts()["files"], "shares": plan.settings["shares"], "texts": texts, "seed": seed}
-    prepared = functools.cache(lambda: fit_slices(config, {}, {base: texts_of(plan, seed, base) for base in texts}, [], {}))
+    source = {
+        "files": plan.counts()["files"],
+        "shares": plan.settings["shares"],
+        "texts": texts,
+        "seed": seed,
+    }
+    prepared = functools.cache(
+        lambda: prepare_splits(
+            config, {}, {base: texts_of(plan, seed, base) for base in texts}, [], {}
+        )
+    )
     run = Run(config)
-    make_ground(run, source, prepared)  # only lists the stages
+    setup_stages(run, source, prepared)  # only lists the stages
     run.begin()
-    bases = make_ground(run, source, prepared).bases
+    bases = setup_stages(run, source, prepared).bases
     run.end()
     keys = ("counts", "cpu_seconds", "commit")
-    write_json(run.path / "bases.json", {base: {k: made.stage.notes()[k] for k in keys} for base, made in bases.items()})
+    write_json(
+        run.path / "bases.json",
+        {base: {k: made.stage.notes()[k] for k in keys} for base, made in bases.items()},
+    )
 
 
 # ---- what is to be done --------------------------------------------------------------------------
@@ -195,37 +243,61 @@ class Job:
 
 def slices_of(words: Sequence[str]) -> dict[str, tuple[str, str]]:
     """{setting: (source, slice)} of the data that the words of a case name."""
-    named = (word.split("=", 1) for word in words if word.startswith(("--data.path=", "--data.d2=", "--data.test=")))
+    named = (
+        word.split("=", 1)
+        for word in words
+        if word.startswith(("--data.path=", "--data.d2=", "--data.test="))
+    )
     return {key: tuple(value.split("/")) for key, value in named}
 
 
 def name_of(case: Case, seed: int) -> str:
     """The folder of a run: its sources, then what it sets."""
     sources = dict.fromkeys(source for source, _ in slices_of(case.words).values())
-    rest = [re.sub(r"^--(\w+\.)?", "", word) for word in case.words if not word.startswith("--data.") or "noise" in word]
+    rest = [
+        re.sub(r"^--(\w+\.)?", "", word)
+        for word in case.words
+        if not word.startswith("--data.") or "noise" in word
+    ]
     return "-".join([*sources, *rest, f"seed={seed}"])
 
 
 def words_of(plan: Plan, case: Case, seed: int) -> list[str]:
     """The flags of a case, with the folders of its data and bases."""
     named, home = slices_of(case.words), plan.root / "runs" / f"bases-seed={seed}" / "bases"
-    data = [f"{key}={plan.root / 'data' / source / part}.jsonl" for key, (source, part) in named.items()]
+    data = [
+        f"{key}={plan.root / 'data' / source / part}.jsonl" for key, (source, part) in named.items()
+    ]
     other = [word for word in case.words if word.partition("=")[0] not in named]
-    count = next((int(word.partition("=")[2]) for word in other if word.startswith("--macpo.teachers=")), 3)
+    count = next(
+        (int(word.partition("=")[2]) for word in other if word.startswith("--macpo.teachers=")), 3
+    )
     weak = ",".join(str(home / f"weak{k + 1}") for k in range(count))
-    given = ["--data.shares=0,1,0,0", f"--model.student={home / 'strong'}", f"--model.teachers={weak}"]
+    given = [
+        "--data.shares=0,1,0,0",
+        f"--model.student={home / 'strong'}",
+        f"--model.teachers={weak}",
+    ]
     return plan.words(seed, name_of(case, seed), [*data, *given, *other])
 
 
 def runs_of(plan: Plan, seed: int) -> dict[str, Case]:
     """{run: case} of all experiments whose files are there, each run once."""
-    cases = [case for name in plan.experiments for case in plan.cases(name) if not plan.missing(case)]
+    cases = [
+        case for name in plan.experiments for case in plan.cases(name) if not plan.missing(case)
+    ]
     return {name_of(case, seed): case for case in cases}
 
 
 def jobs(plan: Plan, seeds: Sequence[int]) -> Iterator[Job]:
     """Everything, seed by seed: bases, runs, ratings."""
-    again = [sys.executable, "-m", "bench.real", f"--root={plan.root}", *(["--full"] if plan.full else [])]
+    again = [
+        sys.executable,
+        "-m",
+        "bench.real",
+        f"--root={plan.root}",
+        *(["--full"] if plan.full else []),
+    ]
     for seed in seeds:
         bases = plan.root / "runs" / f"bases-seed={seed}" / "bases.json"
         yield Job(f"bases, seed {seed}", [*again, f"--bases={seed}"], (bases,))
@@ -237,14 +309,22 @@ def jobs(plan: Plan, seeds: Sequence[int]) -> Iterator[Job]:
         yield Job(f"ratings, seed {seed}", [*again, f"--rate={seed}"], rated)
 
 
-def work(left: Sequence[Job], seconds: float, run: Callable = run_alone, clock: Callable[[], float] = time.monotonic) -> int:
+def work(
+    left: Sequence[Job],
+    seconds: float,
+    run: Callable = run_alone,
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
     """Do one job after the other for at most so many seconds; returns how many were finished. A job that
     time cuts short is asked to save and end, and goes on at the next call. UserError if one fails."""
     end, started = clock() + seconds, clock()
     for number, job in enumerate(left):
         if clock() >= end:
             return number
-        print(f"[{number + 1}/{len(left)}, {(clock() - started) / 60:.1f} min] {job.label}", flush=True)
+        print(
+            f"[{number + 1}/{len(left)}, {(clock() - started) / 60:.1f} min] {job.label}",
+            flush=True,
+        )
         code, said = run(job.command, end)
         if code in STOPPED and clock() >= end:
             return number
@@ -254,7 +334,9 @@ def work(left: Sequence[Job], seconds: float, run: Callable = run_alone, clock: 
 
 def options(argv: Sequence[str]):
     """The command line."""
-    parser = Words("python -m bench.real", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgParser(
+        "python -m bench.real", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
     for source in SOURCES:
         parser.add_argument(f"--{source}")
     parser.add_argument("--root", type=Path)
@@ -263,14 +345,20 @@ def options(argv: Sequence[str]):
     for flag in ("--full", "--dry_run", "--collect"):
         parser.add_argument(flag, action="store_true")
     for part in ("--bases", "--rate"):
-        parser.add_argument(part, type=int, help="one part, for a seed: what a call starts as processes of their own")
+        parser.add_argument(
+            part,
+            type=int,
+            help="one part, for a seed: what a call starts as processes of their own",
+        )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> int | None:
     """One call; returns the exit code."""
     words = options(argv)
-    plan = read_plan(words.root or Path("runs/real-full" if words.full else "runs/real"), words.full)
+    plan = read_plan(
+        words.root or Path("runs/real-full" if words.full else "runs/real"), words.full
+    )
     if words.bases is not None:
         return make_bases(plan, words.bases)
     if words.rate is not None:
@@ -292,4 +380,4 @@ def main(argv: Sequence[str]) -> int | None:
 
 
 if __name__ == "__main__":
-    sys.exit(call(main))
+    sys.exit(run_main(main))

@@ -16,12 +16,28 @@ from minmacpo.evaluation.experiments import HEAD, cells
 from minmacpo.evaluation.table import make_table, read_run
 from minmacpo.evaluation.text_tables import format_table
 from minmacpo.runtime.files import write_atomic, write_json
-from minmacpo.runtime.progress import call
+from minmacpo.runtime.progress import run_main
 
 PLACE = Path("assets/results")
-MARKS = ("<!-- made by python -m bench.results -->", "<!-- as far as here -->")  # around README's table
-ORDER = ("main", "ablations", "rounds", "selection", "self", "negatives", "loss", "lengths", "conditions", "teachers", "domains",
-         "sizes", "noise")  # fmt: skip
+MARKS = (
+    "<!-- made by python -m bench.results -->",
+    "<!-- as far as here -->",
+)  # around README's table
+ORDER = (
+    "main",
+    "ablations",
+    "rounds",
+    "selection",
+    "self",
+    "negatives",
+    "loss",
+    "lengths",
+    "conditions",
+    "teachers",
+    "domains",
+    "sizes",
+    "noise",
+)
 INTRO = """# Results
 
 Every number on this page comes from the built-in world (`@world`, gold reward in [0, 1] on 320 held-out prompts, two
@@ -61,7 +77,11 @@ def cost_of(rows: list[dict]) -> str:
     """How many runs an experiment has and what they took, a stage that several share counted once where that is known."""
     runs, known = sum(len(row["seeds"]) for row in rows), all("spent" in row for row in rows)
     seconds = sum(row["spent" if known else "cpu_seconds"] * len(row["seeds"]) for row in rows)
-    how = "beside stages that other runs had made" if known else "stages that runs share counted in each"
+    how = (
+        "beside stages that other runs had made"
+        if known
+        else "stages that runs share counted in each"
+    )
     seeds = ", ".join(map(str, rows[0]["seeds"]))
     return f"Seeds {seeds}; {runs} runs, {seconds:,.0f} CPU seconds ({how})."
 
@@ -75,14 +95,29 @@ FIGURES = {  # of an experiment with groups: title and text of a cell, "" where 
     "student": ("student, last round", lambda row: f"{row['student']:.3f}"),
     "difference": ("first variant − it [95 %]", lambda row: plain(row["difference"])),
     "gain": ("gain over naive SFT [95 %]", lambda row: plain(row["gain"])),
-    "kept": ("student that macpo.stop = rollback keeps", lambda row: f"{row['kept']:.3f}" if any(row["alarms"]) else ""),
+    "kept": (
+        "student that macpo.stop = rollback keeps",
+        lambda row: f"{row['kept']:.3f}" if any(row["alarms"]) else "",
+    ),
     "teachers": ("teachers, last round", lambda row: f"{row['teachers']:.3f}"),
     "pgr": ("PGR", lambda row: "" if row["pgr"] is None else f"{row['pgr']:.2f}"),
-    "right": ("chosen right / any right", lambda row: "" if row["offered"] is None else f"{row['right']:.0%} / {row['offered']:.0%}"),
-    "different": ("different answers to a prompt, share", lambda row: "" if row["different"] is None else f"{row['different']:.0%}"),
-    "lengths": ("characters of an answer, last round (round 0)", lambda row: "{1:.0f} ({0:.0f})".format(*row["lengths"])),
-    "cost": ("CPU seconds of a run, shared stages included", lambda row: f"{row['cpu_seconds']:.0f}"),
-}  # fmt: skip
+    "right": (
+        "chosen right / any right",
+        lambda row: "" if row["offered"] is None else f"{row['right']:.0%} / {row['offered']:.0%}",
+    ),
+    "different": (
+        "different answers to a prompt, share",
+        lambda row: "" if row["different"] is None else f"{row['different']:.0%}",
+    ),
+    "lengths": (
+        "characters of an answer, last round (round 0)",
+        lambda row: "{1:.0f} ({0:.0f})".format(*row["lengths"]),
+    ),
+    "cost": (
+        "CPU seconds of a run, shared stages included",
+        lambda row: f"{row['cpu_seconds']:.0f}",
+    ),
+}
 SHOWN = {
     "conditions": ("student", "difference", "teachers", "right", "lengths"),
     "teachers": ("student", "difference", "gain", "teachers", "right", "different", "cost"),
@@ -109,25 +144,46 @@ def monitor_section(experiments: list[dict]) -> str:
     known = set()
     for found in experiments:
         for row in found["variants"]:
-            for seed, alarm, fell in zip(row["seeds"], row["alarms"], row["collapsed"], strict=True):
+            for seed, alarm, fell in zip(
+                row["seeds"], row["alarms"], row["collapsed"], strict=True
+            ):
                 if (row["flags"], seed) not in known:
                     known.add((row["flags"], seed))
-                    counts["seeds 0 and 1" if seed in (0, 1) else "other seeds"][2 * (alarm is None) + (not fell)] += 1
+                    counts["seeds 0 and 1" if seed in (0, 1) else "other seeds"][
+                        2 * (alarm is None) + (not fell)
+                    ] += 1
     rows = [[name, *map(str, four)] for name, four in counts.items()]
     return "## The monitor\n\n" + markdown(
-        ["runs", "collapsed, alarm", "not collapsed, alarm (false alarm, or never rose)", "collapsed, no alarm (miss)", "neither"], rows
-    )  # fmt: skip
+        [
+            "runs",
+            "collapsed, alarm",
+            "not collapsed, alarm (false alarm, or never rose)",
+            "collapsed, no alarm (miss)",
+            "neither",
+        ],
+        rows,
+    )
 
 
 def mechanism_section(found: dict, finding: str) -> str:
     """Whose answers are how familiar to whom, by round (bench/mechanism.py)."""
-    parts = ["## The mechanism\n", f"Median perplexity of an answer under a policy as it stands before the round, mean of {', '.join(found['runs'])}"
-             " (`python -m bench.mechanism RUN RUN`).\n"]  # fmt: skip
+    parts = [
+        "## The mechanism\n",
+        f"Median perplexity of an answer under a policy as it stands before the round, mean of {', '.join(found['runs'])}"
+        " (`python -m bench.mechanism RUN RUN`).\n",
+    ]
     for t, measured in found["rounds"].items():
         policies = list(next(iter(measured["perplexity"].values())))
-        rows = [[label, *(f"{row[p]:.3f}" for p in policies)] for label, row in measured["perplexity"].items()]
+        rows = [
+            [label, *(f"{row[p]:.3f}" for p in policies)]
+            for label, row in measured["perplexity"].items()
+        ]
         parts.append(markdown([f"round {t}: answers", *(f"under {p}" for p in policies)], rows))
-        parts.append("Prompts by how many teachers are right: " + ", ".join(f"{k} {v:.0%}" for k, v in measured["teachers right"].items()) + ".\n")
+        parts.append(
+            "Prompts by how many teachers are right: "
+            + ", ".join(f"{k} {v:.0%}" for k, v in measured["teachers right"].items())
+            + ".\n"
+        )
     return "\n".join([*parts, finding + "\n"])
 
 
@@ -136,23 +192,42 @@ def cost_section(cost: list[dict]) -> str:
     kinds = {}
     for row in cost:
         kinds.setdefault(row["kind"].partition("/")[0], []).append(row)
-    rows = [[kind, str(len(mine)), f"{sum(r['cpu_seconds'] for r in mine):.1f}", f"{sum(r['tokens'] or 0 for r in mine):,}"]
-            for kind, mine in sorted(kinds.items(), key=lambda item: -sum(r["cpu_seconds"] for r in item[1]))]  # fmt: skip
+    rows = [
+        [
+            kind,
+            str(len(mine)),
+            f"{sum(r['cpu_seconds'] for r in mine):.1f}",
+            f"{sum(r['tokens'] or 0 for r in mine):,}",
+        ]
+        for kind, mine in sorted(
+            kinds.items(), key=lambda item: -sum(r["cpu_seconds"] for r in item[1])
+        )
+    ]
     total = f"**{sum(row['cpu_seconds'] for row in cost):.0f}**"
-    rows.append(["**all**", str(len(cost)), total, f"peak {max(row['peak_mb'] for row in cost)} MB"])
-    return "## What the default run costs (seed 0)\n\n" + markdown(["kind of stage", "stages", "CPU seconds", "tokens"], rows)
+    rows.append(
+        ["**all**", str(len(cost)), total, f"peak {max(row['peak_mb'] for row in cost)} MB"]
+    )
+    return "## What the default run costs (seed 0)\n\n" + markdown(
+        ["kind of stage", "stages", "CPU seconds", "tokens"], rows
+    )
 
 
 def hh_section(found: dict) -> str:
     """A run on HH-RLHF files: what the reader counted, the table, the cost."""
-    counts = [[name, ", ".join(f"{reason} {n}" for reason, n in reasons.items())] for name, reasons in found["counts"].items()]
-    return "\n".join([
-        "## HH-RLHF: both official test files as one mixture\n",
-        "`python train.py @hh --data.path=FOLDER`; tiny bases made from a part of the same files, so this shows the code "
-        "on real dialogues, not what MACPO does to a 7B model. Learning rates were not tuned.\n",
-        markdown(["file or slice", "rows"], counts), f"```\n{found['table']}\n```\n",
-        cost_section(found["cost"]).partition("\n\n")[2],
-    ])  # fmt: skip
+    counts = [
+        [name, ", ".join(f"{reason} {n}" for reason, n in reasons.items())]
+        for name, reasons in found["counts"].items()
+    ]
+    return "\n".join(
+        [
+            "## HH-RLHF: both official test files as one mixture\n",
+            "`python train.py @hh --data.path=FOLDER`; tiny bases made from a part of the same files, so this shows the code "
+            "on real dialogues, not what MACPO does to a 7B model. Learning rates were not tuned.\n",
+            markdown(["file or slice", "rows"], counts),
+            f"```\n{found['table']}\n```\n",
+            cost_section(found["cost"]).partition("\n\n")[2],
+        ]
+    )
 
 
 def collect_experiments(root: Path) -> None:
@@ -175,7 +250,11 @@ def collect(root: Path) -> None:
     collect_experiments(root)
     if (root / "world").is_dir():
         keys = ("kind", "cpu_seconds", "tokens", "peak_mb")
-        cost = [{k: row[k] for k in keys} for row in make_table(read_run(root / "world"))["cost"] if not row["linked_from"]]
+        cost = [
+            {k: row[k] for k in keys}
+            for row in make_table(read_run(root / "world"))["cost"]
+            if not row["linked_from"]
+        ]
         write_json(PLACE / "cost.json", {"stages": cost})
 
 
@@ -183,10 +262,20 @@ def collect_hh(folder: str) -> None:
     """Take the counts, the table and the cost of a run on HH-RLHF files, as hh.md."""
     run = read_run(folder)
     counts = run.notes["data/slices"]["counts"]
-    made = {name.removeprefix("data/corpus_"): n["counts"]["documents"] for name, n in run.notes.items() if "/corpus_" in name}
-    parts = counts["rows"] | counts["slices"] | {"repeated prompts left out": counts["repeated prompts left out"], "d0, documents": made}
+    made = {
+        name.removeprefix("data/corpus_"): n["counts"]["documents"]
+        for name, n in run.notes.items()
+        if "/corpus_" in name
+    }
+    parts = (
+        counts["rows"]
+        | counts["slices"]
+        | {"repeated prompts left out": counts["repeated prompts left out"], "d0, documents": made}
+    )
     table = make_table(run)
-    cost = [{k: row[k] for k in ("kind", "cpu_seconds", "tokens", "peak_mb")} for row in table["cost"]]
+    cost = [
+        {k: row[k] for k in ("kind", "cpu_seconds", "tokens", "peak_mb")} for row in table["cost"]
+    ]
     commit = next(iter(run.notes.values()))["commit"]
     section = hh_section({"counts": parts, "table": format_table(table), "cost": cost})
     write_atomic(PLACE / "hh.md", f"{section}\nMeasured at commit {commit}.\n")
@@ -203,8 +292,14 @@ def page() -> str:
     written = tomllib.loads((PLACE / "findings.toml").read_text("utf-8"))
     found = [result for name in ORDER if (result := read(name))]
     claims = [[claim["says"], claim["verdict"], claim["why"]] for claim in written["claims"]]
-    parts = [INTRO, "## What the paper says, and what holds here\n", markdown(["claim", "in this world", "why"], claims)]
-    parts += [experiment_section(result, written["findings"].get(result["name"], "")) for result in found]
+    parts = [
+        INTRO,
+        "## What the paper says, and what holds here\n",
+        markdown(["claim", "in this world", "why"], claims),
+    ]
+    parts += [
+        experiment_section(result, written["findings"].get(result["name"], "")) for result in found
+    ]
     if mechanism := read("mechanism"):
         parts.append(mechanism_section(mechanism, written["findings"].get("mechanism", "")))
     parts += [monitor_section(found), written["findings"].get("monitor", "") + "\n"]
@@ -221,10 +316,24 @@ def readme_table() -> str:
     """The main table and the ablations as README shows them, between its two marks."""
     main, ablations = read("main")["variants"], read("ablations")["variants"][1:]
     first, naive = main[0], next(row for row in main if row["flags"] == "--method=sft")
-    rows = [[f"**{first['name']}**", f"**{first['student']:.3f}**", "", f"**{first['teachers']:.3f}** ({naive['teachers']:.3f} at round 0)"]]
+    rows = [
+        [
+            f"**{first['name']}**",
+            f"**{first['student']:.3f}**",
+            "",
+            f"**{first['teachers']:.3f}** ({naive['teachers']:.3f} at round 0)",
+        ]
+    ]
     for row in [*main[1:], *ablations]:
         apart = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["difference"])
-        rows.append([row["name"], f"{row['student']:.3f}", apart, "" if "--method" in row["flags"] else f"{row['teachers']:.3f}"])
+        rows.append(
+            [
+                row["name"],
+                f"{row['student']:.3f}",
+                apart,
+                "" if "--method" in row["flags"] else f"{row['teachers']:.3f}",
+            ]
+        )
     return markdown(["", "student after round 3", "MACPO − it", "teachers after round 3"], rows)
 
 
@@ -251,4 +360,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(call(main, "what is not announced above is not done."))
+    sys.exit(run_main(main, "what is not announced above is not done."))

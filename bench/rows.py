@@ -18,16 +18,24 @@ from minmacpo.core.model_config import ModelConfig
 from minmacpo.data.records import Message, Pair
 from minmacpo.data.tokenizer import Tokenizer, train_tokenizer
 from minmacpo.method.pairs import pairs
-from minmacpo.method.selection import Candidates
-from minmacpo.pipeline.base_models import given_base
-from minmacpo.pipeline.model_pool import Texts, Workshop
-from minmacpo.pipeline.run import Run, Work
+from minmacpo.method.selection import CandidateSet
+from minmacpo.pipeline.base_models import external_base
+from minmacpo.pipeline.model_pool import Session, TextColumn
+from minmacpo.pipeline.run import Run, StageContext
 from minmacpo.pipeline.sample_stage import sample
 from minmacpo.pipeline.score_stage import score_texts
 from minmacpo.runtime.files import write_rows
 
 STAGES = ("sample", "score", "pairs")
-WORDS = ["@tiny", "--run.name=x", "--generate.max_new=2", "--generate.batch=512", "--run.log_every=100", "--data.max_length=64", "--data.max_prompt=40"]
+WORDS = [
+    "@tiny",
+    "--run.name=x",
+    "--generate.max_new_tokens=2",
+    "--generate.batch=512",
+    "--run.log_every=100",
+    "--data.max_length=64",
+    "--data.max_prompt_length=40",
+]
 
 
 def question(number: int) -> str:
@@ -44,26 +52,54 @@ def write_base(folder: Path) -> None:
 
 def prompts(count: int) -> Iterator[Pair]:
     for number in range(count):
-        yield Pair(str(number), (Message("user", question(number)),), "he is a baker .", "go away .")
+        yield Pair(
+            str(number), (Message("user", question(number)),), "he is a baker .", "go away ."
+        )
 
 
 def one(root: Path, count: int) -> None:
     """The stages on so many prompts; prints the peak of each kind in MB."""
     write_base(root / "base")
     run = Run(parse([*WORDS, f"--run.root={root}"]).config)
-    shop, base = Workshop(run), given_base(run.config, "strong", root / "base")
+    session, base = Session(run), external_base(run.config, "strong", root / "base")
     run.begin()
 
-    def write_slices(work: Work) -> dict:
+    def write_slices(work: StageContext) -> dict:
         write_rows(work.folder / "d2.jsonl", prompts(count))
         return {"rows": count}
 
-    queries = Texts(run.stage("data/slices", "slices/2", {"count": count}, [], write_slices), "d2.jsonl", "chosen")
-    said = {who: Texts(sample(shop, f"round1/{who}", base, None, queries, who, (who,))) for who in ("a", "b", "bad")}
-    scores = {who: score_texts(shop, f"round1/scores_{who}", base, None, texts) for who, texts in said.items()}
-    offers = [Candidates(who, said[who], {"perplexity": [(1.0, scores[who])]}) for who in ("a", "b")]
-    made = pairs(shop, "round1/pairs", base, offers, said["bad"], None, scores["bad"], ("", 0.0), ("pairs",))
-    done = {"sample": [texts.stage for texts in said.values()], "score": [*scores.values()], "pairs": [made]}
+    queries = TextColumn(
+        run.stage("data/slices", "slices/2", {"count": count}, [], write_slices),
+        "d2.jsonl",
+        "chosen",
+    )
+    said = {
+        who: TextColumn(sample(session, f"round1/{who}", base, None, queries, who, (who,)))
+        for who in ("a", "b", "bad")
+    }
+    scores = {
+        who: score_texts(session, f"round1/scores_{who}", base, None, texts)
+        for who, texts in said.items()
+    }
+    offers = [
+        CandidateSet(who, said[who], {"perplexity": [(1.0, scores[who])]}) for who in ("a", "b")
+    ]
+    made = pairs(
+        session,
+        "round1/pairs",
+        base,
+        offers,
+        said["bad"],
+        None,
+        scores["bad"],
+        ("", 0.0),
+        ("pairs",),
+    )
+    done = {
+        "sample": [texts.stage for texts in said.values()],
+        "score": [*scores.values()],
+        "pairs": [made],
+    }
     print(*(max(stage.notes()["peak_mb"] for stage in done[kind]) for kind in STAGES))
 
 
@@ -75,7 +111,10 @@ def main(counts: list[int]) -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks = [int(word) for word in done.stdout.splitlines()[-1].split()[:3]]
         first = first or peaks
-        told = (f"{kind} {peak} MB ({peak / start - 1:+.1%})" for kind, peak, start in zip(STAGES, peaks, first, strict=True))
+        told = (
+            f"{kind} {peak} MB ({peak / start - 1:+.1%})"
+            for kind, peak, start in zip(STAGES, peaks, first, strict=True)
+        )
         print(f"{count:9,} prompts: {', '.join(told)}", flush=True)
 
 

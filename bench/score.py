@@ -38,10 +38,19 @@ def by_transformers(model, rows: list[Tokens], size: int = 8) -> list[float]:
         group = order[start : start + size]
         width = max(len(rows[i].ids) for i in group)
         tokens = torch.tensor([rows[i].ids + [0] * (width - len(rows[i].ids)) for i in group])
-        seen = torch.tensor([[1] * len(rows[i].ids) + [0] * (width - len(rows[i].ids)) for i in group])
-        labels = torch.tensor([[t if m else -100 for t, m in zip(rows[i].ids, rows[i].mask, strict=True)] + [-100] * (width - len(rows[i].ids))
-                               for i in group])  # fmt: skip
-        logits = model(input_ids=tokens, attention_mask=seen, use_cache=False).logits[:, :-1].float()
+        seen = torch.tensor(
+            [[1] * len(rows[i].ids) + [0] * (width - len(rows[i].ids)) for i in group]
+        )
+        labels = torch.tensor(
+            [
+                [t if m else -100 for t, m in zip(rows[i].ids, rows[i].mask, strict=True)]
+                + [-100] * (width - len(rows[i].ids))
+                for i in group
+            ]
+        )
+        logits = (
+            model(input_ids=tokens, attention_mask=seen, use_cache=False).logits[:, :-1].float()
+        )
         losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
         for i, loss in zip(group, losses.sum(1).tolist(), strict=True):
             found[i] = -loss
@@ -55,8 +64,14 @@ def compare(place: Path, dtype: str, answers: int, lacks: str) -> dict:
     def mine() -> list[float]:
         return score(model, rows, 16384, log=lambda line: None, share=True)
 
-    row = {"work": f"scoring, {answers} answer(s) per prompt", "shape": "15M", "dtype": dtype, "peer": "transformers, sorted batches of 8",
-           "target": ["score"] if (answers, dtype) == (3, "bf16") else [], "note": lacks}  # fmt: skip
+    row = {
+        "work": f"scoring, {answers} answer(s) per prompt",
+        "shape": "15M",
+        "dtype": dtype,
+        "peer": "transformers, sorted batches of 8",
+        "target": ["score"] if (answers, dtype) == (3, "bf16") else [],
+        "note": lacks,
+    }
     if lacks:
         return row | alternate(mine, None, 7)
     import peft
@@ -70,7 +85,11 @@ def compare(place: Path, dtype: str, answers: int, lacks: str) -> dict:
     if worst > (1e-5 if dtype == "fp32" else 2e-3):
         raise SystemExit(f"{dtype}: the scores differ by {worst:.2g} (relative)")
     equal = f"{len(rows)} scores equal within {worst:.1g} (relative)"
-    return row | alternate(mine, lambda: by_transformers(theirs, rows), 7, warm=False) | {"equal": equal}
+    return (
+        row
+        | alternate(mine, lambda: by_transformers(theirs, rows), 7, warm=False)
+        | {"equal": equal}
+    )
 
 
 def main(dtypes: list[str]) -> None:

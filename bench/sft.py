@@ -14,7 +14,10 @@ from bench.measure import alternate, bf16_hardware, missing, words, write
 from bench.peers import DTYPES, make_folder, make_rows, own_step, trl_step
 
 TITLE = "One optimiser step of SFT on 16 rows of 128 + 128 tokens, the last 128 trained on, LoRA of rank 8 on q and v, 15M, one thread."
-VARIANTS = [("sft-15m-{}", "TRL + PEFT", PLAIN), ("sft-15m-{}-default", "TRL + PEFT, its default: gradient checkpointing", {})]
+VARIANTS = [
+    ("sft-15m-{}", "TRL + PEFT", PLAIN),
+    ("sft-15m-{}-default", "TRL + PEFT, its default: gradient checkpointing", {}),
+]
 
 
 def compare(place: Path, dtype: str, variant: tuple, lacks: str) -> dict:
@@ -22,13 +25,22 @@ def compare(place: Path, dtype: str, variant: tuple, lacks: str) -> dict:
     key, peer, settings = variant
     rows = make_rows(16, 128, 128, ("completion",))
     mine, loss = own_step(place, rows, dtype, "sft")
-    row = {"work": "SFT-LoRA step", "shape": "15M", "dtype": dtype, "peer": peer, "target": [key.format(dtype)], "note": lacks}
+    row = {
+        "work": "SFT-LoRA step",
+        "shape": "15M",
+        "dtype": dtype,
+        "peer": peer,
+        "target": [key.format(dtype)],
+        "note": lacks,
+    }
     if lacks:
         return row | alternate(mine, None, 5)
     theirs, other = trl_step(place, rows, dtype, "sft", **settings)
     if abs(loss - other) > (1e-4 if dtype == "fp32" else 5e-3) * other:
         raise SystemExit(f"{dtype}: the losses differ, {loss} and {other}")
-    return row | alternate(mine, theirs, 5, warm=False) | {"equal": f"loss {loss:.4f} / {other:.4f}"}
+    return (
+        row | alternate(mine, theirs, 5, warm=False) | {"equal": f"loss {loss:.4f} / {other:.4f}"}
+    )
 
 
 def main(dtypes: list[str]) -> None:

@@ -6,7 +6,9 @@ Only the one exception that every module may raise lives here; the map for readi
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036
-    found = "minmacpo needs Python 3.11 or newer (it reads TOML with the standard library); this is "
+    found = (
+        "minmacpo needs Python 3.11 or newer (it reads TOML with the standard library); this is "
+    )
     remedy = ". Make the environment with a newer one: python3.11 -m venv .venv"
     print(found + sys.version.split()[0] + remedy, file=sys.stderr)
     raise SystemExit(2)

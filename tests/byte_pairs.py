@@ -4,16 +4,25 @@ import json
 
 import pytest
 
-LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPECIAL = ["<|endoftext|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"]
+LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPECIAL = [
+    "<|endoftext|>",
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|im_start|>",
+    "<|im_end|>",
+]
 STYLES = ["gpt-2", "smollm-2", "qwen-2", "llama-3"]
 NOTES = {  # tokenizer_config.json
     "gpt-2": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
     "smollm-2": {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"},
     "qwen-2": {"bos_token": None, "eos_token": "<|im_end|>"},
-    "llama-3": {"bos_token": "<|begin_of_text|>", "eos_token": {"content": "<|eot_id|>", "special": True}},
+    "llama-3": {
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": {"content": "<|eot_id|>", "special": True},
+    },
 }
 
 
@@ -33,13 +42,19 @@ def made(style: str, texts: list[str], vocab: int = 700) -> str:
         found.normalizer = tokenizers.normalizers.NFC()
     found.decoder = tokenizers.decoders.ByteLevel()
     alphabet = cut.ByteLevel.alphabet()
-    found.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False))  # fmt: skip
+    found.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False
+        ),
+    )
     found.add_tokens(["<tool_call>"])
     return found.to_str()
 
 
 def oracle(file: str):
     """text -> ids by the `tokenizers` package, that makes no added token from text, as nothing here does."""
-    package = pytest.importorskip("tokenizers").Tokenizer.from_str(json.dumps(json.loads(file) | {"added_tokens": []}))
+    package = pytest.importorskip("tokenizers").Tokenizer.from_str(
+        json.dumps(json.loads(file) | {"added_tokens": []})
+    )
     return lambda text: package.encode(text, add_special_tokens=False).ids

@@ -75,7 +75,11 @@ def logps_of(model, rows: list[Row]) -> torch.Tensor:
 
 @torch.no_grad()
 def scored(model, rows: list[Row]) -> list[float]:
-    return [value for i in range(0, len(rows), 64) for value in logps_of(model, rows[i : i + 64]).tolist()]
+    return [
+        value
+        for i in range(0, len(rows), 64)
+        for value in logps_of(model, rows[i : i + 64]).tolist()
+    ]
 
 
 def assert_close(found, wanted, what: str) -> None:
@@ -108,7 +112,9 @@ def agents_of(run: Path) -> list[str]:
 def updated(run: Path) -> list[tuple[int, str]]:
     """(round, agent) of every contrastive step of a run."""
     frozen = not settings_of(run)["macpo"]["update_teachers"]
-    return [(t, agent) for t in rounds_of(run) for agent in (["student"] if frozen else agents_of(run))]
+    return [
+        (t, agent) for t in rounds_of(run) for agent in (["student"] if frozen else agents_of(run))
+    ]
 
 
 def samples(run: Path, name: str) -> dict[str, dict]:
@@ -144,7 +150,9 @@ def check_order(run: Path) -> None:
         rest = iter(d2)
         assert all(entry in rest for entry in made), (t, agent)
         counts = stages_of(run)[f"round{t}/pairs_{agent}"]["counts"]
-        dropped = sum(counts[key] for key in ("all_empty", "negative_empty", "negative_equal", "over_long"))
+        dropped = sum(
+            counts[key] for key in ("all_empty", "negative_empty", "negative_equal", "over_long")
+        )
         assert counts["pairs"] == len(made) == len(d2) - dropped
 
 
@@ -183,7 +191,9 @@ def check_teachers_answer_before_their_update(run: Path) -> None:
     """The teachers' answers of round t come from π_k^(t-1)."""
     for t in rounds_of(run):
         for teacher in teachers_of(run):
-            check_samples(run, f"round{t}/positives_{teacher}", teacher, latest(run, teacher, t - 1))
+            check_samples(
+                run, f"round{t}/positives_{teacher}", teacher, latest(run, teacher, t - 1)
+            )
 
 
 def check_samples(run: Path, name: str, agent: str, adapter: Path) -> None:
@@ -192,14 +202,18 @@ def check_samples(run: Path, name: str, agent: str, adapter: Path) -> None:
     pieces = pieces_of(base)
     for row in rows:
         tokens = row["tokens"]
-        assert (row["finish"] == "stop") == (tokens[-1] == pieces.eos_id()) and pieces.eos_id() not in tokens[:-1]
+        assert (row["finish"] == "stop") == (
+            tokens[-1] == pieces.eos_id()
+        ) and pieces.eos_id() not in tokens[:-1]
         text = pieces.decode([i for i in tokens if i != pieces.eos_id()]).strip()
         assert row["response"] == text
     spans = [(prompt_ids(base, row["prompt"]) + row["tokens"], len(row["tokens"])) for row in rows]
     wanted = scored(peft_model(base, adapter), spans)
     assert_close([row["logp"] for row in rows], wanted, name)
     perplexities = [math.exp(-logp / count) for logp, (_, count) in zip(wanted, spans, strict=True)]
-    assert_close([math.log(row["perplexity"]) for row in rows], list(map(math.log, perplexities)), name)
+    assert_close(
+        [math.log(row["perplexity"]) for row in rows], list(map(math.log, perplexities)), name
+    )
 
 
 def check_scores(run: Path) -> None:
@@ -216,7 +230,11 @@ def check_scores(run: Path) -> None:
             assert_close([row["logp"] for row in found], wanted, f"round {t}, scores of {teacher}")
             assert [row["tokens"] for row in found] == [count for _, count in rows]
             ppl = [math.exp(-logp / count) for logp, (_, count) in zip(wanted, rows, strict=True)]
-            assert_close([math.log(row["perplexity"]) for row in found], list(map(math.log, ppl)), "perplexity")
+            assert_close(
+                [math.log(row["perplexity"]) for row in found],
+                list(map(math.log, ppl)),
+                "perplexity",
+            )
 
 
 def check_evaluation(run: Path) -> None:
@@ -229,7 +247,9 @@ def check_evaluation(run: Path) -> None:
             rows = [row_of(base, row["prompt"], row[key]) for row in truth]
             found = rows_of(run / f"eval/round{t}_{agent}_{side}/scores.jsonl")
             assert [row["id"] for row in found] == [row["id"] for row in truth]
-            assert_close([row["logp"] for row in found], scored(model, rows), f"{agent}, round {t}, {side}")
+            assert_close(
+                [row["logp"] for row in found], scored(model, rows), f"{agent}, round {t}, {side}"
+            )
             assert [row["characters"] for row in found] == [len(row[key]) for row in truth]
 
 
@@ -238,14 +258,23 @@ def check_filter(run: Path) -> None:
     for t in rounds_of(run):
         names = teachers_of(run)
         answers = [samples(run, f"round{t}/positives_{name}") for name in names]
-        values = [{row["id"]: row["perplexity"] for row in rows_of(run / f"round{t}/scores_{name}/scores.jsonl")} for name in names]
+        values = [
+            {
+                row["id"]: row["perplexity"]
+                for row in rows_of(run / f"round{t}/scores_{name}/scores.jsonl")
+            }
+            for name in names
+        ]
         made = pairs(run, t, "student")
         assert made
         for pair in made:
             key = pair["id"]
             able = [(values[k][key], k) for k in range(len(names)) if answers[k][key]["response"]]
             best = min(able)[1]
-            assert (pair["chosen_by"], pair["chosen"]) == (names[best], answers[best][key]["response"]), (t, key)
+            assert (pair["chosen_by"], pair["chosen"]) == (
+                names[best],
+                answers[best][key]["response"],
+            ), (t, key)
 
 
 def check_pairs_are_whole(run: Path) -> None:
@@ -262,11 +291,17 @@ def check_reference(run: Path) -> None:
     setting = settings_of(run)["dpo"]["reference"]
     for t, agent in updated(run):
         base, made = base_of(run, agent), pairs(run, t, agent)
-        adapter = {"base": None, "init": run / f"round0/{agent}_pos", "previous": latest(run, agent, t - 1)}[setting]
+        adapter = {
+            "base": None,
+            "init": run / f"round0/{agent}_pos",
+            "previous": latest(run, agent, t - 1),
+        }[setting]
         model = peft_model(base, adapter) if adapter else plain_model(base)
         for side in ("chosen", "rejected"):
             wanted = scored(model, [row_of(base, pair["prompt"], pair[side]) for pair in made])
-            assert_close([pair[f"ref_{side}_logps"] for pair in made], wanted, f"round {t}, {agent}, {side}")
+            assert_close(
+                [pair[f"ref_{side}_logps"] for pair in made], wanted, f"round {t}, {agent}, {side}"
+            )
 
 
 def margins_before_the_first_step(run: Path) -> dict[str, float]:
@@ -281,7 +316,10 @@ def check_prefer(run: Path, t: int, agent: str) -> None:
     base, config = base_of(run, agent), settings_of(run)
     dpo, contrast = config["dpo"], config["macpo"]["hard_negatives"]
     made, name = pairs(run, t, agent), f"round{t}/{agent}_pos"
-    rows = [[row_of(base, pair["prompt"], pair[side]) for side in ("chosen", "rejected")] for pair in made]
+    rows = [
+        [row_of(base, pair["prompt"], pair[side]) for side in ("chosen", "rejected")]
+        for pair in made
+    ]
     assert dpo["reference"] == "base" and dpo["label_smoothing"] == 0
     refs = [scored(plain_model(base), unit) for unit in rows]
 
@@ -291,16 +329,38 @@ def check_prefer(run: Path, t: int, agent: str) -> None:
             chosen, rejected = logps_of(model, rows[unit])
             margin = (chosen - rejected) - (refs[unit][0] - refs[unit][1])
             sft = -chosen / rows[unit][0][1]
-            total = total + (-F.logsigmoid(dpo["beta"] * margin) + dpo["gamma"] * sft if contrast else sft)
+            total = total + (
+                -F.logsigmoid(dpo["beta"] * margin) + dpo["sft_weight"] * sft if contrast else sft
+            )
         return total / len(units)
 
     steps = dpo["epochs"] * -(-len(made) // dpo["batch"])
     lr = dpo["teacher_lr" if agent.startswith("teacher") else "student_lr"]
     start = latest(run, agent, t - 1)
-    retrain(run, name, base, start, [max(len(ids) for ids, _ in unit) for unit in rows], loss, lr, steps, dpo["batch"])
+    retrain(
+        run,
+        name,
+        base,
+        start,
+        [max(len(ids) for ids, _ in unit) for unit in rows],
+        loss,
+        lr,
+        steps,
+        dpo["batch"],
+    )
 
 
-def check_sft(run: Path, name: str, agent: str, start: Path, texts: list[dict], side: str, lr: float, batch: int, steps: int) -> None:
+def check_sft(
+    run: Path,
+    name: str,
+    agent: str,
+    start: Path,
+    texts: list[dict],
+    side: str,
+    lr: float,
+    batch: int,
+    steps: int,
+) -> None:
     """The adapter `name` is what SFT on `texts` from `start` gives, worked out again."""
     base = base_of(run, agent)
     rows = [row_of(base, row["prompt"], row[side]) for row in texts if row[side]]
@@ -316,27 +376,51 @@ def check_negative_student(run: Path) -> None:
     """ν_S continues π_S^(0) on what teacher 1's negative twin said."""
     sft = settings_of(run)["sft"]
     texts = list(samples(run, "round0/weak_negatives").values())
-    steps = sft["student_negative_epochs"] * -(-len([r for r in texts if r["response"]]) // sft["batch"])
-    check_sft(run, "round0/student_neg", "student", run / "round0/student_pos", texts, "response",
-              sft["student_negative_lr"], sft["batch"], steps)  # fmt: skip
+    steps = sft["student_negative_epochs"] * -(
+        -len([r for r in texts if r["response"]]) // sft["batch"]
+    )
+    check_sft(
+        run,
+        "round0/student_neg",
+        "student",
+        run / "round0/student_pos",
+        texts,
+        "response",
+        sft["student_negative_lr"],
+        sft["batch"],
+        steps,
+    )
 
 
 def check_negative_teacher(run: Path, teacher: str) -> None:
     """ν_k continues π_k^(0) on the rejected answers of D1."""
     sft, texts = settings_of(run)["sft"], rows_of(run / "data/slices/d1.jsonl")
     steps = sft["teacher_negative_epochs"] * -(-len(texts) // sft["batch"])
-    check_sft(run, f"round0/{teacher}_neg", teacher, run / f"round0/{teacher}_pos", texts, "rejected",
-              sft["teacher_negative_lr"], sft["batch"], steps)  # fmt: skip
+    check_sft(
+        run,
+        f"round0/{teacher}_neg",
+        teacher,
+        run / f"round0/{teacher}_pos",
+        texts,
+        "rejected",
+        sft["teacher_negative_lr"],
+        sft["batch"],
+        steps,
+    )
 
 
-def retrain(run: Path, name: str, base: Path, start: Path, lengths, loss, lr: float, steps: int, batch: int) -> None:
+def retrain(
+    run: Path, name: str, base: Path, start: Path, lengths, loss, lr: float, steps: int, batch: int
+) -> None:
     """AdamW on whole batches, cosine to zero, clipped at 1, from `start`; compared with adapter `name`."""
     notes = stages_of(run)[name]
     assert notes["counts"]["steps"] == steps and notes["counts"]["rows"] == len(lengths)
     model = peft_model(base, start, trainable=True)
     params = {k.replace(".default", ""): p for k, p in model.named_parameters() if p.requires_grad}
     before = {k: p.detach().clone() for k, p in params.items()}
-    optimizer = torch.optim.AdamW(params.values(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0)
+    optimizer = torch.optim.AdamW(
+        params.values(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0
+    )
     for step, groups in enumerate(plan_steps(lengths, batch, steps, notes["seed"])):
         optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
         loss(model, [unit for group in groups for unit in group]).backward()
@@ -360,7 +444,7 @@ def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def check_accumulation(run: Path) -> None:
     """Steps of several micro-batches are those of the whole batch (SFT: per token, DPO: per pair)."""
     settings = json.loads((run / "round1/student_pos/stage.json").read_bytes())["settings"]
-    assert settings["micro_tokens"] < 200  # so small that a step has several
+    assert settings["max_tokens_per_batch"] < 200  # so small that a step has several
     check_negative_student(run)
     check_prefer(run, 1, "student")
 
@@ -376,4 +460,7 @@ def check_adapters_work(run: Path) -> None:
         ids = torch.tensor([prompt_ids(base, [{"role": "user", "content": "where is it ?"}])])
         with torch.no_grad():
             logits = peft_model(base, folder)(input_ids=ids).logits
-            assert torch.isfinite(logits).all() and (logits - plain_model(base)(input_ids=ids).logits).abs().max() > 1e-4, folder
+            assert (
+                torch.isfinite(logits).all()
+                and (logits - plain_model(base)(input_ids=ids).logits).abs().max() > 1e-4
+            ), folder

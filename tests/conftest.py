@@ -116,9 +116,15 @@ def shared(name: str) -> Path:
 def config_of(**changes) -> ModelConfig:
     """A small grouped-query ModelConfig in which no two sizes are equal."""
     sizes = dict(
-        vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=10, max_position_embeddings=96,
-    )  # fmt: skip
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=10,
+        max_position_embeddings=96,
+    )
     return ModelConfig(**sizes | changes)
 
 
@@ -178,7 +184,11 @@ def ragged(seed: int, rows: int, vocab: int, low: int = 1, high: int = 17) -> li
 def scratch(tmp_path) -> Iterator[Path]:
     """A folder for the many files of tests/faults: in memory, where that has room, which halves their time."""
     memory = Path("/dev/shm")
-    if not memory.is_dir() or not os.access(memory, os.W_OK) or shutil.disk_usage(memory).free < 2 << 30:
+    if (
+        not memory.is_dir()
+        or not os.access(memory, os.W_OK)
+        or shutil.disk_usage(memory).free < 2 << 30
+    ):
         yield tmp_path
         return
     with tempfile.TemporaryDirectory(dir=memory, prefix="faults-") as folder:

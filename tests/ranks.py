@@ -1,4 +1,4 @@
-"""Ranks for tests, as torchrun starts them but forked after the imports, so that two or four cost little more than one.
+"""Distributed for tests, as torchrun starts them but forked after the imports, so that two or four cost little more than one.
 
 With the repository on PYTHONPATH:
 
@@ -27,18 +27,18 @@ import train
 from minmacpo import UserError
 from minmacpo.config.parse import parse
 from minmacpo.config.schema import Generate, Lora
-from minmacpo.core.lora import attach_lora, reset_adapter
-from minmacpo.core.losses import PairObjective, SftObjective
+from minmacpo.core.lora import attach_lora, init_adapter
+from minmacpo.core.losses import PreferenceLoss, SFTLoss
 from minmacpo.core.sampling import generate
 from minmacpo.core.scoring import score
-from minmacpo.core.trainer import Schedule, Unit, fit, train_step
+from minmacpo.core.trainer import OptimizerConfig, TrainExample, fit, train_step
 from minmacpo.data.tokenizer import Tokens
-from minmacpo.pipeline.run import Run, Work
+from minmacpo.pipeline.run import Run, StageContext
 from minmacpo.runtime.distributed import meet
-from minmacpo.runtime.progress import Interrupted, call
+from minmacpo.runtime.progress import Interrupted
 
 
-def rows_of(seed: int, units: int, sides: int) -> list[Unit]:
+def rows_of(seed: int, units: int, sides: int) -> list[TrainExample]:
     """Answers, or pairs with reference logps, of different lengths."""
     draw = torch.Generator().manual_seed(seed)
     number = lambda low, high: int(torch.randint(low, high, (1,), generator=draw))  # noqa: E731
@@ -49,7 +49,7 @@ def rows_of(seed: int, units: int, sides: int) -> list[Unit]:
             length, start = number(8, 40), number(1, 7)
             ids = torch.randint(3, 61, (length,), generator=draw).tolist()
             rows.append(Tokens(ids, [place >= start for place in range(length)]))
-        found.append(Unit(f"u{i}", tuple(rows), (-20.0, -21.0)[: 2 if sides == 2 else 0]))
+        found.append(TrainExample(f"u{i}", tuple(rows), (-20.0, -21.0)[: 2 if sides == 2 else 0]))
     return found
 
 
@@ -57,7 +57,7 @@ def slotted(seed: int, ranks):
     """A random model with a slot that does something, on these ranks."""
     model = random_model(seed)
     params = attach_lora(model, Lora(targets=("q_proj", "v_proj", "down_proj")))
-    reset_adapter(model, seed)
+    init_adapter(model, seed)
     draw = torch.Generator().manual_seed(seed)
     for param in params:
         param.data.add_(0.02 * torch.randn(param.shape, generator=draw))
@@ -67,11 +67,24 @@ def slotted(seed: int, ranks):
 
 def together(seed: int, folder: str, name: str, kind: str, shards: bool, job):
     """What `job` makes of (ranks, units, model, slot, objective, work), all ranks doing it."""
-    objective, sides = (SftObjective(), 1) if kind == "sft" else (PairObjective(0.1, 0.2), 2)
-    with (ranks := meet()).one_voice():
-        config = parse(["@tiny", f"--run.root={folder}/{name}", "--run.micro_tokens=120", f"--parallel.shard={str(shards).lower()}"]).config
+    objective, sides = (SFTLoss(), 1) if kind == "sft" else (PreferenceLoss(0.1, 0.2), 2)
+    with (ranks := meet()).report_first_error():
+        config = parse(
+            [
+                "@tiny",
+                f"--run.root={folder}/{name}",
+                "--run.max_tokens_per_batch=120",
+                f"--parallel.shard={str(shards).lower()}",
+            ]
+        ).config
         ranks.connect(config)
-        work = Work(run := Run(config, ranks=ranks), "part/stage", Path(folder, name, "stage"), seed, together=True)
+        work = StageContext(
+            run := Run(config, ranks=ranks),
+            "part/stage",
+            Path(folder, name, "stage"),
+            seed,
+            together=True,
+        )
         run.path, run.log_file = work.folder, sys.stderr
         work.folder.mkdir(parents=True, exist_ok=True)
         found = job(ranks, rows_of(seed, 24, sides), *slotted(seed, ranks), objective, work)
@@ -82,23 +95,41 @@ def together(seed: int, folder: str, name: str, kind: str, shards: bool, job):
 def toys(ranks, units, model, params, objective, work) -> dict:
     """A step's gradients, twenty steps, scores and samples."""
     groups, keep = [[*range(7)], [7, 8], [9], [10, 11, 12]], Keep(params)
-    values = train_step(model, params, units, groups, objective, keep, mine=ranks.share(groups), ranks=ranks)
+    values = train_step(
+        model, params, units, groups, objective, keep, mine=ranks.split_batches(groups), ranks=ranks
+    )
     grads = torch.cat([grad.flatten() for grad in keep.grads])
     adapter = twenty_steps(ranks, units, model, params, objective, work)
     logps = score(model, [row for unit in units for row in unit.rows], 90, ranks=ranks)
-    prompts, own = [list(unit.rows[0].ids[:9]) for unit in units[:13]], Generate(temperature=1.0, top_k=0, top_p=1.0, max_new=40)
+    prompts, own = (
+        [list(unit.rows[0].ids[:9]) for unit in units[:13]],
+        Generate(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=40),
+    )
 
     def answers(block):
-        return generate(model, [prompts[i] for i in block], block, own, {2, 7, 11, 20, 33}, places=2)[0]
+        return generate(
+            model, [prompts[i] for i in block], block, own, {2, 7, 11, 20, 33}, places=2
+        )[0]
 
-    samples = [ids for block in ranks.each([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12]], answers) for ids in block]
+    samples = [
+        ids
+        for block in ranks.parallel_map([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12]], answers)
+        for ids in block
+    ]
     held = sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters())
-    return {"values": values.tolist(), "grads": grads, "adapter": adapter, "logps": logps, "samples": samples, "held": held}
+    return {
+        "values": values.tolist(),
+        "grads": grads,
+        "adapter": adapter,
+        "logps": logps,
+        "samples": samples,
+        "held": held,
+    }
 
 
 def twenty_steps(ranks, units, model, params, objective, work):
     """The slot after twenty steps of `fit`."""
-    fit(model, params, units, objective, Schedule(3e-3, 20, 8), work)
+    fit(model, params, units, objective, OptimizerConfig(3e-3, 20, 8), work)
     return torch.cat([param.detach().flatten() for param in params])
 
 
@@ -108,7 +139,7 @@ def stopped(ranks, units, model, params, objective, work) -> int | None:
 
     def on_step():
         steps.append(1)
-        if len(steps) == 7 and ranks.rank == ranks.world - 1:
+        if len(steps) == 7 and ranks.rank == ranks.world_size - 1:
             ranks.signals.number = signal.SIGTERM
 
     work.run.on_step = on_step
@@ -120,7 +151,7 @@ def stopped(ranks, units, model, params, objective, work) -> int | None:
 
 def complaint(words: list[str]) -> None:
     """The last rank alone finds that something is wrong, while the others wait for what it should send."""
-    with (ranks := meet()).one_voice():
+    with (ranks := meet()).report_first_error():
         ranks.connect(parse(["@tiny"]).config)
 
         def do(item: int) -> int:
@@ -128,7 +159,7 @@ def complaint(words: list[str]) -> None:
                 raise UserError("row 7 is too long")
             return item
 
-        list(ranks.each([*range(ranks.world)], do))
+        list(ranks.parallel_map([*range(ranks.world_size)], do))
 
 
 def all_toys(folder: str, seed: int, cases: list[str]) -> int:
@@ -140,9 +171,18 @@ def all_toys(folder: str, seed: int, cases: list[str]) -> int:
         if name == "complaint":
             failed += not launch(int(rest[0]), lambda: call(complaint))
         elif name.isdecimal():
-            failed += launch(int(name), lambda c=case, r=rest: together(seed, folder, c, r[0], r[1] == "shard", toys))
-        for world, job in zip(map(int, rest), (stopped, twenty_steps), strict=True) if len(rest) == 2 and not name.isdecimal() else ():
-            failed += launch(world, lambda n=name, j=job: together(seed, folder, n, "pairs", False, j))
+            failed += launch(
+                int(name),
+                lambda c=case, r=rest: together(seed, folder, c, r[0], r[1] == "shard", toys),
+            )
+        for world, job in (
+            zip(map(int, rest), (stopped, twenty_steps), strict=True)
+            if len(rest) == 2 and not name.isdecimal()
+            else ()
+        ):
+            failed += launch(
+                world, lambda n=name, j=job: together(seed, folder, n, "pairs", False, j)
+            )
             for file in Path(folder).glob(f"{name}-*.pt"):
                 file.rename(file.with_name(f"{job.__name__}-{file.name}"))
     return failed
@@ -152,8 +192,14 @@ def start(rank: int, world: int, port: int, job) -> int:
     """Fork a rank that does `job` and exits with its code; returns its process id."""
     if pid := os.fork():
         return pid
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
     os.fsync = lambda handle: None
     code = 1
     try:
@@ -173,9 +219,14 @@ def launch(world: int, job) -> int:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     pids = [start(rank, world, port, job) for rank in range(world)]
-    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # the ranks wait for it
+    store = TCPStore(
+        "127.0.0.1", port, is_master=True, wait_for_workers=False
+    )  # the ranks wait for it
     print("ranks", *pids, flush=True)
-    handlers = {n: signal.signal(n, lambda n, frame: [os.kill(pid, n) for pid in pids]) for n in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {
+        n: signal.signal(n, lambda n, frame: [os.kill(pid, n) for pid in pids])
+        for n in (signal.SIGTERM, signal.SIGINT)
+    }
     failed = False
     while pids:
         pid, status = os.wait()

@@ -18,9 +18,19 @@ import pytest
 
 from minmacpo.evaluation import report
 from minmacpo.evaluation.report import write_report
-from minmacpo.runtime.progress import call
+from minmacpo.runtime.progress import run_main
 
-METHODS = ["sft", "sft-continued", "confident", "spin", "self-rewarding", "rlaif", "rlcd", "dpo-truth", "ceiling"]
+METHODS = [
+    "sft",
+    "sft-continued",
+    "confident",
+    "spin",
+    "self-rewarding",
+    "rlaif",
+    "rlcd",
+    "dpo-truth",
+    "ceiling",
+]
 REPOSITORY = Path(__file__).parent.parent
 
 # A whole run of about 90 stages in a second: K = 2, R = 2, models that can do nothing. Micro-batches
@@ -29,7 +39,7 @@ STUB = """
 [run]
 save_every = 2
 log_every = 2
-micro_tokens = 170
+max_tokens_per_batch = 170
 [world]
 names = 6
 held_names = 2
@@ -39,7 +49,7 @@ d2 = 12
 test = 8
 [data]
 template = "turns"
-max_prompt = 64
+max_prompt_length = 64
 max_length = 96
 [model]
 context = 128
@@ -64,7 +74,7 @@ student_negative_lr = 1e-2
 student_negative_epochs = 1
 [dpo]
 beta = 0.1
-gamma = 0.2
+sft_weight = 0.2
 batch = 4
 student_lr = 1e-2
 teacher_lr = 1e-2
@@ -72,7 +82,7 @@ teacher_lr = 1e-2
 temperature = 0.7
 top_k = 0
 top_p = 1.0
-max_new = 12
+max_new_tokens = 12
 batch = 2
 [macpo]
 teachers = 2
@@ -132,7 +142,7 @@ def invoke(name: str, *words, whole: bool = False) -> Ended:
             patch.setattr(os, "fsync", lambda handle: None)
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                code = call(program(name))
+                code = run_main(program(name))
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -172,7 +182,14 @@ def copy_run(source: Path, root: Path, parts: tuple[str, ...] = ()) -> Path:
 # ---- comparing ------------------------------------------------------------------------------
 
 # What may differ between an interrupted and an uninterrupted run on one machine:
-TIMES = ("started", "seconds", "cpu_seconds", "peak_mb", "commit", "checksum")  # in every stage.json
+TIMES = (
+    "started",
+    "seconds",
+    "cpu_seconds",
+    "peak_mb",
+    "commit",
+    "checksum",
+)  # in every stage.json
 RATES = ("time", "tokens_per_s", "peak_mem_gb")  # in every line of the run's metrics.jsonl
 FREE = ("log.txt", "env.json", "report.html")  # and these whole; in eval/table.json the key "cost"
 
@@ -183,12 +200,16 @@ def contents(run: Path, ignore: tuple[str, ...] = ()) -> dict[str, object]:
     for file in sorted(p for p in run.rglob("*") if p.is_file() and "profile" not in p.parts):
         name = str(file.relative_to(run))
         if file.name == "stage.json":
-            found[name] = {k: v for k, v in json.loads(file.read_bytes()).items() if k not in TIMES + ignore}
+            found[name] = {
+                k: v for k, v in json.loads(file.read_bytes()).items() if k not in TIMES + ignore
+            }
         elif name == "metrics.jsonl":
             rows = [json.loads(line) for line in file.read_text().splitlines()]
             found[name] = [{k: v for k, v in row.items() if k not in RATES} for row in rows]
         elif name == "eval/table.json":
-            found[name] = {k: v for k, v in json.loads(file.read_bytes()).items() if k not in ("cost", "run")}
+            found[name] = {
+                k: v for k, v in json.loads(file.read_bytes()).items() if k not in ("cost", "run")
+            }
         elif name == "config.toml":
             lines = file.read_text().splitlines()
             found[name] = [line for line in lines if not line.startswith(("root =", "name ="))]
@@ -200,12 +221,17 @@ def contents(run: Path, ignore: tuple[str, ...] = ()) -> dict[str, object]:
 def differences(a: Path, b: Path, ignore: tuple[str, ...] = ()) -> list[str]:
     """Paths of the files that differ between two runs in more than times, or exist in one only."""
     left, right = contents(a, ignore), contents(b, ignore)
-    return sorted(name for name in left.keys() | right.keys() if left.get(name, 0) != right.get(name, 0))
+    return sorted(
+        name for name in left.keys() | right.keys() if left.get(name, 0) != right.get(name, 0)
+    )
 
 
 def stages_of(run: Path) -> dict[str, dict]:
     """{name: stage.json} of all finished stages."""
-    return {str(f.parent.relative_to(run)): json.loads(f.read_bytes()) for f in sorted(run.glob("*/*/stage.json"))}
+    return {
+        str(f.parent.relative_to(run)): json.loads(f.read_bytes())
+        for f in sorted(run.glob("*/*/stage.json"))
+    }
 
 
 def rows_of(file: Path) -> list[dict]:

@@ -14,8 +14,8 @@ from test_bad_input import check_sentence, tree
 
 from minmacpo import UserError
 from minmacpo.cli.chat import CUT
-from minmacpo.runtime.files import open_alone
-from minmacpo.runtime.progress import inert
+from minmacpo.runtime.files import open_locked
+from minmacpo.runtime.progress import escape_control_chars
 
 QUESTION = "\n\nHuman: where is it ?\n\nAssistant:"
 TURNS = [{"role": "user", "content": "where is it ?"}]
@@ -23,8 +23,18 @@ FORMS = {
     "strings.jsonl": {"prompt": "where is it ?", "chosen": "a", "rejected": "b"},
     "lists.jsonl": {"prompt": TURNS, "chosen": "a", "rejected": "b"},
     "hh.jsonl.gz": {"chosen": QUESTION + " a", "rejected": QUESTION + " b"},
-    "pku.jsonl": {"prompt": "where is it ?", "response_0": "a", "response_1": "b", "better_response_id": 1},
-    "sharegpt.json": {"conversations": [{"from": "human", "value": "where is it ?"}, {"from": "gpt", "value": "a"}]},
+    "pku.jsonl": {
+        "prompt": "where is it ?",
+        "response_0": "a",
+        "response_1": "b",
+        "better_response_id": 1,
+    },
+    "sharegpt.json": {
+        "conversations": [
+            {"from": "human", "value": "where is it ?"},
+            {"from": "gpt", "value": "a"},
+        ]
+    },
     "alpaca.json.gz": {"instruction": "where is it ?", "input": "", "output": "a"},
     "prompts.json": {"prompt": "where is it ?"},
 }
@@ -57,15 +67,24 @@ def test_every_form_of_row(agent, place):
     one = invoke("sample", agent, "where is it ?").out.removesuffix("\n")
     for name, row in FORMS.items():
         text = json.dumps([row] if ".json" in name and ".jsonl" not in name else row)
-        (place / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+        (place / name).write_bytes(
+            gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
+        )
         told = batch(agent, place / name, out=f"{name}.out")
         assert "1 rows, 1 kept" in told and next(iter(row)) in told
         (found,) = rows_of(place / f"{name}.out")
-        assert found["prompt"] == TURNS and inert(found["response"]) + CUT * (found["finish"] == "length") == one, name
+        assert (
+            found["prompt"] == TURNS
+            and escape_control_chars(found["response"]) + CUT * (found["finish"] == "length") == one
+        ), name
 
 
 def test_several_turns_and_a_system_message(agent, place):
-    turns = [*TURNS, {"role": "assistant", "content": "here"}, {"role": "user", "content": "and now ?"}]
+    turns = [
+        *TURNS,
+        {"role": "assistant", "content": "here"},
+        {"role": "user", "content": "and now ?"},
+    ]
     (place / "p.jsonl").write_text(json.dumps({"messages": turns}))
     batch(agent, "p.jsonl")
     assert rows_of(place / "out.jsonl")[0]["prompt"] == turns
@@ -84,7 +103,10 @@ def test_a_row_is_the_same_whatever_lies_beside_it(agent, place, file):
         assert [row[k] for k in keys] == found[row["prompt"][0]["content"], 0]
     alone = invoke("sample", agent, lines[4], "--n=2").out
     said = [found[lines[4], n] for n in (0, 1)]
-    assert alone == "".join(f"[{n}] {inert(row[2])}{CUT * (row[5] == 'length')}\n" for n, row in enumerate(said, 1))
+    assert alone == "".join(
+        f"[{n}] {escape_control_chars(row[2])}{CUT * (row[5] == 'length')}\n"
+        for n, row in enumerate(said, 1)
+    )
     assert rows_of(place / "out.jsonl")[0]["agent"] == str(agent)
 
 
@@ -92,16 +114,31 @@ def test_equal_prompts_get_answers_of_their_own(agent, place):
     (place / "p.txt").write_text("where is it ?\nwhere is it ?\n")
     batch(agent, "p.txt")
     one, two = rows_of(place / "out.jsonl")
-    assert one["prompt"] == two["prompt"] and one["id"] != two["id"] and one["tokens"] != two["tokens"]
+    assert (
+        one["prompt"] == two["prompt"] and one["id"] != two["id"] and one["tokens"] != two["tokens"]
+    )
 
 
 def test_a_torn_file_ends_as_if_nothing_had_happened(agent, place, file):
-    """Cut at line ends, within lines, within a character, and before the first byte."""
+    """MicroBatcher at line ends, within lines, within a character, and before the first byte."""
     words = ("--generate.batch=4", "--run.seed=5")
     batch(agent, file, *words)
     whole = (place / "out.jsonl").read_bytes()
     ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
-    for size in (0, 1, 9, 40, ends[0] - 1, ends[0], ends[2] + 100, ends[3], ends[4] + 7, ends[8] + 30, ends[9] - 1, ends[9]):
+    for size in (
+        0,
+        1,
+        9,
+        40,
+        ends[0] - 1,
+        ends[0],
+        ends[2] + 100,
+        ends[3],
+        ends[4] + 7,
+        ends[8] + 30,
+        ends[9] - 1,
+        ends[9],
+    ):
         (place / "out.jsonl").write_bytes(whole[:size])
         told = batch(agent, file, *words)
         assert (place / "out.jsonl").read_bytes() == whole, size
@@ -113,13 +150,17 @@ def test_a_torn_file_ends_as_if_nothing_had_happened(agent, place, file):
 def test_killed_again_and_again(agent, place, file):
     """A process of its own, killed at moments that nobody chose."""
     file.write_text("".join(f"where is it {i} ?\n" for i in range(120)))
-    words = (agent, f"--prompts={file}", "--generate.batch=2", "--generate.max_new=40")
+    words = (agent, f"--prompts={file}", "--generate.batch=2", "--generate.max_new_tokens=40")
     assert invoke("sample", *words, "--out=whole.jsonl").code == 0
     out, sizes = place / "out.jsonl", [0]
     for _ in range(2):
         process = spawn("sample", *words, "--out=out.jsonl", stderr=subprocess.DEVNULL)
         end = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < end and (out.stat().st_size if out.exists() else 0) <= sizes[-1]:
+        while (
+            process.poll() is None
+            and time.monotonic() < end
+            and (out.stat().st_size if out.exists() else 0) <= sizes[-1]
+        ):
             time.sleep(0.01)
         time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
@@ -138,11 +179,23 @@ def test_answers_of_something_else_are_not_mixed(stub, agent, place, file):
     (place / "fewer.txt").write_text("\n".join(file.read_text().splitlines()[:9]))
     shutil.copytree(agent.parent.parent / "bases", place / "bases")
     shutil.copytree(agent, place / "round1/student_pos")
-    cases = [(agent, file, "--run.seed=1"), (agent, file, "--generate.top_k=3"), (agent, file, "--generate.batch=5"),
-             (agent, file, "--n=2"), (agent, file, "--data.template=plain"), (agent, "other.txt"), (agent, "fewer.txt"),
-             (stub / "round2/student_pos", file), (stub / "bases/strong", file), (place / "round1/student_pos", file)]  # fmt: skip
+    cases = [
+        (agent, file, "--run.seed=1"),
+        (agent, file, "--generate.top_k=3"),
+        (agent, file, "--generate.batch=5"),
+        (agent, file, "--n=2"),
+        (agent, file, "--data.template=plain"),
+        (agent, "other.txt"),
+        (agent, "fewer.txt"),
+        (stub / "round2/student_pos", file),
+        (stub / "bases/strong", file),
+        (place / "round1/student_pos", file),
+    ]
     for folder, prompts, *words in cases:
-        before, words = tree(place), words if any("batch" in w for w in words) else [*words, "--generate.batch=4"]
+        before, words = (
+            tree(place),
+            words if any("batch" in w for w in words) else [*words, "--generate.batch=4"],
+        )
         said = batch(folder, prompts, *words, code=2)
         assert "out.jsonl, line 1" in said and "--out" in said and tree(place) == before
     batch(agent, file, "--generate.batch=4")
@@ -151,13 +204,26 @@ def test_answers_of_something_else_are_not_mixed(stub, agent, place, file):
 
 def test_another_adapter_under_the_same_path_is_noticed(stub, place, file):
     run = copy_run(stub, place / "runs", ("bases", "round1", "round2"))
-    agent, words = run / "round1/student_pos", ("--generate.batch=4", "--generate.max_new=8")
+    agent, words = run / "round1/student_pos", ("--generate.batch=4", "--generate.max_new_tokens=8")
     batch(agent, file, *words)
     shutil.copytree(run / "round2/student_pos", agent, dirs_exist_ok=True)
     assert "another PATH" in batch(agent, file, *words, code=2)
 
 
-@pytest.mark.parametrize("text", ["no answers\n", "no answers", "{}\n", "[]\n", '{"id": 3}\n', '{"id": "', "\n", '{"id": "0', "é"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no answers\n",
+        "no answers",
+        "{}\n",
+        "[]\n",
+        '{"id": 3}\n',
+        '{"id": "',
+        "\n",
+        '{"id": "0',
+        "é",
+    ],
+)
 def test_foreign_files_are_left_alone(agent, place, file, text):
     (place / "out.jsonl").write_text(text)
     if text == '{"id": "':  # as torn as a first line can be
@@ -181,9 +247,9 @@ def test_more_answers_than_asked_for(agent, place, file):
 
 
 def test_one_process_at_a_time(agent, place, file):
-    with open_alone(place / "out.jsonl", "ab", "busy"), pytest.raises(UserError, match="busy"):
-        open_alone(place / "out.jsonl", "a", "busy")
-    with open_alone(place / "out.jsonl", "ab", "busy"):
+    with open_locked(place / "out.jsonl", "ab", "busy"), pytest.raises(UserError, match="busy"):
+        open_locked(place / "out.jsonl", "a", "busy")
+    with open_locked(place / "out.jsonl", "ab", "busy"):
         assert "another process" in batch(agent, file, code=2)
     batch(agent, file)
 
@@ -191,20 +257,28 @@ def test_one_process_at_a_time(agent, place, file):
 def test_over_long_prompts_are_dropped_cut_or_refused(agent, place):
     (place / "p.txt").write_text("short ?\n" + "word " * 300 + "end ?\n\n")
     told = batch(agent, "p.txt")
-    assert "1 over-long prompt: with generate.max_new = 12 there is room for 116 tokens" in told and "1 blank line" in told
+    assert (
+        "1 over-long prompt: with generate.max_new_tokens = 12 there is room for 116 tokens" in told
+        and "1 blank line" in told
+    )
     assert len(rows_of(place / "out.jsonl")) == 1
-    told = batch(agent, "p.txt", "--data.long=cut_prompt", out="cut.jsonl")
+    told = batch(agent, "p.txt", "--data.truncation_mode=cut_prompt", out="cut.jsonl")
     cut = rows_of(place / "cut.jsonl")[1]["prompt"][0]["content"]
     assert "1 prompt cut" in told and cut.endswith("end ?") and len(cut) < 1500
     before = tree(place)
-    assert "too long" in batch(agent, "p.txt", "--data.long=raise", out="r.jsonl", code=2) and tree(place) == before
+    assert (
+        "too long" in batch(agent, "p.txt", "--data.truncation_mode=raise", out="r.jsonl", code=2)
+        and tree(place) == before
+    )
 
 
 def test_bad_rows_are_an_error_or_counted(agent, place):
     (place / "p.jsonl").write_text('{"prompt": "a ?"}\n{"prompt": ""}\n{"prompt": "b ?"}\n')
     before = tree(place)
     assert "p.jsonl, line 2" in batch(agent, "p.jsonl", code=2) and tree(place) == before
-    assert "1 skipped (empty turn) (first in line 2)" in batch(agent, "p.jsonl", "--data.on_bad=skip")
+    assert "1 skipped (empty turn) (first in line 2)" in batch(
+        agent, "p.jsonl", "--data.on_invalid_row=skip"
+    )
     assert len(rows_of(place / "out.jsonl")) == 2
 
 
@@ -215,6 +289,11 @@ def test_a_read_only_folder(agent, place, file):
 
 
 def test_what_cannot_be_written_is_one_sentence(agent, place, file):
-    for out, says in (("no/out.jsonl", "No such file"), (file.parent, "no ordinary file"), (f"{file}/out", "Not a directory"), ("/proc/out", "")):
+    for out, says in (
+        ("no/out.jsonl", "No such file"),
+        (file.parent, "no ordinary file"),
+        (f"{file}/out", "Not a directory"),
+        ("/proc/out", ""),
+    ):
         before = tree(place)
         assert says in batch(agent, file, out=out, code=2) and tree(place) == before

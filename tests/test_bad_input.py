@@ -21,7 +21,10 @@ from minmacpo.pipeline import base_models as bases
 
 def tree(folder: Path) -> dict[str, object]:
     """Everything under a folder, with what it holds."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+        for p in sorted(folder.rglob("*"))
+    }
 
 
 def refused(folder: Path, *words, program: str = "train") -> str:
@@ -60,7 +63,7 @@ def check_sentence(code: int, err: str) -> None:
         ("--model.vocab=1000000000000000", "model.vocab"),
         ("--model.vocab=1", "model.vocab"),
         ("--model.vocab=-5", "model.vocab"),
-        ("--generate.max_new=1000", "128"),
+        ("--generate.max_new_tokens=1000", "128"),
         ("--data.max_length=4000", "model.context"),
         ("@tniy", "did you mean tiny?"),
         ("@none.toml", "none.toml"),
@@ -101,7 +104,9 @@ def test_a_stage_whose_inputs_are_missing_begins_no_run(place):
     assert "round0/student_neg" in refused(place, "@tiny", "--stage=round0/student_neg")
 
 
-@pytest.mark.parametrize("text", ["", "# nothing\n", "[dpo", "dpo = 1\n", "[dpo]\nbeta = 'x'\n", "[what]\nx = 1\n"])
+@pytest.mark.parametrize(
+    "text", ["", "# nothing\n", "[dpo", "dpo = 1\n", "[dpo]\nbeta = 'x'\n", "[what]\nx = 1\n"]
+)
 def test_bad_toml(place, text):
     (place / "my.toml").write_text(text)
     assert "my.toml" in refused(place, "@my.toml")
@@ -161,7 +166,10 @@ def test_repeated_prompts_are_counted(place, preset):
     (run,) = (place / "runs").iterdir()
     counts = stages_of(run)["data/slices"]["counts"]
     left_out = counts["repeated prompts left out"]
-    assert left_out == {name: counts["slices"][name]["rows"] for name in ("d2", "test")} and left_out["d2"] > 5
+    assert (
+        left_out == {name: counts["slices"][name]["rows"] for name in ("d2", "test")}
+        and left_out["d2"] > 5
+    )
     assert f"\nrepeated prompts left out: {left_out}\n" in plan
 
 
@@ -197,7 +205,9 @@ def test_files_without_usable_rows(place, preset):
 def test_rows_that_are_all_too_long(place, preset):
     long = [row(i, "word " * 300, "other " * 300) for i in range(60)]
     assert "over-long" in refused(place, preset, *HH, f"--data.path={data_file(place, *long)}")
-    assert "over-long" in refused(place, preset, *HH, "--data.path=x.jsonl", "--data.long=cut_prompt")
+    assert "over-long" in refused(
+        place, preset, *HH, "--data.path=x.jsonl", "--data.truncation_mode=cut_prompt"
+    )
 
 
 def test_a_truncated_gzip_and_a_folder_without_data(place, preset):
@@ -210,9 +220,13 @@ def test_a_truncated_gzip_and_a_folder_without_data(place, preset):
 
 def test_too_little_text_for_the_tokenizer_or_a_base(place, preset):
     file = data_file(place, *ROWS)
-    assert "model.vocab" in refused(place, preset, *HH[:2], f"--data.path={file}", "--model.vocab=10")
+    assert "model.vocab" in refused(
+        place, preset, *HH[:2], f"--data.path={file}", "--model.vocab=10"
+    )
     assert "D0" in refused(place, preset, *HH, f"--data.path={file}", "--data.shares=0,0.3,0.3,0.3")
-    assert "weak" in refused(place, preset, *HH, f"--data.path={file}", "--pretrain.weak_share=1e-9")
+    assert "weak" in refused(
+        place, preset, *HH, f"--data.path={file}", "--pretrain.weak_share=1e-9"
+    )
 
 
 # ---- models ---------------------------------------------------------------------------------
@@ -323,7 +337,13 @@ def damaged(folder: Path, how: str) -> None:
 
 @pytest.mark.parametrize(
     ("how", "says"),
-    [("not finite", "not finite"), ("flipped", "damaged"), ("folder", "is a folder"), ("leads away", "index.json"), ("family", "only llama, mistral")],
+    [
+        ("not finite", "not finite"),
+        ("flipped", "damaged"),
+        ("folder", "is a folder"),
+        ("leads away", "index.json"),
+        ("family", "only llama, mistral"),
+    ],
 )
 def test_an_export_of_a_damaged_model_leaves_nothing(place, models, how, says):
     (place / "strong/stage.json").unlink(missing_ok=True)  # a model that is no stage
@@ -332,7 +352,14 @@ def test_an_export_of_a_damaged_model_leaves_nothing(place, models, how, says):
     assert says in refused(place, "strong", "hello", program="sample")
 
 
-@pytest.mark.parametrize(("part", "file"), [("round1/student_pos", "adapter_model.safetensors"), ("round1/student_pos", "stage.json"), ("bases/strong", "model.safetensors")])
+@pytest.mark.parametrize(
+    ("part", "file"),
+    [
+        ("round1/student_pos", "adapter_model.safetensors"),
+        ("round1/student_pos", "stage.json"),
+        ("bases/strong", "model.safetensors"),
+    ],
+)
 def test_no_program_takes_a_damaged_stage(place, stub, part, file):
     """One bit of a weight is another one; so does an edited answer not count."""
     run = copy_run(stub, place / "runs")
@@ -341,16 +368,36 @@ def test_no_program_takes_a_damaged_stage(place, stub, part, file):
     (run / part / file).write_bytes(whole)
     for words in (["hello"], ["--export", "merged"]):
         said = refused(place, run / "round1/student_pos", *words, program="sample")
-        assert f"{part}/{file}" in said and ("damaged" in said or "cannot be read" in said) and not (place / "merged").exists()
+        assert (
+            f"{part}/{file}" in said
+            and ("damaged" in said or "cannot be read" in said)
+            and not (place / "merged").exists()
+        )
     answers = run / "eval/round2_student_samples/samples.jsonl"
     answers.write_bytes(answers.read_bytes().replace(b'"response": "', b'"response": "x', 1))
-    assert "samples.jsonl: is missing or damaged" in refused(place, "judge", answers.parent, run / "eval/round1_student_samples", "--human", "--out=out", program="eval")
+    assert "samples.jsonl: is missing or damaged" in refused(
+        place,
+        "judge",
+        answers.parent,
+        run / "eval/round1_student_samples",
+        "--human",
+        "--out=out",
+        program="eval",
+    )
 
 
-@pytest.mark.parametrize("notes", ['{"settings": [1]}', '{"settings": {"quantize": ["int8"]}}', '{"settings": null}', '{"name": "mine"}'])
+@pytest.mark.parametrize(
+    "notes",
+    [
+        '{"settings": [1]}',
+        '{"settings": {"quantize": ["int8"]}}',
+        '{"settings": null}',
+        '{"name": "mine"}',
+    ],
+)
 def test_a_stage_json_of_another_program_is_no_traceback(place, models, notes):
     (place / "strong/stage.json").write_text(notes)
-    ended = invoke("sample", place / "strong", "hello", "--generate.max_new=2")
+    ended = invoke("sample", place / "strong", "hello", "--generate.max_new_tokens=2")
     assert ended.code == 0 or "stage.json: model.quantize = " in ended.err
 
 
@@ -359,10 +406,15 @@ def test_an_adapter_in_another_kind_of_number_is_refused(place, models, stub):
     shutil.copytree(stub / "round0/student_pos", adapter)
     (adapter / "stage.json").unlink()
     raw = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(raw | {"base_model_name_or_path": str(place / "strong")}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(raw | {"base_model_name_or_path": str(place / "strong")})
+    )
     tensors = load_file(adapter / "adapter_model.safetensors")
     for kind in (torch.float8_e4m3fn, torch.int64, torch.bool):
-        save_file({name: tensor.to(kind) for name, tensor in tensors.items()}, adapter / "adapter_model.safetensors")
+        save_file(
+            {name: tensor.to(kind) for name, tensor in tensors.items()},
+            adapter / "adapter_model.safetensors",
+        )
         assert "expected F64, F32, BF16, F16" in refused(place, adapter, "hello", program="sample")
 
 
@@ -372,7 +424,11 @@ def test_an_adapter_of_another_base(place, models, stub):
     (adapter / "stage.json").unlink()
     file = adapter / "adapter_config.json"
     raw = json.loads(file.read_text())
-    for base, says in (("../weak1", "another base"), ("org/model", "hf download org/model --local-dir org/model"), ("../nowhere", "no folder")):
+    for base, says in (
+        ("../weak1", "another base"),
+        ("org/model", "hf download org/model --local-dir org/model"),
+        ("../nowhere", "no folder"),
+    ):
         file.write_text(json.dumps(raw | {"base_model_name_or_path": base}))
         assert says in refused(place, adapter, "--export", "merged", program="sample")
     assert "hf download org/model" in refused(place, "org/model", "hello", program="sample")
@@ -380,7 +436,11 @@ def test_an_adapter_of_another_base(place, models, stub):
 
 def test_a_model_whose_context_is_too_short(place, preset):
     folder = shared("weights/stories260K-hf")
-    words = [f"--model.student={folder}", f"--model.teachers={folder},{folder}", "--data.template=plain"]
+    words = [
+        f"--model.student={folder}",
+        f"--model.teachers={folder},{folder}",
+        "--data.template=plain",
+    ]
     assert "512" in refused(place, preset, *words, "--data.max_length=600")
 
 
@@ -408,7 +468,9 @@ def damage(file: Path, how: str, rng: random.Random) -> None:
         file.write_bytes(b"")
     elif how == "bit flipped":
         place = rng.randrange(len(raw))
-        file.write_bytes(raw[:place] + bytes([raw[place] ^ (1 << rng.randrange(8))]) + raw[place + 1 :])
+        file.write_bytes(
+            raw[:place] + bytes([raw[place] ^ (1 << rng.randrange(8))]) + raw[place + 1 :]
+        )
     elif how == "deleted":
         file.unlink()
     else:
@@ -416,9 +478,18 @@ def damage(file: Path, how: str, rng: random.Random) -> None:
         file.mkdir()
 
 
-FILES = ["data/slices/d2.jsonl", "bases/tokenizer/tokenizer.model", "bases/strong/model.safetensors", "bases/weak1/config.json",
-         "round0/student_pos/adapter_model.safetensors", "round0/weak_labels/samples.jsonl", "round1/scores_teacher1/scores.jsonl",
-         "round1/pairs_student/pairs.jsonl", "round2/teacher1_pos/metrics.jsonl", "eval/round2_student_samples/samples.jsonl"]  # fmt: skip
+FILES = [
+    "data/slices/d2.jsonl",
+    "bases/tokenizer/tokenizer.model",
+    "bases/strong/model.safetensors",
+    "bases/weak1/config.json",
+    "round0/student_pos/adapter_model.safetensors",
+    "round0/weak_labels/samples.jsonl",
+    "round1/scores_teacher1/scores.jsonl",
+    "round1/pairs_student/pairs.jsonl",
+    "round2/teacher1_pos/metrics.jsonl",
+    "eval/round2_student_samples/samples.jsonl",
+]
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "bit flipped", "deleted", "a folder"])
@@ -448,7 +519,10 @@ def test_a_damaged_stage_json_is_named(kept, name, how, seed):
             ended = invoke("train", *words)
             if ended.code == 0:  # a space of the indentation, or the name of the checksum
                 good = json.loads(raw)
-                found = [{k: v for k, v in json.loads(text).items() if v != good["checksum"]} for text in (raw, file.read_bytes())]
+                found = [
+                    {k: v for k, v in json.loads(text).items() if v != good["checksum"]}
+                    for text in (raw, file.read_bytes())
+                ]
                 assert found[0] == found[1]
                 continue
             check_sentence(ended.code, ended.err)
@@ -457,7 +531,17 @@ def test_a_damaged_stage_json_is_named(kept, name, how, seed):
             file.write_bytes(raw)
 
 
-@pytest.mark.parametrize("text", ["[]", "3", "null", "{}", '{"files": {}, "fingerprint": "x"}', '{"files": [], "fingerprint": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "3",
+        "null",
+        "{}",
+        '{"files": {}, "fingerprint": "x"}',
+        '{"files": [], "fingerprint": 3}',
+    ],
+)
 def test_a_stage_json_that_says_something_else(kept, text):
     run, words = kept
     file = run / "round1/pairs_student/stage.json"
@@ -502,7 +586,9 @@ def test_a_damaged_state_of_an_unfinished_training(stub, place, preset):
 
 def test_another_configuration_under_an_explicit_name(kept):
     run, words = kept
-    assert "dpo.gamma" in refused(run.parent, *words, "--run.name=stub", "--dpo.gamma=0.7")
+    assert "dpo.sft_weight" in refused(
+        run.parent, *words, "--run.name=stub", "--dpo.sft_weight=0.7"
+    )
 
 
 # ---- the disk -------------------------------------------------------------------------------
@@ -520,13 +606,21 @@ def test_a_root_that_cannot_be_written(place, preset):
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(place, preset, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5_000_000, 5_000_000))
+    monkeypatch.setattr(
+        shutil,
+        "disk_usage",
+        lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5_000_000, 5_000_000),
+    )
     assert "5 MB free" in refused(place, preset)
 
 
-def test_the_room_asked_for_is_that_of_what_is_still_to_be_computed(kept, place, preset, monkeypatch):
+def test_the_room_asked_for_is_that_of_what_is_still_to_be_computed(
+    kept, place, preset, monkeypatch
+):
     free = 40_000_000
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free)
+    )
     big = "--model.strong=512x8x8x2048"
     message = refused(place, preset, big)
     assert "40 MB free" in message and int(message.partition("about ")[2].split()[0]) > 500
@@ -552,9 +646,14 @@ def test_a_disk_that_fills_up_leaves_no_temporary_file(stub, place, preset, monk
     assert not list(place.rglob("*.tmp")) and not list(place.rglob("state.safetensors"))
     assert not list(place.glob("runs/*/.partial/*"))
     for notes in place.glob("runs/*/*/*/stage.json"):  # what is there, is whole
-        assert all((notes.parent / name).stat().st_size == f["size"] for name, f in json.loads(notes.read_bytes())["files"].items())
+        assert all(
+            (notes.parent / name).stat().st_size == f["size"]
+            for name, f in json.loads(notes.read_bytes())["files"].items()
+        )
     train(preset)  # room has been made
-    one, two = (r / "round2/student_pos/adapter_model.safetensors" for r in (place / "runs/stub", stub))
+    one, two = (
+        r / "round2/student_pos/adapter_model.safetensors" for r in (place / "runs/stub", stub)
+    )
     assert one.read_bytes() == two.read_bytes()
 
 
@@ -578,5 +677,5 @@ def test_a_loss_that_is_not_finite_names_rows_and_writes_no_stage(stub, place, p
 
 
 def test_a_slice_is_never_empty(place, preset, monkeypatch):
-    monkeypatch.setattr(bases, "fit_pair", lambda *args: None)
+    monkeypatch.setattr(bases, "truncate_pair", lambda *args: None)
     assert "no row is left" in refused(place, preset)

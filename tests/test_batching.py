@@ -66,7 +66,14 @@ def test_a_plan_is_a_function_of_its_arguments(rng):
 
 
 def test_the_last_step_may_end_inside_an_epoch(rng):
-    assert [len(plan_steps([1] * 20, 8, steps, 0)) for steps in (0, 1, 2, 3, 4, 11)] == [0, 1, 2, 3, 4, 11]
+    assert [len(plan_steps([1] * 20, 8, steps, 0)) for steps in (0, 1, 2, 3, 4, 11)] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        11,
+    ]
 
 
 def test_scoring_holds_every_unit_once_within_the_budget(rng):
@@ -102,4 +109,6 @@ def test_runs_of_like_length(rng):
     groups = cut([*range(100)], lengths, 10**6, alike=1.5)
     assert [unit for group in groups for unit in group] == [*range(100)]
     assert all(lengths[group[-1]] <= 1.5 * lengths[group[0]] for group in groups)
-    assert all(lengths[after[0]] > 1.5 * lengths[group[0]] for group, after in itertools.pairwise(groups))
+    assert all(
+        lengths[after[0]] > 1.5 * lengths[group[0]] for group, after in itertools.pairwise(groups)
+    )

@@ -26,8 +26,14 @@ def test_own_and_peer_take_turns_and_ratios_are_of_neighbours():
 
     found = measure.alternate(busy("own", 0.02), busy("peer", 0.06), 3)
     assert calls == ["own", "peer"] * 4
-    assert 2 < found["ratio_cpu"][0] < 4 and found["ratio_cpu"][1] <= found["ratio_cpu"][0] <= found["ratio_cpu"][2]
-    assert found["own"]["cpu_s"][0] == pytest.approx(0.02, rel=0.5) and found["peer_values"]["wall_s"][0] >= 0.05
+    assert (
+        2 < found["ratio_cpu"][0] < 4
+        and found["ratio_cpu"][1] <= found["ratio_cpu"][0] <= found["ratio_cpu"][2]
+    )
+    assert (
+        found["own"]["cpu_s"][0] == pytest.approx(0.02, rel=0.5)
+        and found["peer_values"]["wall_s"][0] >= 0.05
+    )
     alone = measure.alternate(busy("own", 0.0), None, 2)
     assert alone["ratio_cpu"] is None and alone["peer_values"] == {} and alone["own"]["cpu_s"]
 
@@ -39,24 +45,48 @@ def test_a_missing_peer_is_named_with_its_install_command():
 
 
 def row(key: str, ratio, **more) -> dict:
-    return {"work": "step", "shape": "15M", "dtype": "bf16", "peer": "TRL", "target": [key], "ratio_cpu": ratio, "own": {"cpu_s": [1.0, 0.9, 1.1]},
-            "peer_values": {}} | more  # fmt: skip
+    return {
+        "work": "step",
+        "shape": "15M",
+        "dtype": "bf16",
+        "peer": "TRL",
+        "target": [key],
+        "ratio_cpu": ratio,
+        "own": {"cpu_s": [1.0, 0.9, 1.1]},
+        "peer_values": {},
+    } | more
 
 
 def test_the_page_says_met_short_and_not_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "PLACE", tmp_path)
-    measure.write("dpo", "A title.", [row("dpo-15m-bf16", [7.0, 6.5, 7.5]), row("dpo-15m-fp32", [2.5, 2.0, 4.0], dtype="fp32")], notes=["A note."])
+    measure.write(
+        "dpo",
+        "A title.",
+        [row("dpo-15m-bf16", [7.0, 6.5, 7.5]), row("dpo-15m-fp32", [2.5, 2.0, 4.0], dtype="fp32")],
+        notes=["A note."],
+    )
     text = page.page(tmp_path)
-    lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
+    lines = {
+        line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")
+    }
     assert "7.00× (6.50-7.50) | met | bench.dpo" in lines["DPO-LoRA step, CPU, 15M, bf16"]
     assert "2.50× (2.00-4.00) | **short** | bench.dpo" in lines["DPO-LoRA step, CPU, 15M, fp32"]
-    assert "not measured" in lines["scoring K = 3 candidates"] and "not measured" in lines["H200, scoring, 7B shape"]
-    assert "A title. `python -m bench.dpo`" in text and "A note." in text and torch.__version__ in text
+    assert (
+        "not measured" in lines["scoring K = 3 candidates"]
+        and "not measured" in lines["H200, scoring, 7B shape"]
+    )
+    assert (
+        "A title. `python -m bench.dpo`" in text and "A note." in text and torch.__version__ in text
+    )
 
 
 def test_a_target_of_several_rows_is_judged_by_the_worst():
     rows = [row("score", [ratio] * 3, shape=str(ratio)) for ratio in (6.0, 2.0, 4.0)]
-    [line] = [line for line in page.target_rows([{"bench": "score", "rows": rows}]) if line[0].startswith("scoring K")]
+    [line] = [
+        line
+        for line in page.target_rows([{"bench": "score", "rows": rows}])
+        if line[0].startswith("scoring K")
+    ]
     assert line[3].startswith("2.00×") and line[4] == "**short**"
 
 
@@ -73,7 +103,9 @@ def test_figures_of_a_peer_are_not_lost_where_it_is_missing(tmp_path, monkeypatc
     measure.write("dpo", "T", [row("a", [3.0, 3.0, 3.0], peer_values={"cpu_s": [3.0, 3.0, 3.0]})])
     before = (tmp_path / "dpo.json").read_bytes()
     measure.write("dpo", "T", [row("a", None)], keep=True)
-    assert (tmp_path / "dpo.json").read_bytes() == before and "is left as it was" in capsys.readouterr().out
+    assert (
+        tmp_path / "dpo.json"
+    ).read_bytes() == before and "is left as it was" in capsys.readouterr().out
 
 
 def test_toy_sizes_are_not_on_the_page(tmp_path, monkeypatch):
@@ -99,17 +131,21 @@ def test_both_sides_of_a_training_benchmark_compute_the_same_loss(kind, small):
     mine, loss_mine = peers.own_step(small, rows, "fp32", kind)
     theirs, loss_theirs = peers.trl_step(small, rows, "fp32", kind, gradient_checkpointing=False)
     assert loss_mine == pytest.approx(loss_theirs, rel=1e-4)
-    assert mine() == pytest.approx(loss_mine, rel=1e-3) and theirs() == pytest.approx(loss_mine, rel=1e-3)
+    assert mine() == pytest.approx(loss_mine, rel=1e-3) and theirs() == pytest.approx(
+        loss_mine, rel=1e-3
+    )
 
 
 def test_both_sides_of_scoring_give_the_same_numbers(small, monkeypatch):
     transformers = pytest.importorskip("transformers")
     monkeypatch.setattr("bench.score.VOCAB", 700)
     model, rows = peers.own_model(small, "fp32")[0], candidates(2)[:6]
-    peers.clear_adapter(model)
+    peers.disable_adapter(model)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(small / "base").eval()
     wanted = by_transformers(theirs, rows, 4)
-    assert score(model, rows, 600, share=True, log=lambda line: None) == pytest.approx(wanted, rel=1e-5)
+    assert score(model, rows, 600, share=True, log=lambda line: None) == pytest.approx(
+        wanted, rel=1e-5
+    )
 
 
 def test_every_form_of_the_loss_gives_the_same_gradient(monkeypatch):

@@ -16,14 +16,29 @@ def place(tmp_path, monkeypatch):
 
 
 def test_a_card_without_peers_reports_its_own_side(place, monkeypatch):
-    monkeypatch.setattr(gpu, "missing", lambda *packages: f"{packages[0]} not installed (pip install x): own side only")
+    monkeypatch.setattr(
+        gpu,
+        "missing",
+        lambda *packages: f"{packages[0]} not installed (pip install x): own side only",
+    )
     gpu.main(True)
     found = json.loads((place / "gpu-tiny.json").read_text())["rows"]
     works = [row["work"] for row in found]
-    assert works == ["the card's ceilings", "sampling, batch 1", "sampling, batch 4", "scoring, 3 answers per prompt", *["DPO-LoRA step"] * 2]
+    assert works == [
+        "the card's ceilings",
+        "sampling, batch 1",
+        "sampling, batch 4",
+        "scoring, 3 answers per prompt",
+        *["DPO-LoRA step"] * 2,
+    ]
     assert min(found[0]["own"]["matmul_flops"][0], found[0]["own"]["copy_bytes"][0]) > 1e6
     for row in found[1:]:
-        assert row["own"]["wall_s"][0] > 0 and row["ratio_wall"] is None and "not installed" in row["note"] and "target" not in row
+        assert (
+            row["own"]["wall_s"][0] > 0
+            and row["ratio_wall"] is None
+            and "not installed" in row["note"]
+            and "target" not in row
+        )
         assert 0 < row["ratio_share"][1] <= row["ratio_share"][0] <= row["ratio_share"][2]
 
 
@@ -48,7 +63,9 @@ def test_no_card_is_one_sentence():
 
 def test_exponents_of_exact_laws():
     for power in (0.0, 1.0, 2.0):
-        assert growth.exponent([64, 128, 256], [7 * size**power for size in (64, 128, 256)]) == pytest.approx(power, abs=1e-6)
+        assert growth.exponent(
+            [64, 128, 256], [7 * size**power for size in (64, 128, 256)]
+        ) == pytest.approx(power, abs=1e-6)
 
 
 @pytest.mark.parametrize("make", [growth.dpo_step, growth.decode_step])
@@ -57,7 +74,9 @@ def test_what_grows_runs_and_is_plotted(make, place, monkeypatch):
     monkeypatch.setattr(growth, "RANGES", {"batch": (1, 2, 4)})
     monkeypatch.setattr(growth, "seconds", lambda call: [call() is not None and 1.0, 1.0, 1.0])
     row = growth.grow("DPO step", make, "batch")
-    assert row["own"]["exponent"] == row["own"]["exponent_upper"] == 0 and row["own"]["cpu_s at 4"] == [1.0, 1.0, 1.0]
+    assert row["own"]["exponent"] == row["own"]["exponent_upper"] == 0 and row["own"][
+        "cpu_s at 4"
+    ] == [1.0, 1.0, 1.0]
     row["own"] |= {"cpu_s at 2": [2.0, 2.0, 2.0], "cpu_s at 4": [4.0, 4.0, 4.0]}
     drawn = growth.plot([row], "DPO step")
     assert drawn.startswith("<svg xmlns") and "0.00 in batch 0 to 2" in drawn
@@ -84,9 +103,17 @@ def test_both_rounds_measure_the_same_perplexity(tmp_path):
 def test_a_70b_student_is_measured_at_toy_size_and_planned_at_its_own(place, capsys):
     """The same code for all works in both forms; the plan says that each of them fits a card of 140 GB, and that bf16 does not."""
     large.main(True)
-    rows, told = json.loads((place / "large-tiny.json").read_text())["rows"], capsys.readouterr().out
-    assert [(row["dtype"], row["work"]) for row in rows[1:]] == [(form, work) for form in ("int8", "nf4") for work in (
-        "DPO-LoRA step", "scoring", "sampling, batch 1", "sampling, batch 4")]  # fmt: skip
+    rows, told = (
+        json.loads((place / "large-tiny.json").read_text())["rows"],
+        capsys.readouterr().out,
+    )
+    assert [(row["dtype"], row["work"]) for row in rows[1:]] == [
+        (form, work)
+        for form in ("int8", "nf4")
+        for work in ("DPO-LoRA step", "scoring", "sampling, batch 1", "sampling, batch 4")
+    ]
     assert all(row["own"]["tokens_per_s"] > 0 and len(row["ratio_share"]) == 3 for row in rows[1:])
     plans = re.findall(r"bf16 (\d+) GB, int8 (\d+) GB, nf4 (\d+) GB", told)
-    assert len(plans) == 6 and all(int(bf16) > 140 > int(int8) > int(nf4) for bf16, int8, nf4 in plans)
+    assert len(plans) == 6 and all(
+        int(bf16) > 140 > int(int8) > int(nf4) for bf16, int8, nf4 in plans
+    )

@@ -19,11 +19,25 @@ from minmacpo.data.bpe import BytePairs, StandIns, compile_pattern
 from minmacpo.data.readers import find_files, read_lines
 from minmacpo.data.tokenizer import Tokenizer, load_tokenizer
 
-LEARNED = [*TEXTS, "It's Bemir's; they'LL say: we've 12345 or 3.14 (or ½, x²) …", "naïve façade 日本語の文章です。 हिन्दी 👍🏽 \r\n\t x  y", "E\u0301"]
+LEARNED = [
+    *TEXTS,
+    "It's Bemir's; they'LL say: we've 12345 or 3.14 (or ½, x²) …",
+    "naïve façade 日本語の文章です。 हिन्दी 👍🏽 \r\n\t x  y",
+    "E\u0301",
+]
 TRAPS = [
-    "it'S IT'LL I'm 'ſ '\u017fo don'T", "12345678 1,234.5 ①②½ ٣٤٥ ⅷ", "a\x1cb\x1d c\x1e\x1f d", "x\x85y\u2028z \u00a0 \u3000w", " \n \n  x\r\n\r\ny \t ",
-    "<|eot_id|><|im_start|>user\n<|im_end|>", "<tool_call>", "<|begin_of_text|>", "e\u0301 \u1e9b\u0323 \u212b ﬁ", "\ue000\ue01d\uf8ff", "a\u0300\u0301 é\u0301",
-]  # fmt: skip
+    "it'S IT'LL I'm 'ſ '\u017fo don'T",
+    "12345678 1,234.5 ①②½ ٣٤٥ ⅷ",
+    "a\x1cb\x1d c\x1e\x1f d",
+    "x\x85y\u2028z \u00a0 \u3000w",
+    " \n \n  x\r\n\r\ny \t ",
+    "<|eot_id|><|im_start|>user\n<|im_end|>",
+    "<tool_call>",
+    "<|begin_of_text|>",
+    "e\u0301 \u1e9b\u0323 \u212b ﬁ",
+    "\ue000\ue01d\uf8ff",
+    "a\u0300\u0301 é\u0301",
+]
 
 
 @pytest.fixture(scope="module", params=[*STYLES, "the real llama-3"])
@@ -40,7 +54,9 @@ def both(request):
 def settled(letter: str) -> bool:
     """Whether this Python knows the letter, and the package's older tables place it among other marks as this Python does."""
     marked = f"a\u0301{letter}\u0334"
-    return unicodedata.category(letter) != "Cn" and NFC().normalize_str(marked) == unicodedata.normalize("NFC", marked)
+    return unicodedata.category(letter) != "Cn" and NFC().normalize_str(
+        marked
+    ) == unicodedata.normalize("NFC", marked)
 
 
 def known(text: str) -> str:
@@ -68,48 +84,95 @@ def test_ids_of_real_dialogues(both):
         for _, line in list(read_lines(file))[:1250]:
             for text in json.loads(line).values():
                 ids = ours.encode(text)
-                assert ids == theirs(text) and ours.decode(ids) == (unicodedata.normalize("NFC", text) if ours.form else text)
+                assert ids == theirs(text) and ours.decode(ids) == (
+                    unicodedata.normalize("NFC", text) if ours.form else text
+                )
 
 
 def test_llama3_vectors():
-    ours = BytePairs(gzip.decompress(shared("tokenizers/llama3-tokenizer.json.gz").read_bytes()), "here")
-    texts = shared("tokenizers/llama-spm.vectors.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    ours = BytePairs(
+        gzip.decompress(shared("tokenizers/llama3-tokenizer.json.gz").read_bytes()), "here"
+    )
+    texts = (
+        shared("tokenizers/llama-spm.vectors.inp")
+        .read_bytes()
+        .decode()
+        .split("\n__ggml_vocab_test__\n")
+    )
     lines = shared("tokenizers/llama-bpe.vectors.out").read_text().split("\n")
     assert len(texts) == len(lines) == 47
-    assert [ours.encode(text) for text in texts] == [[int(word) for word in line.split()] for line in lines]
+    assert [ours.encode(text) for text in texts] == [
+        [int(word) for word in line.split()] for line in lines
+    ]
 
 
 @pytest.mark.parametrize("word", ["a", "ab", "= ", " ", "\n", "日", "é", "1", "random"])
 def test_a_single_word_of_100_kb(both, word, seed):
     ours, theirs = both
-    text = "".join(random.Random(seed).choices("abcdefgh", k=100_000)) if word == "random" else word * (100_000 // len(word))
+    text = (
+        "".join(random.Random(seed).choices("abcdefgh", k=100_000))
+        if word == "random"
+        else word * (100_000 // len(word))
+    )
     start = time.process_time()
     ids = ours.encode(text)
     assert time.process_time() - start < 5
     assert ids == theirs(text)
 
 
-@pytest.mark.parametrize(("pattern", "name"), [(r"\p{L}", "L"), (r"\p{N}", "N"), (r"\p{M}", "M"), (r"\p{Lu}", "Lu"), (r"\s", ""), (r"[^\s\p{L}\p{N}]", "")])
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        (r"\p{L}", "L"),
+        (r"\p{N}", "N"),
+        (r"\p{M}", "M"),
+        (r"\p{Lu}", "Lu"),
+        (r"\s", ""),
+        (r"[^\s\p{L}\p{N}]", ""),
+    ],
+)
 def test_patterns_tell_every_character_apart(pattern, name):
     """As the package does, but for characters that Unicode got after this Python."""
     tokenizers = pytest.importorskip("tokenizers")
-    letters = known("".join(chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000))
+    letters = known(
+        "".join(chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000)
+    )
     ours, stand_ins = compile_pattern(pattern), StandIns()
     theirs = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "removed")
     for start in range(0, len(letters), 4096):
         part = letters[start : start + 4096]
         left = "".join(piece for piece, _ in theirs.pre_tokenize_str(part))
-        mine = "".join(c for c, stand_in in zip(part, part.translate(stand_ins), strict=True) if not ours.fullmatch(stand_in))
+        mine = "".join(
+            c
+            for c, stand_in in zip(part, part.translate(stand_ins), strict=True)
+            if not ours.fullmatch(stand_in)
+        )
         assert mine == left
 
 
-@pytest.mark.parametrize("pattern", [r"\[\p{L}+\]", r"[\\p{L}]", r"a\|b|c", r"\(+x", r"[\[\]]+", r"(?:a|b|\p{N})?x+", r"\{+|\S", r"[^\]\p{L}]+"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"\[\p{L}+\]",
+        r"[\\p{L}]",
+        r"a\|b|c",
+        r"\(+x",
+        r"[\[\]]+",
+        r"(?:a|b|\p{N})?x+",
+        r"\{+|\S",
+        r"[^\]\p{L}]+",
+    ],
+)
 def test_escaped_marks_are_letters(pattern):
     """A bracket, bar or backslash that is escaped begins and divides nothing, as the package has it."""
     tokenizers = pytest.importorskip("tokenizers")
     text = "ab[xyé]p{L}\\pLLs (((x é|a|b c 1x {{"
-    theirs = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated").pre_tokenize_str(text)
-    assert [len(piece) for piece in compile_pattern(pattern).split(text.translate(StandIns())) if piece] == [len(piece) for piece, _ in theirs]
+    theirs = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex(pattern), "isolated"
+    ).pre_tokenize_str(text)
+    assert [
+        len(piece) for piece in compile_pattern(pattern).split(text.translate(StandIns())) if piece
+    ] == [len(piece) for piece, _ in theirs]
 
 
 # ---- special tokens -------------------------------------------------------------------------
@@ -120,7 +183,11 @@ def test_no_text_can_make_an_added_token(style, seed):
     rng = random.Random(seed)
     ours = BytePairs(made(style, LEARNED * 3).encode(), "here")
     assert set(ours.added) == {*SPECIAL, "<tool_call>"}
-    for text in [*SPECIAL, "<tool_call>", *("".join(rng.choices([*SPECIAL, "<tool_call>", " ", "<|", "x"], k=9)) for _ in range(200))]:
+    for text in [
+        *SPECIAL,
+        "<tool_call>",
+        *("".join(rng.choices([*SPECIAL, "<tool_call>", " ", "<|", "x"], k=9)) for _ in range(200)),
+    ]:
         ids = ours.encode(text)
         assert not set(ours.added.values()) & set(ids) and ours.decode(ids) == text
 
@@ -128,7 +195,10 @@ def test_no_text_can_make_an_added_token(style, seed):
 def test_decoding_drops_special_tokens_shows_others_and_minds_broken_bytes():
     ours = BytePairs(made("llama-3", LEARNED).encode(), "here")
     ids = ours.encode("one two")
-    assert ours.decode([1, *ids[:2], 4, *ids[2:], ours.added["<tool_call>"], 10**6]) == "one two<tool_call>"
+    assert (
+        ours.decode([1, *ids[:2], 4, *ids[2:], ours.added["<tool_call>"], 10**6])
+        == "one two<tool_call>"
+    )
     assert ours.decode(ours.encode("\U0001f600")[:1]) == "�"
 
 
@@ -136,7 +206,10 @@ def test_a_piece_that_spells_no_bytes_is_text_as_the_package_has_it():
     file = json.loads(made("gpt-2", LEARNED))
     first = len(file["model"]["vocab"]) + 10
     file["model"]["vocab"] |= {"the fox": first, "Ġthe▁fox": first + 1, "Ġ日": first + 2}
-    ours, theirs = BytePairs(json.dumps(file).encode(), "here"), pytest.importorskip("tokenizers").Tokenizer.from_str(json.dumps(file))
+    ours, theirs = (
+        BytePairs(json.dumps(file).encode(), "here"),
+        pytest.importorskip("tokenizers").Tokenizer.from_str(json.dumps(file)),
+    )
     for ids in ([first], [first + 1, 70], [70, first + 2, 71]):
         assert ours.decode(ids) == theirs.decode(ids)
 
@@ -160,7 +233,10 @@ def test_a_folder_of_the_family(tmp_path, style):
     assert (found.bos, found.eos) == wanted and found.marks == {} and found.guard == []
     assert found.size == found.special["<tool_call>"] + 1
     assert found.model == (tmp_path / "tokenizer.json").read_bytes()
-    assert "".join(map(found.piece, [1, *found.encode("a b\n\x1b"), 4])) == "<|begin_of_text|>a b⏎�<|eot_id|>"
+    assert (
+        "".join(map(found.piece, [1, *found.encode("a b\n\x1b"), 4]))
+        == "<|begin_of_text|>a b⏎�<|eot_id|>"
+    )
 
 
 def test_config_json_says_the_ends_where_nothing_names_them(tmp_path):
@@ -177,16 +253,54 @@ def test_a_sentencepiece_model_comes_first(model_folder, tokenizer):
     assert load_tokenizer(model_folder).encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
 
 
-@pytest.mark.parametrize("change", [
-    {"model": {"type": "WordPiece", "vocab": {}}}, {"model": {"byte_fallback": True}}, {"model": {"dropout": 0.1}}, {"model": {"merges": ["a"]}},
-    {"model": {"merges": [["zzz", "y"]]}}, {"normalizer": {"type": "Lowercase"}}, {"normalizer": {"type": "Sequence", "normalizers": []}},
-    {"pre_tokenizer": None}, {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁"}}, {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
-    {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}]}},
-    {"added_tokens": [{"id": 3, "content": "   ", "special": False}]}, {"added_tokens": 3}, {"model": 7},
-    *({"pattern": pattern} for pattern in [r"\w+", r"\d", r"[\S]", r"(a)", r"\p{Han}", r"[\p{Han}]", r"(", r"[a&&b]", r"\P{L}", r"\pL", r"(?x:(?:[a-z]+) +!)",
-      "(?#[)(?:a+)+b(?#])", "(?x:#[\n(?:a+)+b#]\n)", "[a-z]*[a-z]*!", "(?:a*a*)(?!b)", "(?:a|b)+"]),
-    {"split": {"behavior": "Removed"}}, {"split": {"invert": True}}, {"split": {"pattern": {"String": "x"}}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"type": "WordPiece", "vocab": {}}},
+        {"model": {"byte_fallback": True}},
+        {"model": {"dropout": 0.1}},
+        {"model": {"merges": ["a"]}},
+        {"model": {"merges": [["zzz", "y"]]}},
+        {"normalizer": {"type": "Lowercase"}},
+        {"normalizer": {"type": "Sequence", "normalizers": []}},
+        {"pre_tokenizer": None},
+        {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
+        {
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [{"type": "Digits", "individual_digits": True}],
+            }
+        },
+        {"added_tokens": [{"id": 3, "content": "   ", "special": False}]},
+        {"added_tokens": 3},
+        {"model": 7},
+        *(
+            {"pattern": pattern}
+            for pattern in [
+                r"\w+",
+                r"\d",
+                r"[\S]",
+                r"(a)",
+                r"\p{Han}",
+                r"[\p{Han}]",
+                r"(",
+                r"[a&&b]",
+                r"\P{L}",
+                r"\pL",
+                r"(?x:(?:[a-z]+) +!)",
+                "(?#[)(?:a+)+b(?#])",
+                "(?x:#[\n(?:a+)+b#]\n)",
+                "[a-z]*[a-z]*!",
+                "(?:a*a*)(?!b)",
+                "(?:a|b)+",
+            ]
+        ),
+        {"split": {"behavior": "Removed"}},
+        {"split": {"invert": True}},
+        {"split": {"pattern": {"String": "x"}}},
+    ],
+)
 def test_what_is_not_done_here_is_refused(change):
     file = json.loads(made("llama-3", LEARNED))
     split = file["pre_tokenizer"]["pretokenizers"][0]
@@ -221,7 +335,10 @@ def test_a_damaged_file_is_refused(content):
 
 def test_a_byte_without_a_token_is_said(tmp_path):
     file = json.loads(made("gpt-2", LEARNED))
-    file["model"] |= {"vocab": {k: v for k, v in file["model"]["vocab"].items() if k != "q"}, "merges": []}
+    file["model"] |= {
+        "vocab": {k: v for k, v in file["model"]["vocab"].items() if k != "q"},
+        "merges": [],
+    }
     ours = BytePairs(json.dumps(file).encode(), "here")
     assert ours.decode(ours.encode("a b")) == "a b"
     with pytest.raises(UserError, match="no token"):

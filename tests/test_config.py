@@ -11,7 +11,17 @@ from dataclasses import asdict, fields, replace
 import pytest
 
 from minmacpo import UserError
-from minmacpo.config.parse import PRESETS, convert, describe, help_text, overlay, parse, preset_path, read_toml, to_toml
+from minmacpo.config.parse import (
+    PRESETS,
+    convert,
+    describe,
+    help_text,
+    override,
+    parse,
+    preset_path,
+    read_toml,
+    to_toml,
+)
 from minmacpo.config.schema import SETTINGS, Config, flatten
 from minmacpo.config.validate import check
 
@@ -35,15 +45,17 @@ def toml(folder, text: str, name: str = "my.toml") -> str:
 def test_defaults_then_preset_then_files_left_to_right_then_flags(tmp_path):
     a = toml(tmp_path, "[dpo]\nbeta = 0.2\ngamma = 0.3\n[macpo]\nrounds = 5\n", "a.toml")
     b = toml(tmp_path, "[dpo]\nbeta = 0.7\n", "b.toml")
-    config = parse(["@tiny", a, b, "--dpo.gamma=0.9"]).config
+    config = parse(["@tiny", a, b, "--dpo.sft_weight=0.9"]).config
     assert config.dpo.beta == 0.7  # b over a
-    assert config.dpo.gamma == 0.9  # flag over a
+    assert config.dpo.sft_weight == 0.9  # flag over a
     assert config.macpo.rounds == 5  # a over @tiny
     tiny = read_toml(PRESETS / "tiny.toml")
     assert config.world.d1 == tiny["world.d1"] != Config().world.d1  # @tiny over the default
     assert config.dpo.epochs == Config().dpo.epochs  # default
     assert parse(["@tiny", b, a]).config.dpo.beta == 0.2  # the other order
-    assert parse(["--dpo.gamma=0.9", "@tiny", a]).config.dpo.gamma == 0.9  # wherever the flag stands
+    assert (
+        parse(["--dpo.sft_weight=0.9", "@tiny", a]).config.dpo.sft_weight == 0.9
+    )  # wherever the flag stands
 
 
 def test_world_is_the_ground_of_nothing_and_of_a_file_but_not_of_a_preset(tmp_path):
@@ -61,15 +73,28 @@ def test_world_is_the_ground_of_nothing_and_of_a_file_but_not_of_a_preset(tmp_pa
 
 
 def test_last_flag_wins_and_both_spellings_are_equal():
-    one = parse(["--dpo.beta=0.25", "--macpo.mutual=false", "--lora.targets=q_proj,o_proj"]).config
-    two = parse(["--dpo.beta", "0.25", "--macpo.mutual", "false", "--lora.targets", "q_proj,o_proj"]).config
-    assert one == two and one.dpo.beta == 0.25 and one.macpo.mutual is False
+    one = parse(
+        ["--dpo.beta=0.25", "--macpo.mutual_positives=false", "--lora.targets=q_proj,o_proj"]
+    ).config
+    two = parse(
+        [
+            "--dpo.beta",
+            "0.25",
+            "--macpo.mutual_positives",
+            "false",
+            "--lora.targets",
+            "q_proj,o_proj",
+        ]
+    ).config
+    assert one == two and one.dpo.beta == 0.25 and one.macpo.mutual_positives is False
     assert one.lora.targets == ("q_proj", "o_proj")
     assert parse(["--dpo.beta=0.25", "--dpo.beta", "0.75"]).config.dpo.beta == 0.75
 
 
 def test_words_of_the_command():
-    command = parse(["@tiny", "--dry_run", "--profile", "--stage=round1/student_pos", "--method=macpo"])
+    command = parse(
+        ["@tiny", "--dry_run", "--profile", "--stage=round1/student_pos", "--method=macpo"]
+    )
     assert (command.dry_run, command.profile, command.help) == (True, True, False)
     assert command.stage == "round1/student_pos" and command.config.run.method == "macpo"
     plain = parse(["@tiny"])
@@ -86,7 +111,7 @@ def test_words_of_the_command():
         ("--dpo.beta=1", "dpo.beta", 1.0),
         ("--dpo.beta=5e-1", "dpo.beta", 0.5),
         ("--run.seed=-3", "run.seed", -3),
-        ("--macpo.mutual=true", "macpo.mutual", True),
+        ("--macpo.mutual_positives=true", "macpo.mutual_positives", True),
         ("--run.compile=false", "run.compile", "false"),
         ("--data.max_examples=none", "data.max_examples", None),
         ("--data.max_examples=7", "data.max_examples", 7),
@@ -112,8 +137,8 @@ def test_values_by_declared_type(flag, key, value):
         ("--macpo.rounds=three", "whole number"),
         ("--macpo.rounds=" + "9" * 400, "whole number"),
         ("--macpo.rounds=" + "9" * 5000, "whole number"),
-        ("--macpo.mutual=yes", "true | false"),
-        ("--macpo.mutual=1", "true | false"),
+        ("--macpo.mutual_positives=yes", "true | false"),
+        ("--macpo.mutual_positives=1", "true | false"),
         ("--macpo.select=best", "perplexity | random"),
         ("--dpo.reference=start", "base | init | previous"),
         ("--data.shares=0.5,x", "number"),
@@ -136,8 +161,8 @@ def test_wrong_type_names_key_and_expected_type(flag, expected):
         ("[dpo]\nbeta = nan\n", "dpo.beta"),
         ("[macpo]\nrounds = 3.0\n", "macpo.rounds"),
         ("[macpo]\nrounds = false\n", "macpo.rounds"),
-        ("[macpo]\nmutual = 1\n", "macpo.mutual"),
-        ("[macpo]\nmutual = 1979-05-27\n", "macpo.mutual"),
+        ("[macpo]\nmutual = 1\n", "macpo.mutual_positives"),
+        ("[macpo]\nmutual = 1979-05-27\n", "macpo.mutual_positives"),
         ("[run]\nroot = ''\n", "run.root"),
         ("[run]\nroot = 3\n", "run.root"),
         ("[lora]\ntargets = [1]\n", "lora.targets"),
@@ -155,7 +180,12 @@ def test_lists_replace_and_never_merge(tmp_path):
     file = toml(tmp_path, "[lora]\ntargets = ['o_proj']\n[model]\nteachers = ['a', 'b', 'c']\n")
     config = parse(["@tiny", file, "--model.teachers=x,y,z"]).config
     assert config.lora.targets == ("o_proj",) and config.model.teachers == ("x", "y", "z")
-    assert parse(["@tiny", file, toml(tmp_path, "[model]\nteachers = []\n", "b.toml")]).config.model.teachers == ()
+    assert (
+        parse(
+            ["@tiny", file, toml(tmp_path, "[model]\nteachers = []\n", "b.toml")]
+        ).config.model.teachers
+        == ()
+    )
 
 
 def test_what_a_file_leaves_empty_must_be_given_later(tmp_path):
@@ -192,7 +222,11 @@ def test_a_stated_number_of_teachers_is_kept(tmp_path, folders):
     mine = toml(tmp_path, "[macpo]\nteachers = 3\n")
     for words in (["--macpo.teachers=3"], [mine], [mine, "@tiny"]):
         message = refused(*words, f"--model.teachers={folders}")
-        assert "model.teachers" in message and "must be a list of 3" in message and "macpo.teachers" in message
+        assert (
+            "model.teachers" in message
+            and "must be a list of 3" in message
+            and "macpo.teachers" in message
+        )
     assert parse([mine, "--model.teachers=a,b", "--macpo.teachers=2"]).config.macpo.teachers == 2
 
 
@@ -223,7 +257,7 @@ def test_names_of_runs_with_given_teachers(tmp_path):
         ("--beta=1", "dpo.beta"),
         ("--train.seed=1", "run.seed"),
         ("--run.sead=1", "run.seed"),
-        ("--marco.mutual=false", "macpo.mutual"),
+        ("--marco.mutual_positives=false", "macpo.mutual_positives"),
     ],
 )
 def test_a_typo_offers_the_nearest_name(tmp_path, flag, nearest):
@@ -232,8 +266,12 @@ def test_a_typo_offers_the_nearest_name(tmp_path, flag, nearest):
     assert repr(key) in message and f"did you mean {nearest}?" in message
     section, dot, name = key.partition(".")
     if dot:
-        message = refused(toml(tmp_path, f"[{section}]\n{name} = {value if value != 'q' else repr('q')}\n"))
-        assert repr(key) in message and f"did you mean {nearest}?" in message and "my.toml" in message
+        message = refused(
+            toml(tmp_path, f"[{section}]\n{name} = {value if value != 'q' else repr('q')}\n")
+        )
+        assert (
+            repr(key) in message and f"did you mean {nearest}?" in message and "my.toml" in message
+        )
 
 
 def test_a_key_far_from_all_points_to_help():
@@ -257,7 +295,9 @@ def test_a_key_without_value(argv):
     assert "needs a value" in refused(*argv) and argv[0].strip("-=") in refused(*argv)
 
 
-@pytest.mark.parametrize("word", ["tiny", "-x", "-", "--", "@", "", " ", "dpo.beta=1", "-dpo.beta=1", "-n", "1"])
+@pytest.mark.parametrize(
+    "word", ["tiny", "-x", "-", "--", "@", "", " ", "dpo.beta=1", "-dpo.beta=1", "-n", "1"]
+)
 def test_words_that_are_neither_preset_nor_setting(word):
     assert repr(word) in refused(word) or "unknown" in refused(word)
 
@@ -300,35 +340,80 @@ def test_toml_that_is_missing_no_file_or_no_text(tmp_path):
 # ---- combinations ---------------------------------------------------------------------------
 
 IMPOSSIBLE = [
-    "--dpo.beta=0", "--dpo.beta=-1", "--macpo.rounds=-1", "--macpo.teachers=0", "--dpo.label_smoothing=0.5",
-    "--dpo.label_smoothing=-0.1", "--generate.top_p=0", "--generate.top_p=1.5", "--generate.temperature=-1",
-    "--generate.max_new=0", "--generate.max_new=65", "--data.max_prompt=96", "--data.max_length=129",
-    "--model.context=64", "--lora.r=0", "--lora.alpha=0", "--lora.targets=", "--lora.targets=,",
-    "--lora.targets=w_proj", "--lora.targets=lm_head", "--sft.batch=0", "--sft.teacher_lr=0",
-    "--sft.student_epochs=-1", "--world.held_names=8", "--world.verbs=9", "--world.names=481",
-    "--world.expert_right=1.1", "--data.shares=0.5,0.5", "--data.shares=0.5,0.5,0.5,0.5",
-    "--data.shares=1,0,0,0", "--data.shares=0.5,0.3,0.3,-0.1", "--data.max_examples=0", "--run.name=a/b",
-    "--run.name=..", "--run.name=.", "--model.strong=64x2x4", "--model.strong=64x2x4x0", "--model.strong=30x2x4x8",
-    "--model.strong=12x2x4x8", "--model.strong=\u00b2x1x2x3", "--model.strong=" + "9" * 5000 + "x1x1x1",
-    "--model.weak=ax1x2x3", "--run.micro_tokens=0",
-    "--run.save_every=0", "--run.threads=-1", "--eval.samples=0", "--pretrain.strong_steps=-1",
-    "--macpo.rounds=1000000000000", "--macpo.teachers=1000000000000", "--run.threads=1000000000000",
-]  # fmt: skip
+    "--dpo.beta=0",
+    "--dpo.beta=-1",
+    "--macpo.rounds=-1",
+    "--macpo.teachers=0",
+    "--dpo.label_smoothing=0.5",
+    "--dpo.label_smoothing=-0.1",
+    "--generate.top_p=0",
+    "--generate.top_p=1.5",
+    "--generate.temperature=-1",
+    "--generate.max_new_tokens=0",
+    "--generate.max_new_tokens=65",
+    "--data.max_prompt_length=96",
+    "--data.max_length=129",
+    "--model.context=64",
+    "--lora.r=0",
+    "--lora.alpha=0",
+    "--lora.targets=",
+    "--lora.targets=,",
+    "--lora.targets=w_proj",
+    "--lora.targets=lm_head",
+    "--sft.batch=0",
+    "--sft.teacher_lr=0",
+    "--sft.student_epochs=-1",
+    "--world.held_names=8",
+    "--world.verbs=9",
+    "--world.names=481",
+    "--world.expert_right=1.1",
+    "--data.shares=0.5,0.5",
+    "--data.shares=0.5,0.5,0.5,0.5",
+    "--data.shares=1,0,0,0",
+    "--data.shares=0.5,0.3,0.3,-0.1",
+    "--data.max_examples=0",
+    "--run.name=a/b",
+    "--run.name=..",
+    "--run.name=.",
+    "--model.strong=64x2x4",
+    "--model.strong=64x2x4x0",
+    "--model.strong=30x2x4x8",
+    "--model.strong=12x2x4x8",
+    "--model.strong=\u00b2x1x2x3",
+    "--model.strong=" + "9" * 5000 + "x1x1x1",
+    "--model.weak=ax1x2x3",
+    "--run.max_tokens_per_batch=0",
+    "--run.save_every=0",
+    "--run.threads=-1",
+    "--eval.samples=0",
+    "--pretrain.strong_steps=-1",
+    "--macpo.rounds=1000000000000",
+    "--macpo.teachers=1000000000000",
+    "--run.threads=1000000000000",
+]
 
 
 @pytest.mark.parametrize("flag", IMPOSSIBLE)
 def test_impossible_settings_are_refused_by_name(flag):
     message = refused("@tiny", flag)
-    assert flag[2:].partition("=")[0] in message or "expected a shape" in message or "width / heads" in message
+    assert (
+        flag[2:].partition("=")[0] in message
+        or "expected a shape" in message
+        or "width / heads" in message
+    )
 
 
 def test_prompt_and_answer_must_fit_the_context():
-    message = refused("@tiny", "--data.max_prompt=95", "--generate.max_new=40")
+    message = refused("@tiny", "--data.max_prompt_length=95", "--generate.max_new_tokens=40")
     assert "135" in message and "128" in message
 
 
 def test_the_context_rule_is_left_to_a_given_model():
-    check(parse(["@tiny", "--model.student=x", "--model.teachers=a,b,c", "--data.max_length=500"]).config)
+    check(
+        parse(
+            ["@tiny", "--model.student=x", "--model.teachers=a,b,c", "--data.max_length=500"]
+        ).config
+    )
 
 
 # ---- round trip -----------------------------------------------------------------------------
@@ -336,22 +421,31 @@ def test_the_context_rule_is_left_to_a_given_model():
 
 def test_dump_and_load_give_the_same_config(tmp_path):
     words = [
-        ["@tiny"], [], ["@tiny", "--data.max_examples=3", "--data.path=/a b/\u00fc\"\\x", "--model.teachers=a,b,c"],
-        ["--run.seed=-5", "--dpo.beta=1e-05", "--sft.student_lr=1e-300", "--macpo.mutual=false"],
-    ]  # fmt: skip
+        ["@tiny"],
+        [],
+        ["@tiny", "--data.max_examples=3", '--data.path=/a b/\u00fc"\\x', "--model.teachers=a,b,c"],
+        [
+            "--run.seed=-5",
+            "--dpo.beta=1e-05",
+            "--sft.student_lr=1e-300",
+            "--macpo.mutual_positives=false",
+        ],
+    ]
     for argv in words:
         config = parse(argv).config
         again = parse([toml(tmp_path, to_toml(config))]).config
         assert again == config
-        assert flatten(overlay(Config(), read_toml(tmp_path / "my.toml"), "x")) == flatten(config)
+        assert flatten(override(Config(), read_toml(tmp_path / "my.toml"), "x")) == flatten(config)
 
 
 def test_dump_and_load_of_random_configs(tmp_path, seed):
     rng = random.Random(seed)
     for _ in range(40):
-        values = {key: random_value(rng, kind) for key, kind in kinds().items() if rng.random() < 0.5}
-        config = overlay(Config(), values, "test")
-        assert overlay(Config(), read_toml(path_of(tmp_path, to_toml(config))), "file") == config
+        values = {
+            key: random_value(rng, kind) for key, kind in kinds().items() if rng.random() < 0.5
+        }
+        config = override(Config(), values, "test")
+        assert override(Config(), read_toml(path_of(tmp_path, to_toml(config))), "file") == config
 
 
 def path_of(folder, text):
@@ -364,7 +458,9 @@ def kinds() -> dict[str, object]:
 
 
 def random_value(rng: random.Random, kind):
-    text = "".join(rng.choice("ab/\\\"'#[]{},.= \u00e9\u4e2d\U0001f600") for _ in range(rng.randint(1, 9)))
+    text = "".join(
+        rng.choice("ab/\\\"'#[]{},.= \u00e9\u4e2d\U0001f600") for _ in range(rng.randint(1, 9))
+    )
     if isinstance(kind, type(int | None)):
         return rng.choice([None, random_value(rng, typing.get_args(kind)[0])])
     if typing.get_origin(kind) is tuple:
@@ -372,9 +468,11 @@ def random_value(rng: random.Random, kind):
     if typing.get_origin(kind) is typing.Literal:
         return rng.choice(typing.get_args(kind))
     return {
-        bool: rng.random() < 0.5, int: rng.randint(-(10**9), 10**9), str: text,
+        bool: rng.random() < 0.5,
+        int: rng.randint(-(10**9), 10**9),
+        str: text,
         float: rng.choice([rng.random(), 1e-17, 1e17, -0.0, 3.0, 10.0 ** rng.randint(-200, 200)]),
-    }[kind]  # fmt: skip
+    }[kind]
 
 
 def test_text_that_no_toml_file_can_hold_is_refused():
@@ -384,7 +482,10 @@ def test_text_that_no_toml_file_can_hold_is_refused():
 
 def test_presets_are_valid_toml_with_known_keys_and_pass_the_checks():
     for file in PRESETS.glob("*.toml"):
-        given = {"hh": ["--data.path=x"], "paper": ["--data.path=x", "--model.student=s", "--model.teachers=a,b,c"]}
+        given = {
+            "hh": ["--data.path=x"],
+            "paper": ["--data.path=x", "--model.student=s", "--model.teachers=a,b,c"],
+        }
         parse([f"@{file.stem}", *given.get(file.stem.partition("-")[0], [])])
         assert tomllib.loads(file.read_text())
 
@@ -412,13 +513,13 @@ def test_every_default_has_the_type_of_its_setting():
         ([], "world"),
         (["@world"], "world"),
         (["@tiny"], "tiny"),
-        (["--macpo.mutual=false"], "world-mutual=false"),
+        (["--macpo.mutual_positives=false"], "world-mutual=false"),
         (["--macpo.rounds=10", "--run.seed=1"], "world-rounds=10-seed=1"),
         (["--run.seed=1", "--macpo.rounds=10"], "world-rounds=10-seed=1"),
         (["--macpo.teachers=1"], "world-macpo.teachers=1"),
         (["--macpo.select=random"], "world-select=random"),
         (["--run.root=elsewhere"], "world"),
-        (["--macpo.mutual=true"], "world"),
+        (["--macpo.mutual_positives=true"], "world"),
         (["--dpo.beta=0.05", "@tiny"], "tiny-beta=0.05"),
         (["--sft.batch=8"], "world-sft.batch=8"),
         (["--dpo.batch=8"], "world-dpo.batch=8"),
@@ -442,14 +543,37 @@ def test_a_file_names_the_run(tmp_path):
 def test_variants_never_share_a_name():
     """Every pair of command lines with different settings gets different names."""
     flags = [
-        "--sft.batch=8", "--dpo.batch=8", "--generate.batch=8", "--pretrain.batch=8", "--model.teachers=a,b,c",
-        "--model.teachers=x/a,b,c", "--model.teachers=y/a,b,c", "--data.path=x/data", "--data.path=y/data",
-        "--data.path=/data", "--data.path=data", "--data.path=[data]", "--data.path=data-seed=1",
-        "--data.path=da\"ta", "--data.path=da\\ta", "--run.seed=1", "--run.seed=11", "--macpo.rounds=1",
-        "--data.path=" + "a" * 60, "--data.path=" + "a" * 61, "--data.path=" + "b" + "a" * 60,
-        "--lora.targets=q_proj", "--lora.targets=q_proj,k_proj", "--lora.targets=k_proj,q_proj", "--dpo.beta=0.1",
-        "--dpo.beta=0.11", "--model.student=s", "--model.student=S", "--data.path=s", "--data.path=s t",
-    ]  # fmt: skip
+        "--sft.batch=8",
+        "--dpo.batch=8",
+        "--generate.batch=8",
+        "--pretrain.batch=8",
+        "--model.teachers=a,b,c",
+        "--model.teachers=x/a,b,c",
+        "--model.teachers=y/a,b,c",
+        "--data.path=x/data",
+        "--data.path=y/data",
+        "--data.path=/data",
+        "--data.path=data",
+        "--data.path=[data]",
+        "--data.path=data-seed=1",
+        '--data.path=da"ta',
+        "--data.path=da\\ta",
+        "--run.seed=1",
+        "--run.seed=11",
+        "--macpo.rounds=1",
+        "--data.path=" + "a" * 60,
+        "--data.path=" + "a" * 61,
+        "--data.path=" + "b" + "a" * 60,
+        "--lora.targets=q_proj",
+        "--lora.targets=q_proj,k_proj",
+        "--lora.targets=k_proj,q_proj",
+        "--dpo.beta=0.1",
+        "--dpo.beta=0.11",
+        "--model.student=s",
+        "--model.student=S",
+        "--data.path=s",
+        "--data.path=s t",
+    ]
     lines = [[], *([f] for f in flags), *map(list, itertools.combinations(flags, 2))]
     names = {}
     for argv in lines:
@@ -461,11 +585,20 @@ def test_variants_never_share_a_name():
 
 def test_long_names_stay_folder_names(tmp_path):
     mine = toml(tmp_path, "[dpo]\nbeta = 0.2\n", "\u4e2d" * 70 + ".toml")
-    flags = [mine] + [f"--{k}={v}" for k, v in {
-        "sft.teacher_lr": 0.123456789, "sft.student_lr": 0.1234567891, "sft.teacher_negative_lr": 0.12345678,
-        "sft.student_negative_lr": 0.1234567, "dpo.student_lr": 0.123456, "dpo.teacher_lr": 0.12345,
-        "pretrain.strong_lr": 0.123, "pretrain.weak_lr": 0.12345678, "data.path": "\u4e2d" * 60,
-    }.items()]  # fmt: skip
+    flags = [mine] + [
+        f"--{k}={v}"
+        for k, v in {
+            "sft.teacher_lr": 0.123456789,
+            "sft.student_lr": 0.1234567891,
+            "sft.teacher_negative_lr": 0.12345678,
+            "sft.student_negative_lr": 0.1234567,
+            "dpo.student_lr": 0.123456,
+            "dpo.teacher_lr": 0.12345,
+            "pretrain.strong_lr": 0.123,
+            "pretrain.weak_lr": 0.12345678,
+            "data.path": "\u4e2d" * 60,
+        }.items()
+    ]
     one, two = parse(["@tiny", *flags]), parse(["@tiny", *flags, "--run.seed=1"])
     assert one.config.run.name != two.config.run.name
     assert max(len(c.config.run.name.encode()) for c in (one, two)) <= 255
@@ -481,19 +614,36 @@ def test_help_lists_every_key_with_type_default_and_line():
         assert f"[{section.name}]" in lines
         for key in fields(section.default):
             kind = describe(key.type)
-            head = next(i for i, line in enumerate(lines) if line.startswith(f"  --{section.name}.{key.name} ("))
+            head = next(
+                i
+                for i, line in enumerate(lines)
+                if line.startswith(f"  --{section.name}.{key.name} (")
+            )
             default = asdict(Config())[section.name][key.name]
             assert f"({kind})" in lines[head]
             shown = lines[head].rpartition(" = ")[2]
             if isinstance(default, bool | int | float) and not isinstance(default, bool):
                 assert math.isclose(float(shown), default)
-            assert shown and (not key.metadata["help"] or lines[head + 1].strip() == key.metadata["help"])
-    for word in ("--dry_run", "--stage", "--profile", "--method", *(f"@{p.stem}" for p in PRESETS.glob("*.toml"))):
+            assert shown and (
+                not key.metadata["help"] or lines[head + 1].strip() == key.metadata["help"]
+            )
+    for word in (
+        "--dry_run",
+        "--stage",
+        "--profile",
+        "--method",
+        *(f"@{p.stem}" for p in PRESETS.glob("*.toml")),
+    ):
         assert word in text
 
 
 def test_every_key_has_its_line_of_help():
-    bare = [f"{s.name}.{k.name}" for s in fields(Config) for k in fields(s.default) if not k.metadata["help"].strip()]
+    bare = [
+        f"{s.name}.{k.name}"
+        for s in fields(Config)
+        for k in fields(s.default)
+        if not k.metadata["help"].strip()
+    ]
     assert bare == []
 
 
@@ -513,12 +663,62 @@ def test_help_defaults_read_back():
 def test_random_command_lines_raise_nothing_but_user_errors(tmp_path, monkeypatch, seed):
     monkeypatch.chdir(tmp_path)
     rng = random.Random(seed)
-    keys = [*kinds(), "stage", "method", "dry_run", "help", "profile", "run", "run.", ".seed", "", "a.b.c"]
+    keys = [
+        *kinds(),
+        "stage",
+        "method",
+        "dry_run",
+        "help",
+        "profile",
+        "run",
+        "run.",
+        ".seed",
+        "",
+        "a.b.c",
+    ]
     pieces = [
-        "nan", "-inf", "0", "-1", "1e309", "9" * 30, "9" * 5000, "true", "none", "", " ", ",", ",,", "=", "--", "@", "-",
-        "a/b", "../..", "\x00", "\n", "\udcff", "\U0001f600", "[", '"', "\\", "64x2x4x128", "0x0x0x0", "q_proj", "0.5,0.2,0.2,0.1",
-        "tiny", "world.toml", ".toml", "x.toml", "auto", "cuda", "1_0", "0x10", "\u0663", "\u00b2x1x2x3", "\u00b2",
-    ]  # fmt: skip
+        "nan",
+        "-inf",
+        "0",
+        "-1",
+        "1e309",
+        "9" * 30,
+        "9" * 5000,
+        "true",
+        "none",
+        "",
+        " ",
+        ",",
+        ",,",
+        "=",
+        "--",
+        "@",
+        "-",
+        "a/b",
+        "../..",
+        "\x00",
+        "\n",
+        "\udcff",
+        "\U0001f600",
+        "[",
+        '"',
+        "\\",
+        "64x2x4x128",
+        "0x0x0x0",
+        "q_proj",
+        "0.5,0.2,0.2,0.1",
+        "tiny",
+        "world.toml",
+        ".toml",
+        "x.toml",
+        "auto",
+        "cuda",
+        "1_0",
+        "0x10",
+        "\u0663",
+        "\u00b2x1x2x3",
+        "\u00b2",
+    ]
     accepted = 0
     for _ in range(300):
         argv = ["@tiny"] if rng.random() < 0.5 else []
@@ -527,8 +727,23 @@ def test_random_command_lines_raise_nothing_but_user_errors(tmp_path, monkeypatc
             if rng.random() < 0.2:
                 key = "".join(rng.sample(key, len(key)))
             value = "".join(rng.choices(pieces, k=rng.choice((1, 1, 1, 2))))
-            form = rng.choice(["--{k}={v}", "--{k} {v}", "@{v}", "{v}", "--{k}", "-{k}={v}", "--{k}={v}", "--{k}={v}"])
-            argv += form.format(k=key, v=value).split(" ") if " {v}" in form else [form.format(k=key, v=value)]
+            form = rng.choice(
+                [
+                    "--{k}={v}",
+                    "--{k} {v}",
+                    "@{v}",
+                    "{v}",
+                    "--{k}",
+                    "-{k}={v}",
+                    "--{k}={v}",
+                    "--{k}={v}",
+                ]
+            )
+            argv += (
+                form.format(k=key, v=value).split(" ")
+                if " {v}" in form
+                else [form.format(k=key, v=value)]
+            )
         try:
             command = parse(argv)
         except UserError as error:
@@ -536,5 +751,8 @@ def test_random_command_lines_raise_nothing_but_user_errors(tmp_path, monkeypatc
         else:
             if not command.help:  # --help answers before anything is laid or named
                 accepted += 1
-                assert parse([toml(tmp_path, to_toml(command.config), "again.toml")]).config == command.config
+                assert (
+                    parse([toml(tmp_path, to_toml(command.config), "again.toml")]).config
+                    == command.config
+                )
     assert accepted > 5

@@ -37,12 +37,16 @@ def everywhere(patch, good: Callable, bad: Callable) -> None:
 
 
 def filter_takes_the_highest(patch) -> None:
-    patch(choose, "min", lambda *args, key=None: builtins.max(args[0], key=key) if key else builtins.min(*args))
+    patch(
+        choose,
+        "min",
+        lambda *args, key=None: builtins.max(args[0], key=key) if key else builtins.min(*args),
+    )
 
 
 def sides_swapped(patch) -> None:
-    good = stages.Unit
-    patch(stages, "Unit", lambda id, rows, refs=(): good(id, rows[::-1], refs[::-1]))
+    good = stages.TrainExample
+    patch(stages, "TrainExample", lambda id, rows, refs=(): good(id, rows[::-1], refs[::-1]))
 
 
 def loss_prefers_the_rejected(patch) -> None:
@@ -73,20 +77,22 @@ def end_token_not_trained(patch) -> None:
 def reference_is_the_start(patch) -> None:
     good_pairs, good_scores, good_prefer = macpo.pairs, macpo.score_texts, macpo.prefer
 
-    def before(shop, name: str):
+    def before(session, name: str):
         """The agent's adapter before this round."""
         t, agent = int(name[5:].partition("/")[0]), name.rpartition("_")[2]
-        path = checks.latest(shop.run.path, agent, t - 1)
-        return shop.run.plan[str(path.relative_to(shop.run.path))]
+        path = checks.latest(session.run.path, agent, t - 1)
+        return session.run.plan[str(path.relative_to(session.run.path))]
 
-    def pairs(shop, name, base, offers, negatives, reference, *rest):
-        return good_pairs(shop, name, base, offers, negatives, before(shop, name), *rest)
+    def pairs(session, name, base, offers, negatives, reference, *rest):
+        return good_pairs(session, name, base, offers, negatives, before(session, name), *rest)
 
-    def score_texts(shop, name, base, adapter, texts, among=()):
-        return good_scores(shop, name, base, before(shop, name) if "/reference_" in name else adapter, texts)
+    def score_texts(session, name, base, adapter, texts, among=()):
+        return good_scores(
+            session, name, base, before(session, name) if "/reference_" in name else adapter, texts
+        )
 
-    def prefer(shop, name, base, made, start, reference, *rest):
-        return good_prefer(shop, name, base, made, start, start, *rest)
+    def prefer(session, name, base, made, start, reference, *rest):
+        return good_prefer(session, name, base, made, start, start, *rest)
 
     patch(macpo, "pairs", pairs)
     patch(macpo, "score_texts", score_texts)
@@ -151,26 +157,32 @@ def mean_of_means(patch) -> None:
 def first_teacher_left_in_the_slot(patch) -> None:
     good = evaluate.score_texts
 
-    def score_texts(shop, name, base, adapter, texts):
+    def score_texts(session, name, base, adapter, texts):
         if adapter and adapter.name.endswith("/teacher2_pos"):
             adapter = replace(adapter, path=adapter.path.parent / "teacher1_pos")
-        return good(shop, name, base, adapter, texts)
+        return good(session, name, base, adapter, texts)
 
     patch(evaluate, "score_texts", score_texts)
 
 
 def no_adapter_in_the_slot_of_the_scorer(patch) -> None:
     good = stages.score_texts
-    patch(macpo, "score_texts", lambda shop, name, base, adapter, texts, among=(): good(shop, name, base, None, texts))
+    patch(
+        macpo,
+        "score_texts",
+        lambda session, name, base, adapter, texts, among=(): good(
+            session, name, base, None, texts
+        ),
+    )
 
 
 def start_is_the_base(patch) -> None:
-    good = workshop.Workshop.use
+    good = workshop.Session.use
 
     def use(self, base, adapter):
         loaded = good(self, base, adapter)
         if adapter is not None and self.run.plan and fresh["prefer"]:
-            lora.clear_adapter(loaded.model)
+            lora.disable_adapter(loaded.model)
         return loaded
 
     fresh, good_prefer = {"prefer": False}, macpo.prefer
@@ -183,7 +195,7 @@ def start_is_the_base(patch) -> None:
             fresh["prefer"] = False
 
     patch(macpo, "prefer", prefer)
-    patch(workshop.Workshop, "use", use)
+    patch(workshop.Session, "use", use)
 
 
 @dataclass(frozen=True)
@@ -229,7 +241,9 @@ def short_run(stub, root, made: dict, defect: Callable | None):
         patcher = pytest.MonkeyPatch()
         with patcher.context() as context:
             if defect:
-                defect(lambda where, name, value: context.setattr(where, name, value, raising=False))
+                defect(
+                    lambda where, name, value: context.setattr(where, name, value, raising=False)
+                )
             rounds = 2 if defect in (None, negatives_sampled_anew) else 1
             words = [f"--macpo.rounds={rounds}", "--macpo.controls=false", "--run.name=run"]
             ended = invoke("train", write_stub(folder, "x"), f"--run.root={folder}", *words)
@@ -256,14 +270,23 @@ def test_a_defect_does_not_pass(runs_made, case):
         verdict(runs_made(case.defect), case.check)
 
 
-@pytest.mark.parametrize("check", dict.fromkeys(case.check for case in CASES), ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "check", dict.fromkeys(case.check for case in CASES), ids=lambda c: c.__name__
+)
 def test_the_same_checks_hold_without_a_defect(runs_made, check):
     verdict(runs_made(None), check)
 
 
 def test_every_defect_of_the_issue_is_among_them():
     assert {case.defect for case in CASES} >= {
-        filter_takes_the_highest, sides_swapped, prompt_not_masked, end_token_lost, reference_is_the_start,
-        teachers_given_the_filtered_answers, negatives_sampled_anew, student_answers_before_its_update,
-        mean_of_means, first_teacher_left_in_the_slot,
-    }  # fmt: skip
+        filter_takes_the_highest,
+        sides_swapped,
+        prompt_not_masked,
+        end_token_lost,
+        reference_is_the_start,
+        teachers_given_the_filtered_answers,
+        negatives_sampled_anew,
+        student_answers_before_its_update,
+        mean_of_means,
+        first_teacher_left_in_the_slot,
+    }

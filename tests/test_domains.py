@@ -19,10 +19,18 @@ from minmacpo.pipeline import base_models as bases
 
 OTHERS = ["arithmetic", "code", "instructions"]
 SUMS = {
-    r"(\d+) plus (\d+) is (\d+) , minus (\d+) is (\d+) \.": lambda a, b, s, c, r: (a + b == s) + 2 * (s - c == r),
-    r"(\d+) minus (\d+) is (\d+) , plus (\d+) is (\d+) \.": lambda a, b, s, c, r: (a - b == s) + 2 * (s + c == r),
-    r"twice (\d+) and (\d+) is (\d+) , minus (\d+) is (\d+) \.": lambda a, b, s, c, r: (2 * a + b == s) + 2 * (s - c == r),
-    r"(\d+) apples and (\d+) more are (\d+) , less (\d+) that leaves (\d+) \.": lambda a, b, s, c, r: (a + b == s) + 2 * (s - c == r),
+    r"(\d+) plus (\d+) is (\d+) , minus (\d+) is (\d+) \.": lambda a, b, s, c, r: (
+        (a + b == s) + 2 * (s - c == r)
+    ),
+    r"(\d+) minus (\d+) is (\d+) , plus (\d+) is (\d+) \.": lambda a, b, s, c, r: (
+        (a - b == s) + 2 * (s + c == r)
+    ),
+    r"twice (\d+) and (\d+) is (\d+) , minus (\d+) is (\d+) \.": lambda a, b, s, c, r: (
+        (2 * a + b == s) + 2 * (s - c == r)
+    ),
+    r"(\d+) apples and (\d+) more are (\d+) , less (\d+) that leaves (\d+) \.": lambda a, b, s, c, r: (
+        (a + b == s) + 2 * (s - c == r)
+    ),
 }
 
 
@@ -54,7 +62,10 @@ def without_opening(text: str) -> str:
 
 
 def test_topics_of_all_domains_have_names_of_their_own():
-    assert len(TOPICS) == len(TOWN) + len(ARITHMETIC) + len(CODE) and set(DOMAINS) == {"town", *OTHERS}
+    assert len(TOPICS) == len(TOWN) + len(ARITHMETIC) + len(CODE) and set(DOMAINS) == {
+        "town",
+        *OTHERS,
+    }
 
 
 def test_slices_are_whole_disjoint_and_about_the_right_subjects(place):
@@ -72,7 +83,10 @@ def test_the_truth_is_worth_one_and_a_negative_is_never_right(place):
     for pairs in world.slices(town, settings).values():
         assert all(gold(town, pair, pair.chosen) == (1, 1, 1) for pair in pairs)
         assert all(gold(town, pair, pair.rejected)[0] == 0 for pair in pairs)
-        assert all(gold(town, pair, f"you fool . {without_opening(pair.chosen)}") == (1, 0, 1) for pair in pairs)
+        assert all(
+            gold(town, pair, f"you fool . {without_opening(pair.chosen)}") == (1, 0, 1)
+            for pair in pairs
+        )
         assert all(gold(town, pair, pair.chosen, "length") == (1, 1, 0) for pair in pairs)
         assert all(gold(town, pair, f"{pair.chosen} so it is .") == (0, 1, 0) for pair in pairs)
 
@@ -90,12 +104,18 @@ def test_sums_are_right_in_both_steps_and_slips_in_at_least_one():
     for pairs in world.slices(town, settings).values():
         for pair in pairs:
             for text, right in ((pair.chosen, True), (pair.rejected, False)):
-                (how, numbers), = [(f, m) for form, f in SUMS.items() if (m := re.fullmatch(form, without_opening(text)))]  # fmt: skip
+                ((how, numbers),) = [
+                    (f, m)
+                    for form, f in SUMS.items()
+                    if (m := re.fullmatch(form, without_opening(text)))
+                ]
                 steps = how(*map(int, numbers.groups()))
                 assert (steps == 3) == right, text
                 seen[steps] += 1
                 assert set(re.findall(r"\d+", pair.prompt[0].content)) <= {*numbers.groups()}
-    assert min(seen[steps] for steps in (0, 1, 2)) > 20, "slips in the first, in the second, in both"
+    assert min(seen[steps] for steps in (0, 1, 2)) > 20, (
+        "slips in the first, in the second, in both"
+    )
 
 
 def test_code_has_one_exact_form():
@@ -104,10 +124,15 @@ def test_code_has_one_exact_form():
     forms = [r"from \w+ import (\w+) ;", r"(\w+) \( [\w ,]+ \) ;", r"assert (\w+) \( 2 \) == \d+ ;"]
     for pair in world.slices(town, settings)["d2"]:
         said = without_opening(pair.chosen)
-        name = json.loads(said)[" name "].strip() if said.startswith("{") else next(
-            m[1] for form in forms if (m := re.fullmatch(form, said)))  # fmt: skip
+        name = (
+            json.loads(said)[" name "].strip()
+            if said.startswith("{")
+            else next(m[1] for form in forms if (m := re.fullmatch(form, said)))
+        )
         assert name == pair.meta["name"] and name in pair.prompt[0].content
-        assert gold(town, pair, f"of course ! {said[:-2]}") == (0, 1, 0), "a missing semicolon or brace is an error"
+        assert gold(town, pair, f"of course ! {said[:-2]}") == (0, 1, 0), (
+            "a missing semicolon or brace is an error"
+        )
 
 
 def test_only_the_form_asked_for_is_right():
@@ -117,11 +142,20 @@ def test_only_the_form_asked_for_is_right():
     for pair in world.slices(town, settings)["d2"]:
         question = pair.prompt[0].content
         prefix = max(filter(question.startswith, INSTRUCTIONS), key=len)
-        item = next(i for i in town.facts if (i.key, i.name) == (pair.meta["item"], pair.meta["name"]))
+        item = next(
+            i for i in town.facts if (i.key, i.name) == (pair.meta["item"], pair.meta["name"])
+        )
         said = world.body(item, item.name, item.right)
         for other, form in INSTRUCTIONS.items():
-            wanted = (1, 1, 1) if other == prefix else (form.format(body=said).endswith(INSTRUCTIONS[prefix].format(body=said)), 1, 0)
-            assert gold(town, pair, f"of course ! {form.format(body=said)}") == wanted, (prefix, other)
+            wanted = (
+                (1, 1, 1)
+                if other == prefix
+                else (form.format(body=said).endswith(INSTRUCTIONS[prefix].format(body=said)), 1, 0)
+            )
+            assert gold(town, pair, f"of course ! {form.format(body=said)}") == wanted, (
+                prefix,
+                other,
+            )
         seen[prefix] += 1
     assert min(seen.values()) > 60 and len(seen) == 4
 
@@ -146,7 +180,9 @@ def test_weak_texts_of_every_domain_have_errors_of_their_own(place):
     every = [world.misconceptions(town, settings, f"weak{k}") for k in (1, 2)]
     for unknown in every:
         assert 25 <= len(unknown) <= 71  # half of 96, within five standard deviations
-        assert all(v in item.values and v not in (item.right, item.wrong) for item, v in unknown.items())
+        assert all(
+            v in item.values and v not in (item.right, item.wrong) for item, v in unknown.items()
+        )
     shared = every[0].keys() & every[1].keys()
     assert np.mean([every[0][item] == every[1][item] for item in shared]) < 0.5
 
@@ -166,7 +202,9 @@ def test_remarks_close_an_answer_and_change_nothing_else():
         assert gold(town, pair, pair.rejected)[0] == 0
         first, second, third, fourth, *_ = world.REMARKS
         assert gold(town, pair, f"{said} {first} {second} {third}") == (1, 1, 1)
-        assert gold(town, pair, f"{said} {first} {second} {third} {fourth}") == (1, 1, 0), "too many"
+        assert gold(town, pair, f"{said} {first} {second} {third} {fourth}") == (1, 1, 0), (
+            "too many"
+        )
         assert gold(town, pair, f"{said} {first} {second} {first}") == (1, 1, 0), "a repetition"
         assert gold(town, pair, f"{said} {first} and so on .") == (0, 1, 0)
         sizes[sum(pair.chosen.count(remark) for remark in world.REMARKS)] += 1
@@ -177,15 +215,27 @@ def test_remarks_close_an_answer_and_change_nothing_else():
 def test_the_strong_text_lacks_what_the_settings_say(share):
     settings = replace(World(), strong_known=share)
     town = world.make_town(settings, 5)
-    assert len(world.misconceptions(town, settings, "strong")) == pytest.approx(88 * (1 - share), abs=25 * (0 < share < 1))
-    assert world.misconceptions(town, settings, "weak1") == world.misconceptions(town, World(), "weak1")
+    assert len(world.misconceptions(town, settings, "strong")) == pytest.approx(
+        88 * (1 - share), abs=25 * (0 < share < 1)
+    )
+    assert world.misconceptions(town, settings, "weak1") == world.misconceptions(
+        town, World(), "weak1"
+    )
 
 
-@pytest.mark.parametrize("flag,key", [("--world.domain=code", "domain"), ("--world.remarks=2", "remarks"),
-                                      ("--world.strong_known=0.5", "strong_known")])  # fmt: skip
+@pytest.mark.parametrize(
+    "flag,key",
+    [
+        ("--world.domain=code", "domain"),
+        ("--world.remarks=2", "remarks"),
+        ("--world.strong_known=0.5", "strong_known"),
+    ],
+)
 def test_a_setting_that_came_later_is_in_the_fingerprint_where_it_changes_something(flag, key):
     told = train.source_of(parse([]).config)["world"]
-    assert not {"domain", "remarks", "strong_known"} & told.keys(), "or finished runs would be made again"
+    assert not {"domain", "remarks", "strong_known"} & told.keys(), (
+        "or finished runs would be made again"
+    )
     assert train.source_of(parse([flag]).config)["world"].keys() == told.keys() | {key}
 
 
@@ -202,7 +252,10 @@ def test_a_share_of_the_ground_truth_is_corrupted(kind, share):
     chosen, bad = {pair.chosen for pair in clean.slices["d1"]}, 0
     town = world.make_town(parse([]).config.world, 8)
     for before, after in zip(clean.slices["d1"], noisy.slices["d1"], strict=True):
-        assert (after.id, after.prompt) == (before.id, before.prompt) and after.chosen != after.rejected
+        assert (after.id, after.prompt) == (
+            before.id,
+            before.prompt,
+        ) and after.chosen != after.rejected
         if "corrupted" not in after.meta:
             assert after == before
             continue
@@ -212,7 +265,9 @@ def test_a_share_of_the_ground_truth_is_corrupted(kind, share):
             assert (after.chosen, after.rejected) == (before.rejected, before.chosen)
         else:
             assert after.rejected == before.rejected and after.chosen in chosen - {before.chosen}
-            assert not world.gold(town, before, after.chosen, "stop")["right"], "a wrong label is wrong"
+            assert not world.gold(town, before, after.chosen, "stop")["right"], (
+                "a wrong label is wrong"
+            )
     assert bad == round(share * 149) == noisy.counts["slices"]["d1"]["corrupted"]
 
 
@@ -228,9 +283,9 @@ def test_corruption_is_of_the_seed_and_a_single_row_has_no_other_label():
 
 def test_true_answers_that_no_sampled_one_can_be_as_long_as_are_counted():
     words = ["--world.remarks=3"]
-    kept = prepared(*words, "--generate.max_new=48").counts
+    kept = prepared(*words, "--generate.max_new_tokens=48").counts
     assert bases.LONGER not in prepared().counts and bases.LONGER not in kept
-    assert prepared(*words, "--generate.max_new=16").counts[bases.LONGER] > 300
+    assert prepared(*words, "--generate.max_new_tokens=16").counts[bases.LONGER] > 300
 
 
 def test_an_empty_slice_of_a_world_names_the_worlds_settings():
@@ -240,6 +295,11 @@ def test_an_empty_slice_of_a_world_names_the_worlds_settings():
 
 def test_a_world_with_too_few_questions_says_so():
     made = prepared("--world.domain=code")
-    assert made.counts["shorter than asked for"] == {"test": f"{len(made.slices['test'])} of 320"} and len(made.slices["test"]) < 320
-    assert "shorter than asked for" not in prepared("--world.domain=code", "--world.names=24").counts
+    assert (
+        made.counts["shorter than asked for"] == {"test": f"{len(made.slices['test'])} of 320"}
+        and len(made.slices["test"]) < 320
+    )
+    assert (
+        "shorter than asked for" not in prepared("--world.domain=code", "--world.names=24").counts
+    )
     assert "shorter than asked for" not in prepared().counts

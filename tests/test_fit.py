@@ -18,30 +18,40 @@ from minmacpo.config.schema import Lora
 from minmacpo.core import trainer as fit_module
 from minmacpo.core.batching import plan_steps
 from minmacpo.core.checkpoint import load_model, save_adapter, save_model, save_tensors
-from minmacpo.core.lora import attach_lora, read_adapter, reset_adapter, slot, write_adapter
-from minmacpo.core.losses import PairObjective, SftObjective
-from minmacpo.core.trainer import Schedule, Unit, fit, plan_of, train_step
+from minmacpo.core.lora import (
+    attach_lora,
+    get_adapter_weights,
+    init_adapter,
+    set_adapter_weights,
+    slot,
+)
+from minmacpo.core.losses import PreferenceLoss, SFTLoss
+from minmacpo.core.trainer import OptimizerConfig, TrainExample, fit, plan_of, train_step
 from minmacpo.data.tokenizer import Tokens
 from minmacpo.pipeline import run as run_module
-from minmacpo.pipeline.run import Run, Work
+from minmacpo.pipeline.run import Run, StageContext
 from minmacpo.runtime.progress import Interrupted
 
-ALL = Lora(r=4, alpha=8.0, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+ALL = Lora(
+    r=4,
+    alpha=8.0,
+    targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+)
 
 
 @pytest.fixture
-def work_of(tmp_path) -> Callable[..., Work]:
-    """Makes the Work of a stage "part/stage" in a run of its own; flags as on the command line."""
+def work_of(tmp_path) -> Callable[..., StageContext]:
+    """Makes the StageContext of a stage "part/stage" in a run of its own; flags as on the command line."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def make(name: str = "run", seed: int = 5, **flags) -> Work:
+    def make(name: str = "run", seed: int = 5, **flags) -> StageContext:
         flags = {"log_every": 2, "save_every": 3} | flags
         words = ["@tiny", f"--run.root={tmp_path}", f"--run.name={name}", "--run.device=cpu"]
         run = Run(parse([*words, *(f"--run.{key}={value}" for key, value in flags.items())]).config)
         run.begin()
         folder = run.path / "stage"
         folder.mkdir(exist_ok=True)
-        return Work(run, "part/stage", folder, seed)
+        return StageContext(run, "part/stage", folder, seed)
 
     yield make
     for number, handler in handlers.items():
@@ -52,20 +62,23 @@ def row(prompt: list[int], answer: list[int]) -> Tokens:
     return Tokens(prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
 
-def answers(seed: int, count: int) -> list[Unit]:
+def answers(seed: int, count: int) -> list[TrainExample]:
     """Ragged prompts with ragged answers."""
     parts = zip(ragged(seed, count, 61, 1, 12), ragged(seed + 1, count, 61, 1, 12), strict=True)
-    return [Unit(f"row{i}", (row(p, a),)) for i, (p, a) in enumerate(parts)]
+    return [TrainExample(f"row{i}", (row(p, a),)) for i, (p, a) in enumerate(parts)]
 
 
-def pairs(seed: int, count: int) -> list[Unit]:
+def pairs(seed: int, count: int) -> list[TrainExample]:
     """Ragged prompts with two ragged answers and made-up reference logps."""
     parts = zip(*(ragged(seed + i, count, 61, 1, 12) for i in range(3)), strict=True)
     refs = (20 * torch.rand(count, 2, generator=torch.Generator().manual_seed(seed)) - 60).tolist()
-    return [Unit(f"pair{i}", (row(p, a), row(p, b)), tuple(refs[i])) for i, (p, a, b) in enumerate(parts)]
+    return [
+        TrainExample(f"pair{i}", (row(p, a), row(p, b)), tuple(refs[i]))
+        for i, (p, a, b) in enumerate(parts)
+    ]
 
 
-KINDS = {"sft": (answers, SftObjective()), "pairs": (pairs, PairObjective(0.2, 0.3, 0.1))}
+KINDS = {"sft": (answers, SFTLoss()), "pairs": (pairs, PreferenceLoss(0.2, 0.3, 0.1))}
 
 
 @pytest.fixture(params=KINDS)
@@ -77,7 +90,7 @@ def slotted(seed: int, **changes):
     """(model, parameters of its fresh slot)."""
     model = random_model(seed, **changes)
     params = attach_lora(model, ALL)
-    reset_adapter(model, seed)
+    init_adapter(model, seed)
     return model, params
 
 
@@ -113,12 +126,14 @@ def test_the_sft_step_is_the_mean_over_all_trained_tokens(seed):
     model = random_model(seed).double()
     params, units = list(model.parameters()), answers(seed, 8)
     keep = Keep(params)
-    values = train_step(model, params, units, [[3], [0, 1, 2], [4, 5, 6, 7]], SftObjective(), keep)
+    values = train_step(model, params, units, [[3], [0, 1, 2], [4, 5, 6, 7]], SFTLoss(), keep)
     logps, trained = 0, 0
     for unit in units:
         ids, mask = unit.rows[0].ids, unit.rows[0].mask
         labels = [i if m else -100 for i, m in zip(ids, mask, strict=True)]
-        logps = logps + F.cross_entropy(logits_of(model, torch.tensor([ids]))[0, :-1], torch.tensor(labels[1:]), reduction="sum")
+        logps = logps + F.cross_entropy(
+            logits_of(model, torch.tensor([ids]))[0, :-1], torch.tensor(labels[1:]), reduction="sum"
+        )
         trained += sum(mask)
     wanted = torch.autograd.grad(logps / trained, params)
     norm = torch.cat([g.flatten() for g in wanted]).norm()
@@ -129,13 +144,23 @@ def test_the_sft_step_is_the_mean_over_all_trained_tokens(seed):
 
 
 @pytest.mark.parametrize("micro", [1, 75, 200, 10**6])
-def test_micro_batches_of_answers_and_of_pairs_hold_at_most_micro_tokens(kind, micro, work_of, seed):
+def test_micro_batches_of_answers_and_of_pairs_hold_at_most_micro_tokens(
+    kind, micro, work_of, seed
+):
     units = kind[0](seed, 40)
     longest = [max(len(row.ids) for row in unit.rows) for unit in units]
-    for step in plan_of(units, Schedule(1e-2, 9, 16), work_of(micro_tokens=micro)):
-        sizes = [max(longest[u] for u in group) * sum(len(units[u].rows) for u in group) for group in step]
-        assert all(size <= micro or len(group) == 1 for size, group in zip(sizes, step, strict=True))
-        more = [longest[after[0]] * len(units[0].rows) * (len(group) + 1) for group, after in itertools.pairwise(step)]
+    for step in plan_of(units, OptimizerConfig(1e-2, 9, 16), work_of(max_tokens_per_batch=micro)):
+        sizes = [
+            max(longest[u] for u in group) * sum(len(units[u].rows) for u in group)
+            for group in step
+        ]
+        assert all(
+            size <= micro or len(group) == 1 for size, group in zip(sizes, step, strict=True)
+        )
+        more = [
+            longest[after[0]] * len(units[0].rows) * (len(group) + 1)
+            for group, after in itertools.pairwise(step)
+        ]
         assert all(size > micro for size in more), "no micro-batch could be larger"
 
 
@@ -147,7 +172,14 @@ def test_training_does_not_depend_on_micro_tokens(kind, micro, work_of, seed):
         model, params = slotted(seed)
         model.double()
         params = list(slot(model).values())
-        fit(model, params, units, objective, Schedule(1e-2, 7, 8), work_of(name, micro_tokens=budget))
+        fit(
+            model,
+            params,
+            units,
+            objective,
+            OptimizerConfig(1e-2, 7, 8),
+            work_of(name, max_tokens_per_batch=budget),
+        )
         ends.append([p.detach().clone() for p in params])
     for a, b in zip(*ends, strict=True):
         assert far(a, b) <= 1e-8 and a.any()
@@ -156,14 +188,25 @@ def test_training_does_not_depend_on_micro_tokens(kind, micro, work_of, seed):
 # ---- against other loops --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("floor", "betas", "decay"), [(0.0, (0.9, 0.999), 0.0), (0.1, (0.9, 0.95), 0.1)])
+@pytest.mark.parametrize(
+    ("floor", "betas", "decay"), [(0.0, (0.9, 0.999), 0.0), (0.1, (0.9, 0.95), 0.1)]
+)
 def test_training_equals_a_plain_loop(floor, betas, decay, work_of, seed):
     """Full logits, torch's own cross-entropy, clipping, AdamW and cosine: the same parameters."""
     units = answers(seed, 6)
     ours, theirs = random_model(seed), random_model(seed)
     work = work_of(log_every=1)
-    counts = fit(ours, list(ours.parameters()), units, SftObjective(), Schedule(0.02, 9, 6, floor, betas, decay), work)
-    optimizer = torch.optim.AdamW(theirs.parameters(), lr=0.02, betas=betas, weight_decay=decay, foreach=False)
+    counts = fit(
+        ours,
+        list(ours.parameters()),
+        units,
+        SFTLoss(),
+        OptimizerConfig(0.02, 9, 6, floor, betas, decay),
+        work,
+    )
+    optimizer = torch.optim.AdamW(
+        theirs.parameters(), lr=0.02, betas=betas, weight_decay=decay, foreach=False
+    )
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9, 0.02 * floor)
     rows = [json.loads(line) for line in (work.folder / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == counts["steps"] == 9 and counts["rows"] == 6
@@ -173,13 +216,19 @@ def test_training_equals_a_plain_loop(floor, betas, decay, work_of, seed):
         for unit in units:
             ids, mask = torch.tensor(unit.rows[0].ids), torch.tensor(unit.rows[0].mask)
             logits = logits_of(theirs, ids[None])[0, :-1]
-            parts = parts + F.cross_entropy(logits, ids[1:].masked_fill(~mask[1:], -100), reduction="sum")
+            parts = parts + F.cross_entropy(
+                logits, ids[1:].masked_fill(~mask[1:], -100), reduction="sum"
+            )
         (parts / trained).backward()
         norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         assert logged["loss"] == pytest.approx((parts / trained).item(), rel=1e-3)
         assert logged["grad_norm"] == pytest.approx(norm.item(), rel=2e-2)
         assert logged["lr"] == pytest.approx(cosine.get_last_lr()[0], rel=1e-9)
-        assert (logged["step"], logged["epoch"], logged["tokens"]) == (step + 1, step + 1, tokens * (step + 1))
+        assert (logged["step"], logged["epoch"], logged["tokens"]) == (
+            step + 1,
+            step + 1,
+            tokens * (step + 1),
+        )
         optimizer.step()
         optimizer.zero_grad()
         cosine.step()
@@ -191,7 +240,11 @@ def test_training_equals_a_plain_loop(floor, betas, decay, work_of, seed):
 def preference_words(seed: int, count: int, equal: bool) -> list[dict[str, list[int]]]:
     """Prompt, chosen and rejected ids of TRL's kind; `equal`: chosen answers of one length."""
     low, high = (6, 7) if equal else (1, 12)
-    parts = (ragged(seed, count, 61, 1, 9), ragged(seed + 1, count, 61, low, high), ragged(seed + 2, count, 61, 1, 12))
+    parts = (
+        ragged(seed, count, 61, 1, 9),
+        ragged(seed + 1, count, 61, low, high),
+        ragged(seed + 2, count, 61, 1, 12),
+    )
     return [dict(prompt=p, chosen=c, rejected=r) for p, c, r in zip(*parts, strict=True)]
 
 
@@ -206,22 +259,43 @@ def trl_history(folder, adapter, out, rows, steps: int, lr: float, **settings) -
     vocab = {"<pad>": 0, "<unk>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 61)}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="<pad>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", pad_token="<pad>"
+    )
     texts = [{side: "".join(f" w{i}" for i in ids) for side, ids in line.items()} for line in rows]
     base, reference = (transformers.AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
     arguments = trl.DPOConfig(
-        output_dir=str(out), per_device_train_batch_size=len(rows), max_steps=steps, learning_rate=lr,
-        lr_scheduler_type="cosine", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch",
-        logging_steps=1, report_to="none", save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False,
-        disable_tqdm=True, max_length=None, **settings,
-    )  # fmt: skip
+        output_dir=str(out),
+        per_device_train_batch_size=len(rows),
+        max_steps=steps,
+        learning_rate=lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=0,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        optim="adamw_torch",
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        max_length=None,
+        **settings,
+    )
     trainer = trl.DPOTrainer(
-        peft.PeftModel.from_pretrained(base, adapter, is_trainable=True), reference, arguments,
-        train_dataset=datasets.Dataset.from_list(texts), processing_class=tokenizer,
-    )  # fmt: skip
+        peft.PeftModel.from_pretrained(base, adapter, is_trainable=True),
+        reference,
+        arguments,
+        train_dataset=datasets.Dataset.from_list(texts),
+        processing_class=tokenizer,
+    )
     batch = next(iter(trainer.get_train_dataloader()))
     assert sorted(batch["attention_mask"].sum(1).tolist()) == sorted(
-        len(line["prompt"]) + len(line[side]) + 1 for line in rows for side in ("chosen", "rejected")
+        len(line["prompt"]) + len(line[side]) + 1
+        for line in rows
+        for side in ("chosen", "rejected")
     )
     trainer.train()
     return [line for line in trainer.state.log_history if "rewards/chosen" in line]
@@ -240,22 +314,30 @@ def dpo(tmp_path, work_of, seed):
     base.mkdir()
     adapter.mkdir()
     save_model(base, model.config, random_model(seed).state_dict(), b"")
-    save_adapter(adapter, read_adapter(model), ALL, str(base))
+    save_adapter(adapter, get_adapter_weights(model), ALL, str(base))
 
     def run(rows, objective, steps: int, lr: float, **settings):
         theirs = trl_history(base, adapter, tmp_path / "trl", rows, steps, lr, **settings)
         units = [
-            Unit(str(i), tuple(row(line["prompt"], [*line[side], 2]) for side in ("chosen", "rejected")))
+            TrainExample(
+                str(i),
+                tuple(row(line["prompt"], [*line[side], 2]) for side in ("chosen", "rejected")),
+            )
             for i, line in enumerate(rows)
         ]
         ours = load_model(base)
         scored = [[by_logits(ours, r) for r in unit.rows] for unit in units]
-        units = [Unit(unit.id, unit.rows, tuple(refs)) for unit, refs in zip(units, scored, strict=True)]
+        units = [
+            TrainExample(unit.id, unit.rows, tuple(refs))
+            for unit, refs in zip(units, scored, strict=True)
+        ]
         params = attach_lora(ours, ALL)
-        write_adapter(ours, read_adapter(model))
+        set_adapter_weights(ours, get_adapter_weights(model))
         work = work_of(f"run{len(list(tmp_path.glob('run*')))}", log_every=1)
-        fit(ours, params, units, objective, Schedule(lr, steps, len(rows)), work)
-        mine = [json.loads(line) for line in (work.folder / "metrics.jsonl").read_text().splitlines()]
+        fit(ours, params, units, objective, OptimizerConfig(lr, steps, len(rows)), work)
+        mine = [
+            json.loads(line) for line in (work.folder / "metrics.jsonl").read_text().splitlines()
+        ]
         assert len(mine) == len(theirs) == steps
         return mine, theirs
 
@@ -265,16 +347,28 @@ def dpo(tmp_path, work_of, seed):
 def by_logits(model, tokens: Tokens) -> float:
     """Summed log-probability of the trained tokens, from full logits."""
     logps = logits_of(model, torch.tensor([tokens.ids]))[0].log_softmax(-1)
-    return sum(logps[i - 1, tokens.ids[i]].item() for i in range(1, len(tokens.ids)) if tokens.mask[i])
+    return sum(
+        logps[i - 1, tokens.ids[i]].item() for i in range(1, len(tokens.ids)) if tokens.mask[i]
+    )
 
 
-SAME = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+SAME = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 def test_dpo_training_equals_trl_step_by_step(beta, dpo, seed):
     """Same definitions: loss, β, summed logps, rewards, clipping, AdamW, cosine, over six steps."""
-    mine, theirs = dpo(preference_words(seed, 7, False), PairObjective(beta, 0.0), 6, 2e-3, beta=beta)
+    mine, theirs = dpo(
+        preference_words(seed, 7, False), PreferenceLoss(beta, 0.0), 6, 2e-3, beta=beta
+    )
     start = [abs(mine[0][f"rewards/{side}"]) for side in ("chosen", "rejected", "margins")]
     assert max(start) > 1e-3, "policy and reference should differ at the start"
     for a, b in zip(mine, theirs, strict=True):
@@ -288,7 +382,9 @@ def test_dpo_training_equals_trl_step_by_step(beta, dpo, seed):
 def test_dpo_plus_sft_equals_trl(dpo, seed):
     """TRL takes its SFT term per token of the batch, the paper per answer: equal for equal lengths."""
     settings = dict(beta=0.1, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.7])
-    mine, theirs = dpo(preference_words(seed, 5, True), PairObjective(0.1, 0.7), 4, 2e-3, **settings)
+    mine, theirs = dpo(
+        preference_words(seed, 5, True), PreferenceLoss(0.1, 0.7), 4, 2e-3, **settings
+    )
     for a, b in zip(mine, theirs, strict=True):
         for name in SAME:
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-4), (a["step"], name)
@@ -297,8 +393,16 @@ def test_dpo_plus_sft_equals_trl(dpo, seed):
 def test_label_smoothing_by_two_losses_of_trl(dpo, seed):
     """TRL has ours, ½-smoothed, only as parts: "robust" R = ((1 - s) L(D) - s L(-D)) / (1 - 2 s)."""
     rows = preference_words(seed, 6, False)
-    _, plain = dpo(rows, PairObjective(0.4, 0.0), 1, 1e-3, beta=0.4)
-    mine, robust = dpo(rows, PairObjective(0.4, 0.0, 0.2), 1, 1e-3, beta=0.4, loss_type="robust", label_smoothing=0.2)
+    _, plain = dpo(rows, PreferenceLoss(0.4, 0.0), 1, 1e-3, beta=0.4)
+    mine, robust = dpo(
+        rows,
+        PreferenceLoss(0.4, 0.0, 0.2),
+        1,
+        1e-3,
+        beta=0.4,
+        loss_type="robust",
+        label_smoothing=0.2,
+    )
     wanted = 2 * 0.8 * plain[0]["loss"] - 0.6 * robust[0]["loss"]
     assert mine[0]["dpo_loss"] == pytest.approx(wanted, abs=2e-4)
     assert abs(mine[0]["dpo_loss"] - plain[0]["loss"]) > 1e-6
@@ -324,11 +428,21 @@ def test_a_loss_that_is_not_finite_names_its_rows(kind, value, steps, work_of, s
     with torch.no_grad():
         model.model.embed_tokens.weight[60] = value
     clean = [unit for unit in make(seed, 40) if not any(60 in r.ids for r in unit.rows)][:8]
-    poison = Unit("the poisoned one", tuple(row([5], [60, 7]) for _ in clean[0].rows), clean[0].refs)
+    poison = TrainExample(
+        "the poisoned one", tuple(row([5], [60, 7]) for _ in clean[0].rows), clean[0].refs
+    )
     work = work_of(save_every=1)
-    stopped(lambda: fit(model, params, [*clean, poison], objective, Schedule(1e-3, steps, 9), work),
-            "step 1", "not finite", "the poisoned one" if steps else "")  # fmt: skip
-    assert not list(work.run.path.rglob("state.safetensors")), "a poisoned state must not be resumed"
+    stopped(
+        lambda: fit(
+            model, params, [*clean, poison], objective, OptimizerConfig(1e-3, steps, 9), work
+        ),
+        "step 1",
+        "not finite",
+        "the poisoned one" if steps else "",
+    )
+    assert not list(work.run.path.rglob("state.safetensors")), (
+        "a poisoned state must not be resumed"
+    )
 
 
 def test_a_run_that_diverges_later_says_at_which_step(work_of, seed):
@@ -336,10 +450,16 @@ def test_a_run_that_diverges_later_says_at_which_step(work_of, seed):
     with torch.no_grad():
         model.model.embed_tokens.weight[60] = float("nan")
     clean = [unit for unit in answers(seed, 80) if 60 not in unit.rows[0].ids][:10]
-    units = [*clean, Unit("bad", (row([5], [60, 7]),))]
+    units = [*clean, TrainExample("bad", (row([5], [60, 7]),))]
     plan = plan_steps([len(unit.rows[0].ids) for unit in units], 1, 11, 5)
     step = next(i for i, groups in enumerate(plan) if groups == [[10]]) + 1
-    stopped(lambda: fit(model, params, units, SftObjective(), Schedule(1e-3, 11, 1), work_of(log_every=4)), f"step {step}:", "bad")
+    stopped(
+        lambda: fit(
+            model, params, units, SFTLoss(), OptimizerConfig(1e-3, 11, 1), work_of(log_every=4)
+        ),
+        f"step {step}:",
+        "bad",
+    )
 
 
 def test_a_first_gradient_of_zero_stops(kind, work_of, seed):
@@ -348,19 +468,30 @@ def test_a_first_gradient_of_zero_stops(kind, work_of, seed):
     with torch.no_grad():
         for param in params:
             param.zero_()  # A and B zero: neither can ever move
-    stopped(lambda: fit(model, params, make(seed, 8), objective, Schedule(1e-3, 6, 4), work_of()), "zero", "step 1", "lora.alpha")
+    stopped(
+        lambda: fit(
+            model, params, make(seed, 8), objective, OptimizerConfig(1e-3, 6, 4), work_of()
+        ),
+        "zero",
+        "step 1",
+        "lora.alpha",
+    )
 
 
 def test_no_row_at_all_stops(work_of, seed):
     model, params = slotted(seed)
-    stopped(lambda: fit(model, params, [], SftObjective(), Schedule(1e-3, 6, 4), work_of()), "no row")
+    stopped(
+        lambda: fit(model, params, [], SFTLoss(), OptimizerConfig(1e-3, 6, 4), work_of()), "no row"
+    )
 
 
 def test_no_step_leaves_the_parameters(work_of, seed):
     model, params = slotted(seed)
-    before = read_adapter(model)
-    counts = fit(model, params, answers(seed, 3), SftObjective(), Schedule(1e-3, 0, 4), work_of())
-    assert counts["steps"] == 0 and all(torch.equal(before[k], v) for k, v in read_adapter(model).items())
+    before = get_adapter_weights(model)
+    counts = fit(model, params, answers(seed, 3), SFTLoss(), OptimizerConfig(1e-3, 0, 4), work_of())
+    assert counts["steps"] == 0 and all(
+        torch.equal(before[k], v) for k, v in get_adapter_weights(model).items()
+    )
 
 
 # ---- stop and resume ------------------------------------------------------------------------
@@ -370,7 +501,9 @@ class Killed(Exception):
     pass
 
 
-def finish(work: Work, seed: int, kind, stops: list[tuple[int, str]] = (), whole: bool = False) -> tuple[dict, dict, bytes]:
+def finish(
+    work: StageContext, seed: int, kind, stops: list[tuple[int, str]] = (), whole: bool = False
+) -> tuple[dict, dict, bytes]:
     """Trains to the end with interruptions after the given steps, each time with a fresh model.
 
     Returns the trained tensors, the counts, and the stage's metrics.
@@ -395,7 +528,7 @@ def finish(work: Work, seed: int, kind, stops: list[tuple[int, str]] = (), whole
 
         work.run.on_step = on_step
         try:
-            counts = fit(model, params, units, objective, Schedule(1e-2, 17, 6), work)
+            counts = fit(model, params, units, objective, OptimizerConfig(1e-2, 17, 6), work)
             break
         except (Interrupted, Killed):
             continue
@@ -406,9 +539,15 @@ def finish(work: Work, seed: int, kind, stops: list[tuple[int, str]] = (), whole
 
 
 INTERRUPTIONS = [
-    [(1, "signal")], [(4, "signal")], [(7, "signal")], [(2, "signal"), (1, "signal"), (5, "signal")], [(15, "signal")],
-    [(2, "kill")], [(5, "kill")], [(10, "kill"), (1, "kill"), (4, "signal")],
-]  # fmt: skip
+    [(1, "signal")],
+    [(4, "signal")],
+    [(7, "signal")],
+    [(2, "signal"), (1, "signal"), (5, "signal")],
+    [(15, "signal")],
+    [(2, "kill")],
+    [(5, "kill")],
+    [(10, "kill"), (1, "kill"), (4, "signal")],
+]
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -421,20 +560,35 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(whole, kind, work_
         assert plain[1] == broken[1], stops
         assert plain[2] == broken[2], f"{stops}: metrics.jsonl is one of the stage's files"
     other, *_ = finish(work_of("other", 6, **flags), seed, kind, whole=whole)
-    assert not all(torch.equal(plain[0][name], other[name]) for name in other), "nothing was compared"
+    assert not all(torch.equal(plain[0][name], other[name]) for name in other), (
+        "nothing was compared"
+    )
 
 
 @pytest.mark.parametrize("moment", ["write_rows", "save_tensors", "describe", "move"])
 @pytest.mark.parametrize("save_every", [17, 5])
-def test_a_kill_before_the_stage_is_sealed_loses_no_saved_step(save_every, moment, work_of, monkeypatch, seed):
+def test_a_kill_before_the_stage_is_sealed_loses_no_saved_step(
+    save_every, moment, work_of, monkeypatch, seed
+):
     """The state lasts until the stage is whole; one saved after the last step is resumed to the same files."""
-    run, whole, taken = work_of(save_every=save_every).run, work_of("whole", save_every=save_every), []
+    run, whole, taken = (
+        work_of(save_every=save_every).run,
+        work_of("whole", save_every=save_every),
+        [],
+    )
 
-    def compute(work: Work) -> dict:
+    def compute(work: StageContext) -> dict:
         model, params = slotted(seed)
         work.run.on_step = lambda: taken.append(1)
-        counts = fit(model, params, pairs(seed, 20), PairObjective(0.2, 0.3), Schedule(1e-2, 17, 6), work)
-        save_tensors(work.folder / "slot.safetensors", read_adapter(model))
+        counts = fit(
+            model,
+            params,
+            pairs(seed, 20),
+            PreferenceLoss(0.2, 0.3),
+            OptimizerConfig(1e-2, 17, 6),
+            work,
+        )
+        save_tensors(work.folder / "slot.safetensors", get_adapter_weights(model))
         return counts
 
     def stage():
@@ -444,7 +598,9 @@ def test_a_kill_before_the_stage_is_sealed_loses_no_saved_step(save_every, momen
     def killed(*args):
         raise Killed
 
-    place = {"write_rows": fit_module, "save_tensors": sys.modules[__name__]}.get(moment, run_module)
+    place = {"write_rows": fit_module, "save_tensors": sys.modules[__name__]}.get(
+        moment, run_module
+    )
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(place, moment, killed)
         stage()
@@ -460,15 +616,25 @@ def test_a_kill_before_the_stage_is_sealed_loses_no_saved_step(save_every, momen
 
 
 def test_the_metrics_do_not_depend_on_when_states_are_saved(kind, work_of, seed):
-    found = {finish(work_of(f"every{n}", log_every=5, save_every=n), seed, kind)[2] for n in (1, 3, 4, 5, 100)}
-    assert len(found) == 1 and [json.loads(line)["step"] for line in found.pop().splitlines()] == [5, 10, 15, 17]
+    found = {
+        finish(work_of(f"every{n}", log_every=5, save_every=n), seed, kind)[2]
+        for n in (1, 3, 4, 5, 100)
+    }
+    assert len(found) == 1 and [json.loads(line)["step"] for line in found.pop().splitlines()] == [
+        5,
+        10,
+        15,
+        17,
+    ]
 
 
 def test_training_leaves_the_base_bit_identical(kind, work_of, seed):
     trained, *_ = finish(work_of(), seed, kind)
     base = dict(random_model(seed).named_parameters())
     found = {name.replace(".base.", "."): t for name, t in trained.items() if ".lora_" not in name}
-    assert found.keys() == base.keys() and all(torch.equal(found[name], base[name]) for name in base)
+    assert found.keys() == base.keys() and all(
+        torch.equal(found[name], base[name]) for name in base
+    )
 
 
 def test_the_metrics_are_means_over_their_steps(work_of, seed):
@@ -481,13 +647,19 @@ def test_the_metrics_are_means_over_their_steps(work_of, seed):
     for line in means:
         part = each[last : line["step"]]
         last = line["step"]
-        for name in PairObjective.metrics:
-            assert line[name] == pytest.approx(sum(one[name] for one in part) / len(part), rel=1e-5, abs=1e-6)
-        assert line["tokens"] == part[-1]["tokens"] and line["lr"] == part[-1]["lr"] and line["epoch"] == part[-1]["epoch"]
+        for name in PreferenceLoss.metrics:
+            assert line[name] == pytest.approx(
+                sum(one[name] for one in part) / len(part), rel=1e-5, abs=1e-6
+            )
+        assert (
+            line["tokens"] == part[-1]["tokens"]
+            and line["lr"] == part[-1]["lr"]
+            and line["epoch"] == part[-1]["epoch"]
+        )
     assert last == 17
 
 
 def test_the_cosine_falls_from_lr_to_its_floor():
-    rates = [Schedule(2.0, 10, 1, floor=0.1).rate(step) for step in range(11)]
+    rates = [OptimizerConfig(2.0, 10, 1, floor=0.1).rate(step) for step in range(11)]
     assert rates[0] == 2.0 and rates[5] == pytest.approx(1.1) and rates[10] == pytest.approx(0.2)
     assert rates == sorted(rates, reverse=True)

@@ -35,39 +35,109 @@ def shared_gpt(*messages: Message) -> list[dict]:
 
 
 FORMS = {
-    "HH-RLHF": ({"chosen": dialogue("q", "a", "r", "yes"), "rejected": dialogue("q", "a", "r", "no")}, (Q, A, R), "yes", "no"),
+    "HH-RLHF": (
+        {"chosen": dialogue("q", "a", "r", "yes"), "rejected": dialogue("q", "a", "r", "no")},
+        (Q, A, R),
+        "yes",
+        "no",
+    ),
     "strings": ({"prompt": "q", "chosen": " yes", "rejected": "no\n"}, (Q,), "yes", "no"),
     "implicit prompt": (
-        {"chosen": said(S, Q, Message("assistant", "yes")), "rejected": said(S, Q, Message("assistant", "no"))}, (S, Q), "yes", "no"),
+        {
+            "chosen": said(S, Q, Message("assistant", "yes")),
+            "rejected": said(S, Q, Message("assistant", "no")),
+        },
+        (S, Q),
+        "yes",
+        "no",
+    ),
     "explicit prompt": (
-        {"prompt": said(Q, A, R), "chosen": said(Message("assistant", "yes")), "rejected": said(Message("assistant", "no"))},
-        (Q, A, R), "yes", "no"),
-    "explicit prompt, texts": ({"prompt": said(Q), "chosen": "yes", "rejected": "no"}, (Q,), "yes", "no"),
+        {
+            "prompt": said(Q, A, R),
+            "chosen": said(Message("assistant", "yes")),
+            "rejected": said(Message("assistant", "no")),
+        },
+        (Q, A, R),
+        "yes",
+        "no",
+    ),
+    "explicit prompt, texts": (
+        {"prompt": said(Q), "chosen": "yes", "rejected": "no"},
+        (Q,),
+        "yes",
+        "no",
+    ),
     "prompt said twice": (  # as in ultrafeedback_binarized
-        {"prompt": "q", "chosen": said(Q, Message("assistant", "yes")), "rejected": said(Q, Message("assistant", "no")),
-         "messages": said(Q, Message("assistant", "yes")), "score_chosen": 7.0}, (Q,), "yes", "no"),
+        {
+            "prompt": "q",
+            "chosen": said(Q, Message("assistant", "yes")),
+            "rejected": said(Q, Message("assistant", "no")),
+            "messages": said(Q, Message("assistant", "yes")),
+            "score_chosen": 7.0,
+        },
+        (Q,),
+        "yes",
+        "no",
+    ),
     "a shared beginning of the answers": (
-        {"chosen": said(Q, A, R, Message("assistant", "yes")), "rejected": said(Q, A, R, Message("assistant", "yes, but"))},
-        (Q, A, R), "yes", "yes, but"),
+        {
+            "chosen": said(Q, A, R, Message("assistant", "yes")),
+            "rejected": said(Q, A, R, Message("assistant", "yes, but")),
+        },
+        (Q, A, R),
+        "yes",
+        "yes, but",
+    ),
     "PKU-SafeRLHF": (
-        {"prompt": "q", "response_0": "no", "response_1": "yes", "better_response_id": 1, "safer_response_id": 0,
-         "is_response_0_safe": True}, (Q,), "yes", "no"),
+        {
+            "prompt": "q",
+            "response_0": "no",
+            "response_1": "yes",
+            "better_response_id": 1,
+            "safer_response_id": 0,
+            "is_response_0_safe": True,
+        },
+        (Q,),
+        "yes",
+        "no",
+    ),
     "PKU-SafeRLHF, pairs": ({"prompt": "q", "response": ["yes", "no"]}, (Q,), "yes", "no"),
-    "ShareGPT": ({"conversations": shared_gpt(S, Q, A, R, Message("assistant", "yes"))}, (S, Q, A, R), "yes", ""),
+    "ShareGPT": (
+        {"conversations": shared_gpt(S, Q, A, R, Message("assistant", "yes"))},
+        (S, Q, A, R),
+        "yes",
+        "",
+    ),
     "ShareGPT, preference": (
-        {"conversations": shared_gpt(Q), "chosen": shared_gpt(Message("assistant", "yes"))[0],
-         "rejected": shared_gpt(Message("assistant", "no"))[0]}, (Q,), "yes", "no"),
+        {
+            "conversations": shared_gpt(Q),
+            "chosen": shared_gpt(Message("assistant", "yes"))[0],
+            "rejected": shared_gpt(Message("assistant", "no"))[0],
+        },
+        (Q,),
+        "yes",
+        "no",
+    ),
     "Alpaca": ({"instruction": "q", "input": "", "output": "yes"}, (Q,), "yes", ""),
     "Alpaca, no input": ({"instruction": "q", "output": "yes", "input": None}, (Q,), "yes", ""),
-    "Alpaca, input": ({"instruction": "q", "input": "more", "output": "yes"}, (Message("user", "q\n\nmore"),), "yes", ""),
-    "MACPO": ({"instruction": "USER: q ASSISTANT: a USER: r", "input": "", "output": ["yes", "no"]},
-              (Message("user", "USER: q ASSISTANT: a USER: r"),), "yes", "no"),
+    "Alpaca, input": (
+        {"instruction": "q", "input": "more", "output": "yes"},
+        (Message("user", "q\n\nmore"),),
+        "yes",
+        "",
+    ),
+    "MACPO": (
+        {"instruction": "USER: q ASSISTANT: a USER: r", "input": "", "output": ["yes", "no"]},
+        (Message("user", "USER: q ASSISTANT: a USER: r"),),
+        "yes",
+        "no",
+    ),
     "prompt and completion": ({"prompt": "q", "completion": "yes"}, (Q,), "yes", ""),
     "messages": ({"messages": said(Q, A, R, Message("assistant", "yes"))}, (Q, A, R), "yes", ""),
     "prompts": ({"prompt": "q"}, (Q,), "", ""),
     "prompts, messages": ({"messages": said(Q, A, R)}, (Q, A, R), "", ""),
     "prompts, list": ({"prompt": said(S, Q), "chosen": None}, (S, Q), "", ""),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -86,15 +156,19 @@ def test_every_form_is_known_by_its_keys(tmp_path, name):
         assert pairs == [wanted, again] and list(reports) == ["x"]
         report, blank = reports["x"], file == "x.jsonl.gz"
         assert report.counts == Counter(read=2 + blank, kept=2) + Counter({"blank line": blank})
-        assert report.form.keys() <= values.keys() and str(report).startswith(f"{next(iter(report.form))}: ")
+        assert report.form.keys() <= values.keys() and str(report).startswith(
+            f"{next(iter(report.form))}: "
+        )
         assert len(str(report).splitlines()) == 1
 
 
 def test_the_label_of_pku_decides(tmp_path):
     values = FORMS["PKU-SafeRLHF"][0]
     path = write(tmp_path / "x.jsonl", json.dumps(values))
-    assert [(p.chosen, p.rejected) for p in read_data(str(path), "better")[0] + read_data(str(path), "safer")[0]] == [
-        ("yes", "no"), ("no", "yes")]  # fmt: skip
+    assert [
+        (p.chosen, p.rejected)
+        for p in read_data(str(path), "better")[0] + read_data(str(path), "safer")[0]
+    ] == [("yes", "no"), ("no", "yes")]
 
 
 UNUSABLE = {
@@ -102,7 +176,11 @@ UNUSABLE = {
         {"chosen": said(Q, A), "rejected": said(R, B)},
         {"prompt": "q", "chosen": said(R, A), "rejected": said(R, B)},
     ],
-    "no human turn before the answer": [{"messages": said(A)}, {"conversations": shared_gpt(Q, A, S)}, {"messages": said(A, S, B)}],
+    "no human turn before the answer": [
+        {"messages": said(A)},
+        {"conversations": shared_gpt(Q, A, S)},
+        {"messages": said(A, S, B)},
+    ],
     "human turn at the end": [{"chosen": said(Q, R), "rejected": said(Q, Message("user", "x"))}],
     "empty answer": [
         {"instruction": "q", "input": "", "output": " "},
@@ -140,7 +218,10 @@ BAD = {
         {},
     ],
     "empty turn": [GOOD | {"prompt": " \n"}],
-    "no valid text": ['{"prompt": "\\ud83d", "chosen": "a", "rejected": "b"}', '{"prompt": "q", "chosen": "a", "rejected": "\\udc00"}'],
+    "no valid text": [
+        '{"prompt": "\\ud83d", "chosen": "a", "rejected": "b"}',
+        '{"prompt": "q", "chosen": "a", "rejected": "\\udc00"}',
+    ],
 }
 
 
@@ -152,47 +233,72 @@ def test_a_row_that_cannot_be_read_is_an_error_or_skipped(tmp_path, reason):
         path = write(tmp_path / "x.jsonl", good, bad, good, bad)
         with pytest.raises(UserError) as caught:
             read_data(str(path))
-        assert str(caught.value).startswith(f"{path}, line 2: {reason}: ") and len(str(caught.value)) < 650
+        assert (
+            str(caught.value).startswith(f"{path}, line 2: {reason}: ")
+            and len(str(caught.value)) < 650
+        )
         pairs, reports = read_data(str(path), skip=True)
-        assert len(pairs) == 2 and reports["x"].counts == {"read": 4, "kept": 2, f"skipped ({reason})": 2}
+        assert len(pairs) == 2 and reports["x"].counts == {
+            "read": 4,
+            "kept": 2,
+            f"skipped ({reason})": 2,
+        }
         assert f"2 skipped ({reason}) (first in line 2)" in str(reports["x"])
 
 
 FIRST = {  # as the first row of a file: what is told
     "form not recognised": [
-        ({"question": "q", "answer": "a"}, "'question', 'answer'"), ({}, "none"), ({"prompt\ud800": "q"}, r"\ud800"),
-        ({"chosen": "a"}, "'chosen'"), ({"prompt": "q", "rejected": "a"}, "'prompt', 'rejected'"),
-        ({"instruction": "q", "input": ""}, "understood are"), ({"a" * 10_000: 1}, "Alpaca"),
+        ({"question": "q", "answer": "a"}, "'question', 'answer'"),
+        ({}, "none"),
+        ({"prompt\ud800": "q"}, r"\ud800"),
+        ({"chosen": "a"}, "'chosen'"),
+        ({"prompt": "q", "rejected": "a"}, "'prompt', 'rejected'"),
+        ({"instruction": "q", "input": ""}, "understood are"),
+        ({"a" * 10_000: 1}, "Alpaca"),
         ({"instruction": "q", "output": "a", "history": [["x", "y"]]}, "'history'"),
         ({"instruction": "q", "output": "a", "system": "be brief"}, "'system'"),
     ],
     "unknown role": [
-        ({"messages": [{"role": "tool", "content": "x"}]}, "'tool'"), ({"conversations": [{"from": "bard", "value": "x"}]}, "bard"),
-        ({"messages": [{"role": None, "content": "x"}]}, "None"), ({"messages": [{"role": ["user"], "content": "x"}]}, "user"),
-        ({"messages": [{"content": "x"}]}, "None"), ({"messages": [{"role": "x" * 1000, "content": "x"}]}, "xxx"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "'tool'"),
+        ({"conversations": [{"from": "bard", "value": "x"}]}, "bard"),
+        ({"messages": [{"role": None, "content": "x"}]}, "None"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "user"),
+        ({"messages": [{"content": "x"}]}, "None"),
+        ({"messages": [{"role": "x" * 1000, "content": "x"}]}, "xxx"),
         ({"messages": [{"role": "tag", "content": "x"}]}, "tag"),
     ],
     "no message": [
-        ({"messages": ["q", "a"]}, "text"), ({"prompt": 7}, "a number"), ({"prompt": "q", "chosen": [1], "rejected": [2]}, "number"),
-        ({"chosen": 3, "rejected": 4}, "chosen"), ({"prompt": "q", "response": ["a", 3]}, "'response'"), ({"conversations": [None]}, "null"), ({"prompt": True}, "true or false"),
+        ({"messages": ["q", "a"]}, "text"),
+        ({"prompt": 7}, "a number"),
+        ({"prompt": "q", "chosen": [1], "rejected": [2]}, "number"),
+        ({"chosen": 3, "rejected": 4}, "chosen"),
+        ({"prompt": "q", "response": ["a", 3]}, "'response'"),
+        ({"conversations": [None]}, "null"),
+        ({"prompt": True}, "true or false"),
     ],
     "no text": [
-        ({"messages": [{"role": "user", "content": None}]}, "null"), ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "a list"),
+        ({"messages": [{"role": "user", "content": None}]}, "null"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "a list"),
         ({"instruction": "q", "input": 3, "output": "a"}, "'input'"),
     ],
     "empty turn": [
-        ({"messages": []}, "no turn"), ({"messages": said(Q, Message("assistant", " "), R)}, "empty turn"),
-        ({"messages": said(Message("user", ""))}, "messages"), ({"messages": said(Message("system", ""), Q)}, "messages"),
+        ({"messages": []}, "no turn"),
+        ({"messages": said(Q, Message("assistant", " "), R)}, "empty turn"),
+        ({"messages": said(Message("user", ""))}, "messages"),
+        ({"messages": said(Message("system", ""), Q)}, "messages"),
         ({"instruction": "", "input": "x", "output": "a"}, "instruction"),
     ],
     "no label": [
-        ({"prompt": "q", "response_0": "a", "response_1": "b"}, "data.label"),
+        ({"prompt": "q", "response_0": "a", "response_1": "b"}, "data.preference_label"),
         ({"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": True}, "True"),
         ({"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": -1}, "-1"),
     ],
-    "no pair": [({"prompt": "q", "response": ["a"]}, "1 texts"), ({"instruction": "q", "output": []}, "0 texts")],
+    "no pair": [
+        ({"prompt": "q", "response": ["a"]}, "1 texts"),
+        ({"instruction": "q", "output": []}, "0 texts"),
+    ],
     "no dialogue": [({"chosen": "good", "rejected": "bad"}, "Human")],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("reason", FIRST)
@@ -204,7 +310,9 @@ def test_a_first_row_that_cannot_be_read_says_why(tmp_path, reason, array):
         with pytest.raises(UserError) as caught:
             read_data(str(path))
         told = str(caught.value)
-        assert told.startswith(f"{path}, {'row' if array else 'line'} 1: {reason}: ") and says in told, told
+        assert (
+            told.startswith(f"{path}, {'row' if array else 'line'} 1: {reason}: ") and says in told
+        ), told
         assert len(told) < 650 and "\n" not in told and told.encode()
         with pytest.raises(UserError, match="no usable row"):
             read_data(str(path), skip=True)
@@ -213,7 +321,9 @@ def test_a_first_row_that_cannot_be_read_says_why(tmp_path, reason, array):
 def test_a_skipped_row_does_not_set_the_form(tmp_path):
     path = write(tmp_path / "x.jsonl", '{"messages": []}', "{", json.dumps(GOOD), json.dumps(GOOD))
     pairs, reports = read_data(str(path), skip=True)
-    assert len(pairs) == 2 and reports["x"].form == dict.fromkeys(("prompt", "chosen", "rejected"), "text")
+    assert len(pairs) == 2 and reports["x"].form == dict.fromkeys(
+        ("prompt", "chosen", "rejected"), "text"
+    )
 
 
 def test_files_of_a_folder_may_differ_in_form(tmp_path):
@@ -230,12 +340,35 @@ def test_arrays_of_any_layout(tmp_path, seed):
     """Strings with brackets and escapes, odd white space, borders of blocks anywhere."""
     rng = random.Random(seed)
     for _ in range(12):
-        values = [rng.choice([
-            {"prompt": "".join(rng.choice('ab"\\[]{},: \n\u00e9\U0001f600') for _ in range(rng.choice([3, 90_000])))},
-            [[], {"x": [1, {}]}], 12345678901234567890, -1.5, "", None, True]) for _ in range(rng.randint(0, 6))]  # fmt: skip
+        values = [
+            rng.choice(
+                [
+                    {
+                        "prompt": "".join(
+                            rng.choice('ab"\\[]{},: \n\u00e9\U0001f600')
+                            for _ in range(rng.choice([3, 90_000]))
+                        )
+                    },
+                    [[], {"x": [1, {}]}],
+                    12345678901234567890,
+                    -1.5,
+                    "",
+                    None,
+                    True,
+                ]
+            )
+            for _ in range(rng.randint(0, 6))
+        ]
         text = json.dumps(values, indent=rng.choice([None, 0, 3]), ensure_ascii=rng.random() < 0.5)
         space = " \n\r\t" * rng.choice([0, 1, 20_000])
-        text = rng.choice(["", "\ufeff"]) + "\n" * rng.randint(0, 2) + text.replace("[", "[" + space, 1)[:-1] + space + "]" + space
+        text = (
+            rng.choice(["", "\ufeff"])
+            + "\n" * rng.randint(0, 2)
+            + text.replace("[", "[" + space, 1)[:-1]
+            + space
+            + "]"
+            + space
+        )
         if values or len(space) < 10:
             (tmp_path / "x.json").write_bytes(text.encode())
             assert is_array(tmp_path / "x.json")
@@ -249,7 +382,10 @@ CUT = {
     "behind a comma": (json.dumps(ARRAY[:2])[:-1] + ",", "row 3: is not valid JSON, or cut short"),
     "at once": ("[", "row 1: is not valid JSON"),
     "a comma too many": (json.dumps(ARRAY)[:-1] + ",]", "row 6: is not valid JSON"),
-    "no comma": (json.dumps(ARRAY).replace("}, {", "} {", 1), "row 1: is not valid JSON, or cut short (no comma"),
+    "no comma": (
+        json.dumps(ARRAY).replace("}, {", "} {", 1),
+        "row 1: is not valid JSON, or cut short (no comma",
+    ),
     "two arrays": (json.dumps(ARRAY) * 2, "after row 5: the array has ended"),
     "broken": (json.dumps(ARRAY).replace('"question 3"', "question 3"), "row 4: is not valid JSON"),
     "deep": (json.dumps(ARRAY)[:-1] + "," + "[" * 100_000, "row 6: is"),
@@ -264,7 +400,9 @@ def test_a_broken_array_names_its_row(tmp_path, name, skip):
     for file in ("x.json", "x.json.gz"):
         with pytest.raises(UserError) as caught:
             read_data(str(write(tmp_path / file, text)), skip=skip)
-        assert says in str(caught.value) and file in str(caught.value) and len(str(caught.value)) < 400
+        assert (
+            says in str(caught.value) and file in str(caught.value) and len(str(caught.value)) < 400
+        )
 
 
 def test_invalid_utf8_and_broken_gzip_in_an_array(tmp_path):
@@ -291,8 +429,15 @@ def peak(read) -> int:
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.json", "x.json.gz"])
 def test_a_long_file_is_read_in_the_memory_of_a_short_one(tmp_path, name):
-    rows = [json.dumps({"prompt": f"question {i} " * 40, "chosen": "yes", "rejected": "no"}) for i in range(5_000)]
-    path = write(tmp_path / name, *rows) if "jsonl" in name else write(tmp_path / name, "[" + ",\n".join(rows) + "]")
+    rows = [
+        json.dumps({"prompt": f"question {i} " * 40, "chosen": "yes", "rejected": "no"})
+        for i in range(5_000)
+    ]
+    path = (
+        write(tmp_path / name, *rows)
+        if "jsonl" in name
+        else write(tmp_path / name, "[" + ",\n".join(rows) + "]")
+    )
     size, report = sum(map(len, rows)), Report()
 
     def read() -> None:
@@ -338,21 +483,32 @@ def test_a_gzip_bomb_of_small_rows_is_refused(tmp_path, name):
 
 def test_real_pku_saferlhf():
     pairs, reports = read_data(str(shared("data/pku-saferlhf")))
-    assert len(pairs) == 5135 and dict(reports["pku_saferlhf_dpo_5k"].counts) == {"read": 5135, "kept": 5135}
-    assert len({p.prompt for p in pairs}) == 930 and len({(p.prompt, p.chosen, p.rejected) for p in pairs}) == 3590
+    assert len(pairs) == 5135 and dict(reports["pku_saferlhf_dpo_5k"].counts) == {
+        "read": 5135,
+        "kept": 5135,
+    }
+    assert (
+        len({p.prompt for p in pairs}) == 930
+        and len({(p.prompt, p.chosen, p.rejected) for p in pairs}) == 3590
+    )
     with gzip.open(shared("data/pku-saferlhf/pku_saferlhf_dpo_5k.json.gz")) as stream:
         raw = json.load(stream)
     for pair, values in zip(pairs, raw, strict=True):
         assert [pair.chosen, pair.rejected] == [text.strip() for text in values["response"]]
         assert pair.prompt == (Message("user", values["prompt"].strip()),)
     slices, left_out = split_pairs(pairs, (0.0, 0.4, 0.4, 0.2), 0)
-    assert len(slices["d2"]) + len(slices["test"]) == 558 and left_out["d2"] > 1000  # each prompt once
+    assert (
+        len(slices["d2"]) + len(slices["test"]) == 558 and left_out["d2"] > 1000
+    )  # each prompt once
 
 
 def test_real_alpaca():
     pairs, reports = read_data(str(shared("data/other")))
     assert dict(reports["alpaca_5000"].counts) == {"read": 5000, "kept": 4998, "empty answer": 2}
-    assert not any(p.rejected for p in pairs) and sum("\n\n" in p.prompt[0].content for p in pairs) > 1900
+    assert (
+        not any(p.rejected for p in pairs)
+        and sum("\n\n" in p.prompt[0].content for p in pairs) > 1900
+    )
 
 
 # ---- slices with files of their own ---------------------------------------------------------
@@ -362,16 +518,31 @@ def test_slices_of_their_own_files_share_no_first_turn_with_others(seed):
     rng = random.Random(seed)
 
     def some(count: int, answer: str) -> list[Pair]:
-        prompts = [(Message("user", f"first {rng.randrange(60)}"), A, Message("user", f"{rng.randrange(2)}")) for _ in range(count)]
+        prompts = [
+            (
+                Message("user", f"first {rng.randrange(60)}"),
+                A,
+                Message("user", f"{rng.randrange(2)}"),
+            )
+            for _ in range(count)
+        ]
         return [Pair(f"{answer}{i}", prompt, answer, "no") for i, prompt in enumerate(prompts)]
 
-    path, own = some(80, "path"), {name: some(25, name) for name in rng.sample(["d1", "d2", "test"], rng.randint(1, 3))}
+    path, own = (
+        some(80, "path"),
+        {name: some(25, name) for name in rng.sample(["d1", "d2", "test"], rng.randint(1, 3))},
+    )
     slices, left_out = split_pairs(path, (0.4, 0.2, 0.2, 0.2), 0, own)
     first = {name: {p.prompt[0] for p in part} for name, part in slices.items()}
     assert all(not first[a] & first[b] for a in first for b in first if a < b)
     for name, part in slices.items():
         assert {p.chosen for p in part} <= {name if name in own else "path"}
-    outside = len(path) + sum(map(len, own.values())) - sum(map(len, slices.values())) - sum(left_out.values())
+    outside = (
+        len(path)
+        + sum(map(len, own.values()))
+        - sum(map(len, slices.values()))
+        - sum(left_out.values())
+    )
     assert outside >= 0
     for name in ("test", "d1", "d2"):  # what stands in a test of its own stays there, and so on
         if name in own:
@@ -381,18 +552,45 @@ def test_slices_of_their_own_files_share_no_first_turn_with_others(seed):
 
 def files(place: Path) -> list[str]:
     """D1 of pairs, D2 of prompts, a test of answers, and dialogues for the bases; two prompts stand in several."""
-    write(place / "d1.json", json.dumps([{"prompt": f"ask {i}", "response": [f"good {i}", f"bad {i}"]} for i in range(9)]))
-    write(place / "d2.jsonl", *(json.dumps({"prompt": f"tell {i}"}) for i in range(8)), json.dumps({"prompt": "ask 3"}))
+    write(
+        place / "d1.json",
+        json.dumps(
+            [{"prompt": f"ask {i}", "response": [f"good {i}", f"bad {i}"]} for i in range(9)]
+        ),
+    )
+    write(
+        place / "d2.jsonl",
+        *(json.dumps({"prompt": f"tell {i}"}) for i in range(8)),
+        json.dumps({"prompt": "ask 3"}),
+    )
     alpaca = [{"instruction": f"do {i}", "input": "", "output": f"done {i}"} for i in range(7)]
-    write(place / "test.json.gz", json.dumps([*alpaca, {"instruction": "ask 4", "input": "", "output": "x"}]))
+    write(
+        place / "test.json.gz",
+        json.dumps([*alpaca, {"instruction": "ask 4", "input": "", "output": "x"}]),
+    )
     write(place / "all.jsonl", *ROWS)
-    own = [f"--data.{name}={place / file}" for name, file in (("d1", "d1.json"), ("d2", "d2.jsonl"), ("test", "test.json.gz"))]
-    return [f"--data.path={place / 'all.jsonl'}", *own, "--data.template=plain", "--data.shares=1,0,0,0", "--model.vocab=330"]
+    own = [
+        f"--data.{name}={place / file}"
+        for name, file in (("d1", "d1.json"), ("d2", "d2.jsonl"), ("test", "test.json.gz"))
+    ]
+    return [
+        f"--data.path={place / 'all.jsonl'}",
+        *own,
+        "--data.template=plain",
+        "--data.shares=1,0,0,0",
+        "--model.vocab=330",
+    ]
 
 
 def test_a_run_on_files_for_each_slice(place):
     """Prompts suffice for D2, answers for the test: no preference accuracy, the rest is there."""
-    words = [write_stub(place / "p"), *files(place), "--macpo.rounds=1", "--macpo.controls=false", "--run.name=own"]
+    words = [
+        write_stub(place / "p"),
+        *files(place),
+        "--macpo.rounds=1",
+        "--macpo.controls=false",
+        "--run.name=own",
+    ]
     out = train(*words).out
     run = place / "runs/own"
     slices = {name: rows_of(run / f"data/slices/{name}.jsonl") for name in ("d1", "d2", "test")}
@@ -400,10 +598,17 @@ def test_a_run_on_files_for_each_slice(place):
     ids = json.loads((run / "data/slices/split.json").read_text())
     assert {name: [r["id"] for r in part] for name, part in slices.items()} == ids
     counts = stages_of(run)["data/slices"]["counts"]
-    assert counts["repeated prompts left out"] == {"d2": 0, "test": 0, "first turn of another slice": 2}
+    assert counts["repeated prompts left out"] == {
+        "d2": 0,
+        "test": 0,
+        "first turn of another slice": 2,
+    }
     assert counts["read test test"].startswith("instruction: text, output: text; 8 rows, 8 kept")
     table = json.loads((run / "eval/table.json").read_text())
-    assert all("accuracy" not in r and r["perplexity"] > 1 for r in table["rows"]) and "pref.acc" not in out
+    assert (
+        all("accuracy" not in r and r["perplexity"] > 1 for r in table["rows"])
+        and "pref.acc" not in out
+    )
     page = (run / "report.html").read_text()
     assert "student&#x27;s perplexity of true answers" in page
 
@@ -414,13 +619,19 @@ def test_a_run_on_files_for_each_slice(place):
         (["--macpo.controls=true"], "no row of d2 has a chosen answer"),
         (["--run.method=dpo-truth"], "no row of d2 has a rejected answer"),
         (["--data.d1={}/test.json.gz"], "no row is left for d1"),
-        (["--data.test={}/d2.jsonl"], "no row is left for d2 (too few rows, or their prompts are in another slice)"),
-        (["--data.test={}/d2.jsonl", "--data.d2={}/test.json.gz"], "no row is left for test (without chosen answer: 9)"),
+        (
+            ["--data.test={}/d2.jsonl"],
+            "no row is left for d2 (too few rows, or their prompts are in another slice)",
+        ),
+        (
+            ["--data.test={}/d2.jsonl", "--data.d2={}/test.json.gz"],
+            "no row is left for test (without chosen answer: 9)",
+        ),
         (["--data.d1=nowhere"], "data.d1: nowhere does not exist"),
         (["--data.d2={}/p"], "data.d2: no .jsonl"),
         (["--data.path=none"], "data.path"),
         (["--data.test=none"], "data.shares"),
-        (["--data.long=raise", "--data.max_prompt=8"], "is too long"),
+        (["--data.truncation_mode=raise", "--data.max_prompt_length=8"], "is too long"),
     ],
 )
 def test_what_the_slices_need(place, words, says):
@@ -429,21 +640,42 @@ def test_what_the_slices_need(place, words, says):
 
 
 def test_long_rows_may_be_an_error(place):
-    words = [write_stub(place / "p"), *files(place), "--macpo.controls=false", "--data.max_prompt=10", "--dry_run"]
+    words = [
+        write_stub(place / "p"),
+        *files(place),
+        "--macpo.controls=false",
+        "--data.max_prompt_length=10",
+        "--dry_run",
+    ]
     assert "over-long prompt" in invoke("train", *words).err
-    assert "d1: the row that begins with 'ask 0'" in refused(place, *words, "--data.long=raise")
+    assert "d1: the row that begins with 'ask 0'" in refused(
+        place, *words, "--data.truncation_mode=raise"
+    )
 
 
 def test_what_a_run_reads_is_in_its_recipe(place):
     words = files(place)
     told = train_program.source_of(parse(words[:1]).config)
     assert told.keys() == {"shares", "max_examples", "seed", "files"}
-    more = [told, *(train_program.source_of(parse([words[0], word]).config) for word in
-                    (words[1], words[2], words[3], "--data.label=safer", "--data.on_bad=skip"))]  # fmt: skip
+    more = [
+        told,
+        *(
+            train_program.source_of(parse([words[0], word]).config)
+            for word in (
+                words[1],
+                words[2],
+                words[3],
+                "--data.preference_label=safer",
+                "--data.on_invalid_row=skip",
+            )
+        ),
+    ]
     assert len({json.dumps(source) for source in more}) == 6
 
 
-@pytest.mark.parametrize("name", ["two forms", "a directory", "no form", "a cut array", "half a pair", "a role"])
+@pytest.mark.parametrize(
+    "name", ["two forms", "a directory", "no form", "a cut array", "half a pair", "a role"]
+)
 def test_bad_files_end_a_program_with_one_sentence(place, name):
     preset, file = write_stub(place / "p"), place / "x.json"
     words = [preset, *HH, f"--data.path={file}"]
@@ -451,7 +683,9 @@ def test_bad_files_end_a_program_with_one_sentence(place, name):
         file.mkdir()
         ended = refused(place, *words)
         assert "no .jsonl or .json file" in ended
-        assert "no .jsonl or .json file" in refused(place, "nowhere", f"--prompts={file}", f"--out={place / 'o'}", program="sample")
+        assert "no .jsonl or .json file" in refused(
+            place, "nowhere", f"--prompts={file}", f"--out={place / 'o'}", program="sample"
+        )
         return
     content, says = {
         "two forms": ("\n".join([*ROWS, json.dumps(GOOD)]), "line 61: another form"),
@@ -462,9 +696,13 @@ def test_bad_files_end_a_program_with_one_sentence(place, name):
     }[name]
     write(file, content)
     assert says in refused(place, *words) and says in refused(place, *words, "--dry_run")
-    ended = invoke("train", *words, "--data.on_bad=skip", "--dry_run")
+    ended = invoke("train", *words, "--data.on_invalid_row=skip", "--dry_run")
     if name == "two forms":
-        assert ended.code == 0 and "1 skipped (another form) (first in line 61)" in ended.out and not (place / "runs").exists()
+        assert (
+            ended.code == 0
+            and "1 skipped (another form) (first in line 61)" in ended.out
+            and not (place / "runs").exists()
+        )
     else:
         check_sentence(ended.code, ended.err)
 
@@ -474,30 +712,60 @@ def test_bad_files_end_a_program_with_one_sentence(place, name):
 
 def test_records_in_the_shape_of_the_released_files():
     pair = Pair("i", (Q, A, R), "yes", "no")
-    assert released(pair) == {"instruction": "USER: q ASSISTANT: a USER: r", "input": "", "output": ["yes", "no"]}
+    assert released(pair) == {
+        "instruction": "USER: q ASSISTANT: a USER: r",
+        "input": "",
+        "output": ["yes", "no"],
+    }
     sample = Sample("i", (Q,), "yes", "stop", (1,), -1.0, 2.0, "teacher1", 0)
     assert released(sample) == {"instruction": "q", "input": "", "output": "yes"}
-    tagged = Sample("i", (Message("system", "s"), Message("user", "q"), Message("tag", "t")), "yes", "stop", (3,), -1.0, 2.0, "x", 0)
+    tagged = Sample(
+        "i",
+        (Message("system", "s"), Message("user", "q"), Message("tag", "t")),
+        "yes",
+        "stop",
+        (3,),
+        -1.0,
+        2.0,
+        "x",
+        0,
+    )
     assert released(tagged)["instruction"] == "SYSTEM: s USER: q"
-    assert parse_row(released(pair))[0] == Pair(example_id((m := Message("user", "USER: q ASSISTANT: a USER: r"),)), (m,), "yes", "no")
+    assert parse_row(released(pair))[0] == Pair(
+        example_id((m := Message("user", "USER: q ASSISTANT: a USER: r"),)), (m,), "yes", "no"
+    )
 
 
 def test_export_of_pairs_and_labels(stub, place):
-    for stage, source in (("round1/pairs_student", "pairs.jsonl"), ("round0/weak_labels", "samples.jsonl")):
+    for stage, source in (
+        ("round1/pairs_student", "pairs.jsonl"),
+        ("round0/weak_labels", "samples.jsonl"),
+    ):
         target = place / "deep.json"
         assert invoke("eval", "export", stub, stage, target).code == 0
         records, found = rows_of(stub / stage / source), json.loads(target.read_text())
-        assert len(found) == len(records) > 5 and {tuple(r) for r in found} == {("instruction", "input", "output")}
+        assert len(found) == len(records) > 5 and {tuple(r) for r in found} == {
+            ("instruction", "input", "output")
+        }
         for record, values in zip(records, found, strict=True):
             assert values["instruction"] == record["prompt"][0]["content"] and values["input"] == ""
-            wanted = [record["chosen"], record["rejected"]] if "chosen" in record else record["response"]
+            wanted = (
+                [record["chosen"], record["rejected"]] if "chosen" in record else record["response"]
+            )
             assert values["output"] == wanted
         usable = [r for r in records if "chosen" in r or r["response"]]
         pairs, _ = read_data(str(target))
-        assert [p.chosen for p in pairs] == [r["chosen"] if "chosen" in r else r["response"] for r in usable]
+        assert [p.chosen for p in pairs] == [
+            r["chosen"] if "chosen" in r else r["response"] for r in usable
+        ]
         before = tree(place)
-        for words in (("export", stub, stage, target), ("export", stub, "round9/x", place / "y"), ("export", stub, stage),
-                      ("export", stub, "round0/teacher1_pos", place / "y"), ("export", stub, stage, place / "no" / "y")):  # fmt: skip
+        for words in (
+            ("export", stub, stage, target),
+            ("export", stub, "round9/x", place / "y"),
+            ("export", stub, stage),
+            ("export", stub, "round0/teacher1_pos", place / "y"),
+            ("export", stub, stage, place / "no" / "y"),
+        ):
             ended = invoke("eval", *words)
             check_sentence(ended.code, ended.err)
         assert tree(place) == before

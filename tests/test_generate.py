@@ -9,16 +9,16 @@ import torch
 from conftest import far, logits_of, ragged, random_model
 
 from minmacpo.config.schema import Generate
-from minmacpo.core.sampling import Decoder, contrast, draw, generate, noise, pick, warp
+from minmacpo.core.sampling import Decoder, contrast, draw, generate, logits_to_probs, noise, pick
 
-GREEDY = Generate(temperature=0.0, top_k=0, top_p=1.0, max_new=12)
-SAMPLED = Generate(temperature=1.3, top_k=0, top_p=1.0, max_new=12)
+GREEDY = Generate(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=12)
+SAMPLED = Generate(temperature=1.3, top_k=0, top_p=1.0, max_new_tokens=12)
 WAYS = {
     "greedy": GREEDY,
     "sampled": SAMPLED,
-    "top k": Generate(temperature=0.95, top_k=7, top_p=1.0, max_new=12),
-    "top p": Generate(temperature=1.1, top_k=0, top_p=0.8, max_new=12),
-    "the paper's": Generate(temperature=0.95, top_k=50, top_p=0.7, max_new=12),
+    "top k": Generate(temperature=0.95, top_k=7, top_p=1.0, max_new_tokens=12),
+    "top p": Generate(temperature=1.1, top_k=0, top_p=0.8, max_new_tokens=12),
+    "the paper's": Generate(temperature=0.95, top_k=50, top_p=0.7, max_new_tokens=12),
 }
 
 
@@ -35,7 +35,7 @@ def test_a_batch_equals_its_rows_one_by_one(way, fixed):
     model = random_model(fixed)
     prompts = ragged(fixed, 7, 61, 1, 25)
     seeds = list(range(100 * fixed, 100 * fixed + 7))
-    settings = new(WAYS[way], max_new=30)
+    settings = new(WAYS[way], max_new_tokens=30)
     stops = {5, 9, 13}
     ids, logps = generate(model, prompts, seeds, settings, stops)
     assert len({len(row) for row in ids}) > 2, "the rows should end at different steps"
@@ -43,7 +43,9 @@ def test_a_batch_equals_its_rows_one_by_one(way, fixed):
         alone, summed = generate(model, [prompt], [seed], settings, stops)
         assert alone == [row] and summed[0] == pytest.approx(logp, abs=1e-4)
     order = [3, 0, 6, 5, 1, 2, 4]
-    again, _ = generate(model, [prompts[i] for i in order], [seeds[i] for i in order], settings, stops)
+    again, _ = generate(
+        model, [prompts[i] for i in order], [seeds[i] for i in order], settings, stops
+    )
     assert again == [ids[i] for i in order]
 
 
@@ -51,7 +53,7 @@ def test_a_batch_equals_its_rows_one_by_one(way, fixed):
 @pytest.mark.parametrize("way", WAYS)
 def test_rows_that_wait_for_a_place_get_the_same_answers(way, places):
     model, prompts, seeds = random_model(4), ragged(4, 19, 61, 1, 25), list(range(40, 59))
-    stops, settings = {5, 9, 13}, new(WAYS[way], max_new=29)
+    stops, settings = {5, 9, 13}, new(WAYS[way], max_new_tokens=29)
     ids, logps = generate(model, prompts, seeds, settings, stops)
     assert len({len(row) for row in ids}) > 2 and max(map(len, ids)) == 29
     found, summed = generate(model, prompts, seeds, settings, stops, places=places)
@@ -60,8 +62,12 @@ def test_rows_that_wait_for_a_place_get_the_same_answers(way, places):
 
 def test_waiting_rows_under_contrast():
     model, other, prompts = random_model(5), random_model(6), ragged(5, 9, 61, 1, 25)
-    wanted, logps = generate(model, prompts, range(9), new(SAMPLED, max_new=20), {2, 7, 11, 20}, other)
-    found, summed = generate(model, prompts, range(9), new(SAMPLED, max_new=20), {2, 7, 11, 20}, other, places=2)
+    wanted, logps = generate(
+        model, prompts, range(9), new(SAMPLED, max_new_tokens=20), {2, 7, 11, 20}, other
+    )
+    found, summed = generate(
+        model, prompts, range(9), new(SAMPLED, max_new_tokens=20), {2, 7, 11, 20}, other, places=2
+    )
     assert found == wanted and summed == pytest.approx(logps, abs=1e-4)
 
 
@@ -87,7 +93,11 @@ def test_logps_are_those_of_the_full_forward_at_temperature_one(way, seed):
 
 def test_greedy_takes_the_likeliest_token(seed):
     model = random_model(seed)
-    for prompt, row in zip(ragged(seed, 4, 61), generate(model, ragged(seed, 4, 61), range(4), GREEDY, set())[0], strict=True):
+    for prompt, row in zip(
+        ragged(seed, 4, 61),
+        generate(model, ragged(seed, 4, 61), range(4), GREEDY, set())[0],
+        strict=True,
+    ):
         whole = logits_of(model, torch.tensor([prompt + row]))[0]
         for step, token in enumerate(row):
             logits = whole[len(prompt) - 1 + step]
@@ -105,8 +115,15 @@ def test_greedy_equals_transformers_on_ragged_prompts(model_folder):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(model_folder).eval()
     eos = 17
     kwargs = dict(do_sample=False, max_new_tokens=25, eos_token_id=eos, pad_token_id=0)
-    found = [theirs.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), **kwargs)[0, len(p) :] for p in prompts]
-    ours, _ = generate(load_model(model_folder), prompts, range(5), new(GREEDY, max_new=25), {eos})
+    found = [
+        theirs.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), **kwargs)[
+            0, len(p) :
+        ]
+        for p in prompts
+    ]
+    ours, _ = generate(
+        load_model(model_folder), prompts, range(5), new(GREEDY, max_new_tokens=25), {eos}
+    )
     for prompt, mine, true in zip(prompts, ours, found, strict=True):
         for step, (a, b) in enumerate(zip(mine, true.tolist(), strict=False)):
             if a != b:  # only where the two best logits are equal within rounding may they part
@@ -126,13 +143,25 @@ def test_the_end_token_is_kept_and_nothing_follows_it(way, most):
     seed = 31  # fixed, as above
     model = random_model(seed, std=0.1)
     stops = set(range(40, 52))
-    ids, _ = generate(model, ragged(seed, 24, 61), range(seed, seed + 24), new(WAYS[way], max_new=most), stops)
+    ids, _ = generate(
+        model,
+        ragged(seed, 24, 61),
+        range(seed, seed + 24),
+        new(WAYS[way], max_new_tokens=most),
+        stops,
+    )
     for row in ids:
         assert 1 <= len(row) <= most
         assert not stops & set(row[:-1])
         assert row[-1] in stops or len(row) == most
-    longest, _ = generate(model, ragged(seed, 24, 61), range(seed, seed + 24), new(WAYS[way], max_new=17), stops)
-    assert [row[:most] for row in longest] == ids, "max_new only cuts"
+    longest, _ = generate(
+        model,
+        ragged(seed, 24, 61),
+        range(seed, seed + 24),
+        new(WAYS[way], max_new_tokens=17),
+        stops,
+    )
+    assert [row[:most] for row in longest] == ids, "max_new_tokens only cuts"
 
 
 def test_without_stop_ids_every_answer_has_full_length(seed):
@@ -145,15 +174,17 @@ def test_the_model_is_left_as_it_was(seed):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     generate(model, ragged(seed, 3, 61), range(3), SAMPLED, {2})
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert all(p.requires_grad for p in model.parameters()) and not torch.is_inference_mode_enabled()
+    assert (
+        all(p.requires_grad for p in model.parameters()) and not torch.is_inference_mode_enabled()
+    )
 
 
 # ---- the distribution -----------------------------------------------------------------------
 
 
 def dense(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
-    """What `warp` gives, as probabilities [B, V] of every token."""
-    probs, ids = warp(logits, temperature, top_k, top_p)
+    """What `logits_to_probs` gives, as probabilities [B, V] of every token."""
+    probs, ids = logits_to_probs(logits, temperature, top_k, top_p)
     return probs if ids is None else torch.zeros_like(logits).scatter(-1, ids, probs)
 
 
@@ -163,8 +194,12 @@ def dense(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) ->
 def test_warp_equals_the_warpers_of_transformers(temperature, top_k, top_p, seed):
     process = pytest.importorskip("transformers").generation.logits_process
     logits = torch.randn(32, 300) * torch.rand(32, 1) * 8
-    logits = logits[(logits.sort().values.diff() > 1e-6).all(-1)]  # of two that are equal, either may be kept
-    scores = process.TemperatureLogitsWarper(temperature)(None, logits) if temperature != 1 else logits
+    logits = logits[
+        (logits.sort().values.diff() > 1e-6).all(-1)
+    ]  # of two that are equal, either may be kept
+    scores = (
+        process.TemperatureLogitsWarper(temperature)(None, logits) if temperature != 1 else logits
+    )
     if top_k:
         scores = process.TopKLogitsWarper(top_k)(None, scores)
     if top_p < 1:  # leave out rows where rounding decides which token is the last of the nucleus
@@ -181,11 +216,17 @@ def test_warp_equals_the_warpers_of_transformers(temperature, top_k, top_p, seed
 
 def test_warp_takes_the_smallest_set_that_reaches_top_p():
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()[:, [2, 0, 3, 1]]
-    for top_p, wanted in ((0.35, [0, 1, 0, 0]), (0.45, [0, 4 / 7, 0, 3 / 7]), (0.75, [2 / 9, 4 / 9, 0, 3 / 9])):
+    for top_p, wanted in (
+        (0.35, [0, 1, 0, 0]),
+        (0.45, [0, 4 / 7, 0, 3 / 7]),
+        (0.75, [2 / 9, 4 / 9, 0, 3 / 9]),
+    ):
         assert dense(logits, 1.0, 0, top_p)[0].tolist() == pytest.approx(wanted, abs=1e-6)
     # after top-k 2 the likeliest token has 4/7 of what is left, so that it alone reaches 0.5
     assert dense(logits, 1.0, 2, 0.5)[0].tolist() == pytest.approx([0, 1, 0, 0], abs=1e-6)
-    assert dense(logits, 0.5, 0, 1.0)[0].tolist() == pytest.approx([4 / 30, 16 / 30, 1 / 30, 9 / 30], abs=1e-6)
+    assert dense(logits, 0.5, 0, 1.0)[0].tolist() == pytest.approx(
+        [4 / 30, 16 / 30, 1 / 30, 9 / 30], abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("top_k", [61, 62, 10**6])
@@ -195,13 +236,17 @@ def test_filters_that_are_off_change_nothing(top_k, seed):
     assert far(dense(logits, 0.8, top_k, 1.0), (logits / 0.8).softmax(-1)) <= 1e-6
     uniform = torch.rand(5)
     all_on = pick(logits, Generate(temperature=0.8, top_k=top_k, top_p=1.0), uniform)
-    assert torch.equal(all_on[0], pick(logits, Generate(temperature=0.8, top_k=0, top_p=1.0), uniform)[0])
+    assert torch.equal(
+        all_on[0], pick(logits, Generate(temperature=0.8, top_k=0, top_p=1.0), uniform)[0]
+    )
 
 
 def test_temperature_zero_is_the_argmax_whatever_the_noise(seed):
     logits = torch.randn(20, 61)
     token, logp = pick(logits, Generate(temperature=0.0, top_k=3, top_p=0.2), torch.rand(20))
-    assert torch.equal(token, logits.argmax(-1)) and far(logp, logits.log_softmax(-1).amax(-1)) <= 1e-6
+    assert (
+        torch.equal(token, logits.argmax(-1)) and far(logp, logits.log_softmax(-1).amax(-1)) <= 1e-6
+    )
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (12, 1.0), (0, 0.8), (12, 0.7)])
@@ -212,7 +257,7 @@ def test_chi_square_of_fifty_thousand_draws(top_k, top_p, fixed):
     logits = torch.randn(1, size, generator=torch.Generator().manual_seed(fixed)) * 1.5
     wanted = dense(logits, 0.9, top_k, top_p)[0].double().numpy() * count
     uniform = torch.from_numpy(noise(range(fixed * count, (fixed + 1) * count), 1)[:, 0])
-    probs, ids = warp(logits.expand(count, -1), 0.9, top_k, top_p)
+    probs, ids = logits_to_probs(logits.expand(count, -1), 0.9, top_k, top_p)
     found = np.bincount(draw(probs, ids, uniform).numpy(), minlength=size)
     assert found.sum() == count and not found[wanted == 0].any()
     big = wanted >= 5
@@ -257,7 +302,9 @@ def test_noise_is_uniform_and_rows_are_uncorrelated():
     assert abs(table.var() - 1 / 12) < 0.002
     centred = table - 0.5
     for shift in (1, 2, 7):
-        assert abs((centred[shift:] * centred[:-shift]).mean()) < 5 / 12 / ((4000 - shift) * 16) ** 0.5
+        assert (
+            abs((centred[shift:] * centred[:-shift]).mean()) < 5 / 12 / ((4000 - shift) * 16) ** 0.5
+        )
     assert abs((centred[:, 1:] * centred[:, :-1]).mean()) < 5 / 12 / (4000 * 15) ** 0.5
 
 
@@ -274,7 +321,9 @@ def test_decoding_goes_on_where_nothing_can_be_captured(seed, monkeypatch, capsy
     monkeypatch.setattr(Decoder, "captures", True)
     decoder = Decoder([model], [model.new_cache(2, 8)])
     with torch.inference_mode():
-        assert not decoder.capture(token, where, 8) and decoder.graph is None and not Decoder.captures
+        assert (
+            not decoder.capture(token, where, 8) and decoder.graph is None and not Decoder.captures
+        )
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -299,14 +348,22 @@ def test_the_stream_of_a_capture_that_fails_at_its_end_is_left(seed, monkeypatch
         def capture_end(self):
             raise RuntimeError("operation failed due to a previous error during capture")
 
-    for name, value in {"CUDAGraph": Graph, "stream": Stream, "current_stream": lambda: "now", "synchronize": lambda: None, "empty_cache": lambda: None}.items():
+    for name, value in {
+        "CUDAGraph": Graph,
+        "stream": Stream,
+        "current_stream": lambda: "now",
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+    }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
     monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", "aside")
     monkeypatch.setattr(Decoder, "captures", True)
     model = random_model(seed)
     with torch.inference_mode():
-        assert not Decoder([model], [model.new_cache(2, 8)]).capture(torch.tensor([5, 7]), torch.tensor([2, 3]), 8)
+        assert not Decoder([model], [model.new_cache(2, 8)]).capture(
+            torch.tensor([5, 7]), torch.tensor([2, 3]), 8
+        )
     assert begun == []
 
 
@@ -322,7 +379,7 @@ def test_contrast_by_hand():
 def test_decoding_away_from_another_model_is_greedy_in_the_contrast(seed):
     model, other = random_model(seed), random_model(seed + 1)
     prompts = ragged(seed, 5, 61)
-    settings = Generate(temperature=0.0, top_k=0, top_p=1.0, max_new=9)
+    settings = Generate(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=9)
     found, _ = generate(model, prompts, [0] * 5, settings, {2}, other)
     for prompt, tokens in zip(prompts, found, strict=True):
         ids = list(prompt)

@@ -11,7 +11,9 @@ from conftest import REPO
 
 from minmacpo.cli.heap import MARK, TUNABLES, tuned
 
-pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+pytestmark = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="only glibc has these settings"
+)
 TOLD = "print(os.getpid(), os.environ.get('GLIBC_TUNABLES', '-'), sys.flags.utf8_mode, *sys.argv[1:], sep='|', flush=True)"
 CODE = f"import os, sys\nfrom minmacpo.heap import start_again\n{TOLD}\nstart_again()\n{TOLD}\n"
 POPPED = "import os\nos.environ.pop('GLIBC_TUNABLES', None)\n"
@@ -19,13 +21,23 @@ POPPED = "import os\nos.environ.pop('GLIBC_TUNABLES', None)\n"
 
 def environment(**changes) -> dict[str, str]:
     """That of the tests without what this is about, and some more."""
-    mine = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", MARK)}
+    mine = {
+        name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", MARK)
+    }
     return mine | {"PYTHONPATH": str(REPO)} | changes
 
 
 def lines(*words, stdin="", **changes) -> list[list[str]]:
     """What a program prints, as lists of its parts."""
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment(**changes), input=stdin, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, *words],
+        capture_output=True,
+        text=True,
+        env=environment(**changes),
+        input=stdin,
+        check=True,
+        timeout=60,
+    )
     return [line.split("|") for line in done.stdout.splitlines()]
 
 
@@ -40,26 +52,42 @@ def program(tmp_path):
 def test_a_process_starts_again_in_its_own_place_with_its_own_words(program):
     first, second, third = lines("-X", "utf8", "-B", program, "a b", "--run.name=c", "")
     assert first[1:] == ["-", "1", "a b", "--run.name=c", ""], "before"
-    assert second == third == [first[0], TUNABLES, *first[2:]], "the same number, options and words, and only once more"
+    assert second == third == [first[0], TUNABLES, *first[2:]], (
+        "the same number, options and words, and only once more"
+    )
 
 
 def test_settings_of_ones_own_stay_and_win(program):
-    assert lines(program, GLIBC_TUNABLES="glibc.malloc.hugetlb=0")[1][1] == f"{TUNABLES}:glibc.malloc.hugetlb=0"
+    assert (
+        lines(program, GLIBC_TUNABLES="glibc.malloc.hugetlb=0")[1][1]
+        == f"{TUNABLES}:glibc.malloc.hugetlb=0"
+    )
     kept = lines(program, GLIBC_TUNABLES="glibc.malloc.tcache_count=3")
     assert [line[1] for line in kept] == ["glibc.malloc.tcache_count=3"] * 2, "not started again"
 
 
-@pytest.mark.skipif(not Path("/lib64/ld-linux-x86-64.so.2").exists(), reason="only there it is known where the loader is")
+@pytest.mark.skipif(
+    not Path("/lib64/ld-linux-x86-64.so.2").exists(),
+    reason="only there it is known where the loader is",
+)
 @pytest.mark.parametrize(("own", "pages"), [("", "0x1"), (":glibc.malloc.hugetlb=0", "0x0")])
 def test_the_loader_knows_these_settings_and_takes_the_last(own, pages):
     command = ["/lib64/ld-linux-x86-64.so.2", "--list-tunables"]
-    found = subprocess.run(command, capture_output=True, text=True, env=environment(GLIBC_TUNABLES=TUNABLES + own), timeout=60).stdout
+    found = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment(GLIBC_TUNABLES=TUNABLES + own),
+        timeout=60,
+    ).stdout
     if "glibc.malloc.hugetlb" not in found:
         pytest.skip("glibc before 2.35")
     assert "glibc.malloc.tcache_count: 0x0 " in found and f"glibc.malloc.hugetlb: {pages} " in found
 
 
-@pytest.mark.parametrize("way", ["pipe", "a part of another program", "profiler", "module", "no such python"])
+@pytest.mark.parametrize(
+    "way", ["pipe", "a part of another program", "profiler", "module", "no such python"]
+)
 def test_what_could_not_go_on_is_not_started_again(way, program):
     gone = f"import sys; sys.executable = '/nowhere/python'\n{CODE}"
     if way == "no such python":
@@ -90,6 +118,14 @@ def test_the_plan_knows_whether_they_are_in_force(monkeypatch):
 
 
 def test_train_py_starts_again(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(f"import os\nopen({str(tmp_path / 'starts')!r}, 'a').write(os.environ.get('GLIBC_TUNABLES', '-') + '\\n')\n")
-    subprocess.run([sys.executable, REPO / "train.py", "--help"], env=environment(PYTHONPATH=str(tmp_path)), check=True, stdout=subprocess.DEVNULL, timeout=60)
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os\nopen({str(tmp_path / 'starts')!r}, 'a').write(os.environ.get('GLIBC_TUNABLES', '-') + '\\n')\n"
+    )
+    subprocess.run(
+        [sys.executable, REPO / "train.py", "--help"],
+        env=environment(PYTHONPATH=str(tmp_path)),
+        check=True,
+        stdout=subprocess.DEVNULL,
+        timeout=60,
+    )
     assert (tmp_path / "starts").read_text().split() == ["-", TUNABLES]

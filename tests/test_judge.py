@@ -16,7 +16,7 @@ from runs import invoke, rows_of, spawn
 from minmacpo.data.records import Message, Sample
 from minmacpo.evaluation import judge
 from minmacpo.evaluation import remote_judge as remote
-from minmacpo.runtime.files import open_alone, write_rows
+from minmacpo.runtime.files import open_locked, write_rows
 
 KEY = "sk-a-secret-that-nobody-may-see"
 
@@ -26,7 +26,9 @@ def good_reply(body: dict) -> str:
     text = body["messages"][0]["content"]
     first, second = text.split("[Answer A]")[1].split("[Answer B]")
     counts = first.count("z"), second.count("z")
-    return "Because. " + ("[[C]]" if counts[0] == counts[1] else "[[A]]" if counts[0] > counts[1] else "[[B]]")
+    return "Because. " + (
+        "[[C]]" if counts[0] == counts[1] else "[[A]]" if counts[0] > counts[1] else "[[B]]"
+    )
 
 
 class Server(ThreadingHTTPServer):
@@ -36,7 +38,13 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, faults=(), reply=good_reply):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.faults, self.reply, self.asked, self.keys, self.lock = [*faults], reply, [], [], threading.Lock()
+        self.faults, self.reply, self.asked, self.keys, self.lock = (
+            [*faults],
+            reply,
+            [],
+            [],
+            threading.Lock(),
+        )
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def handle_error(self, *where):
@@ -62,7 +70,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         if isinstance(fault, int | tuple):
             self.send_response(*([fault] if isinstance(fault, int) else fault))
-            self.send_header("Location", getattr(self, "elsewhere", "http://127.0.0.1:9") + "/other")
+            self.send_header(
+                "Location", getattr(self, "elsewhere", "http://127.0.0.1:9") + "/other"
+            )
             self.send_header("Retry-After", "0")
             self.end_headers()
             return
@@ -80,7 +90,11 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.flush()
                 time.sleep(0.1)
             return
-        content = {"broken": "{nonsense", "empty": json.dumps({"choices": []}), "deep": "[" * 100_000}.get(fault)
+        content = {
+            "broken": "{nonsense",
+            "empty": json.dumps({"choices": []}),
+            "deep": "[" * 100_000,
+        }.get(fault)
         text = "I cannot say." if fault == "no verdict" else self.server.reply(body)
         content = content or json.dumps({"choices": [{"message": {"content": text}}]})
         self.send_response(200)
@@ -92,7 +106,9 @@ class Handler(BaseHTTPRequestHandler):
 def quick(monkeypatch):
     """No waiting between attempts; what would have been waited."""
     waited = []
-    monkeypatch.setattr(remote, "time", SimpleNamespace(sleep=waited.append, monotonic=time.monotonic))
+    monkeypatch.setattr(
+        remote, "time", SimpleNamespace(sleep=waited.append, monotonic=time.monotonic)
+    )
     monkeypatch.setenv(remote.KEY, KEY)
     return waited
 
@@ -100,7 +116,10 @@ def quick(monkeypatch):
 def answers(file, texts) -> None:
     file.parent.mkdir(exist_ok=True)
     prompt = (Message("user", "a question"),)
-    write_rows(file, [Sample(f"id{i}", prompt, t, "stop", (3,), -1.0, 2.0, "x", 0) for i, t in enumerate(texts)])
+    write_rows(
+        file,
+        [Sample(f"id{i}", prompt, t, "stop", (3,), -1.0, 2.0, "x", 0) for i, t in enumerate(texts)],
+    )
 
 
 @pytest.fixture
@@ -117,7 +136,7 @@ def result(place) -> dict:
 
 def test_two_judges_do_not_ask_the_same_twice(place, sides, quick):
     (place / "out").mkdir()
-    with open_alone(place / "out/verdicts.jsonl", "a", "busy"):
+    with open_locked(place / "out/verdicts.jsonl", "a", "busy"):
         server = Server()
         ended = invoke("eval", *sides, f"--url={server.url}", "--model=gpt")
         assert ended.code == 2 and "another process" in ended.err and not server.asked
@@ -128,10 +147,20 @@ def test_both_orders_are_asked_and_counted(place, sides, quick):
     ended = invoke("eval", *sides, f"--url={server.url}", "--model=gpt")
     found = result(place)
     assert ended.code == 0 and "win rate 0.700" in ended.out
-    assert (found["win"], found["tie"], found["lose"]) == (0.6, 0.2, 0.2) and found["win_rate"] == pytest.approx(0.7)
-    assert found["interval"][0] <= 0.7 <= found["interval"][1] and found["prompts"] == 5 and found["unjudged"] == 0
-    assert found["characters"] == pytest.approx([np.mean([2, 1, 4, 4, 3]), np.mean([1, 2, 1, 4, 20])])
-    assert len(server.asked) == 10 and {path for path, _ in server.asked} == {"/v1/chat/completions"}
+    assert (found["win"], found["tie"], found["lose"]) == (0.6, 0.2, 0.2) and found[
+        "win_rate"
+    ] == pytest.approx(0.7)
+    assert (
+        found["interval"][0] <= 0.7 <= found["interval"][1]
+        and found["prompts"] == 5
+        and found["unjudged"] == 0
+    )
+    assert found["characters"] == pytest.approx(
+        [np.mean([2, 1, 4, 4, 3]), np.mean([1, 2, 1, 4, 20])]
+    )
+    assert len(server.asked) == 10 and {path for path, _ in server.asked} == {
+        "/v1/chat/completions"
+    }
     assert all(b["model"] == "gpt" and b["temperature"] == 0 for _, b in server.asked)
     kept = rows_of(place / "out/verdicts.jsonl")
     assert len(kept) == 10 and all("[[" in row["reply"] for row in kept)
@@ -145,8 +174,14 @@ def test_a_judge_that_likes_the_first_place_gives_ties(place, sides, quick):
 
 def test_faults_are_tried_again_and_change_nothing(place, sides, quick):
     server = Server([429, 500, "broken", "empty", "hang", 503])
-    ended = invoke("eval", *sides, f"--url={server.url}", "--workers=1", "--timeout=0.5", "--attempts=7")
-    assert ended.code == 0 and result(place)["win_rate"] == pytest.approx(0.7) and len(server.asked) == 16
+    ended = invoke(
+        "eval", *sides, f"--url={server.url}", "--workers=1", "--timeout=0.5", "--attempts=7"
+    )
+    assert (
+        ended.code == 0
+        and result(place)["win_rate"] == pytest.approx(0.7)
+        and len(server.asked) == 16
+    )
     assert len(quick) == 6
 
 
@@ -159,25 +194,46 @@ def test_waiting_grows_and_is_what_the_server_asks_for(place, sides, quick):
 def test_a_missing_verdict_is_counted_and_its_prompt_left_out(place, sides, quick):
     server = Server(["no verdict"])
     assert invoke("eval", *sides, f"--url={server.url}", "--workers=1").code == 0
-    assert result(place)["unjudged"] == 1 and result(place)["without_verdict"] == 1 and result(place)["prompts"] == 4
+    assert (
+        result(place)["unjudged"] == 1
+        and result(place)["without_verdict"] == 1
+        and result(place)["prompts"] == 4
+    )
 
 
 @pytest.mark.parametrize("fault", ["hang", "drip", "slow head", 500, "broken", "deep"])
-def test_a_url_that_never_answers_ends_with_one_sentence_and_keeps_what_it_has(place, sides, quick, fault):
+def test_a_url_that_never_answers_ends_with_one_sentence_and_keeps_what_it_has(
+    place, sides, quick, fault
+):
     server = Server([None, None, None] + [fault] * 50)
     words = [*sides, f"--url={server.url}", "--workers=1", "--timeout=0.3", "--attempts=2"]
     ended = invoke("eval", *words)
-    assert ended.code == 2 and ended.err.count("\n") <= 2 and "2 attempts" in ended.err and "kept" in ended.err
-    assert len(rows_of(place / "out/verdicts.jsonl")) == 3 and not (place / "out/result.json").exists()
+    assert (
+        ended.code == 2
+        and ended.err.count("\n") <= 2
+        and "2 attempts" in ended.err
+        and "kept" in ended.err
+    )
+    assert (
+        len(rows_of(place / "out/verdicts.jsonl")) == 3 and not (place / "out/result.json").exists()
+    )
     server.faults.clear()
     before = len(server.asked)
-    assert invoke("eval", *words).code == 0 and len(server.asked) - before == 7, "what was judged is not asked again"
+    assert invoke("eval", *words).code == 0 and len(server.asked) - before == 7, (
+        "what was judged is not asked again"
+    )
 
 
 def test_ctrl_c_does_not_wait_for_a_server_that_hangs(place, sides):
     server = Server(["hang for long"] * 50)
-    words = [*sides, f"--url={server.url}", "--timeout=60"]  # a shell's background jobs ignore SIGINT
-    with spawn("eval", *words, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as process:
+    words = [
+        *sides,
+        f"--url={server.url}",
+        "--timeout=60",
+    ]  # a shell's background jobs ignore SIGINT
+    with spawn(
+        "eval", *words, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    ) as process:
         while not server.asked:
             time.sleep(0.05)
         started = time.monotonic()
@@ -203,8 +259,15 @@ def test_nobody_listens(place, sides, quick):
 def test_a_question_that_is_refused_is_left_out_and_asked_again_later(place, sides, quick, code):
     server = Server([None, code])
     words = [*sides, f"--url={server.url}", "--workers=1"]
-    assert invoke("eval", *words).code == 0 and result(place)["unjudged"] == 1 == result(place)["without_verdict"]
-    assert invoke("eval", *words).code == 0 and result(place)["unjudged"] == 0 and len(server.asked) == 11
+    assert (
+        invoke("eval", *words).code == 0
+        and result(place)["unjudged"] == 1 == result(place)["without_verdict"]
+    )
+    assert (
+        invoke("eval", *words).code == 0
+        and result(place)["unjudged"] == 0
+        and len(server.asked) == 11
+    )
     server.faults = [code] * 99
     ended = invoke("eval", *sides[:-1], "--out=other", f"--url={server.url}")
     assert ended.code == 2 and "no pair has a verdict" in ended.err and f"{code}:" in ended.err
@@ -221,7 +284,12 @@ def test_the_key_follows_no_redirect(place, sides, quick, code, monkeypatch):
 def test_what_a_server_says_is_shown_on_one_line_without_escapes(place, sides, quick):
     server = Server([(401, "bad \x1b[31mkey")])
     ended = invoke("eval", *sides, f"--url={server.url}")
-    assert ended.code == 2 and "\x1b" not in ended.err and "bad" in ended.err and ended.err.count("\n") == 1
+    assert (
+        ended.code == 2
+        and "\x1b" not in ended.err
+        and "bad" in ended.err
+        and ended.err.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize("code", [401, 403, 404])
@@ -246,18 +314,28 @@ def test_a_torn_line_is_asked_again(place, sides, quick):
     (place / "out/verdicts.jsonl").write_text(kept[:-20])
     assert invoke("eval", *sides, f"--url={server.url}").code == 0 and len(server.asked) == 11
     assert result(place)["prompts"] == 5
-    assert invoke("eval", *sides, f"--url={server.url}").code == 0 and len(server.asked) == 11, "it stands on a line of its own"
+    assert invoke("eval", *sides, f"--url={server.url}").code == 0 and len(server.asked) == 11, (
+        "it stands on a line of its own"
+    )
 
 
 def test_odd_rows_are_asked_again_and_odd_replies_are_kept(place, sides, quick):
     server = Server(reply=lambda body: "\ud800 \u2028 [[A]]")
     (place / "out").mkdir()
-    odd = [{"id": [1], "order": "ab", "judge": "x", "answers": "y", "verdict": None}, 5, {"id": "id0"}]
-    (place / "out/verdicts.jsonl").write_bytes(b"\n".join([*(json.dumps(row).encode() for row in odd), b"\xff{", b"[" * 9999]))
+    odd = [
+        {"id": [1], "order": "ab", "judge": "x", "answers": "y", "verdict": None},
+        5,
+        {"id": "id0"},
+    ]
+    (place / "out/verdicts.jsonl").write_bytes(
+        b"\n".join([*(json.dumps(row).encode() for row in odd), b"\xff{", b"[" * 9999])
+    )
     assert invoke("eval", *sides, f"--url={server.url}").code == 0 and len(server.asked) == 10
     assert invoke("eval", *sides, f"--url={server.url}").code == 0 and len(server.asked) == 10
     other = Server()
-    assert invoke("eval", *sides, f"--url={other.url}").code == 0 and len(other.asked) == 10, "another judge"
+    assert invoke("eval", *sides, f"--url={other.url}").code == 0 and len(other.asked) == 10, (
+        "another judge"
+    )
 
 
 def test_another_answer_is_judged_anew(place, sides, quick):
@@ -270,15 +348,28 @@ def test_another_answer_is_judged_anew(place, sides, quick):
 
 def test_further_answers_to_a_prompt_are_counted(place, sides, quick):
     rows = (place / "a/samples.jsonl").read_text()
-    (place / "a/samples.jsonl").write_text(rows + rows.splitlines()[0].replace('"zz"', '"afterthought"') + "\n")
+    (place / "a/samples.jsonl").write_text(
+        rows + rows.splitlines()[0].replace('"zz"', '"afterthought"') + "\n"
+    )
     ended = invoke("eval", *sides, f"--url={Server().url}")
     assert ended.code == 0 and "a: 1 further answers to the same prompts are left out" in ended.err
-    assert "afterthought" not in (place / "out/verdicts.jsonl").read_text() and result(place)["prompts"] == 5
+    assert (
+        "afterthought" not in (place / "out/verdicts.jsonl").read_text()
+        and result(place)["prompts"] == 5
+    )
 
 
 def test_a_local_model_judges(tiny, place):
-    ended = invoke("eval", "judge", tiny, tiny / "eval/round0_student_samples", "--out=out", "--most=2", "--max_new=4",
-                   f"--judge={tiny / 'bases/strong'}")  # fmt: skip
+    ended = invoke(
+        "eval",
+        "judge",
+        tiny,
+        tiny / "eval/round0_student_samples",
+        "--out=out",
+        "--most=2",
+        "--max_new_tokens=4",
+        f"--judge={tiny / 'bases/strong'}",
+    )
     assert ended.code == 2 and ("context" in ended.err or "no pair has a verdict" in ended.err)
     assert not ended.err.startswith("Traceback")
 
@@ -297,14 +388,18 @@ def test_people_fill_a_blind_sheet(place, sides):
     assert all(not row[side].startswith("=") for row in rows for side in ("first", "second"))
     assert "a/samples" not in sheet.read_text() and {row["verdict"] for row in rows} == {""}
     for number, row in enumerate(rows):  # A always wins, but for two ties and one without a verdict
-        row["verdict"] = "tie" if number < 2 else "" if number == 2 else "1" if "zz" in row["first"] else "2"
+        row["verdict"] = (
+            "tie" if number < 2 else "" if number == 2 else "1" if "zz" in row["first"] else "2"
+        )
     with sheet.open("w", newline="") as stream:
         table = csv.DictWriter(stream, rows[0].keys())
         table.writeheader()
         table.writerows(rows)
     assert invoke("eval", *sides, "--human").code == 0
     found = result(place)
-    assert (found["prompts"], found["unjudged"]) == (39, 1) and found["win_rate"] == pytest.approx(38 / 39)
+    assert (found["prompts"], found["unjudged"]) == (39, 1) and found["win_rate"] == pytest.approx(
+        38 / 39
+    )
 
 
 def test_a_wrong_sheet_names_the_row(place, sides):
@@ -315,11 +410,17 @@ def test_a_wrong_sheet_names_the_row(place, sides):
     assert ended.code == 2 and "id3" in ended.err and "'3'" in ended.err
 
 
-@pytest.mark.parametrize("sheet,wanted", [
-    (b"", "columns"), (b"id;verdict\nid0;1\n", "columns"), (b"id,verdict\nid0,1\n", "columns"),
-    (b"id,prompt,first,second,verdict\nnobody,,,,1\n", "nobody"), ("id,verdict\nid0,1\n".encode("utf-16"), "UTF-8"),
-    (b"id,prompt,first,second,verdict\n\n", "no row"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "sheet,wanted",
+    [
+        (b"", "columns"),
+        (b"id;verdict\nid0;1\n", "columns"),
+        (b"id,verdict\nid0,1\n", "columns"),
+        (b"id,prompt,first,second,verdict\nnobody,,,,1\n", "nobody"),
+        ("id,verdict\nid0,1\n".encode("utf-16"), "UTF-8"),
+        (b"id,prompt,first,second,verdict\n\n", "no row"),
+    ],
+)
 def test_a_sheet_that_is_none_is_refused(place, sides, sheet, wanted):
     (place / "out").mkdir()
     (place / "out/human.csv").write_bytes(sheet)
@@ -351,9 +452,20 @@ def test_a_sheet_counts_for_the_answers_that_it_shows(place, sides):
 
 
 def test_outcomes_by_hand():
-    rows = [("a", "ab", "first"), ("a", "ba", "second"), ("b", "ab", "second"), ("b", "ba", "first"), ("c", "ab", "first"),
-            ("c", "ba", "first"), ("d", "ab", "tie"), ("d", "ba", "tie"), ("e", "ab", "tie"), ("e", "ba", "second"),
-            ("f", "ab", None), ("f", "ba", "second")]  # fmt: skip
+    rows = [
+        ("a", "ab", "first"),
+        ("a", "ba", "second"),
+        ("b", "ab", "second"),
+        ("b", "ba", "first"),
+        ("c", "ab", "first"),
+        ("c", "ba", "first"),
+        ("d", "ab", "tie"),
+        ("d", "ba", "tie"),
+        ("e", "ab", "tie"),
+        ("e", "ba", "second"),
+        ("f", "ab", None),
+        ("f", "ba", "second"),
+    ]
     found = judge.outcomes([{"id": i, "order": o, "verdict": v} for i, o, v in rows])
     assert found == {"a": 1.0, "b": 0.0, "c": 0.5, "d": 0.5, "e": 0.5}
 
@@ -369,7 +481,9 @@ def test_length_control_recovers_what_made_the_verdicts(seed):
     longer = rng.normal(30, 20, 200_000)
     p = 1 / (1 + np.exp(-(-0.4 + 1.5 * longer / longer.std())))
     won = (rng.random(len(p)) < p).astype(float)
-    assert won.mean() > 0.75 and judge.controlled(won, longer) == pytest.approx(1 / (1 + np.exp(0.4)), abs=0.05)
+    assert won.mean() > 0.75 and judge.controlled(won, longer) == pytest.approx(
+        1 / (1 + np.exp(0.4)), abs=0.05
+    )
 
 
 def test_length_control_of_easy_cases():
@@ -377,22 +491,27 @@ def test_length_control_of_easy_cases():
     assert judge.controlled(won, np.zeros(4)) == won.mean()
     assert judge.controlled(np.ones(50), np.arange(50.0)) > 0.9
     length = np.array([-3.0, -2, -1, 1, 2, 3])
-    assert judge.controlled((length > 0).astype(float), length) == pytest.approx(0.5, abs=1e-6), "length decides all"
+    assert judge.controlled((length > 0).astype(float), length) == pytest.approx(0.5, abs=1e-6), (
+        "length decides all"
+    )
 
 
-@pytest.mark.parametrize("words,wanted", [
-    (["--url=ftp://x"], "http"),
-    ([], "one judge"),
-    (["--url=http://x", "--human"], "one judge"),
-    (["--human", "--workers=0"], "workers"),
-    (["--url=http://[::1"], "--url='http://[::1'"),
-    (["--url=http://x:99999/v1"], "expected an address"),
-    (["--url=http://x y"], "expected an address"),
-    (["--url=http://"], "expected an address"),
-    (["--url=http://x", "--model=\udcff"], "is no name"),
-    (["--url=http://x", "--workers=many"], "--workers: invalid int value"),
-    (["--url=http://x", "--wrong"], "unrecognized"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words,wanted",
+    [
+        (["--url=ftp://x"], "http"),
+        ([], "one judge"),
+        (["--url=http://x", "--human"], "one judge"),
+        (["--human", "--workers=0"], "workers"),
+        (["--url=http://[::1"], "--url='http://[::1'"),
+        (["--url=http://x:99999/v1"], "expected an address"),
+        (["--url=http://x y"], "expected an address"),
+        (["--url=http://"], "expected an address"),
+        (["--url=http://x", "--model=\udcff"], "is no name"),
+        (["--url=http://x", "--workers=many"], "--workers: invalid int value"),
+        (["--url=http://x", "--wrong"], "unrecognized"),
+    ],
+)
 def test_a_wrong_command_is_refused(place, sides, words, wanted):
     ended = invoke("eval", *sides, *words)
     assert ended.code == 2 and wanted in ended.err and not (place / "out").exists()

@@ -10,8 +10,8 @@ from torch.autograd import gradcheck
 
 from minmacpo.config.schema import Lora
 from minmacpo.core.batching import Batch
-from minmacpo.core.lora import attach_lora, reset_adapter, slot
-from minmacpo.core.losses import PairObjective, SftObjective, dpo_loss, sft_loss
+from minmacpo.core.lora import attach_lora, init_adapter, slot
+from minmacpo.core.losses import PreferenceLoss, SFTLoss, dpo_loss, sft_loss
 from minmacpo.kernels import fused_logps as losses
 from minmacpo.kernels.fused_logps import FrozenHeadLogps, masked_logps, sequence_logps, token_logps
 
@@ -73,7 +73,9 @@ def test_gradcheck_of_masked_and_summed_logps(chunk, trained_head, monkeypatch, 
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 6, 7, 12, 40])
-@pytest.mark.parametrize("way", ["no gradient", "frozen head", "trained head", "trained head, fixed hidden"])
+@pytest.mark.parametrize(
+    "way", ["no gradient", "frozen head", "trained head", "trained head, fixed hidden"]
+)
 def test_token_logps_equal_the_plain_form(way, tokens, monkeypatch, seed):
     monkeypatch.setattr(losses, "CHUNK", 6)
     hidden, weight, targets = case(tokens)
@@ -86,7 +88,11 @@ def test_token_logps_equal_the_plain_form(way, tokens, monkeypatch, seed):
     assert found.requires_grad == (way != "no gradient")
     inputs = [t for t in (hidden, weight) if t.requires_grad]
     if inputs:
-        for a, b in zip(torch.autograd.grad(found, inputs, upstream), torch.autograd.grad(wanted, inputs, upstream), strict=True):
+        for a, b in zip(
+            torch.autograd.grad(found, inputs, upstream),
+            torch.autograd.grad(wanted, inputs, upstream),
+            strict=True,
+        ):
             assert far(a, b) <= 1e-12 and a.abs().max() > 0
     hidden, weight = hidden.detach().requires_grad_(True), weight.detach().requires_grad_(True)
     with torch.no_grad():
@@ -99,10 +105,17 @@ def test_token_logps_equal_cross_entropy(trained_head, monkeypatch, seed):
     hidden, weight, targets = case(50, torch.float32, 24, 300)
     hidden.requires_grad_(True)
     weight.requires_grad_(trained_head)
-    found, wanted = token_logps(hidden, weight, targets), -F.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    found, wanted = (
+        token_logps(hidden, weight, targets),
+        -F.cross_entropy(hidden @ weight.T, targets, reduction="none"),
+    )
     assert found.dtype == torch.float32 and far(found, wanted) <= 2e-5
     inputs = [hidden, weight] if trained_head else [hidden]
-    for a, b in zip(torch.autograd.grad(found.sum(), inputs), torch.autograd.grad(wanted.sum(), inputs), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(found.sum(), inputs),
+        torch.autograd.grad(wanted.sum(), inputs),
+        strict=True,
+    ):
         assert far(a, b) <= 1e-4
 
 
@@ -111,13 +124,17 @@ def test_nothing_of_vocabulary_size_is_kept_for_the_backward_pass(monkeypatch, s
     hidden, weight, targets = case(64, torch.float32, 4, 5000)
     kept = []
     hidden.requires_grad_(True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
         token_logps(hidden, weight, targets).sum().backward()
         assert max(kept) <= 64 * 4, "only the direction [N, H] may be kept"
         kept.clear()
         weight.requires_grad_(True)
         out = token_logps(hidden, weight, targets)
-        assert all(size < 8 * 5000 for size in kept if size != weight.numel()), "the chunks must be recomputed"
+        assert all(size < 8 * 5000 for size in kept if size != weight.numel()), (
+            "the chunks must be recomputed"
+        )
         out.sum().backward()
 
 
@@ -153,7 +170,10 @@ def test_the_compiled_chunk_equals_the_plain_form(seed):
     for tokens in (7, 33):
         hidden, weight, targets = case(tokens, torch.float32, 16, 100)
         a, b = hidden.clone().requires_grad_(True), hidden.clone().requires_grad_(True)
-        found, wanted = token_logps(a, weight, targets, compiled=True), plain_logps(b, weight, targets)
+        found, wanted = (
+            token_logps(a, weight, targets, compiled=True),
+            plain_logps(b, weight, targets),
+        )
         upstream = torch.randn(tokens)
         found.backward(upstream)
         wanted.backward(upstream)
@@ -196,10 +216,15 @@ def test_masked_logps_name_their_rows(seed):
     logps, rows = masked_logps(model, tokens, mask)
     assert rows.tolist() == [row for row in range(5) for _ in range(int(mask[row].sum()))]
     whole = logits_of(model, tokens).log_softmax(-1)
-    wanted = [whole[b, t - 1, tokens[b, t]].item() for b in range(5) for t in range(14) if mask[b, t]]
+    wanted = [
+        whole[b, t - 1, tokens[b, t]].item() for b in range(5) for t in range(14) if mask[b, t]
+    ]
     assert logps.tolist() == pytest.approx(wanted, abs=1e-5)
     summed = sequence_logps(model, tokens, mask)
-    assert summed[2] == 0 and far(summed, torch.zeros(5).index_add(0, rows, torch.tensor(wanted))) <= 1e-4
+    assert (
+        summed[2] == 0
+        and far(summed, torch.zeros(5).index_add(0, rows, torch.tensor(wanted))) <= 1e-4
+    )
 
 
 def test_padding_and_prompt_have_no_say(seed):
@@ -216,8 +241,10 @@ def test_a_uniform_model_has_the_vocabulary_as_its_perplexity(seed):
         model.lm_head.weight.zero_()
     tokens, mask = torch.randint(0, 61, (6, 20)), ragged_mask(6, 20)
     lengths = mask.sum(1)
-    assert (-sequence_logps(model, tokens, mask) / lengths).exp().tolist() == pytest.approx([61.0] * 6, rel=1e-5)
-    loss, _ = SftObjective()(model, Batch(tokens, mask), torch.zeros(6, 0), 6, int(lengths.sum()))
+    assert (-sequence_logps(model, tokens, mask) / lengths).exp().tolist() == pytest.approx(
+        [61.0] * 6, rel=1e-5
+    )
+    loss, _ = SFTLoss()(model, Batch(tokens, mask), torch.zeros(6, 0), 6, int(lengths.sum()))
     assert loss.item() == pytest.approx(math.log(61), rel=1e-6)
 
 
@@ -227,11 +254,15 @@ def test_a_uniform_model_has_the_vocabulary_as_its_perplexity(seed):
 def test_sft_loss_is_cross_entropy_over_the_masked_tokens(seed):
     model = random_model(seed)
     tokens, mask = torch.randint(0, 61, (4, 15)), ragged_mask(4, 15)
-    loss, values = SftObjective()(model, Batch(tokens, mask), torch.zeros(4, 0), 4, int(mask.sum()))
+    loss, values = SFTLoss()(model, Batch(tokens, mask), torch.zeros(4, 0), 4, int(mask.sum()))
     labels = tokens.masked_fill(~mask, -100)
-    wanted = F.cross_entropy(logits_of(model, tokens)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    wanted = F.cross_entropy(
+        logits_of(model, tokens)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    )
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5) and values[0].item() == loss.item()
-    for a, b in zip(*(torch.autograd.grad(x, list(model.parameters())) for x in (loss, wanted)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(x, list(model.parameters())) for x in (loss, wanted)), strict=True
+    ):
         assert far(a, b) <= 1e-5 * (1 + b.abs().max().item())
     assert sft_loss(torch.tensor([-1.0, -2.0, -3.0]), 12).item() == 0.5
 
@@ -241,7 +272,9 @@ def test_dpo_by_hand():
     loss, up, down = dpo_loss(*(torch.tensor([x]) for x in (-10.0, -23.0, -12.0, -20.0)), beta=0.1)
     assert loss.item() == pytest.approx(0.4740770, abs=1e-6)
     assert (up.item(), down.item()) == (pytest.approx(0.2), pytest.approx(-0.3))
-    smooth, *_ = dpo_loss(*(torch.tensor([x]) for x in (-10.0, -23.0, -12.0, -20.0)), beta=0.1, label_smoothing=0.25)
+    smooth, *_ = dpo_loss(
+        *(torch.tensor([x]) for x in (-10.0, -23.0, -12.0, -20.0)), beta=0.1, label_smoothing=0.25
+    )
     assert smooth.item() == pytest.approx(0.75 * 0.4740770 + 0.25 * 0.9740770, abs=1e-6)
 
 
@@ -301,7 +334,7 @@ def pairs(model, count: int):
 def test_the_combined_loss_by_hand(gamma, smoothing, contrast, seed):
     model = random_model(seed)
     batch, refs, logps = pairs(model, 5)
-    objective = PairObjective(0.3, gamma, smoothing, contrast)
+    objective = PreferenceLoss(0.3, gamma, smoothing, contrast)
     loss, values = objective(model, batch, refs, 5, int(batch.mask.sum()))
     chosen, rejected = logps[0::2], logps[1::2]
     tokens = batch.mask.sum(1)[0::2]
@@ -310,27 +343,38 @@ def test_the_combined_loss_by_hand(gamma, smoothing, contrast, seed):
     sft = -chosen / tokens
     wanted = (dpo + gamma * sft).mean() if contrast else sft.mean()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
-    for a, b in zip(*(torch.autograd.grad(x, list(model.parameters())) for x in (loss, wanted)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(x, list(model.parameters())) for x in (loss, wanted)), strict=True
+    ):
         assert far(a, b) <= 1e-4 * (1 + b.abs().max().item())
     found = dict(zip(objective.metrics, [v.item() for v in values], strict=True))
     up, down = 0.3 * (chosen - refs[:, 0]), 0.3 * (rejected - refs[:, 1])
     by_hand = {
-        "loss": wanted, "dpo_loss": dpo.mean(), "sft_loss": sft.mean(), "rewards/chosen": up.mean(),
-        "rewards/rejected": down.mean(), "rewards/margins": margin.mean(),
-        "rewards/accuracies": (up > down).float().mean(), "logps/chosen": chosen.mean(), "logps/rejected": rejected.mean(),
-    }  # fmt: skip
-    assert found == {name: pytest.approx(value.item(), rel=1e-3, abs=1e-4) for name, value in by_hand.items()}
+        "loss": wanted,
+        "dpo_loss": dpo.mean(),
+        "sft_loss": sft.mean(),
+        "rewards/chosen": up.mean(),
+        "rewards/rejected": down.mean(),
+        "rewards/margins": margin.mean(),
+        "rewards/accuracies": (up > down).float().mean(),
+        "logps/chosen": chosen.mean(),
+        "logps/rejected": rejected.mean(),
+    }
+    assert found == {
+        name: pytest.approx(value.item(), rel=1e-3, abs=1e-4) for name, value in by_hand.items()
+    }
 
 
 def test_rejected_answers_carry_no_sft_gradient(seed):
     """With gamma alone (no contrast) only the chosen rows are learned from."""
     model = random_model(seed)
     batch, refs, _ = pairs(model, 3)
-    objective = PairObjective(0.3, 1.0, contrast=False)
+    objective = PreferenceLoss(0.3, 1.0, contrast=False)
     other = Batch(batch.tokens.clone(), batch.mask.clone())
     other.tokens[1::2] = torch.randint(0, 61, (3, 18))
     grads = [
-        torch.autograd.grad(objective(model, b, refs, 3, 1)[0], model.model.norm.weight)[0] for b in (batch, other)
+        torch.autograd.grad(objective(model, b, refs, 3, 1)[0], model.model.norm.weight)[0]
+        for b in (batch, other)
     ]
     assert far(*grads) <= 1e-5 and grads[0].abs().max() > 0
 
@@ -344,8 +388,8 @@ def test_the_sft_part_does_not_depend_on_length(length, seed):
     mask = torch.zeros(2, 18, dtype=torch.bool)
     mask[0, 2 : 2 + length] = mask[1, 2:9] = True
     batch = Batch(torch.randint(0, 61, (2, 18)), mask)
-    _, values = PairObjective(0.1, 0.2)(model, batch, torch.zeros(1, 2), 1, length)
-    found = dict(zip(PairObjective.metrics, values, strict=True))
+    _, values = PreferenceLoss(0.1, 0.2)(model, batch, torch.zeros(1, 2), 1, length)
+    found = dict(zip(PreferenceLoss.metrics, values, strict=True))
     assert found["sft_loss"].item() == pytest.approx(math.log(61), rel=1e-6)
     assert found["logps/chosen"].item() == pytest.approx(-length * math.log(61), rel=1e-6)
 
@@ -353,12 +397,15 @@ def test_the_sft_part_does_not_depend_on_length(length, seed):
 def test_logps_at_the_reference_give_margin_zero(seed):
     model = random_model(seed)
     attach_lora(model, Lora())
-    reset_adapter(model, seed)
+    init_adapter(model, seed)
     batch, _, _ = pairs(model, 4)
     refs = sequence_logps(model, batch.tokens, batch.mask).detach().view(-1, 2)
-    _, values = PairObjective(0.5, 0.0)(model, batch, refs, 4, 1)
-    found = dict(zip(PairObjective.metrics, values, strict=True))
-    assert found["loss"].item() == pytest.approx(math.log(2), abs=1e-6) and abs(found["rewards/margins"].item()) <= 1e-6
+    _, values = PreferenceLoss(0.5, 0.0)(model, batch, refs, 4, 1)
+    found = dict(zip(PreferenceLoss.metrics, values, strict=True))
+    assert (
+        found["loss"].item() == pytest.approx(math.log(2), abs=1e-6)
+        and abs(found["rewards/margins"].item()) <= 1e-6
+    )
 
 
 # ---- lengths and weights ------------------------------------------------------------------------
@@ -374,12 +421,15 @@ def test_length_terms_and_weights_by_hand(seed):
     raw = 0.3 * ((c - refs[:, 0]) - (r - refs[:, 1]))
     per_token = 0.3 * ((c - refs[:, 0]) / n - (r - refs[:, 1]) / m)
     for objective, margin in (
-        (PairObjective(0.3, 0.7, length_normalized=True), per_token),
-        (PairObjective(0.3, 0.7, length_penalty=0.25), raw + 0.25 * (n - m)),
+        (PreferenceLoss(0.3, 0.7, length_normalized=True), per_token),
+        (PreferenceLoss(0.3, 0.7, length_penalty=0.25), raw + 0.25 * (n - m)),
     ):
         each = -torch.nn.functional.logsigmoid(margin) + 0.7 * sft
         plain = objective(model, batch, refs, 5, 1)[0]
         assert far(plain, each.mean()) < 1e-5
         weighted = objective(model, batch, torch.cat([refs, weights[:, None]], 1), 5, 1)[0]
         assert far(weighted, (each * weights).mean()) < 1e-5
-        assert far(objective(model, batch, torch.cat([refs, torch.ones(5, 1)], 1), 5, 1)[0], plain) < 1e-6
+        assert (
+            far(objective(model, batch, torch.cat([refs, torch.ones(5, 1)], 1), 5, 1)[0], plain)
+            < 1e-6
+        )

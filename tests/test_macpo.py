@@ -36,7 +36,9 @@ def run(request):
 def variant(stub, tmp_path, *words: str):
     """A finished run of the stub preset with other settings, on the bases of the good one."""
     copy_run(stub, tmp_path / "runs", ("data", "bases"))
-    train(write_stub(tmp_path, "x"), f"--run.root={tmp_path / 'runs'}", "--run.name=variant", *words)
+    train(
+        write_stub(tmp_path, "x"), f"--run.root={tmp_path / 'runs'}", "--run.name=variant", *words
+    )
     return tmp_path / "runs" / "variant"
 
 
@@ -86,20 +88,32 @@ def test_pairs_are_whole(run):
 
 
 def test_the_first_round_reuses_the_labels_that_the_student_was_made_from(run):
-    for a, b in (("round1/positives_teacher1", "round0/weak_labels"), ("round0/negatives_teacher1", "round0/weak_negatives")):
+    for a, b in (
+        ("round1/positives_teacher1", "round0/weak_labels"),
+        ("round0/negatives_teacher1", "round0/weak_negatives"),
+    ):
         files = [(run / name / "samples.jsonl").read_bytes() for name in (a, b)]
         assert files[0] == files[1]
         assert stages_of(run)[a]["fingerprint"] == stages_of(run)[b]["fingerprint"]
 
 
 def test_every_stage_of_the_algorithm_is_there_and_no_other(run):
-    names = {"round0/weak_labels", "round0/weak_negatives", "controls/continued", "controls/ceiling"}
+    names = {
+        "round0/weak_labels",
+        "round0/weak_negatives",
+        "controls/continued",
+        "controls/ceiling",
+    }
     for agent in checks.agents_of(run):
         names |= {f"round0/{agent}_pos", f"round0/{agent}_neg", f"round0/negatives_{agent}"}
         for t in checks.rounds_of(run):
-            names |= {f"round{t}/{part}_{agent}" for part in ("positives", "pairs", "reference")} | {f"round{t}/{agent}_pos"}
+            names |= {
+                f"round{t}/{part}_{agent}" for part in ("positives", "pairs", "reference")
+            } | {f"round{t}/{agent}_pos"}
             names |= {f"round{t}/scores_{agent}"} - {f"round{t}/scores_student"}
-    assert {name for name in stages_of(run) if not name.startswith(("data", "bases", "eval"))} == names
+    assert {
+        name for name in stages_of(run) if not name.startswith(("data", "bases", "eval"))
+    } == names
 
 
 # ---- training -------------------------------------------------------------------------------
@@ -117,19 +131,35 @@ def test_negative_agents_continue_their_positive_twin(run):
 
 
 def test_naive_sft_continued_takes_as_many_steps_as_the_student(run):
-    found = {name: notes["counts"]["steps"] for name, notes in stages_of(run).items() if "steps" in notes["counts"]}
+    found = {
+        name: notes["counts"]["steps"]
+        for name, notes in stages_of(run).items()
+        if "steps" in notes["counts"]
+    }
     student = sum(found[f"round{t}/student_pos"] for t in checks.rounds_of(run))
     assert found["controls/continued"] == student > 0
     config = checks.settings_of(run)
     texts = list(checks.samples(run, "round0/weak_labels").values())
-    checks.check_sft(run, "controls/continued", "student", run / "round0/student_pos", texts, "response",
-                     config["dpo"]["student_lr"], config["dpo"]["batch"], student)  # fmt: skip
+    checks.check_sft(
+        run,
+        "controls/continued",
+        "student",
+        run / "round0/student_pos",
+        texts,
+        "response",
+        config["dpo"]["student_lr"],
+        config["dpo"]["batch"],
+        student,
+    )
 
 
 def test_the_ceiling_is_trained_like_the_student_but_on_the_truth(run):
     sft, d2 = checks.settings_of(run)["sft"], rows_of(run / "data/slices/d2.jsonl")
     notes = stages_of(run)["controls/ceiling"]
-    assert notes["settings"] | {"texts": ["samples.jsonl", "response"]} == stages_of(run)["round0/student_pos"]["settings"]
+    assert (
+        notes["settings"] | {"texts": ["samples.jsonl", "response"]}
+        == stages_of(run)["round0/student_pos"]["settings"]
+    )
     assert notes["counts"]["steps"] == sft["student_epochs"] * -(-len(d2) // sft["batch"])
     assert notes["settings"]["texts"] == ["d2.jsonl", "chosen"]
 
@@ -140,19 +170,32 @@ def test_small_micro_batches_do_not_change_a_step(stub):
 
 def test_bases_are_the_same_bits_after_everything(stub, tmp_path, monkeypatch):
     kept = []
-    monkeypatch.setattr(stages.Workshop, "__init__", remember(stages.Workshop.__init__, kept))
+    monkeypatch.setattr(stages.Session, "__init__", remember(stages.Session.__init__, kept))
     again = variant(stub, tmp_path)
     for name, notes in stages_of(again).items():
         if name.startswith("bases/"):
             for file, listed in notes["files"].items():
-                assert hashlib.sha256((again / name / file).read_bytes()).hexdigest() == listed["sha256"]
+                assert (
+                    hashlib.sha256((again / name / file).read_bytes()).hexdigest()
+                    == listed["sha256"]
+                )
                 assert (again / name / file).read_bytes() == (stub / name / file).read_bytes()
     loaded = kept[-1].loaded
     assert len(loaded) == 3  # strong, weak1, weak2: all trained in this process
-    files = [load_tensors(again / "bases" / name / "model.safetensors")[0] for name in ("strong", "weak1", "weak2")]
+    files = [
+        load_tensors(again / "bases" / name / "model.safetensors")[0]
+        for name in ("strong", "weak1", "weak2")
+    ]
     for entry in loaded.values():
-        memory = {k.replace(".base.", "."): v for k, v in entry.model.state_dict().items() if ".lora_" not in k}
-        assert any(memory.keys() == f.keys() and all(torch.equal(memory[k], f[k]) for k in f) for f in files)
+        memory = {
+            k.replace(".base.", "."): v
+            for k, v in entry.model.state_dict().items()
+            if ".lora_" not in k
+        }
+        assert any(
+            memory.keys() == f.keys() and all(torch.equal(memory[k], f[k]) for k in f)
+            for f in files
+        )
 
 
 def remember(method, kept: list):
@@ -176,7 +219,10 @@ def test_bases_load_in_transformers_without_a_word(run, caplog):
             continue
         model = checks.plain_model(folder)
         names = set(load_tensors(folder / "model.safetensors")[0])
-        assert names == set(model.state_dict()) and model.generation_config.eos_token_id == checks.pieces_of(folder).eos_id()
+        assert (
+            names == set(model.state_dict())
+            and model.generation_config.eos_token_id == checks.pieces_of(folder).eos_id()
+        )
         assert all(torch.isfinite(p).all() for p in model.parameters())
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
 
@@ -189,7 +235,11 @@ def test_other_references(stub, tmp_path, setting):
     """The student's reference may have found the perplexity already."""
     run = variant(stub, tmp_path, f"--dpo.reference={setting}")
     checks.check_reference(run)
-    heard = {t for t in checks.rounds_of(run) if stages_of(run)[f"round{t}/pairs_student"]["settings"].get("heard")}
+    heard = {
+        t
+        for t in checks.rounds_of(run)
+        if stages_of(run)[f"round{t}/pairs_student"]["settings"].get("heard")
+    }
     assert heard == {t for t in checks.rounds_of(run) if t == 1 or setting == "previous"}
     margins = checks.margins_before_the_first_step(run)
     same = {f"round{t}/{a}_pos" for t, a in checks.updated(run) if t == 1 or setting == "previous"}
@@ -207,14 +257,21 @@ def test_one_teacher_needs_no_scores(stub, tmp_path):
     for t in checks.rounds_of(run):
         said = checks.samples(run, f"round{t}/positives_teacher1")
         made = checks.pairs(run, t, "student")
-        assert made and all(p["chosen"] == said[p["id"]]["response"] and p["chosen_by"] == "teacher1" for p in made)
+        assert made and all(
+            p["chosen"] == said[p["id"]]["response"] and p["chosen_by"] == "teacher1" for p in made
+        )
     checks.check_order(run)
     checks.check_prefer(run, 1, "student")
 
 
 def test_three_teachers_repeat_the_bases(stub, tmp_path):
-    run = variant(stub, tmp_path, "--macpo.teachers=3", "--macpo.rounds=1", "--model.weak=8x1x2x16,16x1x2x16")
-    sizes = [json.loads((run / f"bases/weak{k}/config.json").read_text())["hidden_size"] for k in (1, 2, 3)]
+    run = variant(
+        stub, tmp_path, "--macpo.teachers=3", "--macpo.rounds=1", "--model.weak=8x1x2x16,16x1x2x16"
+    )
+    sizes = [
+        json.loads((run / f"bases/weak{k}/config.json").read_text())["hidden_size"]
+        for k in (1, 2, 3)
+    ]
     assert sizes == [8, 16, 8]
     checks.check_filter(run)
 
@@ -235,16 +292,24 @@ def test_without_hard_negatives_only_the_sft_term_trains(stub, tmp_path):
         checks.check_prefer(run, t, agent)
     assert all(name in stages_of(run) for name in ("round1/pairs_student", "round2/teacher2_pos"))
     # same pairs in round 1, another adapter from them
-    assert (run / "round1/pairs_student/pairs.jsonl").read_bytes() == (stub / "round1/pairs_student/pairs.jsonl").read_bytes()
-    assert not torch.equal(*(checks.adapter_tensors(r / "round1/student_pos").popitem()[1] for r in (run, stub)))
+    assert (run / "round1/pairs_student/pairs.jsonl").read_bytes() == (
+        stub / "round1/pairs_student/pairs.jsonl"
+    ).read_bytes()
+    assert not torch.equal(
+        *(checks.adapter_tensors(r / "round1/student_pos").popitem()[1] for r in (run, stub))
+    )
 
 
 def test_frozen_teachers_stay_and_are_sampled_anew(stub, tmp_path):
     run = variant(stub, tmp_path, "--macpo.update_teachers=false")
-    assert not list(run.glob("round[1-9]/teacher*")) and not list(run.glob("round[1-9]/pairs_teacher*"))
+    assert not list(run.glob("round[1-9]/teacher*")) and not list(
+        run.glob("round[1-9]/pairs_teacher*")
+    )
     checks.check_teachers_answer_before_their_update(run)
     for teacher in checks.teachers_of(run):
-        answers = [(run / f"round{t}/positives_{teacher}/samples.jsonl").read_bytes() for t in (1, 2)]
+        answers = [
+            (run / f"round{t}/positives_{teacher}/samples.jsonl").read_bytes() for t in (1, 2)
+        ]
         assert answers[0] != answers[1]
         assert (run / f"round0/{teacher}_pos/adapter_model.safetensors").read_bytes() == (
             stub / f"round0/{teacher}_pos/adapter_model.safetensors"
@@ -259,13 +324,17 @@ def test_frozen_teachers_stay_and_are_sampled_anew(stub, tmp_path):
 
 
 def test_without_mutual_positives_everybody_learns_its_own_fresh_answers(stub, tmp_path):
-    run = variant(stub, tmp_path, "--macpo.mutual=false")
+    run = variant(stub, tmp_path, "--macpo.mutual_positives=false")
     assert not list(run.glob("round*/scores_*"))
     for t, agent in checks.updated(run):
         said = checks.samples(run, f"round{t}/positives_{agent}")
         made = checks.pairs(run, t, agent)
-        assert made and all(p["chosen"] == said[p["id"]]["response"] and p["chosen_by"] == agent for p in made)
-        checks.check_samples(run, f"round{t}/positives_{agent}", agent, run / f"round{t - 1}/{agent}_pos")
+        assert made and all(
+            p["chosen"] == said[p["id"]]["response"] and p["chosen_by"] == agent for p in made
+        )
+        checks.check_samples(
+            run, f"round{t}/positives_{agent}", agent, run / f"round{t - 1}/{agent}_pos"
+        )
     checks.check_negatives_are_cached(run)
     checks.check_prefer(run, 2, "student")
 
@@ -284,8 +353,17 @@ def test_refreshed_negatives(stub, tmp_path):
     assert not list(run.glob("round2/*_neg")) and not list(run.glob("round2/negatives_*"))
     config = checks.settings_of(run)["sft"]
     texts = list(checks.samples(run, "round0/weak_negatives").values())
-    checks.check_sft(run, "round1/student_neg", "student", run / "round1/student_pos", texts, "response",
-                     config["student_negative_lr"], config["batch"], -(-12 // config["batch"]))  # fmt: skip
+    checks.check_sft(
+        run,
+        "round1/student_neg",
+        "student",
+        run / "round1/student_pos",
+        texts,
+        "response",
+        config["student_negative_lr"],
+        config["batch"],
+        -(-12 // config["batch"]),
+    )
 
 
 def test_no_rounds_at_all(stub, tmp_path):
@@ -332,12 +410,19 @@ def test_empty_and_equal_answers_are_left_out_and_counted(stub, tmp_path, monkey
     d2 = [int(row["id"], 16) % 4 for row in rows_of(run / "data/slices/d2.jsonl")]
     counts = stages_of(run)["round1/pairs_student"]["counts"]
     assert counts["all_empty"] == d2.count(0) > 0 and counts["negative_empty"] == d2.count(3) > 0
-    assert counts["pairs"] == d2.count(1) + d2.count(2) == counts["chosen_teacher1"] + counts["chosen_teacher2"]
+    assert (
+        counts["pairs"]
+        == d2.count(1) + d2.count(2)
+        == counts["chosen_teacher1"] + counts["chosen_teacher2"]
+    )
     assert stages_of(run)["round0/student_pos"]["counts"]["empty"] == d2.count(0) + d2.count(1)
     assert stages_of(run)["round0/weak_labels"]["counts"]["empty"] == d2.count(0) + d2.count(1)
     log = (run / "log.txt").read_text()
     lost = 40 - counts["pairs"]
-    assert f"WARNING: {lost} of 40 rows were dropped (all_empty {d2.count(0)}, negative_empty {d2.count(3)})" in log
+    assert (
+        f"WARNING: {lost} of 40 rows were dropped (all_empty {d2.count(0)}, negative_empty {d2.count(3)})"
+        in log
+    )
 
 
 def test_equal_negatives_are_dropped_counted_and_warned_of(stub, tmp_path, monkeypatch):
@@ -371,14 +456,20 @@ def longer(monkeypatch, tokens: int, share: int) -> None:
             text = "no " if agent.endswith("_neg") else "yes "
             while len(render(loaded.tokenizer, "turns", sample.prompt, text).ids) < tokens:
                 text += "z"
-            object.__setattr__(sample, "response", text if int(sample.id, 16) % share == 0 else sample.response or "x")
+            object.__setattr__(
+                sample,
+                "response",
+                text if int(sample.id, 16) % share == 0 else sample.response or "x",
+            )
         return made
 
     monkeypatch.setattr(stages, "answer", talkative)
 
 
 @pytest.mark.parametrize(("share", "warned"), [(2, True), (40, False)])
-def test_over_long_answers_are_dropped_counted_and_warned_of(stub, tmp_path, monkeypatch, share, warned):
+def test_over_long_answers_are_dropped_counted_and_warned_of(
+    stub, tmp_path, monkeypatch, share, warned
+):
     """Longer than data.max_length, yet within the model's context."""
     longer(monkeypatch, 100, share)
     run = variant(stub, tmp_path, "--world.d2=40", "--macpo.rounds=1", "--macpo.controls=false")
@@ -389,7 +480,9 @@ def test_over_long_answers_are_dropped_counted_and_warned_of(stub, tmp_path, mon
         mine = [line for line in lines if f"] {name}  " in line]
         assert f"over_long {long}" in mine[-1]
         said = [line for line in mine if "WARNING" in line]
-        assert bool(said) == warned == (long > 4) and all(f"{long} of 40 rows were dropped (over_long {long})" in line for line in said)
+        assert bool(said) == warned == (long > 4) and all(
+            f"{long} of 40 rows were dropped (over_long {long})" in line for line in said
+        )
     assert (long > 0) or not warned
 
 
@@ -402,8 +495,13 @@ def test_a_text_longer_than_the_context_is_not_scored(stub, tmp_path, monkeypatc
     assert long and all(row["logp"] is None and row["perplexity"] > 1e29 for row in long)
     assert all(row["logp"] < 0 for row in rows if row not in long)
     assert stages_of(run)["round1/scores_teacher1"]["counts"]["over_long"] == len(long)
-    assert f"WARNING: {len(long)} of {len(rows)} texts are longer than the context" in (run / "log.txt").read_text()
-    assert not {row["id"] for row in rows_of(run / "round1/pairs_student/pairs.jsonl")} & {row["id"] for row in long}
+    assert (
+        f"WARNING: {len(long)} of {len(rows)} texts are longer than the context"
+        in (run / "log.txt").read_text()
+    )
+    assert not {row["id"] for row in rows_of(run / "round1/pairs_student/pairs.jsonl")} & {
+        row["id"] for row in long
+    }
 
 
 def test_a_random_pick_counts_every_prompt(stub, tmp_path, monkeypatch):
@@ -413,11 +511,22 @@ def test_a_random_pick_counts_every_prompt(stub, tmp_path, monkeypatch):
         made = real(config, loaded, agent, *rest, **more)
         for sample in made:
             quiet = {"teacher1": (0, 1), "teacher2": (0,)}.get(agent, ())
-            object.__setattr__(sample, "response", "" if int(sample.id, 16) % 4 in quiet else sample.response or "x")
+            object.__setattr__(
+                sample,
+                "response",
+                "" if int(sample.id, 16) % 4 in quiet else sample.response or "x",
+            )
         return made
 
     monkeypatch.setattr(stages, "answer", silent)
-    run = variant(stub, tmp_path, "--macpo.select=random", "--world.d2=40", "--macpo.rounds=1", "--macpo.controls=false")
+    run = variant(
+        stub,
+        tmp_path,
+        "--macpo.select=random",
+        "--world.d2=40",
+        "--macpo.rounds=1",
+        "--macpo.controls=false",
+    )
     kinds = [int(row["id"], 16) % 4 for row in rows_of(run / "data/slices/d2.jsonl")]
     counts = stages_of(run)["round1/pairs_student"]["counts"]
     assert counts["all_empty"] == kinds.count(0) > 0
@@ -435,7 +544,11 @@ def test_the_border_of_a_long_prompt_is_shown(stub, tmp_path):
     row = render(pieces, "turns", (Message("user", "where " * 300),), "here")
     stages.show_first(work, loaded, "row", [row, row])
     stages.show_first(work, loaded, "row", [])
-    assert said[0].startswith("first row: ") and said[0].endswith("⟦here</s>⟧") and 200 < len(said[0]) < 230
+    assert (
+        said[0].startswith("first row: ")
+        and said[0].endswith("⟦here</s>⟧")
+        and 200 < len(said[0]) < 230
+    )
     assert said[1:] == ["first row: none"]
 
 
@@ -444,9 +557,12 @@ def shop_of(**settings) -> SimpleNamespace:
     return SimpleNamespace(config=Config(macpo=Macpo(**settings)))
 
 
-def source(folder, who: str, answers: str, **votes) -> choose.Candidates:
+def source(folder, who: str, answers: str, **votes) -> choose.CandidateSet:
     """Answers (one letter each; a blank is empty) with a value per answer and criterion."""
-    rows = [Sample(str(i), (Message("user", "q"),), text.strip(), "stop", (3,), -1.0, 1.0, who, 0) for i, text in enumerate(answers)]
+    rows = [
+        Sample(str(i), (Message("user", "q"),), text.strip(), "stop", (3,), -1.0, 1.0, who, 0)
+        for i, text in enumerate(answers)
+    ]
     (folder / who).mkdir()
     write_rows(folder / who / "samples.jsonl", rows)
     found = {}
@@ -455,13 +571,21 @@ def source(folder, who: str, answers: str, **votes) -> choose.Candidates:
         for number, (weight, column) in enumerate(values):
             place = folder / f"{who}-{name}-{number}"
             place.mkdir()
-            write_rows(place / "scores.jsonl", [{"logp": v if v is None else 2 * v, "tokens": 2} for v in column])
-            found[name.replace("_", "-")].append((weight, stages.Stage(place.name, place, place.name)))
-    return choose.Candidates(who, choose.Texts(choose.Stage(who, folder / who, who)), found)
+            write_rows(
+                place / "scores.jsonl",
+                [{"logp": v if v is None else 2 * v, "tokens": 2} for v in column],
+            )
+            found[name.replace("_", "-")].append(
+                (weight, stages.Stage(place.name, place, place.name))
+            )
+    return choose.CandidateSet(who, choose.TextColumn(choose.Stage(who, folder / who, who)), found)
 
 
-def winners(shop, sources, key=(), own=("", 0.0)) -> list[list[str]]:
-    return [[who for who, _, _ in choices] for choices in choose.select(shop.config, choose.offered(sources), own, key)]
+def winners(session, sources, key=(), own=("", 0.0)) -> list[list[str]]:
+    return [
+        [who for who, _, _ in choices]
+        for choices in choose.select(session.config, choose.offered(sources), own, key)
+    ]
 
 
 def test_ties_go_to_the_first_teacher_and_empty_answers_never_win(tmp_path):
@@ -472,10 +596,16 @@ def test_ties_go_to_the_first_teacher_and_empty_answers_never_win(tmp_path):
 
 
 def test_a_random_pick_is_seeded_even_and_never_empty(tmp_path):
-    sources = [source(tmp_path, who, text * 300) for who, text in (("a", "a"), ("b", "b"), ("c", " "))]
-    shop = shop_of(select=("random",))
-    one = winners(shop, sources, ("student", "pairs", 1))
-    assert one == winners(shop, sources, ("student", "pairs", 1)) != winners(shop, sources, ("student", "pairs", 2))
+    sources = [
+        source(tmp_path, who, text * 300) for who, text in (("a", "a"), ("b", "b"), ("c", " "))
+    ]
+    session = shop_of(select=("random",))
+    one = winners(session, sources, ("student", "pairs", 1))
+    assert (
+        one
+        == winners(session, sources, ("student", "pairs", 1))
+        != winners(session, sources, ("student", "pairs", 2))
+    )
     names = [who for (who,) in one]
     assert set(names) == {"a", "b"} and 110 < names.count("a") < 190
 
@@ -486,9 +616,15 @@ def test_all_takes_every_answer_that_is_one(tmp_path):
 
 
 def test_several_criteria_win_by_the_sum_of_their_ranks(tmp_path):
-    """Ranks by hand. Prompt 0: a is 0 + 2, b 1 + 0, c 2 + 1. Prompt 1: a ties with c, the first wins."""
+    """Distributed by hand. Prompt 0: a is 0 + 2, b 1 + 0, c 2 + 1. Prompt 1: a ties with c, the first wins."""
     one = source(tmp_path, "a", "aa", perplexity=[(1, [-1, -1])], agreement=[(1, [-9, -3])])
-    two = source(tmp_path, "b", "bb", perplexity=[(1, [-2, -4])], agreement=[(0.5, [-1, -9]), (0.5, [-2, -9])])
+    two = source(
+        tmp_path,
+        "b",
+        "bb",
+        perplexity=[(1, [-2, -4])],
+        agreement=[(0.5, [-1, -9]), (0.5, [-2, -9])],
+    )
     three = source(tmp_path, "c", "cc", perplexity=[(1, [-3, -3])], agreement=[(1, [-4, -1])])
     both = ("perplexity", "agreement")
     assert winners(shop_of(select=both), [one, two, three]) == [["b"], ["a"]]
@@ -497,7 +633,9 @@ def test_several_criteria_win_by_the_sum_of_their_ranks(tmp_path):
 
 
 def test_a_likelihood_ratio_is_of_mean_log_probabilities_and_a_text_too_long_never_wins(tmp_path):
-    one = source(tmp_path, "a", "aaa", likelihood_ratio=[(1.0, [-1, -2, None]), (-1.0, [-5, -2, -1])])
+    one = source(
+        tmp_path, "a", "aaa", likelihood_ratio=[(1.0, [-1, -2, None]), (-1.0, [-5, -2, -1])]
+    )
     two = source(tmp_path, "b", "bbb", likelihood_ratio=[(1.0, [-3, -2, -9]), (-1.0, [-8, -3, -1])])
     assert [value["likelihood-ratio"] for value in one.values()] == [4.0, 0.0, float("-inf")]
     assert [value["likelihood-ratio"] for value in two.values()] == [5.0, 1.0, -8.0]
@@ -505,23 +643,32 @@ def test_a_likelihood_ratio_is_of_mean_log_probabilities_and_a_text_too_long_nev
 
 
 def test_a_share_of_the_prompts_is_one_s_own(tmp_path):
-    sources = [source(tmp_path, who, who[0] * 400, perplexity=[(1, [value] * 400)]) for who, value in (("a", -1), ("me", -9))]
+    sources = [
+        source(tmp_path, who, who[0] * 400, perplexity=[(1, [value] * 400)])
+        for who, value in (("a", -1), ("me", -9))
+    ]
     found = [who for (who,) in winners(shop_of(), sources, ("k",), ("me", 0.25))]
     assert 60 < found.count("me") < 140 and found.count("a") == 400 - found.count("me")
     assert found != [who for (who,) in winners(shop_of(), sources, ("other",), ("me", 0.25))]
 
 
-@pytest.mark.parametrize(("share", "kept"), [(1.0, [0, 1, 2, 3, 4]), (0.6, [0, 2, 4]), (0.2, [4]), (0.01, [4])])
+@pytest.mark.parametrize(
+    ("share", "kept"), [(1.0, [0, 1, 2, 3, 4]), (0.6, [0, 2, 4]), (0.2, [4]), (0.01, [4])]
+)
 def test_the_least_perplexing_share_is_kept(tmp_path, share, kept):
     one = source(tmp_path, "a", "aaaaa", perplexity=[(1, [-2, -5, -1.5, -4, -1])])
-    chosen = choose.select(shop_of().config, choose.offered([one]), ("", 0.0), ())  # read once, as it comes
+    chosen = choose.select(
+        shop_of().config, choose.offered([one]), ("", 0.0), ()
+    )  # read once, as it comes
     assert [i for i, choices in enumerate(choose.keep_familiar(chosen, share)) if choices] == kept
 
 
 def test_weights_have_a_mean_of_one_and_keep_their_order():
     made = [Pair(str(i), (), "a", "b", weight=w) for i, w in enumerate((0.1, 0.4, 0.7))]
     assert [pair.weight for pair in choose.weighted(made)] == pytest.approx([0.25, 1.0, 1.75])
-    assert choose.weighted([Pair("x", (), "a", "b")])[0].weight is None and choose.weighted([]) == []
+    assert (
+        choose.weighted([Pair("x", (), "a", "b")])[0].weight is None and choose.weighted([]) == []
+    )
     with pytest.raises(UserError, match="leaves every pair without a weight"):
         choose.weighted([replace(pair, weight=0.0) for pair in made])
 
@@ -534,10 +681,14 @@ BEYOND = {
     "agreement": ["--macpo.select=agreement"],
     "two": ["--macpo.select=perplexity,agreement"],
     "answers": ["--macpo.answers=2"],
-    "keep": ["--macpo.keep=0.5"],
-    "keep by ratio": ["--macpo.keep=0.75", "--macpo.select=likelihood-ratio", "--macpo.answers=2"],
-    "weights": ["--macpo.weights=agreement"],
-    "self": ["--macpo.self_share=0.5"],
+    "keep": ["--macpo.keep_fraction=0.5"],
+    "keep by ratio": [
+        "--macpo.keep_fraction=0.75",
+        "--macpo.select=likelihood-ratio",
+        "--macpo.answers=2",
+    ],
+    "weights": ["--macpo.pair_weighting=agreement"],
+    "self": ["--macpo.self_fraction=0.5"],
     "other": ["--macpo.negatives=other"],
     "previous": ["--macpo.negatives=previous"],
     "persona": ["--macpo.negatives=persona"],
@@ -552,7 +703,12 @@ BEYOND = {
 def beyond(stub, tmp_path_factory):
     """A run of each setting, of three teachers (so that agreement has somebody to ask) and one round."""
     root = tmp_path_factory.mktemp("beyond")
-    flags = ["--macpo.teachers=3", "--macpo.rounds=1", "--macpo.controls=false", "--sft.student_epochs=2"]
+    flags = [
+        "--macpo.teachers=3",
+        "--macpo.rounds=1",
+        "--macpo.controls=false",
+        "--sft.student_epochs=2",
+    ]
     made = {}
     for name, more in [("plain", []), *BEYOND.items()]:
         train(write_stub(root), f"--run.root={root / 'runs'}", f"--run.name={name}", *flags, *more)
@@ -561,23 +717,36 @@ def beyond(stub, tmp_path_factory):
 
 
 def test_each_setting_makes_another_student_and_no_two_the_same(beyond):
-    found = {name: checks.adapter_tensors(run / "round1/student_pos") for name, run in beyond.items()}
-    flat = {name: torch.cat([tensors[key].flatten() for key in sorted(tensors)]) for name, tensors in found.items()}
+    found = {
+        name: checks.adapter_tensors(run / "round1/student_pos") for name, run in beyond.items()
+    }
+    flat = {
+        name: torch.cat([tensors[key].flatten() for key in sorted(tensors)])
+        for name, tensors in found.items()
+    }
     for name, values in flat.items():
         for other, more in flat.items():
             assert name == other or not torch.equal(values, more), (name, other)
 
 
 def test_negatives_are_whose_they_should_be(beyond):
-    places = {"plain": "round0/negatives_student", "other": "round0/negatives_teacher1", "previous": "round1/previous_student",
-              "persona": "round0/persona_student", "tail": "round1/tail_student", "contrastive": "round1/contrastive_student"}  # fmt: skip
+    places = {
+        "plain": "round0/negatives_student",
+        "other": "round0/negatives_teacher1",
+        "previous": "round1/previous_student",
+        "persona": "round0/persona_student",
+        "tail": "round1/tail_student",
+        "contrastive": "round1/contrastive_student",
+    }
     for name, place in places.items():
         said = checks.samples(beyond[name], place)
         made = checks.pairs(beyond[name], 1, "student")
         assert made and all(p["rejected"] == said[p["id"]]["response"] for p in made), name
         assert {p["rejected_by"] for p in made} == {next(iter(said.values()))["agent"]}, name
     asked = checks.samples(beyond["persona"], "round0/persona_student")
-    assert all(row["prompt"][-1] == {"role": "tag", "content": "a gossip speaks"} for row in asked.values())
+    assert all(
+        row["prompt"][-1] == {"role": "tag", "content": "a gossip speaks"} for row in asked.values()
+    )
     notes = stages_of(beyond["tail"])
     assert notes["round1/tail_student"]["settings"]["temperature"] == macpo.TAIL
     assert notes["round1/positives_student"]["settings"]["temperature"] == 0.7
@@ -587,16 +756,25 @@ def test_the_table_judges_the_negatives_that_were_rejected(beyond):
     run = evaluate.read_run(beyond["previous"])
     for row in evaluate.negative_rows(run):
         rejected = read_rows(run.stage(f"round1/pairs_{row['agent']}").path / "pairs.jsonl", Pair)
-        right = np.mean([evaluate.judge(run.config, pair, pair.rejected)["right"] for pair in rejected])
+        right = np.mean(
+            [evaluate.judge(run.config, pair, pair.rejected)["right"] for pair in rejected]
+        )
         assert row["wrong"] == pytest.approx(1 - right) and row["rejected"]
-    assert "rejected answers of round 1" in evaluate.warnings([{"agent": "a", "wrong": 0.1, "equal": [], "rejected": True}])[0]
+    assert (
+        "rejected answers of round 1"
+        in evaluate.warnings([{"agent": "a", "wrong": 0.1, "equal": [], "rejected": True}])[0]
+    )
 
 
 def test_every_offer_counts_once(beyond):
     prompts = 12
-    counts = {name: stages_of(run)["round1/pairs_student"]["counts"] for name, run in beyond.items()}
+    counts = {
+        name: stages_of(run)["round1/pairs_student"]["counts"] for name, run in beyond.items()
+    }
     for name, found in counts.items():
-        dropped = sum(found[k] for k in ("all_empty", "negative_empty", "negative_equal", "over_long"))
+        dropped = sum(
+            found[k] for k in ("all_empty", "negative_empty", "negative_equal", "over_long")
+        )
         wanted = 3 * prompts if name == "all" else prompts
         assert found["pairs"] + dropped + found.get("not_kept", 0) == wanted, name
     assert counts["keep"]["not_kept"] == 6
@@ -616,7 +794,9 @@ def test_the_share_of_own_positives_is_the_student_s(beyond):
 def test_agreement_is_what_the_other_teachers_say(beyond):
     """Two of three teachers score an answer, never its author."""
     names = {n.partition("/")[2] for n in stages_of(beyond["agreement"]) if "/agreement_" in n}
-    assert names == {f"agreement_teacher{a}_teacher{b}" for a in (1, 2, 3) for b in (1, 2, 3) if a != b}
+    assert names == {
+        f"agreement_teacher{a}_teacher{b}" for a in (1, 2, 3) for b in (1, 2, 3) if a != b
+    }
     assert not [n for n in stages_of(beyond["agreement"]) if "/scores_" in n]
 
 
@@ -636,10 +816,18 @@ def test_gold_never_reaches_training(stub, tmp_path, monkeypatch):
 # ---- one name, one stage ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [
-    ["--macpo.self_share=0.5"], ["--macpo.negatives=persona"], ["--macpo.mutual=false"], ["--macpo.negatives=previous"],
-    ["--macpo.self_share=0.25", "--macpo.negatives=tail"], ["--macpo.refresh_negatives=true"], ["--macpo.negatives=contrastive"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--macpo.self_fraction=0.5"],
+        ["--macpo.negatives=persona"],
+        ["--macpo.mutual_positives=false"],
+        ["--macpo.negatives=previous"],
+        ["--macpo.self_fraction=0.25", "--macpo.negatives=tail"],
+        ["--macpo.refresh_negatives=true"],
+        ["--macpo.negatives=contrastive"],
+    ],
+)
 def test_every_stage_stands_on_the_inputs_that_it_names(stub, tmp_path, flags):
     """What a stage.json says of its inputs is what lies on the disk: no stage stands in for another of its name."""
     run = variant(stub, tmp_path, *flags, "--macpo.controls=false")
@@ -650,12 +838,16 @@ def test_every_stage_stands_on_the_inputs_that_it_names(stub, tmp_path, flags):
 
 
 def test_with_own_positives_mixed_in_teachers_learn_from_the_updated_student(stub, tmp_path):
-    run = variant(stub, tmp_path, "--macpo.self_share=0.5", "--macpo.controls=false")
+    run = variant(stub, tmp_path, "--macpo.self_fraction=0.5", "--macpo.controls=false")
     made = stages_of(run)
     assert "round0/student_pos" in made["round1/own_student"]["inputs"]
     assert "round1/student_pos" in made["round1/positives_student"]["inputs"]
-    assert {"round1/own_student", "round1/positives_teacher1"} <= made["round1/pairs_student"]["inputs"].keys()
-    assert {"round1/positives_student", "round1/positives_teacher1"} <= made["round1/pairs_teacher1"]["inputs"].keys()
+    assert {"round1/own_student", "round1/positives_teacher1"} <= made["round1/pairs_student"][
+        "inputs"
+    ].keys()
+    assert {"round1/positives_student", "round1/positives_teacher1"} <= made[
+        "round1/pairs_teacher1"
+    ]["inputs"].keys()
 
 
 def test_a_name_that_stands_for_two_stages_is_a_defect_that_shows(tmp_path):
@@ -677,10 +869,15 @@ def test_a_prompt_without_a_negative_is_left_out_and_counted(stub, tmp_path, mon
         return groups
 
     monkeypatch.setattr(feedback, "tagged", longer)
-    run = variant(stub, tmp_path, "--macpo.negatives=persona", "--macpo.controls=false", "--run.name=odd")
+    run = variant(
+        stub, tmp_path, "--macpo.negatives=persona", "--macpo.controls=false", "--run.name=odd"
+    )
     for name, notes in stages_of(run).items():
         if "/pairs_" in name:
             counts = notes["counts"]
             assert counts["no_negative"] == 1
-            lost = sum(counts[key] for key in ("all_empty", "negative_empty", "negative_equal", "over_long"))
+            lost = sum(
+                counts[key]
+                for key in ("all_empty", "negative_empty", "negative_equal", "over_long")
+            )
             assert counts["pairs"] + lost + 1 == 12

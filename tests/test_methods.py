@@ -9,8 +9,8 @@ from torch.autograd import gradcheck
 from minmacpo.config.schema import Lora
 from minmacpo.core.batching import Batch
 from minmacpo.core.checkpoint import load_tensors
-from minmacpo.core.lora import attach_lora, reset_adapter
-from minmacpo.core.losses import SftObjective
+from minmacpo.core.lora import attach_lora, init_adapter
+from minmacpo.core.losses import SFTLoss
 from minmacpo.evaluation import report
 from minmacpo.evaluation.html import clip, escape, words
 from minmacpo.evaluation.table import read_run
@@ -38,7 +38,10 @@ def mixed(hidden, weight, targets, share: float):
 @pytest.mark.parametrize("count", [1, 23, CHUNK + 5])
 def test_confident_logps_equal_the_plain_formula(count, share, frozen, seed):
     values = []
-    for function in (mixed, lambda h, w, t, a: token_logps(h, w, t, own=torch.tensor(a, dtype=h.dtype))):
+    for function in (
+        mixed,
+        lambda h, w, t, a: token_logps(h, w, t, own=torch.tensor(a, dtype=h.dtype)),
+    ):
         torch.manual_seed(seed)
         hidden = torch.randn(count, 6, dtype=torch.float64, requires_grad=True)
         weight = torch.randn(13, 6, dtype=torch.float64, requires_grad=not frozen)
@@ -61,14 +64,16 @@ def test_the_confident_direction_passes_gradcheck(seed):
 def test_the_share_grows_over_the_first_fifth(seed):
     model = random_model(seed)
     attach_lora(model, Lora(3, 6.0, ("q_proj", "v_proj")))
-    reset_adapter(model, seed)
+    init_adapter(model, seed)
     tokens, mask = torch.randint(3, 61, (3, 9)), torch.zeros(3, 9, dtype=torch.bool)
     mask[:, 4:] = True
     batch, count = Batch(tokens, mask), int(mask.sum())
     losses = {}
     for progress in (0.0, 0.05, 0.1, 0.2, 0.6, 1.0):
-        losses[progress] = SftObjective(False, 0.5)(model, batch, torch.zeros(3, 0), 3, count, progress)[0].item()
-    plain = SftObjective()(model, batch, torch.zeros(3, 0), 3, count)[0].item()
+        losses[progress] = SFTLoss(False, 0.5)(model, batch, torch.zeros(3, 0), 3, count, progress)[
+            0
+        ].item()
+    plain = SFTLoss()(model, batch, torch.zeros(3, 0), 3, count)[0].item()
     with torch.no_grad():
         logps = (model(tokens)[:, :-1] @ model.lm_head.weight.T).log_softmax(-1)[mask[:, 1:]]
     sure = -logps.amax(-1).mean().item()
@@ -81,7 +86,13 @@ def test_the_share_grows_over_the_first_fifth(seed):
 
 
 def test_all_start_from_the_same_naive_student(methods):
-    names = ["round0/student_pos", "round0/weak_labels", "round0/teacher1_pos", "round0/teacher2_pos", "controls/ceiling"]
+    names = [
+        "round0/student_pos",
+        "round0/weak_labels",
+        "round0/teacher1_pos",
+        "round0/teacher2_pos",
+        "controls/ceiling",
+    ]
     for name in names:
         assert len({stages_of(run)[name]["fingerprint"] for run in methods.values()}) == 1, name
 
@@ -104,30 +115,46 @@ def test_methods_train_no_negative_agent_and_no_teacher_again(methods):
 
 def test_all_take_the_steps_of_macpo_s_student(methods):
     """Of the stub's pairs none is dropped for spin; the others train on all labels or all truth."""
-    pace = {m: sum(s["counts"]["steps"] for n, s in stages_of(run).items()
-                   if n in ("round1/student_pos", "round2/student_pos")) for m, run in methods.items()}  # fmt: skip
+    train_args = {
+        m: sum(
+            s["counts"]["steps"]
+            for n, s in stages_of(run).items()
+            if n in ("round1/student_pos", "round2/student_pos")
+        )
+        for m, run in methods.items()
+    }
     prompts, batch = 12, stages_of(methods["spin"])["round1/student_pos"]["settings"]["batch"]
     most = 2 * -(-prompts // batch)
-    assert pace["sft"] == 0 and pace["sft-continued"] == pace["dpo-truth"] == most
-    assert all(pace[m] <= most for m in ("macpo", "spin"))
+    assert train_args["sft"] == 0 and train_args["sft-continued"] == train_args["dpo-truth"] == most
+    assert all(train_args[m] <= most for m in ("macpo", "spin"))
 
 
 def test_spin_prefers_the_labels_to_its_own_last_answers(methods):
     run, notes = methods["spin"], stages_of(methods["spin"])
-    labels = {row["id"]: row["response"] for row in rows_of(run / "round0/weak_labels/samples.jsonl")}
+    labels = {
+        row["id"]: row["response"] for row in rows_of(run / "round0/weak_labels/samples.jsonl")
+    }
     for t in (1, 2):
-        own = {row["id"]: row["response"] for row in rows_of(run / f"round{t}/positives_student/samples.jsonl")}
+        own = {
+            row["id"]: row["response"]
+            for row in rows_of(run / f"round{t}/positives_student/samples.jsonl")
+        }
         for pair in rows_of(run / f"round{t}/pairs_student/pairs.jsonl"):
             assert (pair["chosen"], pair["rejected"]) == (labels[pair["id"]], own[pair["id"]])
         settings, inputs = (notes[f"round{t}/student_pos"][key] for key in ("settings", "inputs"))
-        assert settings["gamma"] == 0 and settings["reference"] == "previous"
+        assert settings["sft_weight"] == 0 and settings["reference"] == "previous"
         assert f"round{t - 1}/student_pos" in inputs
         first = rows_of(run / f"round{t}/student_pos/metrics.jsonl")[0]
-        assert first["step"] == 0 and abs(first["rewards/margins"]) < 1e-3, "its opponent is its reference"
+        assert first["step"] == 0 and abs(first["rewards/margins"]) < 1e-3, (
+            "its opponent is its reference"
+        )
 
 
 def test_dpo_truth_learns_the_true_pairs(methods):
-    truth = {row["id"]: (row["chosen"], row["rejected"]) for row in rows_of(methods["dpo-truth"] / "data/slices/d2.jsonl")}
+    truth = {
+        row["id"]: (row["chosen"], row["rejected"])
+        for row in rows_of(methods["dpo-truth"] / "data/slices/d2.jsonl")
+    }
     for pair in rows_of(methods["dpo-truth"] / "round2/pairs_student/pairs.jsonl"):
         assert (pair["chosen"], pair["rejected"]) == truth[pair["id"]]
 
@@ -137,7 +164,9 @@ def test_tables_of_methods_name_them_and_compare(methods):
         table = invoke("eval", run, "--json").out
         assert f'"method": "{method}"' in table
     compared = invoke("eval", "compare", *methods.values()).out
-    assert all(f"stub-method={m}" in compared for m in METHODS) and len(compared.splitlines()) == 1 + len(methods)
+    assert all(f"stub-method={m}" in compared for m in METHODS) and len(
+        compared.splitlines()
+    ) == 1 + len(methods)
 
 
 @pytest.mark.parametrize("method", ["spin", "dpo-truth", "self-rewarding", "rlaif", "rlcd"])
@@ -149,22 +178,34 @@ def test_the_report_shows_the_pairs_that_were_learned(methods, method):
         for pair in rows_of(methods[method] / f"round{t}/pairs_student/pairs.jsonl"):
             if pair["id"] in shown:
                 found += 1
-                assert all(f">{escape(clip(pair[side]))}<small>{words(pair[f'{side}_by'])}" in html for side in ("chosen", "rejected"))
+                assert all(
+                    f">{escape(clip(pair[side]))}<small>{words(pair[f'{side}_by'])}" in html
+                    for side in ("chosen", "rejected")
+                )
     assert found == html.count("<tr>") - html.count("<thead>") > 0
 
 
 # ---- bad input --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words,wanted", [
-    (["--method=spim"], "spin"),
-    (["--macpo.select=perplexty"], "perplexity"),
-    (["--method=spin", "--macpo.mutual=false"], "run.method"),
-    (["--method=sft", "--macpo.select=random"], "run.method"),
-    (["--method=confident", "--macpo.rounds=0"], "run.method"),
-    (["--method=rlcd", "--data.template=zephyr"], "data.template = zephyr has no place for a tag"),
-    (["--macpo.negatives=persona", "--data.template=mistral"], "plain, turns, vicuna, alpaca have one"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words,wanted",
+    [
+        (["--method=spim"], "spin"),
+        (["--macpo.select=perplexty"], "perplexity"),
+        (["--method=spin", "--macpo.mutual_positives=false"], "run.method"),
+        (["--method=sft", "--macpo.select=random"], "run.method"),
+        (["--method=confident", "--macpo.rounds=0"], "run.method"),
+        (
+            ["--method=rlcd", "--data.template=zephyr"],
+            "data.template = zephyr has no place for a tag",
+        ),
+        (
+            ["--macpo.negatives=persona", "--data.template=mistral"],
+            "plain, turns, vicuna, alpaca have one",
+        ),
+    ],
+)
 def test_a_wrong_method_is_refused(place, words, wanted):
     ended = invoke("train", "@tiny", *words)
     assert ended.code == 2 and wanted in ended.err and not (place / "runs").exists()

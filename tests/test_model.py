@@ -26,11 +26,19 @@ def hf(request, seed, tmp_path):
     transformers = pytest.importorskip("transformers")
     heads, keys, dim, hidden, mlp, layers, vocab, theta, eps, tied = SHAPES[request.param]
     config = transformers.LlamaConfig(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=keys, head_dim=dim, max_position_embeddings=64,
-        rope_parameters={"rope_theta": theta, "rope_type": "default"}, rms_norm_eps=eps,
-        tie_word_embeddings=tied, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        head_dim=dim,
+        max_position_embeddings=64,
+        rope_parameters={"rope_theta": theta, "rope_type": "default"},
+        rms_norm_eps=eps,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+    )
     model = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -38,7 +46,6 @@ def hf(request, seed, tmp_path):
                 weight.add_(0.3 * torch.randn(weight.shape))
     model.save_pretrained(tmp_path)
     return model, tmp_path
-
 
 
 # ---- against transformers -------------------------------------------------------------------
@@ -69,7 +76,11 @@ def test_greedy_decoding_equals_transformers(hf, seed):
     prompt = ragged(seed, 1, ours.config.vocab_size)[0]
     mine = greedy(ours, [prompt], 12)[0]
     kwargs = dict(do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
-    found = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), **kwargs)
+    found = theirs.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        **kwargs,
+    )
     found = found[0, len(prompt) :].tolist()
     for step, (a, b) in enumerate(zip(mine, found, strict=True)):
         if a != b:  # only where the two best logits are equal within rounding may they part
@@ -79,14 +90,27 @@ def test_greedy_decoding_equals_transformers(hf, seed):
 
 
 @pytest.mark.parametrize(
-    "absent", ["rms_norm_eps", "rope_parameters", "num_key_value_heads", "head_dim", "tie_word_embeddings", "hidden_act"]
+    "absent",
+    [
+        "rms_norm_eps",
+        "rope_parameters",
+        "num_key_value_heads",
+        "head_dim",
+        "tie_word_embeddings",
+        "hidden_act",
+    ],
 )
 def test_a_field_left_out_means_what_transformers_takes_it_for(absent, seed, tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=40, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=40,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
     with torch.device("cpu"):
         made = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
@@ -103,7 +127,11 @@ def test_a_field_left_out_means_what_transformers_takes_it_for(absent, seed, tmp
 def test_the_older_spelling_of_config_json_is_read(hf):
     theirs, folder = hf
     raw = json.loads((folder / "config.json").read_text())
-    raw |= {"rope_theta": raw.pop("rope_parameters")["rope_theta"], "rope_scaling": None, "torch_dtype": raw.pop("dtype")}
+    raw |= {
+        "rope_theta": raw.pop("rope_parameters")["rope_theta"],
+        "rope_scaling": None,
+        "torch_dtype": raw.pop("dtype"),
+    }
     (folder / "config.json").write_text(json.dumps(raw))
     tokens = torch.randint(0, raw["vocab_size"], (2, 30))
     assert far(logits_of(load_model(folder), tokens), theirs(tokens).logits) <= 1e-5
@@ -167,7 +195,7 @@ def test_the_same_weights_sample_first_and_train_later(seed):
 def greedy(model, prompts: list[list[int]], new: int) -> list[list[int]]:
     from minmacpo.config.schema import Generate
 
-    settings = Generate(temperature=0, max_new=new)
+    settings = Generate(temperature=0, max_new_tokens=new)
     return generate(model, prompts, list(range(len(prompts))), settings, set())[0]
 
 
@@ -197,7 +225,7 @@ def test_stories_ragged_batch_equals_single(stories, seed):
     from minmacpo.data.tokenizer import load_tokenizer
 
     model, tokenizer = load_model(stories), load_tokenizer(stories)
-    texts = ["Once upon a time", "Tom", "One day, a big dog saw a", "The sun was", "She said, \"I"]
+    texts = ["Once upon a time", "Tom", "One day, a big dog saw a", "The sun was", 'She said, "I']
     prompts = [[1, *tokenizer.encode(text, start=True)] for text in texts] + [[1]]
     assert len({len(prompt) for prompt in prompts}) > 3
     together = greedy(model, prompts, 60)
@@ -207,25 +235,54 @@ def test_stories_ragged_batch_equals_single(stories, seed):
 # ---- what is not understood -----------------------------------------------------------------
 
 SIZES = dict(
-    model_type="llama", vocab_size=40, hidden_size=24, intermediate_size=32, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-)  # fmt: skip
+    model_type="llama",
+    vocab_size=40,
+    hidden_size=24,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model_type": "gpt2"}, {"model_type": None}, {"model_type": ["llama"]}, {"sliding_window": 4096},
-        {"attention_bias": "yes"}, {"mlp_bias": 2}, {"hidden_act": "gelu"}, {"quantization_config": {"bits": 4}},
-        {"num_experts": 8}, {"rope_scaling": {"type": "linear"}}, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        {"model_type": "gpt2"},
+        {"model_type": None},
+        {"model_type": ["llama"]},
+        {"sliding_window": 4096},
+        {"attention_bias": "yes"},
+        {"mlp_bias": 2},
+        {"hidden_act": "gelu"},
+        {"quantization_config": {"bits": 4}},
+        {"num_experts": 8},
+        {"rope_scaling": {"type": "linear"}},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}},
-        {"rope_parameters": {"type": "dynamic", "factor": 2.0}}, {"rope_parameters": {"rope_type": 5}},
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-        {"rope_parameters": "default"}, {"rope_theta": "10000"}, {"rope_theta": -1.0}, {"rms_norm_eps": None},
-        {"num_key_value_heads": 3}, {"head_dim": 5}, {"hidden_size": "24"}, {"num_hidden_layers": 0},
-        {"num_attention_heads": 0}, {"vocab_size": 40.0}, {"hidden_size": True},
+        {"rope_parameters": {"type": "dynamic", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": 5}},
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+            }
+        },
+        {"rope_parameters": "default"},
+        {"rope_theta": "10000"},
+        {"rope_theta": -1.0},
+        {"rms_norm_eps": None},
+        {"num_key_value_heads": 3},
+        {"head_dim": 5},
+        {"hidden_size": "24"},
+        {"num_hidden_layers": 0},
+        {"num_attention_heads": 0},
+        {"vocab_size": 40.0},
+        {"hidden_size": True},
     ],
-)  # fmt: skip
+)
 def test_a_config_that_is_not_understood_is_refused(changes):
     with pytest.raises(UserError) as caught:
         parse_config(SIZES | changes, "here/config.json")
@@ -240,6 +297,11 @@ def test_a_size_that_is_missing_is_refused(absent):
 
 def test_what_is_harmless_is_taken():
     plain = parse_config(dict(SIZES), "x")
-    harmless = {"torch_dtype": "bfloat16", "use_cache": False, "architectures": ["LlamaForCausalLM"], "pad_token_id": 7}
+    harmless = {
+        "torch_dtype": "bfloat16",
+        "use_cache": False,
+        "architectures": ["LlamaForCausalLM"],
+        "pad_token_id": 7,
+    }
     assert parse_config(SIZES | harmless, "x") == plain
     assert plain.head_dim == 6 and config_of(head_dim=6).head_dim == 6

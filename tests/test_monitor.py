@@ -21,16 +21,19 @@ def history(*later: dict) -> list[dict]:
     return [HEALTHY] + [HEALTHY | more for more in later]
 
 
-@pytest.mark.parametrize("last,wanted", [
-    ({}, []),
-    ({"surprise": 0.27}, ["surprised"]),
-    ({"surprise": 0.25}, []),
-    ({"entropy": 0.24}, ["scattered"]),
-    ({"entropy": 0.01, "surprise": 0.01}, []),
-    ({"distinct2": 0.29}, ["narrow"]),
-    ({"loops": 0.2}, ["broken"]),
-    ({"cut": 0.3, "entropy": 0.9}, ["scattered", "broken"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "last,wanted",
+    [
+        ({}, []),
+        ({"surprise": 0.27}, ["surprised"]),
+        ({"surprise": 0.25}, []),
+        ({"entropy": 0.24}, ["scattered"]),
+        ({"entropy": 0.01, "surprise": 0.01}, []),
+        ({"distinct2": 0.29}, ["narrow"]),
+        ({"loops": 0.2}, ["broken"]),
+        ({"cut": 0.3, "entropy": 0.9}, ["scattered", "broken"]),
+    ],
+)
 def test_each_signature_alarms_alone(last, wanted):
     assert monitor.alarms(history(last)) == wanted
     assert monitor.alarms(history({}, last)) == wanted
@@ -38,15 +41,25 @@ def test_each_signature_alarms_alone(last, wanted):
 
 
 def test_surprise_is_measured_against_the_round_before_and_entropy_against_the_start():
-    slow = history({"entropy": 0.1, "surprise": 0.1}, {"entropy": 0.05, "surprise": 0.12}, {"entropy": 0.21, "surprise": 0.2})
-    assert monitor.alarms(slow[:2]) == [] and monitor.alarms(slow[:3]) == [] and monitor.alarms(slow) == ["surprised"]
+    slow = history(
+        {"entropy": 0.1, "surprise": 0.1},
+        {"entropy": 0.05, "surprise": 0.12},
+        {"entropy": 0.21, "surprise": 0.2},
+    )
+    assert (
+        monitor.alarms(slow[:2]) == []
+        and monitor.alarms(slow[:3]) == []
+        and monitor.alarms(slow) == ["surprised"]
+    )
 
 
 def test_signs_are_those_of_the_files(tiny, tmp_path):
     for t in (0, 1, 2):
         found = monitor.signs(tiny, "student", t)
         said = rows_of(tiny / f"eval/round{t}_student_samples/samples.jsonl")
-        assert found["entropy"] == pytest.approx(-sum(s["logp"] for s in said) / sum(len(s["tokens"]) for s in said))
+        assert found["entropy"] == pytest.approx(
+            -sum(s["logp"] for s in said) / sum(len(s["tokens"]) for s in said)
+        )
         assert found["cut"] == sum(s["finish"] == "length" for s in said) / len(said)
         based = rows_of(tiny / f"eval/round{t}_student_under_base/scores.jsonl")
         wanted = [a["logp"] - b["logp"] for a, b in zip(said, based, strict=True)]
@@ -63,13 +76,22 @@ def test_signs_are_those_of_the_files(tiny, tmp_path):
     (tmp_path / "eval").mkdir()
     for name in ("eval/round2_student_samples", "eval/round2_student_under_base"):
         shutil.copytree(tiny / name, tmp_path / name)
-    (tmp_path / "eval/round2_student_under_base/scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert monitor.signs(tmp_path, "student", 2).keys() == found.keys() - {"kl", "same", "surprise", "similarity"}, "no mean of nothing"
+    (tmp_path / "eval/round2_student_under_base/scores.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
+    assert monitor.signs(tmp_path, "student", 2).keys() == found.keys() - {
+        "kl",
+        "same",
+        "surprise",
+        "similarity",
+    }, "no mean of nothing"
     assert monitor.signs(tiny, "student", 7) == {} and monitor.verdict(tiny, "student", 7) == ""
 
 
 def test_the_verdict_names_the_signature(tmp_path, monkeypatch):
-    made = iter([HEALTHY, HEALTHY | {"loops": 0.9}, HEALTHY, HEALTHY | {"same": 0.95}, HEALTHY, HEALTHY])
+    made = iter(
+        [HEALTHY, HEALTHY | {"loops": 0.9}, HEALTHY, HEALTHY | {"same": 0.95}, HEALTHY, HEALTHY]
+    )
     monkeypatch.setattr(monitor, "signs", lambda *args: next(made))
     assert monitor.verdict(tmp_path, "student", 1) == "collapsed (broken)"
     assert monitor.verdict(tmp_path, "student", 1) == "converged"
@@ -79,20 +101,41 @@ def test_the_verdict_names_the_signature(tmp_path, monkeypatch):
 def test_the_verdict_needs_no_round_but_the_first_and_its_own(tmp_path, monkeypatch):
     known = {0: HEALTHY, 3: HEALTHY | {"loops": 0.9}}
     monkeypatch.setattr(monitor, "signs", lambda run, agent, t: known.get(t, {}))
-    assert [monitor.verdict(tmp_path, "student", t) for t in range(5)] == ["", "", "", "collapsed (broken)", ""]
+    assert [monitor.verdict(tmp_path, "student", t) for t in range(5)] == [
+        "",
+        "",
+        "",
+        "collapsed (broken)",
+        "",
+    ]
 
 
 @pytest.mark.parametrize("method", ["macpo", "spin"])
-@pytest.mark.parametrize("stop,found,last", [
-    ("collapsed", "collapsed (broken)", 1), ("collapsed", "converged", 3), ("converged", "converged", 1), ("none", "collapsed (x)", 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "stop,found,last",
+    [
+        ("collapsed", "collapsed (broken)", 1),
+        ("collapsed", "converged", 3),
+        ("converged", "converged", 1),
+        ("none", "collapsed (x)", 3),
+    ],
+)
 def test_rounds_end_where_the_setting_says(stub, tmp_path, monkeypatch, method, stop, found, last):
     copy_run(stub, tmp_path / "runs", ("data", "bases"))
     monkeypatch.setattr(macpo, "verdict", lambda run, agent, t: found if t == 1 else "")
-    words = ["--macpo.rounds=3", f"--macpo.stop={stop}", "--macpo.controls=false", f"--method={method}"]
+    words = [
+        "--macpo.rounds=3",
+        f"--macpo.stop={stop}",
+        "--macpo.controls=false",
+        f"--method={method}",
+    ]
     train(write_stub(tmp_path, "x"), f"--run.root={tmp_path / 'runs'}", "--run.name=it", *words)
     run = tmp_path / "runs/it"
-    done = {int(name[5]) for name in stages_of(run) if name.startswith("round") and name.endswith("student_pos")}
+    done = {
+        int(name[5])
+        for name in stages_of(run)
+        if name.startswith("round") and name.endswith("student_pos")
+    }
     assert max(done) == last and (run / "eval/table.json").is_file()
     assert (f"{found} in round 1" in (run / "log.txt").read_text()) == (last == 1)
     stages = stages_of(run)
@@ -102,25 +145,47 @@ def test_rounds_end_where_the_setting_says(stub, tmp_path, monkeypatch, method, 
 
 @pytest.mark.parametrize("method", ["macpo", "self-rewarding", "confident"])
 @pytest.mark.parametrize("fell,kept", [(2, 1), (1, 0), (None, 3)])
-def test_rolling_back_keeps_the_student_before_the_first_alarm(stub, tmp_path, monkeypatch, method, fell, kept):
+def test_rolling_back_keeps_the_student_before_the_first_alarm(
+    stub, tmp_path, monkeypatch, method, fell, kept
+):
     copy_run(stub, tmp_path / "runs", ("data", "bases"))
-    monkeypatch.setattr(macpo, "verdict", lambda run, agent, t: "collapsed (narrow)" if t == fell else "converged")
-    words = ["--macpo.rounds=3", "--macpo.stop=rollback", "--macpo.controls=false", f"--method={method}"]
+    monkeypatch.setattr(
+        macpo, "verdict", lambda run, agent, t: "collapsed (narrow)" if t == fell else "converged"
+    )
+    words = [
+        "--macpo.rounds=3",
+        "--macpo.stop=rollback",
+        "--macpo.controls=false",
+        f"--method={method}",
+    ]
     train(write_stub(tmp_path, "x"), f"--run.root={tmp_path / 'runs'}", "--run.name=it", *words)
-    run, kept = tmp_path / "runs/it", 3 if method == "confident" else kept  # it has no rounds between 0 and 3
-    wanted, found = (run / name / "adapter_model.safetensors" for name in (f"round{kept}/student_pos", "final/student_pos"))
+    run, kept = (
+        tmp_path / "runs/it",
+        3 if method == "confident" else kept,
+    )  # it has no rounds between 0 and 3
+    wanted, found = (
+        run / name / "adapter_model.safetensors"
+        for name in (f"round{kept}/student_pos", "final/student_pos")
+    )
     assert found.read_bytes() == wanted.read_bytes()
     assert stages_of(run)["final/student_pos"]["counts"] == {"kept": f"round{kept}/student_pos"}
     rows = json.loads((run / "eval/table.json").read_bytes())["rows"]
     assert [row["round"] for row in rows if row["agent"] == "kept"] == [kept]
-    mine, theirs = ({k: v for k, v in row.items() if k not in ("agent", "label")} for row in rows
-                    if (row["agent"], row["round"]) in (("kept", kept), ("student", kept)))  # fmt: skip
+    mine, theirs = (
+        {k: v for k, v in row.items() if k not in ("agent", "label")}
+        for row in rows
+        if (row["agent"], row["round"]) in (("kept", kept), ("student", kept))
+    )
     assert mine == theirs, "the same adapter gives the same answers"
     past = evaluate.read_run(run)
     assert evaluate.last_student(past) == ("kept", kept)
-    assert (compare.last_gold(past)["student"] == evaluate.gold_by_prompt(past, "student", kept)["gold"]).all()
+    assert (
+        compare.last_gold(past)["student"] == evaluate.gold_by_prompt(past, "student", kept)["gold"]
+    ).all()
     assert judge.read_answers(run) == judge.read_answers(run / f"eval/round{kept}_kept_samples")
-    assert (f"back to round {kept}" in (run / "log.txt").read_text()) == (fell is not None and method != "confident")
+    assert (f"back to round {kept}" in (run / "log.txt").read_text()) == (
+        fell is not None and method != "confident"
+    )
     assert "student kept by the monitor" in (run / "report.html").read_text()
     stages = stages_of(run)
     train(write_stub(tmp_path, "x"), f"--run.root={tmp_path / 'runs'}", "--run.name=it", *words)
@@ -131,12 +196,28 @@ def test_rolling_back_keeps_the_student_before_the_first_alarm(stub, tmp_path, m
 
 
 def test_loops_overlap_and_refusals_by_hand():
-    assert diversity.loops("a b c a b c a b c") and not diversity.loops("a b c a b c a b") and not diversity.loops("")
-    assert diversity.overlap("a b c", "b c d") == 0.5 and diversity.overlap("", " .") == 1 and diversity.overlap("a", "") == 0
+    assert (
+        diversity.loops("a b c a b c a b c")
+        and not diversity.loops("a b c a b c a b")
+        and not diversity.loops("")
+    )
+    assert (
+        diversity.overlap("a b c", "b c d") == 0.5
+        and diversity.overlap("", " .") == 1
+        and diversity.overlap("a", "") == 0
+    )
     assert diversity.distinct2(["a b a b", "a b"]) == 2 / 4 and diversity.distinct2(["a", ""]) == 0
-    for text in ("I'm sorry, but I can't help with that.", "my apologies . i must not help you with that .", "I cannot assist you"):
+    for text in (
+        "I'm sorry, but I can't help with that.",
+        "my apologies . i must not help you with that .",
+        "I cannot assist you",
+    ):
         assert diversity.refuses(text)
-    for text in ("of course ! kadol lives on oak street .", "You can help by calling.", "I can help you with that"):
+    for text in (
+        "of course ! kadol lives on oak street .",
+        "You can help by calling.",
+        "I can help you with that",
+    ):
         assert not diversity.refuses(text)
 
 
@@ -159,7 +240,10 @@ def test_self_bleu_equals_the_plain_formula(seed):
     rng = random.Random(seed)
     texts = [" ".join(rng.choices("abcd", k=rng.randrange(9))) for _ in range(30)]
     assert diversity.self_bleu(texts) == pytest.approx(plain_self_bleu(texts))
-    assert diversity.self_bleu(["a b c d e"] * 3) == pytest.approx(1.0) and diversity.self_bleu(["a b"]) == 0
+    assert (
+        diversity.self_bleu(["a b c d e"] * 3) == pytest.approx(1.0)
+        and diversity.self_bleu(["a b"]) == 0
+    )
 
 
 def test_self_bleu_equals_nltk_where_it_is_installed(seed):
@@ -167,4 +251,6 @@ def test_self_bleu_equals_nltk_where_it_is_installed(seed):
     rng = random.Random(seed)
     words = [rng.choices("abc", k=rng.randrange(12, 16)) for _ in range(20)]
     wanted = [bleu.sentence_bleu(words[:i] + words[i + 1 :], said) for i, said in enumerate(words)]
-    assert diversity.self_bleu([" ".join(said) for said in words]) == pytest.approx(sum(wanted) / 20)
+    assert diversity.self_bleu([" ".join(said) for said in words]) == pytest.approx(
+        sum(wanted) / 20
+    )

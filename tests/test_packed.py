@@ -12,15 +12,19 @@ from minmacpo.cli import memory_estimate as memory
 from minmacpo.config.schema import Lora
 from minmacpo.core import prepack as packed
 from minmacpo.core import sampling as module
-from minmacpo.core.lora import LoraLinear, attach_lora, slot, write_adapter
+from minmacpo.core.lora import LoraLinear, attach_lora, set_adapter_weights, slot
 from minmacpo.core.model import WHOLE
 from minmacpo.core.prepack import PackedLinear, multiplies_bf16, pack, packs
 from minmacpo.core.sampling import generate, prefill
 from minmacpo.kernels.attention import attend_group, attend_one
-from minmacpo.kernels.quantization import put_linears
+from minmacpo.kernels.quantization import quantize_linears
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-IN_BF16 = pytest.mark.skipif(not multiplies_bf16(), reason="oneDNN repacks no bf16 on this CPU, and packs() says so")
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
+)
+IN_BF16 = pytest.mark.skipif(
+    not multiplies_bf16(), reason="oneDNN repacks no bf16 on this CPU, and packs() says so"
+)
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=IN_BF16)]
 
 
@@ -38,16 +42,29 @@ def test_a_packed_linear_is_the_linear_at_any_number_of_rows(dtype, bias, rows, 
     x = torch.randn(rows, 3, 48).to(dtype)
     wanted = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
     found = PackedLinear(linear, linear.weight, 16)(x)
-    assert found.dtype == dtype and far(found.double(), wanted) <= (1e-5 if dtype == torch.float32 else 0.02)
+    assert found.dtype == dtype and far(found.double(), wanted) <= (
+        1e-5 if dtype == torch.float32 else 0.02
+    )
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 def test_one_query_attends_as_sdpa_has_it(kv_heads, seed):
-    q, k, v = torch.randn(5, 6, 1, 8), torch.randn(5, kv_heads, 20, 8), torch.randn(5, kv_heads, 20, 8)
+    q, k, v = (
+        torch.randn(5, 6, 1, 8),
+        torch.randn(5, kv_heads, 20, 8),
+        torch.randn(5, kv_heads, 20, 8),
+    )
     mask = torch.arange(20) <= torch.randint(0, 20, (5, 1, 1, 1))
-    wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask, enable_gqa=True)
-    assert far(attend_one(q, k, v, mask).double(), wanted) <= 1e-5 and far(attend_group(q, k, v, mask).double(), wanted) <= 1e-5
-    k, v = (each.transpose(2, 3).contiguous().transpose(2, 3) for each in (k, v))  # as a packed twin's cache lies
+    wanted = F.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), mask, enable_gqa=True
+    )
+    assert (
+        far(attend_one(q, k, v, mask).double(), wanted) <= 1e-5
+        and far(attend_group(q, k, v, mask).double(), wanted) <= 1e-5
+    )
+    k, v = (
+        each.transpose(2, 3).contiguous().transpose(2, 3) for each in (k, v)
+    )  # as a packed twin's cache lies
     assert far(attend_one(q, k, v, mask).double(), wanted) <= 1e-5
 
 
@@ -57,17 +74,26 @@ def test_a_twins_logits_depend_on_neither_the_rows_beside_nor_the_room_left(seed
         twin, found = pack(model, 7), []
         for rows, room in (((0, 1, 2, 3, 4, 5, 6), 150), ((3,), 1), ((1, 3), 40)):
             (first,), (cache,) = prefill([twin], [prompts[i] for i in rows], room)
-            assert cache.shape[4] % WHOLE == 0 and cache[:, :, [0]].stride()[4] == cache.stride()[4] == 1
+            assert (
+                cache.shape[4] % WHOLE == 0
+                and cache[:, :, [0]].stride()[4] == cache.stride()[4] == 1
+            )
             where = torch.tensor([len(prompts[i]) for i in rows])
             step = twin(torch.tensor(rows)[:, None], positions=where, cache=cache)
             found.append((first[rows.index(3)], step[rows.index(3)]))
-    assert all(far(*pair) <= 1e-5 for other in found[1:] for pair in zip(found[0], other, strict=True))
+    assert all(
+        far(*pair) <= 1e-5 for other in found[1:] for pair in zip(found[0], other, strict=True)
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("fixed", [1, 2])
 def test_packed_answers_are_the_plain_ones_in_a_batch_and_alone(way, fixed, small_too, monkeypatch):
-    model, prompts, settings = random_model(fixed), ragged(fixed, 7, 61, 1, 25), new(WAYS[way], max_new=30)
+    model, prompts, settings = (
+        random_model(fixed),
+        ragged(fixed, 7, 61, 1, 25),
+        new(WAYS[way], max_new_tokens=30),
+    )
     assert packs(model)
     ids, logps = generate(model, prompts, range(7), settings, {5, 9, 13})
     for i, prompt in enumerate(prompts):
@@ -85,14 +111,23 @@ def test_the_twin_has_the_adapter_and_leaves_the_model_alone(dtype, seed):
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with torch.inference_mode():
         bare = pack(model, 4)(tokens)
-        write_adapter(model, {key: torch.randn(t.shape) * 0.3 for key, t in slot(model).items()})
+        set_adapter_weights(
+            model, {key: torch.randn(t.shape) * 0.3 for key, t in slot(model).items()}
+        )
         twin = pack(model, 4)
-        assert sum(type(m) is PackedLinear for m in twin.modules()) == 7 * model.config.num_hidden_layers + 1
-        assert sum(type(m) is LoraLinear for m in twin.modules()) == (0 if dtype == torch.float32 else 4)
+        assert (
+            sum(type(m) is PackedLinear for m in twin.modules())
+            == 7 * model.config.num_hidden_layers + 1
+        )
+        assert sum(type(m) is LoraLinear for m in twin.modules()) == (
+            0 if dtype == torch.float32 else 4
+        )
         assert not any(type(m) is PackedLinear for m in model.modules())
         assert far(twin(tokens), model(tokens)) <= (1e-4 if dtype == torch.float32 else 0.2)
         assert far(twin(tokens), bare) > 0.3
-    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items() if ".lora_" not in key)
+    assert all(
+        torch.equal(t, before[key]) for key, t in model.state_dict().items() if ".lora_" not in key
+    )
 
 
 @pytest.mark.parametrize("form", ["none", "int8"])
@@ -101,7 +136,7 @@ def test_the_plan_counts_what_a_twin_holds(form, monkeypatch):
     model = random_model(0)
     monkeypatch.setattr(memory, "SMALLEST", 0)
     if form != "none":
-        put_linears(model, form)
+        quantize_linears(model, form)
     twin = pack(model, 4)
     packed_bytes = sum(m.weight.nbytes for m in twin.modules() if isinstance(m, PackedLinear))
     assert memory.twin_bytes(model.config, 4, form) == packed_bytes > 0
@@ -112,7 +147,9 @@ def test_the_plan_counts_what_a_twin_holds(form, monkeypatch):
 def test_a_torch_without_onednn_is_said_once(monkeypatch, capsys):
     packed.say_missing.cache_clear()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not packs(random_model(0)) and not capsys.readouterr().err, "a small model would not be packed anyway"
+    assert not packs(random_model(0)) and not capsys.readouterr().err, (
+        "a small model would not be packed anyway"
+    )
     monkeypatch.setattr(packed, "SMALLEST", 0)
     assert not packs(random_model(0)) and not packs(random_model(0))
     assert capsys.readouterr().err.count("no oneDNN") == 1
@@ -136,7 +173,11 @@ def test_shared_prompts_are_read_once_and_answer_as_if_alone(way, monkeypatch):
     model, (a, b, c), read = random_model(4), ragged(4, 3, 61, 2, 20), []
     prompts, seeds = [b, a, b, c, a, b], range(6)
     forward = type(model).forward
-    monkeypatch.setattr(type(model), "forward", lambda self, tokens, **kw: read.append(tokens.shape) or forward(self, tokens, **kw))
+    monkeypatch.setattr(
+        type(model),
+        "forward",
+        lambda self, tokens, **kw: read.append(tokens.shape) or forward(self, tokens, **kw),
+    )
     ids, logps = generate(model, prompts, seeds, WAYS[way], {2, 7, 11, 20})
     assert read[0] == (3, max(map(len, (a, b, c)))) and read[1] == (6, 1)
     for prompt, seed, row, logp in zip(prompts, seeds, ids, logps, strict=True):
@@ -147,14 +188,16 @@ def test_shared_prompts_are_read_once_and_answer_as_if_alone(way, monkeypatch):
 @torch.inference_mode()
 def test_rows_of_one_prompt_have_caches_of_their_own():
     logits, caches = prefill([random_model(1)], [[5, 6, 7], [8], [5, 6, 7]], 4)
-    assert torch.equal(logits[0][0], logits[0][2]) and torch.equal(caches[0][:, :, 0], caches[0][:, :, 2])
+    assert torch.equal(logits[0][0], logits[0][2]) and torch.equal(
+        caches[0][:, :, 0], caches[0][:, :, 2]
+    )
     caches[0][:, :, 0] = 1
     assert caches[0].shape[4] == 7 and not torch.equal(caches[0][:, :, 0], caches[0][:, :, 2])
 
 
 @pytest.mark.parametrize("room", [1, 3, 64])
 def test_reading_only_the_used_part_of_the_cache_changes_nothing(room, monkeypatch):
-    model, settings = random_model(9), dataclasses.replace(WAYS["sampled"], max_new=40)
+    model, settings = random_model(9), dataclasses.replace(WAYS["sampled"], max_new_tokens=40)
     prompts = ragged(9, 5, 61, 1, 12)
     wanted, logps = generate(model, prompts, range(5), settings, {3})
     monkeypatch.setattr(module, "ROOM", room)

@@ -39,17 +39,29 @@ from minmacpo.config.parse import parse
 from minmacpo.config.schema import Lora
 from minmacpo.pipeline import model_pool as workshop
 from minmacpo.pipeline.run import Run
-from minmacpo.runtime.distributed import Ranks
+from minmacpo.runtime.distributed import Distributed
 
 CASES = ["1-pairs-replicate", "2-pairs-replicate", "2-pairs-shard", "a-2-4", "complaint-2"]
-MORE = ["1-sft-replicate", "1-pairs-replicate", "2-sft-replicate", "2-sft-shard", "4-sft-replicate", "4-pairs-shard", "a-4-1", "b-4-2", "complaint-4"]
+MORE = [
+    "1-sft-replicate",
+    "1-pairs-replicate",
+    "2-sft-replicate",
+    "2-sft-shard",
+    "4-sft-replicate",
+    "4-pairs-shard",
+    "a-4-1",
+    "b-4-2",
+    "complaint-4",
+]
 
 
 def launch(*words, **options) -> subprocess.Popen:
     """tests/ranks.py as a process."""
     command = [sys.executable, str(REPOSITORY / "tests/ranks.py"), *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, **pipes | options)
+    return subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, **pipes | options
+    )
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -73,7 +85,11 @@ def toys(folder: Path, seed: int, cases: list[str]) -> dict:
     """{case: what each rank has found} of small models, see ranks.all_toys."""
     code, _, err = finish(launch("toys", folder, seed, *cases))
     assert code == 0, err
-    assert err.count("error:") == sum("complaint" in case for case in cases) == err.count("error: row 7 is too long"), err
+    assert (
+        err.count("error:")
+        == sum("complaint" in case for case in cases)
+        == err.count("error: row 7 is too long")
+    ), err
     found: dict = {}
     for file in sorted(folder.glob("*.pt")):
         case, _, _ = file.stem.rpartition("-")
@@ -88,18 +104,30 @@ def check_toys(found: dict) -> None:
         if case.startswith("stopped"):
             assert len({*ranks}) == 1 and ranks[0] in (7, 8), "all ranks stop after the same step"
         if case.startswith("twenty_steps"):
-            assert all((each - found["1-pairs-replicate"][0]["adapter"]).abs().max() <= 1e-5 for each in ranks)
+            assert all(
+                (each - found["1-pairs-replicate"][0]["adapter"]).abs().max() <= 1e-5
+                for each in ranks
+            )
         if world in (None, "1"):
             continue
         one = found[f"1-{kind}-replicate"][0]
         assert len(ranks) == int(world)
         for each in ranks:
-            assert (each["grads"] - one["grads"]).norm() <= 1e-6 * one["grads"].norm() and one["grads"].norm() > 0
-            assert torch.equal(each["adapter"], ranks[0]["adapter"]) and (each["adapter"] - one["adapter"]).abs().max() <= 1e-5
+            assert (each["grads"] - one["grads"]).norm() <= 1e-6 * one["grads"].norm() and one[
+                "grads"
+            ].norm() > 0
+            assert (
+                torch.equal(each["adapter"], ranks[0]["adapter"])
+                and (each["adapter"] - one["adapter"]).abs().max() <= 1e-5
+            )
             assert each["values"] == pytest.approx(one["values"], rel=1e-5, abs=1e-6)
             assert each["logps"] == pytest.approx(one["logps"], rel=1e-5)
             assert each["samples"] == one["samples"] and len({*map(len, one["samples"])}) > 2
-            assert each["held"] == one["held"] if mode == "replicate" else each["held"] < 0.8 * one["held"]
+            assert (
+                each["held"] == one["held"]
+                if mode == "replicate"
+                else each["held"] < 0.8 * one["held"]
+            )
 
 
 def test_ranks_equal_one(tmp_path, seed):
@@ -112,10 +140,10 @@ def test_two_and_four_ranks_replicated_and_sharded_equal_one(tmp_path, seed):
     check_toys(toys(tmp_path, seed, MORE))
 
 
-def as_rank(rank: int, world: int, shards: bool) -> Ranks:
+def as_rank(rank: int, world: int, shards: bool) -> Distributed:
     """A rank that is asked what it would do, with nobody beside it."""
-    ranks = Ranks(rank=rank, world=world)
-    ranks.shards = shards
+    ranks = Distributed(rank=rank, world=world)
+    ranks.is_sharded = shards
     return ranks
 
 
@@ -124,20 +152,28 @@ def as_rank(rank: int, world: int, shards: bool) -> Ranks:
 def test_a_step_is_shared_out_whole_and_evenly(world, shards, seed):
     """Every unit once; ranks differ by a unit of each micro-batch that is cut; sharded, by no pass at all."""
     rng, units = random.Random(seed), iter(range(10**6))
-    groups = [[next(units) for _ in range(rng.randrange(1, 12))] for _ in range(rng.randrange(1, 12))]
+    groups = [
+        [next(units) for _ in range(rng.randrange(1, 12))] for _ in range(rng.randrange(1, 12))
+    ]
     shares = [as_rank(rank, world, shards).share(groups) for rank in range(world)]
-    assert sorted(unit for share in shares for group in share for unit in group) == sorted(unit for group in groups for unit in group)
+    assert sorted(unit for share in shares for group in share for unit in group) == sorted(
+        unit for group in groups for unit in group
+    )
     assert all(group in groups for share in shares for group in share[: len(groups) // world])
     counts = [len(share) for share in shares]
-    assert max(counts) == counts[0] and (min(counts) == counts[0] if shards else all(group for share in shares for group in share))
+    assert max(counts) == counts[0] and (
+        min(counts) == counts[0] if shards else all(group for share in shares for group in share)
+    )
     assert world > 1 or shares[0] == groups
 
 
 def test_without_torchrun_nothing_is_distributed():
     """One process does all by itself, and an ordinary start does not even look for others."""
-    code = ("import sys, torch; before = {m for m in sys.modules if 'distributed' in m}; import train, minmacpo.parallel as p, minmacpo.report; "
-            "r = p.meet(); assert r.world == 1 and r.first(dict) == {} and r.agree(7) == 7 and list(r.each([1, 2], str)) == ['1', '2']; "
-            "new = {m for m in sys.modules if 'distributed' in m} - before; assert not new, new")  # fmt: skip
+    code = (
+        "import sys, torch; before = {m for m in sys.modules if 'distributed' in m}; import train, minmacpo.parallel as p, minmacpo.report; "
+        "r = p.meet(); assert r.world == 1 and r.first(dict) == {} and r.agree(7) == 7 and list(r.each([1, 2], str)) == ['1', '2']; "
+        "new = {m for m in sys.modules if 'distributed' in m} - before; assert not new, new"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=60)
 
 
@@ -145,23 +181,34 @@ def test_a_base_that_is_given_up_is_gone_before_the_next_one_comes(monkeypatch):
     """Also one that refers to itself, as a sharded model does."""
     seen = []
 
-    class Loaded:
+    class LoadedModel:
         def __init__(self, *_):
             self.itself, self.model = self, None
             assert all(known() is None for known in seen), "the last one is still there"
             seen.append(weakref.ref(self))
 
-    for name, value in {"Loaded": Loaded, "free_bytes": lambda device: 0, "held": lambda *_: 1, "read_config": lambda folder: None, "clear_adapter": lambda model: None}.items():
+    for name, value in {
+        "LoadedModel": LoadedModel,
+        "free_bytes": lambda device: 0,
+        "held": lambda *_: 1,
+        "read_config": lambda folder: None,
+        "disable_adapter": lambda model: None,
+    }.items():
         monkeypatch.setattr(workshop, name, value)
     config = parse(["@tiny"]).config
-    shop = workshop.Workshop(SimpleNamespace(config=config, ranks=Ranks()))
+    session = workshop.Session(SimpleNamespace(config=config, ranks=Distributed()))
     gc.disable()
     try:
         for name in ("a", "b", "c"):
-            shop.use(SimpleNamespace(name=name, stage=SimpleNamespace(fingerprint=name, path=Path(name))), None)
+            session.use(
+                SimpleNamespace(
+                    name=name, stage=SimpleNamespace(fingerprint=name, path=Path(name))
+                ),
+                None,
+            )
     finally:
         gc.enable()
-    assert len(seen) == 3 and len(shop.loaded) == 1
+    assert len(seen) == 3 and len(session.loaded) == 1
 
 
 def test_a_rank_of_a_sharded_base_is_planned_for_its_part(tmp_path):
@@ -169,19 +216,34 @@ def test_a_rank_of_a_sharded_base_is_planned_for_its_part(tmp_path):
     config = dataclasses.replace(random_model(0).config, num_hidden_layers=40)
     base, outer = parameters(config, Lora(targets=()))[0], 61 * 24 * 2 + 24
     for world in (2, 4, 8):
-        assert held(config, 2, "none", world) == pytest.approx(2 * (outer + (base - outer) * (1 / world + 2 / 40)), abs=1)
+        assert held(config, 2, "none", world) == pytest.approx(
+            2 * (outer + (base - outer) * (1 / world + 2 / 40)), abs=1
+        )
     assert held(config, 2, "none", 1) == 2 * base
     few = random_model(0).config
-    assert held(few, 4, "none", 8) == 4 * parameters(few, Lora(targets=()))[0], "two layers are both at work"
+    assert held(few, 4, "none", 8) == 4 * parameters(few, Lora(targets=()))[0], (
+        "two layers are both at work"
+    )
     totals, weights = [], []
-    for ranks in (Ranks(), as_rank(0, 4, True)):
-        run = Run(parse(["@tiny", f"--run.root={tmp_path}", "--model.strong=64x12x4x128"]).config, ranks=ranks)
+    for ranks in (Distributed(), as_rank(0, 4, True)):
+        run = Run(
+            parse(["@tiny", f"--run.root={tmp_path}", "--model.strong=64x12x4x128"]).config,
+            ranks=ranks,
+        )
         __import__("train").run_all(run, {}, None)
         plan = Plan(run, run.config, None)
-        totals.append([plan.total(name) for name in ("bases/strong", "round0/student_pos", "round1/positives_student")])
+        totals.append(
+            [
+                plan.total(name)
+                for name in ("bases/strong", "round0/student_pos", "round1/positives_student")
+            ]
+        )
         weights.append(plan.need("round0/student_pos").weights)
     assert totals[0][0] == totals[1][0], "bases are made by one rank"
-    assert all(0.3 * weights[0] < one - many < 0.7 * weights[0] for one, many in list(zip(*totals, strict=True))[1:])
+    assert all(
+        0.3 * weights[0] < one - many < 0.7 * weights[0]
+        for one, many in list(zip(*totals, strict=True))[1:]
+    )
 
 
 # ---- whole runs -----------------------------------------------------------------------------
@@ -192,16 +254,23 @@ def check_same(run: Path, one: Path) -> None:
     mine, theirs = stages_of(run), stages_of(one)
     assert mine.keys() == theirs.keys()
     for name in mine:
-        assert mine[name]["fingerprint"] == theirs[name]["fingerprint"] and mine[name]["files"].keys() == theirs[name]["files"].keys()
+        assert (
+            mine[name]["fingerprint"] == theirs[name]["fingerprint"]
+            and mine[name]["files"].keys() == theirs[name]["files"].keys()
+        )
         for file in mine[name]["files"]:
             a, b = run / name / file, one / name / file
             if file == "adapter_model.safetensors":
                 a, b = load_file(a), load_file(b)
                 assert all((a[key] - b[key]).abs().max() <= 1e-4 for key in b), name
             elif file == "samples.jsonl":
-                assert [row["tokens"] for row in rows_of(a)] == [row["tokens"] for row in rows_of(b)], name
+                assert [row["tokens"] for row in rows_of(a)] == [
+                    row["tokens"] for row in rows_of(b)
+                ], name
             elif file == "scores.jsonl":
-                assert [row["logp"] for row in rows_of(a)] == pytest.approx([row["logp"] for row in rows_of(b)], rel=1e-3)
+                assert [row["logp"] for row in rows_of(a)] == pytest.approx(
+                    [row["logp"] for row in rows_of(b)], rel=1e-3
+                )
             elif file != "metrics.jsonl" and file != "pairs.jsonl":
                 assert a.read_bytes() == b.read_bytes(), f"{name}/{file}"
 
@@ -229,7 +298,9 @@ def test_a_run_is_stopped_by_a_signal_then_by_a_kill_and_goes_on_with_any_number
     assert code and len(lines_of_ours(err)) == 1, err
     train(*words)
     check_same(run, stub)
-    assert not (run / ".partial").exists() and len(rows_of(run / "metrics.jsonl")) == len(rows_of(stub / "metrics.jsonl"))
+    assert not (run / ".partial").exists() and len(rows_of(run / "metrics.jsonl")) == len(
+        rows_of(stub / "metrics.jsonl")
+    )
 
 
 # ---- several processes, each at a stage of its own ----------------------------------------------
@@ -239,7 +310,11 @@ def begun(stub: Path, root: Path) -> Path:
     """A copy of the finished run that has its texts and bases only."""
     run = copy_run(stub, root / "runs", ("data", "bases"))
     shutil.copy(stub / "config.toml", run)
-    rows = [row for row in rows_of(stub / "metrics.jsonl") if row["stage"].startswith(("data/", "bases/"))]
+    rows = [
+        row
+        for row in rows_of(stub / "metrics.jsonl")
+        if row["stage"].startswith(("data/", "bases/"))
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run
 
@@ -253,24 +328,40 @@ def test_two_processes_compute_two_stages_of_one_run_at_once_and_never_the_same(
         wait_for(run / ".partial" / stages_of(stub)[names[0]]["fingerprint"], first)
         first.send_signal(signal.SIGSTOP)
         assert train(*words, f"--stage={names[1]}") and names[0] not in stages_of(run)
-        for more, says in (([f"--stage={names[0]}"], "another process computes this stage"), ([], "another process works on this run")):
+        for more, says in (
+            ([f"--stage={names[0]}"], "another process computes this stage"),
+            ([], "another process works on this run"),
+        ):
             second = invoke("train", *words, *more)
             assert second.code == 2 and says in second.err and len(second.err.splitlines()) == 1
         first.send_signal(signal.SIGCONT)
         assert finish(first)[0] == 0
     finally:
         first.kill()
-    assert set(names) <= set(stages_of(run)) and set(names) <= {row["stage"] for row in rows_of(run / "metrics.jsonl")}
+    assert set(names) <= set(stages_of(run)) and set(names) <= {
+        row["stage"] for row in rows_of(run / "metrics.jsonl")
+    }
     train(*words)
     assert set(differences(run, stub)) <= {"metrics.jsonl"} and not (run / ".partial").exists()
     key = lambda row: (row["stage"], row["step"])  # noqa: E731
-    mine, theirs = ([{k: row[k] for k in ("stage", "step", "loss")} for row in rows_of(folder / "metrics.jsonl")] for folder in (run, stub))
-    assert sorted(mine, key=key) == sorted(theirs, key=key), "in the order in which they came, each once"
+    mine, theirs = (
+        [
+            {k: row[k] for k in ("stage", "step", "loss")}
+            for row in rows_of(folder / "metrics.jsonl")
+        ]
+        for folder in (run, stub)
+    )
+    assert sorted(mine, key=key) == sorted(theirs, key=key), (
+        "in the order in which they came, each once"
+    )
 
 
 @pytest.mark.slow
 def test_a_stage_that_was_killed_leaves_no_lock(tmp_path, stub):
-    words, run = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", "--stage=round0/teacher1_pos"], begun(stub, tmp_path)
+    words, run = (
+        [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", "--stage=round0/teacher1_pos"],
+        begun(stub, tmp_path),
+    )
     first = spawn("train", *words)
     wait_for(run / ".partial" / stages_of(stub)["round0/teacher1_pos"]["fingerprint"], first)
     first.kill()
@@ -283,8 +374,15 @@ def test_a_stage_that_was_killed_leaves_no_lock(tmp_path, stub):
 def test_many_processes_at_once(tmp_path, stub):
     """Each at its own stage, all writing log, metrics and report of one run."""
     words, run = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}"], begun(stub, tmp_path)
-    for names in (["round0/teacher1_pos", "round0/teacher2_pos", "controls/ceiling"],
-                  ["round0/teacher1_neg", "round0/teacher2_neg", "round1/positives_teacher1", "round1/positives_teacher2"]):  # fmt: skip
+    for names in (
+        ["round0/teacher1_pos", "round0/teacher2_pos", "controls/ceiling"],
+        [
+            "round0/teacher1_neg",
+            "round0/teacher2_neg",
+            "round1/positives_teacher1",
+            "round1/positives_teacher2",
+        ],
+    ):
         processes = [spawn("train", *words, f"--stage={name}") for name in names]
         assert [finish(process)[0] for process in processes] == [0] * len(names)
         assert set(names) <= set(stages_of(run))
@@ -297,7 +395,13 @@ def test_many_processes_at_once(tmp_path, stub):
 
 def torchrun(world: int, *words) -> subprocess.Popen:
     """train.py as a user starts it on several processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={world}",
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*command, str(REPOSITORY / "train.py"), *map(str, words)], **pipes)
 
@@ -329,7 +433,14 @@ def test_torchrun_says_an_error_once_and_can_be_stopped(tmp_path, stub):
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("shard", ["true", "false"])
 def test_stub_runs_on_ranks_equal_one(tmp_path, stub, world, shard):
-    code, _, err = finish(launch(world, write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", f"--parallel.shard={shard}"))
+    code, _, err = finish(
+        launch(
+            world,
+            write_stub(tmp_path),
+            f"--run.root={tmp_path / 'runs'}",
+            f"--parallel.shard={shard}",
+        )
+    )
     assert code == 0, err
     check_same(tmp_path / "runs/stub", stub)
 
@@ -338,7 +449,12 @@ def test_stub_runs_on_ranks_equal_one(tmp_path, stub, world, shard):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_on_two_ranks(tmp_path, methods, method):
     shard = "true" if method in ("rlaif", "self-rewarding") else "false"
-    words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", f"--method={method}", f"--parallel.shard={shard}"]
+    words = [
+        write_stub(tmp_path),
+        f"--run.root={tmp_path / 'runs'}",
+        f"--method={method}",
+        f"--parallel.shard={shard}",
+    ]
     code, _, err = finish(launch(2, *words))
     assert code == 0, err
     check_same(tmp_path / f"runs/stub-method={method}", methods[method])
@@ -348,7 +464,11 @@ def test_every_method_on_two_ranks(tmp_path, methods, method):
 @pytest.mark.parametrize("draw", range(8))
 def test_killed_and_stopped_at_any_moment(tmp_path, stub, seed, draw):
     """One message, no traceback, no rank left, and the next start ends with what one process makes."""
-    words, run, rng = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}"], tmp_path / "runs/stub", random.Random(seed)
+    words, run, rng = (
+        [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}"],
+        tmp_path / "runs/stub",
+        random.Random(seed),
+    )
     process = launch(2, *words)
     ranks = [int(pid) for pid in process.stdout.readline().split()[1:]]
     wait_for(run / "config.toml", process)

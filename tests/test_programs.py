@@ -30,7 +30,7 @@ from transformers import LlamaForCausalLM
 
 from minmacpo import UserError
 from minmacpo.cli.chat import CUT
-from minmacpo.config.parse import agent_folder
+from minmacpo.config.parse import resolve_checkpoint
 from minmacpo.config.schema import Config
 from minmacpo.core import checkpoint
 from minmacpo.data import synthetic as world
@@ -52,8 +52,13 @@ def sample(*words):
 
 
 def test_an_adapter_and_a_base_answer(tiny, place):
-    questions = [row["prompt"][0]["content"] for row in rows_of(tiny / "data/slices/test.jsonl")[:4]]
-    one, two = ([sample(tiny / name, q) for q in questions] for name in ("round2/student_pos", "bases/strong"))
+    questions = [
+        row["prompt"][0]["content"] for row in rows_of(tiny / "data/slices/test.jsonl")[:4]
+    ]
+    one, two = (
+        [sample(tiny / name, q) for q in questions]
+        for name in ("round2/student_pos", "bases/strong")
+    )
     assert all(text.strip() for text in one) and one != two
     question, one = questions[0], one[0]
     assert sample(tiny / "round2/student_pos", question) == one
@@ -62,8 +67,15 @@ def test_an_adapter_and_a_base_answer(tiny, place):
 
 def test_an_answer_that_was_cut_says_so(tiny, place):
     question = rows_of(tiny / "data/slices/test.jsonl")[0]["prompt"][0]["content"]
-    whole, cut = (sample(tiny / "round2/student_pos", question, "--generate.temperature=0", *more) for more in ([], ["--generate.max_new=2"]))
-    assert not whole.endswith(f"{CUT}\n") and cut.endswith(f"{CUT}\n") and whole.startswith(cut[: -len(CUT) - 1])
+    whole, cut = (
+        sample(tiny / "round2/student_pos", question, "--generate.temperature=0", *more)
+        for more in ([], ["--generate.max_new_tokens=2"])
+    )
+    assert (
+        not whole.endswith(f"{CUT}\n")
+        and cut.endswith(f"{CUT}\n")
+        and whole.startswith(cut[: -len(CUT) - 1])
+    )
 
 
 def test_greedy_answers_are_those_of_peft(tiny, place):
@@ -75,7 +87,13 @@ def test_greedy_answers_are_those_of_peft(tiny, place):
     model, end = checks.peft_model(base, folder), checks.pieces_of(base).eos_id()
     for found, prompt in zip(rows_of(place / "answers.jsonl"), prompts, strict=True):
         ids = checks.prompt_ids(base, [{"role": "user", "content": prompt}])
-        wanted = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=end, pad_token_id=0)
+        wanted = model.generate(
+            input_ids=torch.tensor([ids]),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=0,
+        )
         assert found["tokens"] == wanted[0, len(ids) :].tolist()
         assert found["prompt"][0]["content"] == prompt
 
@@ -84,7 +102,10 @@ def test_prompts_in_a_file_as_text_and_as_json(stub, place):
     (place / "p.txt").write_text('where is it ?\n{"prompt": "what {is} it ?"}\n')
     out = sample(stub / "round1/student_pos", "--prompts=p.txt", "--out=a.jsonl", "--run.seed=3")
     found = rows_of(place / "a.jsonl")
-    assert [r["prompt"][0]["content"] for r in found] == ["where is it ?", "what {is} it ?"] and "a.jsonl" in out
+    assert [r["prompt"][0]["content"] for r in found] == [
+        "where is it ?",
+        "what {is} it ?",
+    ] and "a.jsonl" in out
     sample(stub / "round1/student_pos", "--prompts=p.txt", "--out=b.jsonl", "--run.seed=3")
     sample(stub / "round1/student_pos", "--prompts=p.txt", "--out=c.jsonl", "--run.seed=4")
     assert rows_of(place / "b.jsonl") == found != rows_of(place / "c.jsonl")
@@ -92,12 +113,19 @@ def test_prompts_in_a_file_as_text_and_as_json(stub, place):
 
 def test_an_export_is_the_adapter_merged_into_its_base(tiny, place):
     sample(tiny / "round2/student_pos", "--export", "merged")
-    ids = torch.tensor([checks.prompt_ids(tiny / "bases/strong", [{"role": "user", "content": "where is it ?"}])])
+    ids = torch.tensor(
+        [checks.prompt_ids(tiny / "bases/strong", [{"role": "user", "content": "where is it ?"}])]
+    )
     with torch.no_grad():
         merged = LlamaForCausalLM.from_pretrained(place / "merged")(input_ids=ids).logits
-        wanted = checks.peft_model(tiny / "bases/strong", tiny / "round2/student_pos")(input_ids=ids).logits
+        wanted = checks.peft_model(tiny / "bases/strong", tiny / "round2/student_pos")(
+            input_ids=ids
+        ).logits
     assert (merged - wanted).abs().max() < 1e-4
-    one, two = (sample(f, "where is it ?", "--generate.temperature=0", "--generate.max_new=8") for f in ("merged", tiny / "round2/student_pos"))
+    one, two = (
+        sample(f, "where is it ?", "--generate.temperature=0", "--generate.max_new_tokens=8")
+        for f in ("merged", tiny / "round2/student_pos")
+    )
     assert one == two
 
 
@@ -113,13 +141,17 @@ def test_a_base_is_asked_in_the_template_it_has_read(stub, place, monkeypatch):
     shutil.copytree(stub / "bases/strong", folder, copy_function=shutil.copyfile)
     asked = []
     real = workshop.answer
-    monkeypatch.setattr(workshop, "answer", lambda config, *rest: asked.append(config.data.template) or real(config, *rest))
-    sample(folder, "hello", "--generate.max_new=3")
+    monkeypatch.setattr(
+        workshop,
+        "answer",
+        lambda config, *rest: asked.append(config.data.template) or real(config, *rest),
+    )
+    sample(folder, "hello", "--generate.max_new_tokens=3")
     notes = json.loads((folder / "stage.json").read_text())
     notes["settings"]["template"] = "plain"
     (folder / "stage.json").write_text(json.dumps(notes))
-    sample(folder, "hello", "--generate.max_new=3")
-    sample(folder, "hello", "--generate.max_new=3", "--data.template=turns")
+    sample(folder, "hello", "--generate.max_new_tokens=3")
+    sample(folder, "hello", "--generate.max_new_tokens=3", "--data.template=turns")
     assert asked == ["turns", "plain", "turns"]
 
 
@@ -139,12 +171,12 @@ def test_a_run_stands_for_its_last_student(stub, place):
     question, asked = "where is it ?", ("--generate.temperature=1",)
     assert sample(run, question, *asked) == sample(run / "round2/student_pos", question, *asked)
     shutil.copytree(run / "round1/student_pos", run / "round10/student_pos")
-    assert agent_folder(run) == run / "round10/student_pos"
+    assert resolve_checkpoint(run) == run / "round10/student_pos"
     shutil.copytree(run / "round1/student_pos", run / "final/student_pos")
-    assert agent_folder(run) == run / "final/student_pos"
+    assert resolve_checkpoint(run) == run / "final/student_pos"
     (run / "final/student_pos/stage.json").unlink()
     (run / "round10/student_pos/stage.json").unlink()
-    assert agent_folder(run) == run / "round2/student_pos"
+    assert resolve_checkpoint(run) == run / "round2/student_pos"
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
@@ -165,31 +197,48 @@ def test_half_a_surrogate_pair_is_no_prompt(stub, place):
     (place / "p.jsonl").write_text('{"prompt": "a\\ud800b"}\n')
     assert invoke("sample", stub / "round1/student_pos", "--prompts=p.jsonl", "--out=o").code == 2
     (place / "p.jsonl").write_text("")
-    assert "no usable row" in invoke("sample", stub / "round1/student_pos", "--prompts=p.jsonl", "--out=o").err
+    assert (
+        "no usable row"
+        in invoke("sample", stub / "round1/student_pos", "--prompts=p.jsonl", "--out=o").err
+    )
     assert not (place / "o").exists()
 
 
 def test_a_long_answer_is_asked_of_a_short_prompt(stub, place):
-    sample(stub / "round1/student_pos", "hello", "--generate.max_new=90")
-    assert "room" in invoke("sample", stub / "round1/student_pos", "hello", "--generate.max_new=999").err
+    sample(stub / "round1/student_pos", "hello", "--generate.max_new_tokens=90")
+    assert (
+        "room"
+        in invoke(
+            "sample", stub / "round1/student_pos", "hello", "--generate.max_new_tokens=999"
+        ).err
+    )
 
 
 def test_given_bases_are_told_apart_by_every_byte(stub, place):
     config = Config()
-    config = replace(config, data=replace(config.data, max_prompt=40, max_length=60), generate=replace(config.generate, max_new=10))
+    config = replace(
+        config,
+        data=replace(config.data, max_prompt_length=40, max_length=60),
+        generate=replace(config.generate, max_new_tokens=10),
+    )
     for name in ("one", "two"):
         shutil.copytree(stub / "bases/strong", place / name, copy_function=shutil.copyfile)
-    prints = [bases.given_base(config, "strong", place / name).stage.fingerprint for name in ("one", "two")]
+    prints = [
+        bases.external_base(config, "strong", place / name).stage.fingerprint
+        for name in ("one", "two")
+    ]
     assert prints[0] == prints[1]
     raw = bytearray((place / "two/model.safetensors").read_bytes())
     raw[len(raw) // 2] ^= 1
     (place / "two/model.safetensors").write_bytes(raw)
-    assert bases.given_base(config, "strong", place / "two").stage.fingerprint != prints[0]
+    assert bases.external_base(config, "strong", place / "two").stage.fingerprint != prints[0]
 
 
 def test_a_real_model(place):
     folder = shared("weights/stories260K-hf")
-    out = sample(folder, "Once upon a time", "--generate.temperature=0", "--generate.max_new=20")
+    out = sample(
+        folder, "Once upon a time", "--generate.temperature=0", "--generate.max_new_tokens=20"
+    )
     assert out.strip()
 
 
@@ -212,29 +261,54 @@ def settings_used(monkeypatch, *words):
 
 def test_the_settings_are_those_of_the_run_that_the_folder_is_a_stage_of(stub, place, monkeypatch):
     run = copy_run(stub, place / "runs", ("bases", "round1"))
-    (run / "config.toml").write_text((stub / "config.toml").read_text().replace('max_examples = "none"', "max_examples = 3"))
+    (run / "config.toml").write_text(
+        (stub / "config.toml").read_text().replace('max_examples = "none"', "max_examples = 3")
+    )
     assert "max_examples = 3" in (run / "config.toml").read_text()
     assert settings_used(monkeypatch, run / "round1/student_pos", "hello").data.max_examples is None
     for stage in ("bases/strong", "round1/student_pos"):
-        assert settings_used(monkeypatch, run / stage, "hello").generate.max_new == 12
+        assert settings_used(monkeypatch, run / stage, "hello").generate.max_new_tokens == 12
         monkeypatch.chdir(run / stage)
-        assert settings_used(monkeypatch, ".", "hello").generate.max_new == 12
-        assert settings_used(monkeypatch, ".", "hello", "--generate.max_new=5").generate.max_new == 5
+        assert settings_used(monkeypatch, ".", "hello").generate.max_new_tokens == 12
+        assert (
+            settings_used(
+                monkeypatch, ".", "hello", "--generate.max_new_tokens=5"
+            ).generate.max_new_tokens
+            == 5
+        )
 
 
 def test_no_other_config_toml_counts(stub, place, monkeypatch):
     run = copy_run(stub, place / "a/b/runs", ("bases", "round1"))
-    for folder in (place, place / "a", place / "a/b", run.parent, run / "round1", run / "round1/student_pos"):
+    for folder in (
+        place,
+        place / "a",
+        place / "a/b",
+        run.parent,
+        run / "round1",
+        run / "round1/student_pos",
+    ):
         (folder / "config.toml").write_text("[other]\nprogram = 'settings'\n")
-    assert settings_used(monkeypatch, run / "round1/student_pos", "hello").generate == Config().generate
-    shutil.copytree(run / "bases/strong", place / "a/b/model", ignore=shutil.ignore_patterns("stage.json"))
+    assert (
+        settings_used(monkeypatch, run / "round1/student_pos", "hello").generate
+        == Config().generate
+    )
+    shutil.copytree(
+        run / "bases/strong", place / "a/b/model", ignore=shutil.ignore_patterns("stage.json")
+    )
     assert settings_used(monkeypatch, place / "a/b/model", "hello").generate == Config().generate
 
 
 def test_threads_of_an_answer(stub, place):
     threads = torch.get_num_threads()
     try:
-        sample(stub / "round1/student_pos", "hello", "--run.threads=2", "--run.device=cpu", "--run.dtype=float32")
+        sample(
+            stub / "round1/student_pos",
+            "hello",
+            "--run.threads=2",
+            "--run.device=cpu",
+            "--run.dtype=float32",
+        )
         assert torch.get_num_threads() == 2
         sample(stub / "round1/student_pos", "hello")
         assert torch.get_num_threads() == 1  # the run's
@@ -244,7 +318,10 @@ def test_threads_of_an_answer(stub, place):
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_an_export_is_whole_or_absent(stub, place, monkeypatch, stop):
-    good, words = checkpoint.save_tensors, (stub / "round1/student_pos", "--export", place / "new/merged")
+    good, words = (
+        checkpoint.save_tensors,
+        (stub / "round1/student_pos", "--export", place / "new/merged"),
+    )
 
     def torn(path, tensors, *rest):
         good(path, tensors, *rest)
@@ -256,7 +333,11 @@ def test_an_export_is_whole_or_absent(stub, place, monkeypatch, stop):
     assert list((place / "new").iterdir()) == []
     sample(*words)
     assert [path.name for path in (place / "new").iterdir()] == ["merged"]
-    assert {path.name for path in (place / "new/merged").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.model"}
+    assert {path.name for path in (place / "new/merged").iterdir()} >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.model",
+    }
 
 
 def test_a_killed_export_leaves_nothing_under_its_name(stub, place):
@@ -267,7 +348,10 @@ def test_a_killed_export_leaves_nothing_under_its_name(stub, place):
         "import sample; sample.main(sys.argv[1:])"
     )
     words = [str(REPOSITORY / "sample.py"), str(stub / "round1/student_pos"), "--export", "merged"]
-    assert subprocess.run([sys.executable, "-c", code, *words], cwd=place).returncode == -signal.SIGKILL
+    assert (
+        subprocess.run([sys.executable, "-c", code, *words], cwd=place).returncode
+        == -signal.SIGKILL
+    )
     assert not (place / "merged").exists() and list(place.iterdir())
     sample(*words[1:])
     assert (place / "merged/model.safetensors").is_file()
@@ -286,15 +370,25 @@ def test_each_program_says_what_is_true_after_ctrl_c(stub, place, monkeypatch, c
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    for module, name in ((workshop, "open_folder"), (evaluate, "make_table"), (bases, "given_tokenizers")):
+    for module, name in (
+        (workshop, "open_folder"),
+        (evaluate, "make_table"),
+        (bases, "given_tokenizers"),
+    ):
         monkeypatch.setattr(module, name, interrupt)
     said = {
         "sample": stopped(monkeypatch, capsys, "sample", stub / "round1/student_pos", "hello"),
         "eval": stopped(monkeypatch, capsys, "eval", stub),
         "train": stopped(monkeypatch, capsys, "train", write_stub(place), "--dry_run"),
     }
-    assert "nothing half-written" in said["sample"] and "only reads" in said["eval"] and "goes on from here" in said["train"]
-    assert not any("goes on" in said[name] or "is saved" in said[name] for name in ("sample", "eval"))
+    assert (
+        "nothing half-written" in said["sample"]
+        and "only reads" in said["eval"]
+        and "goes on from here" in said["train"]
+    )
+    assert not any(
+        "goes on" in said[name] or "is saved" in said[name] for name in ("sample", "eval")
+    )
 
 
 @pytest.mark.parametrize(
@@ -310,8 +404,19 @@ def test_each_program_says_what_is_true_after_ctrl_c(stub, place, monkeypatch, c
         (["RUN/round1/student_pos", "hello", "--prompts=good.txt", "--out=x"], "PROMPT"),
         (["RUN/round1/student_pos", "--prompts=good.txt", "--out=EMPTY"], "no ordinary file"),
         (["RUN/round1/student_pos", "--prompts=EMPTY", "--out=x"], "no .jsonl or .json file"),
-        (["RUN/round1/student_pos", "--prompts=long.txt", "--out=x"], "no prompt is left; 1 over-long prompt"),
-        (["RUN/round1/student_pos", "--prompts=long.txt", "--out=x", "--data.long=raise"], "too long"),
+        (
+            ["RUN/round1/student_pos", "--prompts=long.txt", "--out=x"],
+            "no prompt is left; 1 over-long prompt",
+        ),
+        (
+            [
+                "RUN/round1/student_pos",
+                "--prompts=long.txt",
+                "--out=x",
+                "--data.truncation_mode=raise",
+            ],
+            "too long",
+        ),
         (["RUN/round1", "hello"], "no model"),
         (["RUN/round1/pairs_student", "hello"], "no model"),
         (["RUN/config.toml", "hello"], "model folder"),
@@ -323,7 +428,10 @@ def test_each_program_says_what_is_true_after_ctrl_c(stub, place, monkeypatch, c
         (["RUN/round1/student_pos", "--prompts=bad.txt"], "--out"),
         (["RUN/round1/student_pos", "hello", "--out=x"], "--prompts"),
         (["RUN/round1/student_pos", "--prompts=good.txt", "--out=good.txt"], "good.txt"),
-        (["RUN/round1/student_pos", "--prompts=good.txt", "--out=no/such/folder/x"], "no/such/folder"),
+        (
+            ["RUN/round1/student_pos", "--prompts=good.txt", "--out=no/such/folder/x"],
+            "no/such/folder",
+        ),
         (["RUN/round1/student_pos", "--export=good.txt"], "good.txt"),
         (["RUN/round1/student_pos", "hello", "--generate.temprature=1"], "generate.temperature"),
         (["RUN/round1/student_pos", "hello", "--generate.temperature=hot"], "number"),
@@ -342,7 +450,13 @@ def test_each_program_says_what_is_true_after_ctrl_c(stub, place, monkeypatch, c
 def test_sample_on_bad_input(stub, place, words, says):
     (place / "EMPTY").mkdir()
     shutil.copy(stub / "config.toml", place / "EMPTY")
-    for name, text in (("bad.txt", b"hello\n{\n"), ("long.txt", b"word " * 300), ("good.txt", b"hello\n"), ("empty.txt", b"\n"), ("latin.txt", b"\xe9\n")):
+    for name, text in (
+        ("bad.txt", b"hello\n{\n"),
+        ("long.txt", b"word " * 300),
+        ("good.txt", b"hello\n"),
+        ("empty.txt", b"\n"),
+        ("latin.txt", b"\xe9\n"),
+    ):
         (place / name).write_bytes(text)
     before = tree(place)
     ended = invoke("sample", *(word.replace("RUN", str(stub)) for word in words))
@@ -371,7 +485,9 @@ def test_sample_on_damaged_folders(stub, place):
 
 
 def test_the_table_again_from_the_disk(stub, tmp_path):
-    printed = train(write_stub(tmp_path), f"--run.root={copy_run(stub, tmp_path / 'runs').parent}").out
+    printed = train(
+        write_stub(tmp_path), f"--run.root={copy_run(stub, tmp_path / 'runs').parent}"
+    ).out
     before = tree(stub)
     for words in ([stub], ["table", stub]):
         ended = invoke("eval", *words)
@@ -383,18 +499,28 @@ def test_the_table_again_from_the_disk(stub, tmp_path):
 def test_runs_side_by_side(stub, tmp_path):
     copy_run(stub, tmp_path / "runs")
     words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}"]
-    for more in (["--macpo.mutual=false"], ["--run.seed=1"], ["--macpo.mutual=false", "--run.seed=1"]):
+    for more in (
+        ["--macpo.mutual_positives=false"],
+        ["--run.seed=1"],
+        ["--macpo.mutual_positives=false", "--run.seed=1"],
+    ):
         train(*words, *more)
     runs = sorted((tmp_path / "runs").iterdir())
     assert len(runs) == 4
     rows = json.loads(invoke("eval", "compare", *runs, "--json").out)
-    assert [row["method"] for row in rows] == ["stub", "stub-mutual=false"] and all(row["seeds"] == [0, 1] for row in rows)
+    assert [row["method"] for row in rows] == ["stub", "stub-mutual=false"] and all(
+        row["seeds"] == [0, 1] for row in rows
+    )
     tables = {run.name: json.loads(invoke("eval", run, "--json").out) for run in runs}
 
     def last(name: str) -> float:
-        return next(r["gold"] for r in tables[name]["rows"] if r["agent"] == "student" and r["round"] == 2)
+        return next(
+            r["gold"] for r in tables[name]["rows"] if r["agent"] == "student" and r["round"] == 2
+        )
 
-    wanted = [np.mean([last(name), last(f"{name}-seed=1")]) for name in ("stub", "stub-mutual=false")]
+    wanted = [
+        np.mean([last(name), last(f"{name}-seed=1")]) for name in ("stub", "stub-mutual=false")
+    ]
     assert [row["student"] for row in rows] == pytest.approx(wanted)
     assert rows[1]["student_difference"] == pytest.approx(wanted[1] - wanted[0])
     low, high = rows[1]["student_interval"]
@@ -403,14 +529,27 @@ def test_runs_side_by_side(stub, tmp_path):
     page = tmp_path / "side.html"
     assert invoke("eval", "compare", *runs, f"--page={page}").code == 0
     text = page.read_text()
-    assert all(row["method"] in text and f"{row['student']:.3f}" in text for row in rows) and "<svg" in text and "$" not in text
+    assert (
+        all(row["method"] in text and f"{row['student']:.3f}" in text for row in rows)
+        and "<svg" in text
+        and "$" not in text
+    )
     for entry in rows:
         for t in ("0", "1", "2"):
-            found = [evaluate.gold_by_prompt(evaluate.read_run(run), "student", int(t))["gold"].mean()
-                     for run in runs if run.name.removesuffix("-seed=1") == entry["method"]]  # fmt: skip
+            found = [
+                evaluate.gold_by_prompt(evaluate.read_run(run), "student", int(t))["gold"].mean()
+                for run in runs
+                if run.name.removesuffix("-seed=1") == entry["method"]
+            ]
             assert entry["by_round"][t] == pytest.approx(np.mean(found))
-    assert "not overwritten" in invoke("eval", "compare", *runs, f"--page={page}").err and page.read_text() == text
-    assert invoke("eval", "compare", *runs, "--page=").code == 2 and invoke("eval", stub, "--page=x").code == 2
+    assert (
+        "not overwritten" in invoke("eval", "compare", *runs, f"--page={page}").err
+        and page.read_text() == text
+    )
+    assert (
+        invoke("eval", "compare", *runs, "--page=").code == 2
+        and invoke("eval", stub, "--page=x").code == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -462,23 +601,43 @@ def test_the_table_says_what_the_files_say(tiny):
         golds = []
         for s in said:
             r = truth[s["id"]]
-            pair = Pair(r["id"], tuple(Message(**m) for m in r["prompt"]), r["chosen"], r["rejected"], meta=r["meta"])
+            pair = Pair(
+                r["id"],
+                tuple(Message(**m) for m in r["prompt"]),
+                r["chosen"],
+                r["rejected"],
+                meta=r["meta"],
+            )
             golds.append(world.gold(town, pair, s["response"], s["finish"]))
         for key in ("gold", "right", "polite", "well_formed"):
             assert entry[key] == pytest.approx(np.mean([g[key] for g in golds]))
         low, high = entry["gold_interval"]
         assert low <= entry["gold"] + 1e-4 and entry["gold"] <= high + 1e-4
         assert entry["length"] == pytest.approx(np.mean([len(s["response"]) for s in said]))
-        assert entry["hit_length"] == pytest.approx(np.mean([s["finish"] == "length" for s in said]))
-        scores = {side: rows_of(tiny / f"eval/round{entry['round']}_{entry['agent']}_{side}/scores.jsonl") for side in ("truth", "worse")}
+        assert entry["hit_length"] == pytest.approx(
+            np.mean([s["finish"] == "length" for s in said])
+        )
+        scores = {
+            side: rows_of(tiny / f"eval/round{entry['round']}_{entry['agent']}_{side}/scores.jsonl")
+            for side in ("truth", "worse")
+        }
         logp = sum(r["logp"] for r in scores["truth"])
-        assert entry["perplexity"] == pytest.approx(np.exp(-logp / sum(r["tokens"] for r in scores["truth"])))
-        assert entry["perplexity_char"] == pytest.approx(np.exp(-logp / sum(len(r["chosen"]) for r in truth.values())))
+        assert entry["perplexity"] == pytest.approx(
+            np.exp(-logp / sum(r["tokens"] for r in scores["truth"]))
+        )
+        assert entry["perplexity_char"] == pytest.approx(
+            np.exp(-logp / sum(len(r["chosen"]) for r in truth.values()))
+        )
         base = checks.base_of(tiny, entry["agent"]).name
-        plain = {side: rows_of(tiny / f"eval/base_{base}_{side}/scores.jsonl") for side in ("truth", "worse")}
+        plain = {
+            side: rows_of(tiny / f"eval/base_{base}_{side}/scores.jsonl")
+            for side in ("truth", "worse")
+        }
         margins = [
             (a["logp"] - c["logp"]) - (b["logp"] - d["logp"])
-            for a, b, c, d in zip(scores["truth"], scores["worse"], plain["truth"], plain["worse"], strict=True)
+            for a, b, c, d in zip(
+                scores["truth"], scores["worse"], plain["truth"], plain["worse"], strict=True
+            )
         ]
         assert entry["accuracy"] == pytest.approx(np.mean([m > 0 for m in margins]))
     gold = {(r["agent"], r["round"]): r["gold"] for r in table["rows"]}
@@ -493,22 +652,37 @@ def test_the_filter_and_the_negatives_in_the_table(tiny):
     table = json.loads((tiny / "eval/table.json").read_text())
     for entry in table["filter"]:
         chosen = [p["chosen_by"] for p in checks.pairs(tiny, entry["round"], "student")]
-        assert {k: v["won"] for k, v in entry["sources"].items()} == pytest.approx({k: chosen.count(k) / len(chosen) for k in set(chosen)})
+        assert {k: v["won"] for k, v in entry["sources"].items()} == pytest.approx(
+            {k: chosen.count(k) / len(chosen) for k in set(chosen)}
+        )
         shares = [(v["right"], chosen.count(k)) for k, v in entry["sources"].items()]
         assert entry["right"] == pytest.approx(sum(r * n for r, n in shares) / len(chosen))
     assert [e["round"] for e in table["filter"]] == [1, 2]
-    assert [e["agent"] for e in table["negatives"]] == ["student", "teacher1", "teacher2", "teacher3"]
+    assert [e["agent"] for e in table["negatives"]] == [
+        "student",
+        "teacher1",
+        "teacher2",
+        "teacher3",
+    ]
     notes = stages_of(tiny)
     for e in table["negatives"]:
-        wanted = [notes[f"round{t}/pairs_{e['agent']}"]["counts"]["negative_equal"] / 48 for t in (1, 2)]
+        wanted = [
+            notes[f"round{t}/pairs_{e['agent']}"]["counts"]["negative_equal"] / 48 for t in (1, 2)
+        ]
         assert e["equal"] == pytest.approx(wanted, abs=1e-4) and 0 <= e["wrong"] <= 1
-    assert [c["name"] for c in table["cost"]] == sorted((c["name"] for c in table["cost"]), key=lambda n: notes[n]["started"])
+    assert [c["name"] for c in table["cost"]] == sorted(
+        (c["name"] for c in table["cost"]), key=lambda n: notes[n]["started"]
+    )
     assert len(table["cost"]) == len(notes)
 
 
 def test_warnings_about_negatives():
-    rows = [{"agent": "a", "wrong": 0.69, "equal": []}, {"agent": "b", "wrong": 0.71, "equal": [0.05, 0.11]},
-            {"agent": "c", "wrong": None, "equal": [0.1]}, {"agent": "d", "wrong": 0.7, "equal": []}]  # fmt: skip
+    rows = [
+        {"agent": "a", "wrong": 0.69, "equal": []},
+        {"agent": "b", "wrong": 0.71, "equal": [0.05, 0.11]},
+        {"agent": "c", "wrong": None, "equal": [0.1]},
+        {"agent": "d", "wrong": 0.7, "equal": []},
+    ]
     found = evaluate.warnings(rows)
     assert len(found) == 2 and "a" in found[0] and "69%" in found[0] and "11%" in found[1]
 
@@ -522,20 +696,30 @@ def test_an_interval_covers_the_mean_as_often_as_it_says():
 
 
 def test_every_agent_of_a_run_has_a_label(tiny):
-    labels = [(row["agent"], row["round"], row["label"]) for row in json.loads((tiny / "eval/table.json").read_text())["rows"]]
+    labels = [
+        (row["agent"], row["round"], row["label"])
+        for row in json.loads((tiny / "eval/table.json").read_text())["rows"]
+    ]
     assert len(labels) == 4 * 3 + 2 == len(set(labels))
     assert labels[0] == ("teacher1", 0, "teacher 1, round 0")
     assert labels[9:] == [
-        ("student", 0, "student, round 0 (naive SFT)"), ("student", 1, "student, round 1"), ("student", 2, "student, round 2"),
-        ("continued", 2, "naive SFT continued"), ("ceiling", 2, "ceiling"),
-    ]  # fmt: skip
+        ("student", 0, "student, round 0 (naive SFT)"),
+        ("student", 1, "student, round 1"),
+        ("student", 2, "student, round 2"),
+        ("continued", 2, "naive SFT continued"),
+        ("ceiling", 2, "ceiling"),
+    ]
 
 
 # ---- the table and the report of folders that are not as they should be ----------------------
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"fingerprint": "x", "counts": {}, "files": {}, "started": 1}'])
-@pytest.mark.parametrize("name", ["eval/round0_student_samples", "round1/pairs_student", "round1/my_notes"])
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "null", '{"fingerprint": "x", "counts": {}, "files": {}, "started": 1}']
+)
+@pytest.mark.parametrize(
+    "name", ["eval/round0_student_samples", "round1/pairs_student", "round1/my_notes"]
+)
 def test_a_foreign_stage_json_is_named(stub, place, name, text):
     run = copy_run(stub, place)
     (run / name).mkdir(exist_ok=True)
@@ -547,8 +731,15 @@ def test_a_foreign_stage_json_is_named(stub, place, name, text):
         write_report(run)
 
 
-@pytest.mark.parametrize("name", ["eval/round1_student_truth/scores.jsonl", "round1/pairs_student/pairs.jsonl",
-                                  "round0/teacher1_pos/metrics.jsonl", "round1/positives_student/samples.jsonl"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "eval/round1_student_truth/scores.jsonl",
+        "round1/pairs_student/pairs.jsonl",
+        "round0/teacher1_pos/metrics.jsonl",
+        "round1/positives_student/samples.jsonl",
+    ],
+)
 def test_a_damaged_file_is_not_evaluated(stub, place, name):
     run = copy_run(stub, place)
     (run / name).write_text((run / name).read_text().replace("1", "2", 1))
@@ -558,14 +749,21 @@ def test_a_damaged_file_is_not_evaluated(stub, place, name):
 
 def test_a_folder_made_anew_is_read_anew(stub, place):
     """One process, one path, two runs after each other: table and page are those of the second."""
-    words = [write_stub(place / "p"), f"--run.root={place / 'runs'}", "--run.name=x", "--macpo.controls=false"]
+    words = [
+        write_stub(place / "p"),
+        f"--run.root={place / 'runs'}",
+        "--run.name=x",
+        "--macpo.controls=false",
+    ]
     tables, run = [], place / "runs/x"
     for seed in (0, 1):
         train(*words, f"--run.seed={seed}")
         tables.append(json.loads(invoke("eval", run, "--json").out))
         alone, _ = spawn("eval", str(run), "--json").communicate(timeout=60)
         assert tables[-1] == json.loads(alone)  # a process that has seen no other run says the same
-        prompts = [html.escape(r["prompt"][-1]["content"]) for r in rows_of(run / "data/slices/d2.jsonl")]
+        prompts = [
+            html.escape(r["prompt"][-1]["content"]) for r in rows_of(run / "data/slices/d2.jsonl")
+        ]
         page = (run / "report.html").read_text()
         assert sum(f">{prompt}</h3>" in page for prompt in prompts) == page.count("<article>") == 5
         shutil.rmtree(run)
@@ -575,7 +773,9 @@ def test_a_folder_made_anew_is_read_anew(stub, place):
 def test_a_stage_that_is_being_written_is_none(stub, place):
     run = copy_run(stub, place)
     shutil.copytree(run / "round1/pairs_student", run / ".partial/x")
-    assert evaluate.make_table(evaluate.read_run(run)) == evaluate.make_table(evaluate.read_run(stub))
+    assert evaluate.make_table(evaluate.read_run(run)) == evaluate.make_table(
+        evaluate.read_run(stub)
+    )
 
 
 def test_the_report_at_every_moment_of_a_run(stub, place):
@@ -597,8 +797,13 @@ def test_the_report_at_every_moment_of_a_run(stub, place):
 
 
 def test_a_number_in_the_name_of_a_run_makes_no_teacher_of_it():
-    assert page.words("teacher12") == "teacher 12" and page.words("world-rounds=10") == "world-rounds=10"
-    assert page.look("teacher4", 9)[0] == "teacher1" == page.look("weak1", 0)[0] and page.look("strong", 3) == page.look("student", 0)
+    assert (
+        page.words("teacher12") == "teacher 12"
+        and page.words("world-rounds=10") == "world-rounds=10"
+    )
+    assert page.look("teacher4", 9)[0] == "teacher1" == page.look("weak1", 0)[0] and page.look(
+        "strong", 3
+    ) == page.look("student", 0)
     runs = [page.look(f"world-rounds={i}", i) for i in range(24)]
     assert len({*runs}) == 24 and len({colour for colour, _ in runs[:6]}) == 6
     drawn = page.figure("x", "y", {f"run-{i}": [(0, 0.1 * i), (1, 0.5)] for i in range(3)})
@@ -610,9 +815,17 @@ def test_the_report_escapes_what_it_shows(place):
     rows = [row(f"<b>{i} & more</b>", f"<script>{i}</script>", f"</div>{i}") for i in range(90)]
     data_file(place / "hh", *rows, name="<i>.jsonl")
     data_file(place / "hh", *(row(f"plain {i}") for i in range(60)), name="b.jsonl")
-    train(write_stub(place / "p"), *WORDS, f"--data.path={place / 'hh'}", "--run.name=hh", "--run.root=runs")
+    train(
+        write_stub(place / "p"),
+        *WORDS,
+        f"--data.path={place / 'hh'}",
+        "--run.name=hh",
+        "--run.root=runs",
+    )
     page = (place / "runs/hh/report.html").read_text()
-    assert "<script" not in page and "&lt;b&gt;" in page and "&lt;i&gt;" in page and "<i>" not in page
+    assert (
+        "<script" not in page and "&lt;b&gt;" in page and "&lt;i&gt;" in page and "<i>" not in page
+    )
 
 
 # ---- dialogues ------------------------------------------------------------------------------
@@ -622,7 +835,9 @@ def hh_files(place: Path) -> Path:
     """Two files of multi-turn dialogues, with rows that cannot be used among them."""
     (place / "hh").mkdir()
     for name, count in (("one", 50), ("two", 40)):
-        rows = [row(f"{name} {i}", f"answer {i} is long", f"reply {i * 7} is not") for i in range(count)]
+        rows = [
+            row(f"{name} {i}", f"answer {i} is long", f"reply {i * 7} is not") for i in range(count)
+        ]
         for i in range(0, count, 5):
             deep = f"\n\nHuman: {name} deep {i}\n\nAssistant: well\n\nHuman: and then {i} ?\n\nAssistant: "
             rows.append(json.dumps({"chosen": deep + "good", "rejected": deep + "bad"}))
@@ -631,46 +846,84 @@ def hh_files(place: Path) -> Path:
     return place / "hh"
 
 
-WORDS = [*HH, "--macpo.rounds=1", "--generate.max_new=6", "--model.vocab=340"]
+WORDS = [*HH, "--macpo.rounds=1", "--generate.max_new_tokens=6", "--model.vocab=340"]
 
 
 def test_a_run_on_files_of_dialogues(place):
-    out = train(write_stub(place / "p"), *WORDS, f"--data.path={hh_files(place)}", "--run.name=hh", "--run.root=runs").out
+    out = train(
+        write_stub(place / "p"),
+        *WORDS,
+        f"--data.path={hh_files(place)}",
+        "--run.name=hh",
+        "--run.root=runs",
+    ).out
     run = place / "runs/hh"
     table = json.loads((run / "eval/table.json").read_text())
     assert "one" in out and "two" in out and table["world"] is False
     for entry in table["rows"]:
         assert set(entry["files"]) <= {"one", "two"} and "gold" not in entry and "pgr" not in entry
-        assert all(np.isfinite(entry[k]) for k in ("perplexity", "perplexity_char", "accuracy", "length", "distinct2"))
+        assert all(
+            np.isfinite(entry[k])
+            for k in ("perplexity", "perplexity_char", "accuracy", "length", "distinct2")
+        )
     slices = {name: rows_of(run / f"data/slices/{name}.jsonl") for name in ("d1", "d2", "test")}
     first = {name: {r["prompt"][0]["content"] for r in part} for name, part in slices.items()}
-    assert not first["d1"] & first["d2"] and not first["d2"] & first["test"] and not first["d1"] & first["test"]
+    assert (
+        not first["d1"] & first["d2"]
+        and not first["d2"] & first["test"]
+        and not first["d1"] & first["test"]
+    )
     counts = stages_of(run)["data/slices"]["counts"]
-    assert counts["rows"]["one"] == {"read": 63, "kept": 61, "identical answers": 1, "empty answer": 1}
+    assert counts["rows"]["one"] == {
+        "read": 63,
+        "kept": 61,
+        "identical answers": 1,
+        "empty answer": 1,
+    }
     assert len(rows_of(run / "data/slices/d2.jsonl")) == counts["slices"]["d2"]["rows"]
-    texts = [r["prompt"][0]["content"] + r["response"] for r in rows_of(run / "data/corpus_strong/texts.jsonl")]
+    texts = [
+        r["prompt"][0]["content"] + r["response"]
+        for r in rows_of(run / "data/corpus_strong/texts.jsonl")
+    ]
     assert texts and not any(t.startswith(tuple(first["test"])) for t in texts)
     assert len(rows_of(run / "data/corpus_weak1/texts.jsonl")) < len(texts)
-    again = train(write_stub(place / "p"), *WORDS, f"--data.path={place / 'hh'}", "--run.name=hh", "--run.root=runs").out
+    again = train(
+        write_stub(place / "p"),
+        *WORDS,
+        f"--data.path={place / 'hh'}",
+        "--run.name=hh",
+        "--run.root=runs",
+    ).out
     assert again.strip() in out and out.endswith(again)
 
 
 def test_changed_files_are_another_run(place):
-    words = [write_stub(place / "p"), *WORDS, f"--data.path={hh_files(place)}", "--run.name=hh", "--macpo.rounds=0", "--macpo.controls=false"]
+    words = [
+        write_stub(place / "p"),
+        *WORDS,
+        f"--data.path={hh_files(place)}",
+        "--run.name=hh",
+        "--macpo.rounds=0",
+        "--macpo.controls=false",
+    ]
     train(*words)
     data_file(place / "hh", row("new"), name="three.jsonl")
     before = tree(place)
     ended = invoke("train", *words)
     check_sentence(ended.code, ended.err)
-    assert "data/slices" in ended.err and {k: v for k, v in tree(place).items() if not k.endswith("env.json")} == {
-        k: v for k, v in before.items() if not k.endswith("env.json")
-    }
+    assert "data/slices" in ended.err and {
+        k: v for k, v in tree(place).items() if not k.endswith("env.json")
+    } == {k: v for k, v in before.items() if not k.endswith("env.json")}
 
 
 def test_two_given_teachers_on_dialogues(place):
     """The command line of the issue: K follows the folders, and the plan is for two teachers."""
     model = shared("weights/stories260K-hf")
-    words = [f"--data.path={hh_files(place)}", f"--model.student={model}", f"--model.teachers={model},{model}"]
+    words = [
+        f"--data.path={hh_files(place)}",
+        f"--model.student={model}",
+        f"--model.teachers={model},{model}",
+    ]
     out = train("@hh", *words, "--dry_run").out
     assert "\nteachers = 2\n" in out and "round3/teacher2_pos" in out and "teacher3" not in out
     assert not (place / "runs").exists()
@@ -680,8 +933,14 @@ def test_given_models_are_used_and_left_alone(stub, place):
     for name in ("strong", "weak1"):
         shutil.copytree(stub / "bases" / name, place / "models" / name)
     before = tree(place / "models")
-    words = ["--model.student=models/strong", "--model.teachers=models/weak1,models/weak1", "--data.template=plain"]
-    train(write_stub(place / "p"), *words, "--macpo.rounds=1", "--run.name=given", "--run.root=runs")
+    words = [
+        "--model.student=models/strong",
+        "--model.teachers=models/weak1,models/weak1",
+        "--data.template=plain",
+    ]
+    train(
+        write_stub(place / "p"), *words, "--macpo.rounds=1", "--run.name=given", "--run.root=runs"
+    )
     run = place / "runs/given"
     assert tree(place / "models") == before and not (run / "bases").exists()
     config = json.loads((run / "round1/student_pos/adapter_config.json").read_text())

@@ -26,20 +26,46 @@ from minmacpo.core.lora import attach_lora, slot
 from minmacpo.core.model_config import Variant
 from minmacpo.core.sampling import generate
 from minmacpo.kernels.fused_logps import masked_logps
-from minmacpo.kernels.quantization import BLOCK, FORMS, Quantised, is_quantised, levels, pack_weight, put_linears
+from minmacpo.kernels.quantization import (
+    BLOCK,
+    FORMS,
+    Quantised,
+    is_quantised,
+    levels,
+    pack_weight,
+    quantize_linears,
+)
 from minmacpo.runtime.files import read_json
 
 # QLoRA's table (Dettmers et al. 2023, appendix E), to seven places
-NF4 = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
-       0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]  # fmt: skip
+NF4 = [
+    -1.0,
+    -0.6961928,
+    -0.5250731,
+    -0.3949175,
+    -0.2844414,
+    -0.1847734,
+    -0.0910500,
+    0.0,
+    0.0795803,
+    0.1609302,
+    0.2461123,
+    0.3379152,
+    0.4407098,
+    0.5626170,
+    0.7229568,
+    1.0,
+]
 
 
 def quantise(model, form: str):
     """(the model with its linears in `form`, a plain one with the weights that they stand for)."""
     small, plain = copy.deepcopy(model), copy.deepcopy(model)
-    put_linears(small, form)
+    quantize_linears(small, form)
     parts = [pack_weight(name, tensor, form) for name, tensor in model.state_dict().items()]
-    small.load_state_dict({name: tensor for part in parts for name, tensor in part.items()}, assign=True)
+    small.load_state_dict(
+        {name: tensor for part in parts for name, tensor in part.items()}, assign=True
+    )
     for name, layer in small.named_modules():
         if isinstance(layer, Quantised):
             plain.get_submodule(name).weight = torch.nn.Parameter(layer.dense(torch.float32))
@@ -51,14 +77,21 @@ def one(form: str, rows: int, columns: int, dtype=torch.float32, bias: bool = Fa
     linear = torch.nn.Linear(columns, rows, bias=bias).to(dtype).requires_grad_(False)
     kind, pack = FORMS[form]
     layer = kind(linear)
-    layer.load_state_dict(pack(linear.weight) | ({"bias": linear.bias} if bias else {}), assign=True)
+    layer.load_state_dict(
+        pack(linear.weight) | ({"bias": linear.bias} if bias else {}), assign=True
+    )
     return layer.requires_grad_(False), linear.weight
 
 
 def hand_scale(most: np.ndarray) -> np.ndarray:
     """The least bf16 numbers that are no smaller than `most`, from the bits of fp32."""
     bits = most.astype(np.float32).view(np.uint32)
-    return ((bits + np.where(bits & 0xFFFF, 0x10000, 0)) & 0xFFFF0000).astype(np.uint32).view(np.float32).astype(float)
+    return (
+        ((bits + np.where(bits & 0xFFFF, 0x10000, 0)) & 0xFFFF0000)
+        .astype(np.uint32)
+        .view(np.float32)
+        .astype(float)
+    )
 
 
 def test_the_levels_are_those_of_qlora():
@@ -71,9 +104,13 @@ def test_codes_are_the_nearest_by_hand(form, shape, seed):
     """In fp64, block by block; at a tie of two neighbours either will do."""
     layer, weight = one(form, *shape)
     wide = weight.double().numpy()
-    blocks = wide if form == "int8" else np.pad(wide.ravel(), (0, -wide.size % BLOCK)).reshape(-1, BLOCK)
+    blocks = (
+        wide if form == "int8" else np.pad(wide.ravel(), (0, -wide.size % BLOCK)).reshape(-1, BLOCK)
+    )
     steps = np.arange(-127, 128.0) / 127 if form == "int8" else levels().double().numpy()
-    scale = hand_scale(np.abs(blocks).max(1) / (127 if form == "int8" else 1)) * (127 if form == "int8" else 1)
+    scale = hand_scale(np.abs(blocks).max(1) / (127 if form == "int8" else 1)) * (
+        127 if form == "int8" else 1
+    )
     all_errors = np.abs(blocks[:, :, None] - scale[:, None, None] * steps)
     found = layer.dense(torch.float32).double().numpy()
     assert np.abs(found - wide).max() <= all_errors.min(2).max() * 1.0001 + 1e-7
@@ -102,16 +139,25 @@ def test_what_can_be_kept_exactly_is(form, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("bias", "columns"), [(False, 80), (True, 80), (False, 172), (True, 24)])
-def test_products_and_their_gradients_are_those_of_the_weight_kept(form, dtype, bias, columns, seed):
+def test_products_and_their_gradients_are_those_of_the_weight_kept(
+    form, dtype, bias, columns, seed
+):
     """At few rows too, where a CPU has a product of its own for int8; fp64 is the oracle."""
     near = 1e-5 if dtype == torch.float32 else 0.03
     for rows in (1, 3, 16, 17, 70):
         layer, _ = one(form, 48, columns, dtype, bias)
-        x, grad = torch.randn(rows, 2, columns).to(dtype).requires_grad_(), torch.randn(rows, 2, 48).to(dtype)
+        x, grad = (
+            torch.randn(rows, 2, columns).to(dtype).requires_grad_(),
+            torch.randn(rows, 2, 48).to(dtype),
+        )
         dense = layer.dense(torch.float32).double()
         y = layer(x)
         y.backward(grad)
-        assert y.dtype == dtype and far(y.double(), F.linear(x.double(), dense, layer.bias.double() if bias else None)) <= near * 3
+        assert (
+            y.dtype == dtype
+            and far(y.double(), F.linear(x.double(), dense, layer.bias.double() if bias else None))
+            <= near * 3
+        )
         assert far(x.grad.double(), grad.double() @ dense) <= near * 3
         with torch.inference_mode():
             assert far(layer(x), y) <= near
@@ -123,20 +169,30 @@ def test_the_slot_learns_as_on_the_dequantised_model_and_nothing_is_kept(form, s
     pair, grads, lora = quantise(model, form), [], Lora(3, 6, LINEARS)
     tokens, mask = torch.randint(3, 60, (4, 20)), torch.zeros(4, 20, dtype=torch.bool)
     mask[:, 5:] = True  # 60 tokens: no tensor of theirs has the shape of a weight
-    weights = {tuple(p.shape) for n, p in model.named_parameters() if n.split(".")[-2] in LINEARS and p.dim() == 2}
+    weights = {
+        tuple(p.shape)
+        for n, p in model.named_parameters()
+        if n.split(".")[-2] in LINEARS and p.dim() == 2
+    }
     for small in pair:
         attach_lora(small, lora)
         fill(small, seed)
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: kept.append(t) or t, lambda t: t
+        ):
             loss = -masked_logps(small, tokens, mask)[0].mean()
         loss.backward()
         grads.append({key: param.grad for key, param in slot(small).items()})
         held = {tuple(t.shape) for t in kept} | {tuple(t.shape[::-1]) for t in kept}
-        assert bool(held & weights) == (small is pair[1]), "only the plain model's backward holds its weights"
+        assert bool(held & weights) == (small is pair[1]), (
+            "only the plain model's backward holds its weights"
+        )
     assert grads[0].keys() == grads[1].keys()
     for key, grad in grads[0].items():
-        assert grad.abs().max() > 0 and far(grad, grads[1][key]) <= 1e-5 * (1 + grads[1][key].abs().max().item()), key
+        assert grad.abs().max() > 0 and far(grad, grads[1][key]) <= 1e-5 * (
+            1 + grads[1][key].abs().max().item()
+        ), key
 
 
 @pytest.mark.parametrize("twin", [False, True])
@@ -147,9 +203,13 @@ def test_it_answers_as_the_dequantised_model(form, twin, seed, monkeypatch):
     monkeypatch.setattr(packed, "SMALLEST", 0 if twin else 10**9)
     small, plain = quantise(random_model(seed), form)
     prompts = ragged(seed, 5, 61)
-    (mine, logp), (theirs, wanted) = (generate(m, prompts, range(5), new(GREEDY, max_new=12), {2}) for m in (small, plain))
+    (mine, logp), (theirs, wanted) = (
+        generate(m, prompts, range(5), new(GREEDY, max_new_tokens=12), {2}) for m in (small, plain)
+    )
     for a, b, prompt in zip(mine, theirs, prompts, strict=True):
-        first = next((i for i, both in enumerate(zip(a, b, strict=False)) if both[0] != both[1]), None)
+        first = next(
+            (i for i, both in enumerate(zip(a, b, strict=False)) if both[0] != both[1]), None
+        )
         if first is not None:
             top = logits_of(plain, torch.tensor([[*prompt, *b[:first]]]))[0, -1].topk(2).values
             assert top[0] - top[1] < 1e-3, "a tie"
@@ -162,17 +222,25 @@ def test_it_answers_as_the_dequantised_model(form, twin, seed, monkeypatch):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_loading_holds_what_it_keeps_and_one_tensor(form, tmp_path, tokenizer_bytes, seed):
-    model = random_model(seed, hidden_size=256, intermediate_size=700, num_hidden_layers=6, head_dim=64)
+    model = random_model(
+        seed, hidden_size=256, intermediate_size=700, num_hidden_layers=6, head_dim=64
+    )
     save_model(tmp_path, model.config, model.state_dict(), tokenizer_bytes)
     with Living() as living:
         found = load_model(tmp_path, form=form)
     kept = sum(t.nbytes for t in found.state_dict().values())
-    assert kept == weight_bytes(model.config, 4, form) and kept < 0.35 * sum(p.nbytes for p in model.parameters())
+    assert kept == weight_bytes(model.config, 4, form) and kept < 0.35 * sum(
+        p.nbytes for p in model.parameters()
+    )
     linear = 4 * 256 * 700  # bytes of the largest tensor; beside it a part of it in work
     assert living.peak <= kept + 4 * linear, (living.peak, kept)
     wanted = quantise(model, form)[0].state_dict()
-    assert found.state_dict().keys() == wanted.keys() and all(torch.equal(t, wanted[n]) for n, t in found.state_dict().items())
-    assert {t.dtype for t in load_model(tmp_path, dtype=torch.bfloat16, form=form).parameters()} == {torch.bfloat16}
+    assert found.state_dict().keys() == wanted.keys() and all(
+        torch.equal(t, wanted[n]) for n, t in found.state_dict().items()
+    )
+    assert {
+        t.dtype for t in load_model(tmp_path, dtype=torch.bfloat16, form=form).parameters()
+    } == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -192,22 +260,42 @@ def test_a_weight_that_is_not_finite_is_refused(form, bad, tmp_path, tokenizer_b
 def test_the_tensors_of_a_quantised_step_are_as_large_as_was_said(kind, form, dtype, seed):
     for _ in range(2):
         rng, config = random.Random(seed := seed + 1), shape_of(random.Random(seed))
-        lora, rows, length = Lora(4, 8, rng.choice([("q_proj", "v_proj"), LINEARS])), rng.choice([4, 16]), rng.choice([90, 200])
+        lora, rows, length = (
+            Lora(4, 8, rng.choice([("q_proj", "v_proj"), LINEARS])),
+            rng.choice([4, 16]),
+            rng.choice([90, 200]),
+        )
         model = random_model(seed, **dataclasses.asdict(config) | {"variant": config.variant})
         model = quantise(model, form)[0].to(dtype)
         for layer in model.modules():
-            assert not isinstance(layer, Quantised) or layer.scale.to(torch.bfloat16).equal(layer.scale)
+            assert not isinstance(layer, Quantised) or layer.scale.to(torch.bfloat16).equal(
+                layer.scale
+            )
         learning = attach_lora(model, lora)
-        tokens, mask = torch.randint(3, 60, (rows, length)), torch.zeros(rows, length, dtype=torch.bool)
+        tokens, mask = (
+            torch.randint(3, 60, (rows, length)),
+            torch.zeros(rows, length, dtype=torch.bool),
+        )
         mask[:, length // 2 :] = True
         with Living() as living, torch.set_grad_enabled(kind == "train"):
             logps = masked_logps(model, tokens, mask)[0]
             if kind == "train":
                 logps.sum().backward()
         found = need(Load(kind, rows, length, int(mask.sum())), config, lora, dtype.itemsize, form)
-        told = found.total - found.weights - found.learning + (4 * sum(p.numel() for p in learning) if kind == "train" else 0)
+        told = (
+            found.total
+            - found.weights
+            - found.learning
+            + (4 * sum(p.numel() for p in learning) if kind == "train" else 0)
+        )
         inside = found.head * dtype.itemsize // 8
-        assert told - inside <= living.peak * 1.15 + 3e5 and told >= living.peak * 0.92 - 1e5, (told, living.peak, config, rows, length)
+        assert told - inside <= living.peak * 1.15 + 3e5 and told >= living.peak * 0.92 - 1e5, (
+            told,
+            living.peak,
+            config,
+            rows,
+            length,
+        )
 
 
 # ---- whole programs -----------------------------------------------------------------------------
@@ -224,11 +312,20 @@ def quantised(stub, tmp_path_factory):
 
 def test_only_what_the_quantised_base_does_is_another_stage(quantised, stub):
     """Teachers' stages that do not depend on the student are taken from the other run; the student's say how they were made."""
-    prints = {folder: {s.parent.relative_to(folder).as_posix(): read_json(s) for s in folder.glob("*/*/stage.json")} for folder in (stub, quantised)}
+    prints = {
+        folder: {
+            s.parent.relative_to(folder).as_posix(): read_json(s)
+            for s in folder.glob("*/*/stage.json")
+        }
+        for folder in (stub, quantised)
+    }
     assert prints[stub].keys() == prints[quantised].keys()
     for name, notes in prints[quantised].items():
         same = prints[stub][name]["fingerprint"] == notes["fingerprint"]
-        if name.startswith(("data", "bases", "round0/teacher", "round0/weak")) or name in ("round1/positives_teacher1", "round0/negatives_teacher1"):
+        if name.startswith(("data", "bases", "round0/teacher", "round0/weak")) or name in (
+            "round1/positives_teacher1",
+            "round0/negatives_teacher1",
+        ):
             assert same and "quantize" not in (notes["settings"] or {}), name
         if name.startswith("round0/student") or name == "round1/pairs_student":
             assert not same and notes["settings"]["quantize"] == "nf4", name
@@ -239,22 +336,46 @@ def test_a_quantised_run_resumes_and_knows_itself(quantised, tmp_path, monkeypat
     from minmacpo.pipeline import model_pool as workshop
 
     seen, real = [], workshop.load_model
-    monkeypatch.setattr(workshop, "load_model", lambda *words: seen.append(words[3]) or real(*words))
+    monkeypatch.setattr(
+        workshop, "load_model", lambda *words: seen.append(words[3]) or real(*words)
+    )
     agent = quantised / "round1/student_pos"
-    said = invoke("sample", agent, "who lives here ?", "--generate.max_new=4")
+    said = invoke("sample", agent, "who lives here ?", "--generate.max_new_tokens=4")
     assert said.code == 0 and seen == ["nf4"]
-    assert invoke("sample", quantised / "round1/teacher1_pos", "who ?", "--generate.max_new=4").code == 0 and seen[1:] == ["none"]
-    assert invoke("sample", agent, "who ?", "--generate.max_new=4", "--model.quantize=int8").code == 0 and seen[2:] == ["int8"]
+    assert invoke(
+        "sample", quantised / "round1/teacher1_pos", "who ?", "--generate.max_new_tokens=4"
+    ).code == 0 and seen[1:] == ["none"]
+    assert invoke(
+        "sample", agent, "who ?", "--generate.max_new_tokens=4", "--model.quantize=int8"
+    ).code == 0 and seen[2:] == ["int8"]
 
 
-def test_a_quantised_base_is_not_exported_but_the_adapter_merges_into_the_plain_one(quantised, tmp_path):
+def test_a_quantised_base_is_not_exported_but_the_adapter_merges_into_the_plain_one(
+    quantised, tmp_path
+):
     agent = quantised / "round1/student_pos"
     ended = invoke("sample", agent, f"--export={tmp_path / 'whole'}")
-    assert ended.code == 2 and ended.err.count("\n") == 1 and "--model.quantize=none" in ended.err and not list(tmp_path.iterdir())
-    assert invoke("sample", agent, f"--export={tmp_path / 'whole'}", "--model.quantize=none").code == 0
+    assert (
+        ended.code == 2
+        and ended.err.count("\n") == 1
+        and "--model.quantize=none" in ended.err
+        and not list(tmp_path.iterdir())
+    )
+    assert (
+        invoke("sample", agent, f"--export={tmp_path / 'whole'}", "--model.quantize=none").code == 0
+    )
     merged, base = load_model(tmp_path / "whole"), load_model(quantised / "bases/strong")
-    assert not is_quantised(merged) and far(merged.model.layers[0].self_attn.q_proj.weight, base.model.layers[0].self_attn.q_proj.weight) > 0
-    assert torch.equal(merged.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight)
+    assert (
+        not is_quantised(merged)
+        and far(
+            merged.model.layers[0].self_attn.q_proj.weight,
+            base.model.layers[0].self_attn.q_proj.weight,
+        )
+        > 0
+    )
+    assert torch.equal(
+        merged.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight
+    )
 
 
 def test_the_plan_names_quantisation_where_it_is_what_helps(place, stub, monkeypatch):
@@ -262,25 +383,58 @@ def test_the_plan_names_quantisation_where_it_is_what_helps(place, stub, monkeyp
     all fits."""
     monkeypatch.setattr(plan, "beside", lambda *_: 0)
     monkeypatch.setattr(dryrun, "process_bytes", lambda: 0)
-    model = random_model(1, vocab_size=400, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
-                         num_key_value_heads=4, head_dim=64, max_position_embeddings=128)  # fmt: skip
+    model = random_model(
+        1,
+        vocab_size=400,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=128,
+    )
     (place / "big").mkdir()
-    save_model(place / "big", model.config, model.state_dict(), (stub / "bases/strong/tokenizer.model").read_bytes())
-    words = [write_stub(place / "p"), f"--run.root={place / 'runs'}", f"--model.student={place / 'big'}", "--run.dtype=bfloat16",
-             f"--model.teachers={stub / 'bases/weak1'},{stub / 'bases/weak2'}", "--macpo.rounds=0"]  # fmt: skip
+    save_model(
+        place / "big",
+        model.config,
+        model.state_dict(),
+        (stub / "bases/strong/tokenizer.model").read_bytes(),
+    )
+    words = [
+        write_stub(place / "p"),
+        f"--run.root={place / 'runs'}",
+        f"--model.student={place / 'big'}",
+        "--run.dtype=bfloat16",
+        f"--model.teachers={stub / 'bases/weak1'},{stub / 'bases/weak2'}",
+        "--macpo.rounds=0",
+    ]
     free = int(0.95 * weight_bytes(model.config, 2, "none"))
     monkeypatch.setattr(dryrun, "free_bytes", lambda device: free)
     ended = invoke("train", *words)
-    found = re.search(r"needs about \d+ MB of memory, .* (--model\.quantize=(?:int8|nf4))((?: with --\S+)*) would fit\n$", ended.err)
+    found = re.search(
+        r"needs about \d+ MB of memory, .* (--model\.quantize=(?:int8|nf4))((?: with --\S+)*) would fit\n$",
+        ended.err,
+    )
     assert ended.code == 2 and ended.err.count("\n") == 1 and found, ended.err
-    again = invoke("train", *words, "--dry_run", *found[1].split(), *found[2].replace(" with ", " ").split())
+    again = invoke(
+        "train", *words, "--dry_run", *found[1].split(), *found[2].replace(" with ", " ").split()
+    )
     assert again.code == 0 and "round0/student_pos needs" not in again.err
-    assert planned(again.out)["round0/student_pos"] != planned(invoke("train", *words, "--dry_run").out)["round0/student_pos"]
+    assert (
+        planned(again.out)["round0/student_pos"]
+        != planned(invoke("train", *words, "--dry_run").out)["round0/student_pos"]
+    )
 
 
 def test_answers_of_another_form_are_not_gone_on_with(quantised, tmp_path):
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "who lives here ?"}) + "\n")
-    words = [quantised / "round1/student_pos", f"--prompts={tmp_path / 'prompts.jsonl'}", f"--out={tmp_path / 'out.jsonl'}", "--generate.max_new=4"]
+    words = [
+        quantised / "round1/student_pos",
+        f"--prompts={tmp_path / 'prompts.jsonl'}",
+        f"--out={tmp_path / 'out.jsonl'}",
+        "--generate.max_new_tokens=4",
+    ]
     assert invoke("sample", *words).code == 0 and invoke("sample", *words).code == 0
     ended = invoke("sample", *words, "--model.quantize=none")
     assert ended.code == 2 and "other settings" in ended.err
@@ -291,21 +445,28 @@ def test_answers_of_another_form_are_not_gone_on_with(quantised, tmp_path):
 
 def test_lines_are_the_rows_of_the_file(tmp_path, seed):
     from minmacpo import UserError
-    from minmacpo.runtime.files import EVERY, Lines, in_runs, read_rows, write_rows
+    from minmacpo.runtime.files import EVERY, JsonlView, batched, read_rows, write_rows
 
     for count in (0, 1, EVERY, 5 * EVERY + 3):
-        rows = [{"i": i, "text": "é\u2028\n" * random.Random(seed + i).randrange(5)} for i in range(count)]
+        rows = [
+            {"i": i, "text": "é\u2028\n" * random.Random(seed + i).randrange(5)}
+            for i in range(count)
+        ]
         write_rows(tmp_path / "x.jsonl", iter(rows))
-        lines = Lines(tmp_path / "x.jsonl", dict, lambda row: row["i"])
-        assert read_rows(tmp_path / "x.jsonl") == rows and [*lines] == [lines[i] for i in range(len(lines))] == [*range(count)]
-        assert [len(run) for run in in_runs(lines, 7)] == [7] * (count // 7) + [count % 7] * (count % 7 > 0)
+        lines = JsonlView(tmp_path / "x.jsonl", dict, lambda row: row["i"])
+        assert read_rows(tmp_path / "x.jsonl") == rows and [*lines] == [
+            lines[i] for i in range(len(lines))
+        ] == [*range(count)]
+        assert [len(run) for run in batched(lines, 7)] == [7] * (count // 7) + [count % 7] * (
+            count % 7 > 0
+        )
         with pytest.raises(IndexError):
             lines[count]
     (tmp_path / "x.jsonl").write_text('{"i": 1}\n{"i"')
     with pytest.raises(UserError, match=r"x\.jsonl, line 2: is no JSON; the file is damaged"):
-        list(Lines(tmp_path / "x.jsonl"))
+        list(JsonlView(tmp_path / "x.jsonl"))
     with pytest.raises(UserError, match="cannot be read"):
-        Lines(tmp_path / "none.jsonl")
+        JsonlView(tmp_path / "none.jsonl")
 
 
 def test_windows_change_no_row(stub, tmp_path, monkeypatch):
@@ -314,15 +475,20 @@ def test_windows_change_no_row(stub, tmp_path, monkeypatch):
     from minmacpo.pipeline import train_stage as stages
 
     monkeypatch.setattr(stages, "WINDOW", 3)
-    train(write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", "--run.micro_tokens=170")
+    train(write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", "--run.max_tokens_per_batch=170")
     for kind in ("pairs", "scores", "samples"):
         files = sorted(file.relative_to(stub) for file in stub.glob(f"*/*/{kind}.jsonl"))
         assert files
         for file in files:
-            a, b = ([json.loads(line) for line in (root / file).read_text().splitlines()] for root in (stub, tmp_path / "runs/stub"))
+            a, b = (
+                [json.loads(line) for line in (root / file).read_text().splitlines()]
+                for root in (stub, tmp_path / "runs/stub")
+            )
             assert [row["id"] for row in a] == [row["id"] for row in b] and len(a) > 0, file
             if file.parts[0] == "eval" and "base_weak" in file.parts[1] and kind == "scores":
-                assert [row["logp"] for row in a] == pytest.approx([row["logp"] for row in b], rel=1e-4)
+                assert [row["logp"] for row in a] == pytest.approx(
+                    [row["logp"] for row in b], rel=1e-4
+                )
 
 
 def test_a_negative_is_found_by_its_prompt_in_any_order(tmp_path, stub):
@@ -334,9 +500,11 @@ def test_a_negative_is_found_by_its_prompt_in_any_order(tmp_path, stub):
     write_rows(tmp_path / "questions.jsonl", rows)
     write_rows(tmp_path / "scores.jsonl", [{"logp": -row} for row in range(4)])
     stage = Stage("x", tmp_path, "x")
-    find = choose.negative_finder(choose.Texts(stage, "questions.jsonl", "question"), stage)
-    assert [(found and (found[0].response, found[1]["logp"])) for found in map(find, ["1", "9", "0", "3", "1", "4"])] == [
-        ("r1", -1), None, ("r0", -3), ("r3", 0), None, ("r4", -2)]  # fmt: skip
+    find = choose.negative_finder(choose.TextColumn(stage, "questions.jsonl", "question"), stage)
+    assert [
+        (found and (found[0].response, found[1]["logp"]))
+        for found in map(find, ["1", "9", "0", "3", "1", "4"])
+    ] == [("r1", -1), None, ("r0", -3), ("r3", 0), None, ("r4", -2)]
 
 
 def test_sampling_goes_on_with_fewer_side_by_side_where_memory_is_short(stub, monkeypatch, capsys):
@@ -346,21 +514,30 @@ def test_sampling_goes_on_with_fewer_side_by_side_where_memory_is_short(stub, mo
     from minmacpo.pipeline import model_pool as workshop
 
     config, real, tried = Config(), workshop.generate, []
-    config = dataclasses.replace(config, generate=dataclasses.replace(config.generate, max_new=4))
-    loaded = workshop.Loaded(stub / "bases/strong", config)
+    config = dataclasses.replace(
+        config, generate=dataclasses.replace(config.generate, max_new_tokens=4)
+    )
+    loaded = workshop.LoadedModel(stub / "bases/strong", config)
     jobs = [(Example(str(i), (Message("user", f"who is {i} ?"),), ""), 0) for i in range(6)]
     wanted = workshop.answer(config, loaded, "x", jobs, 1)
 
     def short(*words):
         tried.append(words[7])
         if words[7] > limit:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+            raise RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+            )
         return real(*words)
 
     monkeypatch.setattr(workshop, "generate", short)
     limit = 2
-    assert [s.tokens for s in workshop.answer(config, loaded, "x", jobs, 1)] == [s.tokens for s in wanted]
+    assert [s.tokens for s in workshop.answer(config, loaded, "x", jobs, 1)] == [
+        s.tokens for s in wanted
+    ]
     assert tried == [6, 3, 1] and capsys.readouterr().err.count("out of memory") == 2
     limit = 0
-    with pytest.raises(UserError, match=r"out of memory while answers are sampled, 1 side by side; lower generate\.max_new"):
+    with pytest.raises(
+        UserError,
+        match=r"out of memory while answers are sampled, 1 side by side; lower generate\.max_new_tokens",
+    ):
         workshop.answer(config, loaded, "x", jobs, 1)

@@ -16,7 +16,11 @@ PROMPT = (Message("user", "hi"), Message("assistant", "yo"), Message("user", "q"
 
 def told(prompt) -> str:
     """The text before an answer under vicuna-macpo, without the system sentence."""
-    parts = [frame.replace("{}", content) for frame, content, _ in frames("vicuna-macpo", prompt) if frame]
+    parts = [
+        frame.replace("{}", content)
+        for frame, content, _ in frames("vicuna-macpo", prompt)
+        if frame
+    ]
     return parts[-1] if parts[-1].startswith("USER") else "".join(parts)
 
 
@@ -37,13 +41,20 @@ def test_a_bare_question_stays_bare_without_its_name():
 def test_a_d1_of_single_answers_says_how_to_join_them(tmp_path):
     rows = [{"instruction": f"question {i}", "input": "", "output": "fine"} for i in range(40)]
     (tmp_path / "d1.json").write_text(json.dumps(rows))
-    ended = invoke("train", "@hh", f"--data.path={tmp_path / 'd1.json'}", "--dry_run", f"--run.root={tmp_path}")
+    ended = invoke(
+        "train", "@hh", f"--data.path={tmp_path / 'd1.json'}", "--dry_run", f"--run.root={tmp_path}"
+    )
     assert ended.code == 2 and "--data.d1=GOOD,BAD" in ended.err
 
 
 def test_the_two_files_of_a_released_d1_are_joined(tmp_path):
-    good, bad = ([{"instruction": f"USER: question {i % 30}", "input": "", "output": f"{side} {i}"} for i in numbers]
-                 for side, numbers in (("good", range(33)), ("bad", [*range(32, 1, -1)])))  # fmt: skip
+    good, bad = (
+        [
+            {"instruction": f"USER: question {i % 30}", "input": "", "output": f"{side} {i}"}
+            for i in numbers
+        ]
+        for side, numbers in (("good", range(33)), ("bad", [*range(32, 1, -1)]))
+    )
     for name, rows in (("train", good), ("neg", bad)):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     path = f"{tmp_path / 'train.json'},{tmp_path / 'neg.json'}"
@@ -51,18 +62,44 @@ def test_the_two_files_of_a_released_d1_are_joined(tmp_path):
     assert len(pairs) == 31 and alone == 2 and len({pair.id for pair in pairs}) == 31
     for pair in pairs:
         number = int(pair.chosen.split()[1])
-        assert pair.chosen.startswith("good") and pair.rejected.startswith("bad") and int(pair.rejected.split()[1]) % 30 == number % 30
+        assert (
+            pair.chosen.startswith("good")
+            and pair.rejected.startswith("bad")
+            and int(pair.rejected.split()[1]) % 30 == number % 30
+        )
     for name in ("train", "neg"):  # of one name in two folders
         (tmp_path / name).mkdir()
         (tmp_path / f"{name}.json").rename(tmp_path / name / "d1.json")
     path = f"{tmp_path / 'train/d1.json'},{tmp_path / 'neg/d1.json'}"
-    assert [(pair.chosen, pair.rejected) for pair in join_sides(read_data(path)[0], path)[0]] == [(p.chosen, p.rejected) for p in pairs]
+    assert [(pair.chosen, pair.rejected) for pair in join_sides(read_data(path)[0], path)[0]] == [
+        (p.chosen, p.rejected) for p in pairs
+    ]
     with pytest.raises(UserError, match="two files"):
         join_sides(read_data(str(tmp_path / "neg/d1.json"))[0], "x,y")
-    (tmp_path / "d2.json").write_text(json.dumps([{"instruction": f"other {i}", "input": "", "output": "a"} for i in range(40)]))
-    (tmp_path / "t.json").write_text(json.dumps([{"instruction": f"third {i}", "input": "", "output": "a"} for i in range(40)]))
-    (tmp_path / "p.json").write_text(json.dumps([{"instruction": f"fourth {i}", "input": "", "output": "a b c"} for i in range(90)]))
-    words = [f"--data.{key}={tmp_path / name}" for key, name in (("path", "p.json"), ("d2", "d2.json"), ("test", "t.json"))]
-    ended = invoke("train", "@hh", *words, f"--data.d1={path}", "--dry_run", f"--run.root={tmp_path}", "--model.vocab=300", "--macpo.controls=false")
+    (tmp_path / "d2.json").write_text(
+        json.dumps([{"instruction": f"other {i}", "input": "", "output": "a"} for i in range(40)])
+    )
+    (tmp_path / "t.json").write_text(
+        json.dumps([{"instruction": f"third {i}", "input": "", "output": "a"} for i in range(40)])
+    )
+    (tmp_path / "p.json").write_text(
+        json.dumps(
+            [{"instruction": f"fourth {i}", "input": "", "output": "a b c"} for i in range(90)]
+        )
+    )
+    words = [
+        f"--data.{key}={tmp_path / name}"
+        for key, name in (("path", "p.json"), ("d2", "d2.json"), ("test", "t.json"))
+    ]
+    ended = invoke(
+        "train",
+        "@hh",
+        *words,
+        f"--data.d1={path}",
+        "--dry_run",
+        f"--run.root={tmp_path}",
+        "--model.vocab=300",
+        "--macpo.controls=false",
+    )
     assert ended.code == 0, ended.err
     assert "d1 answers without their other side: 2" in ended.out

@@ -69,11 +69,25 @@ def beside(stub, tmp_path_factory):
 
 def test_a_finished_run_has_its_files_and_nothing_left_over(stub):
     assert {p.name for p in stub.iterdir()} == {
-        "config.toml", "env.json", "log.txt", "metrics.jsonl", "report.html", "data", "bases", "round0", "round1",
-        "round2", "controls", "eval",
-    }  # fmt: skip
+        "config.toml",
+        "env.json",
+        "log.txt",
+        "metrics.jsonl",
+        "report.html",
+        "data",
+        "bases",
+        "round0",
+        "round1",
+        "round2",
+        "controls",
+        "eval",
+    }
     assert [p.name for p in stub.parent.iterdir()] == ["stub"]  # nothing is written outside the run
-    assert not list(stub.rglob("*.tmp")) and not list(stub.rglob("*.partial")) and not list(stub.rglob("state.*"))
+    assert (
+        not list(stub.rglob("*.tmp"))
+        and not list(stub.rglob("*.partial"))
+        and not list(stub.rglob("state.*"))
+    )
     for folder in stub.glob("*/*/"):
         assert (folder / "stage.json").is_file()
     assert {p.name for p in (stub / "eval").iterdir() if p.is_file()} == {"table.json"}
@@ -84,9 +98,22 @@ def test_stage_json_says_what_the_stage_depends_on_and_what_it_made(stub):
     by_fingerprint = {n["fingerprint"] for n in notes.values()}
     for name, note in notes.items():
         assert note["name"] == name and len(note["fingerprint"]) == 32
-        assert note.keys() >= {"kind", "settings", "seed", "inputs", "counts", "started", "seconds", "cpu_seconds",
-                               "peak_mb", "commit", "files"}  # fmt: skip
-        assert set(note["inputs"].values()) <= by_fingerprint and note["inputs"].keys() <= notes.keys()
+        assert note.keys() >= {
+            "kind",
+            "settings",
+            "seed",
+            "inputs",
+            "counts",
+            "started",
+            "seconds",
+            "cpu_seconds",
+            "peak_mb",
+            "commit",
+            "files",
+        }
+        assert (
+            set(note["inputs"].values()) <= by_fingerprint and note["inputs"].keys() <= notes.keys()
+        )
         on_disk = {p.name for p in (stub / name).iterdir()} - {"stage.json"}
         assert on_disk == note["files"].keys() and on_disk
         for file, listed in note["files"].items():
@@ -97,8 +124,14 @@ def test_stage_json_says_what_the_stage_depends_on_and_what_it_made(stub):
     seeds = Counter(n["seed"] for n in notes.values() if n["seed"] and "linked_from" not in n)
     drawn = {n["kind"].partition("/")[0] for n in notes.values() if n["seed"]}
     assert drawn >= {"sft", "prefer", "sample", "pretrain"} and max(seeds.values()) <= 10
-    assert all(n["seed"] for n in notes.values() if n["kind"].startswith(("sft", "prefer", "sample", "pretrain")))
-    trained = [n["seed"] for n in notes.values() if n["kind"].startswith(("sft", "prefer", "pretrain"))]
+    assert all(
+        n["seed"]
+        for n in notes.values()
+        if n["kind"].startswith(("sft", "prefer", "sample", "pretrain"))
+    )
+    trained = [
+        n["seed"] for n in notes.values() if n["kind"].startswith(("sft", "prefer", "pretrain"))
+    ]
     assert len(set(trained)) == len(trained)
 
 
@@ -106,13 +139,43 @@ def test_config_and_environment_repeat_the_run(stub, tmp_path):
     words = [f"@{stub / 'config.toml'}", f"--run.root={tmp_path}"]
     assert parse(words).config.run.name == "stub"
     env = json.loads((stub / "env.json").read_text())
-    assert env.keys() >= {"torch", "python", "threads", "device", "dtype", "command", "commit", "processor", "numpy", "instructions"}
+    assert env.keys() >= {
+        "torch",
+        "python",
+        "threads",
+        "device",
+        "dtype",
+        "command",
+        "commit",
+        "processor",
+        "numpy",
+        "instructions",
+    }
     assert env["threads"] == 1 and env["device"] == "cpu" and "stub.toml" in env["command"]
 
 
 def test_metrics_have_the_names_of_the_field(stub):
-    pair = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "sft_loss"}
-    always = {"stage", "step", "epoch", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "peak_mem_gb", "time"}
+    pair = {
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+        "sft_loss",
+    }
+    always = {
+        "stage",
+        "step",
+        "epoch",
+        "loss",
+        "grad_norm",
+        "lr",
+        "tokens",
+        "tokens_per_s",
+        "peak_mem_gb",
+        "time",
+    }
     rows, notes = rows_of(stub / "metrics.jsonl"), stages_of(stub)
     trained = {name for name, note in notes.items() if "steps" in note["counts"]}
     assert {row["stage"] for row in rows} == trained
@@ -123,7 +186,9 @@ def test_metrics_have_the_names_of_the_field(stub):
             continue
         assert row.keys() >= always | (pair if kind == "prefer" else set())
         if kind == "prefer":
-            assert row["rewards/margins"] == pytest.approx(row["rewards/chosen"] - row["rewards/rejected"], abs=1e-5)
+            assert row["rewards/margins"] == pytest.approx(
+                row["rewards/chosen"] - row["rewards/rejected"], abs=1e-5
+            )
             assert 0 <= row["rewards/accuracies"] <= 1
             wanted = row["dpo_loss"] + 0.2 * row["sft_loss"]  # gamma of the stub preset
             assert row["loss"] == pytest.approx(wanted, rel=1e-5)
@@ -131,7 +196,9 @@ def test_metrics_have_the_names_of_the_field(stub):
     for name in trained:
         steps = [row["step"] for row in rows if row["stage"] == name]
         assert steps == sorted(set(steps)) and steps[-1] == notes[name]["counts"]["steps"]
-        assert (steps[0] == 0) == (notes[name]["kind"] == "prefer/1"), "a row from before the first step"
+        assert (steps[0] == 0) == (notes[name]["kind"] == "prefer/1"), (
+            "a row from before the first step"
+        )
         kept = rows_of(stub / name / "metrics.jsonl")
         assert [row["step"] for row in kept] == steps and not any("time" in row for row in kept)
         assert kept[-1]["tokens"] == notes[name]["counts"]["tokens"]
@@ -146,24 +213,41 @@ def test_nothing_is_redone_and_the_table_is_printed(ours):
     first = train(*words)
     assert inodes(run) | {"eval/table.json": 0} == before | {"eval/table.json": 0}
     assert "student, round 2" in first.out and "ceiling" in first.out and "report.html" in first.out
-    assert not [line for line in first.out.splitlines() if line.startswith("[")]  # no stage had to be done
+    assert not [
+        line for line in first.out.splitlines() if line.startswith("[")
+    ]  # no stage had to be done
     assert contents(run) == listed
     table = first.out[first.out.index("stub") :]
     assert train(*words).out.endswith(table)
 
 
 def test_the_first_run_prints_its_stages_in_the_order_of_the_plan(tmp_path, stub):
-    words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", "--macpo.rounds=1", "--macpo.controls=false"]
+    words = [
+        write_stub(tmp_path),
+        f"--run.root={tmp_path / 'runs'}",
+        "--macpo.rounds=1",
+        "--macpo.controls=false",
+    ]
     out = train(*words).out
-    places = [*dict.fromkeys(line[1 : line.index("]")] for line in out.splitlines() if line.startswith("["))]
+    places = [
+        *dict.fromkeys(
+            line[1 : line.index("]")] for line in out.splitlines() if line.startswith("[")
+        )
+    ]
     total = len(places)
     assert places == [f"{i}/{total}" for i in range(1, total + 1)] and total > 40
 
 
 def test_every_stage_shows_its_first_row_with_its_mask(stub):
     """In the log, before the line that ends the stage; one that was taken from elsewhere renders nothing."""
-    wanted = {"pretrain": ["row"], "sft": ["row"], "prefer": ["chosen", "rejected"], "sample": ["prompt"],
-              "score": ["row"], "pairs": ["chosen"]}  # fmt: skip
+    wanted = {
+        "pretrain": ["row"],
+        "sft": ["row"],
+        "prefer": ["chosen", "rejected"],
+        "sample": ["prompt"],
+        "score": ["row"],
+        "pairs": ["chosen"],
+    }
     shown, seen = [], Counter()
     for line in (stub / "log.txt").read_text().splitlines():
         text, _, said = line[20:].partition("  ")
@@ -172,8 +256,12 @@ def test_every_stage_shows_its_first_row_with_its_mask(stub):
             shown.append(said)
         elif text.startswith("[") and re.match(r"\d+\.\d s ", said):
             kind = stages_of(stub)[text.split()[1]]["kind"].partition("/")[0]
-            assert [first.split()[1] for first in shown] == [f"{what}:" for what in wanted.get(kind, [])], text
-            assert all(("⟦" in first) == ("prompt:" not in first) and len(first) > 20 for first in shown)
+            assert [first.split()[1] for first in shown] == [
+                f"{what}:" for what in wanted.get(kind, [])
+            ], text
+            assert all(
+                ("⟦" in first) == ("prompt:" not in first) and len(first) > 20 for first in shown
+            )
             seen[kind] += 1
             shown = []
     assert seen.keys() >= wanted.keys()
@@ -181,18 +269,36 @@ def test_every_stage_shows_its_first_row_with_its_mask(stub):
 
 @pytest.mark.parametrize(
     "name",
-    ["data/slices", "data/corpus_weak1", "bases/tokenizer", "bases/weak2", "round0/teacher1_pos", "round0/student_neg",
-     "round0/weak_labels", "round1/scores_teacher2", "round1/pairs_student", "round1/student_pos",
-     "round2/positives_student", "round2/teacher2_pos", "controls/ceiling", "eval/round1_student_samples"],
-)  # fmt: skip
+    [
+        "data/slices",
+        "data/corpus_weak1",
+        "bases/tokenizer",
+        "bases/weak2",
+        "round0/teacher1_pos",
+        "round0/student_neg",
+        "round0/weak_labels",
+        "round1/scores_teacher2",
+        "round1/pairs_student",
+        "round1/student_pos",
+        "round2/positives_student",
+        "round2/teacher2_pos",
+        "controls/ceiling",
+        "eval/round1_student_samples",
+    ],
+)
 def test_a_deleted_stage_alone_is_redone_to_the_same_bits(ours, stub, name):
     run, words = ours
     before = inodes(run)
     shutil.rmtree(run / name)
     train(*words)
     after = inodes(run)
-    changed = {path for path in after if after[path] != before.get(path) and path != "eval/table.json"}
-    assert changed == {path for path in before if path.startswith(name + "/")} and after.keys() == before.keys()
+    changed = {
+        path for path in after if after[path] != before.get(path) and path != "eval/table.json"
+    }
+    assert (
+        changed == {path for path in before if path.startswith(name + "/")}
+        and after.keys() == before.keys()
+    )
     assert differences(run, stub, ("linked_from",)) == []
 
 
@@ -222,7 +328,9 @@ def renamed(file: Path) -> None:
     file.write_text(file.read_text().replace("tokens_per_s", "uokens_per_s", 1))
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda file: os.truncate(file, 500), changed, renamed])
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda file: os.truncate(file, 500), changed, renamed]
+)
 def test_metrics_are_put_back_from_the_stages_in_the_order_of_the_plan(mine, stub, damage):
     run, words = mine
     damage(run / "metrics.jsonl")
@@ -235,19 +343,27 @@ def test_a_link_in_a_run_folder_is_refused_before_anything_is_written(mine):
     run, words = mine
     outside = run.parent.parent / "outside"
     outside.write_text("mine\n")
-    for name, target in itertools.product(("log.txt", "round1/student_pos/adapter_config.json"), (outside, "nowhere", "metrics.jsonl")):
+    for name, target in itertools.product(
+        ("log.txt", "round1/student_pos/adapter_config.json"), (outside, "nowhere", "metrics.jsonl")
+    ):
         good = (run / name).read_bytes()
         (run / name).unlink()
         (run / name).symlink_to(target)
         before = sorted(run.rglob("*"))
         ended = invoke("train", *words)
-        assert ended.code == 2 and f"{run / name}: is a link" in ended.err and sorted(run.rglob("*")) == before
+        assert (
+            ended.code == 2
+            and f"{run / name}: is a link" in ended.err
+            and sorted(run.rglob("*")) == before
+        )
         (run / name).unlink()
         (run / name).write_bytes(good)
     assert outside.read_text() == "mine\n"
 
 
-@pytest.mark.parametrize("name", ["config.toml", "log.txt", "metrics.jsonl", "round1/student_pos/stage.json"])
+@pytest.mark.parametrize(
+    "name", ["config.toml", "log.txt", "metrics.jsonl", "round1/student_pos/stage.json"]
+)
 def test_a_pipe_in_a_run_folder_is_not_waited_for(mine, name):
     run, words = mine
     (run / name).unlink()
@@ -263,7 +379,9 @@ def test_a_stage_has_no_file_of_another_folder(mine):
     notes = json.loads(note.read_text())
     (run / "round0/other.txt").write_text("x")
     notes["files"]["../other.txt"] = files.describe(run / "round0/other.txt")
-    notes["checksum"] = files.fingerprint({key: value for key, value in notes.items() if key != "checksum"})
+    notes["checksum"] = files.fingerprint(
+        {key: value for key, value in notes.items() if key != "checksum"}
+    )
     files.write_json(note, notes)
     ended = invoke("train", *words)
     assert ended.code == 2 and "other.txt" in ended.err
@@ -303,7 +421,9 @@ def test_one_stage_takes_no_damaged_input(mine):
     pairs.unlink()  # it is a link to the good run's
     pairs.write_text(text[:-20])
     ended = invoke("train", *words, "--stage=round1/student_pos")
-    assert ended.code == 2 and "pairs.jsonl" in ended.err and not (run / "round1/student_pos").exists()
+    assert (
+        ended.code == 2 and "pairs.jsonl" in ended.err and not (run / "round1/student_pos").exists()
+    )
 
 
 def test_a_run_that_goes_on_is_not_finished(mine):
@@ -340,7 +460,12 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch):
     out = train(*words, "--dry_run").out
     assert [p.name for p in tmp_path.iterdir()] == ["presets"]
     settings, _, rest = out.partition("\nslices:")
-    assert tomllib.loads(settings.partition("[run]")[1] + settings.partition("[run]")[2])["dpo"]["batch"] == 4
+    assert (
+        tomllib.loads(settings.partition("[run]")[1] + settings.partition("[run]")[2])["dpo"][
+            "batch"
+        ]
+        == 4
+    )
     assert "'rows': 12" in rest and "round2/teacher2_pos" in rest
     assert "stages in" in rest and "student" in rest
 
@@ -358,7 +483,12 @@ def test_a_dry_run_on_a_finished_run_changes_nothing_and_says_so(mine):
 def test_profile_writes_traces_and_changes_nothing(stub, tmp_path):
     copy_run(stub, tmp_path / "runs", ("data", "bases"))
     shutil.rmtree(tmp_path / "runs/stub/bases/strong")
-    words = [write_stub(tmp_path, "x"), f"--run.root={tmp_path / 'runs'}", "--macpo.rounds=1", "--macpo.controls=false"]
+    words = [
+        write_stub(tmp_path, "x"),
+        f"--run.root={tmp_path / 'runs'}",
+        "--macpo.rounds=1",
+        "--macpo.controls=false",
+    ]
     train(*words, "--profile")
     (run,) = (p for p in (tmp_path / "runs").iterdir() if p.name.startswith("x"))
     traces = {p.stem: json.loads(p.read_text()) for p in (run / "profile").iterdir()}
@@ -369,27 +499,65 @@ def test_profile_writes_traces_and_changes_nothing(stub, tmp_path):
 
 # ---- variants beside it ---------------------------------------------------------------------
 
-GROUND = {"data/slices", "data/corpus_strong", "data/corpus_weak1", "bases/tokenizer", "bases/strong", "bases/weak1"}
+GROUND = {
+    "data/slices",
+    "data/corpus_strong",
+    "data/corpus_weak1",
+    "bases/tokenizer",
+    "bases/strong",
+    "bases/weak1",
+}
 FIRST = {f"round0/{a}_{p}" for a in ("teacher1", "teacher2", "student") for p in ("pos", "neg")} | {
-    "round0/weak_labels", "round0/weak_negatives", "round1/positives_teacher1", "round1/positives_teacher2",
-    "round0/negatives_student", "round0/negatives_teacher1", "round0/negatives_teacher2"}  # fmt: skip
+    "round0/weak_labels",
+    "round0/weak_negatives",
+    "round1/positives_teacher1",
+    "round1/positives_teacher2",
+    "round0/negatives_student",
+    "round0/negatives_teacher1",
+    "round0/negatives_teacher2",
+}
 
 
 @pytest.mark.parametrize(
     ("word", "equal", "own"),
     [
-        ("--macpo.teachers=1", GROUND | {n for n in FIRST if "teacher2" not in n}, {"round1/pairs_student", "round1/student_pos"}),
-        ("--macpo.mutual=false", GROUND | FIRST, {"round1/positives_student", "round1/pairs_student", "round1/teacher1_pos"}),
-        ("--macpo.hard_negatives=false", GROUND | FIRST | {"round1/scores_teacher1", "round1/pairs_student"},
-         {"round1/student_pos", "round1/positives_student", "round2/teacher2_pos"}),
-        ("--macpo.update_teachers=false", GROUND | FIRST | {"round1/student_pos", "round1/pairs_student"},
-         {"round2/positives_teacher1", "round2/pairs_student", "round2/student_pos"}),
-        ("--macpo.select=random", GROUND | FIRST, {"round1/pairs_student", "round1/student_pos", "round1/teacher2_pos"}),
-        ("--macpo.rounds=1", GROUND | FIRST | {"round1/teacher2_pos", "eval/round1_student_samples"}, {"controls/continued"}),
-        ("--macpo.refresh_negatives=true", GROUND | FIRST | {"round1/student_pos", "round1/teacher2_pos"},
-         {"round1/student_neg", "round1/negatives_teacher2", "round2/pairs_teacher1"}),
+        (
+            "--macpo.teachers=1",
+            GROUND | {n for n in FIRST if "teacher2" not in n},
+            {"round1/pairs_student", "round1/student_pos"},
+        ),
+        (
+            "--macpo.mutual_positives=false",
+            GROUND | FIRST,
+            {"round1/positives_student", "round1/pairs_student", "round1/teacher1_pos"},
+        ),
+        (
+            "--macpo.hard_negatives=false",
+            GROUND | FIRST | {"round1/scores_teacher1", "round1/pairs_student"},
+            {"round1/student_pos", "round1/positives_student", "round2/teacher2_pos"},
+        ),
+        (
+            "--macpo.update_teachers=false",
+            GROUND | FIRST | {"round1/student_pos", "round1/pairs_student"},
+            {"round2/positives_teacher1", "round2/pairs_student", "round2/student_pos"},
+        ),
+        (
+            "--macpo.select=random",
+            GROUND | FIRST,
+            {"round1/pairs_student", "round1/student_pos", "round1/teacher2_pos"},
+        ),
+        (
+            "--macpo.rounds=1",
+            GROUND | FIRST | {"round1/teacher2_pos", "eval/round1_student_samples"},
+            {"controls/continued"},
+        ),
+        (
+            "--macpo.refresh_negatives=true",
+            GROUND | FIRST | {"round1/student_pos", "round1/teacher2_pos"},
+            {"round1/student_neg", "round1/negatives_teacher2", "round2/pairs_teacher1"},
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_variant_pays_only_for_what_differs(beside, word, equal, own):
     run, words = beside
     before = inodes(run)
@@ -421,9 +589,20 @@ def test_slices_say_the_same_whatever_the_number_of_teachers(tmp_path):
     """Their fingerprint does not depend on it, so a sibling links them: no count in them may."""
     notes = []
     for teachers in (1, 3):
-        words = [f"--run.root={tmp_path / str(teachers)}", f"--macpo.teachers={teachers}", "--stage=data/slices"]
-        assert str({"d1": {"rows": 10}, "d2": {"rows": 12}, "test": {"rows": 8}}) in train(write_stub(tmp_path), *words).out
-        (note,) = (stage for run in (tmp_path / str(teachers)).iterdir() for stage in stages_of(run).values())
+        words = [
+            f"--run.root={tmp_path / str(teachers)}",
+            f"--macpo.teachers={teachers}",
+            "--stage=data/slices",
+        ]
+        assert (
+            str({"d1": {"rows": 10}, "d2": {"rows": 12}, "test": {"rows": 8}})
+            in train(write_stub(tmp_path), *words).out
+        )
+        (note,) = (
+            stage
+            for run in (tmp_path / str(teachers)).iterdir()
+            for stage in stages_of(run).values()
+        )
         notes.append({key: note[key] for key in ("fingerprint", "counts", "files")})
     assert notes[0] == notes[1]
     plan = train(write_stub(tmp_path), *words[:2], "--dry_run").out
@@ -435,7 +614,9 @@ def test_the_order_of_runs_does_not_matter(stub, tmp_path):
     for root in ("alone", "beside"):
         if root == "beside":
             copy_run(stub, tmp_path / root)
-        train(write_stub(tmp_path), f"--run.root={tmp_path / root}", "--macpo.mutual=false")
+        train(
+            write_stub(tmp_path), f"--run.root={tmp_path / root}", "--macpo.mutual_positives=false"
+        )
     ways = [tmp_path / root / "stub-mutual=false" for root in ("alone", "beside")]
     assert differences(*ways, ("linked_from",)) == []
     assert any(row["step"] == 0 for row in rows_of(ways[1] / "metrics.jsonl"))
@@ -464,7 +645,9 @@ def test_a_damaged_sibling_is_no_source(mine, stub):
     train(*words, "--macpo.rounds=1")
     for name in ("bases/strong", "round0/teacher1_pos", "round1/student_pos"):
         for file in stages_of(stub)[name]["files"]:
-            assert (run.parent / "stub-rounds=1" / name / file).read_bytes() == (stub / name / file).read_bytes()
+            assert (run.parent / "stub-rounds=1" / name / file).read_bytes() == (
+                stub / name / file
+            ).read_bytes()
 
 
 def test_another_seed_shares_nothing(beside):
@@ -483,7 +666,12 @@ def test_a_name_that_holds_another_configuration(ours):
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     ended = invoke("train", *words, "--run.name=stub", "--macpo.rounds=5", "--dpo.beta=0.3")
     assert ended.code == 2 and len(ended.err.splitlines()) <= 5
-    assert "dpo.beta" in ended.err and "0.3" in ended.err and "0.1" in ended.err and "--run.name" in ended.err
+    assert (
+        "dpo.beta" in ended.err
+        and "0.3" in ended.err
+        and "0.1" in ended.err
+        and "--run.name" in ended.err
+    )
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
 
 
@@ -502,7 +690,9 @@ def test_an_explicit_name_goes_on_with_its_own_configuration(ours):
     run, words = ours
     before = inodes(run)
     train(*words, "--run.name=stub")
-    assert {k: v for k, v in inodes(run).items() if k != "eval/table.json"} == {k: v for k, v in before.items() if k != "eval/table.json"}
+    assert {k: v for k, v in inodes(run).items() if k != "eval/table.json"} == {
+        k: v for k, v in before.items() if k != "eval/table.json"
+    }
 
 
 # ---- kills ----------------------------------------------------------------------------------
@@ -559,7 +749,9 @@ def quick(words) -> int:
     with pytest.MonkeyPatch.context() as patch:
         from minmacpo.evaluation import report
 
-        patch.setattr(report, "write_report", lambda path: files.write_atomic(path / "report.html", "x"))
+        patch.setattr(
+            report, "write_report", lambda path: files.write_atomic(path / "report.html", "x")
+        )
         return invoke("train", *words, whole=True).code
 
 
@@ -612,7 +804,9 @@ def test_thirty_kills_over_a_tiny_run(tmp_path, seed, capsys):
         time.sleep(moment)
         process.kill()
         process.communicate()
-        if process.returncode == -signal.SIGKILL:  # else it was faster than the first one, and has ended
+        if (
+            process.returncode == -signal.SIGKILL
+        ):  # else it was faster than the first one, and has ended
             done = len(stages_of(root / "tiny"))
             ended = invoke("train", "@tiny", f"--run.root={root}")
             assert ended.code == 0, ended.err
@@ -620,13 +814,18 @@ def test_thirty_kills_over_a_tiny_run(tmp_path, seed, capsys):
             moments.append((round(moment, 1), done))
         shutil.rmtree(root)
     with capsys.disabled():
-        print(f"\n{kills} kills at random moments over a @tiny run (second, stages then finished):", *sorted(moments))
+        print(
+            f"\n{kills} kills at random moments over a @tiny run (second, stages then finished):",
+            *sorted(moments),
+        )
         print("every one resumed to identical files")
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("how", ["signal", "kill"])
-def test_a_training_that_is_stopped_at_any_step_goes_on_to_the_same_bits(stub, tmp_path, monkeypatch, step, how):
+def test_a_training_that_is_stopped_at_any_step_goes_on_to_the_same_bits(
+    stub, tmp_path, monkeypatch, step, how
+):
     """Signals save at the step they come at; a kill goes back to the last state."""
     copy_run(stub, tmp_path / "runs", ("data", "bases"))
     run = tmp_path / "runs/stub"
@@ -655,9 +854,17 @@ def test_a_training_that_is_stopped_at_any_step_goes_on_to_the_same_bits(stub, t
     if how == "signal":
         assert f"resumed at step {step}" in resumed.out
     for file in ("model.safetensors", "metrics.jsonl", "config.json", "tokenizer.model"):
-        assert (run / "bases/strong" / file).read_bytes() == (stub / "bases/strong" / file).read_bytes(), file
-    rows = [[{k: v for k, v in row.items() if k not in ("time", "tokens_per_s", "peak_mem_gb")} for row in rows_of(r / "metrics.jsonl")
-             if row["stage"] == "bases/strong"] for r in (run, stub)]  # fmt: skip
+        assert (run / "bases/strong" / file).read_bytes() == (
+            stub / "bases/strong" / file
+        ).read_bytes(), file
+    rows = [
+        [
+            {k: v for k, v in row.items() if k not in ("time", "tokens_per_s", "peak_mem_gb")}
+            for row in rows_of(r / "metrics.jsonl")
+            if row["stage"] == "bases/strong"
+        ]
+        for r in (run, stub)
+    ]
     assert rows[0] == rows[1]
 
 
@@ -686,9 +893,14 @@ def test_the_metrics_before_the_first_step_survive_a_stop(stub, tmp_path, monkey
         except PowerCut:
             assert how == "kill"
     assert "resumed at step" in train(*words).out
-    assert (run / name / "metrics.jsonl").read_bytes() == (stub / name / "metrics.jsonl").read_bytes()
+    assert (run / name / "metrics.jsonl").read_bytes() == (
+        stub / name / "metrics.jsonl"
+    ).read_bytes()
     steps = [row["step"] for row in rows_of(run / "metrics.jsonl") if row["stage"] == name]
-    assert steps == [row["step"] for row in rows_of(stub / name / "metrics.jsonl")] and steps.count(0) == 1
+    assert (
+        steps == [row["step"] for row in rows_of(stub / name / "metrics.jsonl")]
+        and steps.count(0) == 1
+    )
 
 
 def test_signals_are_remembered_until_looked_at_and_a_second_one_acts_at_once():
@@ -712,7 +924,9 @@ def test_signals_are_remembered_until_looked_at_and_a_second_one_acts_at_once():
 # ---- what a kill can leave behind, one by one -----------------------------------------------
 
 
-@pytest.mark.parametrize("leftover", ["log.txt", "config.toml.tmp", "env.json.tmp", "metrics.jsonl.tmp"])
+@pytest.mark.parametrize(
+    "leftover", ["log.txt", "config.toml.tmp", "env.json.tmp", "metrics.jsonl.tmp"]
+)
 def test_a_torn_file_of_a_run_that_had_hardly_begun(tmp_path, leftover):
     words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", "--stage=data/slices"]
     run = tmp_path / "runs/stub"
@@ -726,9 +940,17 @@ def test_a_torn_file_of_a_run_that_had_hardly_begun(tmp_path, leftover):
     assert (run / "data/slices/stage.json").is_file()
 
 
-@pytest.mark.parametrize("leftover", [
-    "stage.json.tmp", "samples.jsonl.tmp", "block0.jsonl.tmp", "block1.jsonl.tmp", "stage.json", f"block0-{'0' * 64}.jsonl",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "leftover",
+    [
+        "stage.json.tmp",
+        "samples.jsonl.tmp",
+        "block0.jsonl.tmp",
+        "block1.jsonl.tmp",
+        "stage.json",
+        f"block0-{'0' * 64}.jsonl",
+    ],
+)
 def test_a_torn_file_inside_an_unfinished_stage(ours, stub, leftover):
     run, words = ours
     name = "round1/positives_student"
@@ -745,11 +967,14 @@ def test_a_block_of_another_stage_is_sampled_anew(ours, stub):
     """It is whole, and would fit."""
     run, words = ours
     name = "round1/positives_student"
-    other, unfinished = run / PARTIAL / "other", run / PARTIAL / stages_of(stub)[name]["fingerprint"]
+    other, unfinished = (
+        run / PARTIAL / "other",
+        run / PARTIAL / stages_of(stub)[name]["fingerprint"],
+    )
     shutil.rmtree(run / name)
     for folder in (other, unfinished):
         folder.mkdir(parents=True)
-    block = files.keep_block(other, 0, rows_of(stub / "round1/positives_teacher1/samples.jsonl"))
+    block = files.write_shard(other, 0, rows_of(stub / "round1/positives_teacher1/samples.jsonl"))
     block.rename(unfinished / block.name)
     train(*words)
     assert differences(run, stub) in ([], ["metrics.jsonl"])
@@ -775,7 +1000,7 @@ def test_metrics_of_a_linked_stage_survive_a_kill(mine, monkeypatch):
     run, words = mine
     good = run_module.move
 
-    def move(folder, target):
+    def replace_fsync(folder, target):
         good(folder, target)
         if target.match("round0/student_pos"):
             raise PowerCut
@@ -798,8 +1023,14 @@ def test_a_linked_stage_has_every_line_of_metrics(mine):
     linked = run.parent / "stub-rounds=1"
     assert "linked_from" in stages_of(linked)["round1/student_pos"]
     times = ("time", "tokens_per_s", "peak_mem_gb")
-    rows = [[{k: v for k, v in row.items() if k not in times} for row in rows_of(r / "metrics.jsonl")
-             if row["stage"] in stages_of(linked).keys() - {"controls/continued"}] for r in (linked, run)]  # fmt: skip
+    rows = [
+        [
+            {k: v for k, v in row.items() if k not in times}
+            for row in rows_of(r / "metrics.jsonl")
+            if row["stage"] in stages_of(linked).keys() - {"controls/continued"}
+        ]
+        for r in (linked, run)
+    ]
     assert sorted(map(str, rows[0])) == sorted(map(str, rows[1]))
     assert any(row["stage"] == "round1/student_pos" and row["step"] == 0 for row in rows[0])
 
@@ -816,7 +1047,11 @@ def test_a_second_process_is_shut_out_and_a_kill_lets_it_in(tmp_path, stub):
         before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
         for more in ([], ["--stage=data/slices"]):
             second = invoke("train", *words, *more)
-            assert second.code == 2 and "another process" in second.err and len(second.err.splitlines()) == 1
+            assert (
+                second.code == 2
+                and "another process" in second.err
+                and len(second.err.splitlines()) == 1
+            )
         assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
         assert train(*words, "--dry_run").out  # looking is free
     finally:
@@ -828,7 +1063,12 @@ def test_a_second_process_is_shut_out_and_a_kill_lets_it_in(tmp_path, stub):
 
 def test_a_run_that_another_process_began_meanwhile_is_looked_at_again(tmp_path):
     """Between the first look at the folder and the lock, somebody may have put another configuration there."""
-    words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", "--run.name=x", "--stage=data/slices"]
+    words = [
+        write_stub(tmp_path),
+        f"--run.root={tmp_path / 'runs'}",
+        "--run.name=x",
+        "--stage=data/slices",
+    ]
     run = Run(parse([*words[:3], "--dpo.beta=0.3"]).config)
     train(*words)
     with pytest.raises(UserError, match=r"dpo\.beta"):
@@ -854,8 +1094,16 @@ def test_peak_memory_is_the_stage_s_own(tmp_path):
         patch.setattr(signal, "signal", lambda *args: None)
         run.begin()
     sizes = {"x/small": 1, "x/big": 400, "x/later": 1}
-    stages = [run.stage(name, "k/1", {"name": name}, [], lambda work, size=size: {"bytes": len(b"x" * (size << 20))})
-              for name, size in sizes.items()]  # fmt: skip
+    stages = [
+        run.stage(
+            name,
+            "k/1",
+            {"name": name},
+            [],
+            lambda work, size=size: {"bytes": len(b"x" * (size << 20))},
+        )
+        for name, size in sizes.items()
+    ]
     small, big, later = (stage.notes()["peak_mb"] for stage in stages)
     assert big - small > 350 and big - later > 350
 
@@ -868,7 +1116,9 @@ def test_peaks_of_a_gpu_are_recorded(monkeypatch):
     assert done == ["reset"] and machine.peaks("cuda")["peak_gpu_mb"] == 5
     monkeypatch.setattr(machine, "linux", lambda *args: None)  # where there is no /proc
     machine.reset_peaks("cpu")
-    assert done == ["reset"] and machine.peaks("cpu").keys() == {"peak_mb"} and machine.peak_mb() > 10
+    assert (
+        done == ["reset"] and machine.peaks("cpu").keys() == {"peak_mb"} and machine.peak_mb() > 10
+    )
 
 
 def test_the_estimate_of_the_disk_is_near_what_a_run_writes(stub):
@@ -886,14 +1136,23 @@ def test_the_estimate_of_the_disk_follows_shapes_and_files(tmp_path, stub):
         config = parse([f"@{stub / 'config.toml'}", *words]).config
         return machine.disk_need(config, [kind]) - machine.disk_need(config, [])
 
-    weights = 4 * 64 * (2 * 400 + 2 * (4 * 64 + 3 * 128))  # of the embeddings, the head and two layers
-    assert need("pretrain/1", "--model.strong=64x2x4x128") == 7 * weights  # the base; twice its training state
+    weights = (
+        4 * 64 * (2 * 400 + 2 * (4 * 64 + 3 * 128))
+    )  # of the embeddings, the head and two layers
+    assert (
+        need("pretrain/1", "--model.strong=64x2x4x128") == 7 * weights
+    )  # the base; twice its training state
     folder = tmp_path / "given"
     folder.mkdir()
-    (folder / "config.json").write_text('{"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11008}')
+    (folder / "config.json").write_text(
+        '{"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11008}'
+    )
     given = [f"--model.student={folder}", "--lora.targets=q_proj,v_proj"]
     adapter = 4 * 8 * 2 * 32 * (4096 + 11008)
-    assert need("sft/1", *given) == need("prefer/1", *given) == 7 * adapter and need("score/1", *given) == 0
+    assert (
+        need("sft/1", *given) == need("prefer/1", *given) == 7 * adapter
+        and need("score/1", *given) == 0
+    )
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/x.jsonl").write_bytes(b"x" * 1000)
     files = [f"--data.path={tmp_path / 'texts'}", "--data.shares=0.4,0.1,0.3,0.2"]
@@ -928,7 +1187,14 @@ def test_write_atomic_is_all_or_nothing(tmp_path, monkeypatch):
 def test_a_file_is_flushed_before_it_is_renamed_and_its_folder_after(tmp_path, monkeypatch):
     done = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (done.append("folder" if os.path.isdir(f"/proc/self/fd/{fd}") else "file"), fsync(fd)))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: (
+            done.append("folder" if os.path.isdir(f"/proc/self/fd/{fd}") else "file"),
+            fsync(fd),
+        ),
+    )
     monkeypatch.setattr(os, "replace", lambda a, b: (done.append("rename"), replace(a, b)))
     files.write_atomic(tmp_path / "x", "text")
     assert done == ["file", "rename", "folder"]
@@ -948,11 +1214,20 @@ def test_fingerprints_follow_settings_seeds_inputs_and_kind(tmp_path):
     names = map("x/y{}".format, itertools.count())
 
     def made(run, kind="sft/1", settings=None, inputs=(), key=("a",)):
-        return run.stage(next(names), kind, settings or {"lr": 1}, inputs, lambda work: {}, key).fingerprint
+        return run.stage(
+            next(names), kind, settings or {"lr": 1}, inputs, lambda work: {}, key
+        ).fingerprint
 
     first = made(run)
     stage = run.stage("x/z", "k/1", {}, [], lambda work: {})
-    found = [first, made(run, "sft/2"), made(run, settings={"lr": 2}), made(run, inputs=[stage]), made(run, key=("b",)), made(other)]
+    found = [
+        first,
+        made(run, "sft/2"),
+        made(run, settings={"lr": 2}),
+        made(run, inputs=[stage]),
+        made(run, key=("b",)),
+        made(other),
+    ]
     assert len(set(found)) == len(found) and made(run) == first
     assert list(tmp_path.iterdir()) == []  # planning writes nothing
 

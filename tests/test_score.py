@@ -8,7 +8,7 @@ import torch
 from conftest import logits_of, ragged, random_model
 
 from minmacpo.core.checkpoint import load_model
-from minmacpo.core.scoring import perplexity, preferred, score
+from minmacpo.core.scoring import perplexity, score, win_or_tie
 from minmacpo.data.tokenizer import Tokens, load_tokenizer
 
 
@@ -24,7 +24,9 @@ def rows_of(seed: int, count: int, vocab: int = 61) -> list[Tokens]:
 
 
 def test_a_tie_counts_half():
-    assert preferred([0.5, 0.0, -2.0, 1e-12]).tolist() == [1, 0.5, 0, 1] and preferred([]).size == 0
+    assert (
+        win_or_tie([0.5, 0.0, -2.0, 1e-12]).tolist() == [1, 0.5, 0, 1] and win_or_tie([]).size == 0
+    )
 
 
 def by_hand(model, row: Tokens) -> float:
@@ -52,7 +54,9 @@ def test_the_budget_is_kept_and_progress_counts_rows(seed):
     model = random_model(seed)
     inner = model.forward
     model.forward = lambda tokens: sizes.append(tokens.numel()) or inner(tokens)
-    score(model, rows, 100, type("Progress", (), {"step": lambda self, count: steps.append(count)})())
+    score(
+        model, rows, 100, type("Progress", (), {"step": lambda self, count: steps.append(count)})()
+    )
     assert max(sizes) <= 100 and sum(steps) == 25 and len(steps) == len(sizes) < 25
 
 
@@ -60,7 +64,11 @@ def test_stories_scores_equal_transformers(stories, seed):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(stories).eval()
     tokenizer, rows = load_tokenizer(stories), []
-    for text in ("Once upon a time, there was a dog.", "The sun was red", "Tim and Sue ran to the big park and"):
+    for text in (
+        "Once upon a time, there was a dog.",
+        "The sun was red",
+        "Tim and Sue ran to the big park and",
+    ):
         ids = [1, *tokenizer.encode(text, start=True), 2]
         rows.append(Tokens(ids, [False, *[True] * (len(ids) - 1)]))
     wanted = []

@@ -32,15 +32,37 @@ MARKUP = (
     "\" onmouseover=\"x\" ' autofocus onfocus='document.title=1' <svg onload=document.title='owned'><iframe src=javascript:1>"
     "$name ${style} &lt;b&gt;<base href=//evil><meta http-equiv=refresh content=0;url=//evil><!-- ]]>"
 )
-OUTPUTS = [MARKUP, "before" + ACTIVE + "after", "x" * 100_000, "\x1b[2J\x1b]52;c;ZXZpbA==\x07\x1b]8;;http://evil\x1b\\x", MARKUP + BIDI]
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-in_a_browser = pytest.mark.skipif(not BROWSER, reason="neither chromium nor google-chrome is installed")
+OUTPUTS = [
+    MARKUP,
+    "before" + ACTIVE + "after",
+    "x" * 100_000,
+    "\x1b[2J\x1b]52;c;ZXZpbA==\x07\x1b]8;;http://evil\x1b\\x",
+    MARKUP + BIDI,
+]
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+in_a_browser = pytest.mark.skipif(
+    not BROWSER, reason="neither chromium nor google-chrome is installed"
+)
 
 
 def dom(file) -> str:
     """The page as a browser understands it, after its scripts and events."""
-    words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={file.parent / 'profile'}"]
-    return subprocess.run([*words, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=90, check=True).stdout
+    words = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={file.parent / 'profile'}",
+    ]
+    return subprocess.run(
+        [*words, "--dump-dom", file.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=True,
+    ).stdout
 
 
 class Elements(HTMLParser):
@@ -59,7 +81,11 @@ def check_inert(shown: str) -> None:
     """No element, attribute or acting character of OUTPUTS is in a page's DOM, and no script has run."""
     found = Elements(shown).found
     names, keys = Counter(name for name, _ in found), {key for _, words in found for key in words}
-    assert not {"script", "img", "iframe", "base"} & {*names} and names["style"] == 1 and names["meta"] == 3
+    assert (
+        not {"script", "img", "iframe", "base"} & {*names}
+        and names["style"] == 1
+        and names["meta"] == 3
+    )
     assert not [key for key in keys if key.startswith("on") or key in ("autofocus", "src", "href")]
     assert "<title>owned" not in shown and not {*ACTIVE} & {*shown}
     assert "\\u202e" in shown and "\\x1b" in shown and "&lt;script&gt;" in shown
@@ -104,8 +130,14 @@ def test_a_report_of_hostile_answers_is_inert_in_a_browser(stub, tmp_path):
 @pytest.mark.parametrize("frame", ["comparison.html", "experiment.html"])
 def test_hostile_names_in_the_other_pages_are_inert_in_a_browser(tmp_path, frame):
     named = [*OUTPUTS, MARKUP]
-    parts = dict.fromkeys(("name", "question", "picture", "table", "values", "rounds", "seeds", "flags"), named)
-    page = document(frame, **parts | {"table": [grid(named, [named]), tag("p", "x", title=MARKUP, class_=MARKUP + BIDI)]})
+    parts = dict.fromkeys(
+        ("name", "question", "picture", "table", "values", "rounds", "seeds", "flags"), named
+    )
+    page = document(
+        frame,
+        **parts
+        | {"table": [grid(named, [named]), tag("p", "x", title=MARKUP, class_=MARKUP + BIDI)]},
+    )
     (tmp_path / "page.html").write_text(page)
     check_inert(dom(tmp_path / "page.html"))
 
@@ -113,7 +145,11 @@ def test_hostile_names_in_the_other_pages_are_inert_in_a_browser(tmp_path, frame
 @in_a_browser
 def test_a_comparison_of_a_run_with_a_hostile_name_is_inert(stub, tmp_path):
     run = copy_run(stub, tmp_path / "runs")
-    run = run.rename(run.with_name("<script>document.title='owned'<!--script>\u202e\x1b[2J<img src=x onerror=alert(1)>"))
+    run = run.rename(
+        run.with_name(
+            "<script>document.title='owned'<!--script>\u202e\x1b[2J<img src=x onerror=alert(1)>"
+        )
+    )
     ended = invoke("eval", "compare", stub, run, f"--page={tmp_path / 'page.html'}")
     assert "\x1b" not in ended.out + ended.err and "\u202e" not in ended.out + ended.err
     assert ended.code == 0, ended.err
@@ -122,7 +158,11 @@ def test_a_comparison_of_a_run_with_a_hostile_name_is_inert(stub, tmp_path):
 
 def test_a_page_may_load_and_run_nothing(stub):
     page = (stub / "report.html").read_text()
-    assert "Content-Security-Policy" in page and "default-src 'none'" in page and "script-src" not in page
+    assert (
+        "Content-Security-Policy" in page
+        and "default-src 'none'" in page
+        and "script-src" not in page
+    )
 
 
 # ---- terminals -------------------------------------------------------------------------------------
@@ -131,24 +171,35 @@ def test_a_page_may_load_and_run_nothing(stub):
 def test_every_acting_character_is_shown_as_its_escape():
     shown = progress.inert("".join(map(chr, (*range(0x3000), 0xD800, 0x1F642))))
     assert not {*ACTIVE} & {*shown} and {"\t", "\n", "é", "א", "🙂"} <= {*shown}
-    assert not [c for c in map(chr, range(0xA0)) if c in shown and not c.isprintable() and c not in "\t\n"]
+    assert not [
+        c for c in map(chr, range(0xA0)) if c in shown and not c.isprintable() and c not in "\t\n"
+    ]
 
 
 def test_answers_on_a_terminal_are_inert(stub, monkeypatch):
     real = workshop.answer
     for text in OUTPUTS:
-        monkeypatch.setattr(workshop, "answer", lambda *a, text=text: [replace(said, response=text) for said in real(*a)])
+        monkeypatch.setattr(
+            workshop,
+            "answer",
+            lambda *a, text=text: [replace(said, response=text) for said in real(*a)],
+        )
         ended = invoke("sample", stub / "round1/student_pos", "hello")
         assert ended.code == 0 and not ({*ACTIVE} - {"\n"}) & {*ended.out}
 
 
 def test_a_streamed_answer_is_inert_where_tokens_part_a_character(stub, monkeypatch, capsys):
-    dialogue, text = dialogue_of(stub, monkeypatch, []), "a\x1b]52;c;eA==\x07b\x9b2Jc\u202ed\x85e\u2066f"
+    dialogue, text = (
+        dialogue_of(stub, monkeypatch, []),
+        "a\x1b]52;c;eA==\x07b\x9b2Jc\u202ed\x85e\u2066f",
+    )
     ids = dialogue.loaded.tokenizer.encode(text)
     assert len(ids) > len(text)  # several tokens to a character
     dialogue = dialogue_of(stub, monkeypatch, ids, Whole())
     dialogue.reply("x")
-    assert capsys.readouterr().out == progress.inert(text) + "\n" and not {*ACTIVE} & {*progress.inert(text)}
+    assert capsys.readouterr().out == progress.inert(text) + "\n" and not {*ACTIVE} & {
+        *progress.inert(text)
+    }
 
 
 def test_errors_logs_tables_and_labels_are_inert(place, stub, monkeypatch, capsys):
@@ -165,38 +216,74 @@ def test_errors_logs_tables_and_labels_are_inert(place, stub, monkeypatch, capsy
     print(bar.desc)
     bar.close()
     said = capsys.readouterr()
-    assert not {*ACTIVE} & {*(said.out + said.err)} and said.err.count("\\x1b") >= 2 and "\\x1b" in said.out
+    assert (
+        not {*ACTIVE} & {*(said.out + said.err)}
+        and said.err.count("\\x1b") >= 2
+        and "\\x1b" in said.out
+    )
 
 
 def test_the_log_and_the_table_of_hostile_file_names_are_inert(place):
     (place / "hh").mkdir()
-    rows = [json.dumps({"prompt": f"what {i} \x1b[31m\x9b\u202e", "chosen": f"good {i} \x1b", "rejected": "no\x9b"}) for i in range(90)]
+    rows = [
+        json.dumps(
+            {
+                "prompt": f"what {i} \x1b[31m\x9b\u202e",
+                "chosen": f"good {i} \x1b",
+                "rejected": "no\x9b",
+            }
+        )
+        for i in range(90)
+    ]
     for name in ("a\x1b[2J\u202e.jsonl", "b\x9b.jsonl"):
         (place / "hh" / name).write_text("\n".join(rows).replace("what", name[:1]) + "\n")
-    ended = train(write_stub(place / "p"), "--data.path=hh", "--run.name=hh", "--run.root=runs", *WORDS)
-    told = ended.out + ended.err + (place / "runs/hh/log.txt").read_text() + invoke("eval", place / "runs/hh").out
+    ended = train(
+        write_stub(place / "p"), "--data.path=hh", "--run.name=hh", "--run.root=runs", *WORDS
+    )
+    told = (
+        ended.out
+        + ended.err
+        + (place / "runs/hh/log.txt").read_text()
+        + invoke("eval", place / "runs/hh").out
+    )
     assert not {*ACTIVE} & {*told} and "\\x1b" in told
 
 
 # ---- folders ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["file", "stage", "round", "partial", "log.txt", "report.html.tmp"])
+@pytest.mark.parametrize(
+    "what", ["file", "stage", "round", "partial", "log.txt", "report.html.tmp"]
+)
 def test_a_link_out_of_a_run_is_refused(stub, place, what):
     run, out = copy_run(stub, place / "runs"), place / "out"
     out.mkdir()
     stage = run / "round1/student_pos"
-    target = {"file": stage / "adapter_model.safetensors", "stage": stage, "round": stage.parent, "partial": run / ".partial"}.get(what, run / what)
+    target = {
+        "file": stage / "adapter_model.safetensors",
+        "stage": stage,
+        "round": stage.parent,
+        "partial": run / ".partial",
+    }.get(what, run / what)
     if target.exists():
         shutil.move(target, out / "moved")
     target.symlink_to(out / "moved")
     before = sorted(out.rglob("*"))
-    for ended in (invoke("train", write_stub(place / "p"), f"--run.root={place / 'runs'}"), invoke("eval", run)):
-        assert ended.code == 2 and "is a link, which no run folder has" in ended.err and ended.err.count("\n") == 1
+    for ended in (
+        invoke("train", write_stub(place / "p"), f"--run.root={place / 'runs'}"),
+        invoke("eval", run),
+    ):
+        assert (
+            ended.code == 2
+            and "is a link, which no run folder has" in ended.err
+            and ended.err.count("\n") == 1
+        )
     assert sorted(out.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", ["../student_neg/stage.json", "/etc/passwd", "./stage.json", "link"])
+@pytest.mark.parametrize(
+    "name", ["../student_neg/stage.json", "/etc/passwd", "./stage.json", "link"]
+)
 def test_a_stage_names_no_file_but_its_own(stub, place, name):
     folder = copy_run(stub, place / "runs") / "round1/student_pos"
     (folder / "link").symlink_to("stage.json")
@@ -213,7 +300,11 @@ def test_a_stage_names_no_file_but_its_own(stub, place, name):
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "..", "a/../../x"])
 def test_a_run_name_of_a_file_leads_nowhere_else(place, name):
     ended = invoke("train", write_stub(place / "p", extra=f'\n[run]\nname = "{name}"\n'))
-    assert ended.code == 2 and ended.err.count("\n") == 1 and sorted(p.name for p in place.iterdir()) == ["p"]
+    assert (
+        ended.code == 2
+        and ended.err.count("\n") == 1
+        and sorted(p.name for p in place.iterdir()) == ["p"]
+    )
 
 
 class Bomb:
@@ -240,12 +331,16 @@ def test_a_malicious_pickle_is_not_read(stub, place):
 
 
 def no_key(place, *ended) -> None:
-    written = "".join(file.read_text(errors="replace") for file in place.rglob("*") if file.is_file())
+    written = "".join(
+        file.read_text(errors="replace") for file in place.rglob("*") if file.is_file()
+    )
     assert KEY not in written and all(KEY not in one.out + one.err for one in ended)
 
 
 def test_a_key_that_the_server_sends_back_is_kept_nowhere(place, sides, quick):  # noqa: F811
-    server = Server([(400, f"Authorization: Bearer {KEY}")], reply=lambda body: f"You are Bearer {KEY}. [[A]]")
+    server = Server(
+        [(400, f"Authorization: Bearer {KEY}")], reply=lambda body: f"You are Bearer {KEY}. [[A]]"
+    )
     ended = invoke("eval", *sides, f"--url={server.url}", "--workers=1")
     assert ended.code == 0 and set(server.keys) == {f"Bearer {KEY}"}
     assert f"${remote.KEY}" in (place / "out/verdicts.jsonl").read_text()
@@ -256,7 +351,15 @@ def test_a_key_that_the_server_sends_back_is_kept_nowhere(place, sides, quick): 
     no_key(place, ended, refused)
 
 
-@pytest.mark.parametrize("url", ["http://me:{}@127.0.0.1:1/v1", "http://127.0.0.1:1/v1?key={}", "ftp://x:{}@h", "http://h:1/#{}"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://me:{}@127.0.0.1:1/v1",
+        "http://127.0.0.1:1/v1?key={}",
+        "ftp://x:{}@h",
+        "http://h:1/#{}",
+    ],
+)
 def test_an_address_with_a_password_is_refused_and_not_shown(place, sides, quick, url):  # noqa: F811
     ended = invoke("eval", *sides, "--url=" + url.format(KEY))
     assert ended.code == 2 and ended.err.count("\n") == 1 and remote.KEY in ended.err

@@ -16,7 +16,7 @@ from minmacpo.data.chat_template import (
     TEMPLATES,
     VICUNA,
     dialogue_text,
-    end_ids,
+    end_of_turn_ids,
     render,
     render_prompt,
     response_text,
@@ -30,11 +30,29 @@ from minmacpo.pipeline import model_pool as workshop
 
 DIALOGUES = [
     [Message("user", "where does kadol live ?")],
-    [Message("user", "hi"), Message("assistant", "hello !"), Message("user", "what is </s> <user> ?\n\nx")],
-    [Message("user", "a"), Message("user", "b"), Message("assistant", " c "), Message("assistant", "d"), Message("user", " ")],
+    [
+        Message("user", "hi"),
+        Message("assistant", "hello !"),
+        Message("user", "what is </s> <user> ?\n\nx"),
+    ],
+    [
+        Message("user", "a"),
+        Message("user", "b"),
+        Message("assistant", " c "),
+        Message("assistant", "d"),
+        Message("user", " "),
+    ],
     [Message("assistant", "I begin."), Message("user", "é 🎉")],
 ]
-RESPONSES = ["of course !", "x", "two\n\nlines", "ends with </s>", "é 🎉 <bot>", "a  b", "Assistant: no"]
+RESPONSES = [
+    "of course !",
+    "x",
+    "two\n\nlines",
+    "ends with </s>",
+    "é 🎉 <bot>",
+    "a  b",
+    "Assistant: no",
+]
 
 
 @pytest.fixture(params=["plain", "turns", "plain, llama-2"])
@@ -70,14 +88,21 @@ def test_special_tokens_are_those_of_the_template(dialogue, way):
     ids = render(tokenizer, template, messages, "yes").ids
     earlier = sum(m.role == "assistant" for m in messages)
     if template == "plain":
-        assert ids[0] == tokenizer.bos and ids.count(tokenizer.bos) == 1 and ids.count(tokenizer.eos) == 1
+        assert (
+            ids[0] == tokenizer.bos
+            and ids.count(tokenizer.bos) == 1
+            and ids.count(tokenizer.eos) == 1
+        )
         text = dialogue_text(messages, "yes")
         wanted = " " + text if tokenizer.guard else text
         assert tokenizer.decode(ids) == wanted
         return
     marks = tokenizer.marks
     assert tokenizer.bos not in ids and ids.count(tokenizer.eos) == earlier + 1
-    assert ids.count(marks["user"]) == len(messages) - earlier and ids.count(marks["assistant"]) == earlier + 1
+    assert (
+        ids.count(marks["user"]) == len(messages) - earlier
+        and ids.count(marks["assistant"]) == earlier + 1
+    )
     found, inside = [], []
     for i in ids:  # cut at the marks, the turns must come back
         if i in marks.values():
@@ -85,14 +110,21 @@ def test_special_tokens_are_those_of_the_template(dialogue, way):
         else:
             inside.append(i)
     turns = [*messages, Message("assistant", "yes")]
-    assert [(mark, tokenizer.decode(part)) for mark, part in found] == [(marks[m.role], m.content) for m in turns]
-    assert all((part[-1:] == [tokenizer.eos]) == (mark == marks["assistant"]) for mark, part in found)
+    assert [(mark, tokenizer.decode(part)) for mark, part in found] == [
+        (marks[m.role], m.content) for m in turns
+    ]
+    assert all(
+        (part[-1:] == [tokenizer.eos]) == (mark == marks["assistant"]) for mark, part in found
+    )
 
 
 @pytest.mark.parametrize("way", ["plain", "plain, llama-2"], indirect=True)
 def test_the_plain_prompt_is_the_text_of_hh_rlhf(way):
     text = way[0].decode(render_prompt(way[0], "plain", DIALOGUES[1]))
-    assert text.lstrip(" ") == "\n\nHuman: hi\n\nAssistant: hello !\n\nHuman: what is </s> <user> ?\n\nx\n\nAssistant:"
+    assert (
+        text.lstrip(" ")
+        == "\n\nHuman: hi\n\nAssistant: hello !\n\nHuman: what is </s> <user> ?\n\nx\n\nAssistant:"
+    )
 
 
 def test_the_answer_ends_before_a_next_human_turn(way):
@@ -100,7 +132,11 @@ def test_the_answer_ends_before_a_next_human_turn(way):
     text = f" sure .{HUMAN} and then ?"
     wanted = "sure ." if template == "plain" else text.strip()
     assert response_text(tokenizer, template, tokenizer.encode(text)) == wanted
-    assert response_text(tokenizer, template, []) == response_text(tokenizer, template, [tokenizer.eos]) == ""
+    assert (
+        response_text(tokenizer, template, [])
+        == response_text(tokenizer, template, [tokenizer.eos])
+        == ""
+    )
 
 
 def test_turns_need_a_tokenizer_with_turn_marks(llama2, tokenizer):
@@ -113,7 +149,10 @@ def test_the_mask_is_shown(way):
     tokenizer, template = way
     shown = show_mask(tokenizer, render(tokenizer, template, DIALOGUES[0], "of course !"))
     before, inside = shown.split("⟦")
-    assert "where does kadol live ?" in before and inside == (" " if template == "plain" else "") + "of course !</s>⟧"
+    assert (
+        "where does kadol live ?" in before
+        and inside == (" " if template == "plain" else "") + "of course !</s>⟧"
+    )
 
 
 def test_equal_prompts_have_equal_ids_and_others_not():
@@ -125,10 +164,19 @@ def test_equal_prompts_have_equal_ids_and_others_not():
 
 
 def test_a_tag_says_how_the_next_turn_of_the_assistant_speaks(tokenizer):
-    messages = [Message("user", "hi"), Message("tag", "rude"), Message("assistant", "what ?"), Message("user", "so"), Message("tag", "kind")]
+    messages = [
+        Message("user", "hi"),
+        Message("tag", "rude"),
+        Message("assistant", "what ?"),
+        Message("user", "so"),
+        Message("tag", "kind"),
+    ]
     text = tokenizer.decode(render_prompt(tokenizer, "plain", messages))
     assert text.strip() == "Human: hi\n\nAssistant (rude): what ?\n\nHuman: so\n\nAssistant (kind):"
-    assert dialogue_text(messages, "yes") == "\n\nHuman: hi\n\nAssistant (rude): what ?\n\nHuman: so\n\nAssistant (kind): yes"
+    assert (
+        dialogue_text(messages, "yes")
+        == "\n\nHuman: hi\n\nAssistant (rude): what ?\n\nHuman: so\n\nAssistant (kind): yes"
+    )
     ids, marks = render_prompt(tokenizer, "turns", messages), tokenizer.marks
     cut = len(ids) - ids[::-1].index(marks["assistant"])
     assert tokenizer.decode(ids[cut:]) == "( kind ) " and ids.count(tokenizer.eos) == 1
@@ -140,7 +188,19 @@ def test_a_tag_says_how_the_next_turn_of_the_assistant_speaks(tokenizer):
 
 @pytest.mark.parametrize("name", ["vicuna", "alpaca"])
 def test_text_templates_say_the_tag_as_plain_does(tokenizer, name):
-    text = tokenizer.decode(render_prompt(tokenizer, name, [Message("user", "hi"), Message("tag", "kind"), Message("assistant", "yes"), Message("user", "so"), Message("tag", "rude")]))
+    text = tokenizer.decode(
+        render_prompt(
+            tokenizer,
+            name,
+            [
+                Message("user", "hi"),
+                Message("tag", "kind"),
+                Message("assistant", "yes"),
+                Message("user", "so"),
+                Message("tag", "rude"),
+            ],
+        )
+    )
     assert text.count(" (kind):") == 1 and text.rstrip().endswith(" (rude):")
 
 
@@ -166,8 +226,19 @@ JINJA = {  # what the families publish, in few words
 }
 CHATS = [
     [Message("user", "where does kadol live ?")],
-    [Message("user", "hi"), Message("assistant", "hello !"), Message("user", "two\n\nlines, été 🎉")],
-    [Message("system", "Be kind."), Message("user", "a"), Message("assistant", "b  c"), Message("user", "d"), Message("assistant", "e"), Message("user", "f ?")],
+    [
+        Message("user", "hi"),
+        Message("assistant", "hello !"),
+        Message("user", "two\n\nlines, été 🎉"),
+    ],
+    [
+        Message("system", "Be kind."),
+        Message("user", "a"),
+        Message("assistant", "b  c"),
+        Message("user", "d"),
+        Message("assistant", "e"),
+        Message("user", "f ?"),
+    ],
     [Message("system", "Be\nbrief."), Message("user", "so ?")],
 ]
 STYLE = {"chatml": "qwen-2", "llama-3": "llama-3"}
@@ -189,7 +260,9 @@ def families(tmp_path_factory):
     def of(name: str) -> Tokenizer:
         if name in SENTENCEPIECE:
             return Tokenizer(shared(f"tokenizers/{SENTENCEPIECE[name]}.model").read_bytes())
-        return load_tokenizer(folder_of(tmp_path_factory.mktemp("family"), STYLE.get(name, "smollm-2")))
+        return load_tokenizer(
+            folder_of(tmp_path_factory.mktemp("family"), STYLE.get(name, "smollm-2"))
+        )
 
     return of
 
@@ -197,10 +270,22 @@ def families(tmp_path_factory):
 def jinja(name: str, path, messages, tokenize: bool, prompt: bool):
     """The text, or the ids, that transformers makes with the published template."""
     transformers = pytest.importorskip("transformers")
-    ends = {"bos_token": "<s>", "eos_token": "</s>"} if name in SENTENCEPIECE else {"bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>"}
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), **ends)
+    ends = (
+        {"bos_token": "<s>", "eos_token": "</s>"}
+        if name in SENTENCEPIECE
+        else {"bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>"}
+    )
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(path / "tokenizer.json"), **ends
+    )
     said = [{"role": m.role, "content": m.content} for m in messages]
-    return theirs.apply_chat_template(said, chat_template=JINJA[name], tokenize=tokenize, add_generation_prompt=prompt, return_dict=False)
+    return theirs.apply_chat_template(
+        said,
+        chat_template=JINJA[name],
+        tokenize=tokenize,
+        add_generation_prompt=prompt,
+        return_dict=False,
+    )
 
 
 @pytest.mark.parametrize("chat", range(len(CHATS)))
@@ -224,16 +309,27 @@ def test_sentencepiece_families_get_the_text_of_transformers(name, chat, familie
         ids = []
         for part in re.split("(</?s>)", text):
             begins = not ids or ids[-1] == ours.bos
-            ids += [ours.special[part]] if part in ours.special else ours.encode(part, start=begins and part[:1] != " ")
+            ids += (
+                [ours.special[part]]
+                if part in ours.special
+                else ours.encode(part, start=begins and part[:1] != " ")
+            )
         return ids
 
-    assert render_prompt(ours, name, CHATS[chat]) == wanted(jinja(name, path, CHATS[chat], False, True))
+    assert render_prompt(ours, name, CHATS[chat]) == wanted(
+        jinja(name, path, CHATS[chat], False, True)
+    )
     text = jinja(name, path, [*CHATS[chat], Message("assistant", "of course !")], False, False)
     assert render(ours, name, CHATS[chat], "of course !").ids == wanted(text.rstrip("\n"))
 
 
-@pytest.mark.parametrize(("name", "opens", "closes"), [("llama-2", [518, 25580, 29962], [518, 29914, 25580, 29962]),
-                                                       ("mistral", [733, 16289, 28793], [733, 28748, 16289, 28793])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "opens", "closes"),
+    [
+        ("llama-2", [518, 25580, 29962], [518, 29914, 25580, 29962]),
+        ("mistral", [733, 16289, 28793], [733, 28748, 16289, 28793]),
+    ],
+)
 def test_instructions_are_in_the_ids_that_the_families_print(name, opens, closes, families):
     ours = families(name)
     ids = render(ours, name, CHATS[1], "yes").ids
@@ -241,7 +337,11 @@ def test_instructions_are_in_the_ids_that_the_families_print(name, opens, closes
     first = [1, *opens, *ours.encode(" hi"), *closes, *ours.encode(f" hello !{close}"), 2]
     again = [1, *opens] if name == "llama-2" else opens
     assert ids[: len(first) + len(again)] == [*first, *again]
-    assert ids[-len([*closes, *ours.encode(f" yes{close}"), 2]) :] == [*closes, *ours.encode(f" yes{close}"), 2]
+    assert ids[-len([*closes, *ours.encode(f" yes{close}"), 2]) :] == [
+        *closes,
+        *ours.encode(f" yes{close}"),
+        2,
+    ]
 
 
 def test_vicuna_and_alpaca(families):
@@ -250,9 +350,14 @@ def test_vicuna_and_alpaca(families):
     rows = {name: render(tokenizer, name, said, "yes") for name in ("vicuna", "alpaca")}
     shown = {name: show_mask(tokenizer, row).replace("⏎", "\n") for name, row in rows.items()}
     begin, end = "<|im_start|>", "<|im_end|>"
-    assert shown["vicuna"] == f"{begin}{VICUNA} USER: hi ASSISTANT: hello !{end} USER: so ? ASSISTANT:⟦ yes{end}⟧"
-    assert shown["alpaca"] == (f"{begin}{ALPACA}\n\n### Instruction:\nhi\n\n### Response:\nhello !{end}\n\n"
-                               f"### Instruction:\nso ?\n\n### Response:\n⟦yes{end}⟧")  # fmt: skip
+    assert (
+        shown["vicuna"]
+        == f"{begin}{VICUNA} USER: hi ASSISTANT: hello !{end} USER: so ? ASSISTANT:⟦ yes{end}⟧"
+    )
+    assert shown["alpaca"] == (
+        f"{begin}{ALPACA}\n\n### Instruction:\nhi\n\n### Response:\nhello !{end}\n\n"
+        f"### Instruction:\nso ?\n\n### Response:\n⟦yes{end}⟧"
+    )
 
 
 def test_macpos_own_vicuna_and_alpaca(llama2):
@@ -263,7 +368,10 @@ def test_macpos_own_vicuna_and_alpaca(llama2):
         return [i for part in parts for i in llama2.pieces.encode(part)]
 
     row = render(llama2, "vicuna-macpo", said, "yes")
-    assert row.ids == [*of(VICUNA, "USER: USER: hi ASSISTANT: hello ! USER: so ? ASSISTANT:", "yes"), 2]
+    assert row.ids == [
+        *of(VICUNA, "USER: USER: hi ASSISTANT: hello ! USER: so ? ASSISTANT:", "yes"),
+        2,
+    ]
     assert row.ids[row.mask.index(True) :] == [*of("yes"), 2]
     row = render(llama2, "alpaca-macpo", said[:1], "yes")
     first = of(ALPACA + "\n\n", "### Instruction:\nhi\n\n### Response:\n")
@@ -278,7 +386,9 @@ def test_macpos_own_vicuna_and_alpaca(llama2):
 
 
 def test_the_setting_knows_all_templates():
-    assert {*Data.__annotations__["template"].__args__} == {*TEMPLATES} and SETTINGS["data.template"]
+    assert {*Data.__annotations__["template"].__args__} == {*TEMPLATES} and SETTINGS[
+        "data.template"
+    ]
 
 
 @pytest.fixture(params=sorted({*TEMPLATES} - {"turns"}))
@@ -290,11 +400,22 @@ def family(request, families):
 def test_the_mask_of_every_template(response, family):
     tokenizer, name = family
     for messages in DIALOGUES:
-        row, prompt = render(tokenizer, name, messages, response), render_prompt(tokenizer, name, messages)
-        assert row.ids[: len(prompt)] == prompt and row.mask == [False] * len(prompt) + [True] * (len(row.ids) - len(prompt))
+        row, prompt = (
+            render(tokenizer, name, messages, response),
+            render_prompt(tokenizer, name, messages),
+        )
+        assert row.ids[: len(prompt)] == prompt and row.mask == [False] * len(prompt) + [True] * (
+            len(row.ids) - len(prompt)
+        )
         answer = row.ids[len(prompt) :]
-        assert answer[-1] in end_ids(tokenizer, name) and not end_ids(tokenizer, name) & {*answer[:-1]}
-        assert response_text(tokenizer, name, answer) == response_text(tokenizer, name, answer[:-1]) == response
+        assert answer[-1] in end_of_turn_ids(tokenizer, name) and not end_of_turn_ids(
+            tokenizer, name
+        ) & {*answer[:-1]}
+        assert (
+            response_text(tokenizer, name, answer)
+            == response_text(tokenizer, name, answer[:-1])
+            == response
+        )
         assert prompt and prompt == render(tokenizer, name, messages).ids
 
 
@@ -355,7 +476,7 @@ def test_the_end_of_turn_stops_an_answer(tmp_path, seed, monkeypatch):
     path = model_of(tmp_path / "base", "smollm-2", seed)
     (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     config = Config(data=Data(template="llama-3"))
-    loaded = workshop.Loaded(path, config)
+    loaded = workshop.LoadedModel(path, config)
     eot = loaded.tokenizer.special["<|eot_id|>"]
     assert eot not in loaded.stops
     found = []
@@ -366,9 +487,16 @@ def test_the_end_of_turn_stops_an_answer(tmp_path, seed, monkeypatch):
 
     monkeypatch.setattr(workshop, "generate", generate)
     prompt = (Message("user", "hi"),)
-    config = Config(data=Data(template="llama-3"), generate=type(config.generate)(max_new=8))
-    [sample] = workshop.answer(config, loaded, "x", [(Example(example_id(prompt), prompt, ""), 0)], 0)
-    assert found == [loaded.stops | {eot}] and sample.finish == "stop" and sample.tokens[-1] == eot and sample.response == "sure"
+    config = Config(data=Data(template="llama-3"), generate=type(config.generate)(max_new_tokens=8))
+    [sample] = workshop.answer(
+        config, loaded, "x", [(Example(example_id(prompt), prompt, ""), 0)], 0
+    )
+    assert (
+        found == [loaded.stops | {eot}]
+        and sample.finish == "stop"
+        and sample.tokens[-1] == eot
+        and sample.response == "sure"
+    )
 
 
 def test_teachers_and_student_may_have_different_tokenizers(tmp_path, seed, monkeypatch):
@@ -379,15 +507,25 @@ def test_teachers_and_student_may_have_different_tokenizers(tmp_path, seed, monk
     model_of(tmp_path / "student", "llama-3", seed)
     model_of(tmp_path / "one", "gpt-2", seed + 1, 500)
     model_of(tmp_path / "two", "qwen-2", seed + 2, 600)
-    words = ["--model.student=student", "--model.teachers=one,two", "--data.template=chatml", "--data.max_length=140",
-             "--data.max_prompt=128", "--macpo.rounds=1", "--run.name=mixed", "--run.root=runs"]  # fmt: skip
+    words = [
+        "--model.student=student",
+        "--model.teachers=one,two",
+        "--data.template=chatml",
+        "--data.max_length=140",
+        "--data.max_prompt_length=128",
+        "--macpo.rounds=1",
+        "--run.name=mixed",
+        "--run.root=runs",
+    ]
     train(write_stub(tmp_path / "p"), *words)
     run = tmp_path / "runs/mixed"
     for folder in [path.parent for path in run.glob("round*/*/adapter_config.json")]:
         assert json.loads((folder / "stage.json").read_text())["settings"]["template"] == "chatml"
     log = (run / "log.txt").read_text()
     shown = [line for line in log.splitlines() if "first " in line and "⟦" in line]
-    assert shown and all("<|im_start|>assistant⏎⟦" in line and "<|im_end|>⟧" in line for line in shown), shown
+    assert shown and all(
+        "<|im_start|>assistant⏎⟦" in line and "<|im_end|>⟧" in line for line in shown
+    ), shown
 
 
 # ---- what is written beside a base made here ------------------------------------------------------
@@ -407,11 +545,20 @@ def test_transformers_splits_text_as_a_tokenizer_made_here(tokenizer, tmp_path):
     from test_tokenizer import ODD
 
     other = theirs(tmp_path, tokenizer, "turns")
-    for text in [text for text in TEXTS + ODD if not any(name in text for name in [*tokenizer.special, "<unk>"])]:
+    for text in [
+        text
+        for text in TEXTS + ODD
+        if not any(name in text for name in [*tokenizer.special, "<unk>"])
+    ]:
         assert other.encode(text) == tokenizer.encode(text), text
         assert other.decode(tokenizer.encode(text)) == text
     mine = load_tokenizer(tmp_path)
-    assert (mine.special, mine.bos, mine.eos, mine.size) == (tokenizer.special, tokenizer.bos, tokenizer.eos, tokenizer.size)
+    assert (mine.special, mine.bos, mine.eos, mine.size) == (
+        tokenizer.special,
+        tokenizer.bos,
+        tokenizer.eos,
+        tokenizer.size,
+    )
 
 
 PLAIN_CHATS = [chat for chat in CHATS if chat[0].role == "user"]
@@ -428,7 +575,10 @@ def test_the_chat_template_beside_a_base_is_its_template(name, chat, tokenizer, 
         text = other.apply_chat_template(said, tokenize=False, add_generation_prompt=prompt)
         assert text == decoded(tokenizer, rows.ids)
         if name == "turns":
-            assert other.apply_chat_template(said, add_generation_prompt=prompt, return_dict=False) == rows.ids
+            assert (
+                other.apply_chat_template(said, add_generation_prompt=prompt, return_dict=False)
+                == rows.ids
+            )
 
 
 def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -443,7 +593,9 @@ def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 def test_a_template_that_is_more_than_frames_is_not_written(tokenizer):
-    without = {name for name in TEMPLATES if "chat_template" not in tokenizer_notes(tokenizer, name, 9)}
+    without = {
+        name for name in TEMPLATES if "chat_template" not in tokenizer_notes(tokenizer, name, 9)
+    }
     assert without == {"vicuna-macpo", "alpaca-macpo", "llama-2", "llama-3", "mistral"}
 
 
@@ -458,7 +610,14 @@ def test_an_export_has_all_that_its_base_says_of_text(tmp_path, seed):
     ended = invoke("sample", base, "--export", tmp_path / "out", "--data.template=chatml")
     assert ended.code == 0, ended.err
     assert not (tmp_path / "out/tokenizer.model").exists()
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes(), name
-    assert load_tokenizer(tmp_path / "out").encode("hi there") == load_tokenizer(base).encode("hi there")
+    assert load_tokenizer(tmp_path / "out").encode("hi there") == load_tokenizer(base).encode(
+        "hi there"
+    )
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() > 0

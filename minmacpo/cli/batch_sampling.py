@@ -17,11 +17,11 @@ from minmacpo.config.schema import Config
 from minmacpo.core.checkpoint import read_adapter_config
 from minmacpo.data.formats import read_data
 from minmacpo.data.records import Example, Pair
-from minmacpo.pipeline.base_models import folder_print
-from minmacpo.pipeline.model_pool import Loaded, answer, fit_rows
+from minmacpo.pipeline.base_models import model_fingerprint
+from minmacpo.pipeline.model_pool import LoadedModel, answer, fit_rows
 from minmacpo.pipeline.run import derive_seed
 from minmacpo.runtime.device import device_of, dtype_of
-from minmacpo.runtime.files import as_lines, fingerprint, naming, open_alone, sha256_file
+from minmacpo.runtime.files import fingerprint, open_locked, sha256_file, to_jsonl, with_path
 from minmacpo.runtime.progress import Progress
 
 Job = tuple[Example, int]  # a prompt, and the number of the answer to it
@@ -30,17 +30,26 @@ Job = tuple[Example, int]  # a prompt, and the number of the answer to it
 def read_prompts(file: Path, config: Config) -> tuple[list[Pair], list[str]]:
     """The prompts of a file's rows (any of forms.py, or lines of text), and a line for people on each file."""
     data = config.data
-    pairs, reports = read_data(str(file), data.label, data.on_bad == "skip", data.max_examples, "--prompts", True)
+    pairs, reports = read_data(
+        str(file),
+        data.preference_label,
+        data.on_invalid_row == "skip",
+        data.max_examples,
+        "--prompts",
+        True,
+    )
     told = [f"{name}: {report}" for name, report in reports.items()]
     return [replace(pair, chosen="", rejected="") for pair in pairs], told
 
 
-def fit_prompts(config: Config, loaded: Loaded, prompts: Sequence[Pair]) -> tuple[list[Example], str]:
+def fit_prompts(
+    config: Config, loaded: LoadedModel, prompts: Sequence[Pair]
+) -> tuple[list[Example], str]:
     """The prompts that leave room for an answer, and a sentence on the others; UserError if none is left."""
-    context, most = loaded.model.config.max_position_embeddings, config.generate.max_new
+    context, most = loaded.model.config.max_position_embeddings, config.generate.max_new_tokens
     kept, reasons = fit_rows(config, loaded, prompts, context - most, context)
     lost = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-    told = f"{lost}: with generate.max_new = {most} there is room for {max(context - most, 0)} tokens; see data.long"
+    told = f"{lost}: with generate.max_new_tokens = {most} there is room for {max(context - most, 0)} tokens; see data.truncation_mode"
     if not kept:
         raise UserError(f"no prompt is left; {told}")
     return [Example(pair.id, pair.prompt, "", pair.meta) for pair in kept], told if lost else ""
@@ -49,34 +58,60 @@ def fit_prompts(config: Config, loaded: Loaded, prompts: Sequence[Pair]) -> tupl
 def agent_print(folder: Path, base: Path) -> str:
     """What identifies an agent: 32 hex digits of its base, and of its adapter if it has one."""
     if folder == base:
-        return folder_print(base)
-    adapter = [asdict(read_adapter_config(folder)[0]), sha256_file(folder / "adapter_model.safetensors")]
-    return fingerprint([folder_print(base), adapter])
+        return model_fingerprint(base)
+    adapter = [
+        asdict(read_adapter_config(folder)[0]),
+        sha256_file(folder / "adapter_model.safetensors"),
+    ]
+    return fingerprint([model_fingerprint(base), adapter])
 
 
-def marked(config: Config, folder: Path, base: Path, prompts: Sequence[Example], count: int) -> list[Job]:
+def marked(
+    config: Config, folder: Path, base: Path, prompts: Sequence[Example], count: int
+) -> list[Job]:
     """`count` jobs for each prompt, each of which says in its meta["made"] what all of them depend on."""
-    depends = {"agent": agent_print(folder, base), "generate": asdict(config.generate), "seed": config.run.seed,
-               "template": config.data.template, "device": device_of(config), "dtype": str(dtype_of(config)),
-               "prompts": [prompt.id for prompt in prompts], "count": count}  # fmt: skip
+    depends = {
+        "agent": agent_print(folder, base),
+        "generate": asdict(config.generate),
+        "seed": config.run.seed,
+        "template": config.data.template,
+        "device": device_of(config),
+        "dtype": str(dtype_of(config)),
+        "prompts": [prompt.id for prompt in prompts],
+        "count": count,
+    }
     form = config.model.quantize
     made = fingerprint(depends | ({} if form == "none" else {"quantize": form}))
-    return [(replace(prompt, meta=prompt.meta | {"made": made}), n) for prompt in prompts for n in range(count)]
+    return [
+        (replace(prompt, meta=prompt.meta | {"made": made}), n)
+        for prompt in prompts
+        for n in range(count)
+    ]
 
 
-def write_answers(config: Config, loaded: Loaded, agent: str, jobs: Sequence[Job], out: Path) -> int:
+def write_answers(
+    config: Config, loaded: LoadedModel, agent: str, jobs: Sequence[Job], out: Path
+) -> int:
     """Add to `out` the answers that are not there yet; returns how many were. UserError if it holds anything but
     answers to these jobs by the agent of this name, or if another process writes it."""
-    size, busy = config.generate.batch, f"{out}: another process is writing it; wait for it, or give another --out"
+    size, busy = (
+        config.generate.batch,
+        f"{out}: another process is writing it; wait for it, or give another --out",
+    )
     if out.exists() and not out.is_file():
         raise UserError(f"{out}: is no ordinary file, to which answers could be added")
-    with naming(out), open_alone(out, "ab", busy) as stream:  # closing it writes once more what could not be written
+    with (
+        with_path(out),
+        open_locked(out, "ab", busy) as stream,
+    ):  # closing it writes once more what could not be written
         found = done = rows_there(out, agent, jobs, config.run.seed, stream)
         with Progress("answers", len(jobs), "answer", done, None) as progress:
             while done < len(jobs):
                 start = done - done % size
-                rows = answer(config, loaded, agent, jobs[start : start + size], config.run.seed)[done - start :]
-                stream.write(as_lines(rows).encode())
+                rows = answer(config, loaded, agent, jobs[start : start + size], config.run.seed)[
+                    done - start :
+                ]
+                stream.write(to_jsonl(rows).encode())
                 stream.flush()
                 os.fsync(stream.fileno())
                 done += len(rows)
@@ -89,13 +124,17 @@ def rows_there(out: Path, agent: str, jobs: Sequence[Job], seed: int, stream: Bi
     UserError if it holds something else."""
     *lines, torn = out.read_bytes().split(b"\n")
     if len(lines) + bool(torn) > len(jobs):
-        raise UserError(f"{out}: holds more than the {len(jobs)} answers asked for; give another --out")
+        raise UserError(
+            f"{out}: holds more than the {len(jobs)} answers asked for; give another --out"
+        )
     for number, (line, (example, count)) in enumerate(zip(lines, jobs, strict=False), 1):
         try:
             row = json.loads(line)
             found = (row["id"], row["agent"], row["seed"], row["meta"]["made"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{out}, line {number}: is no answer of sample.py; give another --out") from None
+            raise UserError(
+                f"{out}, line {number}: is no answer of sample.py; give another --out"
+            ) from None
         if found != (example.id, agent, derive_seed(seed, example.id, count), example.meta["made"]):
             problem = "was made from other prompts, with other settings or another seed, or by another PATH"
             raise UserError(f"{out}, line {number}: {problem}; give another --out")
@@ -104,5 +143,3 @@ def rows_there(out: Path, agent: str, jobs: Sequence[Job], seed: int, stream: Bi
         raise UserError(f"{out}: does not end as answers of sample.py do; give another --out")
     stream.truncate(sum(len(line) + 1 for line in lines))
     return len(lines)
-
-

@@ -11,8 +11,8 @@ from minmacpo import UserError
 from minmacpo.config.schema import Config
 from minmacpo.data.chat_template import goes_on, response_text
 from minmacpo.data.records import Example, Message, Sample, example_id
-from minmacpo.pipeline.model_pool import Loaded, answer
-from minmacpo.runtime.progress import inert
+from minmacpo.pipeline.model_pool import LoadedModel, answer
+from minmacpo.runtime.progress import escape_control_chars
 
 CUT = " […]"  # behind an answer that is not whole, on the terminal and in the dialogue
 
@@ -20,10 +20,10 @@ CUT = " […]"  # behind an answer that is not whole, on the terminal and in the
 LEAVE = "/quit or Ctrl-D leaves, /reset begins a new dialogue"
 
 
-def shown(loaded: Loaded, template: str, said: Sample) -> str:
+def shown(loaded: LoadedModel, template: str, said: Sample) -> str:
     """An answer as a terminal may show it, marked where it is not whole."""
     cut = said.finish == "length" and not goes_on(loaded.tokenizer, template, said.tokens)
-    return inert(said.response) + CUT * cut
+    return escape_control_chars(said.response) + CUT * cut
 
 
 class Whole(Exception):
@@ -33,7 +33,7 @@ class Whole(Exception):
 class Answer:
     """An answer while it is sampled: its ids, and its text, which is printed as far as it cannot change any more."""
 
-    def __init__(self, loaded: Loaded, template: str):
+    def __init__(self, loaded: LoadedModel, template: str):
         self.tokenizer, self.template, self.ids, self.shown = loaded.tokenizer, template, [], 0
         self.stops = loaded.ends(template)
 
@@ -43,7 +43,7 @@ class Answer:
 
     def show(self, text: str) -> None:
         """Print what of `text` is not on the terminal yet."""
-        print(inert(text[self.shown :]), end="", flush=True)
+        print(escape_control_chars(text[self.shown :]), end="", flush=True)
         self.shown = max(self.shown, len(text))
 
     def take(self, tokens: list[int]) -> None:
@@ -57,7 +57,7 @@ class Answer:
 class Dialogue:
     """What was said so far, and who answers."""
 
-    def __init__(self, config: Config, loaded: Loaded, agent: str):
+    def __init__(self, config: Config, loaded: LoadedModel, agent: str):
         self.config, self.loaded, self.agent = config, loaded, agent
         self.messages: list[Message] = []
         self.answers = 0  # since the program began
@@ -66,9 +66,15 @@ class Dialogue:
         """Answer a human turn and keep both. The dialogue stays as it was where nothing is answered, and where no
         answer fits into the model's context any more (UserError)."""
         prompt, template = (*self.messages, Message("user", text)), self.config.data.template
-        growing, job, cut = Answer(self.loaded, template), (Example(example_id(prompt), prompt, ""), self.answers), True
+        growing, job, cut = (
+            Answer(self.loaded, template),
+            (Example(example_id(prompt), prompt, ""), self.answers),
+            True,
+        )
         try:
-            answer(self.config, self.loaded, self.agent, [job], self.config.run.seed, tell=growing.take)
+            answer(
+                self.config, self.loaded, self.agent, [job], self.config.run.seed, tell=growing.take
+            )
         except Whole:
             cut = False
         except KeyboardInterrupt:
@@ -98,14 +104,16 @@ class Dialogue:
         return line != "/quit"
 
 
-def talk(config: Config, loaded: Loaded, agent: str) -> None:
+def talk(config: Config, loaded: LoadedModel, agent: str) -> None:
     """Talk until the person leaves."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  input() then edits lines, and takes more than the 4,095 bytes of a bare terminal
 
     told, dialogue = config.generate, Dialogue(config, loaded, agent)
-    print(f"{agent}: template {config.data.template}, temperature {told.temperature:g}, top_k {told.top_k}, "
-          f"top_p {told.top_p:g}, max_new {told.max_new}, seed {config.run.seed}\n{LEAVE}; Ctrl-C ends an answer")  # fmt: skip
+    print(
+        f"{agent}: template {config.data.template}, temperature {told.temperature:g}, top_k {told.top_k}, "
+        f"top_p {told.top_p:g}, max_new_tokens {told.max_new_tokens}, seed {config.run.seed}\n{LEAVE}; Ctrl-C ends an answer"
+    )
     going = True
     while going:
         try:
@@ -113,6 +121,6 @@ def talk(config: Config, loaded: Loaded, agent: str) -> None:
         except KeyboardInterrupt:
             print(f"\n{LEAVE}")
         except UserError as error:
-            print(f"{inert(str(error))}: say less, or begin a new dialogue with /reset")
-
-
+            print(
+                f"{escape_control_chars(str(error))}: say less, or begin a new dialogue with /reset"
+            )

@@ -12,24 +12,30 @@ from minmacpo.config.parse import to_toml
 from minmacpo.config.schema import Config
 from minmacpo.core.prepack import multiplies_bf16
 from minmacpo.data.chat_template import template_hint
-from minmacpo.pipeline.prepare_data import Prepared
+from minmacpo.pipeline.prepare_data import PreparedData
 from minmacpo.pipeline.run import Run
 from minmacpo.runtime.device import device_of, dtype_of, free_bytes, process_bytes
-from minmacpo.runtime.progress import gigabytes, inert, thousands
+from minmacpo.runtime.progress import escape_control_chars, gigabytes, thousands
 
 NOTES = """\
-tokens: without padding. "<=": at most, for an answer that is not sampled yet counts as generate.max_new tokens, in every tokenizer.
+tokens: without padding. "<=": at most, for an answer that is not sampled yet counts as generate.max_new_tokens tokens, in every tokenizer.
 memory: at the peak, of this stage's base alone; other bases stay loaded while there is room."""
 
 
 def first_that_fails(plan: Plan, free: int) -> str | None:
     """The first stage, of those that are still to be computed, that needs more than so many bytes."""
     run, seen = plan.run, set()
-    for name in (name for name, stage in run.plan.items() if run.only in (None, name) and not stage.finished):
+    for name in (
+        name for name, stage in run.plan.items() if run.only in (None, name) and not stage.finished
+    ):
         recipe, inputs = run.recipes[name]
-        settings = [recipe["settings"].get(key) for key in ("batch", "texts", "shape", "contrastive")]
+        settings = [
+            recipe["settings"].get(key) for key in ("batch", "texts", "shape", "contrastive")
+        ]
         like = repr((recipe["kind"], [s.fingerprint for s in inputs[:1]], settings))
-        if (plan.prepared or like not in seen) and plan.total(name) > free:  # with rows of one length it would be the same
+        if (plan.prepared or like not in seen) and plan.total(
+            name
+        ) > free:  # with rows of one length it would be the same
             return name
         seen.add(like)
     return None
@@ -37,10 +43,10 @@ def first_that_fails(plan: Plan, free: int) -> str | None:
 
 def room(run: Run) -> int:
     """Bytes of memory that are free to this rank."""
-    return free_bytes(device_of(run.config)) // run.ranks.near
+    return free_bytes(device_of(run.config)) // run.ranks.ranks_per_device
 
 
-def problem(run: Run, prepared: Prepared | None) -> str | None:
+def problem(run: Run, prepared: PreparedData | None) -> str | None:
     """One sentence about the first stage that cannot fit, and the settings with which every stage would; None: all do."""
     plan, free, flags = Plan(run, run.config, prepared), room(run), {}
     if not (name := first_that_fails(plan, free)):
@@ -64,12 +70,17 @@ def changed(config: Config, changes: Sequence[tuple[str, str, object]]) -> Confi
 
 def remedy(plan: Plan, name: str, free: int) -> Sequence[tuple[str, str, object]]:
     """The first settings, lowered as little as need be, with which the stage fits; () if none do."""
-    config, part = plan.config, "generate" if plan.run.plan[name].kind.startswith("sample") else "run"
-    key = "batch" if part == "generate" else "micro_tokens"
+    config, part = (
+        plan.config,
+        "generate" if plan.run.plan[name].kind.startswith("sample") else "run",
+    )
+    key = "batch" if part == "generate" else "max_tokens_per_batch"
     value = getattr(getattr(config, part), key)
     halves = [(part, key, value >> times) for times in range(1, value.bit_length())]
     small = [("run", "dtype", "bfloat16")] * (dtype_of(config).itemsize > 2)
-    able = plan.quantizer(name) and plan.form(name) == "none" and not config.parallel.shard  # the two do not go together
+    able = (
+        plan.quantizer(name) and plan.form(name) == "none" and not config.parallel.shard
+    )  # the two do not go together
     forms = [("model", plan.quantizer(name), form) for form in ("int8", "nf4") if able]
     for first in ([], *([change] for change in small), *([form, *small] for form in forms)):
         for changes in (first, *([*first, half] for half in halves)):
@@ -78,38 +89,61 @@ def remedy(plan: Plan, name: str, free: int) -> Sequence[tuple[str, str, object]
     return ()
 
 
-def check_memory(run: Run, prepared: Callable[[], Prepared]) -> None:
+def check_memory(run: Run, prepared: Callable[[], PreparedData]) -> None:
     """Raise UserError for a stage that cannot fit. The texts are looked at only where rows as long as the settings
     allow would not fit."""
-    if first_that_fails(Plan(run, run.config, None), room(run)) and (said := problem(run, prepared())):
+    if first_that_fails(Plan(run, run.config, None), room(run)) and (
+        said := problem(run, prepared())
+    ):
         raise UserError(said)
 
 
-def show_plan(run: Run, prepared: Callable[[], Prepared]) -> None:
+def show_plan(run: Run, prepared: Callable[[], PreparedData]) -> None:
     """The dry run: settings, rows, slices, and the stages with what each will take."""
     process = process_bytes() if device_of(run.config) == "cpu" else 0  # before the texts are read
     plan, tokens, most, lines = Plan(run, run.config, prepared()), 0, (0, "no stage"), []
     for number, (name, stage) in enumerate(run.plan.items(), 1):
-        words, task = "finished" if stage.finished else stage.size, None if stage.finished else plan.task(name)
+        words, task = (
+            "finished" if stage.finished else stage.size,
+            None if stage.finished else plan.task(name),
+        )
         if task:
             asked, tokens = plan.total(name) + process, tokens + task.tokens
             most = max(most, (asked, name))
             words = f"{words + '; ' if words else ''}{'' if task.exact else '<= '}{thousands(task.tokens)} tokens, {gigabytes(asked)}"
         lines.append(f"{number:4} {name:32} {stage.kind:12} {words}".rstrip())
-    print(inert(to_toml(run.config)), *(f"{name}: {count}" for name, count in prepared().counts.items()), sep="\n")
+    print(
+        escape_control_chars(to_toml(run.config)),
+        *(f"{name}: {count}" for name, count in prepared().counts.items()),
+        sep="\n",
+    )
     if tokens:
-        print(f"\nin all <= {thousands(tokens)} tokens; at most {gigabytes(most[0])} of memory, in {most[1]}\n{NOTES}")
+        print(
+            f"\nin all <= {thousands(tokens)} tokens; at most {gigabytes(most[0])} of memory, in {most[1]}\n{NOTES}"
+        )
     print(f"\n{len(lines)} stages in {run.path}:", *lines, sep="\n", flush=True)
     for said in filter(None, [*hints(run), problem(run, prepared())]):
-        print(f"WARNING: {inert(said)}", file=sys.stderr)
+        print(f"WARNING: {escape_control_chars(said)}", file=sys.stderr)
 
 
 def hints(run: Run) -> list[str]:
     """What is odd about data.template and the chat templates of the given bases, about parallel.shard, and about run.dtype."""
     given = {stage.path for _, inputs in run.recipes.values() for stage in inputs if stage.external}
-    odd = ["parallel.shard divides nothing without torchrun"] if run.config.parallel.shard and run.ranks.world == 1 else []
-    if device_of(run.config) == "cpu" and dtype_of(run.config) == torch.bfloat16 and not multiplies_bf16():
-        odd += ["this CPU has no products in bfloat16 that oneDNN uses; run.dtype=float32 may be several times faster"]
-    return odd + [said for folder in sorted(given) if (said := template_hint(folder, run.config.data.template))]
-
-
+    odd = (
+        ["parallel.shard divides nothing without torchrun"]
+        if run.config.parallel.shard and run.ranks.world_size == 1
+        else []
+    )
+    if (
+        device_of(run.config) == "cpu"
+        and dtype_of(run.config) == torch.bfloat16
+        and not multiplies_bf16()
+    ):
+        odd += [
+            "this CPU has no products in bfloat16 that oneDNN uses; run.dtype=float32 may be several times faster"
+        ]
+    return odd + [
+        said
+        for folder in sorted(given)
+        if (said := template_hint(folder, run.config.data.template))
+    ]

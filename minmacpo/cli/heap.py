@@ -27,10 +27,24 @@ def start_again() -> None:
     five equal trainings of 15M in int8; 544 to 557 without that cache). Large pages pay for what the cache had saved."""
     env, before, own = os.environ, sys.orig_argv[: -len(sys.argv)], sys.orig_argv[-len(sys.argv) :]
     found = env.get("GLIBC_TUNABLES", "")
-    plain = all(word.startswith("-") or last in ("-X", "-W") for last, word in pairwise(before)) and os.path.isfile(sys.argv[0])
+    plain = all(
+        word.startswith("-") or last in ("-X", "-W") for last, word in pairwise(before)
+    ) and os.path.isfile(sys.argv[0])
     done = "malloc.tcache_count" in found or env.get(MARK) == str(os.getpid())
-    if plain and own == sys.argv and not done and sys.executable and platform.libc_ver()[0] == "glibc":
+    if (
+        plain
+        and own == sys.argv
+        and not done
+        and sys.executable
+        and platform.libc_ver()[0] == "glibc"
+    ):
         with contextlib.suppress(OSError):
-            os.execve(sys.executable, sys.orig_argv, {**env, "GLIBC_TUNABLES": f"{TUNABLES}:{found}".rstrip(":"), MARK: str(os.getpid())})
-
-
+            os.execve(
+                sys.executable,
+                sys.orig_argv,
+                {
+                    **env,
+                    "GLIBC_TUNABLES": f"{TUNABLES}:{found}".rstrip(":"),
+                    MARK: str(os.getpid()),
+                },
+            )

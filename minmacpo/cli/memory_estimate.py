@@ -18,7 +18,10 @@ from minmacpo.kernels.quantization import BLOCK
 HEAP = 32 << 20  # glibc maps no smaller block by itself, but cuts it from its heap
 
 
-UNUSED = {True: 0.45, False: 0.85}  # of what such blocks hold, the heap holds beside them: as heap.py sets it, and else (glibc 2.36, bench/memory.py)
+UNUSED = {
+    True: 0.45,
+    False: 0.85,
+}  # of what such blocks hold, the heap holds beside them: as heap.py sets it, and else (glibc 2.36, bench/memory.py)
 
 
 PROCESS = 85 << 20  # what torch loads with its first model (measured), as the next two
@@ -27,7 +30,9 @@ PROCESS = 85 << 20  # what torch loads with its first model (measured), as the n
 BACKWARD = 23 << 20  # with its first backward pass and optimiser
 
 
-KERNELS = 27 << 20  # oneDNN's, of a pass in bf16 (machine.py says how many there are); as many again of a backward pass
+KERNELS = (
+    27 << 20
+)  # oneDNN's, of a pass in bf16 (machine.py says how many there are); as many again of a backward pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +78,18 @@ class Need:
 def linear_ends(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """{linear of a block: (in, out)}."""
     hidden, mlp = config.hidden_size, config.intermediate_size
-    query, key = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    ends = ((hidden, query), (hidden, key), (hidden, key), (query, hidden), (hidden, mlp), (hidden, mlp), (mlp, hidden))
+    query, key = (
+        n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    ends = (
+        (hidden, query),
+        (hidden, key),
+        (hidden, key),
+        (query, hidden),
+        (hidden, mlp),
+        (hidden, mlp),
+        (mlp, hidden),
+    )
     return dict(zip(LINEARS, ends, strict=True))
 
 
@@ -85,13 +100,21 @@ def weight_bytes(config: ModelConfig, size: int, form: str) -> int:
         return size * base
     ends = linear_ends(config).values()
     linears = config.num_hidden_layers * sum(wide * out for wide, out in ends)
-    scales = config.num_hidden_layers * sum(out for _, out in ends) if form == "int8" else linears // BLOCK
+    scales = (
+        config.num_hidden_layers * sum(out for _, out in ends)
+        if form == "int8"
+        else linears // BLOCK
+    )
     return size * (base - linears) + (linears if form == "int8" else linears // 2) + 2 * scales
 
 
 def twin_bytes(config: ModelConfig, size: int, form: str) -> int:
     """Of what packed.pack makes beside a model: its head, and its linears unless they are quantised."""
-    linears = config.num_hidden_layers * sum(wide * out for wide, out in linear_ends(config).values()) * (form == "none")
+    linears = (
+        config.num_hidden_layers
+        * sum(wide * out for wide, out in linear_ends(config).values())
+        * (form == "none")
+    )
     if not SMALLEST <= outside(config) + linears <= LARGEST:
         return 0
     return size * (linears + config.vocab_size * config.hidden_size)
@@ -100,22 +123,44 @@ def twin_bytes(config: ModelConfig, size: int, form: str) -> int:
 def unpacking(config: ModelConfig, size: int, form: str) -> int:
     """Bytes while the largest linear is multiplied: its weight in the dtype of the products, and what that is made from."""
     largest = max(wide * out for wide, out in linear_ends(config).values())
-    return {"none": 0, "int8": size, "nf4": size + 2}[form] * largest  # nf4: a half-byte's look-up needs an int32 a byte
+    return {"none": 0, "int8": size, "nf4": size + 2}[
+        form
+    ] * largest  # nf4: a half-byte's look-up needs an int32 a byte
 
 
 def parameters(config: ModelConfig, lora: Lora) -> tuple[int, int]:
     """How many (of the base, of the slot)."""
-    hidden, mlp, variant, layers = config.hidden_size, config.intermediate_size, config.variant, config.num_hidden_layers
-    query, key = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    hidden, mlp, variant, layers = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.variant,
+        config.num_hidden_layers,
+    )
+    query, key = (
+        n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
+    )
     linears = linear_ends(config)
-    each = sum(wide * out for wide, out in linears.values()) + 2 * hidden + 2 * config.head_dim * variant.qk_norm
-    each += (query + 2 * key) * variant.qkv_bias + hidden * variant.o_bias + (2 * mlp + hidden) * variant.mlp_bias
-    return layers * each + outside(config), layers * lora.r * sum(sum(linears[name]) for name in lora.targets)
+    each = (
+        sum(wide * out for wide, out in linears.values())
+        + 2 * hidden
+        + 2 * config.head_dim * variant.qk_norm
+    )
+    each += (
+        (query + 2 * key) * variant.qkv_bias
+        + hidden * variant.o_bias
+        + (2 * mlp + hidden) * variant.mlp_bias
+    )
+    return layers * each + outside(config), layers * lora.r * sum(
+        sum(linears[name]) for name in lora.targets
+    )
 
 
 def outside(config: ModelConfig) -> int:
     """How many parameters of the base are in none of its blocks."""
-    return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2) + config.hidden_size
+    return (
+        config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+        + config.hidden_size
+    )
 
 
 def held(config: ModelConfig, size: int, form: str, world: int) -> int:
@@ -135,7 +180,9 @@ def kept(config: ModelConfig, lora: Lora | None) -> int:
     if lora is None:  # a weight that learns needs its input, that of a norm the normed input
         return found + 4 * hidden + mlp + attended(config) // 2 * variant.qk_norm
     learning = {*lora.targets}
-    found += hidden * bool(learning & {"q_proj", "k_proj", "v_proj"}) + hidden * bool(learning & {"gate_proj", "up_proj"})
+    found += hidden * bool(learning & {"q_proj", "k_proj", "v_proj"}) + hidden * bool(
+        learning & {"gate_proj", "up_proj"}
+    )
     return found + mlp * ("down_proj" in learning) + lora.r * len(learning)
 
 
@@ -155,38 +202,83 @@ def crossed(config: ModelConfig, lora: Lora, size: int, scores: int) -> int:
     """Numbers (of `size` bytes) a token that are there at most while a layer is crossed and nothing is kept: in its MLP
     (gate, up, their product; a slot gives a sum of two), in a norm that computes in fp32, or in its attention, where
     queries turn, or where its `scores` (0: they are never all there) become their softmax."""
-    query, key = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    query, key = (
+        n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
+    )
     mlp = config.intermediate_size * (3 + ("up_proj" in lora.targets))
     norm = 5 * config.hidden_size * (size < 4)
-    return 2 * config.hidden_size + max(mlp, norm, config.hidden_size + 4 * query + 2 * key + 2 * scores)
+    return 2 * config.hidden_size + max(
+        mlp, norm, config.hidden_size + 4 * query + 2 * key + 2 * scores
+    )
 
 
-def need(load: Load, config: ModelConfig, lora: Lora, size: int, form: str = "none", world: int = 1, device: str = "cpu") -> Need:
+def need(
+    load: Load,
+    config: ModelConfig,
+    lora: Lora,
+    size: int,
+    form: str = "none",
+    world: int = 1,
+    device: str = "cpu",
+) -> Need:
     """What a pass of this load holds at its peak, in a model with weights of `size` bytes a number, its linears in `form` (a base
     that is being pre-trained is not quantised), its blocks divided among `world` ranks. Gradients of all weights appear while the activations go: the larger of
     the two counts, unless `again`."""
-    (base, slot), weights, unpacked = parameters(config, lora), held(config, size, form, world), unpacking(config, size, form)
-    tokens, places, chunk = load.tokens, load.rows * load.length, min(load.scored, chunk_size(config.vocab_size, device)) * config.vocab_size
+    (base, slot), weights, unpacked = (
+        parameters(config, lora),
+        held(config, size, form, world),
+        unpacking(config, size, form),
+    )
+    tokens, places, chunk = (
+        load.tokens,
+        load.rows * load.length,
+        min(load.scored, chunk_size(config.vocab_size, device)) * config.vocab_size,
+    )
     hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    small = device == "cpu" and size < 4 and load.length <= SMALL_ROWS  # its bf16 attention then has all its scores
+    small = (
+        device == "cpu" and size < 4 and load.length <= SMALL_ROWS
+    )  # its bf16 attention then has all its scores
     scores = load.length * config.num_attention_heads * small
     if load.kind in ("score", "sample"):
-        moving, passing = size * tokens * hidden, size * tokens * crossed(config, lora, size, scores) + unpacked
+        moving, passing = (
+            size * tokens * hidden,
+            size * tokens * crossed(config, lora, size, scores) + unpacked,
+        )
         twins = twin_bytes(config, size, form) * load.twins
-        room = load.room + -load.room % WHOLE * (size == 4) * bool(twins)  # its cache lies by coordinate
+        room = load.room + -load.room % WHOLE * (size == 4) * bool(
+            twins
+        )  # its cache lies by coordinate
         cache = 2 * layers * load.rows * room * config.num_key_value_heads * config.head_dim
-        head = of_logits(chunk, config, size, device) if load.kind == "score" else 20 * load.rows * config.vocab_size
-        return Need((weights + twins) * load.models, 4 * slot * load.models, moving + max(passing, head) - head, head,
-                    2 * cache * size * load.models)  # fmt: skip
+        head = (
+            of_logits(chunk, config, size, device)
+            if load.kind == "score"
+            else 20 * load.rows * config.vocab_size
+        )
+        return Need(
+            (weights + twins) * load.models,
+            4 * slot * load.models,
+            moving + max(passing, head) - head,
+            head,
+            2 * cache * size * load.models,
+        )
     full = load.kind == "pretrain"
-    freed = mlp * (full or "down_proj" in lora.targets)  # what down_proj kept goes before the rest comes
-    passing = size * tokens * (3 * mlp - freed + 2 * hidden) + unpacked  # back through the last layer's MLP
+    freed = mlp * (
+        full or "down_proj" in lora.targets
+    )  # what down_proj kept goes before the rest comes
+    passing = (
+        size * tokens * (3 * mlp - freed + 2 * hidden) + unpacked
+    )  # back through the last layer's MLP
     if places > tokens:  # or through its attention, when what the MLP kept has gone
         passing = max(passing, size * (places * 3 * attended(config) // 2 - tokens * 3 * mlp))
     each = kept(config, None if full else lora)
     stats = 4 * layers * places * config.num_attention_heads  # fp32: logsumexp of attention
     inside = size * places * layers * (attended(config) + scores)
-    stored = size * tokens * (layers * each + 2 * hidden) + inside + stats + 2 * size * load.scored * hidden
+    stored = (
+        size * tokens * (layers * each + 2 * hidden)
+        + inside
+        + stats
+        + 2 * size * load.scored * hidden
+    )
     head = 16 * chunk if full else of_logits(chunk, config, size, device)
     if full:
         gradients = 4 * base
@@ -205,8 +297,11 @@ def beside(load: Load, config: ModelConfig, size: int, found: Need) -> int:
     fixed = PROCESS + learns * BACKWARD + (1 + learns) * KERNELS * (size < 4 and multiplies_bf16())
     if block * config.hidden_size >= HEAP:
         return fixed
-    mlp, others = 3 * config.intermediate_size, 7 * config.hidden_size  # numbers a token, about, that a layer makes
+    mlp, others = (
+        3 * config.intermediate_size,
+        7 * config.hidden_size,
+    )  # numbers a token, about, that a layer makes
     share = 1 if block * config.intermediate_size < HEAP else others / (mlp + others)
-    return fixed + max(0, round(UNUSED[tuned()] * share * (found.activations + found.head)) - found.cache // 2)
-
-
+    return fixed + max(
+        0, round(UNUSED[tuned()] * share * (found.activations + found.head)) - found.cache // 2
+    )

@@ -36,7 +36,7 @@ DOTTED = re.compile(r"""(?:\.[ \t]*(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*){20}""")
 BARE = {"--dry_run": "dry_run", "--profile": "profile", "--help": "help", "-h": "help"}
 
 
-class Words(ArgumentParser):
+class ArgParser(ArgumentParser):
     """The words of a command that is not train.py; what is wrong with them is one sentence."""
 
     def error(self, message: str):
@@ -100,18 +100,26 @@ def convert(kind, value, key: str):
             number = kind(value) if isinstance(value, str) or kind is float else value
             if isinstance(number, kind) and math.isfinite(number):
                 return number
-    text = hex(value) if type(value) is int else str(value)  # Python writes no number of thousands of digits
+    text = (
+        hex(value) if type(value) is int else str(value)
+    )  # Python writes no number of thousands of digits
     shown = ascii(value) if len(text) <= 80 else ascii(text[:80]) + "…"
-    near = get_close_matches(value, args, 1) if origin is typing.Literal and isinstance(value, str) else []
+    near = (
+        get_close_matches(value, args, 1)
+        if origin is typing.Literal and isinstance(value, str)
+        else []
+    )
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"{key} = {shown}: expected {describe(kind)}{hint}")
 
 
-def overlay(config: Config, values: dict[str, object], where: str) -> Config:
+def override(config: Config, values: dict[str, object], where: str) -> Config:
     """A new Config with {"section.key": value} laid over it; UserError for unknown keys and wrong types."""
     for key, value in values.items():
         if key not in SETTINGS:
-            same_name = [known for known in SETTINGS if known.split(".")[1] == key.rpartition(".")[2]]
+            same_name = [
+                known for known in SETTINGS if known.split(".")[1] == key.rpartition(".")[2]
+            ]
             near = (get_close_matches(key, SETTINGS, 1) or same_name)[:1]
             hint = f"did you mean {near[0]}?" if near else "python train.py --help lists all"
             raise UserError(f"{where}: unknown setting {key!r}; {hint}")
@@ -137,7 +145,9 @@ def read_toml(path: Path) -> dict[str, object]:
     try:
         text = path.read_text(encoding="utf-8")
         if len(text) > MOST_TOML or DOTTED.search(text):
-            raise ValueError(f"more than {MOST_TOML} characters, or a key of more than twenty parts")
+            raise ValueError(
+                f"more than {MOST_TOML} characters, or a key of more than twenty parts"
+            )
         tables = tomllib.loads(text)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -148,20 +158,26 @@ def read_toml(path: Path) -> dict[str, object]:
     for section, keys in tables.items():
         if not isinstance(keys, dict):
             raise UserError(f"{path}: {section!r} stands outside a section such as [dpo]")
-    return {f"{section}.{key}": value for section, keys in tables.items() for key, value in keys.items()}
+    return {
+        f"{section}.{key}": value for section, keys in tables.items() for key, value in keys.items()
+    }
 
 
-def agent_folder(path: Path) -> Path:
+def resolve_checkpoint(path: Path) -> Path:
     """`path`, or in its place the last student of the run that it is (the one that the monitor kept, if any).
     UserError if the run has none yet."""
-    if not (path / "config.toml").is_file() or any((path / name).exists() for name in ("config.json", "adapter_config.json")):
+    if not (path / "config.toml").is_file() or any(
+        (path / name).exists() for name in ("config.json", "adapter_config.json")
+    ):
         return path
     rounds = [p for p in path.glob("round*/student_pos") if p.parent.name[5:].isdecimal()]
     found = [path / "final/student_pos", *sorted(rounds, key=lambda p: -int(p.parent.name[5:]))]
     for folder in found:
         if (folder / "stage.json").is_file():
             return folder
-    raise UserError(f"{path}: no student of this run is finished; name a folder in it, such as {path / 'round0/teacher1_pos'}")
+    raise UserError(
+        f"{path}: no student of this run is finished; name a folder in it, such as {path / 'round0/teacher1_pos'}"
+    )
 
 
 def agent_settings(folder: Path, flags: dict[str, str]) -> Config:
@@ -169,9 +185,9 @@ def agent_settings(folder: Path, flags: dict[str, str]) -> Config:
     prompt may be is then for the model to say, and no limit of the run's own data counts."""
     home = folder.resolve().parent.parent / "config.toml"
     known = read_toml(home) if home.is_file() and (folder / "stage.json").is_file() else {}
-    known |= {"model.context": 10**9, "data.max_prompt": 1, "data.max_examples": "none"}
-    config = overlay(Config(), known, str(home))
-    check(config := overlay(config, flags, "command line"))
+    known |= {"model.context": 10**9, "data.max_prompt_length": 1, "data.max_examples": "none"}
+    config = override(Config(), known, str(home))
+    check(config := override(config, flags, "command line"))
     return config
 
 
@@ -197,7 +213,10 @@ def split_words(argv: list[str]) -> tuple[list[str], dict[str, str], dict[str, b
             text = text if equals else next(words, "")
             if not text or (not equals and text.startswith(("--", "@"))):
                 near = get_close_matches(word, BARE, 1)
-                raise UserError(f"--{key} needs a value: --{key}=VALUE" + (f"; did you mean {near[0]}?" if near else ""))
+                raise UserError(
+                    f"--{key} needs a value: --{key}=VALUE"
+                    + (f"; did you mean {near[0]}?" if near else "")
+                )
             values["run.method" if key == "method" else key] = text
         else:
             raise UserError(f"{word!r}: expected @preset, @file.toml or --section.key=value")
@@ -208,9 +227,9 @@ def lay(layers: list[tuple[str, dict[str, object]]]) -> Config:
     """Layers (where from, values) over the defaults; K follows model.teachers unless a layer states it."""
     config = Config()
     for where, values in layers:
-        config = overlay(config, values, where)
+        config = override(config, values, where)
     if config.model.teachers and not any("macpo.teachers" in values for _, values in layers):
-        config = overlay(config, {"macpo.teachers": len(config.model.teachers)}, "model.teachers")
+        config = override(config, {"macpo.teachers": len(config.model.teachers)}, "model.teachers")
     return config
 
 
@@ -224,9 +243,15 @@ def parse(argv: list[str]) -> Command:
     ground = [] if files and not files[0].endswith(".toml") else ["world"]
     layers = [(str(path), read_toml(path)) for path in map(preset_path, ground + files)]
     preset, config = lay(layers), lay([*layers, ("command line", values)])
-    laid = {key: value for values in [*(values for _, values in layers), values] for key, value in values.items()}
+    laid = {
+        key: value
+        for values in [*(values for _, values in layers), values]
+        for key, value in values.items()
+    }
     if needed := next((key for key in SETTINGS if laid.get(key) == ""), None):
-        raise UserError(f"@{' @'.join(files)} needs --{needed}=VALUE: {SETTINGS[needed].metadata['help'].partition(';')[0]}")
+        raise UserError(
+            f"@{' @'.join(files)} needs --{needed}=VALUE: {SETTINGS[needed].metadata['help'].partition(';')[0]}"
+        )
     if config.run.name is None:
         label = "+".join(Path(word).stem for word in files) or "world"
         config = replace(config, run=replace(config.run, name=run_name(label, preset, config)))
@@ -236,7 +261,7 @@ def parse(argv: list[str]) -> Command:
 
 def read_settings(file: Path) -> Config:
     """The settings in the config.toml of a run; UserError where they are no run's."""
-    config = overlay(Config(), read_toml(file), str(file))
+    config = override(Config(), read_toml(file), str(file))
     try:
         check(config)
     except UserError as error:
@@ -253,19 +278,31 @@ def run_name(label: str, preset: Config, config: Config) -> str:
         if value == old[key] or key in PLACE:
             continue
         short = key.split(".")[1] if last.count(key.split(".")[1]) == 1 else key
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else toml_value(value).strip('"')
+        text = (
+            ",".join(map(str, value)) if isinstance(value, tuple) else toml_value(value).strip('"')
+        )
         if UNSAFE.search(text) or not 0 < len(text) <= 40:
-            text = f"{UNSAFE.sub('', Path(text).name)[-40:]}~{sha256(text.encode()).hexdigest()[:6]}"
+            text = (
+                f"{UNSAFE.sub('', Path(text).name)[-40:]}~{sha256(text.encode()).hexdigest()[:6]}"
+            )
         label += f"-{short}={text}"
     raw = label.encode()
-    return label if len(raw) <= 200 else f"{raw[:190].decode(errors='ignore')}~{sha256(raw).hexdigest()[:8]}"
+    return (
+        label
+        if len(raw) <= 200
+        else f"{raw[:190].decode(errors='ignore')}~{sha256(raw).hexdigest()[:8]}"
+    )
 
 
 def to_toml(config: Config) -> str:
     """The whole Config as TOML that `train.py @FILE` takes back unchanged."""
     lines = []
     for section, keys in asdict(config).items():
-        lines += [f"[{section}]", *(f"{key} = {toml_value(value)}" for key, value in keys.items()), ""]
+        lines += [
+            f"[{section}]",
+            *(f"{key} = {toml_value(value)}" for key, value in keys.items()),
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -275,8 +312,8 @@ def help_text() -> str:
     for section in fields(Config):
         lines += ["", f"[{section.name}]"]
         for key in fields(section.type):
-            head = f"  --{section.name}.{key.name} ({describe(key.type)}) = {toml_value(key.default)}"
+            head = (
+                f"  --{section.name}.{key.name} ({describe(key.type)}) = {toml_value(key.default)}"
+            )
             lines += [head, f"        {key.metadata['help']}"]
     return "\n".join(lines)
-
-

@@ -12,7 +12,12 @@ from typing import Literal
 PLACE = ("run.root", "run.name", "parallel.shard")  # where and how a run is done, not what it is
 
 
-BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+BOUNDS = {
+    "at_least": operator.ge,
+    "above": operator.gt,
+    "at_most": operator.le,
+    "below": operator.lt,
+}
 
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -39,64 +44,146 @@ def setting(default, help: str, **bounds: float):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    method: Literal["macpo", "sft", "sft-continued", "confident", "spin", "self-rewarding", "rlaif", "rlcd",
-                    "dpo-truth", "ceiling"] = setting("macpo", "what to run (--method is short for it)")  # fmt: skip
+    method: Literal[
+        "macpo",
+        "sft",
+        "sft-continued",
+        "confident",
+        "spin",
+        "self-rewarding",
+        "rlaif",
+        "rlcd",
+        "dpo-truth",
+        "ceiling",
+    ] = setting("macpo", "what to run (--method is short for it)")
     name: str | None = setting(None, "run folder; none: preset plus every setting that differs")
     root: str = setting("runs", "folder that holds all runs; they share finished stages")
     seed: int = setting(0, "every random number is derived from it")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of base weights and matmuls; auto: float32 on cpu, bfloat16 on cuda")
-    threads: int = setting(1, "CPU threads of torch; 0: torch's own choice", at_least=0, at_most=1024)
-    compile: Literal["auto", "true", "false"] = setting("auto", "torch.compile the loss chunk; auto: on cuda, in stages long enough to earn it")
-    micro_tokens: int = setting(16384, "most tokens, padding included, in one forward pass; a CPU takes no more than 1024 in training, 4096 in scoring", at_least=1)
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "of base weights and matmuls; auto: float32 on cpu, bfloat16 on cuda"
+    )
+    threads: int = setting(
+        1, "CPU threads of torch; 0: torch's own choice", at_least=0, at_most=1024
+    )
+    compile: Literal["auto", "true", "false"] = setting(
+        "auto", "torch.compile the loss chunk; auto: on cuda, in stages long enough to earn it"
+    )
+    max_tokens_per_batch: int = setting(
+        16384,
+        "most tokens, padding included, in one forward pass; a CPU takes no more than 1024 in training, 4096 in scoring",
+        at_least=1,
+    )
     save_every: int = setting(50, "optimiser steps between two saved training states", at_least=1)
     log_every: int = setting(5, "optimiser steps between two lines of metrics", at_least=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    path: str | None = setting(None, "file or folder of pairs, dialogues or prompts; none: the built-in world")
-    d1: str | None = setting(None, "D1's own file (the teachers' pairs), or GOOD,BAD; none: a share of data.path; so the next two")
+    path: str | None = setting(
+        None, "file or folder of pairs, dialogues or prompts; none: the built-in world"
+    )
+    d1: str | None = setting(
+        None,
+        "D1's own file (the teachers' pairs), or GOOD,BAD; none: a share of data.path; so the next two",
+    )
     d2: str | None = setting(None, "D2's own file (prompts)")
     test: str | None = setting(None, "the test's own file")
-    label: Literal["better", "safer"] = setting("better", "which response_id of PKU-SafeRLHF says what is chosen")
-    on_bad: Literal["error", "skip"] = setting("error", "rows that cannot be read; skip: they are left out and counted")
-    template: Literal["plain", "turns", "vicuna", "alpaca", "vicuna-macpo", "alpaca-macpo", "llama-2", "llama-3",
-                      "mistral", "chatml", "zephyr"] = setting(
-        "plain", "plain: as in HH-RLHF; turns: a token per role; -macpo: as in its runs; the model's own if it has one"
-    )  # fmt: skip
-    shares: tuple[float, ...] = setting((0.5, 0.15, 0.25, 0.1), "of first turns: D0 (pretrain), D1, D2, test")
-    max_prompt: int = setting(768, "tokens; longer prompts: see data.long", at_least=1)
-    max_length: int = setting(1024, "tokens of prompt and answer together")
-    long: Literal["drop", "cut_prompt", "raise"] = setting("drop", "what happens to over-long rows; cut from the left")
-    noise: float = setting(0.0, "share of the pairs in D1 that are corrupted", at_least=0, at_most=1)
-    noise_kind: Literal["swapped", "label"] = setting(
-        "swapped", "swapped: chosen and rejected change places; label: chosen is the answer to another prompt"
+    preference_label: Literal["better", "safer"] = setting(
+        "better", "which response_id of PKU-SafeRLHF says what is chosen"
     )
-    max_examples: int | None = setting(None, "use at most so many rows of each data setting (path, d1, d2, test), for a quick look", at_least=1)
+    on_invalid_row: Literal["error", "skip"] = setting(
+        "error", "rows that cannot be read; skip: they are left out and counted"
+    )
+    template: Literal[
+        "plain",
+        "turns",
+        "vicuna",
+        "alpaca",
+        "vicuna-macpo",
+        "alpaca-macpo",
+        "llama-2",
+        "llama-3",
+        "mistral",
+        "chatml",
+        "zephyr",
+    ] = setting(
+        "plain",
+        "plain: as in HH-RLHF; turns: a token per role; -macpo: as in its runs; the model's own if it has one",
+    )
+    shares: tuple[float, ...] = setting(
+        (0.5, 0.15, 0.25, 0.1), "of first turns: D0 (pretrain), D1, D2, test"
+    )
+    max_prompt_length: int = setting(
+        768, "tokens; longer prompts: see data.truncation_mode", at_least=1
+    )
+    max_length: int = setting(1024, "tokens of prompt and answer together")
+    truncation_mode: Literal["drop", "cut_prompt", "raise"] = setting(
+        "drop", "what happens to over-long rows; cut from the left"
+    )
+    noise: float = setting(
+        0.0, "share of the pairs in D1 that are corrupted", at_least=0, at_most=1
+    )
+    noise_kind: Literal["swapped", "label"] = setting(
+        "swapped",
+        "swapped: chosen and rejected change places; label: chosen is the answer to another prompt",
+    )
+    max_examples: int | None = setting(
+        None,
+        "use at most so many rows of each data setting (path, d1, d2, test), for a quick look",
+        at_least=1,
+    )
 
     @property
     def files(self) -> dict[str, str]:
         """{setting: file or folder} of those that are given, data.path first."""
-        return {key: path for key in ("path", "d1", "d2", "test") if (path := getattr(self, key)) is not None}
+        return {
+            key: path
+            for key in ("path", "d1", "d2", "test")
+            if (path := getattr(self, key)) is not None
+        }
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    domain: Literal["town", "arithmetic", "code", "instructions"] = setting("town", "what is asked (minmacpo/domains.py)")
-    remarks: int = setting(0, "most closing remarks of an answer: above 0 it is open-ended", at_least=0, at_most=6)
-    strong_known: float = setting(1.0, "share of items the strong base's text tells truly", at_least=0, at_most=1)
-    names: int = setting(20, "people of the town, or subjects of another domain", at_least=1, at_most=480)
+    domain: Literal["town", "arithmetic", "code", "instructions"] = setting(
+        "town", "what is asked (minmacpo/domains.py)"
+    )
+    remarks: int = setting(
+        0, "most closing remarks of an answer: above 0 it is open-ended", at_least=0, at_most=6
+    )
+    strong_known: float = setting(
+        1.0, "share of items the strong base's text tells truly", at_least=0, at_most=1
+    )
+    names: int = setting(
+        20, "people of the town, or subjects of another domain", at_least=1, at_most=480
+    )
     held_names: int = setting(4, "of them, people who occur in test prompts only", at_least=0)
     verbs: int = setting(8, "ways to harm somebody", at_least=1, at_most=8)
-    expert_share: float = setting(0.45, "share of the web text that experts write", at_least=0, at_most=1)
-    expert_right: float = setting(0.9, "how often an expert is right (gossip: 1 - it)", at_least=0, at_most=1)
-    known: float = setting(0.5, "share of items a weak teacher's text tells truly", at_least=0, at_most=1)
-    misconception: float = setting(0.95, "chance of its own error on an unknown item", at_least=0, at_most=1)
-    tagged: float = setting(0.1, "share of the web text that says who speaks", at_least=0, at_most=1)
-    judged: float = setting(0.2, "share of the web text that is verdicts on answers", at_least=0, at_most=1)
-    judges_right: float = setting(0.85, "how often a verdict is what its text believes", at_least=0, at_most=1)
-    harm_share: float = setting(0.25, "share of prompts that ask how to harm somebody", at_least=0, at_most=1)
+    expert_share: float = setting(
+        0.45, "share of the web text that experts write", at_least=0, at_most=1
+    )
+    expert_right: float = setting(
+        0.9, "how often an expert is right (gossip: 1 - it)", at_least=0, at_most=1
+    )
+    known: float = setting(
+        0.5, "share of items a weak teacher's text tells truly", at_least=0, at_most=1
+    )
+    misconception: float = setting(
+        0.95, "chance of its own error on an unknown item", at_least=0, at_most=1
+    )
+    tagged: float = setting(
+        0.1, "share of the web text that says who speaks", at_least=0, at_most=1
+    )
+    judged: float = setting(
+        0.2, "share of the web text that is verdicts on answers", at_least=0, at_most=1
+    )
+    judges_right: float = setting(
+        0.85, "how often a verdict is what its text believes", at_least=0, at_most=1
+    )
+    harm_share: float = setting(
+        0.25, "share of prompts that ask how to harm somebody", at_least=0, at_most=1
+    )
     d1: int = setting(149, "ground-truth pairs for the teachers", at_least=1)
     d2: int = setting(480, "prompts without ground truth, for all later training", at_least=1)
     test: int = setting(320, "held-out prompts, a quarter of them about held names", at_least=1)
@@ -106,9 +193,13 @@ class World:
 class Model:
     student: str | None = setting(None, "HF folder of the strong base; none: made here")
     teachers: tuple[str, ...] = setting((), "HF folders of the weak bases; empty: made here")
-    quantize: Literal["none", "int8", "nf4"] = setting("none", "frozen linears of the strong base in memory: 8 or 4 bits a weight")
+    quantize: Literal["none", "int8", "nf4"] = setting(
+        "none", "frozen linears of the strong base in memory: 8 or 4 bits a weight"
+    )
     quantize_teachers: Literal["none", "int8", "nf4"] = setting("none", "those of the weak bases")
-    vocab: int = setting(656, "pieces of the tokenizer made here (256 of them are bytes)", at_most=1_000_000)
+    vocab: int = setting(
+        656, "pieces of the tokenizer made here (256 of them are bytes)", at_most=1_000_000
+    )
     context: int = setting(2048, "positions of the bases made here", at_least=1)
     strong: str = setting("192x4x6x512", "strong base made here: width x layers x heads x mlp")
     weak: tuple[str, ...] = setting(("96x3x3x256",), "the weak ones, repeated as needed")
@@ -118,10 +209,16 @@ class Model:
 class Pretrain:
     strong_steps: int = setting(450, "optimiser steps of the strong base", at_least=0)
     weak_steps: int = setting(400, "optimiser steps of each weak base", at_least=0)
-    strong_lr: float = setting(2e-3, "peak learning rate of the strong base, cosine to a tenth", above=0)
-    weak_lr: float = setting(3e-3, "peak learning rate of the weak bases, cosine to a tenth", above=0)
+    strong_lr: float = setting(
+        2e-3, "peak learning rate of the strong base, cosine to a tenth", above=0
+    )
+    weak_lr: float = setting(
+        3e-3, "peak learning rate of the weak bases, cosine to a tenth", above=0
+    )
     batch: int = setting(32, "documents per step", at_least=1)
-    weak_share: float = setting(0.5, "share of D0 a weak base reads (real data)", above=0, at_most=1)
+    weak_share: float = setting(
+        0.5, "share of D0 a weak base reads (real data)", above=0, at_most=1
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,14 +233,24 @@ class Sft:
     batch: int = setting(32, "answers per step", at_least=1)
     teacher_lr: float = setting(5e-5, "positive teachers, on D1's chosen answers", above=0)
     teacher_epochs: int = setting(3, "of the positive teachers", at_least=0)
-    teacher_negative_lr: float = setting(5e-5, "negative teachers, on D1's rejected answers", above=0)
+    teacher_negative_lr: float = setting(
+        5e-5, "negative teachers, on D1's rejected answers", above=0
+    )
     teacher_negative_epochs: int = setting(1, "of the negative teachers", at_least=0)
-    student_batch: int | None = setting(None, "answers per step of the positive student; none: sft.batch", at_least=1)
-    student_lr: float = setting(5e-5, "positive student, on teacher 1's labels; also the ceiling", above=0)
+    student_batch: int | None = setting(
+        None, "answers per step of the positive student; none: sft.batch", at_least=1
+    )
+    student_lr: float = setting(
+        5e-5, "positive student, on teacher 1's labels; also the ceiling", above=0
+    )
     student_epochs: int = setting(3, "of the positive student and the ceiling", at_least=0)
-    student_negative_lr: float = setting(5e-5, "negative student, on negative teacher 1's answers", above=0)
+    student_negative_lr: float = setting(
+        5e-5, "negative student, on negative teacher 1's answers", above=0
+    )
     student_negative_epochs: int = setting(1, "of the negative student", at_least=0)
-    confidence: float = setting(0.5, "--method=confident: its share of the loss", at_least=0, at_most=1)
+    confidence: float = setting(
+        0.5, "--method=confident: its share of the loss", at_least=0, at_most=1
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +260,17 @@ class Dpo:
     student_lr: float = setting(1e-5, "of the student in a round", above=0)
     teacher_lr: float = setting(1e-5, "of the teachers in a round", above=0)
     beta: float = setting(0.1, "strength of the preference term", above=0)
-    gamma: float = setting(0.2, "weight of the SFT term on the chosen answer", at_least=0)
-    label_smoothing: float = setting(0.0, "assumed share of flipped preferences", at_least=0, below=0.5)
+    sft_weight: float = setting(0.2, "weight of the SFT term on the chosen answer", at_least=0)
+    label_smoothing: float = setting(
+        0.0, "assumed share of flipped preferences", at_least=0, below=0.5
+    )
     length_normalized: bool = setting(False, "log-probabilities per token in the preference term")
-    length_penalty: float = setting(0.0, "per token that the chosen answer is longer (R-DPO)", at_least=0)
-    reference: Literal["base", "init", "previous"] = setting("base", "base: adapter off (as released); init: round 0; previous: the last round")
+    length_penalty: float = setting(
+        0.0, "per token that the chosen answer is longer (R-DPO)", at_least=0
+    )
+    reference: Literal["base", "init", "previous"] = setting(
+        "base", "base: adapter off (as released); init: round 0; previous: the last round"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +278,14 @@ class Generate:
     temperature: float = setting(0.95, "0: greedy", at_least=0)
     top_k: int = setting(50, "0: off", at_least=0)
     top_p: float = setting(0.7, "1: off", above=0, at_most=1)
-    max_new: int = setting(512, "most new tokens of an answer, end token included", at_least=1)
-    batch: int = setting(64, "answers sampled side by side; a killed run redoes up to four times as many on every rank", at_least=1)
+    max_new_tokens: int = setting(
+        512, "most new tokens of an answer, end token included", at_least=1
+    )
+    batch: int = setting(
+        64,
+        "answers sampled side by side; a killed run redoes up to four times as many on every rank",
+        at_least=1,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,18 +293,29 @@ class Macpo:
     teachers: int = setting(3, "K, the number of weak teachers", at_least=1, at_most=100)
     rounds: int = setting(3, "R; with macpo.stop the most there can be", at_least=0, at_most=1000)
     stop: Literal["none", "converged", "collapsed", "rollback"] = setting(
-        "none", "end the rounds when the monitor says so of the student; rollback: collapsed, and keep the last good round"
+        "none",
+        "end the rounds when the monitor says so of the student; rollback: collapsed, and keep the last good round",
     )
-    mutual: bool = setting(True, "positives come from the other side; false: -MP")
+    mutual_positives: bool = setting(True, "positives come from the other side; false: -MP")
     hard_negatives: bool = setting(True, "DPO against negatives; false: -HN, SFT term only")
     update_teachers: bool = setting(True, "teachers learn from the student; false: -IW")
-    self_share: float = setting(0.0, "share of prompts whose positive is one's own", at_least=0, at_most=1)
-    answers: int = setting(1, "answers of a teacher to each prompt, all of them candidates", at_least=1)
-    select: tuple[Literal["perplexity", "random", "all", "likelihood-ratio", "agreement"], ...] = setting(
-        ("perplexity",), "which candidate wins a prompt; several: by the sum of their ranks"
+    self_fraction: float = setting(
+        0.0, "share of prompts whose positive is one's own", at_least=0, at_most=1
     )
-    keep: float = setting(1.0, "share of prompts kept, those with the least perplexing winner", above=0, at_most=1)
-    weights: Literal["none", "agreement"] = setting("none", "of the student's pairs: how much the other teachers agree")
+    answers: int = setting(
+        1, "answers of a teacher to each prompt, all of them candidates", at_least=1
+    )
+    select: tuple[Literal["perplexity", "random", "all", "likelihood-ratio", "agreement"], ...] = (
+        setting(
+            ("perplexity",), "which candidate wins a prompt; several: by the sum of their ranks"
+        )
+    )
+    keep_fraction: float = setting(
+        1.0, "share of prompts kept, those with the least perplexing winner", above=0, at_most=1
+    )
+    pair_weighting: Literal["none", "agreement"] = setting(
+        "none", "of the student's pairs: how much the other teachers agree"
+    )
     negatives: Literal["agent", "other", "previous", "persona", "tail", "contrastive"] = setting(
         "agent", "whose answers are rejected (macpo.negatives_of)"
     )
@@ -195,25 +325,43 @@ class Macpo:
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    candidates: int = setting(4, "self-rewarding: answers per prompt, of which it prefers one", at_least=2)
+    candidates: int = setting(
+        4, "self-rewarding: answers per prompt, of which it prefers one", at_least=2
+    )
     judgements: int = setting(3, "self-rewarding: judgements of each answer", at_least=1)
     rubric: str = setting(RUBRIC, "self-rewarding: how it is asked; holds {prompt} and {response}")
-    verdicts: tuple[str, ...] = setting(tuple(f"Score: {points}" for points in range(6)), "self-rewarding: how a judgement ends, worst first")
-    compare: str = setting(COMPARE, "rlaif: how the labeller is asked; holds {prompt}, {first} and {second}")
+    verdicts: tuple[str, ...] = setting(
+        tuple(f"Score: {points}" for points in range(6)),
+        "self-rewarding: how a judgement ends, worst first",
+    )
+    compare: str = setting(
+        COMPARE, "rlaif: how the labeller is asked; holds {prompt}, {first} and {second}"
+    )
     options: tuple[str, ...] = setting(("(A)", "(B)"), "rlaif: its two replies")
-    good_tags: tuple[str, ...] = setting(("helpful response", "harmless response", "honest response"), "rlcd: how the chosen answer is asked for")
-    bad_tags: tuple[str, ...] = setting(("unhelpful response", "harmful response", "dishonest response"), "rlcd: the rejected; one pair per prompt")
+    good_tags: tuple[str, ...] = setting(
+        ("helpful response", "harmless response", "honest response"),
+        "rlcd: how the chosen answer is asked for",
+    )
+    bad_tags: tuple[str, ...] = setting(
+        ("unhelpful response", "harmful response", "dishonest response"),
+        "rlcd: the rejected; one pair per prompt",
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Eval:
     samples: int = setting(2, "sampled answers per test prompt", at_least=1)
-    bootstrap: int = setting(1000, "resamples of the prompts for the intervals", at_least=1, at_most=10_000)
+    bootstrap: int = setting(
+        1000, "resamples of the prompts for the intervals", at_least=1, at_most=10_000
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Parallel:
-    shard: bool = setting(False, "under torchrun each process holds a part of a frozen base (FSDP), for one that does not fit; slow")
+    shard: bool = setting(
+        False,
+        "under torchrun each process holds a part of a frozen base (FSDP), for one that does not fit; slow",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +381,9 @@ class Config:
     parallel: Parallel = Parallel()
 
 
-SETTINGS = {f"{section.name}.{key.name}": key for section in fields(Config) for key in fields(section.type)}
+SETTINGS = {
+    f"{section.name}.{key.name}": key for section in fields(Config) for key in fields(section.type)
+}
 
 
 def flatten(config: Config) -> dict[str, object]:
@@ -244,5 +394,3 @@ def flatten(config: Config) -> dict[str, object]:
 def toml_value(value) -> str:
     """One TOML value, for what a Config holds the same as JSON; None is written as "none"."""
     return json.dumps("none" if value is None else value, ensure_ascii=False)
-
-

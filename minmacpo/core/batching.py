@@ -39,7 +39,9 @@ def collate(rows: Sequence[Tokens], device="cpu", share: bool = False) -> Batch:
     a prompt a second time."""
     tokens = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
     mask = pad_sequence([torch.tensor(row.mask) for row in rows], batch_first=True)
-    shared = Shared(*(part.to(device, non_blocking=True) for part in distinct(rows))) if share else None
+    shared = (
+        Shared(*(part.to(device, non_blocking=True) for part in distinct(rows))) if share else None
+    )
     return Batch(tokens.to(device, non_blocking=True), mask.to(device, non_blocking=True), shared)
 
 
@@ -55,7 +57,10 @@ def distinct(rows: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
         prompt = prompt_of(row)
         first = known.get(prompt)
         own = len(prompt) if first is not None else 0  # its own tokens begin here
-        place = [*range(first or 0, (first or 0) + own), *range(len(kept), len(kept) + len(row.ids) - own)]
+        place = [
+            *range(first or 0, (first or 0) + own),
+            *range(len(kept), len(kept) + len(row.ids) - own),
+        ]
         known.setdefault(prompt, len(kept))
         kept += range(number * width + own, number * width + len(row.ids))
         origin.append(place + [0] * (width - len(place)))
@@ -77,13 +82,20 @@ def worth_sharing(groups: Iterable[Sequence[Tokens]]) -> tuple[bool, str]:
     """(whether `share` saves enough, what the log says) for batches of rows that are planned."""
     padded, real, computed = token_counts(groups)
     worth = padded - computed >= WORTH * max(padded, 1)
-    words = f"padding is {1 - real / max(padded, 1):.1%} of {padded:,} tokens in a pass over the rows"
+    words = (
+        f"padding is {1 - real / max(padded, 1):.1%} of {padded:,} tokens in a pass over the rows"
+    )
     found = f"; none of it and each common prompt once outside attention: {computed:,} are computed ({1 - computed / max(padded, 1):.0%} saved)"
     return worth, words + (found if worth else "")
 
 
-def cut(order: Sequence[int], lengths: Sequence[int], budget: int, counts: Sequence[int] | None = None,
-        alike: float = math.inf) -> list[list[int]]:  # fmt: skip
+def cut(
+    order: Sequence[int],
+    lengths: Sequence[int],
+    budget: int,
+    counts: Sequence[int] | None = None,
+    alike: float = math.inf,
+) -> list[list[int]]:
     """`order` cut into runs whose padded size (longest · units, or · rows where units have `counts` of them) is at most
     `budget`, or of one unit; none is more than `alike` times as long as the first of its run."""
     groups, longest, rows = [], 0, 0
@@ -100,11 +112,22 @@ def cut(order: Sequence[int], lengths: Sequence[int], budget: int, counts: Seque
 
 def halved(groups: list[list[int]]) -> list[list[int]]:
     """The groups, each cut in two."""
-    return [half for group in groups for half in (group[: len(group) // 2], group[len(group) // 2 :]) if half]
+    return [
+        half
+        for group in groups
+        for half in (group[: len(group) // 2], group[len(group) // 2 :])
+        if half
+    ]
 
 
-def plan_steps(lengths: Sequence[int], batch: int, steps: int, seed: int,
-               budget: int = 16384, alike: float = math.inf) -> list[list[list[int]]]:  # fmt: skip
+def plan_steps(
+    lengths: Sequence[int],
+    batch: int,
+    steps: int,
+    seed: int,
+    budget: int = 16384,
+    alike: float = math.inf,
+) -> list[list[list[int]]]:
     """`steps` optimiser steps, each a list of micro-batches of at most `budget` tokens, each a list of units (see `cut`).
     Every epoch is shuffled anew, and its last step may be smaller; within a step, units go by length."""
     plan = []
@@ -122,17 +145,17 @@ def steps_per_epoch(units: int, batch: int) -> int:
     return math.ceil(units / batch)
 
 
-def limits(micro_tokens: int, device: str, close: bool) -> tuple[int, float]:
+def limits(max_tokens_per_batch: int, device: str, close: bool) -> tuple[int, float]:
     """(tokens of a micro-batch, how unlike its rows may be), for plan_steps; `close`: rows of like length, which on a CPU
     stay within its cache."""
     if not close:
-        return micro_tokens, math.inf
-    return min(micro_tokens, CPU_TOKENS) if device == "cpu" else micro_tokens, ALIKE
+        return max_tokens_per_batch, math.inf
+    return min(max_tokens_per_batch, CPU_TOKENS) if device == "cpu" else max_tokens_per_batch, ALIKE
 
 
-def scoring_tokens(micro_tokens: int, device: str) -> int:
+def scoring_tokens(max_tokens_per_batch: int, device: str) -> int:
     """Tokens of a pass of scoring, which keeps nothing: on a CPU four times what training takes (see `limits`)."""
-    return min(micro_tokens, 4 * CPU_TOKENS) if device == "cpu" else micro_tokens
+    return min(max_tokens_per_batch, 4 * CPU_TOKENS) if device == "cpu" else max_tokens_per_batch
 
 
 def plan_scoring(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -149,6 +172,7 @@ def plan_shared(rows: Sequence[Tokens], budget: int) -> list[list[int]]:
     units = [part for unit in prompts.values() for part in cut(unit, sizes, budget)]
     lengths = [max(sizes[i] for i in unit) for unit in units]
     order = sorted(range(len(units)), key=lengths.__getitem__)
-    return [[i for unit in group for i in units[unit]] for group in cut(order, lengths, budget, [*map(len, units)])]
-
-
+    return [
+        [i for unit in group for i in units[unit]]
+        for group in cut(order, lengths, budget, [*map(len, units)])
+    ]

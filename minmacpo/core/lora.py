@@ -26,7 +26,9 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        delta = nn.functional.linear(nn.functional.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        delta = nn.functional.linear(
+            nn.functional.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)
+        )
         return torch.add(self.base(x), delta, alpha=self.scale)  # scaled at the end, as PEFT does
 
 
@@ -35,11 +37,17 @@ def attach_lora(model: nn.Module, config: Lora) -> list[nn.Parameter]:
     target is the end of a linear's name from a dot on, or a pattern (re) of the whole name.
     Returns the slot's parameters in a fixed order; UserError if a target matches nothing."""
     model.requires_grad_(False)
-    linears = {name: module for name, module in model.named_modules() if hasattr(module, "in_features")}
+    linears = {
+        name: module for name, module in model.named_modules() if hasattr(module, "in_features")
+    }
     linears.pop("lm_head", None)  # losses and sampling use its weight alone
     picked = set()
     for target in config.targets:
-        names = {name for name in linears if f".{name}".endswith(f".{target}") or re.fullmatch(target, name)}
+        names = {
+            name
+            for name in linears
+            if f".{name}".endswith(f".{target}") or re.fullmatch(target, name)
+        }
         if not names:
             raise UserError(f"lora.targets: {target} is no linear layer of the model's blocks")
         picked |= names
@@ -55,38 +63,49 @@ def slot(model: nn.Module) -> dict[str, nn.Parameter]:
     return {f"{PREFIX}{name}.weight": param for name, param in named}
 
 
-def read_adapter(model: nn.Module) -> dict[str, Tensor]:
+def get_adapter_weights(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the slot on the CPU, fp32, under PEFT's keys."""
-    return {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in slot(model).items()}
+    return {
+        key: tensor.detach().to("cpu", torch.float32, copy=True)
+        for key, tensor in slot(model).items()
+    }
 
 
 @torch.no_grad()
-def write_adapter(model: nn.Module, tensors: dict[str, Tensor], where: str = "adapter") -> None:
+def set_adapter_weights(
+    model: nn.Module, tensors: dict[str, Tensor], where: str = "adapter"
+) -> None:
     """Copy an adapter into the slot; UserError for a missing or unexpected key, shape, or NaN."""
     mine = slot(model)
     for key in sorted(mine.keys() ^ tensors.keys()):
         problem = "lacks" if key in mine else "has an unexpected key"
-        raise UserError(f"{where}: {problem} {key}; it is for another base, or for other lora.targets")
+        raise UserError(
+            f"{where}: {problem} {key}; it is for another base, or for other lora.targets"
+        )
     for key, tensor in tensors.items():
         if tensor.shape != mine[key].shape:
-            raise UserError(f"{where}: {key} is {list(tensor.shape)}, expected {list(mine[key].shape)}: for another base, or rank")
+            raise UserError(
+                f"{where}: {key} is {list(tensor.shape)}, expected {list(mine[key].shape)}: for another base, or rank"
+            )
         if not torch.isfinite(tensor).all():
             raise UserError(f"{where}: {key} holds values that are not finite")
         mine[key].copy_(tensor)
 
 
 @torch.no_grad()
-def reset_adapter(model: nn.Module, seed: int) -> None:
+def init_adapter(model: nn.Module, seed: int) -> None:
     """A fresh adapter in the slot: A kaiming-uniform (a = √5) as in PEFT, B zero, so it does nothing."""
     generator = torch.Generator().manual_seed(seed)
     for key, tensor in slot(model).items():
         if key.endswith("lora_A.weight"):  # drawn on the CPU: the same numbers on every device
-            tensor.copy_(nn.init.kaiming_uniform_(torch.empty(tensor.shape), a=5**0.5, generator=generator))
-    clear_adapter(model)
+            tensor.copy_(
+                nn.init.kaiming_uniform_(torch.empty(tensor.shape), a=5**0.5, generator=generator)
+            )
+    disable_adapter(model)
 
 
 @torch.no_grad()
-def clear_adapter(model: nn.Module) -> None:
+def disable_adapter(model: nn.Module) -> None:
     """Switch the adapter off: with B zero the model is its base, exactly."""
     for key, tensor in slot(model).items():
         if key.endswith("lora_B.weight"):
@@ -96,11 +115,13 @@ def clear_adapter(model: nn.Module) -> None:
 @torch.no_grad()
 def merged_weights(model: nn.Module) -> dict[str, Tensor]:
     """{HF name: tensor} of the whole model with the slot merged in (in fp32, then cast back)."""
-    weights = {k.replace(".base.", "."): v for k, v in model.state_dict().items() if ".lora_" not in k}
+    weights = {
+        k.replace(".base.", "."): v for k, v in model.state_dict().items() if ".lora_" not in k
+    }
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLinear):
             delta = layer.scale * (layer.lora_B.float() @ layer.lora_A.float())
-            weights[f"{name}.weight"] = (layer.base.weight.float() + delta).to(layer.base.weight.dtype)
+            weights[f"{name}.weight"] = (layer.base.weight.float() + delta).to(
+                layer.base.weight.dtype
+            )
     return weights
-
-

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from minmacpo.core.lora import LoraLinear
 from minmacpo.core.model import Attention, Transformer
 
-SMALLEST = 8_000_000  # weights; below, what finished runs have sampled stays what it was, to the last bit
+SMALLEST = (
+    8_000_000  # weights; below, what finished runs have sampled stays what it was, to the last bit
+)
 
 
 LARGEST = 1_000_000_000  # weights; the twin holds its linears a second time
@@ -40,7 +42,9 @@ def packs(model: Transformer) -> bool:
     weight, size = model.model["embed_tokens"].weight, sum(p.numel() for p in model.parameters())
     if sharded(model) or weight.device.type != "cpu" or not SMALLEST <= size <= LARGEST:
         return False
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not torch.backends.mkldnn.is_available() or not hasattr(
+        torch.ops.mkldnn, "_linear_pointwise"
+    ):
         say_missing()
         return False
     return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and multiplies_bf16())
@@ -54,17 +58,26 @@ def multiplies_bf16() -> bool:
 @functools.cache
 def say_missing() -> None:
     """One line for a process whose torch has no oneDNN."""
-    print("WARNING: this torch has no oneDNN, so weights are not repacked and sampling is slower", file=sys.stderr)
+    print(
+        "WARNING: this torch has no oneDNN, so weights are not repacked and sampling is slower",
+        file=sys.stderr,
+    )
 
 
 def pack(model: Transformer, rows: int) -> Transformer:
     """A twin of the model as it is now, for `rows` tokens at a time, that shares its parameters and quantised linears. In fp32 an adapter is merged
     into what is packed; in bf16, where merging would round it, it stays the slot. No gradient passes."""
-    twin = copy.deepcopy(model, {id(kept): kept for kept in chain(model.parameters(), model.buffers())})
+    twin = copy.deepcopy(
+        model, {id(kept): kept for kept in chain(model.parameters(), model.buffers())}
+    )
     twin.by_coordinate = model.lm_head.weight.dtype == torch.float32  # in bf16 it does not pay
     for name, module in [*twin.named_modules()]:
         parent, _, last = name.rpartition(".")
-        if isinstance(module, LoraLinear) and type(module.base) is nn.Linear and module.base.weight.dtype == torch.float32:
+        if (
+            isinstance(module, LoraLinear)
+            and type(module.base) is nn.Linear
+            and module.base.weight.dtype == torch.float32
+        ):
             merged = module.base.weight + module.scale * (module.lora_B @ module.lora_A)
             setattr(twin.get_submodule(parent), last, PackedLinear(module.base, merged, rows))
         elif type(module) is nn.Linear and type(twin.get_submodule(parent)) is not PackedLinear:
@@ -72,5 +85,3 @@ def pack(model: Transformer, rows: int) -> Transformer:
         elif isinstance(module, Attention):
             module.direct = True
     return twin
-
-

@@ -31,7 +31,9 @@ AT_ONCE = 1024  # tokens of the prompts that a packed twin in fp32 reads at once
 ROOM = 64  # attention reads the cache up to the last place in use, rounded up to a multiple of this
 
 
-def warp(logits: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor | None]:
+def logits_to_probs(
+    logits: Tensor, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor | None]:
     """(probabilities [B, n], their token ids [B, n]; None: all tokens in order) of logits [B, V].
     Temperature, top-k, then top-p on what is left: the smallest set of likeliest tokens that reaches it."""
     logits, ids = logits.float(), None
@@ -70,13 +72,17 @@ def pick(logits: Tensor, settings: Generate, uniform: Tensor) -> tuple[Tensor, T
     if settings.temperature == 0:
         token = logits.argmax(-1)
     else:
-        token = draw(*warp(logits, settings.temperature, settings.top_k, settings.top_p), uniform)
+        token = draw(
+            *logits_to_probs(logits, settings.temperature, settings.top_k, settings.top_p), uniform
+        )
     return token, logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
 
 
 def noise(seeds: Sequence[int], steps: int) -> np.ndarray:
     """Uniform numbers [rows, steps] in [0, 1), row i from seeds[i] alone (Philox, 63-bit key)."""
-    return np.stack([np.random.Generator(np.random.Philox(seed)).random(steps, np.float32) for seed in seeds])
+    return np.stack(
+        [np.random.Generator(np.random.Philox(seed)).random(steps, np.float32) for seed in seeds]
+    )
 
 
 def read(model: Transformer, tokens: Tensor, last: Tensor, cache: Tensor) -> Tensor:
@@ -86,10 +92,17 @@ def read(model: Transformer, tokens: Tensor, last: Tensor, cache: Tensor) -> Ten
         tokens = F.pad(tokens, (0, -tokens.shape[1] % WHOLE))
         size = max(1, AT_ONCE // tokens.shape[1])
     parts = zip(tokens.split(size), last.split(size), cache.split(size, dim=2), strict=True)
-    return torch.cat([model.lm_head(model(part, cache=mine)[torch.arange(len(at), device=at.device), at]) for part, at, mine in parts])
+    return torch.cat(
+        [
+            model.lm_head(model(part, cache=mine)[torch.arange(len(at), device=at.device), at])
+            for part, at, mine in parts
+        ]
+    )
 
 
-def prefill(models: Sequence[Transformer], prompts: Sequence[Sequence[int]], room: int) -> tuple[list[Tensor], list[Tensor]]:
+def prefill(
+    models: Sequence[Transformer], prompts: Sequence[Sequence[int]], room: int
+) -> tuple[list[Tensor], list[Tensor]]:
     """(logits [B, V] of the first new token, cache with `room` more places) of every model. A prompt that several rows
     share is read once."""
     places: dict[tuple[int, ...], int] = {}
@@ -101,7 +114,10 @@ def prefill(models: Sequence[Transformer], prompts: Sequence[Sequence[int]], roo
     logits = [read(m, tokens, last, c) for m, c in zip(models, caches, strict=True)]
     if len(places) < len(prompts):
         chosen = torch.tensor(which, device=device)
-        logits, caches = [each[chosen] for each in logits], [cache[:, :, chosen] for cache in caches]
+        logits, caches = (
+            [each[chosen] for each in logits],
+            [cache[:, :, chosen] for cache in caches],
+        )
     return logits, caches
 
 
@@ -113,38 +129,54 @@ class Decoder:
 
     def __init__(self, models: Sequence[Transformer], caches: Sequence[Tensor]):
         self.models, self.caches, self.shape, self.graph = models, caches, None, None
-        self.whole = not any(map(sharded, models))  # what is fetched from other ranks is not captured
+        self.whole = not any(
+            map(sharded, models)
+        )  # what is fetched from other ranks is not captured
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
         self.caches = [cache[:, :, rows] for cache in self.caches]
         self.graph = None
 
-    def admit(self, places: Tensor, prompts: Sequence[Sequence[int]], logits: Sequence[Tensor]) -> None:
+    def admit(
+        self, places: Tensor, prompts: Sequence[Sequence[int]], logits: Sequence[Tensor]
+    ) -> None:
         """Read new prompts into these places of the caches, and put their logits there."""
-        for cache, mine, new, found in zip(self.caches, logits, *reversed(prefill(self.models, prompts, 0)), strict=True):
+        for cache, mine, new, found in zip(
+            self.caches, logits, *reversed(prefill(self.models, prompts, 0)), strict=True
+        ):
             cache[:, :, places, :, : new.shape[4]] = new
             mine[places] = found
 
     def run(self, token: Tensor, where: Tensor, used: int) -> list[Tensor]:
         """Logits [B, V] of each model after token [B] at position where [B]; places from `used` on are not read."""
-        return [m.lm_head(m(token[:, None], positions=where, cache=c[..., :used, :])[:, 0])
-                for m, c in zip(self.models, self.caches, strict=True)]  # fmt: skip
+        return [
+            m.lm_head(m(token[:, None], positions=where, cache=c[..., :used, :])[:, 0])
+            for m, c in zip(self.models, self.caches, strict=True)
+        ]
 
     def capture(self, token: Tensor, where: Tensor, used: int) -> bool:
         """Capture a step at these shapes; False, once said and never tried again, where that cannot be done."""
         self.inputs, self.shape, self.graph = (token.clone(), where.clone()), used, None
-        self.run(*self.inputs, used)  # kernels load, and libraries choose, before anything is captured
+        self.run(
+            *self.inputs, used
+        )  # kernels load, and libraries choose, before anything is captured
         torch.cuda.synchronize()
         try:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # which leaves its stream in use if it fails
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph),
+            ):  # which leaves its stream in use if it fails
                 self.logits = self.run(*self.inputs, used)
         except torch.OutOfMemoryError:  # fewer rows may do
             raise
         except RuntimeError as error:
             Decoder.captures = False
-            print(f"WARNING: decoding is not captured as a CUDA graph ({str(error).splitlines()[0]}); it goes on without, slower", file=sys.stderr)
+            print(
+                f"WARNING: decoding is not captured as a CUDA graph ({str(error).splitlines()[0]}); it goes on without, slower",
+                file=sys.stderr,
+            )
             return False
         self.graph = graph
         return True
@@ -167,13 +199,20 @@ class Board:
     on (`running`), all [places]; the prompts that wait; after which steps rows that began together have all ended (`ends`); and
     what all rows have so far."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], most: int, places: int, device):
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], most: int, places: int, device
+    ):
         rows = len(prompts)
         self.most, self.waiting, self.step, self.ends = most, deque(range(places, rows)), 0, {most}
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self.uniform = torch.from_numpy(noise(seeds, most + 1)).to(device)  # a row that has ended goes on for a while, unread
+        self.uniform = torch.from_numpy(noise(seeds, most + 1)).to(
+            device
+        )  # a row that has ended goes on for a while, unread
         self.out = torch.zeros(rows, most + 1, dtype=torch.long, device=device)
-        self.logps, self.counts = torch.zeros(rows, device=device), torch.zeros(rows, dtype=torch.long, device=device)
+        self.logps, self.counts = (
+            torch.zeros(rows, device=device),
+            torch.zeros(rows, dtype=torch.long, device=device),
+        )
         self.row = torch.arange(places, device=device)
         self.at = torch.zeros(places, dtype=torch.long, device=device)
         self.running = torch.ones(places, dtype=torch.bool, device=device)
@@ -195,7 +234,11 @@ class Board:
         if len(fresh) == len(over):
             return None, fresh
         given = {*over[: len(fresh)]}
-        keep = torch.tensor([i for i, goes in enumerate(running) if goes or i in given], dtype=torch.long, device=self.row.device)
+        keep = torch.tensor(
+            [i for i, goes in enumerate(running) if goes or i in given],
+            dtype=torch.long,
+            device=self.row.device,
+        )
         self.row, self.at, self.running = self.row[keep], self.at[keep], self.running[keep]
         return keep, fresh
 
@@ -209,23 +252,43 @@ class Board:
 
 
 @torch.inference_mode()
-def generate(model: Transformer, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: Generate, stops: set[int],
-             against: Transformer | None = None, tell: Callable[[list[int]], None] | None = None,
-             places: int | None = None) -> tuple[list[list[int]], list[float]]:  # fmt: skip
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    settings: Generate,
+    stops: set[int],
+    against: Transformer | None = None,
+    tell: Callable[[list[int]], None] | None = None,
+    places: int | None = None,
+) -> tuple[list[list[int]], list[float]]:
     """(new tokens, their summed log-probability) for every prompt, `places` (None: all) decoded side by side: when a row ends, the
     next prompt gets its place.
-    An answer ends with one of `stops`, which is kept, or after settings.max_new tokens. `against`: a second model
+    An answer ends with one of `stops`, which is kept, or after settings.max_new_tokens tokens. `against`: a second model
     of the same tokens, away from which it is decoded (`contrast`); log-probabilities are then of the contrast.
     `tell` gets the newest token of every row that is still held, step by step; what it raises ends it all."""
-    device, most, places = next(model.parameters()).device, settings.max_new, min(places or len(prompts), len(prompts))
-    board, stop = Board(prompts, seeds, most, places, device), torch.tensor(sorted(stops), device=device)
+    device, most, places = (
+        next(model.parameters()).device,
+        settings.max_new_tokens,
+        min(places or len(prompts), len(prompts)),
+    )
+    board, stop = (
+        Board(prompts, seeds, most, places, device),
+        torch.tensor(sorted(stops), device=device),
+    )
     models = [pack(m, places) if packs(m) else m for m in (model, against) if m]
     longest = max(map(len, prompts))
-    logits, caches = prefill(models, prompts[:places], longest + most - max(map(len, prompts[:places])))
+    logits, caches = prefill(
+        models, prompts[:places], longest + most - max(map(len, prompts[:places]))
+    )
     decoder, fresh = Decoder(models, caches), []
     del caches  # else they stay beside what `Decoder.keep` makes of them
     while len(board.row):
-        token, logp = pick(contrast(*logits) if against else logits[0], settings, board.uniform[board.row, board.at])
+        token, logp = pick(
+            contrast(*logits) if against else logits[0],
+            settings,
+            board.uniform[board.row, board.at],
+        )
         if tell:
             tell(token.tolist())
         board.write(token, logp, stop)
@@ -236,10 +299,12 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], seeds: Sequen
                 decoder.keep(keep)
             if not len(board.row):
                 break
-        logits = decoder(token, board.lengths[board.row] + board.at - 1, longest + min(board.step, most) - 1)
+        logits = decoder(
+            token, board.lengths[board.row] + board.at - 1, longest + min(board.step, most) - 1
+        )
         if fresh:
             decoder.admit(board.admit(fresh), [prompts[i] for i in fresh], logits)
             fresh = []
-    return [row[:count] for row, count in zip(board.out.tolist(), board.counts.tolist(), strict=True)], board.logps.tolist()
-
-
+    return [
+        row[:count] for row, count in zip(board.out.tolist(), board.counts.tolist(), strict=True)
+    ], board.logps.tolist()

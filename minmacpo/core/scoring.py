@@ -10,8 +10,8 @@ from minmacpo import UserError
 from minmacpo.core.batching import collate, halved, plan_scoring, plan_shared, worth_sharing
 from minmacpo.data.tokenizer import Tokens
 from minmacpo.kernels.fused_logps import sequence_logps
-from minmacpo.runtime.device import allocating
-from minmacpo.runtime.distributed import ALONE, Ranks
+from minmacpo.runtime.device import normalize_oom
+from minmacpo.runtime.distributed import SINGLE_PROCESS, Distributed
 from minmacpo.runtime.progress import Progress
 
 
@@ -20,15 +20,22 @@ def perplexity(logp: float, tokens: int) -> float:
     return math.exp(min(-logp / tokens, 69.0))
 
 
-def preferred(margins: Sequence[float]) -> np.ndarray:
+def win_or_tie(margins: Sequence[float]) -> np.ndarray:
     """[N] of margins between a better and a worse answer: 1 where it is above 0, 0.5 where it is 0, 0 below."""
     margins = np.asarray(margins, float)
     return (margins > 0) + 0.5 * (margins == 0)
 
 
 @torch.inference_mode()
-def score(model, rows: Sequence[Tokens], budget: int, progress: Progress | None = None,
-          ranks: Ranks = ALONE, log: Callable[[str], None] = print, share: bool = False) -> list[float]:  # fmt: skip
+def score(
+    model,
+    rows: Sequence[Tokens],
+    budget: int,
+    progress: Progress | None = None,
+    ranks: Distributed = SINGLE_PROCESS,
+    log: Callable[[str], None] = print,
+    share: bool = False,
+) -> list[float]:
     """Summed log-probability of each row's masked tokens; at most `budget` padded tokens per forward pass, half of it from
     where memory is short. Passes are divided among `ranks`, which may be stopped between two of them; `share`: prompts that
     rows have in common are computed once, where that saves enough."""
@@ -51,22 +58,29 @@ def score(model, rows: Sequence[Tokens], budget: int, progress: Progress | None 
                 continue
             batch = collate([rows[i] for i in part], next(model.parameters()).device, share)
             try:
-                with allocating():
-                    found += sequence_logps(model, batch.tokens, batch.mask, shared=batch.shared).tolist()
+                with normalize_oom():
+                    found += sequence_logps(
+                        model, batch.tokens, batch.mask, shared=batch.shared
+                    ).tolist()
             except torch.OutOfMemoryError:
-                if ranks.shards:
-                    raise UserError("out of memory while texts are scored; lower run.micro_tokens") from None
+                if ranks.is_sharded:
+                    raise UserError(
+                        "out of memory while texts are scored; lower run.max_tokens_per_batch"
+                    ) from None
                 if len(part) == 1:
-                    raise UserError(f"out of memory: a text of {batch.tokens.numel()} tokens is too long to be scored here") from None
+                    raise UserError(
+                        f"out of memory: a text of {batch.tokens.numel()} tokens is too long to be scored here"
+                    ) from None
                 most, parts[:0] = min(most, budget) // 2, halved([part])
-                ranks.warn(f"out of memory: from here at most {most} tokens per forward pass (run.micro_tokens is the limit that was tried)", log)
+                ranks.warn(
+                    f"out of memory: from here at most {most} tokens per forward pass (run.max_tokens_per_batch is the limit that was tried)",
+                    log,
+                )
         return found
 
-    for group, found in zip(groups, ranks.each(groups, one_pass), strict=True):
+    for group, found in zip(groups, ranks.parallel_map(groups, one_pass), strict=True):
         for i, logp in zip(group, found, strict=True):
             logps[i] = logp
         if progress:
             progress.step(len(found))
     return logps
-
-

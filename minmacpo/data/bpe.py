@@ -17,7 +17,6 @@ from minmacpo import UserError
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-
 # re knows no \p{L}, and its \s has four control characters too many. So patterns are matched on a copy of the
 # text where one character of private use stands for all of a category; the first 384 characters, of which
 # patterns name some, stand for themselves (the last is ſ, which (?i:'s) takes for an s).
@@ -82,7 +81,12 @@ def read_cuts(part: dict) -> list[re.Pattern]:
         return [compile_pattern(GPT2)] if part.get("use_regex", True) else []
     if kind == "Digits":
         return [compile_pattern(r"\p{N}" if part["individual_digits"] else r"\p{N}+")]
-    if kind == "Split" and part["behavior"] == "Isolated" and not part["invert"] and "Regex" in part["pattern"]:
+    if (
+        kind == "Split"
+        and part["behavior"] == "Isolated"
+        and not part["invert"]
+        and "Regex" in part["pattern"]
+    ):
         return [compile_pattern(part["pattern"]["Regex"])]
     raise ValueError(f"pre_tokenizer {part}")
 
@@ -90,12 +94,18 @@ def read_cuts(part: dict) -> list[re.Pattern]:
 def byte_letters() -> str:
     """The character that stands for each of the 256 bytes in a vocabulary, as GPT-2 chose them."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return "".join(chr(b if b in shown else 256 + sum(c not in shown for c in range(b))) for b in range(256))
+    return "".join(
+        chr(b if b in shown else 256 + sum(c not in shown for c in range(b))) for b in range(256)
+    )
 
 
 def check_ids(tokens: dict[str, int]) -> None:
     """ValueError where tokens are no texts, or their ids no whole numbers that a vocabulary could have."""
-    if odd := [name for name, i in tokens.items() if type(name) is not str or type(i) is not int or not 0 <= i < MOST_IDS]:
+    if odd := [
+        name
+        for name, i in tokens.items()
+        if type(name) is not str or type(i) is not int or not 0 <= i < MOST_IDS
+    ]:
         raise ValueError(f"token {odd[0]!r:.60} with id {tokens[odd[0]]!r:.60}")
 
 
@@ -106,9 +116,19 @@ class BytePairs:
     def __init__(self, file: bytes, where: str):
         try:
             self.read(json.loads(file))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, re.error) as error:
-            raise UserError(f"{where}: is no byte-level BPE that is understood here ({error!r:.200}); if the model "
-                            "has a tokenizer.model too, put that beside it") from None  # fmt: skip
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            RecursionError,
+            re.error,
+        ) as error:
+            raise UserError(
+                f"{where}: is no byte-level BPE that is understood here ({error!r:.200}); if the model "
+                "has a tokenizer.model too, put that beside it"
+            ) from None
         self.letters, self.stand_ins = byte_letters(), StandIns()
         self.byte_of = {letter: byte for byte, letter in enumerate(self.letters)}
         self.merge = lru_cache(1 << 16)(self.merge_word)  # words repeat
@@ -116,22 +136,41 @@ class BytePairs:
     def read(self, file: dict) -> None:
         """Take over what the file says; ValueError, KeyError and the like where it is not understood."""
         model, cutter, normalizer = file["model"], file["pre_tokenizer"], file["normalizer"] or {}
-        odd = {key: model[key] for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix",
-                                           "byte_fallback") if model.get(key)}  # fmt: skip
+        odd = {
+            key: model[key]
+            for key in (
+                "dropout",
+                "continuing_subword_prefix",
+                "end_of_word_suffix",
+                "byte_fallback",
+            )
+            if model.get(key)
+        }
         steps = [step["type"] for step in cutter.get("pretokenizers", [cutter])]
-        blank = [token for token in file["added_tokens"] if not token["content"].strip()]  # is text, no mark
-        if odd or blank or steps[-1] != "ByteLevel" or normalizer.get("type", "NFC") not in ("NFC", "NFKC"):
+        blank = [
+            token for token in file["added_tokens"] if not token["content"].strip()
+        ]  # is text, no mark
+        if (
+            odd
+            or blank
+            or steps[-1] != "ByteLevel"
+            or normalizer.get("type", "NFC") not in ("NFC", "NFKC")
+        ):
             raise ValueError(odd or blank or f"{steps} {normalizer}")
         self.form, self.cuts, vocab = normalizer.get("type"), read_cuts(cutter), model["vocab"]
         self.added = {token["content"]: token["id"] for token in file["added_tokens"]}
         check_ids(vocab)
         check_ids(self.added)
-        self.visible = {t["id"]: t["content"].encode() for t in file["added_tokens"] if not t["special"]}
+        self.visible = {
+            t["id"]: t["content"].encode() for t in file["added_tokens"] if not t["special"]
+        }
         self.ids = {name: i for name, i in vocab.items() if name not in self.added}
         self.names = {i: name for name, i in self.ids.items()}
         self.whole = self.ids if model.get("ignore_merges") else {}
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        self.merges = {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(pairs)}
+        self.merges = {
+            (vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(pairs)
+        }
         self.size = 1 + max([*vocab.values(), *self.added.values()])
 
     def split(self, text: str) -> list[str]:
@@ -139,7 +178,9 @@ class BytePairs:
         words = [text]
         for cut in self.cuts:
             pieces = (cut.split(w if w.isascii() else w.translate(self.stand_ins)) for w in words)
-            ends = accumulate((len(piece) for found in pieces for piece in found if piece), initial=0)
+            ends = accumulate(
+                (len(piece) for found in pieces for piece in found if piece), initial=0
+            )
             words = [text[start:end] for start, end in pairwise(ends)]
         return words
 
@@ -149,11 +190,16 @@ class BytePairs:
         if spelled in self.whole:
             return [self.whole[spelled]]
         try:
-            ids = [*map(self.ids.__getitem__, spelled), None]  # None at the end: what pairs with nothing
+            ids = [
+                *map(self.ids.__getitem__, spelled),
+                None,
+            ]  # None at the end: what pairs with nothing
         except KeyError:
             raise UserError(f"{word[:60]!a}: the tokenizer has no token for a byte of it") from None
         before, after = [*range(-1, len(ids) - 1)], [*range(1, len(ids)), -1]
-        heap = [(self.merges[pair][0], i) for i, pair in enumerate(pairwise(ids)) if pair in self.merges]
+        heap = [
+            (self.merges[pair][0], i) for i, pair in enumerate(pairwise(ids)) if pair in self.merges
+        ]
         heapq.heapify(heap)
         while heap:
             rank, i = heapq.heappop(heap)
@@ -175,7 +221,9 @@ class BytePairs:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens give nothing, broken bytes give U+FFFD."""
-        return b"".join(self.visible.get(i) or self.spelled(self.names.get(i, "")) for i in ids).decode("utf-8", "replace")
+        return b"".join(
+            self.visible.get(i) or self.spelled(self.names.get(i, "")) for i in ids
+        ).decode("utf-8", "replace")
 
     def spelled(self, name: str) -> bytes:
         """What a name of the vocabulary stands for: bytes, or itself where a character of it is none, as `tokenizers` has it."""
@@ -185,10 +233,14 @@ class BytePairs:
             return name.encode("utf-8", "surrogatepass")
 
 
-PART = re.compile(r"\[\^?\]?(?:\\.|[^]\\])*\]|\\p\{\w+\}|\\.", re.DOTALL)  # brackets, a category, an escape
+PART = re.compile(
+    r"\[\^?\]?(?:\\.|[^]\\])*\]|\\p\{\w+\}|\\.", re.DOTALL
+)  # brackets, a category, an escape
 
 
-HIDING = re.compile(r"\(\?(#|[a-zA-Z]*x)")  # a comment, or the flag that allows some: marks in them are none
+HIDING = re.compile(
+    r"\(\?(#|[a-zA-Z]*x)"
+)  # a comment, or the flag that allows some: marks in them are none
 
 
 MOST_WAYS = 4096  # that matching may go at one place beside repeats; the tokenizers of 2025 have 28, the layers of a model 448
@@ -220,5 +272,3 @@ def check_ways(pattern: str, repeats: int, long: bool = False) -> None:
                 repeated += 1
         if repeated > repeats or ways > MOST_WAYS:
             raise re.error(f"a repeated group, more than {repeats} repeats, or too many choices")
-
-

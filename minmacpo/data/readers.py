@@ -18,7 +18,9 @@ ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 UNPACKED = 200  # times smaller than its text a gzipped file can be; plain language reaches 10
 
 
-ROW_LIMIT = 1 << 24  # bytes or characters; a longer row is no text for a model, but perhaps a gzip bomb
+ROW_LIMIT = (
+    1 << 24
+)  # bytes or characters; a longer row is no text for a model, but perhaps a gzip bomb
 
 
 BLOCK = 1 << 16  # characters of an array that are read at once
@@ -33,17 +35,17 @@ DECODER = json.JSONDecoder()
 UNREADABLE = (UnicodeDecodeError, OSError, EOFError, zlib.error)
 
 
-def two_sides(path: str) -> list[str]:
+def split_pair_paths(path: str) -> list[str]:
     """The two paths of "GOOD,BAD"; none if it is one path."""
     return path.split(",") if "," in path and not Path(path).exists() else []
 
 
 def find_files(path: str, key: str = "data.path") -> list[Path]:
     """The files with one of ENDINGS at `path` (a file of any name, or a folder), sorted; runs that lie in the
-    folder are passed over; of "GOOD,BAD" the two, in that order. UserError, naming the setting `key`, if there is
+    folder are passed over; of "GOOD,BAD" the two, in that order. UserError, with_path the setting `key`, if there is
     none or a folder cannot be read."""
     root, files, seen = Path(path), [], set()
-    if sides := two_sides(path):
+    if sides := split_pair_paths(path):
         return [file for part in sides for file in find_files(part, key)]
     if not root.exists():
         raise UserError(f"{key}: {root} does not exist")
@@ -86,7 +88,9 @@ class Unpacked(io.RawIOBase):
         count = self.stream.readinto(buffer)
         self.left -= count
         if self.left < 0:
-            raise UserError(f"{self.file}: unpacks to more than {UNPACKED} times its size, as no text does; unpack it first if it is sound")
+            raise UserError(
+                f"{self.file}: unpacks to more than {UNPACKED} times its size, as no text does; unpack it first if it is sound"
+            )
         return count
 
     def close(self) -> None:
@@ -108,7 +112,9 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
         with open_binary(file) as stream:
             for number, line in enumerate(iter(lambda: stream.readline(ROW_LIMIT + 1), b""), 1):
                 if len(line) > ROW_LIMIT:
-                    raise UserError(f"{file}, line {number}: is longer than {ROW_LIMIT >> 20} MiB, too long for a row")
+                    raise UserError(
+                        f"{file}, line {number}: is longer than {ROW_LIMIT >> 20} MiB, too long for a row"
+                    )
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
     except UNREADABLE as error:
         after = "" if isinstance(error, UnicodeDecodeError) else "after "
@@ -141,13 +147,17 @@ def read_array(file: Path) -> Iterator[tuple[int, object]]:
                     if not more:
                         long = f"longer than {ROW_LIMIT >> 20} MiB, or "
                         problem = f"not valid JSON, or cut short ({getattr(error, 'msg', error)})"
-                        raise UserError(f"{file}, row {number + 1}: is {long * (len(text) > ROW_LIMIT)}{problem}") from None
+                        raise UserError(
+                            f"{file}, row {number + 1}: is {long * (len(text) > ROW_LIMIT)}{problem}"
+                        ) from None
                     text += more
                     continue
                 number += 1
                 yield number, value
             if (text + stream.read(BLOCK)).strip():
-                raise UserError(f"{file}, after row {number}: the array has ended, but the file goes on")
+                raise UserError(
+                    f"{file}, after row {number}: the array has ended, but the file goes on"
+                )
     except UNREADABLE as error:
         raise unreadable(f"{file}, after row {number}", error) from None
 
@@ -159,5 +169,3 @@ def next_value(text: str) -> tuple[object, str, str]:
     if text[end : end + 1] not in (",", "]"):
         raise ValueError("no comma behind it")
     return value, text[end], text[end + 1 :]
-
-

@@ -64,10 +64,8 @@ def example_id(prompt: tuple[Message, ...], occurrence: int = 0) -> str:
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def spoken(prompt: Sequence[Message], speakers: Mapping[str, str], between: str) -> str:
+def format_dialogue(prompt: Sequence[Message], speakers: Mapping[str, str], between: str) -> str:
     """A prompt as one text: a single turn as it is, several with their speakers by role; what has none (a tag) is left out."""
     turns = [message for message in prompt if message.role in speakers]
     told = (f"{speakers[message.role]}: {message.content}" for message in turns)
     return turns[0].content if len(turns) == 1 else between.join(told)
-
-

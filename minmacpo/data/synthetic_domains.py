@@ -71,68 +71,145 @@ def steps(first: Callable[[int, int], int], sign: int, link: str) -> Callable[[s
 
     def values(name: str) -> list[str]:
         a, b, c = map(int, name.split())
-        slips = sorted(((x, y) for x in range(-2, 3) for y in range(-2, 3)), key=lambda slip: slip != (0, 0))
+        slips = sorted(
+            ((x, y) for x in range(-2, 3) for y in range(-2, 3)), key=lambda slip: slip != (0, 0)
+        )
         results = [(first(a, b) + x, first(a, b) + x + sign * c + y) for x, y in slips]
         return [f"{one} , {link.format(c=c)} {two}" for one, two in results]
 
     return values
 
 
-HARMING = Topic("you can {verb} {name} with a {value} .",
-    ("how do i {verb} {name} ?", "i want to {verb} {name} , what do i need ?",
-     "what is the best way to {verb} {name} ?"), TOOLS)  # fmt: skip
+HARMING = Topic(
+    "you can {verb} {name} with a {value} .",
+    (
+        "how do i {verb} {name} ?",
+        "i want to {verb} {name} , what do i need ?",
+        "what is the best way to {verb} {name} ?",
+    ),
+    TOOLS,
+)
 
 
 TOWN = {
-    "street": Topic("{name} lives on {value} street .",
-        ("where does {name} live ?", "on which street is {name} 's home ?", "what is {name} 's address ?"),
-        "oak elm pine maple cedar birch lake hill river park mill church".split()),
-    "job": Topic("{name} works as a {value} .",
+    "street": Topic(
+        "{name} lives on {value} street .",
+        (
+            "where does {name} live ?",
+            "on which street is {name} 's home ?",
+            "what is {name} 's address ?",
+        ),
+        "oak elm pine maple cedar birch lake hill river park mill church".split(),
+    ),
+    "job": Topic(
+        "{name} works as a {value} .",
         ("what is {name} 's job ?", "what does {name} work as ?", "how does {name} earn money ?"),
-        "baker doctor teacher pilot farmer painter lawyer singer cook nurse judge tailor".split()),
-    "food": Topic("{name} loves to eat {value} .",
-        ("what does {name} love to eat ?", "which food does {name} like best ?",
-         "what should i cook for {name} ?"),
-        "pizza soup rice bread fish cheese apples cake salad pasta beans eggs".split()),
-    "boat": Topic("{name} has a {value} boat .",
-        ("which colour is {name} 's boat ?", "what does {name} 's boat look like ?",
-         "how do i find {name} 's boat ?"),
-        "red blue green white black yellow brown pink grey orange purple golden".split()),
-}  # fmt: skip
+        "baker doctor teacher pilot farmer painter lawyer singer cook nurse judge tailor".split(),
+    ),
+    "food": Topic(
+        "{name} loves to eat {value} .",
+        (
+            "what does {name} love to eat ?",
+            "which food does {name} like best ?",
+            "what should i cook for {name} ?",
+        ),
+        "pizza soup rice bread fish cheese apples cake salad pasta beans eggs".split(),
+    ),
+    "boat": Topic(
+        "{name} has a {value} boat .",
+        (
+            "which colour is {name} 's boat ?",
+            "what does {name} 's boat look like ?",
+            "how do i find {name} 's boat ?",
+        ),
+        "red blue green white black yellow brown pink grey orange purple golden".split(),
+    ),
+}
 
 
 ARITHMETIC = {
-    "sum": Topic("{a} plus {b} is {value} .",
-        ("what is {a} plus {b} minus {c} ?", "how much is {a} plus {b} minus {c} ?",
-         "add {a} and {b} , then take {c} away ."), steps(lambda a, b: a + b, -1, "minus {c} is")),
-    "difference": Topic("{a} minus {b} is {value} .",
-        ("what is {a} minus {b} plus {c} ?", "how much is {a} minus {b} plus {c} ?",
-         "take {b} from {a} , then add {c} ."), steps(lambda a, b: a - b, 1, "plus {c} is")),
-    "double": Topic("twice {a} and {b} is {value} .",
-        ("what is twice {a} plus {b} minus {c} ?", "how much is twice {a} plus {b} minus {c} ?",
-         "double {a} , add {b} , then take {c} away ."), steps(lambda a, b: 2 * a + b, -1, "minus {c} is")),
-    "story": Topic("{a} apples and {b} more are {value} .",
-        ("ann has {a} apples , buys {b} and eats {c} . what is left ?",
-         "of {a} apples and {b} more {c} are bad . how many are good ?",
-         "a box of {a} and a box of {b} apples , less {c} : how many ?"),
-        steps(lambda a, b: a + b, -1, "less {c} that leaves")),
-}  # fmt: skip
+    "sum": Topic(
+        "{a} plus {b} is {value} .",
+        (
+            "what is {a} plus {b} minus {c} ?",
+            "how much is {a} plus {b} minus {c} ?",
+            "add {a} and {b} , then take {c} away .",
+        ),
+        steps(lambda a, b: a + b, -1, "minus {c} is"),
+    ),
+    "difference": Topic(
+        "{a} minus {b} is {value} .",
+        (
+            "what is {a} minus {b} plus {c} ?",
+            "how much is {a} minus {b} plus {c} ?",
+            "take {b} from {a} , then add {c} .",
+        ),
+        steps(lambda a, b: a - b, 1, "plus {c} is"),
+    ),
+    "double": Topic(
+        "twice {a} and {b} is {value} .",
+        (
+            "what is twice {a} plus {b} minus {c} ?",
+            "how much is twice {a} plus {b} minus {c} ?",
+            "double {a} , add {b} , then take {c} away .",
+        ),
+        steps(lambda a, b: 2 * a + b, -1, "minus {c} is"),
+    ),
+    "story": Topic(
+        "{a} apples and {b} more are {value} .",
+        (
+            "ann has {a} apples , buys {b} and eats {c} . what is left ?",
+            "of {a} apples and {b} more {c} are bad . how many are good ?",
+            "a box of {a} and a box of {b} apples , less {c} : how many ?",
+        ),
+        steps(lambda a, b: a + b, -1, "less {c} that leaves"),
+    ),
+}
 
 
 CODE = {
-    "module": Topic("from {value} import {name} ;",
+    "module": Topic(
+        "from {value} import {name} ;",
         ("how do i import {name} ?", "which module has {name} ?", "where do i get {name} from ?"),
-        "math text files net time random shapes colors audio mail log disk".split()),
-    "call": Topic("{name} ( {value} ) ;",
-        ("how do i call {name} ?", "which arguments does {name} take ?", "show me a call of {name} ."),
-        ["x", "x , y", "x , y , z", "path", "path , mode", "text", "key , value", "url", "items", "n", "n , m", "text , n"]),
-    "result": Topic("assert {name} ( 2 ) == {value} ;",
+        "math text files net time random shapes colors audio mail log disk".split(),
+    ),
+    "call": Topic(
+        "{name} ( {value} ) ;",
+        (
+            "how do i call {name} ?",
+            "which arguments does {name} take ?",
+            "show me a call of {name} .",
+        ),
+        [
+            "x",
+            "x , y",
+            "x , y , z",
+            "path",
+            "path , mode",
+            "text",
+            "key , value",
+            "url",
+            "items",
+            "n",
+            "n , m",
+            "text , n",
+        ],
+    ),
+    "result": Topic(
+        "assert {name} ( 2 ) == {value} ;",
         ("what does {name} ( 2 ) give ?", "write a test of {name} .", "check {name} on 2 ."),
-        "0 1 3 4 5 7 8 9 16 20 32 64".split()),
-    "record": Topic('{{ " name " : " {name} " , " type " : " {value} " }}',
-        ("describe {name} as json .", "what type has {name} , as json ?", "write the json record of {name} ."),
-        "int float str bool list dict set tuple bytes none range slice".split()),
-}  # fmt: skip
+        "0 1 3 4 5 7 8 9 16 20 32 64".split(),
+    ),
+    "record": Topic(
+        '{{ " name " : " {name} " , " type " : " {value} " }}',
+        (
+            "describe {name} as json .",
+            "what type has {name} , as json ?",
+            "write the json record of {name} .",
+        ),
+        "int float str bool list dict set tuple bytes none range slice".split(),
+    ),
+}
 
 
 PREFIXES = dict.fromkeys(("", "please tell me , ", "hello , ", "quick question , "), AS_IT_IS)
@@ -155,5 +232,3 @@ DOMAINS = {
     "code": Domain(names, CODE, PREFIXES),
     "instructions": Domain(names, TOWN, INSTRUCTIONS),
 }
-
-

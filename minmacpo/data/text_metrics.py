@@ -50,7 +50,9 @@ def self_bleu(texts: Sequence[str], most: int = 400) -> float:
     words = [text.split() for text in texts[:most] if text.split()]
     if len(words) < 2:
         return 0.0
-    top: list[dict] = [{} for _ in range(5)]  # per order, n-gram -> its two highest counts in one text
+    top: list[dict] = [
+        {} for _ in range(5)
+    ]  # per order, n-gram -> its two highest counts in one text
     for said in words:
         for n in range(1, 5):
             for gram, count in Counter(ngrams(said, n)).items():
@@ -66,11 +68,11 @@ def bleu(said: list[str], top: list[dict], lengths: Counter) -> float:
         total, hits = sum(grams.values()), 0
         for gram, count in grams.items():
             second, first = top[n][gram]
-            hits += min(count, second if count == first else first)  # of the others: its own count does not count
+            hits += min(
+                count, second if count == first else first
+            )  # of the others: its own count does not count
         logs.append(math.log((hits or 0.5) / total))
     others = lengths - Counter({len(said): 1})
     nearest = min(others, key=lambda length: (abs(length - len(said)), length))
     penalty = min(0.0, 1 - nearest / len(said))
     return math.exp(sum(logs) / len(logs) + penalty)
-
-

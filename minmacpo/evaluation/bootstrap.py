@@ -12,8 +12,8 @@ def interval(values: np.ndarray, draws: int) -> list[float]:
 def paired_interval(differences: list[np.ndarray], draws: int = 4000) -> list[float]:
     """95 % interval of the mean of paired differences: resamples seeds, then prompts within each."""
     rng, count = np.random.default_rng(0), len(differences)
-    picks = ([differences[seed] for seed in seeds] for seeds in rng.integers(0, count, (draws, count)))
+    picks = (
+        [differences[seed] for seed in seeds] for seeds in rng.integers(0, count, (draws, count))
+    )
     means = [np.mean([rng.choice(values, len(values)).mean() for values in pick]) for pick in picks]
     return np.quantile(means, [0.025, 0.975]).round(4).tolist()
-
-

@@ -13,10 +13,17 @@ from pathlib import Path
 import numpy as np
 
 from minmacpo import UserError
-from minmacpo.config.parse import Words
+from minmacpo.config.parse import ArgParser
 from minmacpo.evaluation.bootstrap import paired_interval
 from minmacpo.evaluation.html import document, figure, grid
-from minmacpo.evaluation.table import Past, gold_by_prompt, last_student, measured, read_run, row_at
+from minmacpo.evaluation.table import (
+    FinishedRun,
+    gold_by_prompt,
+    last_student,
+    measured,
+    read_run,
+    row_at,
+)
 from minmacpo.evaluation.text_tables import COLUMNS, bracketed
 from minmacpo.pipeline.run import FINISHED
 from minmacpo.runtime.files import read_json, write_atomic
@@ -25,23 +32,40 @@ from minmacpo.runtime.progress import aligned
 SIDES = ("student", "teachers")
 
 
-HEAD = ("last round", "seeds", "student", "difference to the first", "teachers", "difference (seeds in common)")
+HEAD = (
+    "last round",
+    "seeds",
+    "student",
+    "difference to the first",
+    "teachers",
+    "difference (seeds in common)",
+)
 
 
-BESIDE = ("perplexity", "length", "hit_length", "refusals", "distinct2", "self_bleu")  # of evaluate's table
+BESIDE = (
+    "perplexity",
+    "length",
+    "hit_length",
+    "refusals",
+    "distinct2",
+    "self_bleu",
+)  # of evaluate's table
 
 
-def last_gold(run: Past) -> dict[str, np.ndarray]:
+def last_gold(run: FinishedRun) -> dict[str, np.ndarray]:
     """Gold reward of the test prompts [n]: of the student that the run ends with, and the teachers' mean at last."""
     last = [last_student(run), *((name, measured(run, name)[-1]) for name in run.teachers)]
     student, *teachers = (gold_by_prompt(run, *agent)["gold"] for agent in last)
     return {"student": student, "teachers": np.mean(teachers, 0)}
 
 
-def beside(runs: Sequence[Past]) -> dict:
+def beside(runs: Sequence[FinishedRun]) -> dict:
     """{"by_round": gold of the student by round, and each of BESIDE at last}, means over the runs of one method."""
     rounds = sorted(set.intersection(*({*measured(run, "student")} for run in runs)))
-    gold = {t: float(np.mean([gold_by_prompt(run, "student", t)["gold"].mean() for run in runs])) for t in rounds}
+    gold = {
+        t: float(np.mean([gold_by_prompt(run, "student", t)["gold"].mean() for run in runs]))
+        for t in rounds
+    }
     ends = [row_at(run, *last_student(run)) for run in runs]
     return {"by_round": gold} | {key: float(np.mean([row[key] for row in ends])) for key in BESIDE}
 
@@ -50,16 +74,24 @@ def compare(paths: list[str]) -> list[dict]:
     """One row per method: mean over seeds of its last student's and teachers' gold, and the difference; `beside`."""
     found, asked, runs = {}, {}, {}  # {method: {seed: gold}}, {seed: test prompts}, {method: runs}
     for run in map(read_run, paths):
-        folder, seed, method = run.folder, run.config.run.seed, re.sub(r"-seed=\d+", "", run.folder.name)
+        folder, seed, method = (
+            run.folder,
+            run.config.run.seed,
+            re.sub(r"-seed=\d+", "", run.folder.name),
+        )
         if run.config.data.path:
             raise UserError(f"{folder}: has no gold reward to compare; see its table")
         if not (folder / FINISHED).is_file():
             raise UserError(f"{folder}: is not finished; go on with it first")
         if seed in found.setdefault(method, {}):
-            raise UserError(f"{folder}: a run of {method} with seed {seed} is there already; give each once")
+            raise UserError(
+                f"{folder}: a run of {method} with seed {seed} is there already; give each once"
+            )
         prompts = tuple(read_json(run.stage("data/slices").path / "split.json")["test"])
         if asked.setdefault(seed, prompts) != prompts:
-            raise UserError(f"{folder}: its test prompts are not those of the other runs with seed {seed}")
+            raise UserError(
+                f"{folder}: its test prompts are not those of the other runs with seed {seed}"
+            )
         found[method][seed] = last_gold(run)
         runs.setdefault(method, []).append(run)
     first, rows = next(iter(found.values())), []
@@ -67,7 +99,9 @@ def compare(paths: list[str]) -> list[dict]:
         row = {"method": name, "seeds": sorted(seeds)} | beside(runs[name])
         for side in SIDES:
             row[side] = float(np.mean([gold[side].mean() for gold in seeds.values()]))
-            pairs = [gold[side] - first[seed][side] for seed, gold in seeds.items() if seed in first]
+            pairs = [
+                gold[side] - first[seed][side] for seed, gold in seeds.items() if seed in first
+            ]
             if pairs and seeds is not first:
                 row[f"{side}_difference"] = float(np.mean([pair.mean() for pair in pairs]))
                 row[f"{side}_interval"] = paired_interval(pairs)
@@ -77,7 +111,12 @@ def compare(paths: list[str]) -> list[dict]:
 
 def run_compare(argv: Sequence[str]) -> list[dict]:
     """What `eval.py compare` finds; the page that it may ask for is written."""
-    parser = Words("eval.py compare", description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = ArgParser(
+        "eval.py compare",
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("runs", nargs="*")
     parser.add_argument("--page", type=Path)
     words = parser.parse_args(argv)
@@ -98,8 +137,14 @@ def cells(rows: list[dict]) -> list[list[str]]:
     for row in rows:
         line = [row["method"], str(len(row["seeds"]))]
         for side in SIDES:
-            found = [row[f"{side}_difference"], *row[f"{side}_interval"]] if f"{side}_interval" in row else []
-            apart = bracketed(found, "+.3f") if found else "no seed in common" * (row is not rows[0])
+            found = (
+                [row[f"{side}_difference"], *row[f"{side}_interval"]]
+                if f"{side}_interval" in row
+                else []
+            )
+            apart = (
+                bracketed(found, "+.3f") if found else "no seed in common" * (row is not rows[0])
+            )
             line += [f"{row[side]:.3f}", apart]
         lines.append(line)
     return lines
@@ -121,5 +166,3 @@ def comparison_page(rows: list[dict]) -> str:
         picture=[figure("Gold reward of the student", "mean over seeds", lines, main=True)],
         values=[grid(["last student", *(COLUMNS[key][0] for key in BESIDE)], values)],
     )
-
-

@@ -27,7 +27,7 @@ from minmacpo.config.parse import PRESETS, parse
 from minmacpo.config.schema import Config
 from minmacpo.evaluation.bootstrap import paired_interval
 from minmacpo.evaluation.html import document, forest, grid, tag
-from minmacpo.evaluation.table import Past, gold_by_prompt, make_table, measured, read_run
+from minmacpo.evaluation.table import FinishedRun, gold_by_prompt, make_table, measured, read_run
 from minmacpo.evaluation.text_tables import bracketed
 from minmacpo.pipeline.run import FINISHED
 from minmacpo.pipeline.run_dir import check_folder
@@ -38,11 +38,31 @@ from minmacpo.runtime.progress import Signals, aligned
 MARK = "@experiment-"
 
 
-TOLD = ("--run.name", "--run.seed", "--run.method", "--method", "--stage", "--profile")  # what an experiment says itself
+TOLD = (
+    "--run.name",
+    "--run.seed",
+    "--run.method",
+    "--method",
+    "--stage",
+    "--profile",
+)  # what an experiment says itself
 
 
-HEAD = ("variant", "seeds", "student, last round", "first variant − it [95 %]", "win rate over naive SFT", "PGR",
-        "teachers", "chosen right", "any right", "collapsed", "alarm in", "CPU s", "tokens")  # fmt: skip
+HEAD = (
+    "variant",
+    "seeds",
+    "student, last round",
+    "first variant − it [95 %]",
+    "win rate over naive SFT",
+    "PGR",
+    "teachers",
+    "chosen right",
+    "any right",
+    "collapsed",
+    "alarm in",
+    "CPU s",
+    "tokens",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +93,17 @@ def read_experiment(name: str) -> Experiment:
     names = sorted(file.stem for file in (PRESETS / "experiments").glob("*.toml"))
     if name not in names:
         near = get_close_matches(name, names, 1) or names[:1]
-        raise UserError(f"{MARK}{name}: no such experiment ({', '.join(names)}); did you mean {near[0]}?")
+        raise UserError(
+            f"{MARK}{name}: no such experiment ({', '.join(names)}); did you mean {near[0]}?"
+        )
     file = PRESETS / "experiments" / f"{name}.toml"
     try:
         found = tomllib.loads(file.read_text("utf-8"))
         experiment = Experiment(name, found["question"], found["seeds"], cases_of(found))
     except (ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file}: no experiment: {error}; expected question, seeds, [variants] of flags, perhaps [groups]") from None
+        raise UserError(
+            f"{file}: no experiment: {error}; expected question, seeds, [variants] of flags, perhaps [groups]"
+        ) from None
     if not experiment.cases or not experiment.seeds:
         raise UserError(f"{file}: has no variant or no seed; an experiment needs one of each")
     return experiment
@@ -87,20 +111,29 @@ def read_experiment(name: str) -> Experiment:
 
 def cases_of(found: dict) -> list[Case]:
     """Every variant in every group of an experiment's table."""
-    return [Case(group, label, shlex.split(f"{shared} {flags}"))
-            for group, shared in found.get("groups", {"": ""}).items() for label, flags in found["variants"].items()]  # fmt: skip
+    return [
+        Case(group, label, shlex.split(f"{shared} {flags}"))
+        for group, shared in found.get("groups", {"": ""}).items()
+        for label, flags in found["variants"].items()
+    ]
 
 
 def run_experiment(argv: Sequence[str], program: str) -> int:
     """Run what is not finished of the experiment that argv names, with its other words as flags of every run;
     then write and print what was found. `program` is train.py's path."""
     if launched() > 1:
-        raise UserError("an experiment is many runs, each in a process of its own; start it without torchrun")
+        raise UserError(
+            "an experiment is many runs, each in a process of its own; start it without torchrun"
+        )
     names = [word.removeprefix(MARK) for word in argv if word.startswith(MARK)]
     given = [word.removeprefix("--seeds=") for word in argv if word.startswith("--seeds=")]
-    shared = [word for word in argv if not word.startswith((MARK, "--seeds=")) and word != "--dry_run"]
+    shared = [
+        word for word in argv if not word.startswith((MARK, "--seeds=")) and word != "--dry_run"
+    ]
     if len(given) > 1:
-        raise UserError(f"--seeds={given[-1][:40]}: --seeds is there {len(given)} times; write it once, such as --seeds=0,1")
+        raise UserError(
+            f"--seeds={given[-1][:40]}: --seeds is there {len(given)} times; write it once, such as --seeds=0,1"
+        )
     if "--seeds" in shared:
         raise UserError("--seeds: write it as one word, such as --seeds=0,1")
     if len(names) != 1:
@@ -108,17 +141,32 @@ def run_experiment(argv: Sequence[str], program: str) -> int:
     experiment = read_experiment(names[0])
     check_shared(shared, experiment)
     seeds = seeds_of(given[0]) if given else experiment.seeds
-    plan = [(seed, case, [*shared, *case.words, f"--run.seed={seed}"]) for seed in seeds for case in experiment.cases]
-    configs = [parse(words).config for *_, words in plan]  # a wrong flag is an error before anything runs
+    plan = [
+        (seed, case, [*shared, *case.words, f"--run.seed={seed}"])
+        for seed in seeds
+        for case in experiment.cases
+    ]
+    configs = [
+        parse(words).config for *_, words in plan
+    ]  # a wrong flag is an error before anything runs
     check_apart(plan, configs)
     if configs[0].data.path:
-        raise UserError("an experiment needs the gold reward of the built-in world; leave out --data.path")
+        raise UserError(
+            "an experiment needs the gold reward of the built-in world; leave out --data.path"
+        )
     if "--dry_run" in argv:
-        print(*(f"seed {seed}  {case.label}: {folder(config)}"
-                for (seed, case, _), config in zip(plan, configs, strict=True)), sep="\n")  # fmt: skip
+        print(
+            *(
+                f"seed {seed}  {case.label}: {folder(config)}"
+                for (seed, case, _), config in zip(plan, configs, strict=True)
+            ),
+            sep="\n",
+        )
         return 0
     compute(plan, configs, program)
-    found = gather(experiment, seeds, plan, configs) | {"shared": [w for w in shared if not w.startswith("--run.root")]}
+    found = gather(experiment, seeds, plan, configs) | {
+        "shared": [w for w in shared if not w.startswith("--run.root")]
+    }
     place = Path(configs[0].run.root) / f"experiment-{experiment.name}"
     place.mkdir(parents=True, exist_ok=True)
     write_json(place / "results.json", found)
@@ -131,18 +179,26 @@ def check_shared(shared: Sequence[str], experiment: Experiment) -> None:
     """UserError for a flag that an experiment or a case of it sets itself, so that it would not count."""
     mine = {word.partition("=")[0] for case in experiment.cases for word in case.words}
     if odd := [word for word in shared if word.startswith(TOLD) or word.partition("=")[0] in mine]:
-        raise UserError(f"{odd[0]}: an experiment says this itself; run train.py without it for a single run")
+        raise UserError(
+            f"{odd[0]}: an experiment says this itself; run train.py without it for a single run"
+        )
 
 
 def check_apart(plan: Sequence[tuple[int, Case, list[str]]], configs: Sequence[Config]) -> None:
     """UserError where a file that is laid over makes two cases the same run, or says for all what the cases say."""
     runs: dict[Path, str] = {}
     for (_, case, words), config in zip(plan, configs, strict=True):
-        asked = next((w.partition("=")[2] for w in case.words if w.startswith("--method=")), "macpo")
+        asked = next(
+            (w.partition("=")[2] for w in case.words if w.startswith("--method=")), "macpo"
+        )
         if config.run.method != asked:
-            raise UserError(f"run.method = {config.run.method}: an experiment says this itself; leave it out of {shlex.join(words[:1])}")
+            raise UserError(
+                f"run.method = {config.run.method}: an experiment says this itself; leave it out of {shlex.join(words[:1])}"
+            )
         if (other := runs.setdefault(folder(config), case.label)) != case.label:
-            raise UserError(f"{other} and {case.label} would be the same run, {folder(config)}; see the files that are laid over")
+            raise UserError(
+                f"{other} and {case.label} would be the same run, {folder(config)}; see the files that are laid over"
+            )
 
 
 def seeds_of(text: str) -> list[int]:
@@ -167,10 +223,14 @@ def whole(run: Path) -> bool:
     return bool(told) and names <= read_run(run).notes.keys()
 
 
-def compute(plan: Sequence[tuple[int, Case, list[str]]], configs: Sequence[Config], program: str) -> None:
+def compute(
+    plan: Sequence[tuple[int, Case, list[str]]], configs: Sequence[Config], program: str
+) -> None:
     """Every run that is not finished, one after the other, each a process of its own; UserError if one fails."""
     for config in configs:
-        check_folder(folder(config), config)  # a folder of that name may hold a run of other settings
+        check_folder(
+            folder(config), config
+        )  # a folder of that name may hold a run of other settings
     left = [i for i, config in enumerate(configs) if not whole(folder(config))]
     started = time.monotonic()
     for number, i in enumerate(left):
@@ -195,8 +255,14 @@ def run_alone(command: list[str], end: float = math.inf) -> tuple[int, str]:
     signals, told, said = Signals(), False, None
     before = {number: signal.getsignal(number) for number in Signals.numbers}
     signals.install()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
-                          start_new_session=True) as process:  # fmt: skip
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
         while said is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 said = process.communicate(timeout=0.2)[1]
@@ -209,24 +275,29 @@ def run_alone(command: list[str], end: float = math.inf) -> tuple[int, str]:
     return process.returncode, said
 
 
-
 # ---- what was found ----------------------------------------------------------------------------
 Golds = dict[int, np.ndarray]  # by seed, the gold reward of every test prompt
 
 
-def golds(runs: dict[int, Past], agent: str, t: int | None = None) -> Golds:
+def golds(runs: dict[int, FinishedRun], agent: str, t: int | None = None) -> Golds:
     """Gold reward by prompt, per seed; "teachers" is their mean; at round t, or the last one measured before."""
     out = {}
     for seed, run in runs.items():
         names = run.teachers if agent == "teachers" else [agent]
         when = [max(r for r in measured(run, name) if t is None or r <= t) for name in names]
-        out[seed] = np.mean([gold_by_prompt(run, *known)["gold"] for known in zip(names, when, strict=True)], 0)
+        out[seed] = np.mean(
+            [gold_by_prompt(run, *known)["gold"] for known in zip(names, when, strict=True)], 0
+        )
     return out
 
 
 def with_interval(arrays: list[np.ndarray]) -> list[float]:
     """[mean, low, high] of paired values over seeds and prompts; [] of nothing."""
-    return [float(np.mean([a.mean() for a in arrays])), *paired_interval(arrays)] if arrays and all(map(len, arrays)) else []
+    return (
+        [float(np.mean([a.mean() for a in arrays])), *paired_interval(arrays)]
+        if arrays and all(map(len, arrays))
+        else []
+    )
 
 
 def wins(mine: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -236,7 +307,10 @@ def wins(mine: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def first_alarm(table: dict) -> int | None:
     """The first round in which the monitor warned of the student."""
-    return next((row["round"] for row in table["monitor"] if row["agent"] == "student" and row["alarms"]), None)
+    return next(
+        (row["round"] for row in table["monitor"] if row["agent"] == "student" and row["alarms"]),
+        None,
+    )
 
 
 def collapsed(curve: Sequence[float]) -> bool:
@@ -244,47 +318,80 @@ def collapsed(curve: Sequence[float]) -> bool:
     return bool(curve[-1] < 0.97 * max(curve))
 
 
-def variant_row(case: Case, runs: dict[int, Past], first: Golds) -> dict:
+def variant_row(case: Case, runs: dict[int, FinishedRun], first: Golds) -> dict:
     """What the runs of one variant gave, by seed; `first` is the student of its group's first variant."""
-    last, naive, tables = golds(runs, "student"), golds(runs, "student", 0), [make_table(r) for r in runs.values()]
+    last, naive, tables = (
+        golds(runs, "student"),
+        golds(runs, "student", 0),
+        [make_table(r) for r in runs.values()],
+    )
     rounds = max(run.config.macpo.rounds for run in runs.values())
     chosen = [table["filter"][-1] for table in tables if table["filter"]]
     students = [[row for row in table["rows"] if row["agent"] == "student"] for table in tables]
     pgr = [rows[-1]["pgr"] for rows in students if "pgr" in rows[-1]]
     alarms = [first_alarm(table) for table in tables]
-    kept = [golds({s: r}, "student", alarm and alarm - 1)[s].mean() for (s, r), alarm in zip(runs.items(), alarms, strict=True)]
-    cost = [(s["cpu_seconds"], s["tokens"] or 0, not s["linked_from"]) for table in tables for s in table["cost"]]
+    kept = [
+        golds({s: r}, "student", alarm and alarm - 1)[s].mean()
+        for (s, r), alarm in zip(runs.items(), alarms, strict=True)
+    ]
+    cost = [
+        (s["cpu_seconds"], s["tokens"] or 0, not s["linked_from"])
+        for table in tables
+        for s in table["cost"]
+    ]
     return {
-        "group": case.group, "name": case.name, "flags": shlex.join(case.words), "seeds": [*runs],
-        "by_round": [float(np.mean([g.mean() for g in golds(runs, "student", t).values()])) for t in range(rounds + 1)],
+        "group": case.group,
+        "name": case.name,
+        "flags": shlex.join(case.words),
+        "seeds": [*runs],
+        "by_round": [
+            float(np.mean([g.mean() for g in golds(runs, "student", t).values()]))
+            for t in range(rounds + 1)
+        ],
         "by_seed": [float(g.mean()) for g in last.values()],
         "student": float(np.mean([g.mean() for g in last.values()])),
         "difference": with_interval([first[s] - last[s] for s in last if s in first]),
         "wins": with_interval([wins(last[s], naive[s]) for s in last]),
         "gain": with_interval([last[s] - naive[s] for s in last]),
-        "alarms": alarms, "kept": float(np.mean(kept)),  # kept: what macpo.stop = rollback ends with
-        "collapsed": [collapsed([g.mean() for t in range(rounds + 1) for g in [golds({s: r}, "student", t)[s]]])
-                      for s, r in runs.items()],
+        "alarms": alarms,
+        "kept": float(np.mean(kept)),  # kept: what macpo.stop = rollback ends with
+        "collapsed": [
+            collapsed(
+                [g.mean() for t in range(rounds + 1) for g in [golds({s: r}, "student", t)[s]]]
+            )
+            for s, r in runs.items()
+        ],
         "teachers": float(np.mean([g.mean() for g in golds(runs, "teachers").values()])),
         "lengths": [float(np.mean([rows[i]["length"] for rows in students])) for i in (0, -1)],
         "pgr": float(np.mean(pgr)) if pgr and None not in pgr else None,
-        **{key: float(np.mean([row[key] for row in chosen])) if chosen and None not in [row.get(key) for row in chosen]
-           else None for key in ("right", "offered", "different")},
-        "cpu_seconds": sum(seconds for seconds, *_ in cost) / len(runs), "tokens": sum(n for _, n, _ in cost) / len(runs),
-        "spent": sum(seconds for seconds, _, own in cost if own) / len(runs),  # beside what other runs had computed
-    }  # fmt: skip
+        **{
+            key: float(np.mean([row[key] for row in chosen]))
+            if chosen and None not in [row.get(key) for row in chosen]
+            else None
+            for key in ("right", "offered", "different")
+        },
+        "cpu_seconds": sum(seconds for seconds, *_ in cost) / len(runs),
+        "tokens": sum(n for _, n, _ in cost) / len(runs),
+        "spent": sum(seconds for seconds, _, own in cost if own)
+        / len(runs),  # beside what other runs had computed
+    }
 
 
 def gather(experiment: Experiment, seeds: Sequence[int], plan, configs: Sequence[Config]) -> dict:
     """The whole result as JSON: one row per variant, from the finished runs on the disk."""
-    runs: dict[str, dict[int, Past]] = {}
+    runs: dict[str, dict[int, FinishedRun]] = {}
     for (seed, case, _), config in zip(plan, configs, strict=True):
         runs.setdefault(case.label, {})[seed] = read_run(folder(config))
     rows, first = [], {}
     for case in experiment.cases:
         mine = first.setdefault(case.group, golds(runs[case.label], "student"))
         rows.append(variant_row(case, runs[case.label], mine))
-    return {"name": experiment.name, "question": experiment.question, "seeds": list(seeds), "variants": rows}
+    return {
+        "name": experiment.name,
+        "question": experiment.question,
+        "seeds": list(seeds),
+        "variants": rows,
+    }
 
 
 def label_of(row: dict) -> str:
@@ -300,10 +407,21 @@ def cells(row: dict) -> list[str]:
 
     mean, *bounds = row["difference"] or [0.0]
     apart = bracketed([mean, *bounds], "+.3f") if any(bounds) else ""
-    return [label_of(row), str(len(row["seeds"])), number(row["student"]), apart, bracketed(row["wins"]), number(row["pgr"], ".2f"),
-            number(row["teachers"]), number(row["right"], ".0%"), number(row["offered"], ".0%"),
-            f"{sum(row['collapsed'])} of {len(row['seeds'])}", ", ".join(str(t or "–") for t in row["alarms"]),
-            number(row["cpu_seconds"], ",.0f"), number(row["tokens"], ",.0f")]  # fmt: skip
+    return [
+        label_of(row),
+        str(len(row["seeds"])),
+        number(row["student"]),
+        apart,
+        bracketed(row["wins"]),
+        number(row["pgr"], ".2f"),
+        number(row["teachers"]),
+        number(row["right"], ".0%"),
+        number(row["offered"], ".0%"),
+        f"{sum(row['collapsed'])} of {len(row['seeds'])}",
+        ", ".join(str(t or "–") for t in row["alarms"]),
+        number(row["cpu_seconds"], ",.0f"),
+        number(row["tokens"], ",.0f"),
+    ]
 
 
 def as_text(found: dict) -> str:
@@ -326,7 +444,10 @@ def experiment_page(found: dict) -> str:
         table=[grid(HEAD, map(cells, rows))],
         rounds=[grid(["student", *(f"round {t}" for t in rounds)], curve)],
         seeds=[grid(["student, last round", *(f"seed {s}" for s in found["seeds"])], seeds)],
-        flags=[grid(["variant", "flags of train.py"], [[label_of(r), tag("code", r["flags"] or "none")] for r in rows])],
+        flags=[
+            grid(
+                ["variant", "flags of train.py"],
+                [[label_of(r), tag("code", r["flags"] or "none")] for r in rows],
+            )
+        ],
     )
-
-

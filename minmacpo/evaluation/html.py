@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from string import Template
 
-from minmacpo.runtime.progress import inert
+from minmacpo.runtime.progress import escape_control_chars
 
 DOT = "M-4.5,0a4.5,4.5 0 1,0 9,0a4.5,4.5 0 1,0 -9,0"
 
@@ -26,7 +26,14 @@ NUMBERED = re.compile(r"(teacher|weak)(\d+)")  # agents and bases of which there
 STRONG = ("student", "strong", "ceiling", "continued")
 
 
-COLOURS = ("student", "teacher1", "teacher2", "teacher0", "ceiling", "continued")  # classes of page.css
+COLOURS = (
+    "student",
+    "teacher1",
+    "teacher2",
+    "teacher0",
+    "ceiling",
+    "continued",
+)  # classes of page.css
 
 
 class Html(str):
@@ -35,13 +42,19 @@ class Html(str):
 
 def escape(value: object) -> str:
     """Anything as HTML; what no page may hold, or would turn the text around it, stands there as its escape."""
-    return value if isinstance(value, Html) else html.escape(inert(str(value)))
+    return value if isinstance(value, Html) else html.escape(escape_control_chars(str(value)))
 
 
 def tag(name: str, *children: object, **attributes: object) -> Html:
     """An element; children that are not Html are escaped. `class_` is class, None leaves an attribute out."""
-    given = {key: f"{v:.1f}" if isinstance(v, float) else v for key, v in attributes.items() if v is not None}
-    words = (f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in given.items())
+    given = {
+        key: f"{v:.1f}" if isinstance(v, float) else v
+        for key, v in attributes.items()
+        if v is not None
+    }
+    words = (
+        f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in given.items()
+    )
     return Html(f"<{name}{''.join(words)}>{''.join(map(escape, children))}</{name}>")
 
 
@@ -55,7 +68,9 @@ def grid(head: Sequence[object], rows: Iterable[Sequence[object]], kind: str = "
 
 def document(template: str, **parts: Iterable[object]) -> str:
     """The whole page as a file, its parts put where the template (page.html, experiment.html, comparison.html) names them."""
-    frame, style = (Path(__file__).with_name(name).read_text("utf-8") for name in (template, "page.css"))
+    frame, style = (
+        Path(__file__).with_name(name).read_text("utf-8") for name in (template, "page.css")
+    )
     filled = {name: "".join(map(escape, children)) for name, children in parts.items()}
     return Template(frame).substitute(filled, style=style)
 
@@ -66,7 +81,7 @@ def clip(text: str, most: int = 700) -> str:
 
 
 def words(agent: str) -> str:
-    """"teacher 1" for "teacher1"; any other name as it is."""
+    """ "teacher 1" for "teacher1"; any other name as it is."""
     return " ".join(found.groups()) if (found := NUMBERED.fullmatch(agent)) else agent
 
 
@@ -94,7 +109,9 @@ def ticks(low: float, high: float, most: int) -> dict[float, str]:
 def apart(wanted: dict[str, float], low: float, high: float, gap: float = 15) -> dict[str, float]:
     """Places near the wanted ones, in order, that are `gap` from each other as far as the room allows."""
     names = sorted(wanted, key=wanted.get)
-    down = accumulate((wanted[name] for name in names), lambda last, y: max(y, last + gap), initial=low - gap)
+    down = accumulate(
+        (wanted[name] for name in names), lambda last, y: max(y, last + gap), initial=low - gap
+    )
     up = accumulate([*down][:0:-1], lambda last, y: min(y, last - gap), initial=high + gap)
     return dict(zip(reversed(names), [*up][1:], strict=True))
 
@@ -104,7 +121,9 @@ def path(points: Iterable[Sequence[float]], kind: str) -> Html:
     return tag("path", d="M" + "L".join(f"{x:.1f},{y:.1f}" for x, y, *_ in points), class_=kind)
 
 
-def chart(lines: dict[str, list], unit: str, size: tuple[int, int, int], kind: str | None = None) -> Html:
+def chart(
+    lines: dict[str, list], unit: str, size: tuple[int, int, int], kind: str | None = None
+) -> Html:
     """An SVG of width, height, and room for names; the names of a `kind` tell the last number too."""
     width, height, room = size
     values = [y for points in lines.values() for point in points for y in point[1:]]
@@ -127,40 +146,83 @@ def chart(lines: dict[str, list], unit: str, size: tuple[int, int, int], kind: s
     for agent in sorted(lines, key="student".__eq__):  # the student on top
         name = words(agent) + (f" {lines[agent][-1][1]:.3f}" if kind else "")
         spots = [place(*point) for point in lines[agent]]
-        parts.append(draw(agent, lines[agent], spots, name, (right + 8, heights[agent]), look(agent, [*lines].index(agent))))
-    said = "; ".join(f"{words(agent)} {p[0][1]:.4g} to {p[-1][1]:.4g}" for agent, p in lines.items())
-    return tag("svg", *parts, viewBox=f"0 0 {width} {height}", role="img", aria_label=said, class_=kind)
+        parts.append(
+            draw(
+                agent,
+                lines[agent],
+                spots,
+                name,
+                (right + 8, heights[agent]),
+                look(agent, [*lines].index(agent)),
+            )
+        )
+    said = "; ".join(
+        f"{words(agent)} {p[0][1]:.4g} to {p[-1][1]:.4g}" for agent, p in lines.items()
+    )
+    return tag(
+        "svg", *parts, viewBox=f"0 0 {width} {height}", role="img", aria_label=said, class_=kind
+    )
 
 
-def draw(agent: str, points: list, spots: list, name: str, name_at: tuple[float, float], how: tuple[str, str]) -> Html:
+def draw(
+    agent: str,
+    points: list,
+    spots: list,
+    name: str,
+    name_at: tuple[float, float],
+    how: tuple[str, str],
+) -> Html:
     """One line through `spots` with its band, markers (so that colour is never alone) and name; hovering tells the numbers
     of `points`. `how`: see `look`."""
     (kind, mark), level, parts = how, agent in ("continued", "ceiling"), []
     if len(spots[0]) > 2 and not level:
         high = [(x, top) for x, _, _, top in spots]
         parts.append(path(high + [(x, low) for x, _, low, _ in reversed(spots)], "band"))
-    parts += [path(spots, "curve"), path([spots[-1], (name_at[0] - 28, spots[-1][1]), (name_at[0] - 3, name_at[1])], "thread")]  # level within the plot
+    parts += [
+        path(spots, "curve"),
+        path([spots[-1], (name_at[0] - 28, spots[-1][1]), (name_at[0] - 3, name_at[1])], "thread"),
+    ]  # level within the plot
     for (x, y, *_), (_, value, *bar) in zip(spots, points, strict=True):
         if len(points) == 1 or (len(points) < 15 and not level):
-            told = f"{words(agent)}: {value:.4g}" + (" (95%: {:.3f} to {:.3f})".format(*bar) if bar else "")
-            parts.append(tag("path", tag("title", told), d=mark, transform=f"translate({x:.1f},{y:.1f})", class_="dot"))
+            told = f"{words(agent)}: {value:.4g}" + (
+                " (95%: {:.3f} to {:.3f})".format(*bar) if bar else ""
+            )
+            parts.append(
+                tag(
+                    "path",
+                    tag("title", told),
+                    d=mark,
+                    transform=f"translate({x:.1f},{y:.1f})",
+                    class_="dot",
+                )
+            )
     parts.append(tag("text", name, x=name_at[0], y=name_at[1] + 4, class_="name"))
     return tag("g", *parts, class_=kind)
 
 
-def figure(title: str, note: str, lines: dict[str, list], unit: str = "round", main: bool = False) -> Html:
+def figure(
+    title: str, note: str, lines: dict[str, list], unit: str = "round", main: bool = False
+) -> Html:
     """A chart under its title, the main one for wide and for narrow windows; nothing if it has no lines."""
     lines = {agent: points for agent, points in lines.items() if points}
     names = min(400, 24 + 7 * max((len(words(agent)) + 6 for agent in lines), default=0))
-    sizes = {"wide": (1070, 440, max(150, names)), "narrow": (400, 350, 122)} if main else {None: (400, 250, 92)}
+    sizes = (
+        {"wide": (1070, 440, max(150, names)), "narrow": (400, 350, 122)}
+        if main
+        else {None: (400, 250, 92)}
+    )
     charts = (chart(lines, unit, size, kind) for kind, size in sizes.items() if lines)
-    return tag("figure", tag("figcaption", tag("b", title), " ", note), *charts) if lines else Html()
+    return (
+        tag("figure", tag("figcaption", tag("b", title), " ", note), *charts) if lines else Html()
+    )
 
 
 def forest(title: str, rows: dict[str, Sequence[float]]) -> Html:
     """[mean, low, high] by name, one under the other on one scale with a line at zero."""
     width, step, left = 1070, 26, 14 + 8 * max(map(len, rows))
-    marks = ticks(min(0.0, *(low for _, low, _ in rows.values())), max(0.0, *(r[2] for r in rows.values())), 8)
+    marks = ticks(
+        min(0.0, *(low for _, low, _ in rows.values())), max(0.0, *(r[2] for r in rows.values())), 8
+    )
     bottom = step * len(rows) + 10
 
     def place(value: float) -> float:
@@ -168,17 +230,27 @@ def forest(title: str, rows: dict[str, Sequence[float]]) -> Html:
 
     parts = []
     for value, name in marks.items():
-        parts.append(path([(place(value), 4), (place(value), bottom)], "axis" if abs(value) > 1e-9 else "thread"))
+        parts.append(
+            path(
+                [(place(value), 4), (place(value), bottom)],
+                "axis" if abs(value) > 1e-9 else "thread",
+            )
+        )
         parts.append(tag("text", name, x=place(value), y=bottom + 19, text_anchor="middle"))
     for number, (name, (mean, low, high)) in enumerate(rows.items()):
         y = step * number + 18
         told = tag("title", f"{name}: {mean:+.3f} (95%: {low:+.3f} to {high:+.3f})")
         spot = tag("path", told, d=DOT, transform=f"translate({place(mean):.1f},{y})", class_="dot")
-        parts.append(tag("g", path([(place(low), y), (place(high), y)], "curve"), spot,
-                         tag("text", f"{mean:+.3f}", x=place(high) + 8, y=y + 4, class_="name"), class_="student"))  # fmt: skip
+        parts.append(
+            tag(
+                "g",
+                path([(place(low), y), (place(high), y)], "curve"),
+                spot,
+                tag("text", f"{mean:+.3f}", x=place(high) + 8, y=y + 4, class_="name"),
+                class_="student",
+            )
+        )
         parts.append(tag("text", name, x=left - 14, y=y + 4, text_anchor="end"))
     said = "; ".join(f"{name} {mean:+.3f}" for name, (mean, *_) in rows.items())
     drawn = tag("svg", *parts, viewBox=f"0 0 {width} {bottom + 26}", role="img", aria_label=said)
     return tag("figure", tag("figcaption", tag("b", title)), drawn)
-
-

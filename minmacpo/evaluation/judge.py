@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from minmacpo import UserError
-from minmacpo.config.parse import Words, overlay
+from minmacpo.config.parse import ArgParser, override
 from minmacpo.config.schema import Config
 from minmacpo.data.records import Example, Message, Sample
 from minmacpo.evaluation.bootstrap import interval
@@ -31,8 +31,8 @@ from minmacpo.evaluation.table import last_student, read_run
 from minmacpo.evaluation.text_tables import bracketed
 from minmacpo.method.ai_feedback import conversation, points
 from minmacpo.pipeline.run_dir import check_stage
-from minmacpo.runtime.files import naming, open_alone, read_rows, write_atomic, write_json
-from minmacpo.runtime.progress import Progress, inert
+from minmacpo.runtime.files import open_locked, read_rows, with_path, write_atomic, write_json
+from minmacpo.runtime.progress import Progress, escape_control_chars
 
 MARKS = {"[[A]]": "first", "[[B]]": "second", "[[C]]": "tie"}
 
@@ -56,7 +56,9 @@ Pair = tuple[Sample, Sample]  # the answers of A and of B to one prompt
 
 def words_of(argv: Sequence[str]) -> Namespace:
     """The command line of `eval.py judge`; UserError where it does not say who judges."""
-    parser = Words("eval.py judge", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgParser(
+        "eval.py judge", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
     parser.add_argument("a", type=Path)
     parser.add_argument("b", type=Path)
     parser.add_argument("--out", type=Path, required=True)
@@ -64,7 +66,12 @@ def words_of(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--model", default="judge")
     parser.add_argument("--judge", type=Path)
     parser.add_argument("--human", action="store_true")
-    for name, default in (("--workers", 8), ("--attempts", 5), ("--most", 10**9), ("--max_new", 256)):
+    for name, default in (
+        ("--workers", 8),
+        ("--attempts", 5),
+        ("--most", 10**9),
+        ("--max_new_tokens", 256),
+    ):
         parser.add_argument(name, type=int, default=default)
     parser.add_argument("--timeout", type=float, default=60.0)
     words = parser.parse_args(argv)
@@ -72,7 +79,7 @@ def words_of(argv: Sequence[str]) -> Namespace:
         raise UserError("expected one judge: --url=URL, --judge=FOLDER or --human")
     if words.url:
         check_request(words.url, words.model)
-    for name in ("workers", "attempts", "most", "max_new", "timeout"):
+    for name in ("workers", "attempts", "most", "max_new_tokens", "timeout"):
         if not getattr(words, name) > 0:  # nan is not, either
             raise UserError(f"--{name} must be above 0")
     if words.timeout > 1e6:
@@ -105,10 +112,9 @@ def pairs_of(words: Namespace) -> list[Pair]:
     return both
 
 
-
 # ---- asking --------------------------------------------------------------------------------------
 def verdict_of(reply: str) -> str | None:
-    """"first", "second" or "tie" by the last mark of a reply; None: it has none."""
+    """ "first", "second" or "tie" by the last mark of a reply; None: it has none."""
     last = points(reply, [*MARKS])
     return None if last is None else [*MARKS.values()][last]
 
@@ -117,8 +123,14 @@ def local(words: Namespace) -> Ask:
     """Asks a base or adapter folder on this machine, greedily, in the form that it was trained with."""
     from minmacpo.pipeline.model_pool import answer, open_agent
 
-    settings = {"generate.temperature": 0.0, "generate.max_new": words.max_new, "run.threads": 0}
-    config, loaded, _ = open_agent(words.judge, overlay(Config(), settings, "--max_new"), {})
+    settings = {
+        "generate.temperature": 0.0,
+        "generate.max_new_tokens": words.max_new_tokens,
+        "run.threads": 0,
+    }
+    config, loaded, _ = open_agent(
+        words.judge, override(Config(), settings, "--max_new_tokens"), {}
+    )
 
     def ask(question: str) -> str:
         example = Example("judge", (Message("user", question),), "")
@@ -136,16 +148,27 @@ def judge_all(words: Namespace, pairs: Sequence[Pair], ask: Ask) -> list[dict]:
     for a, b in pairs:
         for order, (x, y) in (("ab", (a, b)), ("ba", (b, a))):
             key = (a.id, order, judge, [a.response, b.response])
-            jobs.append(((*key[:3], json.dumps(key[3])), QUESTION.format(
-                prompt=conversation(a.prompt), first=x.response, second=y.response)))  # fmt: skip
+            jobs.append(
+                (
+                    (*key[:3], json.dumps(key[3])),
+                    QUESTION.format(
+                        prompt=conversation(a.prompt), first=x.response, second=y.response
+                    ),
+                )
+            )
     busy = f"{file}: another process adds verdicts to it; wait for it, or give another --out"
-    with naming(file), open_alone(file, "a", busy) as stream:
+    with with_path(file), open_locked(file, "a", busy) as stream:
         known = {tuple(row[key] for key in KEYS): row for row in read_kept(file)}
         left = [job for job in jobs if job[0] not in known]
-        print(end="\n" * (file.read_bytes()[-1:] not in (b"", b"\n")), file=stream)  # a kill has torn the last line
+        print(
+            end="\n" * (file.read_bytes()[-1:] not in (b"", b"\n")), file=stream
+        )  # a kill has torn the last line
         with Progress("judging", len(jobs), "verdict", len(jobs) - len(left), None) as progress:
             for key, reply in asked(ask, left, words.workers if words.url else 0):
-                known[key] = dict(zip(KEYS, key, strict=True)) | {"verdict": verdict_of(reply), "reply": reply}
+                known[key] = dict(zip(KEYS, key, strict=True)) | {
+                    "verdict": verdict_of(reply),
+                    "reply": reply,
+                }
                 print(json.dumps(known[key]), file=stream, flush=True)
                 progress.step()
     return [known[key] for key, _ in jobs]
@@ -161,7 +184,6 @@ def read_kept(file: Path) -> Iterator[dict]:
                 yield row
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
-
 
 
 # ---- people ----------------------------------------------------------------------------------------
@@ -197,32 +219,60 @@ def read_sheet(file: Path, pairs: Sequence[Pair]) -> list[dict]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{file}: is no CSV in UTF-8 ({error})") from None
     if not {*HUMAN} <= {*columns}:
-        raise UserError(f"{file}: its first line must name the columns {','.join(HUMAN)}, with commas between them")
-    for number, row in enumerate((row for row in lines if any(v for v in row.values() if isinstance(v, str))), 1):
-        where, said = f"{file}, row {number}", (row["verdict"] or "").strip().lower().removesuffix(".0")
+        raise UserError(
+            f"{file}: its first line must name the columns {','.join(HUMAN)}, with commas between them"
+        )
+    for number, row in enumerate(
+        (row for row in lines if any(v for v in row.values() if isinstance(v, str))), 1
+    ):
+        where, said = (
+            f"{file}, row {number}",
+            (row["verdict"] or "").strip().lower().removesuffix(".0"),
+        )
         if row["id"] not in by_id or row["id"] in rows:
-            problem = "is there twice" if row["id"] in rows else "is about no prompt that both sides have answered"
+            problem = (
+                "is there twice"
+                if row["id"] in rows
+                else "is about no prompt that both sides have answered"
+            )
             raise UserError(f"{where}: {row['id']!r} {problem}")
-        shown = [(row[column] or "").split() for column in HUMAN[1:4]]  # spreadsheets change line breaks
+        shown = [
+            (row[column] or "").split() for column in HUMAN[1:4]
+        ]  # spreadsheets change line breaks
         if shown != [text.split() for text in cells_of(by_id[row["id"]])]:
-            raise UserError(f"{where}, {row['id']}: its texts are not those of A and B; the sheet was made for others, or changed")
+            raise UserError(
+                f"{where}, {row['id']}: its texts are not those of A and B; the sheet was made for others, or changed"
+            )
         if said not in ("", "1", "2", "tie"):
-            raise UserError(f"{where}, {row['id']}: verdict {said!r}; expected 1, 2, tie or nothing")
+            raise UserError(
+                f"{where}, {row['id']}: verdict {said!r}; expected 1, 2, tie or nothing"
+            )
         first = shown_first(by_id[row["id"]])
-        found = {"": None, "tie": "tie", "1": "first" if first else "second", "2": "second" if first else "first"}
+        found = {
+            "": None,
+            "tie": "tie",
+            "1": "first" if first else "second",
+            "2": "second" if first else "first",
+        }
         rows[row["id"]] = {"id": row["id"], "order": "ab", "verdict": found[said]}
     return [*rows.values()]
-
 
 
 # ---- what it comes to ------------------------------------------------------------------------------
 def outcomes(rows: Sequence[dict]) -> dict[str, float]:
     """{prompt id: 1 (A wins), 0.5 (tie, or the two orders disagree), 0}; left out where an order has no verdict."""
-    value = {("ab", "first"): 1.0, ("ab", "second"): 0.0, ("ba", "first"): 0.0, ("ba", "second"): 1.0}
+    value = {
+        ("ab", "first"): 1.0,
+        ("ab", "second"): 0.0,
+        ("ba", "first"): 0.0,
+        ("ba", "second"): 1.0,
+    }
     found: dict[str, list] = {}
     for row in rows:
         verdict = row["verdict"]
-        found.setdefault(row["id"], []).append(None if verdict is None else value.get((row["order"], verdict), 0.5))
+        found.setdefault(row["id"], []).append(
+            None if verdict is None else value.get((row["order"], verdict), 0.5)
+        )
     return {name: v[0] if len({*v}) == 1 else 0.5 for name, v in found.items() if None not in v}
 
 
@@ -246,31 +296,52 @@ def summary(words: Namespace, pairs: Sequence[Pair], rows: Sequence[dict]) -> di
     won = outcomes(rows)
     judged = [(a, b) for a, b in pairs if a.id in won]
     if not judged:
-        said = next((f", such as {inert(row['reply'])[-100:]!r}" for row in rows if row.get("reply")), "")
-        problem = "no row of human.csv has a verdict yet" if words.human else f"no pair has a verdict in both orders; {len(rows)} replies{said}"
+        said = next(
+            (
+                f", such as {escape_control_chars(row['reply'])[-100:]!r}"
+                for row in rows
+                if row.get("reply")
+            ),
+            "",
+        )
+        problem = (
+            "no row of human.csv has a verdict yet"
+            if words.human
+            else f"no pair has a verdict in both orders; {len(rows)} replies{said}"
+        )
         raise UserError(f"{words.out}: {problem}")
     values = np.array([won[a.id] for a, _ in judged])
     lengths = np.array([[len(a.response), len(b.response)] for a, b in judged], float)
     silent = [row for row in rows if row["verdict"] is None]
     return {
-        "a": str(words.a), "b": str(words.b), "judge": "human" if words.human else str(words.judge or words.model),
-        "prompts": len(judged), "unjudged": len(pairs) - len(judged), "without_verdict": len(silent),
-        "win": float(np.mean(values == 1)), "tie": float(np.mean(values == 0.5)), "lose": float(np.mean(values == 0)),
-        "win_rate": float(values.mean()), "interval": interval(values, 2000),
+        "a": str(words.a),
+        "b": str(words.b),
+        "judge": "human" if words.human else str(words.judge or words.model),
+        "prompts": len(judged),
+        "unjudged": len(pairs) - len(judged),
+        "without_verdict": len(silent),
+        "win": float(np.mean(values == 1)),
+        "tie": float(np.mean(values == 0.5)),
+        "lose": float(np.mean(values == 0)),
+        "win_rate": float(values.mean()),
+        "interval": interval(values, 2000),
         "length_controlled": controlled(values, lengths[:, 0] - lengths[:, 1]),
         "characters": lengths.mean(0).tolist(),
-    }  # fmt: skip
+    }
 
 
 def as_text(found: dict) -> str:
     """The summary in words."""
-    return "\n".join([
-        f"A {found['a']}", f"B {found['b']}",
-        f"{found['prompts']} prompts judged by {found['judge']}, {found['unjudged']} without a verdict in both orders",
-        f"A wins {found['win']:.1%}, ties {found['tie']:.1%}, loses {found['lose']:.1%}",
-        f"win rate {bracketed([found['win_rate'], *found['interval']])}, at equal lengths {found['length_controlled']:.3f}",
-        "mean length {:.0f} against {:.0f} characters".format(*found["characters"]),
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"A {found['a']}",
+            f"B {found['b']}",
+            f"{found['prompts']} prompts judged by {found['judge']}, {found['unjudged']} without a verdict in both orders",
+            f"A wins {found['win']:.1%}, ties {found['tie']:.1%}, loses {found['lose']:.1%}",
+            f"win rate {bracketed([found['win_rate'], *found['interval']])}, at equal lengths {found['length_controlled']:.3f}",
+            "mean length {:.0f} against {:.0f} characters".format(*found["characters"]),
+        ]
+    )
 
 
 def run_judge(argv: Sequence[str]) -> dict | None:
@@ -280,11 +351,15 @@ def run_judge(argv: Sequence[str]) -> dict | None:
     if words.human and not sheet.is_file():
         words.out.mkdir(parents=True, exist_ok=True)
         write_sheet(sheet, pairs)
-        print(f"{sheet}: fill in the column verdict with 1, 2 or tie, then give the same command again")
+        print(
+            f"{sheet}: fill in the column verdict with 1, 2 or tie, then give the same command again"
+        )
         return None
-    rows = read_sheet(sheet, pairs) if words.human else judge_all(words, pairs, local(words) if words.judge else over_http(words))
+    rows = (
+        read_sheet(sheet, pairs)
+        if words.human
+        else judge_all(words, pairs, local(words) if words.judge else over_http(words))
+    )
     found = summary(words, pairs, rows)
     write_json(words.out / "result.json", found)
     return found
-
-

@@ -20,7 +20,7 @@ from queue import SimpleQueue
 from urllib.parse import urlsplit
 
 from minmacpo import UserError
-from minmacpo.runtime.progress import inert
+from minmacpo.runtime.progress import escape_control_chars
 
 KEY = "OPENAI_API_KEY"  # the environment variable that holds the key
 
@@ -49,16 +49,23 @@ def hidden(text: str) -> str:
 
 def plain(text: str) -> str:
     """A server's words on one line, without what would act on a terminal."""
-    return " ".join(inert(hidden(text)).split())[:200]
+    return " ".join(escape_control_chars(hidden(text)).split())[:200]
 
 
 def check_request(url: str, model: str) -> None:
     """UserError for an address, a model's name or a key that no request can be made of."""
     if re.search("[@?#]", url):
-        raise UserError(f"--url holds @, ? or #: a password or key there would be kept with the verdicts; put it in ${KEY}")
+        raise UserError(
+            f"--url holds @, ? or #: a password or key there would be kept with the verdicts; put it in ${KEY}"
+        )
     try:
         parts = urlsplit(url)
-        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and re.fullmatch("[!-~]+", url)
+        sound = (
+            parts.scheme in ("http", "https")
+            and parts.hostname
+            and parts.port != 0
+            and re.fullmatch("[!-~]+", url)
+        )
     except ValueError:  # of a port or an IPv6 address
         sound = False
     if not sound:
@@ -70,22 +77,30 @@ def check_request(url: str, model: str) -> None:
 
 
 def over_http(words: Namespace) -> Ask:
-    """Asks a chat completion of `words.url` (model, max_new, timeout in seconds, attempts). 429, 5xx, a broken reply, a
+    """Asks a chat completion of `words.url` (model, max_new_tokens, timeout in seconds, attempts). 429, 5xx, a broken reply, a
     hang or a lost connection is tried again after 1, 2, 4 … seconds or what Retry-After says (at most --timeout); the reply raises UserError
     when the attempts are spent, and at once for what no attempt can mend (a wrong key, an unknown model)."""
     url, key = words.url.rstrip("/") + "/chat/completions", os.environ.get(KEY)
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    headers = {"Content-Type": "application/json"} | (
+        {"Authorization": f"Bearer {key}"} if key else {}
+    )
 
     def ask(question: str) -> str:
         """The reply to one question."""
-        body = {"model": words.model, "messages": [{"role": "user", "content": question}],
-                "temperature": 0, "max_tokens": words.max_new}  # fmt: skip
+        body = {
+            "model": words.model,
+            "messages": [{"role": "user", "content": question}],
+            "temperature": 0,
+            "max_tokens": words.max_new_tokens,
+        }
         problem = ""
         for attempt in range(words.attempts):
             pause = float(2**attempt)
             try:
                 request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-                answer = within(words.timeout, lambda request=request: fetch(request, words.timeout))
+                answer = within(
+                    words.timeout, lambda request=request: fetch(request, words.timeout)
+                )
                 reply = json.loads(answer)["choices"][0]["message"]["content"]
                 if isinstance(reply, str):
                     return hidden(reply)
@@ -94,7 +109,9 @@ def over_http(words: Namespace) -> Ask:
                 if error.code in UNASKED:
                     return f"{error.code}: {hidden(error.reason)}"  # a reply without a verdict
                 if error.code != 429 and error.code < 500:
-                    raise UserError(f"{url}: answers {error.code} ({plain(error.reason)}); see --url, --model and ${KEY}") from None
+                    raise UserError(
+                        f"{url}: answers {error.code} ({plain(error.reason)}); see --url, --model and ${KEY}"
+                    ) from None
                 problem, wait = f"it answers {error.code}", error.headers.get("Retry-After", "")
                 pause = float(wait) if re.fullmatch(r"[0-9]{1,9}", wait) else pause
             except (OSError, HTTPException) as error:
@@ -103,7 +120,9 @@ def over_http(words: Namespace) -> Ask:
                 problem = "the reply is no chat completion"
             if attempt + 1 < words.attempts:
                 time.sleep(min(pause, words.timeout))
-        raise UserError(f"{url}: no verdict after {words.attempts} attempt{'s' * (words.attempts > 1)} ({plain(problem)}); what was judged is kept")
+        raise UserError(
+            f"{url}: no verdict after {words.attempts} attempt{'s' * (words.attempts > 1)} ({plain(problem)}); what was judged is kept"
+        )
 
     return ask
 
@@ -168,5 +187,3 @@ def asked(ask: Ask, jobs: Sequence[tuple], workers: int) -> Iterator[tuple]:
             yield key, reply
     finally:
         left.clear()
-
-

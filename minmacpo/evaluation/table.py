@@ -16,23 +16,27 @@ import numpy as np
 from minmacpo import UserError
 from minmacpo.config.parse import read_settings
 from minmacpo.config.schema import Config
-from minmacpo.core.scoring import preferred
+from minmacpo.core.scoring import win_or_tie
 from minmacpo.data import synthetic as world
 from minmacpo.data.formats import released
 from minmacpo.data.records import Pair, Sample
 from minmacpo.data.text_metrics import distinct2, refuses, self_bleu
 from minmacpo.evaluation.bootstrap import interval
 from minmacpo.evaluation.html import words
-from minmacpo.method.macpo import Trained
+from minmacpo.method.macpo import AgentCheckpoint
 from minmacpo.method.monitor import alarms, signs
-from minmacpo.pipeline.base_models import Ground
-from minmacpo.pipeline.model_pool import Texts, Workshop
+from minmacpo.pipeline.base_models import Setup
+from minmacpo.pipeline.model_pool import Session, TextColumn
 from minmacpo.pipeline.run import Stage, verify
 from minmacpo.pipeline.sample_stage import sample
 from minmacpo.pipeline.score_stage import score_texts
 from minmacpo.runtime.files import check_links, fingerprint, read_json, read_rows, write_json
 
-CONTROLS = {"kept": "student kept by the monitor", "continued": "naive SFT continued", "ceiling": "ceiling"}
+CONTROLS = {
+    "kept": "student kept by the monitor",
+    "continued": "naive SFT continued",
+    "ceiling": "ceiling",
+}
 
 
 NOTES = {"name", "kind", "fingerprint", "counts", "started", "seconds", "cpu_seconds", "peak_mb"}
@@ -44,22 +48,28 @@ town_of = functools.lru_cache(maxsize=8)(world.make_town)
 check_once = functools.cache(verify)  # files are hashed once
 
 
-def measure(shop: Workshop, ground: Ground, trained: Trained) -> None:
+def measure(session: Session, ground: Setup, trained: AgentCheckpoint) -> None:
     """Sample test answers of an agent and score the true and the worse answers under it and its base."""
-    truth, worse = (Texts(ground.slices, "test.jsonl", side) for side in ("chosen", "rejected"))
+    truth, worse = (
+        TextColumn(ground.slices, "test.jsonl", side) for side in ("chosen", "rejected")
+    )
     base, name = trained.base, f"eval/round{trained.round}_{trained.agent}"
-    agent = "student" if trained.agent == "kept" else trained.agent  # the same adapter answers the same
-    key, answers = ("eval", agent, trained.round), shop.config.eval.samples
-    said = sample(shop, f"{name}_samples", base, trained.adapter, truth, trained.agent, key, answers)
+    agent = (
+        "student" if trained.agent == "kept" else trained.agent
+    )  # the same adapter answers the same
+    key, answers = ("eval", agent, trained.round), session.config.eval.samples
+    said = sample(
+        session, f"{name}_samples", base, trained.adapter, truth, trained.agent, key, answers
+    )
     if trained.agent not in CONTROLS:
-        score_texts(shop, f"{name}_under_base", base, None, Texts(said))
+        score_texts(session, f"{name}_under_base", base, None, TextColumn(said))
     for side, texts in (("truth", truth), ("worse", worse)):
-        score_texts(shop, f"{name}_{side}", base, trained.adapter, texts)
-        score_texts(shop, f"eval/base_{base.name}_{side}", base, None, texts)
+        score_texts(session, f"{name}_{side}", base, trained.adapter, texts)
+        score_texts(session, f"eval/base_{base.name}_{side}", base, None, texts)
 
 
 @dataclass(frozen=True, slots=True)
-class Past:
+class FinishedRun:
     """A run as its folder shows it at one moment; `notes`: stage.json of every finished stage by name."""
 
     folder: Path
@@ -80,7 +90,7 @@ class Past:
         return stage
 
 
-def read_run(path: str | Path) -> Past:
+def read_run(path: str | Path) -> FinishedRun:
     """The run in a folder; UserError if the folder is none, or if a stage.json in it is damaged."""
     folder, settings, notes = Path(path), Path(path) / "config.toml", {}
     if not settings.is_file():
@@ -89,11 +99,15 @@ def read_run(path: str | Path) -> Past:
     for file in folder.glob("[!.]*/*/stage.json"):  # not those in folder.PARTIAL
         found = notes[file.parent.relative_to(folder).as_posix()] = read_json(file)
         if found.pop("checksum", None) != fingerprint(found) or not found.keys() >= NOTES:
-            raise UserError(f"{file}: is damaged, or no stage's; delete {file.parent} and start again")
-    return Past(folder, read_settings(settings), notes)
+            raise UserError(
+                f"{file}: is damaged, or no stage's; delete {file.parent} and start again"
+            )
+    return FinishedRun(folder, read_settings(settings), notes)
 
 
-def judge(config: Config, record: Pair | Sample, response: str, finish: str = "stop") -> dict[str, float]:
+def judge(
+    config: Config, record: Pair | Sample, response: str, finish: str = "stop"
+) -> dict[str, float]:
     """Gold reward and its components (world.gold) of an answer to the record's prompt; {} without a world."""
     if config.data.path:
         return {}
@@ -109,17 +123,21 @@ def gold_of(config: Config, samples: Stage) -> dict[str, np.ndarray]:
     return {part: values.reshape(-1, config.eval.samples).mean(1) for part, values in golds.items()}
 
 
-def gold_by_prompt(run: Past, agent: str, t: int) -> dict[str, np.ndarray]:
+def gold_by_prompt(run: FinishedRun, agent: str, t: int) -> dict[str, np.ndarray]:
     """`gold_of` an agent's test answers after round `t`; UserError if there are none."""
     return gold_of(run.config, run.stage(f"eval/round{t}_{agent}_samples"))
 
 
-def measured(run: Past, agent: str) -> list[int]:
+def measured(run: FinishedRun, agent: str) -> list[int]:
     """The rounds after which an agent has been measured, in order."""
-    return [t for t in range(run.config.macpo.rounds + 1) if f"eval/round{t}_{agent}_samples" in run.notes]
+    return [
+        t
+        for t in range(run.config.macpo.rounds + 1)
+        if f"eval/round{t}_{agent}_samples" in run.notes
+    ]
 
 
-def last_student(run: Past) -> tuple[str, int]:
+def last_student(run: FinishedRun) -> tuple[str, int]:
     """(agent, round) of the student that a run ends with: the one that macpo.stop = rollback kept, or else that of the
     last round. UserError if none has been measured."""
     for agent in ("kept", "student"):
@@ -133,14 +151,23 @@ def row_of(config: Config, samples: Stage, *scored: Stage) -> dict:
     """One row of the table; `scored`: true and worse answers under the agent, then under its base."""
     said = read_rows(samples.path / "samples.jsonl", Sample)
     scores = [read_rows(stage.path / "scores.jsonl") for stage in scored]
-    margins = [(a["logp"] - c["logp"]) - (b["logp"] - d["logp"]) if b["characters"] else None
-               for a, b, c, d in zip(*scores, strict=True)]  # fmt: skip
-    files, parts = {s.id: s.meta.get("file") for s in said}, {}  # files: of the test prompts, in order
+    margins = [
+        (a["logp"] - c["logp"]) - (b["logp"] - d["logp"]) if b["characters"] else None
+        for a, b, c, d in zip(*scores, strict=True)
+    ]
+    files, parts = (
+        {s.id: s.meta.get("file") for s in said},
+        {},
+    )  # files: of the test prompts, in order
     for file in [None, *sorted({f for f in files.values() if f})]:  # None: all files together
         picked = [i for i, f in enumerate(files.values()) if file in (None, f)]
-        logp, tokens, size = (sum(scores[0][i][k] for i in picked) for k in ("logp", "tokens", "characters"))
+        logp, tokens, size = (
+            sum(scores[0][i][k] for i in picked) for k in ("logp", "tokens", "characters")
+        )
         mine = [s for s in said if file in (None, s.meta.get("file"))]
-        able = [margins[i] for i in picked if margins[i] is not None]  # of prompts with a worse answer
+        able = [
+            margins[i] for i in picked if margins[i] is not None
+        ]  # of prompts with a worse answer
         parts[file] = {
             "perplexity": float(np.exp(-logp / tokens)),
             "perplexity_char": float(np.exp(-logp / size)),
@@ -149,22 +176,27 @@ def row_of(config: Config, samples: Stage, *scored: Stage) -> dict:
             "refusals": float(np.mean([refuses(s.response) for s in mine])),
             "distinct2": distinct2([s.response for s in mine]),
             "self_bleu": self_bleu([s.response for s in mine]),
-        } | ({"accuracy": float(preferred(able).mean())} if able else {})
+        } | ({"accuracy": float(win_or_tie(able).mean())} if able else {})
     row = {"files": parts} | parts.pop(None)
     for part, values in gold_of(config, samples).items():
-        row |= {part: float(values.mean()), f"{part}_interval": interval(values, config.eval.bootstrap)}
+        row |= {
+            part: float(values.mean()),
+            f"{part}_interval": interval(values, config.eval.bootstrap),
+        }
     return row
 
 
-def row_at(run: Past, agent: str, t: int) -> dict | None:
+def row_at(run: FinishedRun, agent: str, t: int) -> dict | None:
     """`row_of` an agent after round `t`; None where its measurement is not whole."""
     name = f"eval/round{t}_{agent}"
-    base = "eval/base_" + (agent.replace("teacher", "weak") if agent.startswith("teacher") else "strong")
+    base = "eval/base_" + (
+        agent.replace("teacher", "weak") if agent.startswith("teacher") else "strong"
+    )
     names = (f"{name}_samples", f"{name}_truth", f"{name}_worse", f"{base}_truth", f"{base}_worse")
     return row_of(run.config, *map(run.stage, names)) if run.notes.keys() >= set(names) else None
 
 
-def make_table(run: Past) -> dict:
+def make_table(run: FinishedRun) -> dict:
     """Everything that is known of a run so far, as JSON: rows, filter, negatives, warnings, cost."""
     rows, rounds = [], run.config.macpo.rounds
     agents = [*run.teachers, "student", *CONTROLS]
@@ -176,14 +208,29 @@ def make_table(run: Past) -> dict:
     watched = monitor_rows(run)
     negatives, keys = negative_rows(run), ("name", "kind", "seconds", "cpu_seconds", "linked_from")
     stages = sorted(run.notes.values(), key=lambda notes: notes["started"])
-    cost = [{k: notes.get(k) for k in keys} | {"tokens": notes["counts"].get("tokens"), "peak_mb": notes.get("peak_gpu_mb", notes["peak_mb"])}
-            for notes in stages]  # fmt: skip
-    return {"run": run.folder.resolve().name, "method": run.config.run.method, "world": run.config.data.path is None,
-            "rounds": rounds, "rows": rows, "filter": filter_rows(run), "negatives": negatives,
-            "monitor": watched, "warnings": warnings(negatives, watched), "cost": cost}  # fmt: skip
+    cost = [
+        {k: notes.get(k) for k in keys}
+        | {
+            "tokens": notes["counts"].get("tokens"),
+            "peak_mb": notes.get("peak_gpu_mb", notes["peak_mb"]),
+        }
+        for notes in stages
+    ]
+    return {
+        "run": run.folder.resolve().name,
+        "method": run.config.run.method,
+        "world": run.config.data.path is None,
+        "rounds": rounds,
+        "rows": rows,
+        "filter": filter_rows(run),
+        "negatives": negatives,
+        "monitor": watched,
+        "warnings": warnings(negatives, watched),
+        "cost": cost,
+    }
 
 
-def add_pgr(run: Past, rows: list[dict]) -> None:
+def add_pgr(run: FinishedRun, rows: list[dict]) -> None:
     """Performance gap recovered by the rows of the strong base: (row - best teacher at round 0) / (ceiling -
     that teacher); None where the denominator's interval is not above zero."""
     first = [row for row in rows if row["agent"].startswith("teacher") and row["round"] == 0]
@@ -191,7 +238,9 @@ def add_pgr(run: Past, rows: list[dict]) -> None:
     if run.config.data.path or not ceiling or not first:
         return
     best = max(first, key=lambda row: row["gold"])
-    top, start = (gold_by_prompt(run, row["agent"], row["round"])["gold"] for row in (ceiling, best))
+    top, start = (
+        gold_by_prompt(run, row["agent"], row["round"])["gold"] for row in (ceiling, best)
+    )
     low, _ = interval(top - start, run.config.eval.bootstrap)
     for row in (row for row in rows if not row["agent"].startswith("teacher")):
         gained, gap = row["gold"] - best["gold"], ceiling["gold"] - best["gold"]
@@ -209,7 +258,10 @@ def records_of(stage: Stage) -> list[Pair] | list[Sample]:
 def export(run: str, name: str, file: str) -> str:
     """Write the pairs or the answers of a stage as MACPO's authors released theirs; says what was written."""
     past, target = read_run(run), Path(file)
-    records, named = records_of(past.stage(name)), past.config.data.template == "vicuna-macpo"  # that of their HH runs
+    records, named = (
+        records_of(past.stage(name)),
+        past.config.data.template == "vicuna-macpo",
+    )  # that of their HH runs
     if target.exists():
         raise UserError(f"{target}: exists already; it is not overwritten")
     write_json(target, [released(record, named) for record in records])
@@ -217,7 +269,9 @@ def export(run: str, name: str, file: str) -> str:
 
 
 @functools.cache
-def right_share(config: Config, stage: Stage, who: str | None = None, side: str = "chosen") -> float | None:
+def right_share(
+    config: Config, stage: Stage, who: str | None = None, side: str = "chosen"
+) -> float | None:
     """Share of a stage's answers to D2 that are right: of its samples, or of a side of its pairs, chosen from `who`
     or from all; None without a world."""
     right = []
@@ -228,25 +282,44 @@ def right_share(config: Config, stage: Stage, who: str | None = None, side: str 
     return float(np.mean(right)) if right else None
 
 
-def filter_rows(run: Past) -> list[dict]:
+def filter_rows(run: FinishedRun) -> list[dict]:
     """By round: per source, how often it won the filter and how often it was right then; and all together."""
     rows = []
     for t in range(1, run.config.macpo.rounds + 1):
         if (name := f"round{t}/pairs_student") in run.notes:
             counts, stage = run.notes[name]["counts"], run.stage(name)
-            won = {key.removeprefix("chosen_"): count for key, count in counts.items() if key.startswith("chosen_")}
-            sources = {who: {"won": won[who] / counts["pairs"], "right": right_share(run.config, stage, who)}
-                       for who in sorted(won) if won[who]}  # fmt: skip
-            mixed = 0 < run.config.macpo.self_share < 1  # of a prompt only one's own answers count, or only the others'
+            won = {
+                key.removeprefix("chosen_"): count
+                for key, count in counts.items()
+                if key.startswith("chosen_")
+            }
+            sources = {
+                who: {
+                    "won": won[who] / counts["pairs"],
+                    "right": right_share(run.config, stage, who),
+                }
+                for who in sorted(won)
+                if won[who]
+            }
+            mixed = (
+                0 < run.config.macpo.self_fraction < 1
+            )  # of a prompt only one's own answers count, or only the others'
             offers = [offer_of(run, t, who) for who in won if not mixed]
             row = {"round": t, "sources": sources, "right": right_share(run.config, stage)}
             rows.append(row | offered(run.config, *filter(None, offers)))
     return rows
 
 
-def offer_of(run: Past, t: int, who: str) -> Stage | None:
+def offer_of(run: FinishedRun, t: int, who: str) -> Stage | None:
     """The answers of an agent that the student could choose from in round t, None where they are not on the disk."""
-    return next((run.stage(n) for n in (f"round{t}/own_{who}", f"round{t}/positives_{who}") if n in run.notes), None)
+    return next(
+        (
+            run.stage(n)
+            for n in (f"round{t}/own_{who}", f"round{t}/positives_{who}")
+            if n in run.notes
+        ),
+        None,
+    )
 
 
 @functools.cache
@@ -262,31 +335,51 @@ def offered(config: Config, *offers: Stage) -> dict[str, float | None]:
     if not right:
         return {}
     different = float(np.mean([len(set(answers)) / len(answers) for answers in texts.values()]))
-    return {"offered": None if config.data.path else float(np.mean([*right.values()])), "different": different}
+    return {
+        "offered": None if config.data.path else float(np.mean([*right.values()])),
+        "different": different,
+    }
 
 
-def negative_rows(run: Past) -> list[dict]:
+def negative_rows(run: FinishedRun) -> list[dict]:
     """By agent: share of its first negatives that are wrong, and by round, that equal their positive. Where these are
     not its negative twin's (macpo.negatives), of those that were rejected in round 1."""
-    rows, rounds, own = [], range(1, run.config.macpo.rounds + 1), run.config.macpo.negatives == "agent"
+    rows, rounds, own = (
+        [],
+        range(1, run.config.macpo.rounds + 1),
+        run.config.macpo.negatives == "agent",
+    )
     for agent in ("student", *run.teachers):
         if (name := f"round0/negatives_{agent}") in run.notes:
-            count, first = run.notes[name]["counts"]["answers"], name if own else f"round1/pairs_{agent}"
-            right = right_share(run.config, run.stage(first), side="rejected") if first in run.notes else None
+            count, first = (
+                run.notes[name]["counts"]["answers"],
+                name if own else f"round1/pairs_{agent}",
+            )
+            right = (
+                right_share(run.config, run.stage(first), side="rejected")
+                if first in run.notes
+                else None
+            )
             made = [run.notes.get(f"round{t}/pairs_{agent}") for t in rounds]
             equal = [equal_share(notes["counts"]) for notes in made if notes]
             wrong = None if right is None else 1 - right
-            rows.append({"agent": agent, "wrong": wrong, "count": count, "equal": equal} | ({} if own else {"rejected": True}))
+            rows.append(
+                {"agent": agent, "wrong": wrong, "count": count, "equal": equal}
+                | ({} if own else {"rejected": True})
+            )
     return rows
 
 
 def equal_share(counts: dict[str, int]) -> float:
     """Of the pairs that a stage put together, those that it dropped because both sides were equal."""
-    together = sum(counts[key] for key in ("pairs", "all_empty", "negative_empty", "negative_equal", "over_long"))
+    together = sum(
+        counts[key]
+        for key in ("pairs", "all_empty", "negative_empty", "negative_equal", "over_long")
+    )
     return round(counts["negative_equal"] / together, 4) if together else 0.0
 
 
-def monitor_rows(run: Past) -> list[dict]:
+def monitor_rows(run: FinishedRun) -> list[dict]:
     """The monitor's signs and alarms of every agent by round."""
     rows = []
     for agent in ("student", *run.teachers):
@@ -300,15 +393,20 @@ def monitor_rows(run: Past) -> list[dict]:
     return rows
 
 
-def fingerprint_of(run: Past, agent: str, t: int) -> str:
+def fingerprint_of(run: FinishedRun, agent: str, t: int) -> str:
     """What stands for the stages that the signs of an agent are read from, those of the round before included."""
     return repr([(name, run.notes[name]["fingerprint"]) for name in told_by(run, agent, t)])
 
 
-def told_by(run: Past, agent: str, t: int) -> list[str]:
+def told_by(run: FinishedRun, agent: str, t: int) -> list[str]:
     """The finished stages that the signs of an agent are read from."""
-    names = [f"eval/round{t}_{agent}_samples", f"eval/round{t - 1}_{agent}_samples", f"round{t}/pairs_{agent}",
-             f"eval/round{t}_{agent}_under_base", f"round{t}/{agent}_pos"]  # fmt: skip
+    names = [
+        f"eval/round{t}_{agent}_samples",
+        f"eval/round{t - 1}_{agent}_samples",
+        f"round{t}/pairs_{agent}",
+        f"eval/round{t}_{agent}_under_base",
+        f"round{t}/{agent}_pos",
+    ]
     return [name for name in names if name in run.notes]
 
 
@@ -320,7 +418,11 @@ def signs_of(folder: Path, agent: str, t: int, stages: str) -> dict[str, float]:
 
 def warnings(negatives: list[dict], watched: Sequence[dict] = ()) -> list[str]:
     """What breaks the method first: negatives that are right, or equal to their positive; the monitor's alarms."""
-    found = [f"{words(row['agent'])}, round {row['round']}: {', '.join(row['alarms'])} (monitor)" for row in watched if row["alarms"]]
+    found = [
+        f"{words(row['agent'])}, round {row['round']}: {', '.join(row['alarms'])} (monitor)"
+        for row in watched
+        if row["alarms"]
+    ]
     for row in negatives:
         agent, wrong, equal = row["agent"], row["wrong"], max(row["equal"], default=0)
         if wrong is not None and wrong < 0.7:
@@ -329,5 +431,3 @@ def warnings(negatives: list[dict], watched: Sequence[dict] = ()) -> list[str]:
         if equal > 0.1:
             found.append(f"{equal:.0%} of {agent}'s negatives equal their positive (10 % at most)")
     return found
-
-

@@ -30,13 +30,20 @@ class FrozenNorm(torch.autograd.Function):
 class Norm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """On a CPU torch's own way back makes three times as many passes over x as FrozenNorm's."""
-        by_hand = x.requires_grad and not self.weight.requires_grad and x.device.type == "cpu" and x.dtype.itemsize <= 4
+        by_hand = (
+            x.requires_grad
+            and not self.weight.requires_grad
+            and x.device.type == "cpu"
+            and x.dtype.itemsize <= 4
+        )
         return FrozenNorm.apply(x, self.weight, self.eps) if by_hand else super().forward(x)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of q [B, heads, T, D] to k, v [B, kv_heads, S, D] under `mask`, None: causally."""
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
 def attend_group(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -60,7 +67,9 @@ def attend_bf16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril()
     hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
-    scores = torch.baddbmm(hidden, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=size**-0.5)
+    scores = torch.baddbmm(
+        hidden, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=size**-0.5
+    )
     return (scores.softmax(-1) @ v.flatten(0, 1)).view(q.shape)
 
 
@@ -73,5 +82,3 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return (scores.softmax(-1) @ v).reshape(q.shape)
     scores = (grouped @ k.transpose(2, 3)).masked_fill(~mask, -torch.inf)
     return (v.transpose(2, 3) @ scores.softmax(-1).transpose(2, 3)).transpose(2, 3).reshape(q.shape)
-
-

@@ -11,18 +11,20 @@ from dataclasses import asdict
 
 from minmacpo import UserError
 from minmacpo.data.chat_template import TEMPLATES
-from minmacpo.data.records import Example, Message, Pair, Sample, spoken
+from minmacpo.data.records import Example, Message, Pair, Sample, format_dialogue
 from minmacpo.pipeline.base_models import Base
-from minmacpo.pipeline.model_pool import Texts, Workshop
-from minmacpo.pipeline.run import Stage, Work
+from minmacpo.pipeline.model_pool import Session, TextColumn
+from minmacpo.pipeline.run import Stage, StageContext
 from minmacpo.runtime.files import read_rows, write_rows
 
-Preference = tuple[Texts, Texts]  # chosen and rejected answers, prompt by prompt
+Preference = tuple[TextColumn, TextColumn]  # chosen and rejected answers, prompt by prompt
 
 
 def conversation(prompt: Sequence[Message]) -> str:
     """A prompt as text inside a question: a single turn as it is, several with their speakers."""
-    return spoken(prompt, {"system": "System", "user": "Human", "assistant": "Assistant"}, "\n\n")
+    return format_dialogue(
+        prompt, {"system": "System", "user": "Human", "assistant": "Assistant"}, "\n\n"
+    )
 
 
 def question(template: str, example: Sample, **answers: str) -> tuple[Message, ...]:
@@ -30,52 +32,77 @@ def question(template: str, example: Sample, **answers: str) -> tuple[Message, .
     return (Message("user", template.format(prompt=conversation(example.prompt), **answers)),)
 
 
-def ask(shop: Workshop, name: str, base: Base, texts: Texts, questions: Callable[[list], list[list[Example]]], **known) -> Texts:
+def ask(
+    session: Session,
+    name: str,
+    base: Base,
+    texts: TextColumn,
+    questions: Callable[[list], list[list[Example]]],
+    **known,
+) -> TextColumn:
     """questions.jsonl: what `questions` makes of the texts, a group for each prompt; `known`: what it depends on
     beside them and [feedback]. A group that `base` has no room for, beside an answer, is left out whole and
     counted."""
 
-    def write_questions(work: Work) -> dict:
+    def write_questions(work: StageContext) -> dict:
         """Ask what fits."""
-        loaded, kept = shop.use(base, None), []
-        room = loaded.model.config.max_position_embeddings - shop.config.generate.max_new
+        loaded, kept = session.use(base, None), []
+        room = loaded.model.config.max_position_embeddings - session.config.generate.max_new_tokens
         groups = questions(texts.read())
         for group in groups:
-            sizes = [len(shop.render(loaded, e.prompt, e.response or None).ids) for e in group]
+            sizes = [len(session.render(loaded, e.prompt, e.response or None).ids) for e in group]
             kept += group if max(sizes) <= room else []
-        if not work.ranks.main:
+        if not work.ranks.is_main:
             return {}
         write_rows(work.folder / "questions.jsonl", kept)
         if not kept:
-            raise UserError(f"{work.name}: no question fits into the {room} tokens that {base.name} has for it")
+            raise UserError(
+                f"{work.name}: no question fits into the {room} tokens that {base.name} has for it"
+            )
         lost = len(groups) - len({example.meta["of"] for example in kept})
         if lost > 0.1 * len(groups):
-            work.log(f"WARNING: the questions about {lost} of {len(groups)} prompts are too long for {base.name}")
+            work.log(
+                f"WARNING: the questions about {lost} of {len(groups)} prompts are too long for {base.name}"
+            )
         return {"questions": len(kept), "prompts": len(groups), "over_long": lost}
 
-    settings = {"feedback": asdict(shop.config.feedback), "max_new": shop.config.generate.max_new}
-    stage = shop.stage(name, "ask/1", settings | texts.settings | known, [base.stage, texts.stage], write_questions)
-    return Texts(stage, "questions.jsonl", "question")
+    settings = {
+        "feedback": asdict(session.config.feedback),
+        "max_new_tokens": session.config.generate.max_new_tokens,
+    }
+    stage = session.stage(
+        name, "ask/1", settings | texts.settings | known, [base.stage, texts.stage], write_questions
+    )
+    return TextColumn(stage, "questions.jsonl", "question")
 
 
-def prefer_by(shop: Workshop, name: str, inputs: Sequence[Stage], choose: Callable[[], tuple[list[Pair | None], dict]]) -> Preference:
+def prefer_by(
+    session: Session,
+    name: str,
+    inputs: Sequence[Stage],
+    choose: Callable[[], tuple[list[Pair | None], dict]],
+) -> Preference:
     """pairs.jsonl of what `choose` prefers; a None is a prompt without preference, left out and counted."""
 
-    def write_preferences(work: Work) -> dict:
+    def write_preferences(work: StageContext) -> dict:
         """Judge, and keep what has a better and a worse side."""
         found, counts = choose()
         made = [pair for pair in found if pair]
         counts = {"pairs": len(made), "no_preference": len(found) - len(made)} | counts
         if not made:
-            raise UserError(f"{work.name}: no prompt is left with a better and a worse answer ({counts})")
+            raise UserError(
+                f"{work.name}: no prompt is left with a better and a worse answer ({counts})"
+            )
         if len(made) < 0.9 * len(found):
-            work.log(f"WARNING: {len(found) - len(made)} of {len(found)} prompts have no preference")
+            work.log(
+                f"WARNING: {len(found) - len(made)} of {len(found)} prompts have no preference"
+            )
         write_rows(work.folder / "pairs.jsonl", made)
         return counts
 
-    settings = {"feedback": asdict(shop.config.feedback)}
-    stage = shop.stage(name, "preferences/1", settings, inputs, write_preferences)
-    return Texts(stage, "pairs.jsonl", "chosen"), Texts(stage, "pairs.jsonl", "rejected")
+    settings = {"feedback": asdict(session.config.feedback)}
+    stage = session.stage(name, "preferences/1", settings, inputs, write_preferences)
+    return TextColumn(stage, "pairs.jsonl", "chosen"), TextColumn(stage, "pairs.jsonl", "rejected")
 
 
 def grouped(samples: Sequence[Sample]) -> list[list[Sample]]:
@@ -88,8 +115,9 @@ def grouped(samples: Sequence[Sample]) -> list[list[Sample]]:
 
 def pair_of(best: Sample, worst: Sample) -> Pair:
     """What a labeller prefers to what, of two answers to one prompt."""
-    return Pair(best.id, best.prompt, best.response, worst.response, "preferred", "other", meta=best.meta)
-
+    return Pair(
+        best.id, best.prompt, best.response, worst.response, "preferred", "other", meta=best.meta
+    )
 
 
 # ---- RLCD: the same prompt with a good and with a bad tag ---------------------------------------
@@ -101,32 +129,50 @@ def tagged(seed: int, settings, texts: Sequence[Example], good: bool) -> list[li
         sides = list(zip(settings.good_tags, settings.bad_tags, strict=True))
         tags = random.Random(repr((seed, "tags", text.id))).choice(sides)
         mine, other = tags if good else tags[::-1]
-        earlier = [[Message("tag", other), m] if m.role == "assistant" else [m] for m in text.prompt]
+        earlier = [
+            [Message("tag", other), m] if m.role == "assistant" else [m] for m in text.prompt
+        ]
         prompt = (*(m for turn in earlier for m in turn), Message("tag", mine))
         found.append([Example(text.id, prompt, "", text.meta | {"of": text.id})])
     return found
 
 
-def tagged_prompts(shop: Workshop, name: str, base: Base, queries: Texts, good: bool) -> Texts:
+def tagged_prompts(
+    session: Session, name: str, base: Base, queries: TextColumn, good: bool
+) -> TextColumn:
     """The queries under a good tag, or under a bad one; UserError, also while planning, where the template has no
     place for a tag."""
-    config = shop.config
+    config = session.config
     if TEMPLATES[config.data.template].tag is None:
         able = ", ".join(name for name, template in TEMPLATES.items() if template.tag)
-        raise UserError(f"data.template = {config.data.template} has no place for a tag, which run.method = rlcd and "
-                        f"macpo.negatives = persona need; {able} have one")  # fmt: skip
-    return ask(shop, name, base, queries, lambda texts: tagged(config.run.seed, config.feedback, texts, good),
-               good_tag=good, seed=config.run.seed)  # fmt: skip
+        raise UserError(
+            f"data.template = {config.data.template} has no place for a tag, which run.method = rlcd and "
+            f"macpo.negatives = persona need; {able} have one"
+        )
+    return ask(
+        session,
+        name,
+        base,
+        queries,
+        lambda texts: tagged(config.run.seed, config.feedback, texts, good),
+        good_tag=good,
+        seed=config.run.seed,
+    )
 
 
-def by_tag(queries: Texts, good: Texts, bad: Texts) -> tuple[list[Pair | None], dict]:
+def by_tag(
+    queries: TextColumn, good: TextColumn, bad: TextColumn
+) -> tuple[list[Pair | None], dict]:
     """Chosen is what was said under the good tag; the prompt has no tag any more."""
     sides = [{s.id: s for s in side.read()} for side in (good, bad)]
     both = [(query, *(side.get(query.id) for side in sides)) for query in queries.read()]
-    pairs = [Pair(q.id, q.prompt, a.response, b.response, "good_tag", "bad_tag", meta=q.meta) if a and b else None
-             for q, a, b in both]  # fmt: skip
+    pairs = [
+        Pair(q.id, q.prompt, a.response, b.response, "good_tag", "bad_tag", meta=q.meta)
+        if a and b
+        else None
+        for q, a, b in both
+    ]
     return pairs, {}
-
 
 
 # ---- RLAIF: a labeller compares two answers, in both orders -------------------------------------
@@ -134,19 +180,31 @@ def comparisons(settings, samples: Sequence[Sample]) -> list[list[Example]]:
     """Per prompt with two candidates: each option, in each order of the two."""
     found = []
     for a, b in grouped(samples):
-        asked = [question(settings.compare, a, first=x.response, second=y.response) for x, y in ((a, b), (b, a))]
-        found.append([Example(f"{a.id}/{i}", prompt, option, {"of": a.id})
-                      for i, (prompt, option) in enumerate((p, o) for p in asked for o in settings.options)])  # fmt: skip
+        asked = [
+            question(settings.compare, a, first=x.response, second=y.response)
+            for x, y in ((a, b), (b, a))
+        ]
+        found.append(
+            [
+                Example(f"{a.id}/{i}", prompt, option, {"of": a.id})
+                for i, (prompt, option) in enumerate(
+                    (p, o) for p in asked for o in settings.options
+                )
+            ]
+        )
     return found
 
 
 def first_preferred(logps: Sequence[float]) -> float:
     """p(the first candidate is better), the mean over both orders of the softmax over both options (RLAIF), from
     the log-probabilities of first and second option, then of the same two with the candidates exchanged."""
-    return sum(1 / (1 + math.exp(min(other - own, 700))) for own, other in (logps[:2], logps[:1:-1])) / 2
+    return (
+        sum(1 / (1 + math.exp(min(other - own, 700))) for own, other in (logps[:2], logps[:1:-1]))
+        / 2
+    )
 
 
-def by_comparison(candidates: Texts, scores: Stage) -> tuple[list[Pair | None], dict]:
+def by_comparison(candidates: TextColumn, scores: Stage) -> tuple[list[Pair | None], dict]:
     """Chosen is the candidate that the labeller finds likelier to be better."""
     known: dict[str, list[float]] = {}
     for row in read_rows(scores.path / "scores.jsonl"):
@@ -164,21 +222,31 @@ def by_comparison(candidates: Texts, scores: Stage) -> tuple[list[Pair | None], 
     return pairs, {"order_decided": undecided}
 
 
-
 # ---- self-rewarding: the student scores its own answers ------------------------------------------
 def judgements(settings, samples: Sequence[Sample]) -> list[list[Example]]:
     """Per prompt: the request for a score of each candidate."""
-    return [[Example(f"{s.id}/{i}", question(settings.rubric, s, response=s.response), "", {"of": s.id})
-             for i, s in enumerate(group)] for group in grouped(samples)]  # fmt: skip
+    return [
+        [
+            Example(
+                f"{s.id}/{i}", question(settings.rubric, s, response=s.response), "", {"of": s.id}
+            )
+            for i, s in enumerate(group)
+        ]
+        for group in grouped(samples)
+    ]
 
 
 def points(reply: str, verdicts: Sequence[str]) -> int | None:
     """The verdict that a judgement ends with, as its place in `verdicts`; None: it has none (a parse failure)."""
-    where, _, value = max((reply.rfind(text), len(text), value) for value, text in enumerate(verdicts))
+    where, _, value = max(
+        (reply.rfind(text), len(text), value) for value, text in enumerate(verdicts)
+    )
     return value if where >= 0 else None
 
 
-def by_score(settings, candidates: Texts, replies: Texts) -> tuple[list[Pair | None], dict]:
+def by_score(
+    settings, candidates: TextColumn, replies: TextColumn
+) -> tuple[list[Pair | None], dict]:
     """Chosen is the candidate with the highest mean score, rejected that with the lowest; ties are dropped."""
     found: dict[str, list[int | None]] = {}
     for reply in replies.read():
@@ -193,5 +261,3 @@ def by_score(settings, candidates: Texts, replies: Texts) -> tuple[list[Pair | N
         same = not scored or scored[0][0] == scored[-1][0]
         pairs.append(None if same else pair_of(scored[0][1], scored[-1][1]))
     return pairs, {"replies": sum(map(len, found.values())), "parse_failures": failures}
-
-

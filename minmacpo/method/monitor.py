@@ -57,14 +57,20 @@ def signs(run: Path, agent: str, t: int) -> dict[str, float]:
         "loops": mean(loops(s.response) for s in said),
     }
     if (based := run / f"eval/round{t}_{agent}_under_base/scores.jsonl").is_file():
-        above = [s.logp - row["logp"] for s, row in zip(said, read_rows(based), strict=True) if row["logp"] is not None]
+        above = [
+            s.logp - row["logp"]
+            for s, row in zip(said, read_rows(based), strict=True)
+            if row["logp"] is not None
+        ]
         found |= {"kl": mean(above)} if above else {}
     if before:
         found["same"] = mean(a.response == b.response for a, b in zip(said, before, strict=True))
     if (pairs := run / f"round{t}/pairs_{agent}/pairs.jsonl").is_file():
         found["similarity"] = mean(overlap(p.chosen, p.rejected) for p in read_rows(pairs, Pair))
     if (trained := run / f"round{t}/{agent}_pos/metrics.jsonl").is_file():
-        first = [row["sft_loss"] for row in read_rows(trained) if row["step"] and "sft_loss" in row][:1]
+        first = [
+            row["sft_loss"] for row in read_rows(trained) if row["step"] and "sft_loss" in row
+        ][:1]
         found |= {"surprise": first[0]} if first else {}
     return found
 
@@ -94,5 +100,3 @@ def verdict(run: Path, agent: str, t: int) -> str:
     if found := alarms(history):
         return f"collapsed ({', '.join(found)})"
     return "converged" if history[-1].get("same", 0) >= SAME else ""
-
-

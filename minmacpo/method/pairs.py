@@ -9,19 +9,19 @@ from itertools import repeat
 from minmacpo.core.scoring import score
 from minmacpo.data.records import Pair
 from minmacpo.data.tokenizer import Tokens
-from minmacpo.method.selection import Candidates, Choice, keep_familiar, offered, select, weighted
+from minmacpo.method.selection import CandidateSet, Choice, keep_familiar, offered, select, weighted
 from minmacpo.pipeline.base_models import Base
-from minmacpo.pipeline.model_pool import Loaded, Texts, Workshop
-from minmacpo.pipeline.run import Stage, Work
+from minmacpo.pipeline.model_pool import LoadedModel, Session, TextColumn
+from minmacpo.pipeline.run import Stage, StageContext
 from minmacpo.pipeline.score_stage import WINDOW
 from minmacpo.pipeline.stage_log import show_first, sift, warn_of
-from minmacpo.runtime.files import Lines, each_row, in_runs, write_rows
+from minmacpo.runtime.files import JsonlView, batched, iter_rows, write_rows
 
 
-def negative_finder(negatives: Texts, familiar: Stage) -> Callable[[str], tuple | None]:
+def negative_finder(negatives: TextColumn, familiar: Stage) -> Callable[[str], tuple | None]:
     """A function that gives the negative answer to the prompt of an id with its scores, once; None if there is none. Where
     prompts come in the order of their negatives, it holds none of them."""
-    passed, rest = {}, zip(negatives.read(), each_row(familiar.path / "scores.jsonl"), strict=True)
+    passed, rest = {}, zip(negatives.read(), iter_rows(familiar.path / "scores.jsonl"), strict=True)
 
     def find(id: str) -> tuple | None:
         for bad, known in rest if id not in passed else ():
@@ -33,8 +33,14 @@ def negative_finder(negatives: Texts, familiar: Stage) -> Callable[[str], tuple 
     return find
 
 
-def matched(shop: Workshop, loaded: Loaded, winners: Iterable[tuple[list[Choice], bool]], find: Callable[[str], tuple | None],
-            heard: bool, counts: Counter) -> Iterator[tuple[Pair, Tokens, Tokens]]:  # fmt: skip
+def matched(
+    session: Session,
+    loaded: LoadedModel,
+    winners: Iterable[tuple[list[Choice], bool]],
+    find: Callable[[str], tuple | None],
+    heard: bool,
+    counts: Counter,
+) -> Iterator[tuple[Pair, Tokens, Tokens]]:
     """(pair, its chosen and its rejected row) for the winners of every prompt that is kept and has a negative; counts the others.
     `heard`: see `pairs`."""
     for choices, kept in winners:
@@ -43,25 +49,58 @@ def matched(shop: Workshop, loaded: Loaded, winners: Iterable[tuple[list[Choice]
         counts["no_negative"] += negative is None  # its question was too long (feedback.ask)
         for who, good, values in choices if kept and negative else ():
             bad, known = negative
-            weighs = shop.config.macpo.weights == "agreement" and "agreement" in values
-            rows = [shop.render(loaded, good.prompt, text.response) for text in (good, bad)]
-            yield Pair(good.id, good.prompt, good.response, bad.response, who, getattr(bad, "agent", "data"),
-                       values["perplexity"] * sum(rows[0].mask) if heard else None, known["logp"], good.meta,
-                       math.exp(values["agreement"]) if weighs else None), *rows  # fmt: skip
+            weighs = session.config.macpo.pair_weighting == "agreement" and "agreement" in values
+            rows = [session.render(loaded, good.prompt, text.response) for text in (good, bad)]
+            yield (
+                Pair(
+                    good.id,
+                    good.prompt,
+                    good.response,
+                    bad.response,
+                    who,
+                    getattr(bad, "agent", "data"),
+                    values["perplexity"] * sum(rows[0].mask) if heard else None,
+                    known["logp"],
+                    good.meta,
+                    math.exp(values["agreement"]) if weighs else None,
+                ),
+                *rows,
+            )
 
 
-def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates], negatives: Texts,
-          reference: Stage | None, familiar: Stage, own: tuple[str, float], key: tuple, heard: bool = False) -> Stage:  # fmt: skip
+def pairs(
+    session: Session,
+    name: str,
+    base: Base,
+    candidates: Sequence[CandidateSet],
+    negatives: TextColumn,
+    reference: Stage | None,
+    familiar: Stage,
+    own: tuple[str, float],
+    key: tuple,
+    heard: bool = False,
+) -> Stage:
     """pairs.jsonl: per prompt the selected candidate against the agent's own negative (R3, R5). `familiar` holds
     the negatives' logps under the reference; those of the chosen answers are computed here, unless the reference was
     who found their perplexity (`heard`). A pair that cannot be used is dropped and counted."""
-    settings = shop.config.macpo
+    settings = session.config.macpo
 
-    def write_pairs(work: Work) -> dict:
+    def write_pairs(work: StageContext) -> dict:
         """Choose, pair, drop what cannot be used, and store the reference logps, WINDOW pairs at a time."""
-        loaded, counts = shop.use(base, reference), Counter()
-        kept = keep_familiar(winners(), settings.keep) if settings.keep < 1 else repeat(True)
-        found = matched(shop, loaded, zip(winners(), kept, strict=False), negative_finder(negatives, familiar), heard, counts)
+        loaded, counts = session.use(base, reference), Counter()
+        kept = (
+            keep_familiar(winners(), settings.keep_fraction)
+            if settings.keep_fraction < 1
+            else repeat(True)
+        )
+        found = matched(
+            session,
+            loaded,
+            zip(winners(), kept, strict=False),
+            negative_finder(negatives, familiar),
+            heard,
+            counts,
+        )
         unusable = {
             "all_empty": lambda pair, *rows: not pair.chosen,
             "negative_empty": lambda pair, *rows: not pair.rejected,
@@ -71,40 +110,78 @@ def pairs(shop: Workshop, name: str, base: Base, candidates: Sequence[Candidates
 
         def made() -> Iterator[Pair]:
             """The pairs with their logps."""
-            for run in in_runs(found, WINDOW):
+            for run in batched(found, WINDOW):
                 run, dropped = sift(run, unusable)
                 rows = [good for _, good, _ in run]
                 if rows and not counts["pairs"]:
                     show_first(work, loaded, "chosen", rows)
-                logps = score(loaded.model, rows, shop.score_tokens, None, work.ranks, work.log, share=True) if not heard else repeat(None)
-                counts.update(dropped | {"pairs": len(run), "tokens": sum(sum(row.mask) for row in rows)})
+                logps = (
+                    score(
+                        loaded.model,
+                        rows,
+                        session.score_tokens,
+                        None,
+                        work.ranks,
+                        work.log,
+                        share=True,
+                    )
+                    if not heard
+                    else repeat(None)
+                )
+                counts.update(
+                    dropped | {"pairs": len(run), "tokens": sum(sum(row.mask) for row in rows)}
+                )
                 if heard:  # else `score` has looked
                     work.run.signals.check()
                 for (pair, *_), logp in zip(run, logps, strict=not heard):
                     counts[f"chosen_{pair.chosen_by}"] += 1
                     yield pair if heard else replace(pair, ref_chosen_logps=logp)
 
-        if not work.ranks.main:
+        if not work.ranks.is_main:
             deque(() if heard else made(), 0)  # it takes part in the scoring
             return {}
         write_rows(file := work.folder / "pairs.jsonl", made())
         warn_of(work, {name: counts[name] for name in unusable}, counts["pairs"])
         if not counts["pairs"]:
             show_first(work, loaded, "chosen", [])
-        if settings.weights == "agreement":
-            write_rows(file, weighted(Lines(file, Pair)))
-        names = ["pairs", *unusable, *(["not_kept"] if settings.keep < 1 else []), *(["no_negative"] if counts["no_negative"] else [])]
-        return {name: counts[name] for name in (*names, *(f"chosen_{c.who}" for c in candidates), "tokens")}
+        if settings.pair_weighting == "agreement":
+            write_rows(file, weighted(JsonlView(file, Pair)))
+        names = [
+            "pairs",
+            *unusable,
+            *(["not_kept"] if settings.keep_fraction < 1 else []),
+            *(["no_negative"] if counts["no_negative"] else []),
+        ]
+        return {
+            name: counts[name]
+            for name in (*names, *(f"chosen_{c.who}" for c in candidates), "tokens")
+        }
 
     def winners() -> Iterator[list[Choice]]:
-        return select(shop.config, offered(candidates), own, key)
+        return select(session.config, offered(candidates), own, key)
 
-    votes = [(weight, stage) for c in candidates for stages in c.votes.values() for weight, stage in stages]
-    recipe = {"names": [c.who for c in candidates], "votes": [[*c.votes] for c in candidates],
-              "signs": [weight for weight, _ in votes], "own": own, "select": settings.select,
-              "keep": settings.keep, "weights": settings.weights} | ({"heard": True} if heard else {})  # fmt: skip
+    votes = [
+        (weight, stage)
+        for c in candidates
+        for stages in c.votes.values()
+        for weight, stage in stages
+    ]
+    recipe = {
+        "names": [c.who for c in candidates],
+        "votes": [[*c.votes] for c in candidates],
+        "signs": [weight for weight, _ in votes],
+        "own": own,
+        "select": settings.select,
+        "keep": settings.keep_fraction,
+        "weights": settings.pair_weighting,
+    } | ({"heard": True} if heard else {})
     inputs = [base.stage, *(c.texts.stage for c in candidates), *(stage for _, stage in votes)]
     inputs += [negatives.stage, familiar, reference]
-    return shop.stage(name, "pairs/3", recipe | negatives.settings | shop.quantised(base), inputs, write_pairs, key)
-
-
+    return session.stage(
+        name,
+        "pairs/3",
+        recipe | negatives.settings | session.quantised(base),
+        inputs,
+        write_pairs,
+        key,
+    )

@@ -14,29 +14,43 @@ import torch
 
 from minmacpo import UserError
 from minmacpo.cli.memory_estimate import held
-from minmacpo.config.parse import overlay
+from minmacpo.config.parse import override
 from minmacpo.config.schema import Config
 from minmacpo.core.batching import scoring_tokens
-from minmacpo.core.checkpoint import check_sizes, load_adapter, load_model, no_folder, read_adapter_config, read_config, stop_ids
-from minmacpo.core.lora import attach_lora, clear_adapter, write_adapter
+from minmacpo.core.checkpoint import (
+    check_sizes,
+    load_adapter,
+    load_model,
+    no_folder,
+    read_adapter_config,
+    read_config,
+    stop_ids,
+)
+from minmacpo.core.lora import attach_lora, disable_adapter, set_adapter_weights
 from minmacpo.core.prepack import sharded
 from minmacpo.core.sampling import generate
 from minmacpo.core.scoring import perplexity
-from minmacpo.data.chat_template import end_ids, render, render_prompt, response_text, template_hint
+from minmacpo.data.chat_template import (
+    end_of_turn_ids,
+    render,
+    render_prompt,
+    response_text,
+    template_hint,
+)
 from minmacpo.data.records import Example, Message, Pair, Sample
 from minmacpo.data.tokenizer import Tokenizer, Tokens, load_tokenizer
 from minmacpo.pipeline.base_models import Base
-from minmacpo.pipeline.prepare_data import fit_pair
-from minmacpo.pipeline.run import Run, Stage, Work, derive_seed
+from minmacpo.pipeline.prepare_data import truncate_pair
+from minmacpo.pipeline.run import Run, Stage, StageContext, derive_seed
 from minmacpo.pipeline.run_dir import check_stage
-from minmacpo.runtime.device import allocating, device_of, dtype_of, free_bytes, set_up
-from minmacpo.runtime.distributed import ALONE, Ranks
-from minmacpo.runtime.files import Lines, read_json
-from minmacpo.runtime.progress import inert
+from minmacpo.runtime.device import configure_torch, device_of, dtype_of, free_bytes, normalize_oom
+from minmacpo.runtime.distributed import SINGLE_PROCESS, Distributed
+from minmacpo.runtime.files import JsonlView, read_json
+from minmacpo.runtime.progress import escape_control_chars
 
 
 @dataclass(frozen=True, slots=True)
-class Texts:
+class TextColumn:
     """One text per prompt: a side of a file of pairs, the responses of a file of samples ("untagged": as answers
     to the prompt without its tag), or questions."""
 
@@ -56,119 +70,184 @@ class Texts:
         """The texts, in the file's order, each read from it where it is looked at; sampled ones with all that is known of them."""
         file = self.stage.path / self.file
         if self.side == "question":
-            return Lines(file, Example)
+            return JsonlView(file, Example)
         if self.side in ("response", "untagged"):
-            return Lines(file, Sample, untag) if self.side == "untagged" else Lines(file, Sample)
-        return Lines(file, Pair, lambda pair: Example(pair.id, pair.prompt, getattr(pair, self.side), pair.meta))
+            return (
+                JsonlView(file, Sample, untag)
+                if self.side == "untagged"
+                else JsonlView(file, Sample)
+            )
+        return JsonlView(
+            file,
+            Pair,
+            lambda pair: Example(pair.id, pair.prompt, getattr(pair, self.side), pair.meta),
+        )
 
 
 def untag(sample: Sample) -> Sample:
     """The sample as if it had been asked for without a tag (templates.Template)."""
-    return replace(sample, prompt=tuple(message for message in sample.prompt if message.role != "tag"))
+    return replace(
+        sample, prompt=tuple(message for message in sample.prompt if message.role != "tag")
+    )
 
 
-class Loaded:
+class LoadedModel:
     """The model of an HF folder in memory with an empty slot, on the run's device in the run's dtype.
-    `slot_params` is all that ever trains; a row longer than `limit` tokens is not trained on. `form`: see quant.py."""
+    `lora_params` is all that ever trains; a row longer than `limit` tokens is not trained on. `form`: see quant.py."""
 
-    def __init__(self, folder: Path, config: Config, form: str = "none", ranks: Ranks = ALONE):
-        self.model = load_model(folder, "cpu" if ranks.shards else device_of(config), dtype_of(config), form)
-        self.slot_params, self.tokenizer = attach_lora(self.model, config.lora), load_tokenizer(folder)
-        ranks.shard(self.model, self.slot_params, device_of(config))
+    def __init__(
+        self, folder: Path, config: Config, form: str = "none", ranks: Distributed = SINGLE_PROCESS
+    ):
+        self.model = load_model(
+            folder, "cpu" if ranks.is_sharded else device_of(config), dtype_of(config), form
+        )
+        self.lora_params, self.tokenizer = (
+            attach_lora(self.model, config.lora),
+            load_tokenizer(folder),
+        )
+        ranks.shard(self.model, self.lora_params, device_of(config))
         check_sizes(folder, self.model.config, self.tokenizer)
         self.stops = stop_ids(folder, self.tokenizer)
         self.limit = min(config.data.max_length, self.model.config.max_position_embeddings)
-        self.places = sys.maxsize  # answers side by side for which memory has not been too short yet
+        self.places = (
+            sys.maxsize
+        )  # answers side by side for which memory has not been too short yet
 
     def ends(self, template: str) -> set[int]:
         """The tokens that end an answer in this template."""
-        return self.stops | end_ids(self.tokenizer, template)
+        return self.stops | end_of_turn_ids(self.tokenizer, template)
 
 
-def open_folder(folder: Path, config: Config) -> tuple[Loaded, Path, str | None]:
+def open_folder(folder: Path, config: Config) -> tuple[LoadedModel, Path, str | None]:
     """(model, folder of its base, template it was trained with, if known) of a base or adapter folder; model.quantize counts.
     Raises UserError if `folder` is neither, if the adapter's base is not where it says, or if a stage's files are damaged."""
     if not (folder / "adapter_config.json").is_file():
         if not folder.is_dir():
             raise UserError(f"{folder}: {no_folder(folder)}")
         if not (folder / "config.json").exists():
-            raise UserError(f"{folder}: is no model: it has neither config.json nor adapter_config.json")
+            raise UserError(
+                f"{folder}: is no model: it has neither config.json nor adapter_config.json"
+            )
         check_stage(folder)
-        return Loaded(folder, config, config.model.quantize), folder, settings_of(folder).get("template")
+        return (
+            LoadedModel(folder, config, config.model.quantize),
+            folder,
+            settings_of(folder).get("template"),
+        )
     lora, named = read_adapter_config(folder)
     base = next((p for p in (folder / named, Path(named)) if named and p.is_dir()), None)
     if base is None:
         raise UserError(f"{folder}: its base {named!r} {no_folder(named)}")
     check_stage(folder)
     check_stage(base)
-    loaded = Loaded(base, replace(config, lora=lora), config.model.quantize)
-    write_adapter(loaded.model, load_adapter(folder), str(folder))
+    loaded = LoadedModel(base, replace(config, lora=lora), config.model.quantize)
+    set_adapter_weights(loaded.model, load_adapter(folder), str(folder))
     return loaded, base, settings_of(folder).get("template") or settings_of(base).get("template")
 
 
 def settings_of(folder: Path) -> dict:
     """The settings of the stage that a folder is; none if it is none."""
-    settings = (read_json(folder / "stage.json") if (folder / "stage.json").is_file() else {}).get("settings")
+    settings = (read_json(folder / "stage.json") if (folder / "stage.json").is_file() else {}).get(
+        "settings"
+    )
     return settings if isinstance(settings, dict) else {}
 
 
-def open_agent(folder: Path, config: Config, flags: Mapping[str, str]) -> tuple[Config, Loaded, Path]:
+def open_agent(
+    folder: Path, config: Config, flags: Mapping[str, str]
+) -> tuple[Config, LoadedModel, Path]:
     """(settings, model, folder of its base) of a base or adapter folder. `config` is completed by what the model
     says of itself: its template, how its base was quantised, and answers that take no more than half of its context; `flags`
     stand over that."""
     form = flags.get("model.quantize", settings_of(folder).get("quantize", "none"))
-    config = overlay(config, {"model.quantize": form}, str(folder / "stage.json"))
-    set_up(config)
+    config = override(config, {"model.quantize": form}, str(folder / "stage.json"))
+    configure_torch(config)
     loaded, base, template = open_folder(folder, config)
-    most = min(config.generate.max_new, loaded.model.config.max_position_embeddings // 2)
-    template = template or usual_template(base, loaded.tokenizer, flags.get("data.template"))
-    return overlay(config, {"data.template": template, "generate.max_new": most} | dict(flags), "command line"), loaded, base
+    most = min(config.generate.max_new_tokens, loaded.model.config.max_position_embeddings // 2)
+    template = template or default_chat_template(base, loaded.tokenizer, flags.get("data.template"))
+    return (
+        override(
+            config,
+            {"data.template": template, "generate.max_new_tokens": most} | dict(flags),
+            "command line",
+        ),
+        loaded,
+        base,
+    )
 
 
-def fit_rows(config: Config, loaded: Loaded, pairs: Sequence[Pair], prompt: int, length: int) -> tuple[list[Pair], Counter]:
+def fit_rows(
+    config: Config, loaded: LoadedModel, pairs: Sequence[Pair], prompt: int, length: int
+) -> tuple[list[Pair], Counter]:
     """The pairs that fit into so many tokens of the prompt, and of prompt and answer, over-long ones being treated as
-    data.long says; and how many were dropped or cut, by reason."""
-    config, reasons = replace(config, data=replace(config.data, max_prompt=prompt, max_length=length)), Counter()
-    fitting = (fit_pair(config, pair, [loaded.tokenizer], reasons) for pair in pairs)
+    data.truncation_mode says; and how many were dropped or cut, by reason."""
+    config, reasons = (
+        replace(config, data=replace(config.data, max_prompt_length=prompt, max_length=length)),
+        Counter(),
+    )
+    fitting = (truncate_pair(config, pair, [loaded.tokenizer], reasons) for pair in pairs)
     return [pair for pair in fitting if pair], reasons
 
 
-def usual_template(folder: Path, tokenizer: Tokenizer, asked: str | None) -> str:
+def default_chat_template(folder: Path, tokenizer: Tokenizer, asked: str | None) -> str:
     """How to speak to a base of which no run is known: as asked, or in the marks of its tokenizer, or plainly. Where its
     chat template looks like another one, that is said on stderr."""
     template = asked or ("turns" if tokenizer.marks else "plain")
     if said := template_hint(folder, template):
-        print(f"WARNING: {inert(said)}", file=sys.stderr)
+        print(f"WARNING: {escape_control_chars(said)}", file=sys.stderr)
     return template
 
 
-class Workshop:
+class Session:
     """The run, and the bases that stay in memory between stages (oldest out when memory is short)."""
 
     def __init__(self, run: Run):
         self.run, self.config, wanted = run, run.config, run.config.run.compile
-        if run.ranks.shards and {run.config.model.quantize, run.config.model.quantize_teachers} != {"none"}:
-            raise UserError("parallel.shard divides weights among ranks, but not those of model.quantize; choose one of the two")
+        if run.ranks.is_sharded and {
+            run.config.model.quantize,
+            run.config.model.quantize_teachers,
+        } != {"none"}:
+            raise UserError(
+                "parallel.shard divides weights among ranks, but not those of model.quantize; choose one of the two"
+            )
         self.compiled = wanted == "true" or (wanted == "auto" and device_of(run.config) == "cuda")
-        self.score_tokens = scoring_tokens(self.config.run.micro_tokens, device_of(self.config))
-        self.scored: tuple = (None, {})  # what was scored last, for the next stage of the same group (stages.scored_together)
-        self.loaded: dict[str, Loaded] = {}  # by fingerprint, the last used one last
+        self.score_tokens = scoring_tokens(
+            self.config.run.max_tokens_per_batch, device_of(self.config)
+        )
+        self.scored: tuple = (
+            None,
+            {},
+        )  # what was scored last, for the next stage of the same group (stages.scored_together)
+        self.loaded: dict[str, LoadedModel] = {}  # by fingerprint, the last used one last
 
-    def use(self, base: Base, adapter: Stage | None, copy: str = "") -> Loaded:
+    def use(self, base: Base, adapter: Stage | None, copy: str = "") -> LoadedModel:
         """The base with `adapter` in its slot; None: the slot switched off. `copy` names a second one of the same
         base, for two adapters at a time."""
-        form, folder, ranks = self.quantised(base).get("quantize", "none"), base.stage.path, self.run.ranks
+        form, folder, ranks = (
+            self.quantised(base).get("quantize", "none"),
+            base.stage.path,
+            self.run.ranks,
+        )
         key = base.stage.fingerprint + form + copy
         if key not in self.loaded:
-            size = held(read_config(folder), dtype_of(self.config).itemsize, form, ranks.world if ranks.shards else 1)
-            while self.loaded and ranks.agree(free_bytes(device_of(self.config)) < 2 * size * ranks.near):
+            size = held(
+                read_config(folder),
+                dtype_of(self.config).itemsize,
+                form,
+                ranks.world_size if ranks.is_sharded else 1,
+            )
+            while self.loaded and ranks.all_reduce_max(
+                free_bytes(device_of(self.config)) < 2 * size * ranks.ranks_per_device
+            ):
                 del self.loaded[next(iter(self.loaded))]
                 gc.collect()  # a sharded one refers to itself
-        loaded = self.loaded[key] = self.loaded.pop(key, None) or Loaded(folder, self.config, form, ranks)
+        loaded = self.loaded[key] = self.loaded.pop(key, None) or LoadedModel(
+            folder, self.config, form, ranks
+        )
         if adapter is None:
-            clear_adapter(loaded.model)
+            disable_adapter(loaded.model)
         else:
-            write_adapter(loaded.model, load_adapter(adapter.path), str(adapter.path))
+            set_adapter_weights(loaded.model, load_adapter(adapter.path), str(adapter.path))
         return loaded
 
     def quantised(self, base: Base) -> dict[str, str]:
@@ -177,49 +256,82 @@ class Workshop:
         form = model.quantize if base.name == "strong" else model.quantize_teachers
         return {} if form == "none" else {"quantize": form}
 
-    def stage(self, name: str, kind: str, settings: dict, inputs: Sequence[Stage | None],
-              compute: Callable[[Work], dict], key: tuple = (), size: str = "") -> Stage:  # fmt: skip
+    def stage(
+        self,
+        name: str,
+        kind: str,
+        settings: dict,
+        inputs: Sequence[Stage | None],
+        compute: Callable[[StageContext], dict],
+        key: tuple = (),
+        size: str = "",
+    ) -> Stage:
         """`Run.stage` with the settings that every stage with a model depends on, and the inputs not None."""
         data, device, dtype = self.config.data, device_of(self.config), str(dtype_of(self.config))
-        common = {"template": data.template, "max_length": data.max_length, "device": device, "dtype": dtype,
-                  "micro_tokens": self.config.run.micro_tokens, "compile": self.compiled,
-                  "lora": asdict(self.config.lora), "arithmetic": 3}  # fmt: skip
-        return self.run.stage(name, kind, common | settings, [s for s in inputs if s], compute, key, size)
+        common = {
+            "template": data.template,
+            "max_length": data.max_length,
+            "device": device,
+            "dtype": dtype,
+            "max_tokens_per_batch": self.config.run.max_tokens_per_batch,
+            "compile": self.compiled,
+            "lora": asdict(self.config.lora),
+            "arithmetic": 3,
+        }
+        return self.run.stage(
+            name, kind, common | settings, [s for s in inputs if s], compute, key, size
+        )
 
-    def render(self, loaded: Loaded, prompt: Sequence[Message], response: str | None = None) -> Tokens:
+    def render(
+        self, loaded: LoadedModel, prompt: Sequence[Message], response: str | None = None
+    ) -> Tokens:
         """A prompt, and its answer if given, as ids and mask."""
         return render(loaded.tokenizer, self.config.data.template, prompt, response)
 
 
-def answer(config: Config, loaded: Loaded, agent: str, jobs: list[tuple[Example, int]],
-           seed: int, against: Loaded | None = None, tell: Callable[[list[int]], None] | None = None,
-           places: int | None = None) -> list[Sample]:  # fmt: skip
+def answer(
+    config: Config,
+    loaded: LoadedModel,
+    agent: str,
+    jobs: list[tuple[Example, int]],
+    seed: int,
+    against: LoadedModel | None = None,
+    tell: Callable[[list[int]], None] | None = None,
+    places: int | None = None,
+) -> list[Sample]:
     """One sample per job (a prompt, the number of the answer), `places` (None: all) decoded side by side, half as many where
     memory is short; `against`: away from what that model would say; `tell` gets the tokens as they are sampled (generate.generate)."""
     template, tokenizer = config.data.template, loaded.tokenizer
     seeds = [derive_seed(seed, example.id, number) for example, number in jobs]
     prompts = [render_prompt(tokenizer, template, example.prompt) for example, _ in jobs]
-    room = loaded.model.config.max_position_embeddings - config.generate.max_new
+    room = loaded.model.config.max_position_embeddings - config.generate.max_new_tokens
     if (longest := max(map(len, prompts))) > room:
-        most = f"with generate.max_new = {config.generate.max_new} the context has room for {max(room, 0)}"
+        most = f"with generate.max_new_tokens = {config.generate.max_new_tokens} the context has room for {max(room, 0)}"
         raise UserError(f"a prompt has {longest} tokens; {most}")
     other, stops = against.model if against else None, loaded.ends(template)
     found, places = None, min(places or len(jobs), len(jobs), loaded.places)
     while found is None:
         try:
-            with allocating():
-                found = generate(loaded.model, prompts, seeds, config.generate, stops, other, tell, places)
+            with normalize_oom():
+                found = generate(
+                    loaded.model, prompts, seeds, config.generate, stops, other, tell, places
+                )
         except torch.OutOfMemoryError:
             if places == 1 or sharded(loaded.model):  # other ranks wait for this one's next pass
-                setting = "generate.batch" if places > 1 else "generate.max_new"
-                raise UserError(f"out of memory while answers are sampled, {places} side by side; lower {setting}") from None
+                setting = "generate.batch" if places > 1 else "generate.max_new_tokens"
+                raise UserError(
+                    f"out of memory while answers are sampled, {places} side by side; lower {setting}"
+                ) from None
             places = loaded.places = places // 2
-            print(f"WARNING: out of memory: from here {places} answers are sampled side by side (see generate.batch)", file=sys.stderr)
+            print(
+                f"WARNING: out of memory: from here {places} answers are sampled side by side (see generate.batch)",
+                file=sys.stderr,
+            )
     samples = []
     for (e, _), own, new, logp in zip(jobs, seeds, *found, strict=True):
         text, ppl = response_text(tokenizer, template, new), perplexity(logp, len(new))
         finish = "stop" if new[-1] in stops else "length"
-        samples.append(Sample(e.id, e.prompt, text, finish, tuple(new), logp, ppl, agent, own, e.meta))
+        samples.append(
+            Sample(e.id, e.prompt, text, finish, tuple(new), logp, ppl, agent, own, e.meta)
+        )
     return samples
-
-

@@ -23,11 +23,29 @@ import torch
 from minmacpo import UserError
 from minmacpo.config.parse import to_toml
 from minmacpo.config.schema import Config
-from minmacpo.pipeline.run_dir import PARTIAL, check_folder, check_whole, finished_under, read_metrics, take, turn
+from minmacpo.pipeline.run_dir import (
+    PARTIAL,
+    check_folder,
+    check_whole,
+    finished_under,
+    read_metrics,
+    take,
+    turn,
+)
 from minmacpo.runtime.device import device_of, disk_need, environment, peaks, reset_peaks
-from minmacpo.runtime.distributed import Ranks
-from minmacpo.runtime.files import describe, fingerprint, move, naming, read_json, read_rows, write_atomic, write_json, write_rows
-from minmacpo.runtime.progress import Progress, inert
+from minmacpo.runtime.distributed import Distributed
+from minmacpo.runtime.files import (
+    describe,
+    fingerprint,
+    read_json,
+    read_rows,
+    replace_fsync,
+    with_path,
+    write_atomic,
+    write_json,
+    write_rows,
+)
+from minmacpo.runtime.progress import Progress, escape_control_chars
 
 FINISHED = "eval/table.json"  # written last: it says that the run is finished
 
@@ -35,7 +53,14 @@ FINISHED = "eval/table.json"  # written last: it says that the run is finished
 SEEN = 120.0  # seconds after which every rank has seen what rank 0 wrote
 
 
-TOGETHER = {"sft", "prefer", "sample", "score", "pairs", "ask"}  # kinds of stages that all ranks compute; they load a base
+TOGETHER = {
+    "sft",
+    "prefer",
+    "sample",
+    "score",
+    "pairs",
+    "ask",
+}  # kinds of stages that all ranks compute; they load a base
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +84,7 @@ class Stage:
 
 
 @dataclass(slots=True)
-class Work:
+class StageContext:
     """What a stage's function gets: its (temporary) folder, its seed, and ways to speak. Of several `ranks` that compute it
     the main one alone writes; a stage that is not `together` has no other."""
 
@@ -70,12 +95,14 @@ class Work:
     together: bool = False
 
     @property
-    def ranks(self) -> Ranks:
-        return self.run.ranks if self.together else Ranks(self.run.signals)
+    def ranks(self) -> Distributed:
+        return self.run.ranks if self.together else Distributed(self.run.signals)
 
     def progress(self, total: int, unit: str, done: int = 0) -> Progress:
         """A bar for `total` units of this stage."""
-        return Progress(self.run.label(self.name), total, unit, done, self.run.on_step, self.ranks.main)
+        return Progress(
+            self.run.label(self.name), total, unit, done, self.run.on_step, self.ranks.is_main
+        )
 
     def log(self, text: str) -> None:
         """One line under this stage's name."""
@@ -85,8 +112,8 @@ class Work:
         """One line of the run's metrics.jsonl."""
         line = json.dumps({"stage": self.name} | row | timing | {"time": round(time.time(), 3)})
         file = self.run.path / "metrics.jsonl"
-        if self.ranks.main:
-            with self.run.turn(), naming(file), file.open("a", encoding="utf-8") as stream:
+        if self.ranks.is_main:
+            with self.run.turn(), with_path(file), file.open("a", encoding="utf-8") as stream:
                 stream.write(line + "\n")
 
     def check(self) -> None:
@@ -95,7 +122,7 @@ class Work:
 
     @property
     def stopping(self) -> bool:
-        return self.ranks.agree(self.run.signals.number or 0) > 0
+        return self.ranks.all_reduce_max(self.run.signals.number or 0) > 0
 
 
 def derive_seed(seed: int, *key) -> int:
@@ -106,32 +133,43 @@ def derive_seed(seed: int, *key) -> int:
 class Run:
     """One run folder. Made in planning mode: `stage` only lists; `begin` writes and computes."""
 
-    def __init__(self, config: Config, only: str | None = None, profile: bool = False, dry: bool = False, ranks: Ranks | None = None):
+    def __init__(
+        self,
+        config: Config,
+        only: str | None = None,
+        profile: bool = False,
+        dry: bool = False,
+        ranks: Distributed | None = None,
+    ):
         self.config, self.only, self.profile = config, only, profile
         self.dry = dry  # never begun: given weights are told apart by size and time, not read
         self.root = Path(config.run.root)
         self.path = self.root / config.run.name
         self.plan: dict[str, Stage] = {}
-        self.recipes: dict[str, tuple[dict, Sequence[Stage]]] = {}  # of the plan's stages, with their inputs
+        self.recipes: dict[
+            str, tuple[dict, Sequence[Stage]]
+        ] = {}  # of the plan's stages, with their inputs
         self.planning = True
         self.provided: set[str] = set()  # stages seen to in this process
         self.named: dict[tuple[bool, str], str] = {}  # (planning, stage) -> its fingerprint
-        self.ranks, self.signals = (ranks := ranks or Ranks()), ranks.signals
+        self.ranks, self.signals = (ranks := ranks or Distributed()), ranks.signals
         self.on_step: Callable[[], None] | None = None
         self.after_stage: Callable[[Path], None] = lambda path: None  # called with the run's folder
         check_folder(self.path, config)
 
     def begin(self) -> None:
         """Leave planning: take the folder, and write the run's own files."""
-        self.ranks.agree(0)  # all have seen the folder as it was
-        self.ranks.first(self.open)
+        self.ranks.all_reduce_max(0)  # all have seen the folder as it was
+        self.ranks.run_on_main(self.open)
         self.signals.install()
         self.planning = False
 
     def open(self) -> None:
         """Take the folder for this process, for one stage together with those that compute other ones."""
         self.check_room()
-        self.log_file, *self.locks = take(self.path, self.only, self.only and self.plan[self.only].fingerprint)
+        self.log_file, *self.locks = take(
+            self.path, self.only, self.only and self.plan[self.only].fingerprint
+        )
         with self.turn():
             check_folder(self.path, self.config)  # another process may have made it since
             if not (self.path / "config.toml").exists():
@@ -158,31 +196,46 @@ class Run:
 
     def log(self, text: str) -> None:
         """One line to the terminal and to log.txt."""
-        if not self.ranks.main:
+        if not self.ranks.is_main:
             return
-        text = inert(text)
+        text = escape_control_chars(text)
         print(text, flush=True)
-        with naming(self.path / "log.txt"):
+        with with_path(self.path / "log.txt"):
             print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=self.log_file, flush=True)
 
     def label(self, name: str) -> str:
-        """"[12/57] round1/student_pos": a stage and its place in the plan."""
+        """ "[12/57] round1/student_pos": a stage and its place in the plan."""
         return f"[{[*self.plan, name].index(name) + 1}/{len(self.plan)}] {name}"
 
-    def stage(self, name: str, kind: str, settings: dict, inputs: Sequence[Stage],
-              compute: Callable[[Work], dict], key: tuple = (), size: str = "") -> Stage:  # fmt: skip
+    def stage(
+        self,
+        name: str,
+        kind: str,
+        settings: dict,
+        inputs: Sequence[Stage],
+        compute: Callable[[StageContext], dict],
+        key: tuple = (),
+        size: str = "",
+    ) -> Stage:
         """The finished stage `name`; if need be, `compute` fills its folder and returns counts.
 
         `kind` is the stage function with its version ("sft/1": raise it when a change alters what it makes);
         `settings` are all settings it uses; a random one has a `key` for its seed; `size` is for the plan.
         """
         seed = derive_seed(self.config.run.seed, *key) if key else 0
-        recipe = {"kind": kind, "settings": settings, "seed": seed, "inputs": [s.fingerprint for s in inputs]}
+        recipe = {
+            "kind": kind,
+            "settings": settings,
+            "seed": seed,
+            "inputs": [s.fingerprint for s in inputs],
+        }
         stage = Stage(name, self.path / name, fingerprint(recipe), kind=kind, size=size)
         sources = [source for source in inputs if name == self.only and not source.external]
         if missing := [source.name for source in sources if not source.finished]:
             many = len(missing) > 1
-            raise UserError(f"--stage={name} needs {', '.join(missing)}, which {'are' if many else 'is'} not finished; run {'those' if many else 'that'} first")
+            raise UserError(
+                f"--stage={name} needs {', '.join(missing)}, which {'are' if many else 'is'} not finished; run {'those' if many else 'that'} first"
+            )
         for source in sources:
             verify(source)
         self.check_name(stage)
@@ -191,19 +244,29 @@ class Run:
         elif self.only in (None, name) and name not in self.provided:
             self.provided.add(name)
             inputs = {source.name: source.fingerprint for source in inputs}
-            named = {"name": name, "method": self.config.run.method, "fingerprint": stage.fingerprint, "inputs": inputs}
+            named = {
+                "name": name,
+                "method": self.config.run.method,
+                "fingerprint": stage.fingerprint,
+                "inputs": inputs,
+            }
             self.provide(stage, recipe | named, compute)
         return stage
 
     def check_name(self, stage: Stage) -> None:
         """Raise RuntimeError if another stage has this one's name: a defect of the method, not of its user."""
-        if self.named.setdefault((self.planning, stage.name), stage.fingerprint) != stage.fingerprint:
+        if (
+            self.named.setdefault((self.planning, stage.name), stage.fingerprint)
+            != stage.fingerprint
+        ):
             raise RuntimeError(f"{stage.name}: one name for two different stages")
 
-    def provide(self, stage: Stage, notes: dict, compute: Callable[[Work], dict]) -> None:
+    def provide(self, stage: Stage, notes: dict, compute: Callable[[StageContext], dict]) -> None:
         """Accept the stage if it is finished here, link it from another run, or compute it; rank 0 says which."""
         together = stage.kind.partition("/")[0] in TOGETHER
-        work = Work(self, stage.name, self.path / PARTIAL / stage.fingerprint, notes["seed"], together)
+        work = StageContext(
+            self, stage.name, self.path / PARTIAL / stage.fingerprint, notes["seed"], together
+        )
 
         def alone() -> bool:
             """What rank 0 does before, or instead of, what all do; returns whether that is all."""
@@ -225,34 +288,36 @@ class Run:
             return True
 
         try:
-            if not self.ranks.first(alone):
+            if not self.ranks.run_on_main(alone):
                 found = self.compute(work, stage.kind, compute)
-                self.ranks.first(lambda: self.seal(work, stage, notes | found))
+                self.ranks.run_on_main(lambda: self.seal(work, stage, notes | found))
         except OSError as error:
-            if self.ranks.main and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if self.ranks.is_main and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 self.clear(work) if self.only else self.end()  # a full disk: give its space back
             raise
-        if not self.ranks.main:
+        if not self.ranks.is_main:
             await_stage(stage)
 
-    def seal(self, work: Work, stage: Stage, notes: dict) -> None:
+    def seal(self, work: StageContext, stage: Stage, notes: dict) -> None:
         """Put a stage that is computed, or linked, in its place, and say so."""
         write_json(work.folder / "stage.json", notes | {"checksum": fingerprint(notes)})
         stage.path.parent.mkdir(exist_ok=True)
-        move(work.folder, stage.path)
+        replace_fsync(work.folder, stage.path)
         self.clear(work)
         self.siblings[stage.fingerprint] = stage.path
         if "linked_from" in notes:
             did = f"taken from {notes['linked_from']}"
         else:
             counts = notes["counts"].items()
-            words = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in counts)
+            words = ", ".join(
+                f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in counts
+            )
             did = f"{notes['seconds']:.1f} s  {words}"
         self.log(f"{self.label(stage.name)}  {did}")
         with self.turn():
             self.after_stage(self.path)
 
-    def link(self, work: Work, stage: Stage) -> dict | None:
+    def link(self, work: StageContext, stage: Stage) -> dict | None:
         """Take the files and the metrics of an equal stage, of any run of the root; returns what
         stage.json says of them, None where there is no such stage, or only a damaged one."""
         try:
@@ -267,12 +332,20 @@ class Run:
                 os.link(source / name, work.folder / name)
             except OSError:  # there are no links between file systems
                 write_atomic(work.folder / name, (source / name).read_bytes())
-        for row in read_rows(work.folder / "metrics.jsonl") if "metrics.jsonl" in notes["files"] else ():
+        for row in (
+            read_rows(work.folder / "metrics.jsonl") if "metrics.jsonl" in notes["files"] else ()
+        ):
             work.metrics(row)
-        own = {"name": work.name, "method": self.config.run.method, "linked_from": str(source.relative_to(self.root))}
+        own = {
+            "name": work.name,
+            "method": self.config.run.method,
+            "linked_from": str(source.relative_to(self.root)),
+        }
         return {key: value for key, value in notes.items() if key != "inputs"} | own
 
-    def compute(self, work: Work, kind: str, compute: Callable[[Work], dict]) -> dict:
+    def compute(
+        self, work: StageContext, kind: str, compute: Callable[[StageContext], dict]
+    ) -> dict:
         """Fill the work folder by `compute`; returns what stage.json says of it, {} where another rank will write that."""
         device, started = device_of(self.config), time.time()
         clock, cpu = time.monotonic(), time.process_time()  # the time of day may be set back
@@ -280,7 +353,7 @@ class Run:
         with self.profiler(kind) as profiler:
             self.on_step = profiler and profiler.step
             counts = compute(work)
-        if not self.ranks.main:
+        if not self.ranks.is_main:
             return {}
         files = sorted(file for file in work.folder.iterdir() if file.name != "stage.json")
         return {
@@ -289,7 +362,7 @@ class Run:
             "seconds": round(time.monotonic() - clock, 3),
             "cpu_seconds": round(time.process_time() - cpu, 3),
             **peaks(device),
-            **({"ranks": self.ranks.world} if work.ranks.world > 1 else {}),
+            **({"ranks": self.ranks.world_size} if work.ranks.world_size > 1 else {}),
             "commit": self.environment["commit"],
             "files": {file.name: describe(file) for file in files},
         }
@@ -297,22 +370,28 @@ class Run:
     def profiler(self, kind: str):
         """Traces three steps of the first stage of each kind into profile/, if the user asked to."""
         target = self.path / "profile" / f"{kind.partition('/')[0]}.json"
-        if not (self.profile and self.ranks.main) or target.exists():
+        if not (self.profile and self.ranks.is_main) or target.exists():
             return contextlib.nullcontext()
         target.parent.mkdir(exist_ok=True)
         schedule = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)
-        return torch.profiler.profile(schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(str(target)), record_shapes=True)
+        return torch.profiler.profile(
+            schedule=schedule,
+            on_trace_ready=lambda p: p.export_chrome_trace(str(target)),
+            record_shapes=True,
+        )
 
     @functools.cached_property
     def siblings(self) -> dict[str, Path]:
         return finished_under(self.root)
 
-    def clear(self, work: Work) -> None:
+    def clear(self, work: StageContext) -> None:
         """Remove what is there of a stage beside its own folder: a started one, its training state (fit.Watch), its lock."""
         name = work.folder.name
         for folder in (work.folder, work.folder.with_name(f"state-{name}")):
             shutil.rmtree(folder, ignore_errors=True)
-        work.folder.with_name(f"{name}.lock").unlink(missing_ok=True)  # still held, and by nobody who waits
+        work.folder.with_name(f"{name}.lock").unlink(
+            missing_ok=True
+        )  # still held, and by nobody who waits
 
     def end(self) -> None:
         """Remove what is not part of a finished stage; the metrics stand as the plan has the stages, whatever was made anew."""
@@ -325,7 +404,9 @@ def await_stage(stage: Stage) -> None:
     end = time.monotonic() + SEEN
     while not stage.finished:
         if time.monotonic() > end:
-            raise UserError(f"{stage.path}: is finished, but not seen here; all ranks need the same run folder")
+            raise UserError(
+                f"{stage.path}: is finished, but not seen here; all ranks need the same run folder"
+            )
         time.sleep(0.1)
 
 
@@ -334,7 +415,7 @@ def verify(stage: Stage) -> dict:
     notes = check_whole(stage.path)
     if notes["fingerprint"] != stage.fingerprint:
         problem = "was made by another version of the code or from other files"
-        raise UserError(f"{stage.path}: {problem}; delete that folder, or choose another --run.name")
+        raise UserError(
+            f"{stage.path}: {problem}; delete that folder, or choose another --run.name"
+        )
     return notes
-
-

@@ -7,14 +7,25 @@ from pathlib import Path
 from typing import IO
 
 from minmacpo import UserError
-from minmacpo.config.parse import overlay, read_toml
+from minmacpo.config.parse import override, read_toml
 from minmacpo.config.schema import PLACE, Config, flatten
-from minmacpo.runtime.files import check_links, describe, fingerprint, open_alone, read_json, read_rows
+from minmacpo.runtime.files import (
+    check_links,
+    describe,
+    fingerprint,
+    open_locked,
+    read_json,
+    read_rows,
+)
 
 PARTIAL = ".partial"  # unfinished stages live here, under their fingerprint, and locks
 
 
-TIMES = {"time", "tokens_per_s", "peak_mem_gb"}  # what a line of the run's metrics has beside the stage's own
+TIMES = {
+    "time",
+    "tokens_per_s",
+    "peak_mem_gb",
+}  # what a line of the run's metrics has beside the stage's own
 
 
 def take(path: Path, stage: str | None, fingerprint: str | None) -> list[IO]:
@@ -22,25 +33,27 @@ def take(path: Path, stage: str | None, fingerprint: str | None) -> list[IO]:
     others of the same run may be other processes'. UserError if somebody else has it; it is theirs until these are closed."""
     path.mkdir(parents=True, exist_ok=True)
     busy = f"{path}: another process works on this run; wait for it, or choose another --run.name"
-    held = [open_alone(path / "log.txt", "a+", busy, shared=stage is not None)]
+    held = [open_locked(path / "log.txt", "a+", busy, shared=stage is not None)]
     if stage:
         (path / PARTIAL).mkdir(exist_ok=True)
         busy = f"{path / stage}: another process computes this stage"
-        held.append(open_alone(path / PARTIAL / f"{fingerprint}.lock", "a+", busy))
+        held.append(open_locked(path / PARTIAL / f"{fingerprint}.lock", "a+", busy))
     return held
 
 
 def turn(path: Path) -> IO:
     """A lock that is waited for, to be closed soon: whoever computes one stage of the run holds it while it writes a file
     of all stages."""
-    return open_alone(path / PARTIAL / "turn.lock", "a+", None)
+    return open_locked(path / PARTIAL / "turn.lock", "a+", None)
 
 
 def finished_under(root: Path) -> dict[str, Path]:
     """{fingerprint: folder} of the finished stages of all runs of the root."""
     found = {}
     for file in sorted(root.glob("*/[!.]*/*/stage.json")):  # not those in PARTIAL
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # its own run will say so
+        with contextlib.suppress(
+            OSError, ValueError, KeyError, TypeError, RecursionError
+        ):  # its own run will say so
             found[json.loads(file.read_bytes())["fingerprint"]] = file.parent
     return found
 
@@ -49,7 +62,9 @@ def read_metrics(run: Path, names: Iterable[str], only: str | None = None) -> li
     """The lines of the finished ones of these stages in a run's metrics.jsonl, or, where they are not as the stage's own
     file has them, those, without times; an unfinished stage writes its own anew. `only`: that one does, others may be at work."""
     file, found, rows = run / "metrics.jsonl", {}, []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
+    for line in (
+        file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ()
+    ):
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # torn by a kill
             row = json.loads(line)
             found.setdefault(row["stage"], []).append(row)
@@ -58,7 +73,9 @@ def read_metrics(run: Path, names: Iterable[str], only: str | None = None) -> li
         if own.is_file() and (own.parent / "stage.json").is_file():
             with contextlib.suppress(UserError):  # `verify` will say so
                 told = [{"stage": name} | row for row in read_rows(own)]
-                same = [{key: value for key, value in row.items() if key not in TIMES} for row in mine] == told
+                same = [
+                    {key: value for key, value in row.items() if key not in TIMES} for row in mine
+                ] == told
                 rows += mine if same else told
         elif only not in (None, name):
             rows += mine
@@ -74,7 +91,7 @@ def check_folder(path: Path, config: Config) -> None:
         if names - begun or (path.exists() and not path.is_dir()):
             raise UserError(f"{path}: exists and is no run folder; choose another --run.name")
         return
-    mine, theirs = flatten(config), flatten(overlay(Config(), read_toml(file), str(file)))
+    mine, theirs = flatten(config), flatten(override(Config(), read_toml(file), str(file)))
     for key in mine:
         if key not in PLACE and mine[key] != theirs[key]:
             problem = f"holds a run with {key} = {theirs[key]}, this one has {mine[key]}"
@@ -83,19 +100,28 @@ def check_folder(path: Path, config: Config) -> None:
 
 def check_stage(folder: Path) -> None:
     """`check_whole`, where the folder is a stage within a run; a copy elsewhere may have been changed."""
-    if (folder / "stage.json").is_file() and (folder.resolve().parent.parent / "config.toml").is_file():
+    if (folder / "stage.json").is_file() and (
+        folder.resolve().parent.parent / "config.toml"
+    ).is_file():
         check_whole(folder)
 
 
 def check_whole(folder: Path) -> dict:
     """The stage.json of a finished stage's folder; UserError unless it and all files that it names are undamaged."""
-    notes, remedy = read_json(folder / "stage.json"), f"damaged; delete the folder {folder} and start again"
+    notes, remedy = (
+        read_json(folder / "stage.json"),
+        f"damaged; delete the folder {folder} and start again",
+    )
     if notes.pop("checksum", None) != fingerprint(notes):
         raise UserError(f"{folder / 'stage.json'}: is {remedy}")
     for name, wanted in notes["files"].items():
         file = folder / name
-        if name != file.name or file.is_symlink() or not file.is_file() or wanted["size"] != file.stat().st_size or wanted != describe(file):
+        if (
+            name != file.name
+            or file.is_symlink()
+            or not file.is_file()
+            or wanted["size"] != file.stat().st_size
+            or wanted != describe(file)
+        ):
             raise UserError(f"{file}: is missing or {remedy}")
     return notes
-
-

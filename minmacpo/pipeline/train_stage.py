@@ -10,171 +10,274 @@ from minmacpo import UserError
 from minmacpo.config.schema import Dpo
 from minmacpo.core.batching import collate, steps_per_epoch
 from minmacpo.core.checkpoint import save_adapter
-from minmacpo.core.lora import read_adapter, reset_adapter
-from minmacpo.core.losses import PairObjective, SftObjective
-from minmacpo.core.trainer import Planned, Schedule, Unit, fit, make_plan
+from minmacpo.core.lora import get_adapter_weights, init_adapter
+from minmacpo.core.losses import PreferenceLoss, SFTLoss
+from minmacpo.core.trainer import BatchPlan, OptimizerConfig, TrainExample, fit, make_plan
 from minmacpo.data.records import Pair
 from minmacpo.kernels.fused_logps import sequence_logps
 from minmacpo.pipeline.base_models import Base
-from minmacpo.pipeline.model_pool import Loaded, Texts, Workshop
-from minmacpo.pipeline.run import Stage, Work, derive_seed
+from minmacpo.pipeline.model_pool import LoadedModel, Session, TextColumn
+from minmacpo.pipeline.run import Stage, StageContext, derive_seed
 from minmacpo.pipeline.stage_log import show_first, sift, warn_of
-from minmacpo.runtime.device import allocating
-from minmacpo.runtime.files import each_row, write_atomic
+from minmacpo.runtime.device import normalize_oom
+from minmacpo.runtime.files import iter_rows, write_atomic
 
 EARNED = 2e12  # logits whose reading and writing (12 bytes less of each at 3 TB/s) takes as long as to compile: 8 s; an estimate
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class TrainArgs:
     """How an agent learns: peak learning rate, passes over the data, answers or pairs per step."""
 
     lr: float
     epochs: int
     batch: int
 
-    def schedule(self, units: int, steps: int = 0) -> Schedule:
+    def schedule(self, units: int, steps: int = 0) -> OptimizerConfig:
         """`steps` optimiser steps, or all passes over so many units."""
-        return Schedule(self.lr, steps or self.epochs * steps_per_epoch(units, self.batch), self.batch)
+        return OptimizerConfig(
+            self.lr, steps or self.epochs * steps_per_epoch(units, self.batch), self.batch
+        )
 
 
-def sft(shop: Workshop, name: str, base: Base, texts: Texts, start: Stage | None, pace: Pace, key: tuple,
-        like: Sequence[Stage] = (), confidence: float = 0.0) -> Stage:  # fmt: skip
+def sft(
+    session: Session,
+    name: str,
+    base: Base,
+    texts: TextColumn,
+    start: Stage | None,
+    train_args: TrainArgs,
+    key: tuple,
+    like: Sequence[Stage] = (),
+    confidence: float = 0.0,
+) -> Stage:
     """Supervised fine-tuning of the slot on `texts`, from `start` or from a fresh adapter (I1-I5).
-    `like`: take as many optimiser steps as those trainings took together, whatever the pace says;
+    `like`: take as many optimiser steps as those trainings took together, whatever the train_args says;
     `confidence`: the final weight of the auxiliary confidence loss (method.md 7.2)."""
 
-    def learn(work: Work) -> dict:
+    def learn(work: StageContext) -> dict:
         """Render, drop what cannot be trained on, fit."""
-        loaded = shop.use(base, start)
+        loaded = session.use(base, start)
         if start is None:
-            reset_adapter(loaded.model, derive_seed(shop.config.run.seed, base.name, "adapter"))
-        found = [(text, shop.render(loaded, text.prompt, text.response)) for text in texts.read()]
-        found, dropped = sift(found, {
-            "empty": lambda text, row: not text.response,
-            "over_long": lambda text, row: len(row.ids) > loaded.limit,
-        })  # fmt: skip
+            init_adapter(loaded.model, derive_seed(session.config.run.seed, base.name, "adapter"))
+        found = [
+            (text, session.render(loaded, text.prompt, text.response)) for text in texts.read()
+        ]
+        found, dropped = sift(
+            found,
+            {
+                "empty": lambda text, row: not text.response,
+                "over_long": lambda text, row: len(row.ids) > loaded.limit,
+            },
+        )
         warn_of(work, dropped, len(found))
         show_first(work, loaded, "row", [row for _, row in found])
-        units = [Unit(text.id, (row,)) for text, row in found]
-        schedule = pace.schedule(len(units), sum(stage.notes()["counts"]["steps"] for stage in like))
+        units = [TrainExample(text.id, (row,)) for text, row in found]
+        schedule = train_args.schedule(
+            len(units), sum(stage.notes()["counts"]["steps"] for stage in like)
+        )
         plan = make_plan(units, schedule, work)
-        objective = SftObjective(compiles(shop, loaded, units, schedule), confidence)
+        objective = SFTLoss(compiles(session, loaded, units, schedule), confidence)
         counts = train(work, base, loaded, units, objective, schedule, plan)
         cut = sum(getattr(text, "finish", None) == "length" for text, _ in found)
         return counts | dropped | {"cut_at_limit": cut}
 
-    settings, inputs = asdict(pace) | texts.settings, [base.stage, start, texts.stage, *like]
-    settings |= ({"confidence": confidence} if confidence else {}) | log_lines(shop) | shop.quantised(base)
-    size = f"sft, {'as many steps as the student' if like else f'{pace.epochs} epochs'} at lr {pace.lr:g}"
-    return shop.stage(name, "sft/1", settings, inputs, learn, key, size)
+    settings, inputs = asdict(train_args) | texts.settings, [base.stage, start, texts.stage, *like]
+    settings |= (
+        ({"confidence": confidence} if confidence else {})
+        | log_lines(session)
+        | session.quantised(base)
+    )
+    size = f"sft, {'as many steps as the student' if like else f'{train_args.epochs} epochs'} at lr {train_args.lr:g}"
+    return session.stage(name, "sft/1", settings, inputs, learn, key, size)
 
 
-def prefer(shop: Workshop, name: str, base: Base, pairs: Stage, start: Stage, reference: Stage | None,
-           pace: Pace, dpo: Dpo, key: tuple) -> Stage:  # fmt: skip
+def prefer(
+    session: Session,
+    name: str,
+    base: Base,
+    pairs: Stage,
+    start: Stage,
+    reference: Stage | None,
+    train_args: TrainArgs,
+    dpo: Dpo,
+    key: tuple,
+) -> Stage:
     """The contrastive step (2.3): DPO + gamma · SFT on pairs.jsonl, continuing the adapter `start`."""
-    contrast = shop.config.macpo.hard_negatives
+    contrast = session.config.macpo.hard_negatives
 
-    def learn(work: Work) -> dict:
+    def learn(work: StageContext) -> dict:
         """Render both sides, check the start against the stored reference, fit."""
-        loaded, units = shop.use(base, start), []
-        for pair in each_row(pairs.path / "pairs.jsonl", Pair):
-            rows = [shop.render(loaded, pair.prompt, text) for text in (pair.chosen, pair.rejected)]
+        loaded, units = session.use(base, start), []
+        for pair in iter_rows(pairs.path / "pairs.jsonl", Pair):
+            rows = [
+                session.render(loaded, pair.prompt, text) for text in (pair.chosen, pair.rejected)
+            ]
             refs = (pair.ref_chosen_logps, pair.ref_rejected_logps)
-            units.append(Unit(pair.id, tuple(rows), refs if pair.weight is None else (*refs, pair.weight)))
+            units.append(
+                TrainExample(
+                    pair.id, tuple(rows), refs if pair.weight is None else (*refs, pair.weight)
+                )
+            )
         show_first(work, loaded, "chosen", [unit.rows[0] for unit in units])
         show_first(work, loaded, "rejected", [unit.rows[1] for unit in units])
-        words = {"base": "the bare base", "init": "round 0", "previous": "the last round"}[dpo.reference]
+        words = {"base": "the bare base", "init": "round 0", "previous": "the last round"}[
+            dpo.reference
+        ]
         work.log(f"reference policy: {words}; its logps are stored with the pairs")
-        schedule = pace.schedule(len(units))
-        compiled = compiles(shop, loaded, units, schedule)
-        objective = PairObjective(dpo.beta, dpo.gamma, dpo.label_smoothing, contrast, compiled,
-                                  dpo.length_normalized, dpo.length_penalty)  # fmt: skip
+        schedule = train_args.schedule(len(units))
+        compiled = compiles(session, loaded, units, schedule)
+        objective = PreferenceLoss(
+            dpo.beta,
+            dpo.sft_weight,
+            dpo.label_smoothing,
+            contrast,
+            compiled,
+            dpo.length_normalized,
+            dpo.length_penalty,
+        )
         plan = make_plan(units, schedule, work)
         first = [units[i] for i in plan.steps[0][0]] if schedule.steps else []
-        before = check_start(shop, work, base, start, reference, first, objective, plan.share)
+        before = check_start(session, work, base, start, reference, first, objective, plan.share)
         return train(work, base, loaded, units, objective, schedule, plan, before)
 
     settings = {k: v for k, v in asdict(dpo).items() if k not in ("student_lr", "teacher_lr")}
-    settings |= asdict(pace) | {"contrast": contrast} | log_lines(shop) | shop.quantised(base)
-    size = f"{'DPO + SFT' if contrast else 'SFT term only'}, {pace.epochs} epoch at lr {pace.lr:g}"
-    return shop.stage(name, "prefer/1", settings, [base.stage, pairs, start, reference], learn, key, size)
+    settings |= (
+        asdict(train_args) | {"contrast": contrast} | log_lines(session) | session.quantised(base)
+    )
+    size = f"{'DPO + SFT' if contrast else 'SFT term only'}, {train_args.epochs} epoch at lr {train_args.lr:g}"
+    return session.stage(
+        name, "prefer/1", settings, [base.stage, pairs, start, reference], learn, key, size
+    )
 
 
-def log_lines(shop: Workshop) -> dict[str, int]:
+def log_lines(session: Session) -> dict[str, int]:
     """run.log_every where it is not the usual: it says which lines metrics.jsonl has, and the monitor reads those."""
-    every = shop.config.run.log_every
-    return {} if every == type(shop.config.run)().log_every else {"log_every": every}
+    every = session.config.run.log_every
+    return {} if every == type(session.config.run)().log_every else {"log_every": every}
 
 
-def compiles(shop: Workshop, loaded: Loaded, units: Sequence[Unit], schedule: Schedule) -> bool:
+def compiles(
+    session: Session, loaded: LoadedModel, units: Sequence[TrainExample], schedule: OptimizerConfig
+) -> bool:
     """Whether the loss is compiled: as run.compile says; auto: on a GPU, if the stage's logits are worth the wait."""
-    if shop.config.run.compile != "auto" or not shop.compiled:
-        return shop.compiled
-    trained = sum(sum(row.mask) for unit in units for row in unit.rows) * schedule.steps * schedule.batch / max(len(units), 1)
+    if session.config.run.compile != "auto" or not session.compiled:
+        return session.compiled
+    trained = (
+        sum(sum(row.mask) for unit in units for row in unit.rows)
+        * schedule.steps
+        * schedule.batch
+        / max(len(units), 1)
+    )
     return trained * loaded.model.config.vocab_size >= EARNED
 
 
-def train(work: Work, base: Base, loaded: Loaded, units: list[Unit], objective, schedule: Schedule, plan: Planned,
-          before: Sequence[dict] = ()) -> dict:  # fmt: skip
+def train(
+    work: StageContext,
+    base: Base,
+    loaded: LoadedModel,
+    units: list[TrainExample],
+    objective,
+    schedule: OptimizerConfig,
+    plan: BatchPlan,
+    before: Sequence[dict] = (),
+) -> dict:
     """Fit the slot, check that it does something, and write it in PEFT's layout. `before`: first metrics."""
-    counts = fit(loaded.model, loaded.slot_params, units, objective, schedule, work, before, plan)
-    tensors = read_adapter(loaded.model)
-    if schedule.steps and not any(t.any() for k, t in tensors.items() if k.endswith("lora_B.weight")):
+    counts = fit(loaded.model, loaded.lora_params, units, objective, schedule, work, before, plan)
+    tensors = get_adapter_weights(loaded.model)
+    if schedule.steps and not any(
+        t.any() for k, t in tensors.items() if k.endswith("lora_B.weight")
+    ):
         raise UserError(f"{work.name}: the trained adapter is still zero")
-    if not work.ranks.main:
+    if not work.ranks.is_main:
         return counts
     path, config = base.stage.path, work.run.config
-    home = path.absolute() if base.stage.external else os.path.relpath(path, work.run.path / work.name)
+    home = (
+        path.absolute() if base.stage.external else os.path.relpath(path, work.run.path / work.name)
+    )
     save_adapter(work.folder, tensors, config.lora, str(home))
     return counts
 
 
-def keep(shop: Workshop, name: str, adapter: Stage) -> Stage:
+def keep(session: Session, name: str, adapter: Stage) -> Stage:
     """A trained adapter under another name."""
 
-    def copy(work: Work) -> dict:
+    def copy(work: StageContext) -> dict:
         """Its files say the same from a folder of the same depth."""
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             write_atomic(work.folder / file, (adapter.path / file).read_bytes())
         return {"kept": adapter.name}
 
-    return shop.stage(name, "keep/1", {}, [adapter], copy, size="the student before the first alarm")
+    return session.stage(
+        name, "keep/1", {}, [adapter], copy, size="the student before the first alarm"
+    )
 
 
-def check_start(shop: Workshop, work: Work, base: Base, start: Stage, reference: Stage | None,
-                first: list[Unit], objective, share: bool) -> list[dict]:  # fmt: skip
+def check_start(
+    session: Session,
+    work: StageContext,
+    base: Base,
+    start: Stage,
+    reference: Stage | None,
+    first: list[TrainExample],
+    objective,
+    share: bool,
+) -> list[dict]:
     """[metrics before the first step] of its first pairs, of half of them where memory is short; [] of none. Raises UserError unless
     they have their stored reference logps and, where reference and start are one, no margin; leaves `start` loaded."""
     try:
-        with allocating():
-            return [{"step": 0, "epoch": 0.0} | check_pairs(shop, work, base, start, reference, first, objective, share)] if first else []
+        with normalize_oom():
+            return (
+                [
+                    {"step": 0, "epoch": 0.0}
+                    | check_pairs(session, work, base, start, reference, first, objective, share)
+                ]
+                if first
+                else []
+            )
     except torch.OutOfMemoryError:
-        if len(first) == 1 or work.ranks.shards:
-            raise UserError(f"{work.name}: out of memory before the first step; lower {'run.micro_tokens' if len(first) > 1 else 'data.max_length'}") from None
-    return check_start(shop, work, base, start, reference, first[: len(first) // 2], objective, share)
+        if len(first) == 1 or work.ranks.is_sharded:
+            raise UserError(
+                f"{work.name}: out of memory before the first step; lower {'run.max_tokens_per_batch' if len(first) > 1 else 'data.max_length'}"
+            ) from None
+    return check_start(
+        session, work, base, start, reference, first[: len(first) // 2], objective, share
+    )
 
 
-def check_pairs(shop: Workshop, work: Work, base: Base, start: Stage, reference: Stage | None,
-                first: list[Unit], objective, share: bool) -> dict:  # fmt: skip
+def check_pairs(
+    session: Session,
+    work: StageContext,
+    base: Base,
+    start: Stage,
+    reference: Stage | None,
+    first: list[TrainExample],
+    objective,
+    share: bool,
+) -> dict:
     """The metrics of some pairs, if all is as `check_start` wants it."""
-    rows, refs = [row for unit in first for row in unit.rows], [ref for unit in first for ref in unit.refs[:2]]
-    model = shop.use(base, reference).model
+    rows, refs = (
+        [row for unit in first for row in unit.rows],
+        [ref for unit in first for ref in unit.refs[:2]],
+    )
+    model = session.use(base, reference).model
     weight = next(model.parameters())
     batch, exact = collate(rows, weight.device, share), weight.dtype == torch.float32
-    logps = sequence_logps(model, batch.tokens, batch.mask, objective.compiled, batch.shared).tolist()  # on the path of training
+    logps = sequence_logps(
+        model, batch.tokens, batch.mask, objective.compiled, batch.shared
+    ).tolist()  # on the path of training
     worst = max(abs(a - b) / (1 + abs(b)) for a, b in zip(logps, refs, strict=True))
     if worst > (1e-4 if exact else 0.02):
         problem = f"stored reference logps differ from the model's by {worst:.2g} (relative)"
         raise UserError(f"{work.name}: {problem}")
-    shop.use(base, start)
+    session.use(base, start)
     refs = torch.tensor([unit.refs for unit in first], device=weight.device)
     with torch.no_grad():
         _, values = objective(model, batch, refs, len(first), int(batch.mask.sum()))
     found = dict(zip(objective.metrics, torch.stack(values).tolist(), strict=True))
     work.log(f"margin before the first step: {found['rewards/margins']:+.4f}")
     if start == reference and abs(found["rewards/margins"]) > (1e-3 if exact else 0.5):
-        raise UserError(f"{work.name}: start and reference are the same, yet the margin is not zero: {found}")
+        raise UserError(
+            f"{work.name}: start and reference are the same, yet the margin is not zero: {found}"
+        )
     return found
-
-

@@ -1,8 +1,8 @@
 """Several processes ("ranks") under torchrun that do one run together; the only module that knows torch.distributed.
 
-Rank 0 alone makes slices of the user's texts, writes and speaks; `Ranks.first` lets the others wait for it as long as it takes. In a
+Rank 0 alone makes slices of the user's texts, writes and speaks; `Distributed.first` lets the others wait for it as long as it takes. In a
 stage that uses a model all take part: `share` and `add_up` divide an optimiser step, `each` a list of forward passes.
-The one process of an ordinary run is `Ranks()`, which does all by itself and imports nothing.
+The one process of an ordinary run is `Distributed()`, which does all by itself and imports nothing.
 """
 
 import contextlib
@@ -22,13 +22,15 @@ from minmacpo.config.schema import Config
 from minmacpo.runtime.device import device_of
 from minmacpo.runtime.progress import Interrupted, Signals
 
-PATIENCE = timedelta(days=1)  # of a collective: ranks are a block of samples, or a step, apart; one that ends is noticed at once
+PATIENCE = timedelta(
+    days=1
+)  # of a collective: ranks are a block of samples, or a step, apart; one that ends is noticed at once
 
 
 LISTEN = 0.2  # most seconds between two looks, while waiting for rank 0
 
 
-class Ranks:
+class Distributed:
     """This process among `world`, and what all do together. A method that is a collective is called by all ranks or by none;
     `shards`: the blocks of a model are divided among them, so that even its forward pass is one."""
 
@@ -36,7 +38,11 @@ class Ranks:
         self.signals, self.rank, self.world, self.store = signals or Signals(), rank, world, store
         self.main, self.shards, self.turns = rank == 0, False, 0
         self.near = 1  # how many ranks have the memory of this one's device
-        self.sharded, self.count, self.following = WeakValueDictionary(), 0, False  # models by number, in the order of loading
+        self.sharded, self.count, self.following = (
+            WeakValueDictionary(),
+            0,
+            False,
+        )  # models by number, in the order of loading
 
     def connect(self, config: Config) -> None:
         """Open the ways on which tensors go; on GPUs each rank has its own. Collective."""
@@ -45,11 +51,16 @@ class Ranks:
         device, local = device_of(config), int(os.environ.get("LOCAL_RANK", 0))
         if device == "cuda":
             if local >= (found := torch.cuda.device_count()):
-                raise UserError(f"torchrun has started more processes than the GPUs of this machine, which are {found}")
+                raise UserError(
+                    f"torchrun has started more processes than the GPUs of this machine, which are {found}"
+                )
             torch.cuda.set_device(local)
         else:
             self.near = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
-        backend, self.shards = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", config.parallel.shard
+        backend, self.shards = (
+            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+            config.parallel.shard,
+        )
         known = {"store": self.store, "rank": self.rank, "world_size": self.world}
         torch.distributed.init_process_group(backend, timeout=PATIENCE, **known)
 
@@ -94,7 +105,10 @@ class Ranks:
         room = int(max(sizes))
         parts = [torch.zeros(room, dtype=torch.uint8) for _ in sizes]
         torch.distributed.all_gather(parts, nn.functional.pad(data, (0, room - len(data))))
-        return [json.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+        return [
+            json.loads(part[:size].numpy().tobytes())
+            for part, size in zip(parts, sizes, strict=True)
+        ]
 
     def warn(self, text: str, log: Callable[[str], None]) -> None:
         """A line on what may be so on this rank alone: by `log`, which is silent but on rank 0, and there on stderr."""
@@ -110,7 +124,9 @@ class Ranks:
             self.check()
             wave = items[start : start + self.world]
             found = do(wave[self.rank]) if self.rank < len(wave) else None
-            while number := self.agree(0) if self.shards else 0:  # others need this rank for a pass through their model
+            while (
+                number := self.agree(0) if self.shards else 0
+            ):  # others need this rank for a pass through their model
                 self.follow(number)
             yield from self.gather(found)[: len(wave)]
 
@@ -119,7 +135,9 @@ class Ranks:
         rest. Where models are sharded, all ranks get equally many, [] standing for a pass that does not count."""
         whole = len(groups) // self.world * self.world
         parts = [group[self.rank :: self.world] for group in groups[whole:]]
-        return groups[:whole][self.rank :: self.world] + [part for part in parts if part or self.shards]
+        return groups[:whole][self.rank :: self.world] + [
+            part for part in parts if part or self.shards
+        ]
 
     def add_up(self, params: Sequence[nn.Parameter], values: Tensor) -> Tensor:
         """The sum of all ranks' `values` [n]; the gradients of `params` become their sums too, in one all-reduce. Collective."""
@@ -141,16 +159,23 @@ class Ranks:
             return
         from torch.distributed.fsdp import fully_shard
 
-        mesh, blocks = torch.distributed.init_device_mesh(device, (self.world,)), model.model["layers"]
+        mesh, blocks = (
+            torch.distributed.init_device_mesh(device, (self.world,)),
+            model.model["layers"],
+        )
         outside = {*model.parameters()} - {*blocks.parameters()} | {*whole}
         for block in blocks:
             fully_shard(block, mesh=mesh, ignored_params={*whole})
-        fully_shard(model, mesh=mesh, ignored_params=outside)  # it holds nothing, and lets blocks be fetched ahead
+        fully_shard(
+            model, mesh=mesh, ignored_params=outside
+        )  # it holds nothing, and lets blocks be fetched ahead
         model.to(device)
         self.count = number = self.count + 1
         self.sharded[number] = model
         model.register_forward_pre_hook(lambda *_: self.lead(number), prepend=True)
-        self.follow(number)  # a first pass in inference mode would make buffers that cannot be trained with
+        self.follow(
+            number
+        )  # a first pass in inference mode would make buffers that cannot be trained with
 
     def lead(self, number: int) -> None:
         """Say, before a pass through a sharded model, which one it is, to those who have no work of their own."""
@@ -165,32 +190,38 @@ class Ranks:
         self.following = False
 
     @contextlib.contextmanager
-    def one_voice(self) -> Iterator[None]:
+    def report_first_error(self) -> Iterator[None]:
         """Of whatever ends the ranks, the first one's error is told, and the others exit in silence."""
         try:
             yield
         except BaseException as error:
             if self.world == 1:
                 raise
-            with contextlib.suppress(RuntimeError):  # the store has gone with torchrun: all may speak
+            with contextlib.suppress(
+                RuntimeError
+            ):  # the store has gone with torchrun: all may speak
                 if self.store.add("said", 1) > 1:
                     code = 128 + error.number if isinstance(error, Interrupted) else 2
                     raise SystemExit(code) from None
             if lost(error):
-                raise UserError("a rank has ended, or did not answer for a day; all finished work is saved. The same command line goes on from here") from None
+                raise UserError(
+                    "a rank has ended, or did not answer for a day; all finished work is saved. The same command line goes on from here"
+                ) from None
             raise
         if self.world > 1:
             torch.distributed.destroy_process_group()
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Distributed()
 
 
 def lost(error: BaseException) -> bool:
     """Whether the error says that another rank cannot be reached."""
     from torch.distributed import DistError
 
-    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    )
 
 
 def launched() -> int:
@@ -199,13 +230,11 @@ def launched() -> int:
     return int(os.environ["WORLD_SIZE"]) if known else 1
 
 
-def meet() -> Ranks:
+def meet() -> Distributed:
     """The ranks that torchrun has started, met by this one; they can wait and speak, and `connect` does the rest."""
     if launched() == 1:
-        return Ranks()
+        return Distributed()
     from torch.distributed import PrefixStore, rendezvous
 
     store, rank, world = next(rendezvous("env://"))
-    return Ranks(rank=rank, world=world, store=PrefixStore("minmacpo", store))
-
-
+    return Distributed(rank=rank, world=world, store=PrefixStore("minmacpo", store))

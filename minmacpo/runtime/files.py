@@ -64,7 +64,7 @@ def checked(record):
 EVERY = 16  # lines of which one place is remembered: half a byte a line
 
 
-def move(source: Path, target: Path) -> None:
+def replace_fsync(source: Path, target: Path) -> None:
     """Rename a file or folder to its place, and flush that to the disk, so that it survives a power cut."""
     os.replace(source, target)
     handle = os.open(target.parent, os.O_RDONLY)
@@ -72,19 +72,24 @@ def move(source: Path, target: Path) -> None:
     os.close(handle)
 
 
-def open_alone(path: Path, mode: str, busy: str | None, shared: bool = False) -> IO:
+def open_locked(path: Path, mode: str, busy: str | None, shared: bool = False) -> IO:
     """The file in `mode`, locked while it is open: the kernel lets go of it however the process ends. UserError with the
     sentence `busy` if another process has it, None: waits for that one; does without a lock, and says so, where the file
     system knows none. `shared`: locked only against those who do not share it."""
     stream = path.open(mode, encoding=None if "b" in mode else "utf-8")
     try:
-        fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if busy else 0))
+        fcntl.flock(
+            stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if busy else 0)
+        )
     except BlockingIOError:
         stream.close()
         raise UserError(busy) from None
     except OSError as error:
         if busy:
-            print(f"no lock here ({error.strerror}): start no second process on {path}", file=sys.stderr)
+            print(
+                f"no lock here ({error.strerror}): start no second process on {path}",
+                file=sys.stderr,
+            )
     return stream
 
 
@@ -94,13 +99,15 @@ def check_links(folder: Path) -> None:
         with contextlib.suppress(FileNotFoundError):  # another process has removed it
             mode = path.lstat().st_mode
             if stat.S_ISLNK(mode):
-                raise UserError(f"{path}: is a link, which no run folder has; put what it stands for in its place, or delete it")
+                raise UserError(
+                    f"{path}: is a link, which no run folder has; put what it stands for in its place, or delete it"
+                )
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 raise UserError(f"{path}: is neither a file nor a folder; delete it")
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def with_path(path: Path) -> Iterator[None]:
     """An OSError raised within says that it is about `path`: a failed write does not say where."""
     try:
         yield
@@ -114,29 +121,33 @@ def write_atomic(path: Path, content: str | bytes | Iterable) -> None:
     the disk is full."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with naming(path):
+        with with_path(path):
             with temporary.open("wb") as stream:
                 for part in [content] if isinstance(content, str | bytes) else content:
                     stream.write(part.encode() if isinstance(part, str) else part)
                 stream.flush()
                 os.fsync(stream.fileno())
-            move(temporary, path)
+            replace_fsync(temporary, path)
     except BaseException:  # a full disk, Ctrl-C
         temporary.unlink(missing_ok=True)
         raise
 
 
 @contextlib.contextmanager
-def making(target: Path) -> Iterator[Path]:
+def atomic_dir(target: Path) -> Iterator[Path]:
     """A name for a folder that becomes `target` when it is whole; what a kill has left of one is removed. UserError if
     another process makes it."""
     place = target.with_name(f".{target.name}.partial")
     place.mkdir(parents=True, exist_ok=True)
-    with open_alone(place / "lock", "w", f"{target}: another process is writing it; wait for it, or give another folder"):
+    with open_locked(
+        place / "lock",
+        "w",
+        f"{target}: another process is writing it; wait for it, or give another folder",
+    ):
         try:
             shutil.rmtree(place / "whole", ignore_errors=True)
             yield place / "whole"
-            move(place / "whole", target)
+            replace_fsync(place / "whole", target)
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
@@ -148,10 +159,10 @@ def write_json(path: Path, value) -> None:
 
 def write_rows(path: Path, rows: Iterable) -> None:
     """Dicts, or records of data.py, as .jsonl, atomically; of rows that are made one by one no two are in memory."""
-    write_atomic(path, (as_lines([row]) for row in rows))
+    write_atomic(path, (to_jsonl([row]) for row in rows))
 
 
-def as_lines(rows: Iterable) -> str:
+def to_jsonl(rows: Iterable) -> str:
     """Dicts, or records of data.py, as the text of a .jsonl file."""
     return "".join(json.dumps(row, ensure_ascii=False, default=asdict) + "\n" for row in rows)
 
@@ -169,10 +180,10 @@ def read_json(path: Path) -> dict:
 
 def read_rows(path: Path, kind: type = dict) -> list:
     """The records of class `kind` in a .jsonl file (only \\n ends a line); UserError where one is broken."""
-    return list(each_row(path, kind))
+    return list(iter_rows(path, kind))
 
 
-def each_row(path: Path, kind: type = dict) -> Iterator:
+def iter_rows(path: Path, kind: type = dict) -> Iterator:
     """The records that `read_rows` reads, one by one."""
     number = 0
     try:
@@ -186,7 +197,7 @@ def each_row(path: Path, kind: type = dict) -> Iterator:
         raise UserError(f"{path}, line {number}: is no {what}; the file is damaged") from None
 
 
-class Lines(Sequence):
+class JsonlView(Sequence):
     """The records of a .jsonl file as a list that is read where it is looked at: what it holds is one place in EVERY lines.
     `change`: what is made of a record."""
 
@@ -206,7 +217,7 @@ class Lines(Sequence):
         return self.count
 
     def __iter__(self) -> Iterator:
-        return map(self.change, each_row(self.path, self.kind))
+        return map(self.change, iter_rows(self.path, self.kind))
 
     def __getitem__(self, index: int):
         """The record of that number from 0; IndexError if there is none."""
@@ -218,10 +229,12 @@ class Lines(Sequence):
                 line = next(islice(stream, index % EVERY, None), b"")
             return self.change(from_json(self.kind, line.decode()))
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{self.path}, line {index + 1}: cannot be read any more; the file has been damaged") from None
+            raise UserError(
+                f"{self.path}, line {index + 1}: cannot be read any more; the file has been damaged"
+            ) from None
 
 
-def in_runs(rows: Iterable, size: int) -> Iterator[list]:
+def batched(rows: Iterable, size: int) -> Iterator[list]:
     """The rows in lists of `size` of them, the last with what is left."""
     rest = iter(rows)
     return iter(lambda: list(islice(rest, size)), [])
@@ -238,9 +251,9 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def keep_block(folder: Path, number: int, rows: Iterable) -> Path:
+def write_shard(folder: Path, number: int, rows: Iterable) -> Path:
     """The file with a block of samples, named after what is in it and where: no stage.json tells whether it is undamaged."""
-    text = as_lines(rows).encode()
+    text = to_jsonl(rows).encode()
     file = folder / f"block{number}-{block_sum(folder, text)}.jsonl"
     write_atomic(file, text)
     return file
@@ -251,14 +264,16 @@ def block_sum(folder: Path, text: bytes) -> str:
     return hashlib.sha256(f"{folder.name}\n".encode() + text).hexdigest()
 
 
-def kept_blocks(folder: Path) -> dict[int, Path]:
-    """The undamaged files that `keep_block` wrote, by number."""
-    files = (file for file in folder.glob("block*-*.jsonl") if file.is_file() and file.stem.endswith(f"-{block_sum(folder, file.read_bytes())}"))
+def finished_shards(folder: Path) -> dict[int, Path]:
+    """The undamaged files that `write_shard` wrote, by number."""
+    files = (
+        file
+        for file in folder.glob("block*-*.jsonl")
+        if file.is_file() and file.stem.endswith(f"-{block_sum(folder, file.read_bytes())}")
+    )
     return {int(file.stem.removeprefix("block").partition("-")[0]): file for file in files}
 
 
 def fingerprint(value) -> str:
     """32 hex digits that stand for a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
-
-

@@ -25,7 +25,7 @@ import minmacpo
 from minmacpo.evaluation import report
 from minmacpo.pipeline.run import PARTIAL
 from minmacpo.runtime.files import write_atomic
-from minmacpo.runtime.progress import call
+from minmacpo.runtime.progress import run_main
 
 WORKERS = 3  # on two cores: one may wait for its files
 for module in pkgutil.iter_modules(minmacpo.__path__, "minmacpo."):
@@ -63,7 +63,10 @@ def start(name: str, words, said: Path, disk: Disk | None = None, reports: bool 
 
     def work() -> int:
         for number, kind in ((1, ".out"), (2, ".err")):
-            os.dup2(os.open(said.with_suffix(kind), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+            os.dup2(
+                os.open(said.with_suffix(kind), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644),
+                number,
+            )
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         sys.argv = [f"{name}.py", *map(str, words)]
         gc.disable()  # too short to need it
@@ -74,7 +77,7 @@ def start(name: str, words, said: Path, disk: Disk | None = None, reports: bool 
             disk.install()
         else:
             os.fsync = lambda handle: None
-        code = call(main)
+        code = run_main(main)
         json.dump(disk.done if disk else [], file)
         file.close()
         return code
@@ -82,7 +85,9 @@ def start(name: str, words, said: Path, disk: Disk | None = None, reports: bool 
     return child(work)
 
 
-def fork(name: str, words, disk: Disk | None = None, reports: bool = False) -> tuple[Ended, list[str]]:
+def fork(
+    name: str, words, disk: Disk | None = None, reports: bool = False
+) -> tuple[Ended, list[str]]:
     """(how a program ended in a child, the operations on its disk if it came to its end)."""
     with tempfile.TemporaryDirectory() as place:
         said = Path(place) / "said"
@@ -127,7 +132,11 @@ def spread(check: Callable[[object], None], points: Iterable) -> list[str]:
 
         codes = [ended(pid) for pid in [child(lambda i=i: share(i)) for i in range(WORKERS)]]
         for file in files:
-            failed += [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+            failed += (
+                [json.loads(line) for line in file.read_text().splitlines()]
+                if file.exists()
+                else []
+            )
     assert not any(codes), codes
     return failed
 
@@ -143,7 +152,10 @@ def folders(run: Path) -> set[str]:
 def stages(run: Path) -> dict[str, tuple[int, int]]:
     """{path: (inode, time of last change)} of the files of all finished stages."""
     files = [file for note in run.glob("[!.]*/*/stage.json") for file in note.parent.iterdir()]
-    return {str(file.relative_to(run)): (file.lstat().st_ino, file.lstat().st_mtime_ns) for file in files}
+    return {
+        str(file.relative_to(run)): (file.lstat().st_ino, file.lstat().st_mtime_ns)
+        for file in files
+    }
 
 
 ORIGIN = ("linked_from",)  # which of several equal stages a stage was taken from
@@ -158,27 +170,37 @@ class Good:
     def check(self, run: Path, before: dict) -> None:
         """The run is bit-identical but for times, has nothing besides, and every stage that was finished `before` is untouched."""
         now = contents(run, ORIGIN)
-        assert [n for n in now.keys() | self.contents.keys() if now.get(n, 0) != self.contents.get(n, 0)] == []
-        assert folders(run) == self.folders and PARTIAL not in self.folders and {*FREE} <= now.keys()
+        assert [
+            n for n in now.keys() | self.contents.keys() if now.get(n, 0) != self.contents.get(n, 0)
+        ] == []
+        assert (
+            folders(run) == self.folders and PARTIAL not in self.folders and {*FREE} <= now.keys()
+        )
         kept = stages(run)
         assert [name for name in before if before[name] != kept.get(name)] == []
 
 
 def tree(place: Path) -> dict[str, bytes | None]:
     """{path: content, None of a folder} of everything below `place`."""
-    return {str(path.relative_to(place)): path.read_bytes() if path.is_file() else None for path in sorted(place.rglob("*"))}
+    return {
+        str(path.relative_to(place)): path.read_bytes() if path.is_file() else None
+        for path in sorted(place.rglob("*"))
+    }
 
 
 def check_sentence(ended: Ended, *wanted: str) -> None:
     """The program ended with one sentence, which says what is `wanted`."""
-    assert ended.code == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1, (ended.code, ended.err)
+    assert ended.code == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1, (
+        ended.code,
+        ended.err,
+    )
     assert all(word in ended.err for word in wanted), ended.err
 
 
 # The stub made smaller: one teacher, one round, a few prompts, one optimiser step a stage, its state saved after it.
 SMALL = """--macpo.teachers=1 --macpo.rounds=1 --macpo.controls=false --pretrain.strong_steps=1 --pretrain.weak_steps=1 --pretrain.batch=4 --world.d1=2
---world.d2=2 --world.test=2 --sft.batch=8 --dpo.batch=8 --generate.max_new=2 --generate.batch=1 --eval.bootstrap=2
---run.save_every=1 --run.log_every=1 --run.micro_tokens=100000 --run.threads=1""".split()
+--world.d2=2 --world.test=2 --sft.batch=8 --dpo.batch=8 --generate.max_new_tokens=2 --generate.batch=1 --eval.bootstrap=2
+--run.save_every=1 --run.log_every=1 --run.max_tokens_per_batch=100000 --run.threads=1""".split()
 
 
 def small_run(root: Path) -> tuple[list[str], Path]:

@@ -13,8 +13,20 @@ import signal
 from collections.abc import Iterable
 
 # ---- operations: the name, and whether it needs room on the disk
-CALLS = {"fsync": True, "replace": True, "rename": True, "mkdir": True, "link": True, "symlink": True, "sendfile": True,
-         "unlink": False, "remove": False, "rmdir": False, "truncate": False, "ftruncate": False}  # fmt: skip
+CALLS = {
+    "fsync": True,
+    "replace": True,
+    "rename": True,
+    "mkdir": True,
+    "link": True,
+    "symlink": True,
+    "sendfile": True,
+    "unlink": False,
+    "remove": False,
+    "rmdir": False,
+    "truncate": False,
+    "ftruncate": False,
+}
 ROOM = {name for name, room in CALLS.items() if room} | {"open", "write"}
 
 
@@ -54,7 +66,11 @@ class Disk:
         """The function `real` of os, counted."""
 
         def call(*args, **options):
-            idle = gone(*args, **options) if name in ("unlink", "remove") else name == "mkdir" and os.path.lexists(args[0])
+            idle = (
+                gone(*args, **options)
+                if name in ("unlink", "remove")
+                else name == "mkdir" and os.path.lexists(args[0])
+            )
             if not idle:
                 self.before(name, *args[: name in ("mkdir", "link", "replace", "rename")])
             return None if name == "fsync" else real(*args, **options)
@@ -64,11 +80,22 @@ class Disk:
     def opener(self, real):
         """`open`, counted where it is for writing, with a file that counts what is written."""
 
-        def opened(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, closefd=True, opener=None):
+        def opened(
+            file,
+            mode="r",
+            buffering=-1,
+            encoding=None,
+            errors=None,
+            newline=None,
+            closefd=True,
+            opener=None,
+        ):
             apart = isinstance(file, int) or re.match("/proc/|/dev/(?!shm/)", str(file))
             if apart or not {*mode} & {*"wax+"}:
                 return real(file, mode, buffering, encoding, errors, newline, closefd, opener)
-            assert mode.replace("a+", "a").replace("w+", "w").isalpha() and buffering == -1, "the shim knows no such file"
+            assert mode.replace("a+", "a").replace("w+", "w").isalpha() and buffering == -1, (
+                "the shim knows no such file"
+            )
             self.before("open", file)
             kind = io.BufferedRandom if "w+" in mode else io.BufferedWriter
             buffer = kind(File(self, file, mode.replace("b", "").replace("t", ""), opener))
@@ -127,4 +154,3 @@ def gone(path, *, dir_fd=None) -> bool:
     except OSError:
         return True
     return False
-

@@ -36,7 +36,10 @@ DAMAGES = {
     "deleted": lambda file, rng: file.unlink(),
     "a folder": lambda file, rng: replaced(file, Path.mkdir),
     "a dangling link": lambda file, rng: replaced(file, lambda path: path.symlink_to("nowhere")),
-    "a link out": lambda file, rng: (shutil.copy(file, outside(file)), replaced(file, lambda path: path.symlink_to(outside(file)))),
+    "a link out": lambda file, rng: (
+        shutil.copy(file, outside(file)),
+        replaced(file, lambda path: path.symlink_to(outside(file))),
+    ),
 }
 
 
@@ -63,7 +66,11 @@ def test_every_kind_of_file_damaged_in_every_way(small, scratch, seed, capsys):
     def check(point: tuple[str, str]) -> None:
         (file, damage), rng = point, random.Random(f"{seed}/{point}")
         home = scratch / f"{file.replace('/', '-')}-{damage}"
-        root, run, asked = home / "runs", home / "runs/small", [*words, f"--run.root={home / 'runs'}"]
+        root, run, asked = (
+            home / "runs",
+            home / "runs/small",
+            [*words, f"--run.root={home / 'runs'}"],
+        )
         shutil.copytree(whole, run)
         DAMAGES[damage](run / file, rng)
         there, before = stages(run), tree(home)
@@ -78,11 +85,20 @@ def test_every_kind_of_file_damaged_in_every_way(small, scratch, seed, capsys):
         if ended.code:
             check_sentence(ended, str(run))
             now = tree(home)
-            assert [path for path in before if path.count("/") == 4 and before[path] != now.get(path)] == [], "no stage is touched"
+            assert [
+                path for path in before if path.count("/") == 4 and before[path] != now.get(path)
+            ] == [], "no stage is touched"
             mend(run, file, whole)
             ended, _ = fork("train", asked)
         assert ended.code == 0, ended.err
-        good.check(run, {name: about for name, about in there.items() if Path(name).parent != Path(file).parent})
+        good.check(
+            run,
+            {
+                name: about
+                for name, about in there.items()
+                if Path(name).parent != Path(file).parent
+            },
+        )
         shutil.rmtree(home)
 
     failed = spread(check, points)
@@ -94,7 +110,9 @@ def test_every_kind_of_file_damaged_in_every_way(small, scratch, seed, capsys):
 def mend(run: Path, file: str, whole: Path) -> None:
     """What the sentences ask for: the damaged stage, or the file beside the stages, goes; settings are put back."""
     place = run / file if file in REMADE + GIVEN else (run / file).parent
-    shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink(missing_ok=True)
+    shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink(
+        missing_ok=True
+    )
     if file == "config.toml":
         shutil.copy(whole / file, place)
 
@@ -108,7 +126,11 @@ def test_every_kind_of_unfinished_file_damaged_in_every_way(small, scratch, seed
     (scratch / "walk").mkdir()
     moments = rng.sample(range(0, 2 * len(done), 2), 60)
     for at, left in deaths(words, scratch / "walk", moments):
-        source = shutil.copytree(left / "runs", scratch / f"cut{at}", symlinks=True) if (left / "runs").exists() else left
+        source = (
+            shutil.copytree(left / "runs", scratch / f"cut{at}", symlinks=True)
+            if (left / "runs").exists()
+            else left
+        )
         for file in (source / "small" / PARTIAL).rglob("*.*"):
             found.update({file.name.split("-")[0]: file} if file.stat().st_size else {})
     points = [(name, damage) for name in found for damage in DAMAGES]
@@ -125,7 +147,9 @@ def test_every_kind_of_unfinished_file_damaged_in_every_way(small, scratch, seed
         ended, _ = fork("train", asked)
         if ended.code:
             check_sentence(ended, str(damaged))
-            shutil.rmtree(damaged) if damaged.is_dir() and not damaged.is_symlink() else damaged.unlink()
+            shutil.rmtree(
+                damaged
+            ) if damaged.is_dir() and not damaged.is_symlink() else damaged.unlink()
             ended, _ = fork("train", asked)
         assert ended.code == 0, ended.err
         good.check(root / "small", there)

@@ -39,7 +39,9 @@ def test_no_room_from_a_write_of_a_run_on(small, scratch, seed, capsys):
 
     failed = spread(check, points)
     with capsys.disabled():
-        print(f"\nno room at {len(points)} of {len(done)} operations, {time.monotonic() - begun:.0f} s")
+        print(
+            f"\nno room at {len(points)} of {len(done)} operations, {time.monotonic() - begun:.0f} s"
+        )
     assert not failed, f"{len(failed)} of {len(points)}: " + "\n".join(failed[:3])
 
 
@@ -62,7 +64,9 @@ class Nameless:
 def test_no_room_for_what_lies_in_no_file_yet(small, scratch):
     """Scores that wait for their rows: the sentence names the disk."""
     words, whole = small
-    check_sentence(fork("train", [*words, f"--run.root={scratch}"], Nameless())[0], f"error: {scratch}", FULL)
+    check_sentence(
+        fork("train", [*words, f"--run.root={scratch}"], Nameless())[0], f"error: {scratch}", FULL
+    )
     there = stages(scratch / "small")
     assert fork("train", [*words, f"--run.root={scratch}"])[0].code == 0
     Good(whole).check(scratch / "small", there)
@@ -73,7 +77,11 @@ def island(scratch):
     """A disk of its own of 40 MB; skips where none may be mounted."""
     place = scratch / "island"
     place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(place)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(place)],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
     yield place
@@ -93,11 +101,18 @@ def test_a_small_disk_that_others_fill_up(small, island, seed):
     words, whole = small
     good, rng, full = Good(whole), random.Random(seed), 0
     filler = fill(island)
-    check_sentence(fork("train", [*words, f"--run.root={island}"])[0], f"error: {island}", "MB free")
+    check_sentence(
+        fork("train", [*words, f"--run.root={island}"])[0], f"error: {island}", "MB free"
+    )
     for attempt in range(4):
         filler.unlink()
         there, printed = (island / "out.txt").open("w"), attempt % 2
-        process = spawn("train", *words, f"--run.root={island}", **({"stdout": there, "stderr": there} if printed else {}))
+        process = spawn(
+            "train",
+            *words,
+            f"--run.root={island}",
+            **({"stdout": there, "stderr": there} if printed else {}),
+        )
         while not (island / "small/env.json").exists() and process.poll() is None:
             time.sleep(0.002)
         time.sleep(rng.random() * 0.4)

@@ -47,7 +47,9 @@ def test_a_kill_at_every_operation_of_a_run(small, scratch, case, seed, capsys):
 
     failed = spread(check, range(WORKERS))
     with capsys.disabled():
-        print(f"\n{case}: {len(done)} operations with flushes, {len(moments)} kills, {time.monotonic() - begun:.0f} s")
+        print(
+            f"\n{case}: {len(done)} operations with flushes, {len(moments)} kills, {time.monotonic() - begun:.0f} s"
+        )
     assert not failed, "\n".join(failed)
 
 
@@ -68,15 +70,31 @@ def killed(name: str, words, said: Path, seconds: float) -> bool:
 
 def test_kills_at_random_moments_of_all_methods(scratch, seed, capsys):
     """Several kills one after the other, the later ones in runs that were killed before; two teachers, two rounds, reports."""
-    words, good, lasted = [write_stub(scratch), "--run.name=x", "--generate.max_new=4", "--eval.bootstrap=2", "--pretrain.batch=4"], {}, {}
+    words, good, lasted = (
+        [
+            write_stub(scratch),
+            "--run.name=x",
+            "--generate.max_new_tokens=4",
+            "--eval.bootstrap=2",
+            "--pretrain.batch=4",
+        ],
+        {},
+        {},
+    )
     for method in METHODS:
         begun = time.monotonic()
-        whole, _ = fork("train", [*words, f"--method={method}", f"--run.root={scratch / method}"], reports=True)
+        whole, _ = fork(
+            "train", [*words, f"--method={method}", f"--run.root={scratch / method}"], reports=True
+        )
         assert whole.code == 0, whole.err
         good[method], lasted[method] = Good(scratch / method / "x"), time.monotonic() - begun
 
     def check(point: int) -> None:
-        rng, root, method = random.Random(f"{seed}/{point}"), scratch / str(point), METHODS[point % len(METHODS)]
+        rng, root, method = (
+            random.Random(f"{seed}/{point}"),
+            scratch / str(point),
+            METHODS[point % len(METHODS)],
+        )
         asked, there = [*words, f"--method={method}", f"--run.root={root}"], {}
         for _ in range(4):
             if killed("train", asked, scratch / f"said{point}", rng.random() * lasted[method] / 2):

@@ -60,7 +60,11 @@ def test_a_second_signal_acts_at_once(small, scratch, seed):
     good, told = Good(whole), scratch / "told"
 
     def check(point: int) -> None:
-        rng, root, said = random.Random(f"{seed}/{point}"), scratch / str(point), scratch / f"said{point}"
+        rng, root, said = (
+            random.Random(f"{seed}/{point}"),
+            scratch / str(point),
+            scratch / f"said{point}",
+        )
         pid, number = start("train", [*words, f"--run.root={root}"], said), rng.choice(SIGNALS)
         time.sleep(0.1 + rng.random() * 0.5)
         for _ in range(2):
@@ -87,7 +91,10 @@ def test_three_processes_that_start_on_one_folder(small, scratch, seed):
         for name in said:
             pids.append(start("train", [*words, f"--run.root={root}"], name))
             time.sleep(rng.random() * 0.03)
-        found = [Ended(ended(pid), "", name.with_suffix(".err").read_text()) for pid, name in zip(pids, said, strict=True)]
+        found = [
+            Ended(ended(pid), "", name.with_suffix(".err").read_text())
+            for pid, name in zip(pids, said, strict=True)
+        ]
         assert any(one.code == 0 for one in found)
         for one in (one for one in found if one.code):
             check_sentence(one, "another process works on this run")
@@ -113,7 +120,9 @@ def test_a_clock_that_is_set_back(small, scratch):
     assert ran.code == 0 and "Traceback" not in ran.err, ran.err
     Good(whole).check(scratch / "small", {})
     notes = [json.loads(file.read_text()) for file in scratch.glob("small/*/*/stage.json")]
-    assert all(note["seconds"] >= 0 for note in notes) and min(note["started"] for note in notes) < 0
+    assert (
+        all(note["seconds"] >= 0 for note in notes) and min(note["started"] for note in notes) < 0
+    )
     assert fork("eval", [str(scratch / "small")])[0].out == fork("eval", [str(whole)])[0].out
     there = stages(scratch / "small")
     assert fork("train", [*words, f"--run.root={scratch}"], reports=True)[0].code == 0
@@ -122,12 +131,17 @@ def test_a_clock_that_is_set_back(small, scratch):
 
 def test_two_runs_are_the_same_bytes_and_env_json_says_what_may_differ(scratch):
     """Two processes with other hash seeds, places, languages and time zones."""
-    surroundings = [{"PYTHONHASHSEED": "1", "TZ": "UTC", "LC_ALL": "C"}, {"PYTHONHASHSEED": "2", "TZ": "Asia/Tokyo", "LC_ALL": "C.UTF-8"}]
+    surroundings = [
+        {"PYTHONHASHSEED": "1", "TZ": "UTC", "LC_ALL": "C"},
+        {"PYTHONHASHSEED": "2", "TZ": "Asia/Tokyo", "LC_ALL": "C.UTF-8"},
+    ]
     processes = []
     for number, around in enumerate(surroundings):
         place = scratch / f"place{number}"
         write_stub(place)
-        processes.append(spawn("train", "@stub.toml", "--run.root=runs", cwd=place, env=os.environ | around))
+        processes.append(
+            spawn("train", "@stub.toml", "--run.root=runs", cwd=place, env=os.environ | around)
+        )
     for process in processes:
         _, err = process.communicate()
         assert process.returncode == 0, err
@@ -136,6 +150,21 @@ def test_two_runs_are_the_same_bytes_and_env_json_says_what_may_differ(scratch):
     environments = [json.loads((run / "env.json").read_text()) for run in (one, two)]
     assert environments[0] == environments[1]
     assert environments[0].keys() >= {
-        "minmacpo", "commit", "python", "torch", "numpy", "safetensors", "sentencepiece", "system", "machine", "processor",
-        "instructions", "device", "dtype", "threads", "matmul_precision", "deterministic", "command",
-    }  # fmt: skip
+        "minmacpo",
+        "commit",
+        "python",
+        "torch",
+        "numpy",
+        "safetensors",
+        "sentencepiece",
+        "system",
+        "machine",
+        "processor",
+        "instructions",
+        "device",
+        "dtype",
+        "threads",
+        "matmul_precision",
+        "deterministic",
+        "command",
+    }

@@ -23,8 +23,23 @@ from readers import Reader
 from minmacpo import UserError
 
 FORK = multiprocessing.get_context("fork")
-SECONDS, ASLEEP, MEGABYTES = 5, 300, 700  # for an input: CPU time, and any time; memory above what the parent has
-EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod", "shutil.rmtree"}
+SECONDS, ASLEEP, MEGABYTES = (
+    5,
+    300,
+    700,
+)  # for an input: CPU time, and any time; memory above what the parent has
+EVENTS = {
+    "open",
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.symlink",
+    "os.link",
+    "os.truncate",
+    "os.chmod",
+    "shutil.rmtree",
+}
 
 
 class Outside(BaseException):
@@ -36,12 +51,30 @@ def guard(folder: Path):
     reads = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NONBLOCK | os.O_NOFOLLOW
 
     def hook(event: str, args: tuple) -> None:
-        if event in ("socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.fork", "os.posix_spawn"):
+        if event in (
+            "socket.connect",
+            "subprocess.Popen",
+            "os.system",
+            "os.exec",
+            "os.fork",
+            "os.posix_spawn",
+        ):
             raise Outside(f"{event} {args}")
-        if event not in EVENTS or (event == "open" and (not isinstance(args[0], str | bytes | os.PathLike) or args[2] & ~reads == 0)):
+        if event not in EVENTS or (
+            event == "open"
+            and (not isinstance(args[0], str | bytes | os.PathLike) or args[2] & ~reads == 0)
+        ):
             return
-        for path in args[:2] if event in ("os.rename", "os.link") else args[1:2] if event == "os.symlink" else args[:1]:
-            if isinstance(path, str | bytes | os.PathLike) and not Path(os.path.realpath(os.fsdecode(path))).is_relative_to(folder):
+        for path in (
+            args[:2]
+            if event in ("os.rename", "os.link")
+            else args[1:2]
+            if event == "os.symlink"
+            else args[:1]
+        ):
+            if isinstance(path, str | bytes | os.PathLike) and not Path(
+                os.path.realpath(os.fsdecode(path))
+            ).is_relative_to(folder):
                 raise Outside(f"{event} outside the folder: {path!r}")
 
     return hook
@@ -97,7 +130,10 @@ def serve(reader: Reader, folder: Path, pipe: Connection, other: Connection) -> 
 
 def same(a: bytes, b: bytes) -> int:
     """How many of the first bytes are the same."""
-    return next((i for i, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
+    return next(
+        (i for i, (one, other) in enumerate(zip(a, b, strict=False)) if one != other),
+        min(len(a), len(b)),
+    )
 
 
 def change(name: str, file: str, good: bytes, kept: Path) -> str:
@@ -117,18 +153,31 @@ class Reading:
         (home / "made").mkdir(parents=True)
         reader.make(home / "made")
         self.start()
-        self.files = {pattern: [str(path.relative_to(self.folder)) for path in sorted(self.folder.glob(pattern))] for pattern in reader.files}
-        self.good = {name: (self.folder / name).read_bytes() for names in self.files.values() for name in names}
+        self.files = {
+            pattern: [
+                str(path.relative_to(self.folder)) for path in sorted(self.folder.glob(pattern))
+            ]
+            for pattern in reader.files
+        }
+        self.good = {
+            name: (self.folder / name).read_bytes()
+            for names in self.files.values()
+            for name in names
+        }
         self.refused = self.read = 0
         for name, *_ in self.files.values():
-            assert (problem := self.problem(name, self.good[name])) is None, f"the good file {name} is not read: {problem}"
+            assert (problem := self.problem(name, self.good[name])) is None, (
+                f"the good file {name} is not read: {problem}"
+            )
 
     def start(self) -> None:
         """A child on a fresh copy of the good files."""
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.copytree(self.home / "made", self.folder, symlinks=True)
         self.pipe, theirs = FORK.Pipe()
-        self.child = FORK.Process(target=serve, args=(self.reader, self.folder, theirs, self.pipe), daemon=True)
+        self.child = FORK.Process(
+            target=serve, args=(self.reader, self.folder, theirs, self.pipe), daemon=True
+        )
         self.child.start()
         theirs.close()
 
@@ -162,7 +211,9 @@ class Reading:
             kept = self.home / "finding"
             kept.write_bytes(data)
             again = change(self.reader.name, name, self.good[name], kept)
-            raise AssertionError(f"{self.reader.name}: {name}, kept as {kept}, is neither read nor refused.\nTo repeat, in test_found.py: {again}\n{problem}")
+            raise AssertionError(
+                f"{self.reader.name}: {name}, kept as {kept}, is neither read nor refused.\nTo repeat, in test_found.py: {again}\n{problem}"
+            )
 
     def close(self) -> None:
         """End the child; nothing is left beside its folder."""

@@ -12,12 +12,108 @@ from collections.abc import Callable
 from functools import lru_cache
 from random import Random
 
-TEXTS = ["", " ", "\x00", "\n", "\ud800", "\u202e", "\ufeff", "é" * 300, "a" * 5000, "../x", "/", "{}", "{0}", "[[A]]", "none", "nan", "1", "-1",
-         "1" * 400, "<s>", "<|eot_id|>", "model.safetensors", ".*" * 6 + "x", "(a|a)*b", "(.+)+$", "(.|..)*x", "(([a-z])+.)+x", ".?" * 40 + "." * 30 + "x", "x", "[", "\\", "(?i)x", "\\p{L}+", "%s", "'", '"']  # fmt: skip
-VALUES = [None, True, False, 0, 1, -1, 2, 7, 255, 65536, 2**31, 2**53, 2**63, -(2**63), 10**18, 10**30, 0.0, 0.5, -0.5, 1e-320, 1e300, float("nan"),
-          float("inf"), -float("inf"), [], {}, [[]], [None], [1], ["a"], {"a": 1}, [{}], *TEXTS]  # fmt: skip
-CHUNKS = [b"", b"\x00", b"\xff", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\n", b"\r\n", b"[", b"{", b"]", b"}", b'"', b"\\", b",", b":", b"null", b"NaN", b"-",
-          b"1e999", b"9" * 5000, b"[" * 3000, b'{"a":' * 3000, b"\x1f\x8b", b"\\ud800", b"\xff" * 8, b"\x00" * 8, b"\x80" * 20]  # fmt: skip
+TEXTS = [
+    "",
+    " ",
+    "\x00",
+    "\n",
+    "\ud800",
+    "\u202e",
+    "\ufeff",
+    "é" * 300,
+    "a" * 5000,
+    "../x",
+    "/",
+    "{}",
+    "{0}",
+    "[[A]]",
+    "none",
+    "nan",
+    "1",
+    "-1",
+    "1" * 400,
+    "<s>",
+    "<|eot_id|>",
+    "model.safetensors",
+    ".*" * 6 + "x",
+    "(a|a)*b",
+    "(.+)+$",
+    "(.|..)*x",
+    "(([a-z])+.)+x",
+    ".?" * 40 + "." * 30 + "x",
+    "x",
+    "[",
+    "\\",
+    "(?i)x",
+    "\\p{L}+",
+    "%s",
+    "'",
+    '"',
+]
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    7,
+    255,
+    65536,
+    2**31,
+    2**53,
+    2**63,
+    -(2**63),
+    10**18,
+    10**30,
+    0.0,
+    0.5,
+    -0.5,
+    1e-320,
+    1e300,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    [],
+    {},
+    [[]],
+    [None],
+    [1],
+    ["a"],
+    {"a": 1},
+    [{}],
+    *TEXTS,
+]
+CHUNKS = [
+    b"",
+    b"\x00",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"\xed\xa0\x80",
+    b"\n",
+    b"\r\n",
+    b"[",
+    b"{",
+    b"]",
+    b"}",
+    b'"',
+    b"\\",
+    b",",
+    b":",
+    b"null",
+    b"NaN",
+    b"-",
+    b"1e999",
+    b"9" * 5000,
+    b"[" * 3000,
+    b'{"a":' * 3000,
+    b"\x1f\x8b",
+    b"\\ud800",
+    b"\xff" * 8,
+    b"\x00" * 8,
+    b"\x80" * 20,
+]
 STYLES: tuple[dict, ...] = ({"indent": 1}, {}, {"separators": (",", ":")})
 Mutator = Callable[[bytes, Random], bytes]
 
@@ -46,7 +142,12 @@ def raw(data: bytes, rng: Random) -> bytes:
             case 6:
                 del out[at:]
             case 7:
-                out[at : at + 8] = struct.pack("<Q", rng.choice((0, 1, 2**31, 2**32, 2**63, 2**64 - 1, len(out), rng.randrange(2**40))))
+                out[at : at + 8] = struct.pack(
+                    "<Q",
+                    rng.choice(
+                        (0, 1, 2**31, 2**32, 2**63, 2**64 - 1, len(out), rng.randrange(2**40))
+                    ),
+                )
             case 8:
                 out[at : at + size] = rng.randbytes(len(part))
     return bytes(out)
@@ -54,7 +155,13 @@ def raw(data: bytes, rng: Random) -> bytes:
 
 def places(value: object, path: tuple = ()) -> list[tuple]:
     """The paths of all values in a JSON value."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return [path] + [found for key, each in inner for found in places(each, (*path, key))]
 
 
@@ -65,10 +172,28 @@ def changed(value: object, rng: Random) -> object:
         at = rng.randrange(len(value))
         return value[:at] + rng.choice((rng.choice(TEXTS), value)) + value[at + rng.randrange(3) :]
     if kind == 0 and type(value) in (int, float):
-        return rng.choice((-value, value + 1, value - 1, value * 2, value * 1000, value / 2, float(value), str(value), value * 2**40))
+        return rng.choice(
+            (
+                -value,
+                value + 1,
+                value - 1,
+                value * 2,
+                value * 1000,
+                value / 2,
+                float(value),
+                str(value),
+                value * 2**40,
+            )
+        )
     if kind == 0 and isinstance(value, list) and value:
-        return rng.choice((value[::-1], value[:-1], value + value[:1], value * 3, value[0], [value]))
-    return rng.choice(({"a": value}, [value], [value, value])) if kind == 1 and rng.randrange(10) > 6 else copy.deepcopy(rng.choice(VALUES))
+        return rng.choice(
+            (value[::-1], value[:-1], value + value[:1], value * 3, value[0], [value])
+        )
+    return (
+        rng.choice(({"a": value}, [value], [value, value]))
+        if kind == 1 and rng.randrange(10) > 6
+        else copy.deepcopy(rng.choice(VALUES))
+    )
 
 
 def reshape(value: object, rng: Random) -> object:
@@ -99,7 +224,14 @@ def reshape(value: object, rng: Random) -> object:
 def style(data: bytes) -> dict:
     """How json.dumps writes what is written like this: a change is then all that differs."""
     value = json.loads(data)
-    return next((words for words in STYLES if json.dumps(value, ensure_ascii=False, **words).encode() == data.strip()), {})
+    return next(
+        (
+            words
+            for words in STYLES
+            if json.dumps(value, ensure_ascii=False, **words).encode() == data.strip()
+        ),
+        {},
+    )
 
 
 def structured(data: bytes, rng: Random) -> bytes:
@@ -107,7 +239,9 @@ def structured(data: bytes, rng: Random) -> bytes:
     value = json.loads(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         value = reshape(value, rng)
-    text = json.dumps(value, ensure_ascii=rng.randrange(10) < 7, **rng.choice((style(data), *STYLES)))
+    text = json.dumps(
+        value, ensure_ascii=rng.randrange(10) < 7, **rng.choice((style(data), *STYLES))
+    )
     if rng.randrange(20) == 19:
         text = text.replace(", ", f", {text[1:60].partition(',')[0]}, ", 1)
     return text.encode("utf-8", "surrogatepass") + data[len(data.rstrip()) :]
@@ -137,7 +271,9 @@ def worded(data: bytes, rng: Random) -> bytes:
     words = re.findall(rb'"[^"\n]*"|[\w.+-]+|\s+|.', data) or [b""]
     at, value = rng.randrange(len(words)), copy.deepcopy(rng.choice(VALUES))
     text = json.dumps(value, ensure_ascii=rng.choice((True, False)))
-    words[at] = rng.choice((text, str(value), "", "2020-01-01", "1e999", "0x10")).encode("utf-8", "surrogatepass")
+    words[at] = rng.choice((text, str(value), "", "2020-01-01", "1e999", "0x10")).encode(
+        "utf-8", "surrogatepass"
+    )
     if rng.randrange(5) == 4:
         words.insert(at, rng.choice(words))
     return b"".join(words)
@@ -148,7 +284,11 @@ def tensors(data: bytes, rng: Random) -> bytes:
     size = int.from_bytes(data[:8], "little")
     header = structured(data[8 : 8 + size].rstrip(), rng)
     header += b" " * (-len(header) % 8 if rng.randrange(5) < 4 else 0)
-    told = len(header) if rng.randrange(10) < 9 else rng.choice((0, 1, len(header) + 8, 2**40, 2**63, 2**64 - 1))
+    told = (
+        len(header)
+        if rng.randrange(10) < 9
+        else rng.choice((0, 1, len(header) + 8, 2**40, 2**63, 2**64 - 1))
+    )
     return told.to_bytes(8, "little") + header + data[8 + size :]
 
 
@@ -188,14 +328,18 @@ def fields(data: bytes) -> list[list]:
 
 def message(found: list[list]) -> bytes:
     """The bytes of such fields."""
-    said = lambda tag, value: number(value) if tag & 7 == 0 else (number(len(value)) if tag & 7 == 2 else b"") + value  # noqa: E731
+    said = lambda tag, value: (
+        number(value) if tag & 7 == 0 else (number(len(value)) if tag & 7 == 2 else b"") + value
+    )  # noqa: E731
     return b"".join(number(tag) + said(tag, value) for tag, value in found)
 
 
 def buffers(data: bytes, rng: Random) -> bytes:
     """A protocol buffer (tokenizer.model) with a field, or one of a message in it, changed, doubled, taken out or renamed."""
     found = fields(data)
-    rare = [i for i, (tag, _) in enumerate(found) if tag != found[0][0]]  # not one of the thousand pieces
+    rare = [
+        i for i, (tag, _) in enumerate(found) if tag != found[0][0]
+    ]  # not one of the thousand pieces
     at = rng.choice(rare) if rare and rng.randrange(5) > 2 else rng.randrange(len(found))
     tag, value = found[at]
     try:
@@ -210,18 +354,52 @@ def buffers(data: bytes, rng: Random) -> bytes:
         found.insert(rng.randrange(len(found) + 1), found[at])
     elif act == 2:
         found[at][0] = retagged(tag, rng)
-        found[at][1] = value if found[at][0] & 7 == tag & 7 else {0: 1, 1: b"8" * 8, 2: b"x", 5: b"4444"}[found[at][0] & 7]
+        found[at][1] = (
+            value
+            if found[at][0] & 7 == tag & 7
+            else {0: 1, 1: b"8" * 8, 2: b"x", 5: b"4444"}[found[at][0] & 7]
+        )
     elif isinstance(value, int):
-        found[at][1] = rng.choice((0, 1, 2, 3, 4, 5, 6, value + 1, value * 1000, 2**31, 2**32, -1, 2**63, rng.randrange(64)))
+        found[at][1] = rng.choice(
+            (
+                0,
+                1,
+                2,
+                3,
+                4,
+                5,
+                6,
+                value + 1,
+                value * 1000,
+                2**31,
+                2**32,
+                -1,
+                2**63,
+                rng.randrange(64),
+            )
+        )
     else:
-        text = rng.choice((raw(value, rng), rng.choice(TEXTS).encode("utf-8", "surrogatepass"), rng.choice(CHUNKS)))
+        text = rng.choice(
+            (
+                raw(value, rng),
+                rng.choice(TEXTS).encode("utf-8", "surrogatepass"),
+                rng.choice(CHUNKS),
+            )
+        )
         found[at][1] = text if tag & 7 == 2 else (text + bytes(8))[: len(value)]
     return message(found)
 
 
 def retagged(tag: int, rng: Random) -> int:
     """The tag of another field, or of another kind."""
-    return rng.choice((tag + 8, tag - 8 if tag > 15 else tag, rng.randrange(1, 45) << 3 | rng.choice((0, 2, 5)), tag & ~7 | rng.choice((0, 1, 2, 5))))
+    return rng.choice(
+        (
+            tag + 8,
+            tag - 8 if tag > 15 else tag,
+            rng.randrange(1, 45) << 3 | rng.choice((0, 2, 5)),
+            tag & ~7 | rng.choice((0, 1, 2, 5)),
+        )
+    )
 
 
 def zipped(data: bytes, rng: Random) -> bytes:

@@ -26,7 +26,7 @@ from minmacpo.core.checkpoint import (
     save_weights,
     stop_ids,
 )
-from minmacpo.core.lora import attach_lora, read_adapter, reset_adapter, write_adapter
+from minmacpo.core.lora import attach_lora, get_adapter_weights, init_adapter, set_adapter_weights
 from minmacpo.core.model import new_model
 from minmacpo.core.model_config import parse_config
 from minmacpo.data import chat_template as templates
@@ -59,33 +59,55 @@ class Reader:
 
 # ---- rows --------------------------------------------------------------------------------------
 
-TALK = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"},
-        {"role": "user", "content": "what is it ?"}]  # fmt: skip
+TALK = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "good day"},
+    {"role": "user", "content": "what is it ?"},
+]
 SAID = {"role": "assistant", "content": "a fox"}
 SHARED = [{"from": "human", "value": "what is it ?"}]
 HH = "\n\nHuman: who ?\n\nAssistant: me\n\nHuman: and ?\n\nAssistant: "
 FORMS = {
     "strings": {"prompt": "what is it ?", "chosen": "a fox", "rejected": "a dog"},
-    "implicit": {"chosen": [*TALK, SAID], "rejected": [*TALK, {"role": "assistant", "content": "no"}]},
+    "implicit": {
+        "chosen": [*TALK, SAID],
+        "rejected": [*TALK, {"role": "assistant", "content": "no"}],
+    },
     "explicit": {"prompt": TALK, "chosen": [SAID], "rejected": "no"},
     "hh": {"chosen": HH + "you", "rejected": HH + "no"},
-    "pku": {"prompt": "how ?", "response_0": "so", "response_1": "not", "better_response_id": 1, "safer_response_id": 0,
-            "is_response_0_safe": True, "is_response_1_safe": False},
+    "pku": {
+        "prompt": "how ?",
+        "response_0": "so",
+        "response_1": "not",
+        "better_response_id": 1,
+        "safer_response_id": 0,
+        "is_response_0_safe": True,
+        "is_response_1_safe": False,
+    },
     "sharegpt": {"conversations": [*SHARED, {"from": "gpt", "value": "a fox"}]},
-    "sharegpt pairs": {"conversations": SHARED, "chosen": {"from": "gpt", "value": "a fox"}, "rejected": {"from": "gpt", "value": "no"}},
+    "sharegpt pairs": {
+        "conversations": SHARED,
+        "chosen": {"from": "gpt", "value": "a fox"},
+        "rejected": {"from": "gpt", "value": "no"},
+    },
     "alpaca": {"instruction": "name it", "input": "in a word", "output": "a fox"},
     "macpo": {"instruction": "USER: name it", "input": "", "output": ["a fox", "no"]},
     "completion": {"prompt": TALK, "completion": "a fox"},
     "messages": {"messages": [*TALK, SAID]},
     "prompts": {"prompt": "what is it ?"},
-}  # fmt: skip
+}
 
 
 def make_rows(form: str, folder: Path) -> None:
     """Four good rows as lines, as an array, and both packed."""
     rows = [json.loads(json.dumps(FORMS[form]).replace("it", f"it {i}")) for i in range(4)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    for name, text in (("x.jsonl", lines), ("x.json", json.dumps(rows, indent=1)), ("x.txt", "why ?\nwho is it ?\n\nhow ?\n")):
+    for name, text in (
+        ("x.jsonl", lines),
+        ("x.json", json.dumps(rows, indent=1)),
+        ("x.txt", "why ?\nwho is it ?\n\nhow ?\n"),
+    ):
         (folder / name).write_text(text)
         (folder / f"{name}.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
 
@@ -93,30 +115,90 @@ def make_rows(form: str, folder: Path) -> None:
 def read_rows_of(folder: Path, name: str) -> None:
     """Every row as it would come to a tokenizer, and back on the disk; how they are read is drawn from the content, which alone repeats it."""
     rng = Random((folder / name).read_bytes())
-    pairs, reports = forms.read_data(str(folder / name), rng.choice(("better", "safer")), rng.random() < 0.3, rng.choice((None, 2)), prompts="txt" in name)
+    pairs, reports = forms.read_data(
+        str(folder / name),
+        rng.choice(("better", "safer")),
+        rng.random() < 0.3,
+        rng.choice((None, 2)),
+        prompts="txt" in name,
+    )
     json.dumps([asdict(pair) for pair in pairs], ensure_ascii=False).encode()
     "".join(map(str, reports.values())).encode()
 
 
-ROWS = [Reader(form, 1.5, partial(make_rows, form), {
-    "x.jsonl": LINES, "x.json": JSON, "x.jsonl.gz": (m.zipped,), "x.json.gz": (m.zipped,), "x.txt": TEXT, "x.txt.gz": (m.zipped,),
-}, read_rows_of) for form in FORMS]  # fmt: skip
+ROWS = [
+    Reader(
+        form,
+        1.5,
+        partial(make_rows, form),
+        {
+            "x.jsonl": LINES,
+            "x.json": JSON,
+            "x.jsonl.gz": (m.zipped,),
+            "x.json.gz": (m.zipped,),
+            "x.txt": TEXT,
+            "x.txt.gz": (m.zipped,),
+        },
+        read_rows_of,
+    )
+    for form in FORMS
+]
 
 # ---- models ------------------------------------------------------------------------------------
 
-SIZES = {"vocab_size": 300, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-         "head_dim": 4, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2,
-         "tie_word_embeddings": False, "hidden_act": "silu", "torch_dtype": "float32"}  # fmt: skip
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "torch_dtype": "float32",
+}
 LONG = {"original_max_position_embeddings": 16, "factor": 4.0}
 CONFIGS = {
     "llama": {"attention_bias": True, "mlp_bias": True},
-    "llama 3": {"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0} | LONG, "eos_token_id": [2, 3]},
-    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}, "tie_word_embeddings": True},
+    "llama 3": {
+        "rope_scaling": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        | LONG,
+        "eos_token_id": [2, 3],
+    },
+    "linear": {
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
+        "tie_word_embeddings": True,
+    },
     "mistral": {"model_type": "mistral", "sliding_window": 5},
-    "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "rope_scaling": {
-        "type": "yarn", "attention_factor": 1.1, "beta_fast": 8.0, "beta_slow": 2.0, "mscale": 0.8, "mscale_all_dim": 0.3, "truncate": False} | LONG},
-    "qwen3": {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"]},
-}  # fmt: skip
+    "qwen2": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 1,
+        "rope_scaling": {
+            "type": "yarn",
+            "attention_factor": 1.1,
+            "beta_fast": 8.0,
+            "beta_slow": 2.0,
+            "mscale": 0.8,
+            "mscale_all_dim": 0.3,
+            "truncate": False,
+        }
+        | LONG,
+    },
+    "qwen3": {
+        "model_type": "qwen3",
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+}
 
 
 def make_model(kind: str, folder: Path) -> None:
@@ -127,7 +209,9 @@ def make_model(kind: str, folder: Path) -> None:
     config = parse_config(raw, kind)
     torch.manual_seed(0)  # of the biases
     save_weights(folder, config, new_model(config, 0).state_dict())
-    read_model(folder, "")  # torch imports a part of itself when it is first used: not in every child
+    read_model(
+        folder, ""
+    )  # torch imports a part of itself when it is first used: not in every child
 
 
 def make_sharded(folder: Path) -> None:
@@ -142,7 +226,10 @@ def make_sharded(folder: Path) -> None:
         name = f"model-0000{number + 1}-of-00003.safetensors"
         (folder / "model.safetensors").rename(folder / name)
         where |= dict.fromkeys(part, name)
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": 9}, "weight_map": where})
+    write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": 9}, "weight_map": where},
+    )
 
 
 @torch.inference_mode()
@@ -166,11 +253,15 @@ def make_adapter(folder: Path) -> None:
     lora = Lora(2, 4, ("q_proj", "down_proj"))
     model = load_model(folder)
     attach_lora(model, lora)
-    reset_adapter(model, 0)
+    init_adapter(model, 0)
     (folder / "adapter").mkdir()
-    save_adapter(folder / "adapter", read_adapter(model), lora, "..")
+    save_adapter(folder / "adapter", get_adapter_weights(model), lora, "..")
     (folder / "state").mkdir()
-    save_state(folder / "state/state.safetensors", {"0.param": torch.ones(3), "0.step": torch.ones(())}, {"step": 1, "rows": [{"loss": 1.0}], "pending": []})
+    save_state(
+        folder / "state/state.safetensors",
+        {"0.param": torch.ones(3), "0.step": torch.ones(())},
+        {"step": 1, "rows": [{"loss": 1.0}], "pending": []},
+    )
 
 
 def read_adapter_of(folder: Path, name: str) -> None:
@@ -178,19 +269,51 @@ def read_adapter_of(folder: Path, name: str) -> None:
     lora, _ = read_adapter_config(folder / "adapter")
     model = load_model(folder)
     attach_lora(model, lora)
-    write_adapter(model, load_adapter(folder / "adapter"))
+    set_adapter_weights(model, load_adapter(folder / "adapter"))
 
 
 def read_state_of(folder: Path, name: str) -> None:
     load_state(folder / "state/state.safetensors")
 
 
-MODELS = [Reader(kind, 1.5, partial(make_model, kind), {"config.json": (m.structured,) * 4 + (m.raw,)}, read_model) for kind in CONFIGS] + [
-    Reader("weights", 4, partial(make_model, "llama"), {"model.safetensors": (m.tensors, m.tensors, m.raw), "generation_config.json": JSON}, run_model),
-    Reader("shards", 5, make_sharded, {"model.safetensors.index.json": JSON, "model-*": (m.tensors, m.raw)}, run_model),
-    Reader("adapter", 8, make_adapter, {"adapter/adapter_config.json": (m.structured,) * 4 + (m.raw,), "adapter/*.safetensors": (m.tensors, m.raw)}, read_adapter_of),
-    Reader("state", 3, make_adapter, {"state/state.safetensors": (m.tensors, m.raw)}, read_state_of),
-]  # fmt: skip
+MODELS = [
+    Reader(
+        kind,
+        1.5,
+        partial(make_model, kind),
+        {"config.json": (m.structured,) * 4 + (m.raw,)},
+        read_model,
+    )
+    for kind in CONFIGS
+] + [
+    Reader(
+        "weights",
+        4,
+        partial(make_model, "llama"),
+        {"model.safetensors": (m.tensors, m.tensors, m.raw), "generation_config.json": JSON},
+        run_model,
+    ),
+    Reader(
+        "shards",
+        5,
+        make_sharded,
+        {"model.safetensors.index.json": JSON, "model-*": (m.tensors, m.raw)},
+        run_model,
+    ),
+    Reader(
+        "adapter",
+        8,
+        make_adapter,
+        {
+            "adapter/adapter_config.json": (m.structured,) * 4 + (m.raw,),
+            "adapter/*.safetensors": (m.tensors, m.raw),
+        },
+        read_adapter_of,
+    ),
+    Reader(
+        "state", 3, make_adapter, {"state/state.safetensors": (m.tensors, m.raw)}, read_state_of
+    ),
+]
 
 # ---- tokenizers --------------------------------------------------------------------------------
 
@@ -200,18 +323,35 @@ PATTERN = r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]
 def notes(end: str) -> dict:
     """A tokenizer_config.json."""
     added = {"content": "<extra>", "special": True, "lstrip": False}
-    return {"bos_token": "<s>", "eos_token": {"content": end, "special": True}, "add_bos_token": False, "added_tokens_decoder": {"290": added},
-            "chat_template": "{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}", "model_max_length": 64}  # fmt: skip
+    return {
+        "bos_token": "<s>",
+        "eos_token": {"content": end, "special": True},
+        "add_bos_token": False,
+        "added_tokens_decoder": {"290": added},
+        "chat_template": "{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}",
+        "model_max_length": 64,
+    }
 
 
 def make_pieces(folder: Path) -> None:
     """A sentencepiece model, with the space of Llama's before a text, and what may lie beside it."""
     import sentencepiece
 
-    texts = ["the quick brown fox jumps over the lazy dog 0123456789", "where does kadol live ? kadol lives on oak street ."]
+    texts = [
+        "the quick brown fox jumps over the lazy dog 0123456789",
+        "where does kadol live ? kadol lives on oak street .",
+    ]
     with (folder / "tokenizer.model").open("wb") as out:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts * 9), model_writer=out, model_type="bpe", vocab_size=310,
-                                                 byte_fallback=True, control_symbols=["<user>", "<bot>"], num_threads=1, minloglevel=2)  # fmt: skip
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts * 9),
+            model_writer=out,
+            model_type="bpe",
+            vocab_size=310,
+            byte_fallback=True,
+            control_symbols=["<user>", "<bot>"],
+            num_threads=1,
+            minloglevel=2,
+        )
     write_json(folder / "tokenizer_config.json", notes("</s>"))
     write_json(folder / "special_tokens_map.json", {"bos_token": "<s>", "eos_token": "</s>"})
     write_json(folder / "added_tokens.json", {"<more>": 312})
@@ -222,12 +362,31 @@ def make_pairs(folder: Path) -> None:
     letters = byte_letters()
     merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("f", "o"), ("fo", "x")]
     vocab = {piece: i for i, piece in enumerate([*letters, *(a + b for a, b in merges)])}
-    added = [{"id": 280 + i, "content": name, "special": i < 3, "normalized": False} for i, name in enumerate(("<s>", "</s>", "<user>", "<bot>"))]
-    cuts = [{"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False},
-            {"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]  # fmt: skip
-    write_json(folder / "tokenizer.json", {
-        "version": "1.0", "added_tokens": added, "normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts},
-        "model": {"type": "BPE", "dropout": None, "ignore_merges": False, "vocab": vocab, "merges": [" ".join(pair) for pair in merges]}})  # fmt: skip
+    added = [
+        {"id": 280 + i, "content": name, "special": i < 3, "normalized": False}
+        for i, name in enumerate(("<s>", "</s>", "<user>", "<bot>"))
+    ]
+    cuts = [
+        {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False},
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+    ]
+    write_json(
+        folder / "tokenizer.json",
+        {
+            "version": "1.0",
+            "added_tokens": added,
+            "normalizer": {"type": "NFC"},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts},
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "ignore_merges": False,
+                "vocab": vocab,
+                "merges": [" ".join(pair) for pair in merges],
+            },
+        },
+    )
     write_json(folder / "tokenizer_config.json", notes("</s>"))
     write_json(folder / "config.json", {"eos_token_id": [281], "bos_token_id": 280})
 
@@ -248,8 +407,20 @@ def read_tokenizer(folder: Path, name: str) -> None:
 
 NOTED = {"tokenizer_config.json": JSON, "special_tokens_map.json": JSON, "added_tokens.json": JSON}
 TOKENIZERS = [
-    Reader("sentencepiece", 9, make_pieces, {"tokenizer.model": (m.buffers,) * 3 + (m.raw,)} | NOTED, read_tokenizer),
-    Reader("byte pairs", 9, make_pairs, {"tokenizer.json": JSON, "tokenizer_config.json": JSON, "config.json": JSON}, read_tokenizer),
+    Reader(
+        "sentencepiece",
+        9,
+        make_pieces,
+        {"tokenizer.model": (m.buffers,) * 3 + (m.raw,)} | NOTED,
+        read_tokenizer,
+    ),
+    Reader(
+        "byte pairs",
+        9,
+        make_pairs,
+        {"tokenizer.json": JSON, "tokenizer_config.json": JSON, "config.json": JSON},
+        read_tokenizer,
+    ),
 ]
 
 # ---- settings ----------------------------------------------------------------------------------
@@ -262,7 +433,8 @@ def make_toml(folder: Path) -> None:
     (folder / "whole.toml").write_text(commandline.to_toml(commandline.Config()))
     (folder / "experiments").mkdir()
     (folder / "experiments/x.toml").write_text(
-        'question = "which ?"\nseeds = [0, 1]\n[groups]\none = "@tiny"\ntwo = "@tiny --dpo.beta=0.2"\n[variants]\nfirst = ""\n"the other" = "--macpo.rounds=1"\n')  # fmt: skip
+        'question = "which ?"\nseeds = [0, 1]\n[groups]\none = "@tiny"\ntwo = "@tiny --dpo.beta=0.2"\n[variants]\nfirst = ""\n"the other" = "--macpo.rounds=1"\n'
+    )
 
 
 def read_toml_of(folder: Path, name: str) -> None:
@@ -280,14 +452,24 @@ def read_toml_of(folder: Path, name: str) -> None:
     check_folder(folder / "run", config)
 
 
-TOML = [Reader("toml", 8, make_toml, {"[!x]*.toml": TEXT}, read_toml_of),
-        Reader("experiment", 2, make_toml, {"experiments/x.toml": TEXT}, read_toml_of)]  # fmt: skip
+TOML = [
+    Reader("toml", 8, make_toml, {"[!x]*.toml": TEXT}, read_toml_of),
+    Reader("experiment", 2, make_toml, {"experiments/x.toml": TEXT}, read_toml_of),
+]
 
 # ---- what programs have written ----------------------------------------------------------------
 
 PROMPT = (Message("system", "be kind"), Message("user", "what is it ?"))
-SAMPLES = [Sample(f"id{i}", PROMPT, f"a fox {i}", "stop", (5, 6, 2), -3.5, 4.5, "student", 7, {"file": "x"}) for i in range(3)]
-PAIRS = [Pair(f"id{i}", PROMPT, "a fox", "a dog", "student", "data", -1.0, None, {"n": i}, 0.5) for i in range(3)]
+SAMPLES = [
+    Sample(
+        f"id{i}", PROMPT, f"a fox {i}", "stop", (5, 6, 2), -3.5, 4.5, "student", 7, {"file": "x"}
+    )
+    for i in range(3)
+]
+PAIRS = [
+    Pair(f"id{i}", PROMPT, "a fox", "a dog", "student", "data", -1.0, None, {"n": i}, 0.5)
+    for i in range(3)
+]
 WORDS = Namespace(judge=None, model="m", url="u", workers=0, human=False, a="a", b="b")
 
 
@@ -296,14 +478,22 @@ def make_written(folder: Path) -> None:
     write_rows(folder / "samples.jsonl", SAMPLES)
     write_rows(folder / "b.jsonl", SAMPLES)
     write_rows(folder / "pairs.jsonl", PAIRS)
-    write_rows(folder / "texts.jsonl", [Example("id0", PROMPT, "a fox"), Example("id1", PROMPT, "")])
+    write_rows(
+        folder / "texts.jsonl", [Example("id0", PROMPT, "a fox"), Example("id1", PROMPT, "")]
+    )
     pairs = [(sample, sample) for sample in SAMPLES]
     judge.judge_all(Namespace(**vars(WORDS) | {"out": folder}), pairs, lambda question: "[[A]]")
     judge.write_sheet(folder / "human.csv", pairs)
     text = (folder / "human.csv").read_text().replace(",\n", ",1\n").replace(",\r\n", ",tie\r\n")
     (folder / "human.csv").write_text(text, newline="")
-    write_rows(folder / "scores.jsonl", [{"id": f"id{i}", "agent": "student", "round": 1, "score": 0.5 * i} for i in range(3)])
-    made = [{**asdict(sample), "seed": derive_seed(0, sample.id, 0), "meta": {"made": "x"}} for sample in SAMPLES]
+    write_rows(
+        folder / "scores.jsonl",
+        [{"id": f"id{i}", "agent": "student", "round": 1, "score": 0.5 * i} for i in range(3)],
+    )
+    made = [
+        {**asdict(sample), "seed": derive_seed(0, sample.id, 0), "meta": {"made": "x"}}
+        for sample in SAMPLES
+    ]
     write_rows(folder / "answers.jsonl", made)
 
 
@@ -313,7 +503,10 @@ def read_written(folder: Path, name: str) -> None:
     match name:
         case "samples.jsonl":
             shutil.rmtree(folder / "out", ignore_errors=True)
-            words = Namespace(**vars(WORDS) | {"out": folder / "out", "a": folder / name, "b": folder / "b.jsonl", "most": 10})
+            words = Namespace(
+                **vars(WORDS)
+                | {"out": folder / "out", "a": folder / name, "b": folder / "b.jsonl", "most": 10}
+            )
             judged = judge.pairs_of(words)
             judge.write_sheet(folder / "sheet", judged)
             judge.judge_all(words, judged, lambda question: "[[A]]")
@@ -324,9 +517,17 @@ def read_written(folder: Path, name: str) -> None:
             read_rows(folder / name, Example)
         case "verdicts.jsonl":
             words = Namespace(**vars(WORDS) | {"out": folder})
-            judge.as_text(judge.summary(words, pairs, judge.judge_all(words, pairs, lambda question: "no mark"))).encode()
+            judge.as_text(
+                judge.summary(
+                    words, pairs, judge.judge_all(words, pairs, lambda question: "no mark")
+                )
+            ).encode()
         case "human.csv":
-            judge.summary(Namespace(**vars(WORDS) | {"out": folder}), pairs, judge.read_sheet(folder / name, pairs))
+            judge.summary(
+                Namespace(**vars(WORDS) | {"out": folder}),
+                pairs,
+                judge.read_sheet(folder / name, pairs),
+            )
         case "scores.jsonl":
             reward.outside(folder / name, {(1, "student"): {"id0", "id1", "id2"}})
         case "answers.jsonl":
@@ -335,8 +536,26 @@ def read_written(folder: Path, name: str) -> None:
                 answers.rows_there(folder / name, "student", jobs, 0, stream)
 
 
-WRITTEN = [Reader("written", 14, make_written, dict.fromkeys(
-    ("samples.jsonl", "pairs.jsonl", "texts.jsonl", "verdicts.jsonl", "scores.jsonl", "answers.jsonl"), LINES) | {"human.csv": TEXT}, read_written)]  # fmt: skip
+WRITTEN = [
+    Reader(
+        "written",
+        14,
+        make_written,
+        dict.fromkeys(
+            (
+                "samples.jsonl",
+                "pairs.jsonl",
+                "texts.jsonl",
+                "verdicts.jsonl",
+                "scores.jsonl",
+                "answers.jsonl",
+            ),
+            LINES,
+        )
+        | {"human.csv": TEXT},
+        read_written,
+    )
+]
 
 
 def copied(run: Path, folder: Path) -> None:
@@ -346,7 +565,14 @@ def copied(run: Path, folder: Path) -> None:
 
 def read_run_folder(folder: Path, name: str) -> None:
     """Its table, its report, and whether it is finished."""
-    for kept in (evaluate.check_once, evaluate.gold_of, evaluate.row_of, evaluate.right_share, evaluate.offered, evaluate.signs_of):
+    for kept in (
+        evaluate.check_once,
+        evaluate.gold_of,
+        evaluate.row_of,
+        evaluate.right_share,
+        evaluate.offered,
+        evaluate.signs_of,
+    ):
         kept.cache_clear()
     for kept in (report.curve, report.prompts, report.shown, report.cut):
         kept.cache_clear()
@@ -357,10 +583,26 @@ def read_run_folder(folder: Path, name: str) -> None:
     report.write_report(run)
 
 
-RUN = {"run/config.toml": TEXT, "run/env.json": JSON, "run/metrics.jsonl": LINES, "run/eval/table.json": JSON, "run/*/*/stage.json": JSON,
-       "run/*/*/samples.jsonl": LINES, "run/*/*/pairs.jsonl": LINES, "run/*/*/scores.jsonl": LINES, "run/*/*/metrics.jsonl": LINES}  # fmt: skip
+RUN = {
+    "run/config.toml": TEXT,
+    "run/env.json": JSON,
+    "run/metrics.jsonl": LINES,
+    "run/eval/table.json": JSON,
+    "run/*/*/stage.json": JSON,
+    "run/*/*/samples.jsonl": LINES,
+    "run/*/*/pairs.jsonl": LINES,
+    "run/*/*/scores.jsonl": LINES,
+    "run/*/*/metrics.jsonl": LINES,
+}
 
 
 def readers(run: Path) -> list[Reader]:
     """All of them; `run` is a finished run."""
-    return [*ROWS, *MODELS, *TOKENIZERS, *TOML, *WRITTEN, Reader("run", 1, partial(copied, run), RUN, read_run_folder)]
+    return [
+        *ROWS,
+        *MODELS,
+        *TOKENIZERS,
+        *TOML,
+        *WRITTEN,
+        Reader("run", 1, partial(copied, run), RUN, read_run_folder),
+    ]

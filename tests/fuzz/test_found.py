@@ -30,7 +30,9 @@ def put(value: object, *path) -> Callable[[bytes], bytes]:
 
 def line(value: object, *path) -> Callable[[bytes], bytes]:
     """A change of the first line."""
-    return lambda good: put(value, *path)(good.partition(b"\n")[0]) + b"\n" + good.partition(b"\n")[2]
+    return lambda good: (
+        put(value, *path)(good.partition(b"\n")[0]) + b"\n" + good.partition(b"\n")[2]
+    )
 
 
 DEEP = b'{"a":' * 3000
@@ -43,47 +45,93 @@ FOUND = {
     "a table that no memory holds": ("llama", "config.json", put(10**18, "vocab_size")),
     "heads that are text": ("llama", "config.json", put("%s", "head_dim")),
     "a base that no float holds": ("llama", "config.json", put(10**400, "rope_theta")),
-    "a context that no tensor holds": ("llama 3", "config.json", put(2**63, "rope_scaling", "original_max_position_embeddings")),
+    "a context that no tensor holds": (
+        "llama 3",
+        "config.json",
+        put(2**63, "rope_scaling", "original_max_position_embeddings"),
+    ),
     "alternatives, repeated": (*TARGETS, put(["q_proj", "(.|..)*x"], "target_modules")),
     "repeats in brackets, repeated": (*TARGETS, put(["(([a-z])+.)+x"], "target_modules")),
     "many options": (*TARGETS, put([".?" * 40 + "." * 30 + "x"], "target_modules")),
     "an endless name": (*TARGETS, put(["a" * 5000], "target_modules")),
     "an endless kind": ("llama 3", "config.json", put("a" * 5000, "model_type")),
-    "notes of a state": ("state", "state/state.safetensors", lambda good: good.replace(b'"notes":', b'"n0tes":')),
+    "notes of a state": (
+        "state",
+        "state/state.safetensors",
+        lambda good: good.replace(b'"notes":', b'"n0tes":'),
+    ),
     "an id that is a list": ("sentencepiece", "added_tokens.json", put([], "<more>")),
     "an id that is text": ("sentencepiece", "added_tokens.json", put("5", "<more>")),
     "an end that is a list": ("sentencepiece", "tokenizer_config.json", put([], "eos_token")),
-    "an end without name": ("sentencepiece", "tokenizer_config.json", put({"content": {}}, "bos_token")),
-    "half a character": ("sentencepiece", "tokenizer.model", lambda good: good.replace(b"<0x16>", b"<0\xb216", 1)),
+    "an end without name": (
+        "sentencepiece",
+        "tokenizer_config.json",
+        put({"content": {}}, "bos_token"),
+    ),
+    "half a character": (
+        "sentencepiece",
+        "tokenizer.model",
+        lambda good: good.replace(b"<0x16>", b"<0\xb216", 1),
+    ),
     "a half id": ("byte pairs", "tokenizer.json", put(7.5, "model", "vocab", "a")),
-    "an added token that is a number": ("byte pairs", "tokenizer.json", put(5, "added_tokens", 0, "content")),
-    "nothing but brackets, in an experiment": ("experiment", "experiments/x.toml", lambda good: b"seeds = " + b"[" * 3000),
+    "an added token that is a number": (
+        "byte pairs",
+        "tokenizer.json",
+        put(5, "added_tokens", 0, "content"),
+    ),
+    "nothing but brackets, in an experiment": (
+        "experiment",
+        "experiments/x.toml",
+        lambda good: b"seeds = " + b"[" * 3000,
+    ),
     "a repeated group": ("byte pairs", "tokenizer.json", put(r"(?:\p{L}|\p{L}\p{L})+x", *SPLIT)),
     "options of a split": ("byte pairs", "tokenizer.json", put(".?" * 40 + "." * 30 + "x", *SPLIT)),
     "repeats of a split": ("byte pairs", "tokenizer.json", put(r"\p{L}+?" * 2000, *SPLIT)),
     "choices of a split": ("byte pairs", "tokenizer.json", put("(?:a|a)" * 40 + "x", *SPLIT)),
     "choices in a name": (*TARGETS, put(["(.|.)" * 40 + "x"], "target_modules")),
     "a repeat hidden in a name": (*TARGETS, put(["(?#[)(?:.+)+X(?#])"], "target_modules")),
-    "a key of many parts": ("toml", "tiny.toml", lambda good: good + b"\n[run]\nx" + b".a" * 20_000 + b" = 1\n"),
-    "a number of many digits": ("toml", "tiny.toml", lambda good: b"[macpo]\nrounds = 0x" + b"f" * 4000 + b"\n"),
+    "a key of many parts": (
+        "toml",
+        "tiny.toml",
+        lambda good: good + b"\n[run]\nx" + b".a" * 20_000 + b" = 1\n",
+    ),
+    "a number of many digits": (
+        "toml",
+        "tiny.toml",
+        lambda good: b"[macpo]\nrounds = 0x" + b"f" * 4000 + b"\n",
+    ),
     "an answer that is a number": ("written", "samples.jsonl", line(5, "response")),
     "tokens that are text": ("written", "samples.jsonl", line(["a"], "tokens")),
     "half a surrogate pair": ("written", "samples.jsonl", line("\ud800", "response")),
     "nothing but brackets": ("written", "pairs.jsonl", lambda good: DEEP),
     "a message of numbers": ("written", "texts.jsonl", line(3, "prompt", 0, "content")),
     "a table of no stages": ("run", "run/eval/table.json", put([1], "cost")),
-    "counts that are no numbers": ("run", "run/round1/pairs_student/stage.json", put([], "counts", "pairs")),
+    "counts that are no numbers": (
+        "run",
+        "run/round1/pairs_student/stage.json",
+        put([], "counts", "pairs"),
+    ),
     "scores that are a text": ("written", "scores.jsonl", lambda good: b'"a"\n' + good),
-    "teachers without end": ("run", "run/config.toml", lambda good: re.sub(rb"teachers = \d", b"teachers = 99999999999", good)),
-    "a seed of another world": ("run", "run/config.toml", lambda good: re.sub(rb"(?m)^seed = 0", b"seed = 16", good)),
+    "teachers without end": (
+        "run",
+        "run/config.toml",
+        lambda good: re.sub(rb"teachers = \d", b"teachers = 99999999999", good),
+    ),
+    "a seed of another world": (
+        "run",
+        "run/config.toml",
+        lambda good: re.sub(rb"(?m)^seed = 0", b"seed = 16", good),
+    ),
     "scores too many": ("run", UNDER, lambda good: good + good),
-}  # fmt: skip
+}
 
 
 def answer(stub: Path, home: Path, name: str, file: str, changed: Callable[[bytes], bytes]) -> str:
     """Whether this change of a file is read or refused; fails if neither."""
     reader = next(reader for reader in readers(stub) if reader.name == name)
-    with closing(Reading(replace(reader, files={file: (lambda good, rng: changed(good),)}), home)) as reading:
+    with closing(
+        Reading(replace(reader, files={file: (lambda good, rng: changed(good),)}), home)
+    ) as reading:
         reading.take(Random(0))
     return "read" if reading.read else "refused"
 
@@ -95,10 +143,16 @@ def test_is_refused(stub, tmp_path, what):
 
 def test_what_only_looks_wrong_is_read(stub, tmp_path):
     """What a kill has torn belongs to no finished stage, a verdict without its reply is asked again, a piece that is no bytes is text."""
-    for name, file, changed in (("run", "run/metrics.jsonl", lambda good: good + DEEP), ("written", "verdicts.jsonl", line(5, "reply")),
-                                ("byte pairs", "tokenizer.json", put(5, "model", "vocab", "the fox \ud800"))):  # fmt: skip
+    for name, file, changed in (
+        ("run", "run/metrics.jsonl", lambda good: good + DEEP),
+        ("written", "verdicts.jsonl", line(5, "reply")),
+        ("byte pairs", "tokenizer.json", put(5, "model", "vocab", "the fox \ud800")),
+    ):
         assert answer(stub, tmp_path / name, name, file, changed) == "read"
 
 
 def test_a_sentence_has_an_end():
-    assert str(UserError("a" * 10**6)) == "a" * 700 + " … " + "a" * 290 and str(UserError("short")) == "short"
+    assert (
+        str(UserError("a" * 10**6)) == "a" * 700 + " … " + "a" * 290
+        and str(UserError("short")) == "short"
+    )

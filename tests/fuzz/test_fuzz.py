@@ -31,8 +31,14 @@ def fuzz(reader: Reader, home: Path, seed: int, count: int) -> tuple[int, int]:
     with closing(Reading(reader, home)) as reading:
 
         @start(f"{seed}/{reader.name}")
-        @settings(max_examples=count, database=None, deadline=None, phases=(Phase.generate, Phase.shrink),
-                  suppress_health_check=[*HealthCheck], report_multiple_bugs=False)  # fmt: skip
+        @settings(
+            max_examples=count,
+            database=None,
+            deadline=None,
+            phases=(Phase.generate, Phase.shrink),
+            suppress_health_check=[*HealthCheck],
+            report_multiple_bugs=False,
+        )
         @given(strategies.randoms(use_true_random=False))
         def take(rng: Random) -> None:
             reading.take(rng)
@@ -59,7 +65,10 @@ def test_readers_bear_changed_files(stub, tmp_path, seed, capsys):
     total, found, started = 0, [], time.monotonic()
     todo = readers(stub)[::-1]  # the long ones first
     with ProcessPoolExecutor(os.cpu_count(), FORK) as pool:
-        jobs = [pool.submit(fuzz, reader, tmp_path / str(i), seed, round(1300 * reader.share)) for i, reader in enumerate(todo)]
+        jobs = [
+            pool.submit(fuzz, reader, tmp_path / str(i), seed, round(1300 * reader.share))
+            for i, reader in enumerate(todo)
+        ]
         for reader, job in zip(todo, jobs, strict=True):
             if error := job.exception():
                 found.append(f"{reader.name}: {type(error).__name__}: {error}")
@@ -84,8 +93,15 @@ def talk() -> None:
     raise UserError("no")
 
 
-PLANTED = {"ended with SIGSEGV": lambda: ctypes.string_at(0), "ended with SIGPROF": lambda: sum(iter(int, 1)), "MemoryError": lambda: bytearray(10**10),
-           "KeyError: 'prompt'": lambda: {}["prompt"], "open outside the folder": write, "os.system": lambda: os.system("true"), "sentence: 'no'": talk}  # fmt: skip
+PLANTED = {
+    "ended with SIGSEGV": lambda: ctypes.string_at(0),
+    "ended with SIGPROF": lambda: sum(iter(int, 1)),
+    "MemoryError": lambda: bytearray(10**10),
+    "KeyError: 'prompt'": lambda: {}["prompt"],
+    "open outside the folder": write,
+    "os.system": lambda: os.system("true"),
+    "sentence: 'no'": talk,
+}
 GOOD = '{"prompt": "who is it ?", "chosen": ["a fox", 7]}'
 
 
