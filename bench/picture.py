@@ -25,7 +25,7 @@ def picture(run: str) -> str:
 
 if __name__ == "__main__":
     sys.exit(
-        call(
+        run_main(
             lambda words: (
                 write_atomic(Path("assets/world.svg"), picture(words[0] if words else "runs/world"))
                 or 0

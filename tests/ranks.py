@@ -16,7 +16,7 @@ import time
 import traceback
 from pathlib import Path
 
-import minmacpo.report
+import minmacpo.evaluation.report
 import runs
 import torch
 import torch.distributed.fsdp
@@ -169,7 +169,7 @@ def all_toys(folder: str, seed: int, cases: list[str]) -> int:
     for case in cases:
         name, *rest = case.split("-")
         if name == "complaint":
-            failed += not launch(int(rest[0]), lambda: call(complaint))
+            failed += not launch(int(rest[0]), lambda: run_main(complaint))
         elif name.isdecimal():
             failed += launch(
                 int(name),
@@ -245,6 +245,6 @@ def launch(world: int, job) -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "toys":
         sys.exit(all_toys(sys.argv[2], int(sys.argv[3]), sys.argv[4:]))
-    minmacpo.report.write_report = runs.last_report
+    minmacpo.evaluation.report.write_report = runs.last_report
     world, sys.argv = int(sys.argv[1]), ["train.py", *sys.argv[2:]]
-    sys.exit(launch(world, lambda: call(train.main)))
+    sys.exit(launch(world, lambda: run_main(train.main)))

@@ -1006,7 +1006,7 @@ def test_metrics_of_a_linked_stage_survive_a_kill(mine, monkeypatch):
             raise PowerCut
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "move", move)
+        patch.setattr(run_module, "replace_fsync", replace_fsync)
         with pytest.raises(PowerCut):
             invoke("train", *words, "--macpo.rounds=1")
     train(*words, "--macpo.rounds=1")

@@ -48,11 +48,11 @@ def sft(
     start: Stage | None,
     train_args: TrainArgs,
     key: tuple,
-    like: Sequence[Stage] = (),
+    match_steps_of: Sequence[Stage] = (),
     confidence: float = 0.0,
 ) -> Stage:
     """Supervised fine-tuning of the slot on `texts`, from `start` or from a fresh adapter (I1-I5).
-    `like`: take as many optimiser steps as those trainings took together, whatever the train_args says;
+    `match_steps_of`: take as many optimiser steps as those trainings took together, whatever the train_args says;
     `confidence`: the final weight of the auxiliary confidence loss (method.md 7.2)."""
 
     def learn(work: StageContext) -> dict:
@@ -74,7 +74,7 @@ def sft(
         show_first(work, loaded, "row", [row for _, row in found])
         units = [TrainExample(text.id, (row,)) for text, row in found]
         schedule = train_args.schedule(
-            len(units), sum(stage.notes()["counts"]["steps"] for stage in like)
+            len(units), sum(stage.notes()["counts"]["steps"] for stage in match_steps_of)
         )
         plan = make_plan(units, schedule, work)
         objective = SFTLoss(compiles(session, loaded, units, schedule), confidence)
@@ -82,13 +82,13 @@ def sft(
         cut = sum(getattr(text, "finish", None) == "length" for text, _ in found)
         return counts | dropped | {"cut_at_limit": cut}
 
-    settings, inputs = asdict(train_args) | texts.settings, [base.stage, start, texts.stage, *like]
+    settings, inputs = asdict(train_args) | texts.settings, [base.stage, start, texts.stage, *match_steps_of]
     settings |= (
         ({"confidence": confidence} if confidence else {})
         | log_lines(session)
         | session.quantised(base)
     )
-    size = f"sft, {'as many steps as the student' if like else f'{train_args.epochs} epochs'} at lr {train_args.lr:g}"
+    size = f"sft, {'as many steps as the student' if match_steps_of else f'{train_args.epochs} epochs'} at lr {train_args.lr:g}"
     return session.stage(name, "sft/1", settings, inputs, learn, key, size)
 
 

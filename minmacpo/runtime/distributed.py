@@ -35,9 +35,9 @@ class Distributed:
     `shards`: the blocks of a model are divided among them, so that even its forward pass is one."""
 
     def __init__(self, signals: Signals | None = None, rank: int = 0, world: int = 1, store=None):
-        self.signals, self.rank, self.world, self.store = signals or Signals(), rank, world, store
-        self.main, self.shards, self.turns = rank == 0, False, 0
-        self.near = 1  # how many ranks have the memory of this one's device
+        self.signals, self.rank, self.world_size, self.store = signals or Signals(), rank, world, store
+        self.is_main, self.is_sharded, self.turns = rank == 0, False, 0
+        self.ranks_per_device = 1  # how many ranks have the memory of this one's device
         self.sharded, self.count, self.following = (
             WeakValueDictionary(),
             0,
@@ -46,7 +46,7 @@ class Distributed:
 
     def connect(self, config: Config) -> None:
         """Open the ways on which tensors go; on GPUs each rank has its own. Collective."""
-        if self.world == 1:
+        if self.world_size == 1:
             return
         device, local = device_of(config), int(os.environ.get("LOCAL_RANK", 0))
         if device == "cuda":
@@ -56,21 +56,21 @@ class Distributed:
                 )
             torch.cuda.set_device(local)
         else:
-            self.near = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
-        backend, self.shards = (
+            self.ranks_per_device = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        backend, self.is_sharded = (
             "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
             config.parallel.shard,
         )
-        known = {"store": self.store, "rank": self.rank, "world_size": self.world}
+        known = {"store": self.store, "rank": self.rank, "world_size": self.world_size}
         torch.distributed.init_process_group(backend, timeout=PATIENCE, **known)
 
-    def first(self, do: Callable):
+    def run_on_main(self, do: Callable):
         """What rank 0 gets from `do`, a value of JSON; all others wait for it. Collective."""
-        if self.world == 1:
+        if self.world_size == 1:
             return do()
         self.turns += 1
         key = f"turn {self.turns}"
-        if self.main:
+        if self.is_main:
             found = do()
             self.store.set(key, json.dumps(found))
             return found
@@ -82,9 +82,9 @@ class Distributed:
             time.sleep(pause := min(1.5 * pause, LISTEN))
         return json.loads(self.store.get(key))
 
-    def agree(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The largest of all ranks' numbers. Collective, on the CPU: nobody waits for a GPU."""
-        if self.world == 1:
+        if self.world_size == 1:
             return number
         told = torch.tensor([int(number)])
         torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
@@ -92,15 +92,15 @@ class Distributed:
 
     def check(self) -> None:
         """Raise Interrupted on all ranks if one of them was asked to stop. Collective."""
-        if number := self.agree(self.signals.number or 0):
+        if number := self.all_reduce_max(self.signals.number or 0):
             raise Interrupted(number)
 
     def gather(self, value) -> list:
         """The values, of JSON, of all ranks. Collective."""
-        if self.world == 1:
+        if self.world_size == 1:
             return [value]
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.world)]
+        sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.world_size)]
         torch.distributed.all_gather(sizes, torch.tensor([len(data)]))
         room = int(max(sizes))
         parts = [torch.zeros(room, dtype=torch.uint8) for _ in sizes]
@@ -112,36 +112,36 @@ class Distributed:
 
     def warn(self, text: str, log: Callable[[str], None]) -> None:
         """A line on what may be so on this rank alone: by `log`, which is silent but on rank 0, and there on stderr."""
-        if self.main:
+        if self.is_main:
             log(text)
         else:
             print(f"WARNING: rank {self.rank}: {text}", file=sys.stderr, flush=True)
 
-    def each(self, items: Sequence, do: Callable) -> Iterator:
+    def parallel_map(self, items: Sequence, do: Callable) -> Iterator:
         """`do` of every item, in order and for all ranks; each rank does one of `world` items at a time. An item is computed
         whole by one rank, so that what comes out does not depend on their number. Collective."""
-        for start in range(0, len(items), self.world):
+        for start in range(0, len(items), self.world_size):
             self.check()
-            wave = items[start : start + self.world]
+            wave = items[start : start + self.world_size]
             found = do(wave[self.rank]) if self.rank < len(wave) else None
             while (
-                number := self.agree(0) if self.shards else 0
+                number := self.all_reduce_max(0) if self.is_sharded else 0
             ):  # others need this rank for a pass through their model
                 self.follow(number)
             yield from self.gather(found)[: len(wave)]
 
-    def share(self, groups: list[list[int]]) -> list[list[int]]:
+    def split_batches(self, groups: list[list[int]]) -> list[list[int]]:
         """This rank's part of the micro-batches of a step: as many whole ones as all can have, and a part of each of the
         rest. Where models are sharded, all ranks get equally many, [] standing for a pass that does not count."""
-        whole = len(groups) // self.world * self.world
-        parts = [group[self.rank :: self.world] for group in groups[whole:]]
-        return groups[:whole][self.rank :: self.world] + [
-            part for part in parts if part or self.shards
+        whole = len(groups) // self.world_size * self.world_size
+        parts = [group[self.rank :: self.world_size] for group in groups[whole:]]
+        return groups[:whole][self.rank :: self.world_size] + [
+            part for part in parts if part or self.is_sharded
         ]
 
-    def add_up(self, params: Sequence[nn.Parameter], values: Tensor) -> Tensor:
+    def all_reduce_grads(self, params: Sequence[nn.Parameter], values: Tensor) -> Tensor:
         """The sum of all ranks' `values` [n]; the gradients of `params` become their sums too, in one all-reduce. Collective."""
-        if self.world == 1:
+        if self.world_size == 1:
             return values
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         flat = torch.cat([part.reshape(-1) for part in (*grads, values)])
@@ -155,12 +155,12 @@ class Distributed:
         """With `shards`: move a model from the CPU to the device, block by block; each rank keeps its part of a block, and
         fetches the rest for a pass (FSDP2). `whole`, the slot, is held by all; so is what lies outside the blocks, as losses
         use the head's weight alone. Collective."""
-        if not self.shards:
+        if not self.is_sharded:
             return
         from torch.distributed.fsdp import fully_shard
 
         mesh, blocks = (
-            torch.distributed.init_device_mesh(device, (self.world,)),
+            torch.distributed.init_device_mesh(device, (self.world_size,)),
             model.model["layers"],
         )
         outside = {*model.parameters()} - {*blocks.parameters()} | {*whole}
@@ -180,7 +180,7 @@ class Distributed:
     def lead(self, number: int) -> None:
         """Say, before a pass through a sharded model, which one it is, to those who have no work of their own."""
         if not self.following:
-            self.agree(number)
+            self.all_reduce_max(number)
 
     def follow(self, number: int) -> None:
         """A pass through a sharded model from which nothing is wanted but that all ranks do it. Collective."""
@@ -195,7 +195,7 @@ class Distributed:
         try:
             yield
         except BaseException as error:
-            if self.world == 1:
+            if self.world_size == 1:
                 raise
             with contextlib.suppress(
                 RuntimeError
@@ -208,7 +208,7 @@ class Distributed:
                     "a rank has ended, or did not answer for a day; all finished work is saved. The same command line goes on from here"
                 ) from None
             raise
-        if self.world > 1:
+        if self.world_size > 1:
             torch.distributed.destroy_process_group()
 
 
