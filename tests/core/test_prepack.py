@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import far, ragged, random_model
-from test_generate import WAYS, new
+from test_sampling import WAYS, new
 
 from minmacpo.cli import memory_estimate as memory
 from minmacpo.config.schema import Lora

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import config_of, ragged, random_model
-from test_fit import pairs as pair_units
-from test_fit import slotted, work_of  # noqa: F401  (a fixture)
+from test_trainer import pairs as pair_units
+from test_trainer import slotted, work_of  # noqa: F401  (a fixture)
 
 from minmacpo import UserError
 from minmacpo.config.schema import Lora

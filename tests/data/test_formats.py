@@ -11,7 +11,7 @@ import pytest
 from conftest import shared
 from runs import invoke, rows_of, stages_of, train, write_stub
 from test_bad_input import HH, ROWS, check_sentence, refused, tree
-from test_data import dialogue, row, write
+from test_records import dialogue, row, write
 
 import train as train_program
 from minmacpo import UserError
