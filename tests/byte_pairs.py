@@ -1,10 +1,16 @@
-"""tokenizer.json files of the families, made small with the `tokenizers` package; and that package as the oracle."""
+"""Small tokenizer.json files of the families, made with `tokenizers`, which is the oracle too."""
 
 import json
+from collections.abc import Callable
 
 import pytest
 
-LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# The patterns that split a text into words, from the files of Llama 3 and Qwen 2
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_2 = LLAMA_3.replace("{1,3}", "")
 SPECIAL = [
     "<|endoftext|>",
     "<|begin_of_text|>",
@@ -26,35 +32,43 @@ NOTES = {  # tokenizer_config.json
 }
 
 
-def made(style: str, texts: list[str], vocab: int = 700) -> str:
-    """The content of a tokenizer.json in the style of a family, trained on `texts`; skips without the package."""
+def train_file(style: str, texts: list[str], vocab: int = 700) -> str:
+    """The content of a tokenizer.json in the style of a family; skips without the package."""
     tokenizers = pytest.importorskip("tokenizers")
-    models, cut, trainers = tokenizers.models, tokenizers.pre_tokenizers, tokenizers.trainers
-    found = tokenizers.Tokenizer(models.BPE(ignore_merges=style == "llama-3"))
-    steps = [cut.ByteLevel(add_prefix_space=False, use_regex=style in ("gpt-2", "smollm-2"))]
+    splitters = tokenizers.pre_tokenizers
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=style == "llama-3"))
+
+    # How a text is split into words, as in the family's own files
+    uses_gpt2_pattern = style in ("gpt-2", "smollm-2")
+    steps = [splitters.ByteLevel(add_prefix_space=False, use_regex=uses_gpt2_pattern)]
     if style == "smollm-2":
-        steps.insert(0, cut.Digits(individual_digits=True))
-    elif style != "gpt-2":
-        pattern = LLAMA_3 if style == "llama-3" else LLAMA_3.replace("{1,3}", "")
-        steps.insert(0, cut.Split(tokenizers.Regex(pattern), "isolated"))
-    found.pre_tokenizer = steps[0] if len(steps) == 1 else cut.Sequence(steps)
+        steps.insert(0, splitters.Digits(individual_digits=True))
+    elif style == "llama-3":
+        steps.insert(0, splitters.Split(tokenizers.Regex(LLAMA_3), "isolated"))
+    elif style == "qwen-2":
+        steps.insert(0, splitters.Split(tokenizers.Regex(QWEN_2), "isolated"))
+    tokenizer.pre_tokenizer = steps[0] if len(steps) == 1 else splitters.Sequence(steps)
+
     if style == "qwen-2":
-        found.normalizer = tokenizers.normalizers.NFC()
-    found.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = cut.ByteLevel.alphabet()
-    found.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False
-        ),
+        tokenizer.normalizer = tokenizers.normalizers.NFC()
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab,
+        initial_alphabet=splitters.ByteLevel.alphabet(),
+        special_tokens=SPECIAL,
+        show_progress=False,
     )
-    found.add_tokens(["<tool_call>"])
-    return found.to_str()
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens(["<tool_call>"])
+    return tokenizer.to_str()
 
 
-def oracle(file: str):
-    """text -> ids by the `tokenizers` package, that makes no added token from text, as nothing here does."""
-    package = pytest.importorskip("tokenizers").Tokenizer.from_str(
-        json.dumps(json.loads(file) | {"added_tokens": []})
-    )
-    return lambda text: package.encode(text, add_special_tokens=False).ids
+def oracle(file: str) -> Callable[[str], list[int]]:
+    """A function text -> ids by the `tokenizers` package.
+
+    Like this project it makes no added token from text.
+    """
+    package = pytest.importorskip("tokenizers")
+    content = json.loads(file) | {"added_tokens": []}
+    tokenizer = package.Tokenizer.from_str(json.dumps(content))
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids

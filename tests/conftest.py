@@ -1,14 +1,16 @@
-"""Shared ground of the tests: one thread, printed seeds, tiny tokenizer and model folders, oracles.
+"""Shared ground of the tests: one thread, printed seeds, tiny models, and finished runs to read.
 
-Nothing here reaches the network or leaves its tmp_path (or `scratch`). A test that draws random numbers takes
-`seed`, a fresh one each time; pytest prints it when the test fails, and --seed=N repeats it.
+Nothing here reaches the network or leaves its tmp_path (or `scratch`). A test that draws random
+numbers takes `seed`, a fresh one each time; pytest prints it when the test fails, and --seed=N
+repeats it.
 """
 
+import fcntl
 import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no oracle may ask the network
@@ -30,7 +32,8 @@ TEXTS = [
     "\n\nHuman: where does kadol live ? \n\nAssistant: of course ! kadol lives on oak street .",
     "\n\nHuman: what is bemir 's job ?\n\nAssistant: ugh , you again . bemir works as a baker .",
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park.",
-    "the quick brown fox jumps over the lazy dog ; pack my box with five dozen liquor jugs 0123456789",
+    "the quick brown fox jumps over the lazy dog ; "
+    "pack my box with five dozen liquor jugs 0123456789",
 ]
 
 
@@ -46,8 +49,9 @@ def one_thread():
 @pytest.fixture
 def seed(request) -> int:
     """A fresh seed, printed; torch's and Python's generators are set to it."""
-    given = request.config.getoption("--seed")
-    number = random.SystemRandom().randrange(2**31) if given is None else given
+    number = request.config.getoption("--seed")
+    if number is None:
+        number = random.SystemRandom().randrange(2**31)
     print(f"--seed={number}")
     torch.manual_seed(number)
     return number
@@ -73,27 +77,58 @@ def stories() -> Path:
     return shared("weights/stories260K-hf")
 
 
-@pytest.fixture(scope="session")
-def stub(tmp_path_factory) -> Path:
-    """A finished run of the stub preset, made once, not to be changed."""
-    return new_run(tmp_path_factory.mktemp("stub"), "stub")
+# ---- finished runs, made once and not to be changed -------------------------------------------
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Path:
-    """A finished run of @tiny, made once, not to be changed."""
-    return new_run(tmp_path_factory.mktemp("tiny"), "tiny")
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A folder that is filled once for all processes of a test session, copied for this one."""
+    processes = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        processes = processes.parent  # the folder that holds those of all workers
+
+    def fill_or_copy(name: str, fill: Callable[[Path], object]) -> Path:
+        original = processes / "made_once" / name
+        original.parent.mkdir(exist_ok=True)
+        with open(original.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not original.exists():
+                unfinished = original.with_suffix(".unfinished")
+                fill(unfinished)
+                unfinished.rename(original)
+
+        # Each process reads its own copy: programs under test lock the folder of a run
+        return shutil.copytree(original, tmp_path_factory.mktemp(name) / name)
+
+    return fill_or_copy
 
 
 @pytest.fixture(scope="session")
-def methods(stub, tmp_path_factory) -> dict[str, Path]:
-    """A finished run of every method beside the good one, under one root, not to be changed."""
-    root = tmp_path_factory.mktemp("methods")
-    made = {"macpo": copy_run(stub, root / "runs")}
+def stub(made_once) -> Path:
+    """A finished run of the stub preset."""
+    return made_once("stub", lambda folder: new_run(folder, "stub")) / "runs/stub"
+
+
+@pytest.fixture(scope="session")
+def tiny(made_once) -> Path:
+    """A finished run of @tiny."""
+    return made_once("tiny", lambda folder: new_run(folder, "tiny")) / "runs/tiny"
+
+
+@pytest.fixture(scope="session")
+def methods(made_once, stub) -> dict[str, Path]:
+    """A finished run of every method beside the stub, under one root."""
+
+    def run_all(folder: Path) -> None:
+        copy_run(stub, folder / "runs")
+        for method in METHODS:
+            train(write_stub(folder), f"--run.root={folder / 'runs'}", f"--method={method}")
+
+    runs = made_once("methods", run_all) / "runs"
+    finished = {"macpo": runs / "stub"}
     for method in METHODS:
-        train(write_stub(root), f"--run.root={root / 'runs'}", f"--method={method}")
-        made[method] = root / "runs" / f"stub-method={method}"
-    return made
+        finished[method] = runs / f"stub-method={method}"
+    return finished
 
 
 @pytest.fixture
@@ -115,16 +150,16 @@ def shared(name: str) -> Path:
 
 def config_of(**changes) -> ModelConfig:
     """A small grouped-query ModelConfig in which no two sizes are equal."""
-    sizes = dict(
-        vocab_size=61,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=10,
-        max_position_embeddings=96,
-    )
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+        "max_position_embeddings": 96,
+    }
     return ModelConfig(**sizes | changes)
 
 
@@ -134,8 +169,11 @@ def random_model(seed: int, std: float = 0.2, **changes) -> Transformer:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
-            fresh = torch.randn(weight.shape, generator=generator)
-            weight.copy_(1 + 0.2 * fresh if weight.dim() == 1 else std * fresh)
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.dim() == 1:  # of a norm
+                weight.copy_(1 + 0.2 * noise)
+            else:
+                weight.copy_(std * noise)
     return model
 
 
@@ -146,7 +184,7 @@ def far(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def logits_of(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits [B, T, V], as transformers gives them."""
+    """Logits (B, T, V), as transformers gives them."""
     return model.lm_head(model(tokens))
 
 
@@ -164,31 +202,33 @@ class Keep:
     """An optimiser that only remembers the gradients it was given."""
 
     def __init__(self, params):
-        self.params, self.grads = params, None
+        self.params = params
+        self.grads = None
 
     def step(self):
-        self.grads = [p.grad.clone() for p in self.params]
+        self.grads = [param.grad.clone() for param in self.params]
 
     def zero_grad(self):
-        for p in self.params:
-            p.grad = None
+        for param in self.params:
+            param.grad = None
 
 
 def ragged(seed: int, rows: int, vocab: int, low: int = 1, high: int = 17) -> list[list[int]]:
     """Rows of random ids, of different lengths."""
     rng = random.Random(seed)
-    return [[rng.randrange(3, vocab) for _ in range(rng.randrange(low, high))] for _ in range(rows)]
+    result = []
+    for _ in range(rows):
+        length = rng.randrange(low, high)
+        result.append([rng.randrange(3, vocab) for _ in range(length)])
+    return result
 
 
 @pytest.fixture
 def scratch(tmp_path) -> Iterator[Path]:
-    """A folder for the many files of tests/faults: in memory, where that has room, which halves their time."""
+    """A folder for the many files of tests/faults; in memory where that has room: twice as fast."""
     memory = Path("/dev/shm")
-    if (
-        not memory.is_dir()
-        or not os.access(memory, os.W_OK)
-        or shutil.disk_usage(memory).free < 2 << 30
-    ):
+    writable = memory.is_dir() and os.access(memory, os.W_OK)
+    if not writable or shutil.disk_usage(memory).free < 2 << 30:
         yield tmp_path
         return
     with tempfile.TemporaryDirectory(dir=memory, prefix="faults-") as folder:

@@ -1,9 +1,10 @@
-"""Runs for tests: programs called in this process, small presets, and folders compared file by file.
+"""Runs for tests: programs called in this process, a small preset, folders compared by file.
 
 A plain module that test files import; conftest.py makes the fixtures `stub` and `tiny` of it.
 """
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -17,24 +18,16 @@ from pathlib import Path
 import pytest
 
 from minmacpo.evaluation import report
-from minmacpo.evaluation.report import write_report
 from minmacpo.runtime.progress import run_main
 
 METHODS = [
-    "sft",
-    "sft-continued",
-    "confident",
-    "spin",
-    "self-rewarding",
-    "rlaif",
-    "rlcd",
-    "dpo-truth",
+    "sft", "sft-continued", "confident", "spin", "self-rewarding", "rlaif", "rlcd", "dpo-truth",
     "ceiling",
-]
+]  # fmt: skip
 REPOSITORY = Path(__file__).parent.parent
 
-# A whole run of about 90 stages in a second: K = 2, R = 2, models that can do nothing. Micro-batches
-# are so small that every step accumulates over several of them.
+# A whole run of about 90 stages in two seconds: K = 2, R = 2, models that can do nothing.
+# Micro-batches are so small that every step accumulates over several of them.
 STUB = """
 [run]
 save_every = 2
@@ -118,13 +111,17 @@ def write_stub(folder: Path, name: str = "stub", extra: str = "") -> str:
 
 def program(name: str):
     """The `main` of train.py, sample.py or eval.py."""
-    return __import__(name).main
+    return importlib.import_module(name).main
 
 
-def last_report(path: Path) -> None:
+def last_report(path: Path, write=report.write_report) -> None:
     """The report of a run that has its table; those before it are left out, to save time."""
     if (Path(path) / "eval/table.json").exists():
-        write_report(path)
+        write(path)
+
+
+def do_not_flush(handle: int) -> None:
+    """Stands for os.fsync: what a test writes need not survive a power cut."""
 
 
 def invoke(name: str, *words, whole: bool = False) -> Ended:
@@ -133,13 +130,14 @@ def invoke(name: str, *words, whole: bool = False) -> Ended:
     To save time no file is flushed to the disk, and reports before the last are left out, unless
     `whole`: then all is done as in a user's run.
     """
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    out, err = io.StringIO(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    out = io.StringIO()
+    err = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
         if not whole:
             patch.setattr(report, "write_report", last_report)
-            patch.setattr(os, "fsync", lambda handle: None)
+            patch.setattr(os, "fsync", do_not_flush)
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 code = run_main(program(name))
@@ -165,12 +163,25 @@ def spawn(name: str, *words, **options) -> subprocess.Popen:
 
 def new_run(root: Path, name: str) -> Path:
     """A finished run of the stub preset, or of a packaged one, with all its stages."""
-    train(write_stub(root) if name == "stub" else f"@{name}", f"--run.root={root / 'runs'}")
+    preset = write_stub(root) if name == "stub" else f"@{name}"
+    train(preset, f"--run.root={root / 'runs'}")
     return root / "runs" / name
 
 
+def new_variant(source: Path, root: Path, *words: str) -> Path:
+    """A finished run `root`/variant of the stub preset with other settings.
+
+    Stages that the settings leave as they are in the finished run `source` are taken from a copy
+    of it, which lies beside the new run: that takes a tenth of the time.
+    """
+    if not (root / source.name).exists():
+        copy_run(source, root)
+    train(write_stub(root / "presets"), f"--run.root={root}", "--run.name=variant", *words)
+    return root / "variant"
+
+
 def copy_run(source: Path, root: Path, parts: tuple[str, ...] = ()) -> Path:
-    """A copy of a run under another root, to be changed at will; `parts`: only these of its folders."""
+    """A copy of a run under another root, to be changed at will; `parts`: only these folders."""
     target = root / source.name
     if not parts:
         shutil.copytree(source, target)
@@ -181,56 +192,58 @@ def copy_run(source: Path, root: Path, parts: tuple[str, ...] = ()) -> Path:
 
 # ---- comparing ------------------------------------------------------------------------------
 
-# What may differ between an interrupted and an uninterrupted run on one machine:
-TIMES = (
-    "started",
-    "seconds",
-    "cpu_seconds",
-    "peak_mb",
-    "commit",
-    "checksum",
-)  # in every stage.json
-RATES = ("time", "tokens_per_s", "peak_mem_gb")  # in every line of the run's metrics.jsonl
-FREE = ("log.txt", "env.json", "report.html")  # and these whole; in eval/table.json the key "cost"
+# What may differ between an interrupted and an uninterrupted run on one machine: of every
+# stage.json, of every line of the run's metrics.jsonl, of eval/table.json, and whole files.
+TIMES = ("started", "seconds", "cpu_seconds", "peak_mb", "commit", "checksum")
+RATES = ("time", "tokens_per_s", "peak_mem_gb")
+COSTS = ("cost", "run")
+FREE = ("log.txt", "env.json", "report.html")
+
+
+def without(row: dict, keys: tuple[str, ...]) -> dict:
+    """A row without some of its keys."""
+    return {key: value for key, value in row.items() if key not in keys}
+
+
+def content(file: Path, name: str, ignore: tuple[str, ...] = ()) -> object:
+    """What is compared of the file that a run calls `name`; `ignore`: more keys of stage.json."""
+    if file.name == "stage.json":
+        return without(json.loads(file.read_bytes()), TIMES + ignore)
+    if name == "metrics.jsonl":
+        return [without(row, RATES) for row in rows_of(file)]
+    if name == "eval/table.json":
+        return without(json.loads(file.read_bytes()), COSTS)
+    if name == "config.toml":
+        lines = file.read_text().splitlines()
+        return [line for line in lines if not line.startswith(("root =", "name ="))]
+    if name in FREE:
+        return None
+    return file.read_bytes()
 
 
 def contents(run: Path, ignore: tuple[str, ...] = ()) -> dict[str, object]:
     """{path: content without times} of every file of a run; `ignore`: more keys of stage.json."""
-    found = {}
-    for file in sorted(p for p in run.rglob("*") if p.is_file() and "profile" not in p.parts):
-        name = str(file.relative_to(run))
-        if file.name == "stage.json":
-            found[name] = {
-                k: v for k, v in json.loads(file.read_bytes()).items() if k not in TIMES + ignore
-            }
-        elif name == "metrics.jsonl":
-            rows = [json.loads(line) for line in file.read_text().splitlines()]
-            found[name] = [{k: v for k, v in row.items() if k not in RATES} for row in rows]
-        elif name == "eval/table.json":
-            found[name] = {
-                k: v for k, v in json.loads(file.read_bytes()).items() if k not in ("cost", "run")
-            }
-        elif name == "config.toml":
-            lines = file.read_text().splitlines()
-            found[name] = [line for line in lines if not line.startswith(("root =", "name ="))]
-        else:
-            found[name] = None if name in FREE else file.read_bytes()
-    return found
+    compared = {}
+    for file in sorted(run.rglob("*")):
+        if file.is_file() and "profile" not in file.parts:
+            name = str(file.relative_to(run))
+            compared[name] = content(file, name, ignore)
+    return compared
 
 
 def differences(a: Path, b: Path, ignore: tuple[str, ...] = ()) -> list[str]:
     """Paths of the files that differ between two runs in more than times, or exist in one only."""
-    left, right = contents(a, ignore), contents(b, ignore)
-    return sorted(
-        name for name in left.keys() | right.keys() if left.get(name, 0) != right.get(name, 0)
-    )
+    left = contents(a, ignore)
+    right = contents(b, ignore)
+    names = left.keys() | right.keys()
+    return sorted(name for name in names if left.get(name, 0) != right.get(name, 0))
 
 
 def stages_of(run: Path) -> dict[str, dict]:
     """{name: stage.json} of all finished stages."""
     return {
-        str(f.parent.relative_to(run)): json.loads(f.read_bytes())
-        for f in sorted(run.glob("*/*/stage.json"))
+        str(file.parent.relative_to(run)): json.loads(file.read_bytes())
+        for file in sorted(run.glob("*/*/stage.json"))
     }
 
 
@@ -241,5 +254,9 @@ def rows_of(file: Path) -> list[dict]:
 
 def inodes(run: Path) -> dict[str, tuple[int, int]]:
     """{path: (inode, time of last change)} of all files in stage folders."""
-    files = [f for f in run.glob("*/*/*") if f.is_file()]
-    return {str(f.relative_to(run)): (os.stat(f).st_ino, os.stat(f).st_mtime_ns) for f in files}
+    identities = {}
+    for file in run.glob("*/*/*"):
+        if file.is_file():
+            status = file.stat()
+            identities[str(file.relative_to(run))] = (status.st_ino, status.st_mtime_ns)
+    return identities

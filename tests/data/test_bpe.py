@@ -9,7 +9,7 @@ import time
 import unicodedata
 
 import pytest
-from byte_pairs import NOTES, SPECIAL, STYLES, made, oracle
+from byte_pairs import NOTES, SPECIAL, STYLES, oracle, train_file
 from conftest import TEXTS, shared
 from test_tokenizer import ODD, random_text
 from tokenizers.normalizers import NFC
@@ -46,7 +46,7 @@ def both(request):
     if request.param == "the real llama-3":
         file = gzip.decompress(shared("tokenizers/llama3-tokenizer.json.gz").read_bytes()).decode()
     else:
-        file = made(request.param, LEARNED * 3)
+        file = train_file(request.param, LEARNED * 3)
     return BytePairs(file.encode(), "here"), oracle(file)
 
 
@@ -181,7 +181,7 @@ def test_escaped_marks_are_letters(pattern):
 @pytest.mark.parametrize("style", STYLES)
 def test_no_text_can_make_an_added_token(style, seed):
     rng = random.Random(seed)
-    ours = BytePairs(made(style, LEARNED * 3).encode(), "here")
+    ours = BytePairs(train_file(style, LEARNED * 3).encode(), "here")
     assert set(ours.added) == {*SPECIAL, "<tool_call>"}
     for text in [
         *SPECIAL,
@@ -193,7 +193,7 @@ def test_no_text_can_make_an_added_token(style, seed):
 
 
 def test_decoding_drops_special_tokens_shows_others_and_minds_broken_bytes():
-    ours = BytePairs(made("llama-3", LEARNED).encode(), "here")
+    ours = BytePairs(train_file("llama-3", LEARNED).encode(), "here")
     ids = ours.encode("one two")
     assert (
         ours.decode([1, *ids[:2], 4, *ids[2:], ours.added["<tool_call>"], 10**6])
@@ -203,7 +203,7 @@ def test_decoding_drops_special_tokens_shows_others_and_minds_broken_bytes():
 
 
 def test_a_piece_that_spells_no_bytes_is_text_as_the_package_has_it():
-    file = json.loads(made("gpt-2", LEARNED))
+    file = json.loads(train_file("gpt-2", LEARNED))
     first = len(file["model"]["vocab"]) + 10
     file["model"]["vocab"] |= {"the fox": first, "Ġthe▁fox": first + 1, "Ġ日": first + 2}
     ours, theirs = (
@@ -215,7 +215,7 @@ def test_a_piece_that_spells_no_bytes_is_text_as_the_package_has_it():
 
 
 def test_half_a_surrogate_pair_is_no_text(tmp_path):
-    (tmp_path / "tokenizer.json").write_text(made("gpt-2", LEARNED))
+    (tmp_path / "tokenizer.json").write_text(train_file("gpt-2", LEARNED))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(NOTES["gpt-2"]))
     with pytest.raises(UserError, match="surrogate"):
         load_tokenizer(tmp_path).encode("a\ud800")
@@ -226,7 +226,7 @@ def test_half_a_surrogate_pair_is_no_text(tmp_path):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_a_folder_of_the_family(tmp_path, style):
-    (tmp_path / "tokenizer.json").write_text(made(style, LEARNED))
+    (tmp_path / "tokenizer.json").write_text(train_file(style, LEARNED))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(NOTES[style]))
     found = load_tokenizer(tmp_path)
     wanted = {"gpt-2": (0, 0), "smollm-2": (5, 6), "qwen-2": (-1, 6), "llama-3": (1, 4)}[style]
@@ -240,7 +240,7 @@ def test_a_folder_of_the_family(tmp_path, style):
 
 
 def test_config_json_says_the_ends_where_nothing_names_them(tmp_path):
-    (tmp_path / "tokenizer.json").write_text(made("llama-3", LEARNED))
+    (tmp_path / "tokenizer.json").write_text(train_file("llama-3", LEARNED))
     with pytest.raises(UserError, match="eos_token"):
         load_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [4, 0]}))
@@ -249,7 +249,7 @@ def test_config_json_says_the_ends_where_nothing_names_them(tmp_path):
 
 
 def test_a_sentencepiece_model_comes_first(model_folder, tokenizer):
-    (model_folder / "tokenizer.json").write_text(made("llama-3", LEARNED))
+    (model_folder / "tokenizer.json").write_text(train_file("llama-3", LEARNED))
     assert load_tokenizer(model_folder).encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
 
 
@@ -302,7 +302,7 @@ def test_a_sentencepiece_model_comes_first(model_folder, tokenizer):
     ],
 )
 def test_what_is_not_done_here_is_refused(change):
-    file = json.loads(made("llama-3", LEARNED))
+    file = json.loads(train_file("llama-3", LEARNED))
     split = file["pre_tokenizer"]["pretokenizers"][0]
     if "pattern" in change:
         split["pattern"] = {"Regex": change["pattern"]}
@@ -319,7 +319,7 @@ def test_what_is_not_done_here_is_refused(change):
 
 def test_an_end_that_is_no_token_is_looked_for_once():
     """A name among two thousand million ids would take a minute and a half."""
-    file = json.loads(made("llama-3", LEARNED))
+    file = json.loads(train_file("llama-3", LEARNED))
     file["added_tokens"][0]["id"] = (1 << 31) - 1
     start = time.process_time()
     with pytest.raises(UserError, match="nosuch"):
@@ -334,7 +334,7 @@ def test_a_damaged_file_is_refused(content):
 
 
 def test_a_byte_without_a_token_is_said(tmp_path):
-    file = json.loads(made("gpt-2", LEARNED))
+    file = json.loads(train_file("gpt-2", LEARNED))
     file["model"] |= {
         "vocab": {k: v for k, v in file["model"]["vocab"].items() if k != "q"},
         "merges": [],

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from byte_pairs import NOTES, made
+from byte_pairs import NOTES, train_file
 from conftest import TEXTS, random_model, shared
 
 from minmacpo import UserError
@@ -248,7 +248,7 @@ SENTENCEPIECE = {"llama-2": "llama2-tokenizer", "mistral": "mistral-v1", "zephyr
 def folder_of(path, style: str, vocab: int = 700):
     """A folder with a tokenizer of the family and nothing else."""
     path.mkdir(exist_ok=True, parents=True)
-    (path / "tokenizer.json").write_text(made(style, TEXTS * 3, vocab))
+    (path / "tokenizer.json").write_text(train_file(style, TEXTS * 3, vocab))
     (path / "tokenizer_config.json").write_text(json.dumps(NOTES[style]))
     return path
 
