@@ -94,38 +94,38 @@ def main(argv: list[str]) -> int | None:
         return print(help_text())
     from minmacpo.runtime.distributed import meet
 
-    with (ranks := meet()).report_first_error():
-        return obey(command, ranks)
+    with (dist := meet()).report_first_error():
+        return obey(command, dist)
 
 
-def obey(command, ranks) -> int | None:
+def obey(command, dist) -> int | None:
     """The run, or the part of it, that is asked for, done together with the other ranks."""
     from minmacpo.cli.dry_run import check_memory, hints, show_plan
     from minmacpo.evaluation.report import finish, write_report
     from minmacpo.pipeline.run import Run
-    from minmacpo.runtime.device import configure_torch
+    from minmacpo.runtime.device import configure_torch, resolve_device
 
     config = command.config
-    configure_torch(config)
-    ranks.connect(config)
+    configure_torch(config.run.threads)
+    dist.connect(resolve_device(config.run.device), config.parallel.shard)
     prepared, source = functools.cache(lambda: prepare(config)), source_of(config)
-    run = Run(config, command.stage, command.profile, command.dry_run, ranks)
+    run = Run(config, command.stage, command.profile, command.dry_run, dist)
     run_all(run, source, prepared)  # only lists the stages
     if command.stage and command.stage not in run.plan:
         raise UserError(f"--stage={command.stage}: no such stage; --dry_run lists them")
     if command.dry_run:
-        return ranks.run_on_main(lambda: show_plan(run, prepared))
+        return dist.run_on_main(lambda: show_plan(run, prepared))
     made = [stage for name, stage in run.plan.items() if name.startswith(("data/", "bases/"))]
-    ranks.run_on_main(
+    dist.run_on_main(
         lambda: all(stage.finished for stage in made) or bool(prepared())
     )  # bad data is an error before there is a run folder
-    ranks.run_on_main(lambda: check_memory(run, prepared))
+    dist.run_on_main(lambda: check_memory(run, prepared))
     run.begin()
     for said in hints(run):
         run.log(f"WARNING: {said}")
     run.after_stage = write_report
     run_all(run, source, prepared)
-    if ranks.is_main:
+    if dist.is_main:
         print(finish(run))
 
 

@@ -200,7 +200,7 @@ def texts_of(plan: Plan, seed: int, base: str) -> list[Example]:
 def make_bases(plan: Plan, seed: int) -> None:
     """A run that ends after its bases: the strong one, and three weak ones with sizes and texts of their own."""
     config = plan.config(seed, f"bases-seed={seed}", [f"--data.path={plan.root / 'data'}"])
-    configure_torch(config)
+    configure_torch(config.run.threads)
     texts = {base: plan.settings["texts"][base] for base in base_names(config)}
     source = {
         "files": plan.counts()["files"],

@@ -16,13 +16,13 @@ import time
 import traceback
 from pathlib import Path
 
-import minmacpo.evaluation.report
 import runs
 import torch
 import torch.distributed.fsdp
 from conftest import Keep, random_model
 from torch.distributed import TCPStore
 
+import minmacpo.evaluation.report
 import train
 from minmacpo import UserError
 from minmacpo.config.parse import parse
@@ -34,8 +34,9 @@ from minmacpo.core.scoring import score
 from minmacpo.core.trainer import OptimizerConfig, TrainExample, fit, train_step
 from minmacpo.data.tokenizer import Tokens
 from minmacpo.pipeline.run import Run, StageContext
+from minmacpo.runtime.device import resolve_device
 from minmacpo.runtime.distributed import meet
-from minmacpo.runtime.progress import Interrupted
+from minmacpo.runtime.progress import Interrupted, run_main
 
 
 def rows_of(seed: int, units: int, sides: int) -> list[TrainExample]:
@@ -53,7 +54,7 @@ def rows_of(seed: int, units: int, sides: int) -> list[TrainExample]:
     return found
 
 
-def slotted(seed: int, ranks):
+def slotted(seed: int, dist):
     """A random model with a slot that does something, on these ranks."""
     model = random_model(seed)
     params = attach_lora(model, Lora(targets=("q_proj", "v_proj", "down_proj")))
@@ -61,14 +62,14 @@ def slotted(seed: int, ranks):
     draw = torch.Generator().manual_seed(seed)
     for param in params:
         param.data.add_(0.02 * torch.randn(param.shape, generator=draw))
-    ranks.shard(model, params, "cpu")
+    dist.shard(model, params, "cpu")
     return model, params
 
 
 def together(seed: int, folder: str, name: str, kind: str, shards: bool, job):
     """What `job` makes of (ranks, units, model, slot, objective, work), all ranks doing it."""
     objective, sides = (SFTLoss(), 1) if kind == "sft" else (PreferenceLoss(0.1, 0.2), 2)
-    with (ranks := meet()).report_first_error():
+    with (dist := meet()).report_first_error():
         config = parse(
             [
                 "@tiny",
@@ -77,9 +78,9 @@ def together(seed: int, folder: str, name: str, kind: str, shards: bool, job):
                 f"--parallel.shard={str(shards).lower()}",
             ]
         ).config
-        ranks.connect(config)
+        dist.connect(resolve_device(config.run.device), config.parallel.shard)
         work = StageContext(
-            run := Run(config, ranks=ranks),
+            run := Run(config, dist=dist),
             "part/stage",
             Path(folder, name, "stage"),
             seed,
@@ -87,20 +88,20 @@ def together(seed: int, folder: str, name: str, kind: str, shards: bool, job):
         )
         run.path, run.log_file = work.folder, sys.stderr
         work.folder.mkdir(parents=True, exist_ok=True)
-        found = job(ranks, rows_of(seed, 24, sides), *slotted(seed, ranks), objective, work)
-    torch.save(found, Path(folder, f"{name}-{ranks.rank}.pt"))
+        found = job(dist, rows_of(seed, 24, sides), *slotted(seed, dist), objective, work)
+    torch.save(found, Path(folder, f"{name}-{dist.rank}.pt"))
     return 0
 
 
-def toys(ranks, units, model, params, objective, work) -> dict:
+def toys(dist, units, model, params, objective, work) -> dict:
     """A step's gradients, twenty steps, scores and samples."""
     groups, keep = [[*range(7)], [7, 8], [9], [10, 11, 12]], Keep(params)
     values = train_step(
-        model, params, units, groups, objective, keep, mine=ranks.split_batches(groups), ranks=ranks
+        model, params, units, groups, objective, keep, mine=dist.split_batches(groups), dist=dist
     )
     grads = torch.cat([grad.flatten() for grad in keep.grads])
-    adapter = twenty_steps(ranks, units, model, params, objective, work)
-    logps = score(model, [row for unit in units for row in unit.rows], 90, ranks=ranks)
+    adapter = twenty_steps(dist, units, model, params, objective, work)
+    logps = score(model, [row for unit in units for row in unit.rows], 90, dist=dist)
     prompts, own = (
         [list(unit.rows[0].ids[:9]) for unit in units[:13]],
         Generate(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=40),
@@ -113,7 +114,7 @@ def toys(ranks, units, model, params, objective, work) -> dict:
 
     samples = [
         ids
-        for block in ranks.parallel_map([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12]], answers)
+        for block in dist.parallel_map([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12]], answers)
         for ids in block
     ]
     held = sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters())
@@ -127,39 +128,39 @@ def toys(ranks, units, model, params, objective, work) -> dict:
     }
 
 
-def twenty_steps(ranks, units, model, params, objective, work):
+def twenty_steps(dist, units, model, params, objective, work):
     """The slot after twenty steps of `fit`."""
     fit(model, params, units, objective, OptimizerConfig(3e-3, 20, 8), work)
     return torch.cat([param.detach().flatten() for param in params])
 
 
-def stopped(ranks, units, model, params, objective, work) -> int | None:
+def stopped(dist, units, model, params, objective, work) -> int | None:
     """The last rank alone is asked to stop after step 7; returns the step at which this one did."""
     steps = []
 
     def on_step():
         steps.append(1)
-        if len(steps) == 7 and ranks.rank == ranks.world_size - 1:
-            ranks.signals.number = signal.SIGTERM
+        if len(steps) == 7 and dist.rank == dist.world_size - 1:
+            dist.signals.number = signal.SIGTERM
 
     work.run.on_step = on_step
     try:
-        twenty_steps(ranks, units, model, params, objective, work)
+        twenty_steps(dist, units, model, params, objective, work)
     except Interrupted:
         return len(steps)
 
 
 def complaint(words: list[str]) -> None:
     """The last rank alone finds that something is wrong, while the others wait for what it should send."""
-    with (ranks := meet()).report_first_error():
-        ranks.connect(parse(["@tiny"]).config)
+    with (dist := meet()).report_first_error():
+        dist.connect("cpu", shard=False)
 
         def do(item: int) -> int:
             if item:
                 raise UserError("row 7 is too long")
             return item
 
-        list(ranks.parallel_map([*range(ranks.world_size)], do))
+        list(dist.parallel_map([*range(dist.world_size)], do))
 
 
 def all_toys(folder: str, seed: int, cases: list[str]) -> int:

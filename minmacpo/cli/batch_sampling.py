@@ -20,7 +20,7 @@ from minmacpo.data.records import Example, Pair
 from minmacpo.pipeline.base_models import model_fingerprint
 from minmacpo.pipeline.model_pool import LoadedModel, answer, fit_rows
 from minmacpo.pipeline.run import derive_seed
-from minmacpo.runtime.device import device_of, dtype_of
+from minmacpo.runtime.device import resolve_device, resolve_dtype
 from minmacpo.runtime.files import fingerprint, open_locked, sha256_file, to_jsonl, with_path
 from minmacpo.runtime.progress import Progress
 
@@ -75,8 +75,8 @@ def marked(
         "generate": asdict(config.generate),
         "seed": config.run.seed,
         "template": config.data.template,
-        "device": device_of(config),
-        "dtype": str(dtype_of(config)),
+        "device": resolve_device(config.run.device),
+        "dtype": str(resolve_dtype(config.run.dtype, config.run.device)),
         "prompts": [prompt.id for prompt in prompts],
         "count": count,
     }

@@ -14,7 +14,7 @@ from minmacpo.core.prepack import multiplies_bf16
 from minmacpo.data.chat_template import template_hint
 from minmacpo.pipeline.prepare_data import PreparedData
 from minmacpo.pipeline.run import Run
-from minmacpo.runtime.device import device_of, dtype_of, free_bytes, process_bytes
+from minmacpo.runtime.device import free_bytes, process_bytes, resolve_device, resolve_dtype
 from minmacpo.runtime.progress import escape_control_chars, gigabytes, thousands
 
 NOTES = """\
@@ -43,7 +43,7 @@ def first_that_fails(plan: Plan, free: int) -> str | None:
 
 def room(run: Run) -> int:
     """Bytes of memory that are free to this rank."""
-    return free_bytes(device_of(run.config)) // run.ranks.ranks_per_device
+    return free_bytes(resolve_device(run.config.run.device)) // run.dist.ranks_per_device
 
 
 def problem(run: Run, prepared: PreparedData | None) -> str | None:
@@ -51,7 +51,7 @@ def problem(run: Run, prepared: PreparedData | None) -> str | None:
     plan, free, flags = Plan(run, run.config, prepared), room(run), {}
     if not (name := first_that_fails(plan, free)):
         return None
-    said = f"{name} needs about {gigabytes(plan.total(name))} of memory, of which {gigabytes(free)} are free on the {device_of(run.config)}"
+    said = f"{name} needs about {gigabytes(plan.total(name))} of memory, of which {gigabytes(free)} are free on the {resolve_device(run.config.run.device)}"
     while name:
         if not (changes := remedy(plan, name, free)):
             return f"{said}; no setting makes {name if flags else 'it'} fit: take a smaller base, lower data.max_length, or another machine"
@@ -77,7 +77,9 @@ def remedy(plan: Plan, name: str, free: int) -> Sequence[tuple[str, str, object]
     key = "batch" if part == "generate" else "max_tokens_per_batch"
     value = getattr(getattr(config, part), key)
     halves = [(part, key, value >> times) for times in range(1, value.bit_length())]
-    small = [("run", "dtype", "bfloat16")] * (dtype_of(config).itemsize > 2)
+    small = [("run", "dtype", "bfloat16")] * (
+        resolve_dtype(config.run.dtype, config.run.device).itemsize > 2
+    )
     able = (
         plan.quantizer(name) and plan.form(name) == "none" and not config.parallel.shard
     )  # the two do not go together
@@ -100,7 +102,9 @@ def check_memory(run: Run, prepared: Callable[[], PreparedData]) -> None:
 
 def show_plan(run: Run, prepared: Callable[[], PreparedData]) -> None:
     """The dry run: settings, rows, slices, and the stages with what each will take."""
-    process = process_bytes() if device_of(run.config) == "cpu" else 0  # before the texts are read
+    process = (
+        process_bytes() if resolve_device(run.config.run.device) == "cpu" else 0
+    )  # before the texts are read
     plan, tokens, most, lines = Plan(run, run.config, prepared()), 0, (0, "no stage"), []
     for number, (name, stage) in enumerate(run.plan.items(), 1):
         words, task = (
@@ -131,12 +135,12 @@ def hints(run: Run) -> list[str]:
     given = {stage.path for _, inputs in run.recipes.values() for stage in inputs if stage.external}
     odd = (
         ["parallel.shard divides nothing without torchrun"]
-        if run.config.parallel.shard and run.ranks.world_size == 1
+        if run.config.parallel.shard and run.dist.world_size == 1
         else []
     )
     if (
-        device_of(run.config) == "cpu"
-        and dtype_of(run.config) == torch.bfloat16
+        resolve_device(run.config.run.device) == "cpu"
+        and resolve_dtype(run.config.run.dtype, run.config.run.device) == torch.bfloat16
         and not multiplies_bf16()
     ):
         odd += [

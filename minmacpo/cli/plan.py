@@ -23,7 +23,7 @@ from minmacpo.pipeline.base_models import made_config
 from minmacpo.pipeline.model_pool import TextColumn
 from minmacpo.pipeline.prepare_data import PreparedData
 from minmacpo.pipeline.run import Run, Stage
-from minmacpo.runtime.device import device_of, dtype_of
+from minmacpo.runtime.device import resolve_device, resolve_dtype
 
 SOURCES = {
     "samples.jsonl": "sample",
@@ -184,7 +184,7 @@ class Plan:
             steps = min(steps, steps_per_epoch(len(lengths), recipe["settings"]["batch"]))
         budget, alike = limits(
             self.config.run.max_tokens_per_batch,
-            device_of(self.config),
+            resolve_device(self.config.run.device),
             not recipe["kind"].startswith("pretrain"),
         )
         return plan_steps(
@@ -266,7 +266,7 @@ class Plan:
         side, width = min(self.config.generate.batch, count), max(rows.prompts, default=0)
         models, twins = (
             2 if settings.get("contrastive") else 1,
-            device_of(self.config) == "cpu" and not self.run.ranks.is_sharded,
+            resolve_device(self.config.run.device) == "cpu" and not self.run.dist.is_sharded,
         )
         tokens = models * (sum(rows.prompts) * settings["answers"] + count * most)
         return Task(
@@ -290,7 +290,10 @@ class Plan:
         rows, model = rows or self.rows(name, base), self.model(base)[0]
         lengths, answers = rows.lengths(model.max_position_embeddings)
         groups = plan_scoring(
-            lengths, scoring_tokens(self.config.run.max_tokens_per_batch, device_of(self.config))
+            lengths,
+            scoring_tokens(
+                self.config.run.max_tokens_per_batch, resolve_device(self.config.run.device)
+            ),
         )
         return Task(sum(lengths), rows.exact, largest("score", [groups], lengths, answers), model)
 
@@ -299,8 +302,8 @@ class Plan:
         if (task := self.task(name)) is None:
             return None
         world = (
-            self.run.ranks.world_size
-            if self.run.ranks.is_sharded and task.load.kind != "pretrain"
+            self.run.dist.world_size
+            if self.run.dist.is_sharded and task.load.kind != "pretrain"
             else 1
         )
         return need(
@@ -310,12 +313,16 @@ class Plan:
             self.size(task),
             self.form(name),
             world,
-            device_of(self.config),
+            resolve_device(self.config.run.device),
         )
 
     def size(self, task: Task) -> int:
         """Bytes of a number; bases are made in fp32."""
-        return (torch.float32 if task.load.kind == "pretrain" else dtype_of(self.config)).itemsize
+        return (
+            torch.float32
+            if task.load.kind == "pretrain"
+            else resolve_dtype(self.config.run.dtype, self.config.run.device)
+        ).itemsize
 
     def quantizer(self, name: str) -> str | None:
         """The setting that says how the stage's base is quantised; None where it is being made."""
@@ -343,7 +350,7 @@ class Plan:
         task = self.task(name)
         return found.total + (
             beside(task.load, task.model, self.size(task), found)
-            if device_of(self.config) == "cpu"
+            if resolve_device(self.config.run.device) == "cpu"
             else 0
         )
 

@@ -32,7 +32,7 @@ def score(
     rows: Sequence[Tokens],
     budget: int,
     progress: Progress | None = None,
-    ranks: Distributed = SINGLE_PROCESS,
+    dist: Distributed = SINGLE_PROCESS,
     log: Callable[[str], None] = print,
     share: bool = False,
 ) -> list[float]:
@@ -63,7 +63,7 @@ def score(
                         model, batch.tokens, batch.mask, shared=batch.shared
                     ).tolist()
             except torch.OutOfMemoryError:
-                if ranks.is_sharded:
+                if dist.is_sharded:
                     raise UserError(
                         "out of memory while texts are scored; lower run.max_tokens_per_batch"
                     ) from None
@@ -72,13 +72,13 @@ def score(
                         f"out of memory: a text of {batch.tokens.numel()} tokens is too long to be scored here"
                     ) from None
                 most, parts[:0] = min(most, budget) // 2, halved([part])
-                ranks.warn(
+                dist.warn(
                     f"out of memory: from here at most {most} tokens per forward pass (run.max_tokens_per_batch is the limit that was tried)",
                     log,
                 )
         return found
 
-    for group, found in zip(groups, ranks.parallel_map(groups, one_pass), strict=True):
+    for group, found in zip(groups, dist.parallel_map(groups, one_pass), strict=True):
         for i, logp in zip(group, found, strict=True):
             logps[i] = logp
         if progress:

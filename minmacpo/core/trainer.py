@@ -24,7 +24,7 @@ from minmacpo.core.batching import (
 from minmacpo.core.checkpoint import load_state, save_state
 from minmacpo.data.tokenizer import Tokens
 from minmacpo.pipeline.run import StageContext
-from minmacpo.runtime.device import device_of, normalize_oom, peak_mb
+from minmacpo.runtime.device import normalize_oom, peak_mb, resolve_device
 from minmacpo.runtime.distributed import SINGLE_PROCESS, Distributed
 from minmacpo.runtime.files import write_rows
 
@@ -76,7 +76,9 @@ def plan_of(
     """The steps of `schedule`; `close`: see batching.limits."""
     lengths = [max(len(row.ids) for row in unit.rows) for unit in units]
     config = work.run.config
-    budget, alike = limits(config.run.max_tokens_per_batch, device_of(config), close)
+    budget, alike = limits(
+        config.run.max_tokens_per_batch, resolve_device(config.run.device), close
+    )
     return plan_steps(
         lengths, schedule.batch, schedule.steps, work.seed, budget // len(units[0].rows), alike
     )
@@ -103,16 +105,16 @@ class MicroBatcher:
 
     def share(self, groups: list[list[int]]) -> list[list[int]]:
         """This rank's micro-batches of a step, as small as was needed so far."""
-        mine = self.work.ranks.split_batches(groups)
+        mine = self.work.dist.split_batches(groups)
         for _ in range(
-            0 if self.work.ranks.is_sharded else self.times
+            0 if self.work.dist.is_sharded else self.times
         ):  # there all ranks have equally many passes
             mine = halved(mine)
         return mine
 
     def again(self, mine: list[list[int]]) -> list[list[int]]:
         """Micro-batches half as large, for which memory may do; UserError if there are none."""
-        if self.work.ranks.is_sharded:  # others wait for this rank's next pass
+        if self.work.dist.is_sharded:  # others wait for this rank's next pass
             raise UserError(f"{self.work.name}: out of memory; lower run.max_tokens_per_batch")
         if max(map(len, mine), default=1) == 1:
             raise UserError(
@@ -121,7 +123,7 @@ class MicroBatcher:
         self.times += 1
         most = self.work.run.config.run.max_tokens_per_batch >> self.times
         told = f"out of memory: the step is done again with micro-batches of {most} tokens at most"
-        self.work.ranks.warn(told, self.work.log)
+        self.work.dist.warn(told, self.work.log)
         return halved(mine)
 
 
@@ -151,14 +153,14 @@ def fit(
         work, units, plan, optimizer, objective, steps_per_epoch(len(units), schedule.batch), cut
     )
     first = watch.resume()
-    if len({*work.ranks.gather(first)}) > 1:
+    if len({*work.dist.gather(first)}) > 1:
         raise UserError(
             f"{watch.file}: not all ranks see the same training state; they need the same run folder"
         )
     if not first:  # a resumed training has them in its state
         watch.rows += rows
         for row in rows:
-            work.metrics(row)
+            work.log_metrics(row)
     with work.progress(len(plan), "step", first) as progress:
         for done, groups in enumerate(plan[first:], first + 1):
             optimizer.param_groups[0]["lr"] = schedule.rate(done - 1)
@@ -173,17 +175,17 @@ def fit(
                     (done - 1) / len(plan),
                     planned.share,
                     cut.share(groups),
-                    work.ranks,
+                    work.dist,
                     cut.again,
                 )
             )
             if done % config.log_every == 0 or done == len(plan):
                 watch.report(done)
-            if done % config.save_every == 0 or work.stopping:
+            if done % config.save_every == 0 or work.should_stop:
                 watch.save(done)
-                work.check()
+                work.raise_if_stopped()
             progress.step()
-    if work.ranks.is_main:
+    if work.dist.is_main:
         write_rows(work.folder / "metrics.jsonl", watch.rows)
     optimizer.state.clear()  # torch leaves an optimiser in a cycle of references: its moments would stay until the collector comes
     shown = ("loss", "rewards/margins")
@@ -201,7 +203,7 @@ def train_step(
     progress: float = 1.0,
     share: bool = False,
     mine: list[list[int]] | None = None,
-    ranks: Distributed = SINGLE_PROCESS,
+    dist: Distributed = SINGLE_PROCESS,
     again: Callable | None = None,
 ) -> Tensor:
     """One optimiser step over micro-batches `groups`, of which this rank does `mine`, or where memory is short what `again`
@@ -219,7 +221,7 @@ def train_step(
                 raise
         optimizer.zero_grad()  # outside of the handler, whose traceback holds the tensors of the pass
         mine = again(mine)
-    total = ranks.all_reduce_grads(params, total)
+    total = dist.all_reduce_grads(params, total)
     norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -308,17 +310,17 @@ class Watch:
         )
         self.rows.append(row | {"lr": self.optimizer.param_groups[0]["lr"], "tokens": tokens})
         speed = round((tokens - self.clock_tokens) / max(now - self.clock, 1e-9))
-        self.work.metrics(
+        self.work.log_metrics(
             self.rows[-1],
             tokens_per_s=speed,
-            peak_mem_gb=round(peak_mb(device_of(self.work.run.config)) / 1024, 3),
+            peak_mem_gb=round(peak_mb(resolve_device(self.work.run.config.run.device)) / 1024, 3),
         )
         self.pending, self.clock, self.clock_tokens = [], now, tokens
 
     def save(self, done: int) -> None:
         """Write parameters, moments and the metrics so far, reported or not, which are the same on all ranks, and every rank's cut."""
-        cuts = self.work.ranks.gather(self.cut.times)
-        if not self.work.ranks.is_main:
+        cuts = self.work.dist.gather(self.cut.times)
+        if not self.work.dist.is_main:
             return
         tensors = {}
         for index, param in enumerate(self.optimizer.param_groups[0]["params"]):
@@ -348,10 +350,10 @@ class Watch:
             self.optimizer.state[param] = kept
         self.rows, self.clock_tokens = notes["rows"], self.tokens[notes["step"]]
         self.cut.times = dict(enumerate(notes["cuts"])).get(
-            self.work.ranks.rank, 0
+            self.work.dist.rank, 0
         )  # there may be more ranks than there were
         self.pending = [torch.tensor(values, device=param.device) for values in notes["pending"]]
         for row in self.rows:
-            self.work.metrics(row)
+            self.work.log_metrics(row)
         self.work.log(f"resumed at step {notes['step']}")
         return notes["step"]

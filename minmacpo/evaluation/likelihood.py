@@ -31,7 +31,7 @@ from minmacpo.data.records import Pair, example_id
 from minmacpo.data.tokenizer import Tokens, show_mask
 from minmacpo.evaluation.text_tables import bracketed
 from minmacpo.pipeline.model_pool import LoadedModel, fit_rows, open_agent
-from minmacpo.runtime.device import device_of
+from minmacpo.runtime.device import resolve_device
 from minmacpo.runtime.progress import Progress, escape_control_chars
 
 ACCEPTED = (
@@ -183,7 +183,7 @@ def run_likelihood(command: str, argv: Sequence[str]) -> dict:
 def scored(config: Config, loaded: LoadedModel, rows: Sequence[Tokens]) -> np.ndarray:
     """Summed log-probabilities [N] of the rows' answers, with a bar."""
     with Progress("scoring", len(rows), "answer", 0, None) as progress:
-        budget = scoring_tokens(config.run.max_tokens_per_batch, device_of(config))
+        budget = scoring_tokens(config.run.max_tokens_per_batch, resolve_device(config.run.device))
         return np.array(
             score(
                 loaded.model, rows, budget, progress, log=lambda line: print(line, file=sys.stderr)

@@ -52,7 +52,7 @@ def ask(
         for group in groups:
             sizes = [len(session.render(loaded, e.prompt, e.response or None).ids) for e in group]
             kept += group if max(sizes) <= room else []
-        if not work.ranks.is_main:
+        if not work.dist.is_main:
             return {}
         write_rows(work.folder / "questions.jsonl", kept)
         if not kept:

@@ -121,7 +121,7 @@ def pairs(
                         rows,
                         session.score_tokens,
                         None,
-                        work.ranks,
+                        work.dist,
                         work.log,
                         share=True,
                     )
@@ -137,7 +137,7 @@ def pairs(
                     counts[f"chosen_{pair.chosen_by}"] += 1
                     yield pair if heard else replace(pair, ref_chosen_logps=logp)
 
-        if not work.ranks.is_main:
+        if not work.dist.is_main:
             deque(() if heard else made(), 0)  # it takes part in the scoring
             return {}
         write_rows(file := work.folder / "pairs.jsonl", made())

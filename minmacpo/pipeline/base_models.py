@@ -22,7 +22,7 @@ from minmacpo.data.tokenizer import FILES, Tokenizer, load_tokenizer, show_mask
 from minmacpo.kernels.fused_logps import SMALL
 from minmacpo.pipeline.prepare_data import LONGER, PreparedData, base_names, model_dirs
 from minmacpo.pipeline.run import Run, Stage, StageContext, derive_seed
-from minmacpo.runtime.device import device_of
+from minmacpo.runtime.device import resolve_device
 from minmacpo.runtime.files import (
     fingerprint,
     read_rows,
@@ -155,7 +155,7 @@ def make_base(
         "context": config.model.context,
         "max_length": config.data.max_length,
         "template": config.data.template,
-        "device": device_of(config),
+        "device": resolve_device(config.run.device),
         "max_tokens_per_batch": config.run.max_tokens_per_batch,
     } | asdict(schedule)
     if config.model.vocab > SMALL:  # a faster way changed the last bits of what such bases learn
@@ -208,7 +208,7 @@ def pretrain(
         made_config(config, form, pieces.size), bos_token_id=pieces.bos, eos_token_id=pieces.eos
     )
     model = new_model(model_config, derive_seed(config.run.seed, name, "weights")).to(
-        device_of(config)
+        resolve_device(config.run.device)
     )
     texts = read_rows(corpus.path / "texts.jsonl", Example)
     rows = [render(pieces, config.data.template, text.prompt, text.response) for text in texts]

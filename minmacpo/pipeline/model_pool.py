@@ -43,7 +43,13 @@ from minmacpo.pipeline.base_models import Base
 from minmacpo.pipeline.prepare_data import truncate_pair
 from minmacpo.pipeline.run import Run, Stage, StageContext, derive_seed
 from minmacpo.pipeline.run_dir import check_stage
-from minmacpo.runtime.device import configure_torch, device_of, dtype_of, free_bytes, normalize_oom
+from minmacpo.runtime.device import (
+    configure_torch,
+    free_bytes,
+    normalize_oom,
+    resolve_device,
+    resolve_dtype,
+)
 from minmacpo.runtime.distributed import SINGLE_PROCESS, Distributed
 from minmacpo.runtime.files import JsonlView, read_json
 from minmacpo.runtime.progress import escape_control_chars
@@ -96,16 +102,19 @@ class LoadedModel:
     `lora_params` is all that ever trains; a row longer than `limit` tokens is not trained on. `form`: see quant.py."""
 
     def __init__(
-        self, folder: Path, config: Config, form: str = "none", ranks: Distributed = SINGLE_PROCESS
+        self, folder: Path, config: Config, form: str = "none", dist: Distributed = SINGLE_PROCESS
     ):
         self.model = load_model(
-            folder, "cpu" if ranks.is_sharded else device_of(config), dtype_of(config), form
+            folder,
+            "cpu" if dist.is_sharded else resolve_device(config.run.device),
+            resolve_dtype(config.run.dtype, config.run.device),
+            form,
         )
         self.lora_params, self.tokenizer = (
             attach_lora(self.model, config.lora),
             load_tokenizer(folder),
         )
-        ranks.shard(self.model, self.lora_params, device_of(config))
+        dist.shard(self.model, self.lora_params, resolve_device(config.run.device))
         check_sizes(folder, self.model.config, self.tokenizer)
         self.stops = stop_ids(folder, self.tokenizer)
         self.limit = min(config.data.max_length, self.model.config.max_position_embeddings)
@@ -161,7 +170,7 @@ def open_agent(
     stand over that."""
     form = flags.get("model.quantize", settings_of(folder).get("quantize", "none"))
     config = override(config, {"model.quantize": form}, str(folder / "stage.json"))
-    configure_torch(config)
+    configure_torch(config.run.threads)
     loaded, base, template = open_folder(folder, config)
     most = min(config.generate.max_new_tokens, loaded.model.config.max_position_embeddings // 2)
     template = template or default_chat_template(base, loaded.tokenizer, flags.get("data.template"))
@@ -203,16 +212,18 @@ class Session:
 
     def __init__(self, run: Run):
         self.run, self.config, wanted = run, run.config, run.config.run.compile
-        if run.ranks.is_sharded and {
+        if run.dist.is_sharded and {
             run.config.model.quantize,
             run.config.model.quantize_teachers,
         } != {"none"}:
             raise UserError(
                 "parallel.shard divides weights among ranks, but not those of model.quantize; choose one of the two"
             )
-        self.compiled = wanted == "true" or (wanted == "auto" and device_of(run.config) == "cuda")
+        self.compiled = wanted == "true" or (
+            wanted == "auto" and resolve_device(run.config.run.device) == "cuda"
+        )
         self.score_tokens = scoring_tokens(
-            self.config.run.max_tokens_per_batch, device_of(self.config)
+            self.config.run.max_tokens_per_batch, resolve_device(self.config.run.device)
         )
         self.scored: tuple = (
             None,
@@ -223,26 +234,27 @@ class Session:
     def use(self, base: Base, adapter: Stage | None, copy: str = "") -> LoadedModel:
         """The base with `adapter` in its slot; None: the slot switched off. `copy` names a second one of the same
         base, for two adapters at a time."""
-        form, folder, ranks = (
+        form, folder, dist = (
             self.quantised(base).get("quantize", "none"),
             base.stage.path,
-            self.run.ranks,
+            self.run.dist,
         )
         key = base.stage.fingerprint + form + copy
         if key not in self.loaded:
             size = held(
                 read_config(folder),
-                dtype_of(self.config).itemsize,
+                resolve_dtype(self.config.run.dtype, self.config.run.device).itemsize,
                 form,
-                ranks.world_size if ranks.is_sharded else 1,
+                dist.world_size if dist.is_sharded else 1,
             )
-            while self.loaded and ranks.all_reduce_max(
-                free_bytes(device_of(self.config)) < 2 * size * ranks.ranks_per_device
+            while self.loaded and dist.all_reduce_max(
+                free_bytes(resolve_device(self.config.run.device))
+                < 2 * size * dist.ranks_per_device
             ):
                 del self.loaded[next(iter(self.loaded))]
                 gc.collect()  # a sharded one refers to itself
         loaded = self.loaded[key] = self.loaded.pop(key, None) or LoadedModel(
-            folder, self.config, form, ranks
+            folder, self.config, form, dist
         )
         if adapter is None:
             disable_adapter(loaded.model)
@@ -267,7 +279,11 @@ class Session:
         size: str = "",
     ) -> Stage:
         """`Run.stage` with the settings that every stage with a model depends on, and the inputs not None."""
-        data, device, dtype = self.config.data, device_of(self.config), str(dtype_of(self.config))
+        data, device, dtype = (
+            self.config.data,
+            resolve_device(self.config.run.device),
+            str(resolve_dtype(self.config.run.dtype, self.config.run.device)),
+        )
         common = {
             "template": data.template,
             "max_length": data.max_length,

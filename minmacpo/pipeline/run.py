@@ -23,6 +23,7 @@ import torch
 from minmacpo import UserError
 from minmacpo.config.parse import to_toml
 from minmacpo.config.schema import Config
+from minmacpo.pipeline.disk_space import disk_need
 from minmacpo.pipeline.run_dir import (
     PARTIAL,
     check_folder,
@@ -32,7 +33,7 @@ from minmacpo.pipeline.run_dir import (
     take,
     turn,
 )
-from minmacpo.runtime.device import device_of, disk_need, environment, peaks, reset_peaks
+from minmacpo.runtime.device import environment, peaks, reset_peaks, resolve_device, resolve_dtype
 from minmacpo.runtime.distributed import Distributed
 from minmacpo.runtime.files import (
     describe,
@@ -95,34 +96,38 @@ class StageContext:
     together: bool = False
 
     @property
-    def ranks(self) -> Distributed:
-        return self.run.ranks if self.together else Distributed(self.run.signals)
+    def dist(self) -> Distributed:
+        return self.run.dist if self.together else Distributed(self.run.signals)
 
     def progress(self, total: int, unit: str, done: int = 0) -> Progress:
         """A bar for `total` units of this stage."""
         return Progress(
-            self.run.label(self.name), total, unit, done, self.run.on_step, self.ranks.is_main
+            self.run.label(self.name), total, unit, done, self.run.on_step, self.dist.is_main
         )
 
     def log(self, text: str) -> None:
         """One line under this stage's name."""
         self.run.log(f"{self.run.label(self.name)}  {text}")
 
-    def metrics(self, row: dict, **timing) -> None:
+    def log_detail(self, text: str) -> None:
+        """One line under this stage's name in log.txt alone."""
+        self.run.log_detail(f"{self.run.label(self.name)}  {text}")
+
+    def log_metrics(self, row: dict, **timing) -> None:
         """One line of the run's metrics.jsonl."""
         line = json.dumps({"stage": self.name} | row | timing | {"time": round(time.time(), 3)})
         file = self.run.path / "metrics.jsonl"
-        if self.ranks.is_main:
+        if self.dist.is_main:
             with self.run.turn(), with_path(file), file.open("a", encoding="utf-8") as stream:
                 stream.write(line + "\n")
 
-    def check(self) -> None:
+    def raise_if_stopped(self) -> None:
         """Raise Interrupted if the user asked to stop."""
-        self.ranks.check()
+        self.dist.raise_if_stopped()
 
     @property
-    def stopping(self) -> bool:
-        return self.ranks.all_reduce_max(self.run.signals.number or 0) > 0
+    def should_stop(self) -> bool:
+        return self.dist.all_reduce_max(self.run.signals.number or 0) > 0
 
 
 def derive_seed(seed: int, *key) -> int:
@@ -139,7 +144,7 @@ class Run:
         only: str | None = None,
         profile: bool = False,
         dry: bool = False,
-        ranks: Distributed | None = None,
+        dist: Distributed | None = None,
     ):
         self.config, self.only, self.profile = config, only, profile
         self.dry = dry  # never begun: given weights are told apart by size and time, not read
@@ -152,15 +157,15 @@ class Run:
         self.planning = True
         self.provided: set[str] = set()  # stages seen to in this process
         self.named: dict[tuple[bool, str], str] = {}  # (planning, stage) -> its fingerprint
-        self.ranks, self.signals = (ranks := ranks or Distributed()), ranks.signals
+        self.dist, self.signals = (dist := dist or Distributed()), dist.signals
         self.on_step: Callable[[], None] | None = None
         self.after_stage: Callable[[Path], None] = lambda path: None  # called with the run's folder
         check_folder(self.path, config)
 
     def begin(self) -> None:
         """Leave planning: take the folder, and write the run's own files."""
-        self.ranks.all_reduce_max(0)  # all have seen the folder as it was
-        self.ranks.run_on_main(self.open)
+        self.dist.all_reduce_max(0)  # all have seen the folder as it was
+        self.dist.run_on_main(self.open)
         self.signals.install()
         self.planning = False
 
@@ -174,7 +179,8 @@ class Run:
             check_folder(self.path, self.config)  # another process may have made it since
             if not (self.path / "config.toml").exists():
                 write_atomic(self.path / "config.toml", to_toml(self.config))
-            self.environment = environment(self.config)
+            device = resolve_device(self.config.run.device)
+            self.environment = environment(device, resolve_dtype(self.config.run.dtype, device))
             write_json(self.path / "env.json", self.environment)
             write_rows(self.path / "metrics.jsonl", read_metrics(self.path, self.plan, self.only))
             if not all(stage.finished for stage in self.plan.values()):
@@ -196,10 +202,16 @@ class Run:
 
     def log(self, text: str) -> None:
         """One line to the terminal and to log.txt."""
-        if not self.ranks.is_main:
+        if not self.dist.is_main:
+            return
+        print(escape_control_chars(text), flush=True)
+        self.log_detail(text)
+
+    def log_detail(self, text: str) -> None:
+        """One line to log.txt alone."""
+        if not self.dist.is_main:
             return
         text = escape_control_chars(text)
-        print(text, flush=True)
         with with_path(self.path / "log.txt"):
             print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=self.log_file, flush=True)
 
@@ -288,14 +300,14 @@ class Run:
             return True
 
         try:
-            if not self.ranks.run_on_main(alone):
+            if not self.dist.run_on_main(alone):
                 found = self.compute(work, stage.kind, compute)
-                self.ranks.run_on_main(lambda: self.seal(work, stage, notes | found))
+                self.dist.run_on_main(lambda: self.seal(work, stage, notes | found))
         except OSError as error:
-            if self.ranks.is_main and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if self.dist.is_main and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 self.clear(work) if self.only else self.end()  # a full disk: give its space back
             raise
-        if not self.ranks.is_main:
+        if not self.dist.is_main:
             await_stage(stage)
 
     def seal(self, work: StageContext, stage: Stage, notes: dict) -> None:
@@ -335,7 +347,7 @@ class Run:
         for row in (
             read_rows(work.folder / "metrics.jsonl") if "metrics.jsonl" in notes["files"] else ()
         ):
-            work.metrics(row)
+            work.log_metrics(row)
         own = {
             "name": work.name,
             "method": self.config.run.method,
@@ -347,13 +359,13 @@ class Run:
         self, work: StageContext, kind: str, compute: Callable[[StageContext], dict]
     ) -> dict:
         """Fill the work folder by `compute`; returns what stage.json says of it, {} where another rank will write that."""
-        device, started = device_of(self.config), time.time()
+        device, started = resolve_device(self.config.run.device), time.time()
         clock, cpu = time.monotonic(), time.process_time()  # the time of day may be set back
         reset_peaks(device)
         with self.profiler(kind) as profiler:
             self.on_step = profiler and profiler.step
             counts = compute(work)
-        if not self.ranks.is_main:
+        if not self.dist.is_main:
             return {}
         files = sorted(file for file in work.folder.iterdir() if file.name != "stage.json")
         return {
@@ -362,7 +374,7 @@ class Run:
             "seconds": round(time.monotonic() - clock, 3),
             "cpu_seconds": round(time.process_time() - cpu, 3),
             **peaks(device),
-            **({"ranks": self.ranks.world_size} if work.ranks.world_size > 1 else {}),
+            **({"ranks": self.dist.world_size} if work.dist.world_size > 1 else {}),
             "commit": self.environment["commit"],
             "files": {file.name: describe(file) for file in files},
         }
@@ -370,7 +382,7 @@ class Run:
     def profiler(self, kind: str):
         """Traces three steps of the first stage of each kind into profile/, if the user asked to."""
         target = self.path / "profile" / f"{kind.partition('/')[0]}.json"
-        if not (self.profile and self.ranks.is_main) or target.exists():
+        if not (self.profile and self.dist.is_main) or target.exists():
             return contextlib.nullcontext()
         target.parent.mkdir(exist_ok=True)
         schedule = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)

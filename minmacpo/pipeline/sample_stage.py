@@ -64,7 +64,7 @@ def sample(
         files = in_blocks(
             work, [order[start : start + size] for start in range(0, len(order), size)], answers_to
         )
-        if not work.ranks.is_main:
+        if not work.dist.is_main:
             return {}
         counts = {"answers": len(order), "tokens": 0, "hit_length": 0, "empty": 0}
         write_rows(work.folder / "samples.jsonl", in_place(files, order, size, counts))
@@ -85,19 +85,19 @@ def in_blocks(
 ) -> list[Path]:
     """A file of answers for each block of jobs; those that a stopped stage has left are kept, the ranks share the others. []
     for all ranks but the main one."""
-    kept = finished_shards(work.folder) if work.ranks.is_main else {}
-    missing = work.ranks.run_on_main(
+    kept = finished_shards(work.folder) if work.dist.is_main else {}
+    missing = work.dist.run_on_main(
         lambda: [number for number in range(len(blocks)) if number not in kept]
     )
     total, left = sum(map(len, blocks)), sum(len(blocks[number]) for number in missing)
     with work.progress(total, "answer", total - left) as progress:
         for number, found in zip(
-            missing, work.ranks.parallel_map([blocks[n] for n in missing], answers_to), strict=True
+            missing, work.dist.parallel_map([blocks[n] for n in missing], answers_to), strict=True
         ):
-            if work.ranks.is_main:
+            if work.dist.is_main:
                 kept[number] = write_shard(work.folder, number, found)
             progress.step(len(found))
-    return [kept[number] for number in range(len(blocks))] if work.ranks.is_main else []
+    return [kept[number] for number in range(len(blocks))] if work.dist.is_main else []
 
 
 def in_place(

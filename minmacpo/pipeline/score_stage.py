@@ -44,8 +44,8 @@ def scored_together(
         found = {
             texts.key: tempfile.TemporaryFile(dir=work.folder.parent)
             for texts in group
-            if work.ranks.is_main
-        }  # noqa: SIM115 (closed when the next group comes)
+            if work.dist.is_main
+        }
         with work.progress(sum(map(len, given)), "text") as progress:
             for run in zip_longest(*(batched(texts, WINDOW) for texts in given), fillvalue=()):
                 rows = [
@@ -59,12 +59,12 @@ def scored_together(
                         short,
                         session.score_tokens,
                         progress,
-                        work.ranks,
+                        work.dist,
                         work.log,
                         share=True,
                     )
                 )
-                for file, part in zip(found.values(), rows, strict=work.ranks.is_main):
+                for file, part in zip(found.values(), rows, strict=work.dist.is_main):
                     with with_path(work.folder.parent):
                         file.write(
                             b"".join(
@@ -128,7 +128,7 @@ def score_texts(
             "row",
             [session.render(loaded, text.prompt, text.response) for text in islice(given, 1)],
         )
-        if not work.ranks.is_main:
+        if not work.dist.is_main:
             return {}
         write_rows(work.folder / "scores.jsonl", score_rows(given, found[texts.key], counts))
         if long := counts["over_long"]:

@@ -82,7 +82,10 @@ def sft(
         cut = sum(getattr(text, "finish", None) == "length" for text, _ in found)
         return counts | dropped | {"cut_at_limit": cut}
 
-    settings, inputs = asdict(train_args) | texts.settings, [base.stage, start, texts.stage, *match_steps_of]
+    settings, inputs = (
+        asdict(train_args) | texts.settings,
+        [base.stage, start, texts.stage, *match_steps_of],
+    )
     settings |= (
         ({"confidence": confidence} if confidence else {})
         | log_lines(session)
@@ -189,7 +192,7 @@ def train(
         t.any() for k, t in tensors.items() if k.endswith("lora_B.weight")
     ):
         raise UserError(f"{work.name}: the trained adapter is still zero")
-    if not work.ranks.is_main:
+    if not work.dist.is_main:
         return counts
     path, config = base.stage.path, work.run.config
     home = (
@@ -236,7 +239,7 @@ def check_start(
                 else []
             )
     except torch.OutOfMemoryError:
-        if len(first) == 1 or work.ranks.is_sharded:
+        if len(first) == 1 or work.dist.is_sharded:
             raise UserError(
                 f"{work.name}: out of memory before the first step; lower {'run.max_tokens_per_batch' if len(first) > 1 else 'data.max_length'}"
             ) from None

@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from minmacpo import UserError
-from minmacpo.config.schema import Config
-from minmacpo.runtime.device import device_of
 from minmacpo.runtime.progress import Interrupted, Signals
 
 PATIENCE = timedelta(
@@ -35,7 +33,12 @@ class Distributed:
     `shards`: the blocks of a model are divided among them, so that even its forward pass is one."""
 
     def __init__(self, signals: Signals | None = None, rank: int = 0, world: int = 1, store=None):
-        self.signals, self.rank, self.world_size, self.store = signals or Signals(), rank, world, store
+        self.signals, self.rank, self.world_size, self.store = (
+            signals or Signals(),
+            rank,
+            world,
+            store,
+        )
         self.is_main, self.is_sharded, self.turns = rank == 0, False, 0
         self.ranks_per_device = 1  # how many ranks have the memory of this one's device
         self.sharded, self.count, self.following = (
@@ -44,11 +47,16 @@ class Distributed:
             False,
         )  # models by number, in the order of loading
 
-    def connect(self, config: Config) -> None:
-        """Open the ways on which tensors go; on GPUs each rank has its own. Collective."""
+    def connect(self, device: str, shard: bool) -> None:
+        """Open the ways on which tensors go; on GPUs each rank has its own. Collective.
+
+        Args:
+            device: "cpu" or "cuda".
+            shard: whether the ranks divide the weights of every base among them (parallel.shard).
+        """
         if self.world_size == 1:
             return
-        device, local = device_of(config), int(os.environ.get("LOCAL_RANK", 0))
+        local = int(os.environ.get("LOCAL_RANK", 0))
         if device == "cuda":
             if local >= (found := torch.cuda.device_count()):
                 raise UserError(
@@ -59,7 +67,7 @@ class Distributed:
             self.ranks_per_device = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         backend, self.is_sharded = (
             "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-            config.parallel.shard,
+            shard,
         )
         known = {"store": self.store, "rank": self.rank, "world_size": self.world_size}
         torch.distributed.init_process_group(backend, timeout=PATIENCE, **known)
@@ -90,7 +98,7 @@ class Distributed:
         torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
         return int(told)
 
-    def check(self) -> None:
+    def raise_if_stopped(self) -> None:
         """Raise Interrupted on all ranks if one of them was asked to stop. Collective."""
         if number := self.all_reduce_max(self.signals.number or 0):
             raise Interrupted(number)
@@ -121,7 +129,7 @@ class Distributed:
         """`do` of every item, in order and for all ranks; each rank does one of `world` items at a time. An item is computed
         whole by one rank, so that what comes out does not depend on their number. Collective."""
         for start in range(0, len(items), self.world_size):
-            self.check()
+            self.raise_if_stopped()
             wave = items[start : start + self.world_size]
             found = do(wave[self.rank]) if self.rank < len(wave) else None
             while (

@@ -16,49 +16,89 @@ import sys
 import typing
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, is_dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO
 
 from minmacpo import UserError
-from minmacpo.data.records import Message
 
 
-def from_json(kind: type, line: str):
-    """The record of class `kind` in one line of JSON; a dict stays as it is. ValueError, TypeError or KeyError where it
-    is none, or holds half a surrogate pair, which no file made here does."""
-    values = json.loads(line)
-    if not isinstance(values, dict):
-        raise TypeError(f"{type(values).__name__} instead of an object")
-    if "\\u" in line:
-        json.dumps(values, ensure_ascii=False).encode()
-    if kind is dict:
-        return values
-    values["prompt"] = tuple(checked(Message(**message)) for message in values["prompt"])
-    if "tokens" in values:
-        values["tokens"] = tuple(values["tokens"])
-    return checked(kind(**values))
+@dataclass(frozen=True, slots=True)
+class FieldType:
+    """What a field of a record may hold, read from its type hint.
+
+    `types` are those of the value or, for a tuple, of each of its items; `record` is the dataclass
+    among them, whose values stand in JSON as an object.
+    """
+
+    is_tuple: bool
+    types: frozenset[type]
+    record: type | None
 
 
 @functools.cache
-def types_of(kind: type) -> list[tuple[str, set[type], set[type]]]:
-    """(field, types of its value, types of what a tuple holds) of a class of records."""
-    found = []
-    for name, said in typing.get_type_hints(kind).items():
-        inner, many = {*typing.get_args(said)} - {...}, typing.get_origin(said) is tuple
-        kinds = {tuple} if many else inner or {said}
-        found.append((name, kinds | ({int} if float in kinds else set()), inner if many else set()))
-    return found
+def field_types(record_type: type) -> dict[str, FieldType]:
+    """The types of a dataclass's fields, by name."""
+    fields = {}
+    for name, hint in typing.get_type_hints(record_type).items():
+        # "str", "float | None" or "tuple[Message, ...]"
+        is_tuple = typing.get_origin(hint) is tuple
+        types = set(typing.get_args(hint)) - {...} or {hint}
+        if float in types:
+            types.add(int)  # JSON has one kind of number: 1.0 may be written as 1
+        records = [kind for kind in types if is_dataclass(kind)]
+        fields[name] = FieldType(
+            is_tuple=is_tuple,
+            types=frozenset(types),
+            record=records[0] if records else None,
+        )
+    return fields
 
 
-def checked(record):
-    """The record; TypeError where a field holds something else than its annotation says."""
-    for name, kinds, held in types_of(type(record)):
-        value = getattr(record, name)
-        if type(value) not in kinds or (held and not {*map(type, value)} <= held):
-            raise TypeError(name)
-    return record
+def from_json(record_type: type, line: str):
+    """The record in one line of JSON, its nested records and tuples built from the type hints.
+
+    Args:
+        record_type: a dataclass, or dict for the object as it stands.
+
+    Raises:
+        ValueError: if the line is no JSON, or holds half a surrogate pair.
+        TypeError, KeyError: if the object is no such record.
+    """
+    values = json.loads(line)
+    if "\\u" in line:
+        # An escape may stand for half a surrogate pair, which no file made here has
+        json.dumps(values, ensure_ascii=False).encode()
+    return build_record(record_type, values)
+
+
+def build_record(record_type: type, values: dict):
+    """The record with these values of JSON; TypeError or KeyError where they are not its own."""
+    if type(values) is not dict:
+        raise TypeError(f"{type(values).__name__} instead of an object")
+    if record_type is dict:
+        return values
+    fields = field_types(record_type)
+    converted = {name: convert(fields[name], value) for name, value in values.items()}
+    return record_type(**converted)
+
+
+def convert(field: FieldType, value):
+    """A field's value from its JSON; TypeError where it is of another type."""
+    if field.is_tuple:
+        if type(value) is not list:
+            raise TypeError(f"{type(value).__name__} instead of a list")
+        if field.record:
+            return tuple(build_record(field.record, item) for item in value)
+        if not set(map(type, value)) <= field.types:
+            raise TypeError("a list that holds something else")
+        return tuple(value)
+    if field.record and type(value) is dict:
+        return build_record(field.record, value)
+    if type(value) not in field.types:
+        raise TypeError(f"{type(value).__name__} instead of another type")
+    return value
 
 
 EVERY = 16  # lines of which one place is remembered: half a byte a line

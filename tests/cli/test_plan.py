@@ -233,8 +233,8 @@ def test_kernels_for_sizes_that_do_not_come_again_are_few(monkeypatch):
     names = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     monkeypatch.delenv(names[0], raising=False)
     monkeypatch.setenv(names[1], "7")
-    machine.set_up(parse(["@tiny"]).config)
-    assert [os.environ[name] for name in names] == [str(machine.KERNELS), "7"]
+    machine.configure_torch(2)
+    assert [os.environ[name] for name in names] == [str(machine.CACHED_KERNELS), "7"]
 
 
 # ---- tokens, against a finished run -------------------------------------------------------------
@@ -324,7 +324,7 @@ def test_what_is_free_is_no_more_than_a_container_may_take(monkeypatch):
         found = re.search(pattern, told.get(file, ""))
         return found and found[1]
 
-    monkeypatch.setattr(machine, "linux", linux)
+    monkeypatch.setattr(machine, "read_proc", lambda file, pattern: linux(str(file), pattern))
     assert machine.free_bytes("cpu") == 3_400_000
     told["/sys/fs/cgroup/pod/inner/memory.max"], told["/sys/fs/cgroup/pod/inner/memory.current"] = (
         "1000000\n",
@@ -334,7 +334,7 @@ def test_what_is_free_is_no_more_than_a_container_may_take(monkeypatch):
     told["meminfo"] = "MemAvailable:   50 kB"
     assert machine.free_bytes("cpu") == 51_200
     told.clear()
-    assert machine.free_bytes("cpu") == sys.maxsize * 1024
+    assert machine.free_bytes("cpu") == sys.maxsize
 
 
 # ---- what does not fit --------------------------------------------------------------------------

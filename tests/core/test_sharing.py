@@ -259,7 +259,7 @@ def short_memory(limit: int):
 
 def test_a_step_that_does_not_fit_is_done_in_halves_with_the_same_result(
     work_of, monkeypatch, seed
-):  # noqa: F811
+):
     units, schedule, found = pair_units(seed, 12), OptimizerConfig(1e-2, 4, 12), []
     for limit in (10**9, 200):
         model, params = slotted(seed)
@@ -320,7 +320,7 @@ def test_only_passes_are_done_again(seed):
 
 def test_a_look_before_training_takes_half_the_pairs_where_memory_is_short(
     work_of, monkeypatch, seed
-):  # noqa: F811
+):
     (model, _), work, objective, margins = slotted(seed), work_of(), PreferenceLoss(0.2, 0.3), []
     session = SimpleNamespace(use=lambda base, stage: SimpleNamespace(model=model))
     monkeypatch.setattr(StageContext, "log", lambda self, line: None)
@@ -513,7 +513,7 @@ def test_candidates_of_several_files_are_scored_together_once_and_sides_are_told
     )
     render = lambda loaded, prompt, answer: Tokens(
         [3, 4, *(5 + ord(c) % 50 for c in answer)], [False] * 2 + [True] * len(answer)
-    )  # noqa: E731
+    )
     progress = contextlib.nullcontext()
     session = SimpleNamespace(
         use=lambda *_: SimpleNamespace(model=model),
@@ -522,7 +522,7 @@ def test_candidates_of_several_files_are_scored_together_once_and_sides_are_told
         score_tokens=200,
     )
     work = SimpleNamespace(
-        progress=lambda *_: progress, ranks=SINGLE_PROCESS, log=None, folder=tmp_path
+        progress=lambda *_: progress, dist=SINGLE_PROCESS, log=None, folder=tmp_path
     )
     stage, base = (
         SimpleNamespace(fingerprint="s"),

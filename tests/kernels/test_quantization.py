@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from conftest import far, logits_of, ragged, random_model
 from runs import copy_run, differences, invoke, train, write_stub
-from test_sampling import GREEDY, new
 from test_lora import fill
 from test_plan import Living, planned, shape_of
+from test_sampling import GREEDY, new
 
 from minmacpo.cli import dry_run as dryrun
 from minmacpo.cli import plan

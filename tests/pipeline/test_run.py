@@ -36,6 +36,7 @@ from minmacpo import UserError
 from minmacpo.config.parse import parse
 from minmacpo.core import trainer as fit
 from minmacpo.pipeline import run as run_module
+from minmacpo.pipeline.disk_space import disk_need
 from minmacpo.pipeline.run import FINISHED, Run, derive_seed
 from minmacpo.pipeline.run_dir import PARTIAL
 from minmacpo.runtime import device as machine
@@ -1114,7 +1115,7 @@ def test_peaks_of_a_gpu_are_recorded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 << 20)
     machine.reset_peaks("cuda")
     assert done == ["reset"] and machine.peaks("cuda")["peak_gpu_mb"] == 5
-    monkeypatch.setattr(machine, "linux", lambda *args: None)  # where there is no /proc
+    monkeypatch.setattr(machine, "read_proc", lambda *args: None)  # where there is no /proc
     machine.reset_peaks("cpu")
     assert (
         done == ["reset"] and machine.peaks("cpu").keys() == {"peak_mb"} and machine.peak_mb() > 10
@@ -1126,15 +1127,15 @@ def test_the_estimate_of_the_disk_is_near_what_a_run_writes(stub):
     config = parse([f"@{stub / 'config.toml'}"]).config
     made = [note for note in stages_of(stub).values() if "linked_from" not in note]
     written = sum(file["size"] for note in made for file in note["files"].values())
-    fixed = machine.disk_need(config, [])
-    needed = machine.disk_need(config, [note["kind"] for note in made]) - fixed
+    fixed = disk_need(config, [])
+    needed = disk_need(config, [note["kind"] for note in made]) - fixed
     assert written < needed < 10 * written and fixed < 50e6
 
 
 def test_the_estimate_of_the_disk_follows_shapes_and_files(tmp_path, stub):
     def need(kind: str, *words: str) -> int:
         config = parse([f"@{stub / 'config.toml'}", *words]).config
-        return machine.disk_need(config, [kind]) - machine.disk_need(config, [])
+        return disk_need(config, [kind]) - machine.disk_need(config, [])
 
     weights = (
         4 * 64 * (2 * 400 + 2 * (4 * 64 + 3 * 128))

@@ -196,7 +196,7 @@ def test_a_base_that_is_given_up_is_gone_before_the_next_one_comes(monkeypatch):
     }.items():
         monkeypatch.setattr(workshop, name, value)
     config = parse(["@tiny"]).config
-    session = workshop.Session(SimpleNamespace(config=config, ranks=Distributed()))
+    session = workshop.Session(SimpleNamespace(config=config, dist=Distributed()))
     gc.disable()
     try:
         for name in ("a", "b", "c"):
@@ -228,7 +228,7 @@ def test_a_rank_of_a_sharded_base_is_planned_for_its_part(tmp_path):
     for ranks in (Distributed(), as_rank(0, 4, True)):
         run = Run(
             parse(["@tiny", f"--run.root={tmp_path}", "--model.strong=64x12x4x128"]).config,
-            ranks=ranks,
+            dist=ranks,
         )
         __import__("train").run_all(run, {}, None)
         plan = Plan(run, run.config, None)
