@@ -1135,7 +1135,7 @@ def test_the_estimate_of_the_disk_is_near_what_a_run_writes(stub):
 def test_the_estimate_of_the_disk_follows_shapes_and_files(tmp_path, stub):
     def need(kind: str, *words: str) -> int:
         config = parse([f"@{stub / 'config.toml'}", *words]).config
-        return disk_need(config, [kind]) - machine.disk_need(config, [])
+        return disk_need(config, [kind]) - disk_need(config, [])
 
     weights = (
         4 * 64 * (2 * 400 + 2 * (4 * 64 + 3 * 128))
