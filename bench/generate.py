@@ -188,7 +188,7 @@ def decode_profile(place: Path, dtype: str) -> dict:
     )
     bandwidth = heavy.nbytes / milliseconds(heavy.sum, 1)  # bytes per millisecond
     parts = {
-        "floor: one read of weights and cache": (weights + cache.nbytes) / bandwidth,
+        "floor: one read of weights and cache": (weights + cache.data.nbytes) / bandwidth,
         "whole step": milliseconds(
             lambda: pick(
                 fast.lm_head(fast(token, positions=where, cache=cache)[:, 0]), settings, uniform
@@ -209,7 +209,7 @@ def decode_profile(place: Path, dtype: str) -> dict:
     return {
         "dtype": dtype,
         "weights_mb": weights / 1e6,
-        "cache_mb": cache.nbytes / 1e6,
+        "cache_mb": cache.data.nbytes / 1e6,
         "read_gb_s": bandwidth / 1e6,
         "ms": {name: round(value, 3) for name, value in parts.items()},
     }

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from minmacpo.cli.heap import tuned
 from minmacpo.config.schema import LINEARS, Lora
-from minmacpo.core.model import WHOLE
+from minmacpo.core.model import CACHE_ALIGN
 from minmacpo.core.model_config import ModelConfig
 from minmacpo.core.prepack import LARGEST, SMALLEST, multiplies_bf16
-from minmacpo.kernels.attention import SMALL_ROWS
+from minmacpo.kernels.attention import EAGER_BF16_MAX_LEN
 from minmacpo.kernels.fused_logps import SMALL, STRIP, chunk_size
 from minmacpo.kernels.quantization import BLOCK
 
@@ -39,7 +39,7 @@ KERNELS = (
 class Load:
     """The largest forward pass of a stage. kind: "pretrain" (all weights learn), "train" (the slot learns), "score" or
     "sample". `rows` lie side by side, each `length` tokens with its padding, `scored` of all these reach the head; where padding
-    and prompts in common are left out (model.Shared), all but attention is done on `computed` tokens.
+    and prompts in common are left out (model.PackedIndex), all but attention is done on `computed` tokens.
     `again`: gradients of an earlier pass of the step are kept. `room`: positions of the cache; `models`: how many;
     `twins`: their linears are packed once more where that pays (packed.py)."""
 
@@ -130,10 +130,9 @@ def unpacking(config: ModelConfig, size: int, form: str) -> int:
 
 def parameters(config: ModelConfig, lora: Lora) -> tuple[int, int]:
     """How many (of the base, of the slot)."""
-    hidden, mlp, variant, layers = (
+    hidden, mlp, layers = (
         config.hidden_size,
         config.intermediate_size,
-        config.variant,
         config.num_hidden_layers,
     )
     query, key = (
@@ -143,12 +142,12 @@ def parameters(config: ModelConfig, lora: Lora) -> tuple[int, int]:
     each = (
         sum(wide * out for wide, out in linears.values())
         + 2 * hidden
-        + 2 * config.head_dim * variant.qk_norm
+        + 2 * config.head_dim * config.qk_norm
     )
     each += (
-        (query + 2 * key) * variant.qkv_bias
-        + hidden * variant.o_bias
-        + (2 * mlp + hidden) * variant.mlp_bias
+        (query + 2 * key) * config.qkv_bias
+        + hidden * config.o_bias
+        + (2 * mlp + hidden) * config.mlp_bias
     )
     return layers * each + outside(config), layers * lora.r * sum(
         sum(linears[name]) for name in lora.targets
@@ -173,12 +172,12 @@ def held(config: ModelConfig, size: int, form: str, world: int) -> int:
 def kept(config: ModelConfig, lora: Lora | None) -> int:
     """Numbers that a layer keeps of a token for its backward pass, without what attention gets and gives
     (`attended`); `lora` None: every weight learns."""
-    hidden, mlp, variant = config.hidden_size, config.intermediate_size, config.variant
+    hidden, mlp = config.hidden_size, config.intermediate_size
     found = 2 * hidden  # what the norms get
     found += 3 * mlp  # gate, silu(gate) and up, which multiply each other
-    found += attended(config) // 2 * variant.qk_norm
+    found += attended(config) // 2 * config.qk_norm
     if lora is None:  # a weight that learns needs its input, that of a norm the normed input
-        return found + 4 * hidden + mlp + attended(config) // 2 * variant.qk_norm
+        return found + 4 * hidden + mlp + attended(config) // 2 * config.qk_norm
     learning = {*lora.targets}
     found += hidden * bool(learning & {"q_proj", "k_proj", "v_proj"}) + hidden * bool(
         learning & {"gate_proj", "up_proj"}
@@ -236,7 +235,7 @@ def need(
     )
     hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     small = (
-        device == "cpu" and size < 4 and load.length <= SMALL_ROWS
+        device == "cpu" and size < 4 and load.length <= EAGER_BF16_MAX_LEN
     )  # its bf16 attention then has all its scores
     scores = load.length * config.num_attention_heads * small
     if load.kind in ("score", "sample"):
@@ -245,7 +244,7 @@ def need(
             size * tokens * crossed(config, lora, size, scores) + unpacked,
         )
         twins = twin_bytes(config, size, form) * load.twins
-        room = load.room + -load.room % WHOLE * (size == 4) * bool(
+        room = load.room + -load.room % CACHE_ALIGN * (size == 4) * bool(
             twins
         )  # its cache lies by coordinate
         cache = 2 * layers * load.rows * room * config.num_key_value_heads * config.head_dim

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minmacpo.core.model import Shared
+from minmacpo.core.model import PackedIndex
 from minmacpo.data.tokenizer import Tokens
 
 WORTH = 0.05  # share of the padded tokens that must be saved: taking rows apart for attention costs 1-2 % of a step
@@ -31,7 +31,7 @@ class Batch:
 
     tokens: Tensor
     mask: Tensor
-    shared: Shared | None = None
+    shared: PackedIndex | None = None
 
 
 def collate(rows: Sequence[Tokens], device="cpu", share: bool = False) -> Batch:
@@ -40,7 +40,9 @@ def collate(rows: Sequence[Tokens], device="cpu", share: bool = False) -> Batch:
     tokens = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
     mask = pad_sequence([torch.tensor(row.mask) for row in rows], batch_first=True)
     shared = (
-        Shared(*(part.to(device, non_blocking=True) for part in distinct(rows))) if share else None
+        PackedIndex(*(part.to(device, non_blocking=True) for part in distinct(rows)))
+        if share
+        else None
     )
     return Batch(tokens.to(device, non_blocking=True), mask.to(device, non_blocking=True), shared)
 
@@ -51,7 +53,7 @@ def prompt_of(row: Tokens) -> tuple[int, ...]:
 
 
 def distinct(rows: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
-    """(kept [N], origin [B, T]) of `Shared`: every answer, and of rows with equal prompts the first one's."""
+    """(kept [N], origin [B, T]) of `PackedIndex`: every answer, and of rows with equal prompts the first one's."""
     width, kept, origin, known = max(len(row.ids) for row in rows), [], [], {}
     for number, row in enumerate(rows):
         prompt = prompt_of(row)

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from minmacpo import UserError
 from minmacpo.config.schema import LINEARS, Lora
 from minmacpo.core.lora import merged_weights
 from minmacpo.core.model import Transformer
-from minmacpo.core.model_config import ModelConfig, parse_config
+from minmacpo.core.model_config import COMMON_FIELDS, ModelConfig, parse_config
 from minmacpo.data.bpe import check_ways
 from minmacpo.data.tokenizer import FILES, Tokenizer, load_tokenizer
 from minmacpo.kernels.quantization import is_quantised, pack_weight, quantize_linears
@@ -293,7 +293,7 @@ def save_model(
 ) -> None:
     """An ordinary HF folder of a plain Llama: config.json, model.safetensors, generation_config.json, tokenizer.model."""
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    sizes = {name: value for name, value in asdict(config).items() if name != "variant"}
+    sizes = {name: getattr(config, name) for name in COMMON_FIELDS}
     kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": dtype}
     fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     write_json(folder / "config.json", kind | sizes | fixed)

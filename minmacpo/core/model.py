@@ -1,6 +1,11 @@
 """The decoder of the Llama line, with Hugging Face's parameter names, and its static KV cache.
 
-LoRA, losses and sampling come from outside. `forward` gives hidden states; who needs logits applies the head.
+LoRA, losses and sampling come from outside. `Transformer` returns hidden states; who needs logits
+applies its `lm_head`.
+
+Shapes: B rows, T tokens of a row in this pass, S positions of the cache, C = hidden size, H query
+heads, G key/value heads, D numbers per head, L layers. A packed pass computes N of its B * T
+tokens, and M of these N reach the head.
 """
 
 import math
@@ -10,45 +15,92 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minmacpo.core.model_config import ModelConfig, Rope
-from minmacpo.kernels.attention import (
-    Norm,
-    attend,
-    attend_bf16,
-    attend_group,
-    attend_one,
-    small_bf16,
-)
+from minmacpo.core.model_config import ModelConfig, RopeScaling
+from minmacpo.kernels.attention import RMSNorm, attention
+
+ACTIVATIONS = {"silu": F.silu}  # by the names of config.json's hidden_act
+
+# A prepacked copy reads prompts, and keeps a cache, in multiples of this many tokens: its kernels
+# round the odd end of a length in another way.
+CACHE_ALIGN = 32
+
+
+# --- Rotary positions
+
+
+class Rope(NamedTuple):
+    """Cosines and sines of the tokens' positions, broadcastable to (B, heads, T, D)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x (B, heads, T, D) with every pair of coordinates turned by its angle."""
+        left, right = x.chunk(2, dim=-1)
+        turned = torch.cat((-right, left), dim=-1)
+        return x * self.cos + turned * self.sin
+
+    def select(self, tokens: Tensor) -> "Rope":
+        """The tables of some tokens of a packed pass: (N, D) -> (M, D)."""
+        return Rope(self.cos[tokens], self.sin[tokens])
+
+
+def rope_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
+    """Tables (..., D) in `dtype` for positions (...); both halves of D have the same angles."""
+    half = positions[..., None] * rope_frequencies(config, positions.device)  # (..., D / 2) fp32
+    angles = torch.cat((half, half), dim=-1)  # (..., D)
+    scale = rope_attention_factor(config.rope_scaling)
+    return Rope((angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype))
 
 
 def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """Radians per position [head_dim / 2] in fp32 of every pair of coordinates that turns together. Scaled ropes
-    turn the slow pairs, which have not gone round once in the context of pre-training, slower by `factor`."""
-    powers = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    rope, plain = config.variant.rope, 1.0 / config.rope_theta**powers
-    if rope.rope_type == "default":
+    """Radians per position, (D / 2,) in fp32, of every pair of coordinates.
+
+    Scaled ropes slow those pairs down by `factor` that have not gone round once in the context of
+    pre-training; fast pairs keep their frequency, and the ones between are blended.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    plain = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling.rope_type == "default":
         return plain
-    slow, context = plain / rope.factor, rope.original_max_position_embeddings
-    if rope.rope_type == "linear":
+    slow = plain / scaling.factor
+    if scaling.rope_type == "linear":
         return slow
-    if rope.rope_type == "llama3":  # kept: the share of its own frequency that a pair keeps
-        rounds = context / (2 * math.pi / plain)
-        kept = (rounds - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    else:  # yarn (Peng et al. 2023): between the pairs that go round beta_fast and beta_slow times
-        bounds = [
-            pair_that_turns(rounds, context, config) for rounds in (rope.beta_fast, rope.beta_slow)
-        ]
-        if rope.truncate:
-            bounds = [math.floor(bounds[0]), math.ceil(bounds[1])]
-        first, last = max(bounds[0], 0), min(bounds[1], config.head_dim - 1)
-        pairs = torch.arange(config.head_dim // 2, device=device).float()
-        kept = 1 - (pairs - first) / (last - first or 0.001)
-    kept = kept.clamp(0, 1)
-    return slow * (1 - kept) + plain * kept
+    if scaling.rope_type == "llama3":
+        plain_weight = llama3_plain_weight(plain, scaling)
+    else:
+        plain_weight = yarn_plain_weight(config, device)
+    plain_weight = plain_weight.clamp(0, 1)
+    return slow * (1 - plain_weight) + plain * plain_weight
 
 
-def pair_that_turns(rounds: float, context: int, config: ModelConfig) -> float:
-    """The number of the pair, as a fraction, that goes round so many times in so many tokens."""
+def llama3_plain_weight(plain: Tensor, scaling: RopeScaling) -> Tensor:
+    """How much of its own frequency every pair keeps, (D / 2,), before it is clamped to 0 ... 1."""
+    wavelength = 2 * math.pi / plain  # tokens
+    rounds = scaling.original_max_position_embeddings / wavelength
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    return (rounds - low) / (high - low)
+
+
+def yarn_plain_weight(config: ModelConfig, device: torch.device) -> Tensor:
+    """As `llama3_plain_weight`: a ramp over the pairs' numbers (YaRN, Peng et al. 2023)."""
+    scaling = config.rope_scaling
+    first = find_correction_dim(scaling.beta_fast, config)
+    last = find_correction_dim(scaling.beta_slow, config)
+    if scaling.truncate:
+        first = math.floor(first)
+        last = math.ceil(last)
+    first = max(first, 0)
+    last = min(last, config.head_dim - 1)
+    pairs = torch.arange(config.head_dim // 2, device=device).float()
+    width = last - first or 0.001  # not zero where both bounds are the same pair
+    return 1 - (pairs - first) / width
+
+
+def find_correction_dim(rounds: float, config: ModelConfig) -> float:
+    """The number, as a fraction, of the pair that goes round `rounds` times in pre-training."""
+    context = config.rope_scaling.original_max_position_embeddings
     return (
         config.head_dim
         * math.log(context / (rounds * 2 * math.pi))
@@ -56,164 +108,263 @@ def pair_that_turns(rounds: float, context: int, config: ModelConfig) -> float:
     )
 
 
-def rope_scale(rope: Rope) -> float:
-    """What yarn multiplies queries and keys by, so that attention over more tokens stays as sharp."""
-    if rope.rope_type != "yarn" or rope.attention_factor is not None:
-        return 1.0 if rope.attention_factor is None else rope.attention_factor
-    above, below = (
-        (rope.mscale, rope.mscale_all_dim) if rope.mscale and rope.mscale_all_dim else (1.0, 0.0)
-    )
-    growth = 0.1 * math.log(max(rope.factor, 1.0))
-    return (above * growth + 1) / (below * growth + 1)
+def rope_attention_factor(scaling: RopeScaling) -> float:
+    """What YaRN multiplies queries and keys by, so that attention to more tokens stays as sharp."""
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.rope_type != "yarn":
+        return 1.0
+    growth = 0.1 * math.log(max(scaling.factor, 1.0))
+    if scaling.mscale and scaling.mscale_all_dim:
+        return (scaling.mscale * growth + 1) / (scaling.mscale_all_dim * growth + 1)
+    return growth + 1
 
 
-def rope_angles(config: ModelConfig, positions: Tensor) -> Tensor:
-    """[..., head_dim] in fp32 for positions [...], halves repeated as in HF's Llama."""
-    angles = positions[..., None] * rope_frequencies(config, positions.device)
-    return torch.cat((angles, angles), dim=-1)
+# --- The KV cache
 
 
-def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """True where a token at position `queries` sees one at `keys` (broadcast): itself and the past, of which the
-    last `window` tokens."""
-    mask = keys <= queries
-    return mask if window is None else mask & (keys > queries - window)
+class LayerCache(NamedTuple):
+    """One layer's keys and values, each (B, G, S, D): views of a KVCache."""
+
+    keys: Tensor
+    values: Tensor
+
+    def update(self, k: Tensor, v: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Store new keys and values, and return those that the pass attends to.
+
+        Args:
+            k, v: (B, G, T, D).
+            positions: (B,), where row b's one new token stands; None for prompts from position 0.
+        """
+        if positions is None:
+            length = k.shape[2]
+            self.keys[:, :, :length] = k
+            self.values[:, :, :length] = v
+            return k, v  # a prompt sees nothing but itself
+        rows = torch.arange(len(positions), device=k.device)
+        self.keys[rows, :, positions] = k[:, :, 0]
+        self.values[rows, :, positions] = v[:, :, 0]
+        return self.keys, self.values
 
 
-WHOLE = 32  # what a packed twin reads, and its cache, is a multiple of this long: kernels round an odd end in another way
+class KVCache:
+    """Keys and values of all layers in one tensor, (2, L, B, G, S, D)."""
+
+    def __init__(self, data: Tensor):
+        self.data = data
+
+    @property
+    def length(self) -> int:
+        """Positions that there is room for."""
+        return self.data.shape[4]
+
+    def layer(self, number: int) -> LayerCache:
+        return LayerCache(self.data[0, number], self.data[1, number])
+
+    def first(self, length: int) -> "KVCache":
+        """A view of the first `length` positions."""
+        return KVCache(self.data[..., :length, :])
+
+    def split_rows(self, size: int) -> list["KVCache"]:
+        """Views of `size` rows each, the last of what is left."""
+        return [KVCache(part) for part in self.data.split(size, dim=2)]
+
+    def select_rows(self, rows: Tensor) -> "KVCache":
+        """A copy of these rows, in this order; a row may come twice."""
+        return KVCache(self.data[:, :, rows])
+
+    def write_rows(self, rows: Tensor, other: "KVCache") -> None:
+        """Put the rows of a cache that is no longer than this one in the place of `rows`."""
+        self.data[:, :, rows, :, : other.length] = other.data
 
 
-class Shared(NamedTuple):
-    """Which tokens of rows [B, T] are computed: padding is not, nor is a prompt again that an earlier row has. `kept` [N]: their
-    numbers among the B · T; `origin` [B, T]: which of the N stands there (any, in padding). All but attention is done
-    on the N alone; attention on whole rows, so that an answer sees its prompt and itself, as if it were alone."""
+# --- Packed passes: tokens that are computed once, and tokens whose output is needed
 
-    kept: Tensor
-    origin: Tensor
+
+class PackedIndex(NamedTuple):
+    """Which tokens of rows (B, T) a packed pass computes.
+
+    Padding is not computed, nor is a prompt again that an earlier row has. Everything but
+    attention is done on the N computed tokens alone. Attention is done on whole rows, so that an
+    answer sees its prompt and itself as if its row were alone.
+    """
+
+    token_index: Tensor  # (N,): numbers of the computed tokens among the B * T
+    gather_index: Tensor  # (B, T): which of the N tokens stands there; any, in padding
 
 
 class OutputIndex(NamedTuple):
-    """The M of the computed N tokens whose hidden states are asked for; of the others the last block computes keys and values only.
-    `source` [M]: their numbers among the N; `rows`: as Shared has it, with M in place of N."""
+    """The M of N computed tokens whose hidden states are returned.
 
-    source: Tensor
-    rows: Shared
+    The last block computes only keys and values of the others.
+    """
 
+    source: Tensor  # (M,): their numbers among the N
+    packed: PackedIndex  # where they stand in the rows, with M in place of N
 
-def want(picked: Tensor, shared: Shared) -> OutputIndex:
-    """Those at the places picked [B, T] (bool)."""
-    kept, origin = picked.flatten().nonzero()[:, 0], torch.zeros_like(shared.origin)
-    origin.view(-1)[kept] = torch.arange(len(kept), device=kept.device)
-    return OutputIndex(shared.origin.flatten()[kept], Shared(kept, origin))
-
-
-def of_wanted(x: Tensor, wanted: OutputIndex | None) -> Tensor:
-    """Of x [1, N, H] the M tokens wanted; all where None is."""
-    return x if wanted is None else x.index_select(1, wanted.source)
+    def select(self, x: Tensor) -> Tensor:
+        """(1, N, C) -> (1, M, C)."""
+        return x.index_select(1, self.source)
 
 
-def in_rows(x: Tensor, shared: Shared) -> Tensor:
-    """[1, heads, N, D] of the tokens that are computed, as [B, heads, T, D] of the rows."""
-    flat = x[0].transpose(0, 1).flatten(1)
-    return (
-        flat.index_select(0, shared.origin.flatten())
-        .view(*shared.origin.shape, *x.shape[1::2])
-        .transpose(1, 2)
-    )
+def output_index(output_mask: Tensor, packed: PackedIndex) -> OutputIndex:
+    """The index of the tokens under output_mask (B, T) bool, row after row."""
+    token_index = output_mask.flatten().nonzero()[:, 0]  # (M,)
+    gather_index = torch.zeros_like(packed.gather_index)  # (B, T)
+    numbers = torch.arange(len(token_index), device=token_index.device)
+    gather_index.view(-1)[token_index] = numbers
+    source = packed.gather_index.flatten()[token_index]  # (M,)
+    return OutputIndex(source, PackedIndex(token_index, gather_index))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, heads, T, D] turned by the angles of cos, sin (broadcastable to x)."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+def unpack(x: Tensor, packed: PackedIndex) -> Tensor:
+    """Packed tokens as rows: (1, heads, N, D) -> (B, heads, T, D)."""
+    heads, _, head_dim = x.shape[1:]
+    flat = x[0].transpose(0, 1).flatten(1)  # (N, heads * D)
+    rows = flat.index_select(0, packed.gather_index.flatten())  # (B * T, heads * D)
+    return rows.view(*packed.gather_index.shape, heads, head_dim).transpose(1, 2)
+
+
+def pack(x: Tensor, packed: PackedIndex) -> Tensor:
+    """Rows as packed tokens: (B, T, C) -> (1, N, C)."""
+    return x.flatten(0, 1).index_select(0, packed.token_index)[None]
+
+
+# --- The layers
 
 
 class Attention(nn.Module):
-    direct = False  # with a cache too by plain products (packed.pack)
+    """Grouped-query attention with rotary positions."""
+
+    prepacked = False  # core.prepack sets it in its copies: see kernels.attention
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        width = config.num_attention_heads * config.head_dim
+        hidden = config.hidden_size
+        q_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        variant = config.variant
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=variant.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=variant.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=variant.qkv_bias)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=variant.o_bias)
-        for name in ("q_norm", "k_norm"):
-            norm = Norm(config.head_dim, config.rms_norm_eps) if variant.qk_norm else nn.Identity()
-            self.add_module(name, norm)
+        self.q_proj = nn.Linear(hidden, q_width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_width, hidden, bias=config.o_bias)
+
+        # Qwen3 normalises every head's queries and keys; the others do not
+        self.q_norm = nn.Identity()
+        self.k_norm = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rope, positions: Tensor | None, mask: Tensor | None, cache, shared, wanted
+        self,
+        x: Tensor,
+        rope: Rope,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        cache: LayerCache | None,
+        packed: PackedIndex | None,
+        outputs: OutputIndex | None,
     ) -> Tensor:
-        """x [B, T, H] -> [B, T, H], or [1, M, H] of those `wanted`; see Transformer.forward for positions, mask, cache (this
-        layer's) and shared."""
-        asking, turns, places = of_wanted(x, wanted), rope, shared
-        if wanted is not None:
-            turns, places = [table[wanted.source] for table in rope], wanted.rows
-        rows, length, _ = x.shape
-        q, k, v = (
-            proj(each).view(rows, each.shape[1], -1, self.head_dim).transpose(1, 2)
-            for proj, each in ((self.q_proj, asking), (self.k_proj, x), (self.v_proj, x))
+        """(B, T, C) -> (B, T, C); in a packed pass (1, N, C) -> (1, N, C), or (1, M, C) of `outputs`."""
+        # the last block of a packed pass needs the queries of fewer tokens
+        query_input = x
+        query_rope = rope
+        query_packed = packed
+        if outputs is not None:
+            query_input = outputs.select(x)  # (1, M, C)
+            query_rope = rope.select(outputs.source)
+            query_packed = outputs.packed
+
+        q = self.split_heads(self.q_proj(query_input))  # (B, H, T, D)
+        k = self.split_heads(self.k_proj(x))  # (B, G, T, D)
+        v = self.split_heads(self.v_proj(x))  # (B, G, T, D)
+
+        q = query_rope.rotate(self.q_norm(q))
+        k = rope.rotate(self.k_norm(k))
+
+        if cache is not None:
+            k, v = cache.update(k, v, positions)  # (B, G, S, D) when decoding
+        if packed is not None:
+            q = unpack(q, query_packed)  # (1, H, M, D) -> (B, H, T, D)
+            k = unpack(k, packed)  # (1, G, N, D) -> (B, G, T, D)
+            v = unpack(v, packed)  # (1, G, N, D) -> (B, G, T, D)
+
+        y = attention(
+            q,
+            k,
+            v,
+            mask,
+            with_cache=cache is not None,
+            decoding=positions is not None,
+            prepacked=self.prepacked,
         )
-        q, k = rotate(self.q_norm(q), *turns), rotate(self.k_norm(k), *rope)
-        if cache is not None and positions is None:
-            cache[0, :, :, :length], cache[1, :, :, :length] = k, v
-        elif cache is not None:
-            row = torch.arange(rows, device=x.device)
-            cache[0][row, :, positions], cache[1][row, :, positions] = k[:, :, 0], v[:, :, 0]
-            k, v = cache
-        if shared is not None:
-            q, k, v = in_rows(q, places), in_rows(k, shared), in_rows(v, shared)
-        plain = attend_bf16 if small_bf16(q) and (cache is None or self.direct) else attend
-        way = (
-            plain
-            if positions is None
-            else attend_one
-            if self.direct
-            else attend_group
-            if x.is_cuda
-            else plain
-        )
-        y = way(q, k, v, mask).transpose(1, 2)
-        if shared is not None:
-            y = y.flatten(0, 1).index_select(0, places.kept)
-        return self.o_proj(y.reshape(*asking.shape[:2], -1))
+        y = self.merge_heads(y)  # (B, T, H * D)
+        if packed is not None:
+            y = pack(y, query_packed)  # (1, M, H * D)
+        return self.o_proj(y)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, T, heads * D) -> (B, heads, T, D)."""
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+    def merge_heads(self, x: Tensor) -> Tensor:
+        """(B, H, T, D) -> (B, T, H * D)."""
+        return x.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
+    """Gated feed-forward layer, (B, T, C) -> (B, T, C)."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
-        bias = config.variant.mlp_bias
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        hidden = config.hidden_size
+        inner = config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
+    """One layer: attention and MLP, each on the normalised input and added to it."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope, positions, mask, cache, shared, wanted) -> Tensor:
-        x = of_wanted(x, wanted) + self.self_attn(
-            self.input_layernorm(x), rope, positions, mask, cache, shared, wanted
-        )
+    def forward(
+        self,
+        x: Tensor,
+        rope: Rope,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        cache: LayerCache | None,
+        packed: PackedIndex | None,
+        outputs: OutputIndex | None,
+    ) -> Tensor:
+        """Shapes as in Attention.forward."""
+        residual = x if outputs is None else outputs.select(x)  # (1, M, C) of `outputs`
+        x = self.input_layernorm(x)
+        x = residual + self.self_attn(x, rope, mask, positions, cache, packed, outputs)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks and last norm (HF's `model`), and the head; a tied head is the embedding itself."""
+    """Embedding, blocks and last norm (Hugging Face's `model`), and the head.
 
-    by_coordinate = False  # how its cache lies, and its prompts are read: set in a packed twin where that pays (packed.pack)
+    A tied head is the embedding itself.
+    """
+
+    # Whether its cache holds all positions of a coordinate side by side, and its prompts are read
+    # in multiples of CACHE_ALIGN; core.prepack sets it in copies for which that is faster.
+    transposed_cache = False
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -222,7 +373,7 @@ class Transformer(nn.Module):
             {
                 "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
                 "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
-                "norm": Norm(config.hidden_size, config.rms_norm_eps),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
             }
         )
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -233,83 +384,120 @@ class Transformer(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def new_cache(self, rows: int, length: int) -> Tensor:
-        """Room for keys (0) and values (1): [2, layers, rows, kv_heads, length, head_dim], zeros. `by_coordinate`: all positions of
-        one coordinate lie together, which `attend_one` reads fastest, and the length is rounded up to a multiple of WHOLE."""
-        layers, heads, size = (
-            self.config.num_hidden_layers,
-            self.config.num_key_value_heads,
-            self.config.head_dim,
-        )
-        if self.by_coordinate:
-            return self.lm_head.weight.new_zeros(
-                2, layers, rows, heads, size, length + -length % WHOLE
-            ).transpose(4, 5)
-        return self.lm_head.weight.new_zeros(2, layers, rows, heads, length, size)
+    def new_cache(self, rows: int, length: int) -> KVCache:
+        """An empty cache with room for `length` positions of every row, or a few more."""
+        config = self.config
+        layers = config.num_hidden_layers
+        kv_heads = config.num_key_value_heads
+        new_zeros = self.lm_head.weight.new_zeros
+        if not self.transposed_cache:
+            return KVCache(new_zeros(2, layers, rows, kv_heads, length, config.head_dim))
+        aligned = length + -length % CACHE_ALIGN
+        data = new_zeros(2, layers, rows, kv_heads, config.head_dim, aligned)
+        return KVCache(data.transpose(4, 5))
 
     def forward(
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        cache: Tensor | None = None,
-        shared: Shared | None = None,
-        picked: Tensor | None = None,
+        cache: KVCache | None = None,
+        packed: PackedIndex | None = None,
+        output_mask: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [B, T, H] of tokens [B, T] (int64), after the last norm; a cache is written.
-        positions None: rows start at 0 and attend causally; no real token sees the padding at the right.
-        positions [B] (int64): T is 1, row b is decoded at its own position and sees the cache up to there;
-        what padding left behind in the cache lies beyond it, and is overwritten in turn.
-        shared: positions None, no cache; [1, N, H] of the N tokens that are computed, or [M, H] of the M places `picked`
-        ([B, T] bool), row after row."""
+        """Hidden states after the last norm, of tokens (B, T) int64. There are four kinds of pass:
+
+            plain    forward(tokens)                     -> (B, T, C)
+            packed   forward(tokens, packed=...)         -> (1, N, C)
+                     forward(..., output_mask=(B, T))    -> (M, C)
+            prefill  forward(tokens, cache=...)          -> (B, T, C), the cache is written
+            decode   forward(tokens, positions, cache)   -> (B, 1, C), the cache is written
+
+        All but decode read rows from position 0. Attention is causal and padding is at the right,
+        so no token sees padding. When decoding, T is 1: the token of row b stands at positions[b]
+        and sees the cache up to there. What padding left in the cache lies beyond, and is
+        overwritten in turn.
+        """
         length = tokens.shape[1]
-        x = self.model.embed_tokens(
-            tokens if shared is None else tokens.flatten()[shared.kept][None]
-        )
-        layers, config = self.model.layers, self.config
-        if positions is None:
-            keys = torch.arange(length, device=x.device)
-            angles, queries = (
-                rope_angles(config, keys if shared is None else shared.kept % length),
-                keys[:, None],
-            )
+        outputs = None
+        if packed is not None:
+            x = self.model.embed_tokens(pack_tokens(tokens, packed))  # (1, N, C)
+            rope_positions = packed.token_index % length  # (N,)
+            masks = self.prompt_masks(length, x.device)
+            if output_mask is not None:
+                outputs = output_index(output_mask, packed)
+        elif positions is not None:
+            x = self.model.embed_tokens(tokens)  # (B, 1, C)
+            rope_positions = positions[:, None, None]  # (B, 1, 1)
+            masks = self.decode_masks(positions, cache.length)
         else:
-            keys = torch.arange(cache.shape[4], device=x.device)
-            angles, queries = (
-                rope_angles(config, positions[:, None, None]),
-                positions[:, None, None, None],
-            )
-        rope = tuple(
-            (table * rope_scale(config.variant.rope)).to(x.dtype)
-            for table in (angles.cos(), angles.sin())
-        )
-        windows, masks = config.variant.windows or (None,) * len(layers), {}
-        for window in set(
-            windows
-        ):  # plain causal attention needs no mask: it has a faster kernel of its own
-            causal = positions is None and (window is None or window >= length)
-            masks[window] = None if causal else visible(queries, keys, window)
-        wanted = None if picked is None else want(picked, shared)
-        for layer, (block, window) in enumerate(zip(layers, windows, strict=True)):
-            last = wanted if layer == len(layers) - 1 else None
-            x = block(
-                x,
-                rope,
-                positions,
-                masks[window],
-                None if cache is None else cache[:, layer],
-                shared,
-                last,
-            )
-        return self.model.norm(x if picked is None else x[0])
+            x = self.model.embed_tokens(tokens)  # (B, T, C)
+            rope_positions = torch.arange(length, device=x.device)  # (T,)
+            masks = self.prompt_masks(length, x.device)
+
+        rope = rope_tables(self.config, rope_positions, x.dtype)
+        last = len(self.model.layers) - 1
+        for number, block in enumerate(self.model.layers):
+            layer_cache = None if cache is None else cache.layer(number)
+            layer_outputs = outputs if number == last else None
+            x = block(x, rope, masks[number], positions, layer_cache, packed, layer_outputs)
+        if outputs is not None:
+            x = x[0]  # (M, C)
+        return self.model.norm(x)
+
+    def prompt_masks(self, length: int, device: torch.device) -> list[Tensor | None]:
+        """A mask for every layer, of rows from position 0; None, for a faster kernel, where causal."""
+        by_window = {}
+        for window in set(self.sliding_windows):
+            by_window[window] = None
+            if window is not None and window < length:
+                positions = torch.arange(length, device=device)
+                by_window[window] = causal_mask(positions[:, None], positions, window)  # (T, T)
+        return [by_window[window] for window in self.sliding_windows]
+
+    def decode_masks(self, positions: Tensor, cache_length: int) -> list[Tensor]:
+        """A mask (B, 1, 1, S) for every layer, of one token in every row."""
+        keys = torch.arange(cache_length, device=positions.device)
+        queries = positions[:, None, None, None]
+        by_window = {}
+        for window in set(self.sliding_windows):
+            by_window[window] = causal_mask(queries, keys, window)
+        return [by_window[window] for window in self.sliding_windows]
+
+    @property
+    def sliding_windows(self) -> tuple[int | None, ...]:
+        """The window of every layer; None where a token sees all before it."""
+        return self.config.sliding_windows or (None,) * self.config.num_hidden_layers
+
+
+def pack_tokens(tokens: Tensor, packed: PackedIndex) -> Tensor:
+    """Ids of the tokens that a packed pass computes: (B, T) -> (1, N)."""
+    return tokens.flatten()[packed.token_index][None]
+
+
+def causal_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """True where a token at position `queries` sees one at position `keys` (broadcast).
+
+    It sees itself and the past; with a window, only the last `window` tokens, itself included.
+    """
+    mask = keys <= queries
+    if window is not None:
+        mask = mask & (keys > queries - window)
+    return mask
 
 
 def new_model(config: ModelConfig, seed: int) -> Transformer:
-    """A Transformer with fresh fp32 weights: normal 0.05, output projections scaled by depth, norms one.
-    LossOutput on the built-in world: at 0.02 a small model knows half as much after as many steps."""
-    generator, model = torch.Generator().manual_seed(seed), Transformer(config)
+    """A Transformer with fresh fp32 weights: normal with std 0.05, norms one.
+
+    The output projections are scaled down by depth (GPT-2). Measured on the built-in world: with
+    std 0.02 a small model knows half as much after as many steps.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model = Transformer(config)
+    output_scale = (2 * config.num_hidden_layers) ** -0.5
     for name, weight in model.named_parameters():
-        if weight.dim() > 1:
-            output = name.endswith(("o_proj.weight", "down_proj.weight"))
-            scale = (2 * config.num_hidden_layers) ** -0.5 if output else 1.0
-            nn.init.normal_(weight, std=0.05 * scale, generator=generator)
+        if weight.dim() == 1:
+            continue  # norms stay one
+        is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+        scale = output_scale if is_output else 1.0
+        nn.init.normal_(weight, std=0.05 * scale, generator=generator)
     return model

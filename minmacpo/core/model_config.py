@@ -1,17 +1,21 @@
-"""What a config.json of the Llama line says, as one ModelConfig: Llama, Mistral, Qwen2, Qwen3 and what is built so.
+"""What the config.json of a model says, as one ModelConfig: Llama, Mistral, Qwen2, Qwen3.
 
-A field is understood, or known to change nothing, or refused by its name. An absent one means what transformers takes
-it for. No torch here: model.py makes the tensors.
+Every field of the file is understood, or known to change nothing, or refused by its name. An
+absent field means what transformers takes it for. There is no torch here: model.py makes the
+tensors.
+
+To add a family, add it to FAMILIES; what it has and no other (a norm, an activation) becomes a
+field of ModelConfig, which model.py reads.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from minmacpo import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Rope:
-    """How rotary angles are stretched beyond the context of pre-training (fields as in rope_scaling)."""
+class RopeScaling:
+    """How rotary angles are stretched beyond the context of pre-training; fields as in rope_scaling."""
 
     rope_type: str = "default"
     factor: float = 1.0
@@ -27,21 +31,8 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
-    """In what a model departs from the first Llama. `windows`: of how many tokens, itself included, a token sees
-    the last ones, by layer (None: all); empty where no layer has such a limit."""
-
-    rope: Rope = Rope()
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    windows: tuple[int | None, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The structure of a model: sizes under their names in config.json, and the variant."""
+    """The structure of a model: fields of config.json, and in what it departs from the first Llama."""
 
     vocab_size: int
     hidden_size: int
@@ -56,10 +47,24 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
-    variant: Variant = Variant()
+
+    # what families differ in
+    hidden_act: str = "silu"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_windows: tuple[int | None, ...] = ()  # by layer, None: sees all; empty: all layers do
+    rope_scaling: RopeScaling = RopeScaling()
 
 
-SIZES = ModelConfig.__annotations__.keys() - {"variant"}
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What a model_type has beside the fields that all have."""
+
+    defaults: dict  # its fields, and what each means where it is absent
+    qkv_bias: bool = False  # always, whatever attention_bias says
+    qk_norm: bool = False
 
 
 QWEN_WINDOW = {
@@ -69,21 +74,37 @@ QWEN_WINDOW = {
     "layer_types": None,
 }
 
-
-# What a family has beside the sizes, and what it means there if a field is absent.
 FAMILIES = {
-    "llama": {"attention_bias": False, "mlp_bias": False},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": QWEN_WINDOW | {"num_key_value_heads": 32},
-    "qwen3": QWEN_WINDOW | {"num_key_value_heads": 32, "head_dim": 128, "attention_bias": False},
+    "llama": Family({"attention_bias": False, "mlp_bias": False}),
+    "mistral": Family({"num_key_value_heads": 8, "sliding_window": 4096}),
+    "qwen2": Family({"num_key_value_heads": 32} | QWEN_WINDOW, qkv_bias=True),
+    "qwen3": Family(
+        {"num_key_value_heads": 32, "head_dim": 128, "attention_bias": False} | QWEN_WINDOW,
+        qk_norm=True,
+    ),
 }
 
+# The fields that ModelConfig takes from config.json as they are
+COMMON_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+)
 
-FOREIGN = {name for fields in FAMILIES.values() for name in fields} - SIZES
+ROPE_FIELDS = ("rope_scaling", "rope_parameters")
 
-
-# Fields that would change the structure, with the values at which they do not.
-FIXED = {
+# Fields that would change the structure, with the values at which they do not
+SUPPORTED_VALUES = {
     "hidden_act": ("silu",),
     "quantization_config": (None,),
     "partial_rotary_factor": (None, 1),
@@ -96,61 +117,205 @@ FIXED = {
     "pruned_heads": (None, {}),
 }
 
-
-# Notes of whoever wrote the file, training settings, and sampling settings of the time before generation_config.json.
-HARMLESS = set(
+# Notes of whoever wrote the file, settings of training, and settings of sampling from the time
+# before generation_config.json
+IGNORED_FIELDS = set(
     """
-    model_type architectures torch_dtype dtype transformers_version _name_or_path name_or_path _commit_hash
-    is_llama_config transformers.js_config unsloth_fixed unsloth_version tokenizer_class finetuning_task
-    task_specific_params prefix problem_type id2label label2id num_labels use_cache return_dict output_hidden_states
-    output_attentions output_scores return_dict_in_generate torchscript use_bfloat16 tf_legacy_loss
-    _attn_implementation _attn_implementation_autoset attn_implementation pretraining_tp initializer_range
-    attention_dropout gradient_checkpointing chunk_size_feed_forward cross_attention_hidden_size max_sequence_length
-    model_max_length pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id
-    max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty
-    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size bad_words_ids
-    encoder_no_repeat_ngram_size num_return_sequences forced_bos_token_id forced_eos_token_id suppress_tokens
-    begin_suppress_tokens remove_invalid_values exponential_decay_length_penalty
-""".split()
+    model_type architectures torch_dtype dtype transformers_version _name_or_path name_or_path
+    _commit_hash is_llama_config transformers.js_config unsloth_fixed unsloth_version
+    tokenizer_class finetuning_task task_specific_params prefix problem_type id2label label2id
+    num_labels use_cache return_dict output_hidden_states output_attentions output_scores
+    return_dict_in_generate torchscript use_bfloat16 tf_legacy_loss _attn_implementation
+    _attn_implementation_autoset attn_implementation pretraining_tp initializer_range
+    attention_dropout gradient_checkpointing chunk_size_feed_forward cross_attention_hidden_size
+    max_sequence_length model_max_length pad_token_id unk_token_id sep_token_id cls_token_id
+    mask_token_id decoder_start_token_id max_length min_length max_new_tokens do_sample
+    early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+    repetition_penalty length_penalty no_repeat_ngram_size bad_words_ids
+    encoder_no_repeat_ngram_size num_return_sequences forced_bos_token_id forced_eos_token_id
+    suppress_tokens begin_suppress_tokens remove_invalid_values exponential_decay_length_penalty
+    """.split()
 )
 
-
-NUMBER = (int, float)
-
-
-MOST, MOST_WIDE, MOST_LAYERS = (
-    1e15,
-    1 << 24,
-    1 << 10,
-)  # beyond any model; what is larger would overflow, or never end
+# Bounds beyond any model: a larger number would overflow, or building the model would never end
+MAX_NUMBER = 10**15
+MAX_WIDTH = 1 << 24
+MAX_LAYERS = 1 << 10
 
 
-SCALING = {"original_max_position_embeddings": (int,), "truncate": (bool,)} | dict.fromkeys(
-    (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "attention_factor",
-        "mscale",
-        "mscale_all_dim",
-        "beta_fast",
-        "beta_slow",
+def parse_config(raw: dict, where: str) -> ModelConfig:
+    """The ModelConfig of a config.json's content.
+
+    Args:
+        raw: the JSON object.
+        where: path of the file, with which every error begins.
+
+    Raises:
+        UserError: a field is missing, is not understood, or has a value that is not supported.
+    """
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        supported = ", ".join(FAMILIES)
+        raise UserError(f"{where}: model_type = {model_type!r} is not supported (only {supported})")
+    family = FAMILIES[model_type]
+    for name, value in raw.items():
+        check_field(name, value, model_type, where)
+
+    # transformers' defaults, those of the family, then what the file says
+    values = {"rms_norm_eps": 1e-6, "max_position_embeddings": raw.get("max_sequence_length")}
+    values |= family.defaults
+    values |= raw
+    values["rope_theta"], rope_scaling = parse_rope(raw, where)
+    complete_sizes(values, where)
+    check_numbers(values, where)
+    biases = parse_flags(values, ("attention_bias", "mlp_bias"), where)
+
+    given = {name: values[name] for name in COMMON_FIELDS if name in values}
+    return ModelConfig(
+        **given,
+        hidden_act=values.get("hidden_act", "silu"),
+        qkv_bias=biases["attention_bias"] or family.qkv_bias,
+        o_bias=biases["attention_bias"],
+        mlp_bias=biases["mlp_bias"],
+        qk_norm=family.qk_norm,
+        sliding_windows=parse_windows(values, family, where),
+        rope_scaling=rope_scaling,
+    )
+
+
+def check_field(name: str, value, model_type: str, where: str) -> None:
+    """UserError for a field that is not understood, or has a value that no model here can have."""
+    if name in SUPPORTED_VALUES:
+        supported = SUPPORTED_VALUES[name]
+        if value not in supported:
+            raise unsupported(where, name, value, f"only {supported[-1]!r}")
+        return
+    if name in COMMON_FIELDS or name in ROPE_FIELDS or name in IGNORED_FIELDS:
+        return
+    if name in FAMILIES[model_type].defaults:
+        return
+    if any(name in family.defaults for family in FAMILIES.values()):
+        if value not in (None, False):
+            raise UserError(
+                f"{where}: {name} = {value!r:.60} has no meaning for model_type = {model_type}"
+            )
+        return
+    raise UserError(
+        f"{where}: the field {name!r} is not understood; remove it if it changes nothing"
+    )
+
+
+def unsupported(where: str, name: str, value, expected: str) -> UserError:
+    """The error for a field's value, which is shown in at most 60 characters."""
+    return UserError(f"{where}: {name} = {value!r:.60} is not supported ({expected})")
+
+
+# --- Sizes and numbers
+
+
+def complete_sizes(values: dict, where: str) -> None:
+    """Fill in the sizes that follow from others; UserError where they do not fit each other."""
+    check_size(values, "num_hidden_layers", MAX_LAYERS, where)
+    hidden = check_size(values, "hidden_size", MAX_WIDTH, where)
+    heads = check_size(values, "num_attention_heads", MAX_WIDTH, where)
+    for name in ("vocab_size", "intermediate_size"):
+        check_size(values, name, MAX_WIDTH, where)
+    check_size(values, "max_position_embeddings", MAX_NUMBER, where)
+
+    if values.get("num_key_value_heads") is None:
+        values["num_key_value_heads"] = heads
+    kv_heads = check_size(values, "num_key_value_heads", MAX_WIDTH, where)
+    if heads % kv_heads != 0:
+        raise UserError(
+            f"{where}: num_attention_heads = {heads} is no multiple of "
+            f"num_key_value_heads = {kv_heads}"
+        )
+
+    if values.get("head_dim") is None:
+        if hidden % heads != 0:
+            raise UserError(
+                f"{where}: hidden_size = {hidden} is no multiple of num_attention_heads = {heads}, "
+                "and there is no head_dim"
+            )
+        values["head_dim"] = hidden // heads
+    head_dim = check_size(values, "head_dim", MAX_WIDTH, where)
+    if head_dim % 2 != 0:
+        raise UserError(f"{where}: head_dim = {head_dim} is odd; rotary positions need pairs")
+    if heads * head_dim > MAX_WIDTH:
+        raise UserError(
+            f"{where}: num_attention_heads = {heads} of head_dim = {head_dim} are too wide"
+        )
+
+
+def check_size(values: dict, name: str, largest: int, where: str) -> int:
+    """The size of that name; UserError unless it is a whole number from 1 to `largest`."""
+    size = values.get(name)
+    if size is None:
+        raise UserError(f"{where}: {name} is missing; expected a whole number")
+    if type(size) is not int or not 1 <= size <= largest:
+        raise unsupported(where, name, size, f"only whole numbers from 1 to {largest}")
+    return size
+
+
+def check_numbers(values: dict, where: str) -> None:
+    """UserError for rms_norm_eps, rope_theta or tie_word_embeddings out of range."""
+    epsilon = values["rms_norm_eps"]
+    if not is_number(epsilon) or not 0 < epsilon < 1:
+        raise unsupported(where, "rms_norm_eps", epsilon, "only numbers between 0 and 1")
+    theta = values["rope_theta"]
+    if not is_number(theta) or not 1 < theta < MAX_NUMBER:
+        raise unsupported(where, "rope_theta", theta, "only numbers above 1")
+    tied = values.get("tie_word_embeddings", False)
+    if type(tied) is not bool:
+        raise unsupported(where, "tie_word_embeddings", tied, "only true or false")
+
+
+def is_number(value) -> bool:
+    """Whether a JSON value is a number; true and false are none."""
+    return type(value) in (int, float)
+
+
+def parse_flags(values: dict, names: tuple[str, ...], where: str) -> dict[str, bool]:
+    """The true-or-false fields of these names; absent and null mean false."""
+    flags = {}
+    for name in names:
+        value = values.get(name)
+        if value is None:
+            value = False
+        if type(value) is not bool:
+            raise unsupported(where, name, value, "only true or false")
+        flags[name] = value
+    return flags
+
+
+# --- Rotary positions
+
+
+@dataclass(frozen=True, slots=True)
+class RopeType:
+    """The fields of rope_scaling that a rope_type must have, and those that it may have."""
+
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+
+ROPE_TYPES = {
+    "default": RopeType(),
+    "linear": RopeType(
+        required=("factor",),
+        optional=("original_max_position_embeddings",),
     ),
-    NUMBER,
-)
-
-
-# The fields that a rope_type must have, and those that it may have.
-ROPES = {
-    "default": ((), ()),
-    "linear": (("factor",), ("original_max_position_embeddings",)),
-    "llama3": (
-        ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-        (),
+    "llama3": RopeType(
+        required=(
+            "factor",
+            "original_max_position_embeddings",
+            "low_freq_factor",
+            "high_freq_factor",
+        ),
     ),
-    "yarn": (
-        ("factor", "original_max_position_embeddings"),
-        (
+    "yarn": RopeType(
+        required=("factor", "original_max_position_embeddings"),
+        optional=(
             "attention_factor",
             "mscale",
             "mscale_all_dim",
@@ -162,155 +327,118 @@ ROPES = {
     ),
 }
 
-
-def parse_config(raw: dict, where: str) -> ModelConfig:
-    """ModelConfig of a config.json's content; UserError for a field that is missing or not understood."""
-    family = raw.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise UserError(
-            f"{where}: model_type = {family!r} is not supported (only {', '.join(FAMILIES)})"
-        )
-    for name, value in raw.items():
-        check_field(name, value, family, where)
-    absent = {
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": raw.get("max_sequence_length"),
-    } | FAMILIES[family]
-    values = absent | raw
-    values["rope_theta"], rope = parse_rope(raw, where)
-    try:
-        heads, hidden, given = (
-            values["num_attention_heads"],
-            values["hidden_size"],
-            values.get("head_dim"),
-        )
-        if not 0 < values["num_hidden_layers"] <= MOST_LAYERS:  # before anything is made of each
-            raise TypeError
-        derived = {"num_key_value_heads": heads, "head_dim": hidden // heads}
-        values |= {name: value for name, value in derived.items() if values.get(name) is None}
-        variant = parse_variant(values, family, rope, where)
-        config = ModelConfig(
-            **{name: values[name] for name in SIZES if name in values}, variant=variant
-        )
-        sizes = [values[name] for name, kind in ModelConfig.__annotations__.items() if kind is int]
-        if not all(type(size) is int and 0 < size <= MOST for size in sizes):
-            raise TypeError
-        widest = max(config.vocab_size, hidden, config.intermediate_size, heads * config.head_dim)
-        fit = (
-            (given or hidden % heads == 0)
-            and widest <= MOST_WIDE
-            and heads % config.num_key_value_heads == 0
-            and config.head_dim % 2 == 0
-        )
-        sound = (
-            0 < config.rms_norm_eps < 1 < config.rope_theta < MOST
-            and type(config.tie_word_embeddings) is bool
-        )
-        if not fit or not sound:
-            raise TypeError
-    except (KeyError, TypeError, ZeroDivisionError):
-        raise UserError(
-            f"{where}: sizes are missing, no whole numbers, too large, or do not fit each other"
-        ) from None
-    return config
+# Fields of rope_scaling that stand beside those of its type
+ROPE_COMMON_FIELDS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+MAY_BE_ZERO = {"mscale", "mscale_all_dim"}
 
 
-def check_field(name: str, value, family: str, where: str) -> None:
-    """UserError for a field that is not understood, or has a value that no model here can have."""
-    if name in FIXED and value not in FIXED[name]:
-        raise UserError(
-            f"{where}: {name} = {value!r:.60} is not supported (only {FIXED[name][-1]!r})"
-        )
-    if name in FOREIGN - FAMILIES[family].keys() and value not in (None, False):
-        raise UserError(f"{where}: {name} = {value!r:.60} has no meaning for model_type = {family}")
-    if name not in SIZES | FOREIGN | FIXED.keys() | HARMLESS | {"rope_scaling", "rope_parameters"}:
-        raise UserError(
-            f"{where}: the field {name!r} is not understood; remove it if it changes nothing"
-        )
+def parse_rope(raw: dict, where: str) -> tuple[float, RopeScaling]:
+    """The base of the angles (rope_theta), and their scaling.
 
-
-def parse_rope(raw: dict, where: str) -> tuple[float, Rope]:
-    """(theta, scaling) of a config.json, from rope_parameters (newer) or rope_theta and rope_scaling (older)."""
-    place = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    found = raw.get(place) or {}
-    if (raw.get("rope_parameters") or found) != found:
+    Newer files have rope_parameters, older ones rope_theta and rope_scaling.
+    """
+    source = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    rope = raw.get(source) or {}
+    if raw.get("rope_parameters") and raw["rope_parameters"] != rope:
         raise UserError(f"{where}: rope_scaling and rope_parameters say different things")
-    if not isinstance(found, dict):
-        raise UserError(f"{where}: {place} = {found!r:.60} is not supported (only an object)")
-    kinds = [found[name] for name in ("rope_type", "type") if found.get(name) is not None] or [
-        "default"
-    ]
-    if kinds[0] not in list(ROPES) or kinds[0] != kinds[-1]:
-        raise UserError(
-            f"{where}: {place} of type {kinds[-1]!r:.60} is not supported (only {', '.join(ROPES)})"
-        )
-    need, may = ROPES[kinds[0]]
-    if odd := sorted(
-        found.keys() - {*need, *may, "rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    ):
-        raise UserError(
-            f"{where}: {place} has the field {odd[0]!r}, which is not understood for {kinds[0]}"
-        )
-    check_field("partial_rotary_factor", found.get("partial_rotary_factor"), "llama", where)
-    given = {
-        name: found[name]
-        for name in (*need, *may)
-        if name in SCALING and found.get(name) is not None
-    }
-    if lacking := [name for name in need if name not in given]:
-        raise UserError(f"{where}: {place} of type {kinds[0]} lacks {lacking[0]}")
-    for name, value in given.items():
-        may_be_zero = name in ("truncate", "mscale", "mscale_all_dim")
-        if type(value) not in SCALING[name] or not 0 <= value < MOST or not (value or may_be_zero):
-            raise UserError(f"{where}: {place}: {name} = {value!r:.60} is not supported")
-    rope = Rope(kinds[0], **given)
-    if rope.low_freq_factor >= rope.high_freq_factor or rope.beta_slow > rope.beta_fast:
-        raise UserError(f"{where}: {place} has a low bound above its high bound")
-    return found.get("rope_theta", raw.get("rope_theta", 10000.0)), rope
+    if not isinstance(rope, dict):
+        raise unsupported(where, source, rope, "only an object")
+
+    rope_type = parse_rope_type(rope, f"{where}: {source}")
+    known = ROPE_TYPES[rope_type]
+    for name in sorted(rope):
+        if name not in ROPE_COMMON_FIELDS | {*known.required, *known.optional}:
+            raise UserError(
+                f"{where}: {source} has the field {name!r}, which is not understood for {rope_type}"
+            )
+    check_field("partial_rotary_factor", rope.get("partial_rotary_factor"), "llama", where)
+
+    scaling_fields = {entry.name for entry in fields(RopeScaling)}
+    given = {}
+    for name in known.required + known.optional:
+        if rope.get(name) is not None and name in scaling_fields:
+            given[name] = check_rope_value(name, rope[name], f"{where}: {source}")
+        elif name in known.required:
+            raise UserError(f"{where}: {source} of type {rope_type} lacks {name}")
+    scaling = RopeScaling(rope_type, **given)
+    if scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise UserError(f"{where}: {source} has low_freq_factor at or above high_freq_factor")
+    if scaling.beta_slow > scaling.beta_fast:
+        raise UserError(f"{where}: {source} has beta_slow above beta_fast")
+    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    return theta, scaling
 
 
-def parse_variant(values: dict, family: str, rope: Rope, where: str) -> Variant:
-    """The variant that the fields of a family describe; UserError where they are none of theirs."""
-    flags = {
-        name: values.get(name) or False
-        for name in ("attention_bias", "mlp_bias", "use_sliding_window")
-    }
-    if odd := [name for name, value in flags.items() if type(value) is not bool]:
-        raise UserError(
-            f"{where}: {odd[0]} = {values[odd[0]]!r:.60} is not supported (only true or false)"
-        )
-    bias = flags["attention_bias"]
-    windows = parse_windows(values, family, where) if "sliding_window" in FAMILIES[family] else ()
-    return Variant(
-        rope, bias or family == "qwen2", bias, flags["mlp_bias"], family == "qwen3", windows
-    )
+def parse_rope_type(rope: dict, where: str) -> str:
+    """The type of a rope_scaling, which older files call `type`; both may stand there."""
+    names = [rope[name] for name in ("rope_type", "type") if rope.get(name) is not None]
+    for name in names:
+        if name not in list(ROPE_TYPES) or name != names[0]:
+            supported = ", ".join(ROPE_TYPES)
+            raise UserError(f"{where} of type {name!r:.60} is not supported (only {supported})")
+    return names[0] if names else "default"
 
 
-def parse_windows(values: dict, family: str, where: str) -> tuple[int | None, ...]:
-    """The window of every layer: all of Mistral's, those of Qwen that layer_types or max_window_layers names."""
-    layers, types, first = (
-        values.get(name) for name in ("num_hidden_layers", "layer_types", "max_window_layers")
-    )
-    used = values["use_sliding_window"] if "use_sliding_window" in FAMILIES[family] else True
-    window = values["sliding_window"] if used else None
-    if type(layers) is not int or (window is not None and (type(window) is not int or window < 1)):
-        raise UserError(
-            f"{where}: sliding_window = {window!r:.60} is not supported (only a positive number or null)"
-        )
-    if types is None:
-        sliding = [window is not None and layer >= (first or 0) for layer in range(layers)]
-    elif (
-        isinstance(types, list)
-        and len(types) == layers
-        and all(t in ("full_attention", "sliding_attention") for t in types)
-    ):
-        sliding = [t == "sliding_attention" for t in types]
+def check_rope_value(name: str, value, where: str):
+    """The value of a field of rope_scaling; UserError where it has no meaning."""
+    if name == "truncate":
+        valid = type(value) is bool
+    elif name == "original_max_position_embeddings":
+        valid = type(value) is int and 0 < value < MAX_NUMBER
+    elif name in MAY_BE_ZERO:
+        valid = is_number(value) and 0 <= value < MAX_NUMBER
     else:
-        raise UserError(
-            f"{where}: layer_types must say full_attention or sliding_attention for every layer"
-        )
-    if any(sliding) and window is None:
+        valid = is_number(value) and 0 < value < MAX_NUMBER
+    if not valid:
+        raise UserError(f"{where}: {name} = {value!r:.60} is not supported")
+    return value
+
+
+# --- Sliding windows
+
+
+def parse_windows(values: dict, family: Family, where: str) -> tuple[int | None, ...]:
+    """The window of every layer; empty where no layer has one.
+
+    All layers of Mistral have it; of Qwen those that layer_types names, or those from
+    max_window_layers on.
+    """
+    if "sliding_window" not in family.defaults:
+        return ()
+    window = values["sliding_window"]
+    if "use_sliding_window" in family.defaults:
+        used = parse_flags(values, ("use_sliding_window",), where)["use_sliding_window"]
+        window = window if used else None
+    if window is not None and (type(window) is not int or window < 1):
+        raise unsupported(where, "sliding_window", window, "only a positive number or null")
+
+    sliding = sliding_layers(values, window is not None, where)
+    if not any(sliding):
+        return ()
+    if window is None:
         raise UserError(
             f"{where}: layer_types has sliding_attention, but there is no sliding_window in use"
         )
-    return tuple(window if slides else None for slides in sliding) if any(sliding) else ()
+    return tuple(window if slides else None for slides in sliding)
+
+
+def sliding_layers(values: dict, has_window: bool, where: str) -> list[bool]:
+    """Whether each layer has a window."""
+    layers = values["num_hidden_layers"]
+    types = values.get("layer_types")
+    if types is None:
+        first = values.get("max_window_layers") or 0
+        if type(first) is not int:
+            raise unsupported(where, "max_window_layers", first, "only whole numbers")
+        return [has_window and layer >= first for layer in range(layers)]
+
+    kinds = ("full_attention", "sliding_attention")
+    if (
+        not isinstance(types, list)
+        or len(types) != layers
+        or not all(kind in kinds for kind in types)
+    ):
+        raise UserError(
+            f"{where}: layer_types must say full_attention or sliding_attention for every layer"
+        )
+    return [kind == "sliding_attention" for kind in types]

@@ -70,7 +70,7 @@ def pack(model: Transformer, rows: int) -> Transformer:
     twin = copy.deepcopy(
         model, {id(kept): kept for kept in chain(model.parameters(), model.buffers())}
     )
-    twin.by_coordinate = model.lm_head.weight.dtype == torch.float32  # in bf16 it does not pay
+    twin.transposed_cache = model.lm_head.weight.dtype == torch.float32  # in bf16 it does not pay
     for name, module in [*twin.named_modules()]:
         parent, _, last = name.rpartition(".")
         if (
@@ -83,5 +83,5 @@ def pack(model: Transformer, rows: int) -> Transformer:
         elif type(module) is nn.Linear and type(twin.get_submodule(parent)) is not PackedLinear:
             setattr(twin.get_submodule(parent), last, PackedLinear(module, module.weight, rows))
         elif isinstance(module, Attention):
-            module.direct = True
+            module.prepacked = True
     return twin

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minmacpo.config.schema import Generate
-from minmacpo.core.model import WHOLE, Transformer
+from minmacpo.core.model import CACHE_ALIGN, KVCache, Transformer
 from minmacpo.core.prepack import pack, packs, sharded
 
 PLAUSIBLE = 0.1  # of the likeliest token's probability: what contrastive decoding may choose
@@ -85,13 +85,13 @@ def noise(seeds: Sequence[int], steps: int) -> np.ndarray:
     )
 
 
-def read(model: Transformer, tokens: Tensor, last: Tensor, cache: Tensor) -> Tensor:
+def read(model: Transformer, tokens: Tensor, last: Tensor, cache: KVCache) -> Tensor:
     """Logits [B, V] after place last [B] of tokens [B, T], whose cache is written; a packed twin in fp32 reads a few rows at a time."""
     size = len(tokens)
-    if model.by_coordinate:
-        tokens = F.pad(tokens, (0, -tokens.shape[1] % WHOLE))
+    if model.transposed_cache:
+        tokens = F.pad(tokens, (0, -tokens.shape[1] % CACHE_ALIGN))
         size = max(1, AT_ONCE // tokens.shape[1])
-    parts = zip(tokens.split(size), last.split(size), cache.split(size, dim=2), strict=True)
+    parts = zip(tokens.split(size), last.split(size), cache.split_rows(size), strict=True)
     return torch.cat(
         [
             model.lm_head(model(part, cache=mine)[torch.arange(len(at), device=at.device), at])
@@ -102,7 +102,7 @@ def read(model: Transformer, tokens: Tensor, last: Tensor, cache: Tensor) -> Ten
 
 def prefill(
     models: Sequence[Transformer], prompts: Sequence[Sequence[int]], room: int
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[KVCache]]:
     """(logits [B, V] of the first new token, cache with `room` more places) of every model. A prompt that several rows
     share is read once."""
     places: dict[tuple[int, ...], int] = {}
@@ -116,7 +116,7 @@ def prefill(
         chosen = torch.tensor(which, device=device)
         logits, caches = (
             [each[chosen] for each in logits],
-            [cache[:, :, chosen] for cache in caches],
+            [cache.select_rows(chosen) for cache in caches],
         )
     return logits, caches
 
@@ -127,7 +127,7 @@ class Decoder:
 
     captures = True  # until it fails, in this process
 
-    def __init__(self, models: Sequence[Transformer], caches: Sequence[Tensor]):
+    def __init__(self, models: Sequence[Transformer], caches: Sequence[KVCache]):
         self.models, self.caches, self.shape, self.graph = models, caches, None, None
         self.whole = not any(
             map(sharded, models)
@@ -135,7 +135,7 @@ class Decoder:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
-        self.caches = [cache[:, :, rows] for cache in self.caches]
+        self.caches = [cache.select_rows(rows) for cache in self.caches]
         self.graph = None
 
     def admit(
@@ -145,13 +145,13 @@ class Decoder:
         for cache, mine, new, found in zip(
             self.caches, logits, *reversed(prefill(self.models, prompts, 0)), strict=True
         ):
-            cache[:, :, places, :, : new.shape[4]] = new
+            cache.write_rows(places, new)
             mine[places] = found
 
     def run(self, token: Tensor, where: Tensor, used: int) -> list[Tensor]:
         """Logits [B, V] of each model after token [B] at position where [B]; places from `used` on are not read."""
         return [
-            m.lm_head(m(token[:, None], positions=where, cache=c[..., :used, :])[:, 0])
+            m.lm_head(m(token[:, None], positions=where, cache=c.first(used))[:, 0])
             for m, c in zip(self.models, self.caches, strict=True)
         ]
 
@@ -183,7 +183,7 @@ class Decoder:
 
     def __call__(self, token: Tensor, where: Tensor, furthest: int) -> list[Tensor]:
         """`run`, where no position is beyond `furthest`."""
-        used = min(ROOM * (furthest // ROOM + 1), self.caches[0].shape[4])
+        used = min(ROOM * (furthest // ROOM + 1), self.caches[0].length)
         if token.device.type != "cuda" or not (Decoder.captures and self.whole):
             return self.run(token, where, used)
         if (self.graph is None or self.shape != used) and not self.capture(token, where, used):

@@ -1,84 +1,135 @@
-"""Attention and normalisation: the plain form and the faster ones beside it."""
+"""Attention and RMSNorm: `attention` picks the fastest of four implementations of one formula.
+
+Shapes: B rows, T queries of a row, S keys of a row, H query heads, G key/value heads, D numbers
+per head. A mask is broadcastable to (B, 1, T, S), and True where a query sees a key.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SMALL_ROWS = 512  # tokens of the longest rows whose attention in bf16 is done with plain matmuls on a CPU; it keeps all scores
+EAGER_BF16_MAX_LEN = 512  # queries per row; eager attention keeps all T * S scores in memory
 
 
-class FrozenNorm(torch.autograd.Function):
-    """RMSNorm whose weight [H] does not learn."""
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    with_cache: bool = False,
+    decoding: bool = False,
+    prepacked: bool = False,
+) -> Tensor:
+    """Softmax attention of every query to the keys that its mask shows, (B, H, T, D).
+
+    Args:
+        q: (B, H, T, D).
+        k, v: (B, G, S, D); every H / G query heads share one of them.
+        mask: None for causal attention of rows that start at position 0.
+        with_cache: the pass reads or writes a KV cache, so it samples.
+        decoding: T is 1, and k and v are the cache itself.
+        prepacked: the model is a copy made by core.prepack for sampling on a CPU.
+    """
+    if decoding and prepacked:
+        # two matmuls over the cache: SDPA on a CPU is made for many queries, and up to 4x slower
+        return decode_attention(q, k, v, mask)
+    if decoding and q.is_cuda:
+        # SDPA has no fast kernel for a mask together with grouped heads: it would copy the cache
+        return gqa_decode_attention(q, k, v, mask)
+    if with_cache and not prepacked:
+        # one kernel for a prompt and for every token after it
+        return sdpa(q, k, v, mask)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= EAGER_BF16_MAX_LEN:
+        # SDPA on a CPU multiplies bf16 no faster than fp32; matmuls do
+        return eager_bf16_attention(q, k, v, mask)
+    return sdpa(q, k, v, mask)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention by torch's own kernel; causal where mask is None."""
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+def eager_bf16_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention by two matmuls, with all scores rounded to bf16 as in transformers' eager mode.
+
+    With scores of size 20 an output of size 1 is up to 0.05 off, with scores of 100 up to 0.2
+    (transformers: 0.1 and 0.4).
+    """
+    heads, length, head_dim = q.shape[1:]
+    kv_heads, kv_length = k.shape[1:3]
+    if heads != kv_heads:
+        k = k.repeat_interleave(heads // kv_heads, 1)  # (B, H, S, D)
+        v = v.repeat_interleave(heads // kv_heads, 1)  # (B, H, S, D)
+    if mask is None:
+        mask = torch.ones(length, kv_length, dtype=torch.bool, device=q.device).tril()
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
+
+    queries = q.flatten(0, 1)  # (B * H, T, D)
+    keys = k.flatten(0, 1).transpose(1, 2)  # (B * H, D, S)
+    scores = torch.baddbmm(bias, queries, keys, alpha=head_dim**-0.5)  # (B * H, T, S)
+    return (scores.softmax(-1) @ v.flatten(0, 1)).view(q.shape)
+
+
+def gqa_decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of one query per row, (B, H, 1, D): the H / G queries of a group as rows of one head."""
+    grouped = group_queries(q, k.shape[1])  # (B, G, H / G, D)
+    return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of one query per row, (B, H, 1, D), by matmuls in the order of the cache's memory."""
+    grouped = group_queries(q, k.shape[1]) * q.shape[3] ** -0.5  # (B, G, H / G, D)
+    if k.stride(3) == 1:  # the usual cache: the D numbers of a position lie together
+        scores = (k @ grouped.transpose(2, 3)).transpose(2, 3)  # (B, G, H / G, S)
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        return (weights @ v).reshape(q.shape)
+
+    # the transposed cache of core.prepack: the S positions of a coordinate lie together
+    scores = grouped @ k.transpose(2, 3)  # (B, G, H / G, S)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    y = v.transpose(2, 3) @ weights.transpose(2, 3)  # (B, G, D, H / G)
+    return y.transpose(2, 3).reshape(q.shape)
+
+
+def group_queries(q: Tensor, kv_heads: int) -> Tensor:
+    """(B, H, 1, D) -> (B, G, H / G, D)."""
+    return q.reshape(q.shape[0], kv_heads, -1, q.shape[3])
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        frozen = x.requires_grad and not self.weight.requires_grad
+        if frozen and x.device.type == "cpu" and x.dtype.itemsize <= 4:
+            # torch's own backward makes three times as many passes over x on a CPU
+            return FrozenRMSNorm.apply(x, self.weight, self.eps)
+        return super().forward(x)
+
+
+class FrozenRMSNorm(torch.autograd.Function):
+    """RMSNorm whose weight does not learn, with a backward of few passes over x."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps):
-        """x [..., H] over the root of its mean square, times weight."""
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """(..., C) -> (..., C)."""
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         return F.rms_norm(x, weight.shape, weight, eps)
 
     @staticmethod
-    def backward(ctx, grad):
-        """In fp32, of y = w x r with r = (mean of x² + eps)^-½: w grad r - x r³ (mean of w grad x)."""
+    def backward(ctx, grad: Tensor):
+        """The gradient of x in fp32: r * g - r^3 * x * mean(g * x).
+
+        Here r = (mean(x^2) + eps)^-0.5 per token, and g = grad * weight.
+        """
         x, weight = ctx.saved_tensors
-        grad, wide = grad.float() * weight, x.float()
-        scale = (wide.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
-        along = torch.linalg.vecdot(grad, wide)[..., None] / len(weight) * scale**3
-        return grad.mul_(scale).addcmul_(wide, along, value=-1).to(x.dtype), None, None
-
-
-class Norm(nn.RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        """On a CPU torch's own way back makes three times as many passes over x as FrozenNorm's."""
-        by_hand = (
-            x.requires_grad
-            and not self.weight.requires_grad
-            and x.device.type == "cpu"
-            and x.dtype.itemsize <= 4
-        )
-        return FrozenNorm.apply(x, self.weight, self.eps) if by_hand else super().forward(x)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of q [B, heads, T, D] to k, v [B, kv_heads, S, D] under `mask`, None: causally."""
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
-    )
-
-
-def attend_group(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """What `attend` gives of one query per row, q [B, heads, 1, D], the queries of a group as rows of one head: a GPU has no fast kernel
-    for a mask and groups together, and the slow one repeats the whole cache."""
-    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-    return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
-
-
-def small_bf16(q: Tensor) -> bool:
-    """Whether `attend_bf16` is the faster one: on a CPU the kernel multiplies bf16 no faster than fp32."""
-    return q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] <= SMALL_ROWS
-
-
-def attend_bf16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`attend` with plain matmuls, and all scores in memory, rounded to bf16 as in transformers' eager attention: at scores of 20 an
-    output of size 1 is 0.05 off, at 100 it is 0.2 (there 0.1 and 0.4)."""
-    _, heads, length, size = q.shape
-    if heads != k.shape[1]:
-        k, v = (each.repeat_interleave(heads // each.shape[1], 1) for each in (k, v))
-    if mask is None:
-        mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril()
-    hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
-    scores = torch.baddbmm(
-        hidden, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=size**-0.5
-    )
-    return (scores.softmax(-1) @ v.flatten(0, 1)).view(q.shape)
-
-
-def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """What `attend` gives of one query per row, q [B, heads, 1, D], k and v [B, kv_heads, S, D], as two plain products, each in
-    the order in which the cache lies: on a CPU its kernel, made for many queries, takes up to four times as long."""
-    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]) * q.shape[3] ** -0.5
-    if k.stride(3) == 1:  # a position's coordinates lie together
-        scores = (k @ grouped.transpose(2, 3)).transpose(2, 3).masked_fill(~mask, -torch.inf)
-        return (scores.softmax(-1) @ v).reshape(q.shape)
-    scores = (grouped @ k.transpose(2, 3)).masked_fill(~mask, -torch.inf)
-    return (v.transpose(2, 3) @ scores.softmax(-1).transpose(2, 3)).transpose(2, 3).reshape(q.shape)
+        wide = x.float()
+        grad = grad.float() * weight
+        r = (wide.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()  # (..., 1)
+        along_x = torch.linalg.vecdot(grad, wide)[..., None] / len(weight) * r**3  # (..., 1)
+        return grad.mul_(r).addcmul_(wide, along_x, value=-1).to(x.dtype), None, None

@@ -170,7 +170,7 @@ def masked_logps(
 ) -> tuple[Tensor, Tensor]:
     """(log p [N] of the N tokens under mask, their row [N]) of tokens [B, T], mask [B, T] bool.
     Only they reach the head. Position 0 has nothing before it and is not scored; no template masks it in.
-    `shared` (model.Shared): which tokens the model computes."""
+    `shared` (model.PackedIndex): which tokens the model computes."""
     picked = mask[:, 1:]
     rows, places = picked.nonzero(
         as_tuple=True
@@ -178,7 +178,7 @@ def masked_logps(
     if shared is None:
         hidden = model(tokens)[rows, places]
     else:
-        hidden = model(tokens, shared=shared, picked=F.pad(picked, (0, 1)))
+        hidden = model(tokens, packed=shared, output_mask=F.pad(picked, (0, 1)))
     logps = token_logps(hidden, model.lm_head.weight, tokens[rows, places + 1], compiled, own)
     return logps, rows
 

@@ -98,9 +98,9 @@ def test_the_tensors_of_a_step_are_as_large_as_was_said(kind, dtype, seed):
             rng.choice([4, 16]),
             rng.choice([90, 200]),
         )
-        model = random_model(seed, **dataclasses.asdict(config) | {"variant": config.variant}).to(
-            dtype
-        )
+        model = random_model(
+            seed, **dataclasses.asdict(config) | {"rope_scaling": config.rope_scaling}
+        ).to(dtype)
         learning = list(model.parameters()) if kind == "pretrain" else attach_lora(model, lora)
         tokens, mask = (
             torch.randint(3, 60, (rows, length)),
@@ -144,9 +144,9 @@ def test_of_a_prompt_in_common_only_what_attention_needs_is_counted_twice(dtype,
             rng.choice([60, 90]),
             rng.choice([70, 110]),
         )
-        model = random_model(seed, **dataclasses.asdict(config) | {"variant": config.variant}).to(
-            dtype
-        )
+        model = random_model(
+            seed, **dataclasses.asdict(config) | {"rope_scaling": config.rope_scaling}
+        ).to(dtype)
         learned = sum(p.numel() for p in attach_lora(model, lora))
         answers = [rng.randint(most // 2, most) for _ in range(2 * pairs - 1)] + [most]
         rows = [
@@ -173,7 +173,7 @@ def test_of_a_prompt_in_common_only_what_attention_needs_is_counted_twice(dtype,
 def test_the_cache_of_an_answer_is_counted_twice(seed):
     """Once more where rows end: those that go on are copied."""
     config, rows, most = shape_of(random.Random(seed)), 12, 40
-    model = random_model(seed, **dataclasses.asdict(config) | {"variant": config.variant})
+    model = random_model(seed, **dataclasses.asdict(config) | {"rope_scaling": config.rope_scaling})
     prompts = [[5] * random.Random(seed + i).randrange(60, 100) for i in range(rows)]
     width = max(map(len, prompts))
     with Living() as living:

@@ -613,17 +613,17 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_config_files_are_understood(name):
     config, raw = parse_config(PUBLISHED[name], "x"), PUBLISHED[name]
-    assert config.variant.qk_norm == (raw["model_type"] == "qwen3") and config.variant.qkv_bias == (
+    assert config.qk_norm == (raw["model_type"] == "qwen3") and config.qkv_bias == (
         raw["model_type"] == "qwen2"
     )
-    assert not (config.variant.o_bias or config.variant.mlp_bias)
-    assert config.variant.windows == ((4096,) * 32 if name == "mistral 0.1" else ())
+    assert not (config.o_bias or config.mlp_bias)
+    assert config.sliding_windows == ((4096,) * 32 if name == "mistral 0.1" else ())
     assert config.head_dim == raw.get("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
     assert config.max_position_embeddings == raw.get("max_position_embeddings", 2048)
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     assert config.rope_theta == rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-    assert config.variant.rope.rope_type == (rope.get("rope_type") or rope.get("type") or "default")
-    assert config.variant.rope.factor == rope.get("factor", 1.0)
+    assert config.rope_scaling.rope_type == (rope.get("rope_type") or rope.get("type") or "default")
+    assert config.rope_scaling.factor == rope.get("factor", 1.0)
 
 
 WRONG = {
@@ -720,9 +720,9 @@ def test_an_absent_field_means_what_transformers_takes_it_for(seed, tmp_path):
             raw | {"use_sliding_window": False}, "x"
         )  # of no meaning for Mistral, there as here
         assert off == found
-        assert found.variant.windows == ((known.sliding_window,) * 30 if name == "Mistral" else ())
+        assert found.sliding_windows == ((known.sliding_window,) * 30 if name == "Mistral" else ())
         sliding = (
-            parse_config(raw | {"use_sliding_window": True}, "x").variant.windows
+            parse_config(raw | {"use_sliding_window": True}, "x").sliding_windows
             if "Qwen" in name
             else ()
         )

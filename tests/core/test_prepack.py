@@ -13,10 +13,10 @@ from minmacpo.config.schema import Lora
 from minmacpo.core import prepack as packed
 from minmacpo.core import sampling as module
 from minmacpo.core.lora import LoraLinear, attach_lora, set_adapter_weights, slot
-from minmacpo.core.model import WHOLE
+from minmacpo.core.model import CACHE_ALIGN
 from minmacpo.core.prepack import PackedLinear, multiplies_bf16, pack, packs
 from minmacpo.core.sampling import generate, prefill
-from minmacpo.kernels.attention import attend_group, attend_one
+from minmacpo.kernels.attention import decode_attention, gqa_decode_attention
 from minmacpo.kernels.quantization import quantize_linears
 
 pytestmark = pytest.mark.skipif(
@@ -59,13 +59,13 @@ def test_one_query_attends_as_sdpa_has_it(kv_heads, seed):
         q.double(), k.double(), v.double(), mask, enable_gqa=True
     )
     assert (
-        far(attend_one(q, k, v, mask).double(), wanted) <= 1e-5
-        and far(attend_group(q, k, v, mask).double(), wanted) <= 1e-5
+        far(decode_attention(q, k, v, mask).double(), wanted) <= 1e-5
+        and far(gqa_decode_attention(q, k, v, mask).double(), wanted) <= 1e-5
     )
     k, v = (
         each.transpose(2, 3).contiguous().transpose(2, 3) for each in (k, v)
     )  # as a packed twin's cache lies
-    assert far(attend_one(q, k, v, mask).double(), wanted) <= 1e-5
+    assert far(decode_attention(q, k, v, mask).double(), wanted) <= 1e-5
 
 
 def test_a_twins_logits_depend_on_neither_the_rows_beside_nor_the_room_left(seed):
@@ -75,8 +75,10 @@ def test_a_twins_logits_depend_on_neither_the_rows_beside_nor_the_room_left(seed
         for rows, room in (((0, 1, 2, 3, 4, 5, 6), 150), ((3,), 1), ((1, 3), 40)):
             (first,), (cache,) = prefill([twin], [prompts[i] for i in rows], room)
             assert (
-                cache.shape[4] % WHOLE == 0
-                and cache[:, :, [0]].stride()[4] == cache.stride()[4] == 1
+                cache.length % CACHE_ALIGN == 0
+                and cache.select_rows(torch.tensor([0])).data.stride()[4]
+                == cache.data.stride()[4]
+                == 1
             )
             where = torch.tensor([len(prompts[i]) for i in rows])
             step = twin(torch.tensor(rows)[:, None], positions=where, cache=cache)
@@ -189,10 +191,12 @@ def test_shared_prompts_are_read_once_and_answer_as_if_alone(way, monkeypatch):
 def test_rows_of_one_prompt_have_caches_of_their_own():
     logits, caches = prefill([random_model(1)], [[5, 6, 7], [8], [5, 6, 7]], 4)
     assert torch.equal(logits[0][0], logits[0][2]) and torch.equal(
-        caches[0][:, :, 0], caches[0][:, :, 2]
+        caches[0].data[:, :, 0], caches[0].data[:, :, 2]
     )
-    caches[0][:, :, 0] = 1
-    assert caches[0].shape[4] == 7 and not torch.equal(caches[0][:, :, 0], caches[0][:, :, 2])
+    caches[0].data[:, :, 0] = 1
+    assert caches[0].length == 7 and not torch.equal(
+        caches[0].data[:, :, 0], caches[0].data[:, :, 2]
+    )
 
 
 @pytest.mark.parametrize("room", [1, 3, 64])

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import config_of, ragged, random_model
+from conftest import ragged, random_model
 from test_trainer import pairs as pair_units
 from test_trainer import slotted, work_of  # noqa: F401  (a fixture)
 
@@ -22,7 +22,7 @@ from minmacpo.core.losses import PreferenceLoss, SFTLoss
 from minmacpo.core.trainer import OptimizerConfig, make_plan, train_step
 from minmacpo.data.tokenizer import Tokens
 from minmacpo.kernels import fused_logps as losses
-from minmacpo.kernels.attention import attend, attend_bf16
+from minmacpo.kernels.attention import eager_bf16_attention, sdpa
 from minmacpo.kernels.fused_logps import masked_logps, sequence_logps
 from minmacpo.pipeline import train_stage as stages
 from minmacpo.pipeline.run import StageContext
@@ -32,8 +32,8 @@ from minmacpo.runtime.distributed import SINGLE_PROCESS
 MODELS = {
     "plain": {"num_key_value_heads": 4},
     "grouped": {},
-    "window": {"variant": replace(config_of().variant, windows=(5, None))},
-    "biases and norms": {"variant": replace(config_of().variant, qkv_bias=True, qk_norm=True)},
+    "window": {"sliding_windows": (5, None)},
+    "biases and norms": {"qkv_bias": True, "qk_norm": True},
 }
 
 
@@ -119,12 +119,12 @@ def test_only_distinct_tokens_are_computed(seed):
     rows = rows_of(seed, 9)
     shared = collate(rows, share=True).shared
     prompts = {tuple(row.ids[: row.mask.index(True)]) for row in rows}
-    assert len(shared.kept) == sum(sum(row.mask) for row in rows) + sum(map(len, prompts))
+    assert len(shared.token_index) == sum(sum(row.mask) for row in rows) + sum(map(len, prompts))
     width = max(len(row.ids) for row in rows)
     assert token_counts([rows]) == (
         width * len(rows),
         sum(len(row.ids) for row in rows),
-        len(shared.kept),
+        len(shared.token_index),
     )
     model, seen = random_model(seed), []
     model.model.layers[0].mlp.register_forward_pre_hook(
@@ -133,7 +133,7 @@ def test_only_distinct_tokens_are_computed(seed):
     masked_logps(
         model, *(batch := collate(rows, share=True)).tokens[None], batch.mask, shared=batch.shared
     )
-    assert seen == [(1, len(shared.kept), 24)]
+    assert seen == [(1, len(shared.token_index), 24)]
 
 
 def test_rows_without_a_prompt_or_an_answer_share_nothing(seed):
@@ -210,9 +210,9 @@ def test_equal_rows_without_prompts_in_common_are_left_as_they_are(seed):
 def test_the_bf16_attention_of_a_cpu_is_the_kernel_within_rounding(seed):
     q, k, v = (torch.randn(3, heads, 40, 16).bfloat16() for heads in (6, 2, 2))
     for mask in (None, torch.ones(40, 40, dtype=torch.bool).tril().triu(-7)):
-        exact = attend(q.float(), k.float(), v.float(), mask)
-        assert (attend_bf16(q, k, v, mask).float() - exact).abs().max() <= 0.03
-        assert (attend(q, k, v, mask).float() - exact).abs().max() <= 0.03
+        exact = sdpa(q.float(), k.float(), v.float(), mask)
+        assert (eager_bf16_attention(q, k, v, mask).float() - exact).abs().max() <= 0.03
+        assert (sdpa(q, k, v, mask).float() - exact).abs().max() <= 0.03
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
@@ -222,14 +222,15 @@ def test_attention_in_bf16_is_no_coarser_than_that_of_transformers(size, seed):
     torch.manual_seed(seed)
     q, k, v = ((torch.randn(4, 4, 64, 32) * scale).bfloat16() for scale in (size, size**0.5, 1))
     mask = torch.ones(64, 64, dtype=torch.bool).tril()
-    exact = attend(q.double(), k.double(), v.double(), mask)
+    exact = sdpa(q.double(), k.double(), v.double(), mask)
     hidden = torch.zeros(64, 64).masked_fill(~mask, -torch.inf).bfloat16()
     module = SimpleNamespace(num_key_value_groups=1, training=False)
     theirs = eager_attention_forward(module, q, k, v, hidden[None, None], 32**-0.5)[0].transpose(
         1, 2
     )
     mine, other = (
-        (found - exact).square().mean().sqrt() for found in (attend_bf16(q, k, v, mask), theirs)
+        (found - exact).square().mean().sqrt()
+        for found in (eager_bf16_attention(q, k, v, mask), theirs)
     )
     assert mine <= other
 

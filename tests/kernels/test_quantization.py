@@ -23,7 +23,6 @@ from minmacpo.config.schema import LINEARS, Lora
 from minmacpo.core import prepack as packed
 from minmacpo.core.checkpoint import load_model, save_model
 from minmacpo.core.lora import attach_lora, slot
-from minmacpo.core.model_config import Variant
 from minmacpo.core.sampling import generate
 from minmacpo.kernels.fused_logps import masked_logps
 from minmacpo.kernels.quantization import (
@@ -165,7 +164,7 @@ def test_products_and_their_gradients_are_those_of_the_weight_kept(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_slot_learns_as_on_the_dequantised_model_and_nothing_is_kept(form, seed):
-    model = random_model(seed, std=0.1, variant=Variant(qkv_bias=True))
+    model = random_model(seed, std=0.1, qkv_bias=True)
     pair, grads, lora = quantise(model, form), [], Lora(3, 6, LINEARS)
     tokens, mask = torch.randint(3, 60, (4, 20)), torch.zeros(4, 20, dtype=torch.bool)
     mask[:, 5:] = True  # 60 tokens: no tensor of theirs has the shape of a weight
@@ -265,7 +264,9 @@ def test_the_tensors_of_a_quantised_step_are_as_large_as_was_said(kind, form, dt
             rng.choice([4, 16]),
             rng.choice([90, 200]),
         )
-        model = random_model(seed, **dataclasses.asdict(config) | {"variant": config.variant})
+        model = random_model(
+            seed, **dataclasses.asdict(config) | {"rope_scaling": config.rope_scaling}
+        )
         model = quantise(model, form)[0].to(dtype)
         for layer in model.modules():
             assert not isinstance(layer, Quantised) or layer.scale.to(torch.bfloat16).equal(
