@@ -32,7 +32,7 @@ def counted(work: str, groups: Sequence[Sequence[Tokens]], note: str) -> dict:
 
 def main(data: str, model: str) -> None:
     config, tokenizer = Config(), Tokenizer(Path(model).read_bytes())
-    pairs, _ = read_data(data, "better", True, None, "data")
+    pairs, _ = read_data(data, skip_invalid=True, setting="data")
     found = [
         tuple(
             render(tokenizer, "plain", pair.prompt, text) for text in (pair.chosen, pair.rejected)

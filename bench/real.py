@@ -111,7 +111,7 @@ def split(plan: Plan, files: dict[str, str]) -> None:
         raise UserError(
             "the first call needs --helpful=FILE and --harmless=FILE, HH-RLHF's files as published"
         )
-    found = {name: read_data(path, key=name) for name, path in files.items()}
+    found = {name: read_data(path, setting=name) for name, path in files.items()}
     most = {} if plan.full else plan.settings["most"]
     parts = divide(
         {name: pairs for name, (pairs, _) in found.items()}, plan.settings["shares"], most

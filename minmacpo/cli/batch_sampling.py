@@ -32,11 +32,11 @@ def read_prompts(file: Path, config: Config) -> tuple[list[Pair], list[str]]:
     data = config.data
     pairs, reports = read_data(
         str(file),
-        data.preference_label,
-        data.on_invalid_row == "skip",
-        data.max_examples,
-        "--prompts",
-        True,
+        preference_label=data.preference_label,
+        skip_invalid=data.on_invalid_row == "skip",
+        max_rows=data.max_examples,
+        setting="--prompts",
+        plain_prompts=True,
     )
     told = [f"{name}: {report}" for name, report in reports.items()]
     return [replace(pair, chosen="", rejected="") for pair in pairs], told

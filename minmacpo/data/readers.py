@@ -1,4 +1,8 @@
-"""Files of rows, read one at a time: JSON lines and JSON arrays, gzipped or not."""
+"""Files of rows, read one row at a time: JSON lines and JSON arrays, gzipped or not.
+
+Memory stays bounded whatever a file holds: a row may be ROW_LIMIT long, and a gzipped file may
+unpack to MAX_UNPACKING times its size.
+"""
 
 import gzip
 import io
@@ -14,82 +18,108 @@ from minmacpo import UserError
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 
-
-UNPACKED = 200  # times smaller than its text a gzipped file can be; plain language reaches 10
-
-
-ROW_LIMIT = (
-    1 << 24
-)  # bytes or characters; a longer row is no text for a model, but perhaps a gzip bomb
-
-
+MAX_UNPACKING = 200  # times its size that a gzipped file may unpack to; plain language reaches 10
+ROW_LIMIT = 1 << 24  # bytes or characters; a longer row is no text for a model
 BLOCK = 1 << 16  # characters of an array that are read at once
 
-
-SPACE = re.compile(r"[ \t\n\r]*")
-
-
+GZIP_MAGIC = b"\x1f\x8b"
+UTF8_BOM = b"\xef\xbb\xbf"
+WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 DECODER = json.JSONDecoder()
 
+# What reading a broken file raises.
+READ_ERRORS = (UnicodeDecodeError, OSError, EOFError, zlib.error)
 
-UNREADABLE = (UnicodeDecodeError, OSError, EOFError, zlib.error)
+
+# ---- which files ----------------------------------------------------------------------------
 
 
 def split_pair_paths(path: str) -> list[str]:
-    """The two paths of "GOOD,BAD"; none if it is one path."""
-    return path.split(",") if "," in path and not Path(path).exists() else []
+    """The two paths of "GOOD,BAD"; an empty list if it is one path."""
+    if "," in path and not Path(path).exists():
+        return path.split(",")
+    return []
 
 
-def find_files(path: str, key: str = "data.path") -> list[Path]:
-    """The files with one of ENDINGS at `path` (a file of any name, or a folder), sorted; runs that lie in the
-    folder are passed over; of "GOOD,BAD" the two, in that order. UserError, with_path the setting `key`, if there is
-    none or a folder cannot be read."""
-    root, files, seen = Path(path), [], set()
-    if sides := split_pair_paths(path):
-        return [file for part in sides for file in find_files(part, key)]
+def find_files(path: str, setting: str = "data.path") -> list[Path]:
+    """The files of rows at a path, sorted.
+
+    Args:
+        path: a file of any name; or a folder, of which the files with one of ENDINGS are taken,
+            but not those of runs that lie in it; or "GOOD,BAD", which gives the files of GOOD
+            before those of BAD.
+        setting: the setting that holds the path, for error messages.
+
+    Raises:
+        UserError: there is no such file, or a folder cannot be read.
+    """
+    sides = split_pair_paths(path)
+    if sides:
+        files = []
+        for side in sides:
+            files.extend(find_files(side, setting))
+        return files
+
+    root = Path(path)
     if not root.exists():
-        raise UserError(f"{key}: {root} does not exist")
+        raise UserError(f"{setting}: {root} does not exist")
     if not root.is_dir():
         return [root]
-
-    def unreadable(error: OSError) -> None:
-        raise UserError(f"{key}: {error.filename} cannot be read ({error.strerror})")
-
-    for folder, inner, names in os.walk(root, onerror=unreadable, followlinks=True):
-        real, run = os.path.realpath(folder), "config.toml" in names and Path(folder) != root
-        if run or real in seen:
-            inner.clear()
-        else:
-            files += [Path(folder, name) for name in names if name.endswith(ENDINGS)]
-        seen.add(real)
+    files = files_of_folder(root, setting)
     if not files:
-        raise UserError(f"{key}: no .jsonl or .json file, gzipped or not, in {root}")
+        raise UserError(f"{setting}: no .jsonl or .json file, gzipped or not, in {root}")
     return sorted(files)
+
+
+def files_of_folder(root: Path, setting: str) -> list[Path]:
+    """The files of rows in a folder and the folders in it, links included."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{setting}: {error.filename} cannot be read ({error.strerror})")
+
+    files = []
+    visited = set()  # links may lead in a circle
+    for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
+        real_path = os.path.realpath(folder)
+        is_run = "config.toml" in names and Path(folder) != root
+        if is_run or real_path in visited:
+            subfolders.clear()  # os.walk then goes no deeper
+        else:
+            files.extend(Path(folder, name) for name in names if name.endswith(ENDINGS))
+        visited.add(real_path)
+    return files
+
+
+# ---- bytes ----------------------------------------------------------------------------------
 
 
 def open_binary(file: Path) -> BinaryIO:
     """The bytes of a file, unpacked if it is gzipped."""
     with file.open("rb") as stream:
-        packed = file.name.endswith(".gz") or stream.read(2) == b"\x1f\x8b"
-    return io.BufferedReader(Unpacked(file)) if packed else file.open("rb")
+        is_gzipped = file.name.endswith(".gz") or stream.read(2) == GZIP_MAGIC
+    if is_gzipped:
+        return io.BufferedReader(UnpackedFile(file))
+    return file.open("rb")
 
 
-class Unpacked(io.RawIOBase):
-    """The bytes of a gzipped file; UserError where they are so many more than it has itself that it is no text."""
+class UnpackedFile(io.RawIOBase):
+    """The bytes of a gzipped file; UserError where they are too many for a text."""
 
     def __init__(self, file: Path):
-        self.file, self.stream = file, gzip.GzipFile(file)
-        self.left = max(ROW_LIMIT, UNPACKED * file.stat().st_size)
+        self.file = file
+        self.stream = gzip.GzipFile(file)
+        self.bytes_left = max(ROW_LIMIT, MAX_UNPACKING * file.stat().st_size)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
         count = self.stream.readinto(buffer)
-        self.left -= count
-        if self.left < 0:
+        self.bytes_left -= count
+        if self.bytes_left < 0:
             raise UserError(
-                f"{self.file}: unpacks to more than {UNPACKED} times its size, as no text does; unpack it first if it is sound"
+                f"{self.file}: unpacks to more than {MAX_UNPACKING} times its size, as no text "
+                "does; unpack it first if it is sound"
             )
         return count
 
@@ -98,74 +128,132 @@ class Unpacked(io.RawIOBase):
         super().close()
 
 
-def unreadable(place: str, error: Exception) -> UserError:
-    """One of UNREADABLE as a sentence."""
+def read_error(where: str, error: Exception) -> UserError:
+    """One of READ_ERRORS as a sentence."""
     if isinstance(error, UnicodeDecodeError):
-        return UserError(f"{place}: no valid UTF-8 ({error.reason}); save it as UTF-8")
-    return UserError(f"{place}: cannot be read ({error})")
+        return UserError(f"{where}: no valid UTF-8 ({error.reason}); save it as UTF-8")
+    return UserError(f"{where}: cannot be read ({error})")
+
+
+# ---- rows -----------------------------------------------------------------------------------
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text) of a file, gzipped or not; UserError where it cannot be read."""
+    """(number from 1, text) of every line, without the white space around it.
+
+    Raises:
+        UserError: a line is too long or no UTF-8, or the file cannot be read to its end.
+    """
     number = 0
     try:
         with open_binary(file) as stream:
-            for number, line in enumerate(iter(lambda: stream.readline(ROW_LIMIT + 1), b""), 1):
+            while line := stream.readline(ROW_LIMIT + 1):
+                number += 1
                 if len(line) > ROW_LIMIT:
+                    limit = f"{ROW_LIMIT >> 20} MiB"
                     raise UserError(
-                        f"{file}, line {number}: is longer than {ROW_LIMIT >> 20} MiB, too long for a row"
+                        f"{file}, line {number}: is longer than {limit}, too long for a row"
                     )
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-    except UNREADABLE as error:
-        after = "" if isinstance(error, UnicodeDecodeError) else "after "
-        raise unreadable(f"{file}, {after}line {number}", error) from None
+                encoding = "utf-8-sig" if number == 1 else "utf-8"  # drops a byte order mark
+                yield number, line.decode(encoding).strip()
+    except UnicodeDecodeError as error:
+        raise read_error(f"{file}, line {number}", error) from None
+    except READ_ERRORS as error:
+        raise read_error(f"{file}, after line {number}", error) from None
 
 
 def is_array(file: Path) -> bool:
-    """Whether a file holds a JSON array (else it has a row per line): its first character tells."""
+    """Whether a file holds a JSON array, told by its first character; else a row is a line."""
     try:
         with open_binary(file) as stream:
-            return stream.peek(1024)[:1024].removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-    except UNREADABLE as error:
-        raise unreadable(str(file), error) from None
+            start = stream.peek(1024)[:1024]
+    except READ_ERRORS as error:
+        raise read_error(str(file), error) from None
+    return start.removeprefix(UTF8_BOM).lstrip().startswith(b"[")
 
 
 def read_array(file: Path) -> Iterator[tuple[int, object]]:
-    """(row number from 1, value) of the rows of a JSON array, gzipped or not; no more than a row and a block of
-    text are in memory. UserError where it cannot be read: behind a broken row nobody knows where the next begins."""
-    number, mark = 0, ","
+    """(number from 1, value) of the rows of a JSON array; a row and a block are in memory.
+
+    Raises:
+        UserError: the file is broken. No row behind a broken one is read, since nobody knows where
+            the next one begins.
+    """
+    number = 0
     try:
         with io.TextIOWrapper(open_binary(file), "utf-8-sig", newline="") as stream:
-            text = stream.read(BLOCK).lstrip().removeprefix("[")
-            if text.lstrip().startswith("]"):
-                mark, text = "]", text.lstrip()[1:]
-            while mark == ",":
-                try:
-                    value, mark, text = next_value(text)
-                except (ValueError, RecursionError) as error:  # broken, or not yet read to its end
-                    more = stream.read(max(BLOCK, len(text))) if len(text) <= ROW_LIMIT else ""
-                    if not more:
-                        long = f"longer than {ROW_LIMIT >> 20} MiB, or "
-                        problem = f"not valid JSON, or cut short ({getattr(error, 'msg', error)})"
-                        raise UserError(
-                            f"{file}, row {number + 1}: is {long * (len(text) > ROW_LIMIT)}{problem}"
-                        ) from None
-                    text += more
-                    continue
+            array = ArrayText(file, stream)
+            while array.has_next():
+                value = array.next_value(number + 1)
                 number += 1
                 yield number, value
-            if (text + stream.read(BLOCK)).strip():
-                raise UserError(
-                    f"{file}, after row {number}: the array has ended, but the file goes on"
-                )
-    except UNREADABLE as error:
-        raise unreadable(f"{file}, after row {number}", error) from None
+            array.check_end(number)
+    except READ_ERRORS as error:
+        raise read_error(f"{file}, after row {number}", error) from None
 
 
-def next_value(text: str) -> tuple[object, str, str]:
-    """(the first value of what stands in an array, the mark behind it, the rest); ValueError if there is no whole one."""
-    value, end = DECODER.raw_decode(text, SPACE.match(text).end())
-    end = SPACE.match(text, end).end()
-    if text[end : end + 1] not in (",", "]"):
-        raise ValueError("no comma behind it")
-    return value, text[end], text[end + 1 :]
+class ArrayText:
+    """The text of a JSON array, read in blocks.
+
+    Attributes:
+        text: what has been read and is not yet decoded.
+        mark: what stood before `text`: "," if a value follows, "]" if the array has ended.
+    """
+
+    def __init__(self, file: Path, stream: io.TextIOBase):
+        self.file = file
+        self.stream = stream
+        self.text = stream.read(BLOCK).lstrip().removeprefix("[")
+        self.mark = ","
+        if self.text.lstrip().startswith("]"):
+            self.mark = "]"
+            self.text = self.text.lstrip()[1:]
+
+    def has_next(self) -> bool:
+        """Whether another value follows."""
+        return self.mark == ","
+
+    def next_value(self, number: int) -> object:
+        """The next value; as much of the file is read as it takes.
+
+        Args:
+            number: of the row, for the error message.
+        """
+        while True:
+            try:
+                return self.take_value()
+            except (ValueError, RecursionError) as error:
+                # the value is broken, or has not been read to its end
+                if not self.read_more():
+                    reason = getattr(error, "msg", error)
+                    problem = f"not valid JSON, or cut short ({reason})"
+                    if len(self.text) > ROW_LIMIT:
+                        problem = f"longer than {ROW_LIMIT >> 20} MiB, or {problem}"
+                    raise UserError(f"{self.file}, row {number}: is {problem}") from None
+
+    def take_value(self) -> object:
+        """Decode the value at the head of the text; ValueError if no whole one stands there."""
+        start = WHITE_SPACE.match(self.text).end()
+        value, end = DECODER.raw_decode(self.text, start)
+        end = WHITE_SPACE.match(self.text, end).end()
+        mark = self.text[end : end + 1]
+        if mark not in (",", "]"):
+            raise ValueError("no comma behind it")
+        self.mark = mark
+        self.text = self.text[end + 1 :]
+        return value
+
+    def read_more(self) -> bool:
+        """Read as much again as there is; False at the file's end, or behind a row's limit."""
+        if len(self.text) > ROW_LIMIT:
+            return False
+        more = self.stream.read(max(BLOCK, len(self.text)))
+        self.text += more
+        return more != ""
+
+    def check_end(self, number: int) -> None:
+        """UserError if something follows the array."""
+        if (self.text + self.stream.read(BLOCK)).strip():
+            raise UserError(
+                f"{self.file}, after row {number}: the array has ended, but the file goes on"
+            )

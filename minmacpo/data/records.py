@@ -1,7 +1,4 @@
-"""The records that flow between stages (.jsonl files of frozen dataclasses), files of rows, and the slices.
-
-What is read here are lines and arrays, a row at a time; what a row says is for forms.py. No torch here.
-"""
+"""The records that flow between stages: one JSON object a line, one frozen dataclass each."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,13 +8,19 @@ from hashlib import sha256
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    role: str  # "user", "assistant", "system", or "tag": how the assistant is to speak next (templates.py)
+    """One turn of a dialogue.
+
+    The role "tag" is no turn: it says how the assistant is to speak next ("an expert speaks"), and
+    chat_template.py writes it where the template has a place for it.
+    """
+
+    role: str  # "user", "assistant", "system" or "tag"
     content: str
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt with one answer: text to train on, or to score. `id` keys seeds and joins."""
+    """A prompt with one answer: text to train on, or to score. Seeds and joins depend on `id`."""
 
     id: str
     prompt: tuple[Message, ...]
@@ -27,31 +30,30 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A prompt with a better and a worse answer ("" where a file has none); logps (summed, end token included)
-    once scored; a weight in the loss where pairs have weights."""
+    """A prompt with a better and a worse answer; an answer that a file does not have is ""."""
 
     id: str
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
-    chosen_by: str = "data"
+    chosen_by: str = "data"  # the agent that gave it
     rejected_by: str = "data"
-    ref_chosen_logps: float | None = None
+    ref_chosen_logps: float | None = None  # summed over tokens, in nats; None until it is scored
     ref_rejected_logps: float | None = None
     meta: dict = field(default_factory=dict)
-    weight: float | None = None
+    weight: float | None = None  # in the loss; None where pairs have no weights
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sampled answer. `tokens` keep the end token; `logp` is theirs, summed, at temperature 1."""
+    """One sampled answer."""
 
     id: str
     prompt: tuple[Message, ...]
     response: str
-    finish: str  # "stop" or "length"
-    tokens: tuple[int, ...]
-    logp: float
+    finish: str  # "stop", or "length" where the limit of new tokens was reached
+    tokens: tuple[int, ...]  # the end token included
+    logp: float  # of the tokens, summed, at temperature 1
     perplexity: float
     agent: str
     seed: int
@@ -59,13 +61,24 @@ class Sample:
 
 
 def example_id(prompt: tuple[Message, ...], occurrence: int = 0) -> str:
-    """16 hex digits from the prompt's text and how often it occurred before."""
-    text = json.dumps([[m.role, m.content] for m in prompt] + [occurrence], ensure_ascii=False)
+    """16 hex digits that stand for a prompt.
+
+    Args:
+        occurrence: how often the prompt occurred before, so that repeated prompts differ.
+    """
+    turns = [[message.role, message.content] for message in prompt]
+    text = json.dumps([*turns, occurrence], ensure_ascii=False)
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def format_dialogue(prompt: Sequence[Message], speakers: Mapping[str, str], between: str) -> str:
-    """A prompt as one text: a single turn as it is, several with their speakers by role; what has none (a tag) is left out."""
+    """A prompt as one text: a single turn as it is, several each behind their speaker's name.
+
+    Args:
+        speakers: the name of each role; messages of another role (a tag) are left out.
+        between: what stands between two turns.
+    """
     turns = [message for message in prompt if message.role in speakers]
-    told = (f"{speakers[message.role]}: {message.content}" for message in turns)
-    return turns[0].content if len(turns) == 1 else between.join(told)
+    if len(turns) == 1:
+        return turns[0].content
+    return between.join(f"{speakers[turn.role]}: {turn.content}" for turn in turns)

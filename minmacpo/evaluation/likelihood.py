@@ -26,7 +26,7 @@ from minmacpo.core.batching import scoring_tokens
 from minmacpo.core.lora import disable_adapter
 from minmacpo.core.scoring import perplexity, score, win_or_tie
 from minmacpo.data.chat_template import render
-from minmacpo.data.formats import Report, read_data
+from minmacpo.data.formats import LoadReport, read_data
 from minmacpo.data.records import Pair, example_id
 from minmacpo.data.tokenizer import Tokens, show_mask
 from minmacpo.evaluation.text_tables import bracketed
@@ -58,7 +58,7 @@ def fit_pairs(
     config: Config,
     loaded: LoadedModel,
     pairs: Sequence[Pair],
-    reports: Iterable[Report],
+    reports: Iterable[LoadReport],
     needed: str,
 ) -> tuple[list[Pair], dict[str, int]]:
     """(rows that can be measured, counts of rows read, kept, dropped and cut by reason); `needed` is the side that they
@@ -143,10 +143,10 @@ def run_likelihood(command: str, argv: Sequence[str]) -> dict:
     config = agent_settings(folder, flags)
     pairs, reports = read_data(
         str(words.file),
-        config.data.preference_label,
-        config.data.on_invalid_row == "skip",
-        config.data.max_examples,
-        "FILE",
+        preference_label=config.data.preference_label,
+        skip_invalid=config.data.on_invalid_row == "skip",
+        max_rows=config.data.max_examples,
+        setting="FILE",
     )
     config, loaded, base = open_agent(folder, config, flags)
     pairs, counts = fit_pairs(config, loaded, pairs, reports.values(), NEEDED[command])

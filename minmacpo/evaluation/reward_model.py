@@ -120,7 +120,7 @@ def fitting(run: FinishedRun, pairs: Sequence[Pair]) -> list[Pair]:
 def unseen(run: FinishedRun, path: str) -> tuple[list[Pair], int, list[str]]:
     """The `fitting` pairs of a file, how many rows do not fit, and what became of each file's rows. UserError if a prompt begins as one of the run's:
     what rates answers is to know nothing of them."""
-    pairs, reports = read_data(path, run.config.data.preference_label, key="--pairs")
+    pairs, reports = read_data(path, run.config.data.preference_label, setting="--pairs")
     turns = {first_turn(pair) for name in ("d1", "d2", "test") for pair in slice_of(run, name)}
     if known := next((pair for pair in pairs if first_turn(pair) in turns), None):
         raise UserError(

@@ -264,7 +264,7 @@ def export(run: str, name: str, file: str) -> str:
     )  # that of their HH runs
     if target.exists():
         raise UserError(f"{target}: exists already; it is not overwritten")
-    write_json(target, [released(record, named) for record in records])
+    write_json(target, [released(record, with_speaker=named) for record in records])
     return f"{len(records)} rows: {target}"
 
 

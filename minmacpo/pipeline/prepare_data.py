@@ -66,10 +66,10 @@ def prepare_data(config: Config, given: Sequence[Tokenizer]) -> PreparedData:
     for key, path in data.files.items():
         found[key], read = read_data(
             path,
-            data.preference_label,
-            data.on_invalid_row == "skip",
-            data.max_examples,
-            f"data.{key}",
+            preference_label=data.preference_label,
+            skip_invalid=data.on_invalid_row == "skip",
+            max_rows=data.max_examples,
+            setting=f"data.{key}",
         )
         reports |= (
             read if key == "path" else {f"{key} {name}": report for name, report in read.items()}

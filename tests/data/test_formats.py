@@ -16,7 +16,7 @@ from test_records import dialogue, row, write
 import train as train_program
 from minmacpo import UserError
 from minmacpo.config.parse import parse
-from minmacpo.data.formats import Report, parse_row, read_data, read_file, released
+from minmacpo.data.formats import LoadReport, parse_row, read_data, read_file, released
 from minmacpo.data.readers import ROW_LIMIT, is_array, read_array
 from minmacpo.data.records import Message, Pair, Sample, example_id
 from minmacpo.data.splits import split_pairs
@@ -156,8 +156,8 @@ def test_every_form_is_known_by_its_keys(tmp_path, name):
         assert pairs == [wanted, again] and list(reports) == ["x"]
         report, blank = reports["x"], file == "x.jsonl.gz"
         assert report.counts == Counter(read=2 + blank, kept=2) + Counter({"blank line": blank})
-        assert report.form.keys() <= values.keys() and str(report).startswith(
-            f"{next(iter(report.form))}: "
+        assert report.fields.keys() <= values.keys() and str(report).startswith(
+            f"{next(iter(report.fields))}: "
         )
         assert len(str(report).splitlines()) == 1
 
@@ -237,7 +237,7 @@ def test_a_row_that_cannot_be_read_is_an_error_or_skipped(tmp_path, reason):
             str(caught.value).startswith(f"{path}, line 2: {reason}: ")
             and len(str(caught.value)) < 650
         )
-        pairs, reports = read_data(str(path), skip=True)
+        pairs, reports = read_data(str(path), skip_invalid=True)
         assert len(pairs) == 2 and reports["x"].counts == {
             "read": 4,
             "kept": 2,
@@ -315,13 +315,13 @@ def test_a_first_row_that_cannot_be_read_says_why(tmp_path, reason, array):
         ), told
         assert len(told) < 650 and "\n" not in told and told.encode()
         with pytest.raises(UserError, match="no usable row"):
-            read_data(str(path), skip=True)
+            read_data(str(path), skip_invalid=True)
 
 
 def test_a_skipped_row_does_not_set_the_form(tmp_path):
     path = write(tmp_path / "x.jsonl", '{"messages": []}', "{", json.dumps(GOOD), json.dumps(GOOD))
-    pairs, reports = read_data(str(path), skip=True)
-    assert len(pairs) == 2 and reports["x"].form == dict.fromkeys(
+    pairs, reports = read_data(str(path), skip_invalid=True)
+    assert len(pairs) == 2 and reports["x"].fields == dict.fromkeys(
         ("prompt", "chosen", "rejected"), "text"
     )
 
@@ -399,7 +399,7 @@ def test_a_broken_array_names_its_row(tmp_path, name, skip):
     text, says = CUT[name]
     for file in ("x.json", "x.json.gz"):
         with pytest.raises(UserError) as caught:
-            read_data(str(write(tmp_path / file, text)), skip=skip)
+            read_data(str(write(tmp_path / file, text)), skip_invalid=skip)
         assert (
             says in str(caught.value) and file in str(caught.value) and len(str(caught.value)) < 400
         )
@@ -438,7 +438,7 @@ def test_a_long_file_is_read_in_the_memory_of_a_short_one(tmp_path, name):
         if "jsonl" in name
         else write(tmp_path / name, "[" + ",\n".join(rows) + "]")
     )
-    size, report = sum(map(len, rows)), Report()
+    size, report = sum(map(len, rows)), LoadReport()
 
     def read() -> None:
         assert sum(1 for _ in read_file(path, report, "better", False, None)) == 5_000
@@ -459,7 +459,7 @@ def test_a_gzip_bomb_is_refused_before_it_fills_the_memory(tmp_path, name, fille
 
     def read() -> None:
         with pytest.raises(UserError, match=f"1: is longer than {ROW_LIMIT >> 20} MiB"):
-            read_data(str(tmp_path / name), skip=True)
+            read_data(str(tmp_path / name), skip_invalid=True)
 
     assert peak(read) < 6 * ROW_LIMIT
 
@@ -472,7 +472,7 @@ def test_a_gzip_bomb_of_small_rows_is_refused(tmp_path, name):
         stream.write(b"[" * ("json." in name))
         for _ in range(40):
             stream.write(rows + b"," * ("json." in name))
-    report = Report()
+    report = LoadReport()
     with pytest.raises(UserError, match="unpacks to more than 200 times its size"):
         for _ in read_file(tmp_path / name, report, "better", False, None):
             pass

@@ -16,7 +16,7 @@ from minmacpo.data.chat_template import render, render_prompt
 from minmacpo.data.formats import parse_row, read_data, split_dialogue
 from minmacpo.data.readers import find_files, read_lines
 from minmacpo.data.records import Example, Message, Pair, Sample, example_id
-from minmacpo.data.splits import SLICES, split_pairs
+from minmacpo.data.splits import SPLITS, split_pairs
 from minmacpo.pipeline import base_models as bases
 from minmacpo.runtime.files import read_rows, write_rows
 
@@ -43,7 +43,7 @@ def write(path, *lines: str | bytes):
 
 def read_hh(path: str, most: int | None = None) -> tuple[list[Pair], dict[str, dict[str, int]]]:
     """The pairs of a file or folder, and what was counted of each file."""
-    pairs, reports = read_data(path, most=most)
+    pairs, reports = read_data(path, max_rows=most)
     return pairs, {name: dict(report.counts) for name, report in reports.items()}
 
 
@@ -312,14 +312,14 @@ def test_real_slices(real):
 
 def check_slices(pairs: list[Pair], shares, seed: int) -> None:
     found, left_out = split_pairs(pairs, shares, seed)
-    assert tuple(found) == SLICES
+    assert tuple(found) == SPLITS
     first = {
         name: {next(m.content for m in p.prompt if m.role == USER) for p in part}
         for name, part in found.items()
     }
     turns = {next(m.content for m in p.prompt if m.role == USER) for p in pairs}
-    for i, a in enumerate(SLICES):
-        assert all(not first[a] & first[b] for b in SLICES[i + 1 :])
+    for i, a in enumerate(SPLITS):
+        assert all(not first[a] & first[b] for b in SPLITS[i + 1 :])
         assert abs(len(first[a]) - shares[i] * len(turns)) <= 1
     for name in ("d2", "test"):
         prompts = [p.prompt for p in found[name]]
@@ -364,7 +364,7 @@ def test_slices_depend_on_the_seed_and_nothing_else():
     assert one != two
     shuffled = random.Random(0).sample(pairs, len(pairs))
     again = split_pairs(shuffled, (0.5, 0.15, 0.25, 0.1), 1)[0]
-    assert all({p.prompt for p in again[n]} == {p.prompt for p in one[n]} for n in SLICES)
+    assert all({p.prompt for p in again[n]} == {p.prompt for p in one[n]} for n in SPLITS)
 
 
 def test_prompts_that_occur_again_are_left_out_of_d2_and_test_and_counted():

@@ -120,7 +120,7 @@ def read_rows_of(folder: Path, name: str) -> None:
         rng.choice(("better", "safer")),
         rng.random() < 0.3,
         rng.choice((None, 2)),
-        prompts="txt" in name,
+        plain_prompts="txt" in name,
     )
     json.dumps([asdict(pair) for pair in pairs], ensure_ascii=False).encode()
     "".join(map(str, reports.values())).encode()

@@ -26,7 +26,7 @@ def told(prompt) -> str:
 
 @pytest.mark.parametrize("prompt", [PROMPT, PROMPT[:1]])
 def test_a_dialogue_and_its_released_row_are_rendered_alike(tmp_path, prompt):
-    row = released(Pair("x", prompt, "good", "bad"), named=True)
+    row = released(Pair("x", prompt, "good", "bad"), with_speaker=True)
     assert row["instruction"].startswith("USER: hi") and "USER: USER:" not in row["instruction"]
     (tmp_path / "a.json").write_text(json.dumps([row]))
     (pair,), _ = read_data(str(tmp_path / "a.json"))
