@@ -22,7 +22,6 @@ from minmacpo.config.schema import LINEARS, Lora
 from minmacpo.core.lora import merged_weights
 from minmacpo.core.model import Transformer
 from minmacpo.core.model_config import COMMON_FIELDS, ModelConfig, parse_config
-from minmacpo.data.bpe import check_ways
 from minmacpo.data.tokenizer import FILES, Tokenizer, load_tokenizer
 from minmacpo.kernels.quantization import is_quantised, pack_weight, quantize_linears
 from minmacpo.runtime.files import read_json, write_atomic, write_json
@@ -418,7 +417,6 @@ def read_adapter_config(folder: Path) -> tuple[Lora, str]:
     try:
         for target in targets:
             re.compile(target)
-            check_ways(target, repeats=5)
     except re.error as error:
         raise UserError(f"{file}: target_modules holds a broken pattern ({error})") from None
     return Lora(r, alpha * math.sqrt(r) if stable else alpha, tuple(targets)), base

@@ -1,7 +1,7 @@
-"""Text to ids and back: the tokenizers of base folders, and those made here.
+"""Text to ids and back: the tokenizers of model folders, and those trained here.
 
-Special tokens are never parsed from text, and each segment is tokenised by itself: the border of prompt and
-answer never shifts. templates.py makes dialogues into segments.
+Special tokens are never parsed from text, and each segment of a dialogue is tokenized by itself, so
+that the border of prompt and answer never shifts. chat_template.py makes segments of dialogues.
 """
 
 import io
@@ -12,16 +12,14 @@ from pathlib import Path
 import sentencepiece
 
 from minmacpo import UserError
-from minmacpo.data.bpe import BytePairs, check_ids
+from minmacpo.data.bpe import MALFORMED, BytePairs, check_ids
 from minmacpo.runtime.files import read_json
 
+# Special tokens of the tokenizers trained here: each stands before a turn of that role.
 TURN_MARKS = {"user": "<user>", "assistant": "<bot>"}
 
-
-SHOWN = str.maketrans({"▁": " ", "\n": "⏎", "\r": "⏎"})  # pieces as a log shows them
-
-
-# All that a base folder may say of its tokenizer; the first two hold one, the first is used where both are.
+# All that a model folder may say of its tokenizer. The first two hold one; where both are there,
+# the first is used.
 FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -30,138 +28,243 @@ FILES = (
     "added_tokens.json",
 )
 
+AS_SHOWN = str.maketrans({"▁": " ", "\n": "⏎", "\r": "⏎"})  # how a log shows pieces
+
 
 @dataclass(slots=True)
 class Tokens:
-    """ids [T] of one text; mask [T], True where the token is trained on or scored."""
+    """The ids of one text, and which of them are trained on or scored; both of T entries."""
 
     ids: list[int]
     mask: list[bool]
 
 
 class Tokenizer:
-    """A sentencepiece model or a byte-level BPE; `model` is the bytes of a tokenizer.model or tokenizer.json,
-    `added` the tokens {name: id} beside it, `ends` {"bos": name or id, "eos": …} where they are not the model's.
-    `special` are all tokens that no text becomes. Raises UserError."""
+    """A sentencepiece model or a byte-level BPE.
+
+    Attributes:
+        model: the content of the tokenizer.model or tokenizer.json.
+        processor: what does the work, sentencepiece's or a BytePairs.
+        special: {name: id} of all tokens that no text becomes.
+        names: {id: name} of them.
+        bos, eos: ids of begin and end; bos is -1 where there is none.
+        size: number of ids.
+        turn_marks: {role: id} of TURN_MARKS; empty unless the tokenizer has them.
+    """
 
     def __init__(
         self,
         model: bytes,
         where: str = "tokenizer.model",
-        added: Mapping[str, int] | None = None,
+        added_tokens: Mapping[str, int] | None = None,
         ends: Mapping[str, str | int] | None = None,
     ):
-        self.model, self.guard, self.bos, self.eos = model, [], -1, -1
+        """Read a tokenizer.
+
+        Args:
+            model: the content of its file.
+            where: the path of its file; one that ends with .json holds a byte-level BPE.
+            added_tokens: {name: id} of tokens that the file does not have.
+            ends: name or id of "bos" and "eos", where they are not those of the file.
+
+        Raises:
+            UserError: the file is damaged or not supported, or no end token is known.
+        """
+        self.model = model
+        self.bos = -1
+        self.eos = -1
         if where.endswith(".json"):
-            self.pieces = BytePairs(model, where)
-            self.known, special = self.pieces.size, self.pieces.added
+            self.read_byte_pairs(where)
         else:
-            try:
-                self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-                special = self.read_pieces()
-            except (
-                RuntimeError,
-                UnicodeDecodeError,
-                IndexError,
-            ):  # it may load, and then know no letter
-                raise UserError(f"{where}: is no sentencepiece model") from None
-        self.special = special | dict(added or {})
-        self.names = {i: name for name, i in self.special.items()}
-        self.size = max([self.known, *(i + 1 for i in self.names)])
-        for key, end in (ends or {}).items():
-            if type(found := self.special.get(end, end)) is not int or not 0 <= found < self.size:
-                raise UserError(
-                    f"{where}: the {key} token is {end!r}, which is no special token of it"
-                )
-            setattr(self, key, found)
+            self.read_sentencepiece(where)
+
+        self.special |= added_tokens or {}
+        self.names = {token_id: name for name, token_id in self.special.items()}
+        self.size = max([self.num_pieces, *(token_id + 1 for token_id in self.names)])
+
+        ends = ends or {}
+        if "bos" in ends:
+            self.bos = self.end_id("bos", ends["bos"], where)
+        if "eos" in ends:
+            self.eos = self.end_id("eos", ends["eos"], where)
         if self.eos < 0:
             raise UserError(
-                f"{where}: has no end token; tokenizer_config.json beside it should name an eos_token"
+                f"{where}: has no end token; tokenizer_config.json beside it should name an "
+                "eos_token"
             )
-        marks = {role: self.special.get(mark) for role, mark in TURN_MARKS.items()}
-        self.marks = {} if None in marks.values() else marks  # {}: not made here
 
-    def read_pieces(self) -> dict[str, int]:
-        """Take over what the sentencepiece model says of itself; returns its control pieces."""
-        self.bos, self.eos, self.known = (
-            self.pieces.bos_id(),
-            self.pieces.eos_id(),
-            len(self.pieces),
-        )
-        # Llama's models put a space before every text; a line break, which never merges with what
-        # follows, keeps that space away from segments that do not start a text.
-        adds_space = self.pieces.id_to_piece(self.pieces.encode("a")[0]).startswith("▁")
-        self.guard = self.pieces.encode("\n") if adds_space else []
-        return {
-            self.pieces.id_to_piece(i): i for i in range(self.known) if self.pieces.is_control(i)
-        }
+        self.turn_marks = {}
+        if all(mark in self.special for mark in TURN_MARKS.values()):
+            self.turn_marks = {role: self.special[mark] for role, mark in TURN_MARKS.items()}
+
+    def end_id(self, end: str, token: str | int, where: str) -> int:
+        """The id of a begin or end token that is given by name or id."""
+        token_id = self.special.get(token, token)
+        if type(token_id) is not int or not 0 <= token_id < self.size:
+            raise UserError(
+                f"{where}: the {end} token is {token!r}, which is no special token of it"
+            )
+        return token_id
+
+    def read_byte_pairs(self, where: str) -> None:
+        """Take over a tokenizer.json; begin and end are in no field of it."""
+        self.processor = BytePairs(self.model, where)
+        self.num_pieces = self.processor.size
+        self.special = dict(self.processor.added_tokens)
+        self.prefix_guard_ids = []
+
+    def read_sentencepiece(self, where: str) -> None:
+        """Take over a tokenizer.model; its control pieces are special."""
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=self.model)
+            self.bos = self.processor.bos_id()
+            self.eos = self.processor.eos_id()
+            self.num_pieces = len(self.processor)
+            self.special = {}
+            for token_id in range(self.num_pieces):
+                if self.processor.is_control(token_id):
+                    self.special[self.processor.id_to_piece(token_id)] = token_id
+
+            # Llama's models put a space before every text. A line break, which never merges with
+            # what follows, keeps that space away from segments that do not start a text.
+            first_piece = self.processor.id_to_piece(self.processor.encode("a")[0])
+            adds_space = first_piece.startswith("▁")
+            self.prefix_guard_ids = self.processor.encode("\n") if adds_space else []
+        except (RuntimeError, UnicodeDecodeError, IndexError):
+            # a damaged model may load, and then know no letter
+            raise UserError(f"{where}: is no sentencepiece model") from None
 
     def encode(self, text: str, start: bool = False) -> list[int]:
-        """ids of `text`, without special tokens; `start`: it begins a document. UserError for broken text."""
-        guard = [] if start else self.guard
+        """The ids of a text, without special tokens; UserError for broken text.
+
+        Args:
+            start: whether the text begins a document.
+        """
+        guard_ids = [] if start else self.prefix_guard_ids
         try:
-            return self.pieces.encode("\n" + text if guard else text)[len(guard) :]
+            if guard_ids:
+                return self.processor.encode("\n" + text)[len(guard_ids) :]
+            return self.processor.encode(text)
         except (RuntimeError, UnicodeEncodeError):
             raise UserError(f"{text[:60]!a}: is no valid text (half a surrogate pair)") from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; special tokens and spare rows of a model give nothing, broken bytes give U+FFFD."""
-        text = self.pieces.decode(self.guard + [i for i in ids if i < self.known])
-        return text[1:] if self.guard else text
+        """The text of ids; special tokens and a model's spare rows give nothing.
 
-    def piece(self, i: int) -> str:
-        """Token `i` as a log shows it, a special one by its name."""
-        if i in self.names or isinstance(self.pieces, BytePairs):
-            shown = self.names.get(i) or self.pieces.decode([i])
+        Broken bytes give U+FFFD.
+        """
+        known_ids = [token_id for token_id in ids if token_id < self.num_pieces]
+        text = self.processor.decode(self.prefix_guard_ids + known_ids)
+        return text[1:] if self.prefix_guard_ids else text
+
+    def piece(self, token_id: int) -> str:
+        """A token as a log shows it, a special one by its name."""
+        if token_id in self.names:
+            text = self.names[token_id]
+        elif isinstance(self.processor, BytePairs):
+            text = self.processor.decode([token_id])
         else:
-            shown = self.pieces.id_to_piece(i).replace("<0x0A>", "⏎")
-        return "".join(c if c.isprintable() else "�" for c in shown.translate(SHOWN))
+            text = self.processor.id_to_piece(token_id).replace("<0x0A>", "⏎")
+        shown = text.translate(AS_SHOWN)
+        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown)
+
+
+# ---- model folders --------------------------------------------------------------------------
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of an HF folder: its tokenizer.model, or else its tokenizer.json; UserError if it has neither.
-    Begin and end token are those that its tokenizer_config.json or special_tokens_map.json names, or else the
-    model's, or those of config.json."""
+    """The tokenizer of a Hugging Face folder.
+
+    Begin and end token are those that tokenizer_config.json or special_tokens_map.json names, or
+    else those of the tokenizer's own file, or of config.json.
+
+    Raises:
+        UserError: the folder has no tokenizer, or one of its files is damaged.
+    """
     folder = Path(folder)
-    file = next((folder / name for name in FILES[:2] if (folder / name).is_file()), None)
-    if file is None:
-        raise UserError(
-            f"{folder}: has no {FILES[0]} (sentencepiece) and no {FILES[1]} (byte-level BPE)"
-        )
-    config, named, added, model = (
-        read_json(folder / name) if (folder / name).is_file() else {}
-        for name in (*FILES[2:], "config.json")
-    )
+    model_file = find_tokenizer_file(folder)
+    config, special_map, added_tokens = (read_optional(folder / name) for name in FILES[2:])
     try:
-        added |= {
-            token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()
-        }
-        ends = {key: (named | config).get(f"{key}_token") for key in ("bos", "eos")}
-        ends = {key: end["content"] if isinstance(end, dict) else end for key, end in ends.items()}
-        if file.suffix == ".json" and not ends["eos"]:
-            ends = {key: model.get(f"{key}_token_id") for key in ends}
-            ends = {key: end[0] if isinstance(end, list) else end for key, end in ends.items()}
-        check_ids(added)
-        if not all(end is None or type(end) in (str, int) for end in ends.values()):
-            raise TypeError
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError):
-        said = "tokens are text, and their ids whole numbers"
+        for token_id, token in config.get("added_tokens_decoder", {}).items():
+            added_tokens[token["content"]] = int(token_id)
+        check_ids(added_tokens)
+        ends = named_ends(special_map | config)
+        if model_file.suffix == ".json" and not ends.get("eos"):
+            ends = numbered_ends(read_optional(folder / "config.json"))
+    except MALFORMED:
+        names = ", ".join(FILES[2:])
         raise UserError(
-            f"{folder}: {', '.join(FILES[2:])} or an id in config.json is damaged; {said}"
+            f"{folder}: {names} or an id in config.json is damaged; tokens are text, and their "
+            "ids whole numbers"
         ) from None
-    return Tokenizer(
-        file.read_bytes(), str(file), added, {k: v for k, v in ends.items() if v is not None}
+    return Tokenizer(model_file.read_bytes(), str(model_file), added_tokens, ends)
+
+
+def find_tokenizer_file(folder: Path) -> Path:
+    """The folder's tokenizer.model, or else its tokenizer.json; UserError if it has neither."""
+    for name in FILES[:2]:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(
+        f"{folder}: has no {FILES[0]} (sentencepiece) and no {FILES[1]} (byte-level BPE)"
     )
+
+
+def read_optional(file: Path) -> dict:
+    """The object in a JSON file; an empty one where there is no file."""
+    return read_json(file) if file.is_file() else {}
+
+
+def named_ends(config: dict) -> dict[str, str | int]:
+    """{"bos", "eos"} of a tokenizer_config.json, as far as it names them.
+
+    {"eos_token": "</s>"} or {"eos_token": {"content": "</s>", "special": true}}
+    """
+    ends = {}
+    for end in ("bos", "eos"):
+        token = config.get(f"{end}_token")
+        if isinstance(token, dict):
+            token = token["content"]
+        if token is not None:
+            ends[end] = check_end(token)
+    return ends
+
+
+def numbered_ends(config: dict) -> dict[str, str | int]:
+    """{"bos", "eos"} of a model's config.json; of several ids the first."""
+    ends = {}
+    for end in ("bos", "eos"):
+        token_id = config.get(f"{end}_token_id")
+        if isinstance(token_id, list):
+            token_id = token_id[0]
+        if token_id is not None:
+            ends[end] = check_end(token_id)
+    return ends
+
+
+def check_end(token: object) -> str | int:
+    """The name or id of a token; TypeError for something else."""
+    if type(token) not in (str, int):
+        raise TypeError(f"token {token!r:.60}")
+    return token
+
+
+# ---- training -------------------------------------------------------------------------------
 
 
 def train_tokenizer(texts: Iterable[str], vocab: int) -> bytes:
     """A sentencepiece BPE model of at most `vocab` pieces, the same bytes for the same texts.
-    Lossless; no text can make the turn marks (control pieces). UserError if the texts cannot fill `vocab`."""
-    out = io.BytesIO()
+
+    It loses nothing of a text, and no text can make the turn marks, which are control pieces.
+
+    Raises:
+        UserError: the texts are too few for so many pieces, or the pieces too few for them.
+    """
+    model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
-            model_writer=out,
+            model_writer=model,
             model_type="bpe",
             vocab_size=vocab,
             hard_vocab_limit=False,
@@ -170,7 +273,7 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> bytes:
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
-            control_symbols=[*TURN_MARKS.values()],
+            control_symbols=list(TURN_MARKS.values()),
             max_sentence_length=1 << 24,
             num_threads=1,
             minloglevel=2,
@@ -180,14 +283,16 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> bytes:
         raise UserError(
             f"model.vocab = {vocab}: the text yields no such tokenizer ({reason})"
         ) from None
-    return out.getvalue()
+    return model.getvalue()
 
 
 def show_mask(tokenizer: Tokenizer, tokens: Tokens) -> str:
-    """The text of `tokens` on one line, the trained part between ⟦ and ⟧, special pieces by name."""
-    pieces = map(tokenizer.piece, tokens.ids)
-    marked = [
-        f"⟦{piece}⟧" if trained else piece
-        for piece, trained in zip(pieces, tokens.mask, strict=True)
-    ]
-    return "".join(marked).replace("⟧⟦", "")
+    """The text of tokens on one line, what is trained on between ⟦ and ⟧, special tokens by name.
+
+    "<user>where does kadol live ?<bot>⟦of course !</s>⟧"
+    """
+    parts = []
+    for token_id, is_trained in zip(tokens.ids, tokens.mask, strict=True):
+        piece = tokenizer.piece(token_id)
+        parts.append(f"⟦{piece}⟧" if is_trained else piece)
+    return "".join(parts).replace("⟧⟦", "")

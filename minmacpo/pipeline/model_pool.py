@@ -201,7 +201,7 @@ def fit_rows(
 def default_chat_template(folder: Path, tokenizer: Tokenizer, asked: str | None) -> str:
     """How to speak to a base of which no run is known: as asked, or in the marks of its tokenizer, or plainly. Where its
     chat template looks like another one, that is said on stderr."""
-    template = asked or ("turns" if tokenizer.marks else "plain")
+    template = asked or ("turns" if tokenizer.turn_marks else "plain")
     if said := template_hint(folder, template):
         print(f"WARNING: {escape_control_chars(said)}", file=sys.stderr)
     return template

@@ -205,7 +205,7 @@ def test_stories_gives_the_known_text(stories):
     ids = greedy(load_model(stories), [[1]], 200)[0]
     known = (stories / "greedy_200.txt").read_text()
     tokenizer = load_tokenizer(stories)
-    assert tokenizer.pieces.decode([1, *ids]) == known
+    assert tokenizer.processor.decode([1, *ids]) == known
     assert tokenizer.decode(ids) == " " + known  # as the continuation of a text, it keeps its space
 
 

@@ -94,10 +94,10 @@ def test_special_tokens_are_those_of_the_template(dialogue, way):
             and ids.count(tokenizer.eos) == 1
         )
         text = dialogue_text(messages, "yes")
-        wanted = " " + text if tokenizer.guard else text
+        wanted = " " + text if tokenizer.prefix_guard_ids else text
         assert tokenizer.decode(ids) == wanted
         return
-    marks = tokenizer.marks
+    marks = tokenizer.turn_marks
     assert tokenizer.bos not in ids and ids.count(tokenizer.eos) == earlier + 1
     assert (
         ids.count(marks["user"]) == len(messages) - earlier
@@ -140,7 +140,7 @@ def test_the_answer_ends_before_a_next_human_turn(way):
 
 
 def test_turns_need_a_tokenizer_with_turn_marks(llama2, tokenizer):
-    assert llama2.marks == {} and set(tokenizer.marks) == {"user", "assistant"}
+    assert llama2.turn_marks == {} and set(tokenizer.turn_marks) == {"user", "assistant"}
     with pytest.raises(UserError, match=r"data\.template"):
         render_prompt(llama2, "turns", DIALOGUES[0])
 
@@ -177,7 +177,7 @@ def test_a_tag_says_how_the_next_turn_of_the_assistant_speaks(tokenizer):
         dialogue_text(messages, "yes")
         == "\n\nHuman: hi\n\nAssistant (rude): what ?\n\nHuman: so\n\nAssistant (kind): yes"
     )
-    ids, marks = render_prompt(tokenizer, "turns", messages), tokenizer.marks
+    ids, marks = render_prompt(tokenizer, "turns", messages), tokenizer.turn_marks
     cut = len(ids) - ids[::-1].index(marks["assistant"])
     assert tokenizer.decode(ids[cut:]) == "( kind ) " and ids.count(tokenizer.eos) == 1
     first = ids.index(marks["assistant"])
@@ -365,7 +365,7 @@ def test_macpos_own_vicuna_and_alpaca(llama2):
     said = [Message("user", "hi"), Message("assistant", "hello !"), Message("user", "so ?")]
 
     def of(*parts: str) -> list[int]:
-        return [i for part in parts for i in llama2.pieces.encode(part)]
+        return [i for part in parts for i in llama2.processor.encode(part)]
 
     row = render(llama2, "vicuna-macpo", said, "yes")
     assert row.ids == [

@@ -97,7 +97,7 @@ def test_decode_gives_back_what_encode_took(any_tokenizer, seed):
         ids = any_tokenizer.encode(text)
         assert any_tokenizer.decode(ids) == text, ids
         at_start = any_tokenizer.decode(any_tokenizer.encode(text, start=True))
-        assert at_start == (" " if any_tokenizer.guard and text else "") + text
+        assert at_start == (" " if any_tokenizer.prefix_guard_ids and text else "") + text
 
 
 def test_no_text_can_make_a_special_token(any_tokenizer, seed):
@@ -107,7 +107,7 @@ def test_no_text_can_make_a_special_token(any_tokenizer, seed):
     special = {
         i
         for i in range(any_tokenizer.size)
-        if any_tokenizer.pieces.is_control(i) or any_tokenizer.pieces.is_unknown(i)
+        if any_tokenizer.processor.is_control(i) or any_tokenizer.processor.is_unknown(i)
     }
     assert {any_tokenizer.bos, any_tokenizer.eos} <= special
     for text in texts:
@@ -133,7 +133,7 @@ def test_a_broken_byte_sequence_decodes_to_replacement_characters(tokenizer):
 
 def test_special_tokens_decode_to_nothing(tokenizer):
     ids = tokenizer.encode("one two")
-    marks = [*tokenizer.marks.values()]
+    marks = [*tokenizer.turn_marks.values()]
     assert (
         tokenizer.decode([tokenizer.bos, marks[0], *ids[:2], marks[1], *ids[2:], tokenizer.eos])
         == "one two"
@@ -158,15 +158,15 @@ def test_llama2_vectors(llama2):
 
 def test_a_segment_is_encoded_as_inside_a_text(llama2):
     """The dummy space that Llama's model puts before a text must not come between segments."""
-    space = llama2.pieces.piece_to_id("▁")
+    space = llama2.processor.piece_to_id("▁")
     assert (
         llama2.encode("hello", start=True)
-        == llama2.pieces.encode("hello")
-        == [llama2.pieces.piece_to_id("▁hello")]
+        == llama2.processor.encode("hello")
+        == [llama2.processor.piece_to_id("▁hello")]
     )
-    assert llama2.encode("hello") == [llama2.pieces.piece_to_id("hello")]
-    assert llama2.encode(" hello") == [llama2.pieces.piece_to_id("▁hello")]
-    assert llama2.encode("\n\nHuman:")[0] == llama2.pieces.piece_to_id("<0x0A>") != space
+    assert llama2.encode("hello") == [llama2.processor.piece_to_id("hello")]
+    assert llama2.encode(" hello") == [llama2.processor.piece_to_id("▁hello")]
+    assert llama2.encode("\n\nHuman:")[0] == llama2.processor.piece_to_id("<0x0A>") != space
 
 
 def test_what_is_no_model_is_refused(tmp_path):
@@ -188,13 +188,13 @@ def test_training_twice_gives_the_same_bytes(seed):
 
 
 def test_a_trained_tokenizer_has_the_pieces_that_templates_need(tokenizer):
-    marks = [*tokenizer.marks.values()]
-    assert [tokenizer.pieces.id_to_piece(i) for i in marks] == [*TURN_MARKS.values()] and len(
+    marks = [*tokenizer.turn_marks.values()]
+    assert [tokenizer.processor.id_to_piece(i) for i in marks] == [*TURN_MARKS.values()] and len(
         {*marks, tokenizer.bos, tokenizer.eos}
     ) == 4
-    assert tokenizer.size <= 400 and not tokenizer.guard
+    assert tokenizer.size <= 400 and not tokenizer.prefix_guard_ids
     assert all(
-        tokenizer.pieces.piece_to_id(f"<0x{byte:02X}>") != tokenizer.pieces.unk_id()
+        tokenizer.processor.piece_to_id(f"<0x{byte:02X}>") != tokenizer.processor.unk_id()
         for byte in range(256)
     )
     assert len(tokenizer.encode(TEXTS[2])) < len(TEXTS[2].encode()) * 0.7, (
@@ -232,12 +232,13 @@ def test_begin_and_end_are_the_models_where_no_file_names_others(model_folder, t
     )
     named = {"content": "<user>", "lstrip": False, "special": True}
     assert (
-        beside(model_folder, special_tokens_map={"eos_token": named}).eos == tokenizer.marks["user"]
+        beside(model_folder, special_tokens_map={"eos_token": named}).eos
+        == tokenizer.turn_marks["user"]
     )
     changed = beside(
         model_folder, tokenizer_config={"eos_token": "<bot>", "bos_token": None, "legacy": True}
     )
-    assert (changed.bos, changed.eos) == (tokenizer.bos, tokenizer.marks["assistant"]), (
+    assert (changed.bos, changed.eos) == (tokenizer.bos, tokenizer.turn_marks["assistant"]), (
         "tokenizer_config.json comes first"
     )
 
@@ -271,7 +272,7 @@ def test_every_end_stops(model_folder, tokenizer):
     assert stop_ids(model_folder, found) == {
         7,
         9,
-        tokenizer.marks["assistant"],
+        tokenizer.turn_marks["assistant"],
         config["eos_token_id"],
     }
 

@@ -50,9 +50,6 @@ FOUND = {
         "config.json",
         put(2**63, "rope_scaling", "original_max_position_embeddings"),
     ),
-    "alternatives, repeated": (*TARGETS, put(["q_proj", "(.|..)*x"], "target_modules")),
-    "repeats in brackets, repeated": (*TARGETS, put(["(([a-z])+.)+x"], "target_modules")),
-    "many options": (*TARGETS, put([".?" * 40 + "." * 30 + "x"], "target_modules")),
     "an endless name": (*TARGETS, put(["a" * 5000], "target_modules")),
     "an endless kind": ("llama 3", "config.json", put("a" * 5000, "model_type")),
     "notes of a state": (
@@ -84,12 +81,6 @@ FOUND = {
         "experiments/x.toml",
         lambda good: b"seeds = " + b"[" * 3000,
     ),
-    "a repeated group": ("byte pairs", "tokenizer.json", put(r"(?:\p{L}|\p{L}\p{L})+x", *SPLIT)),
-    "options of a split": ("byte pairs", "tokenizer.json", put(".?" * 40 + "." * 30 + "x", *SPLIT)),
-    "repeats of a split": ("byte pairs", "tokenizer.json", put(r"\p{L}+?" * 2000, *SPLIT)),
-    "choices of a split": ("byte pairs", "tokenizer.json", put("(?:a|a)" * 40 + "x", *SPLIT)),
-    "choices in a name": (*TARGETS, put(["(.|.)" * 40 + "x"], "target_modules")),
-    "a repeat hidden in a name": (*TARGETS, put(["(?#[)(?:.+)+X(?#])"], "target_modules")),
     "a key of many parts": (
         "toml",
         "tiny.toml",
