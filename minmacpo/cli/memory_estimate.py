@@ -12,7 +12,7 @@ from minmacpo.core.model import CACHE_ALIGN
 from minmacpo.core.model_config import ModelConfig
 from minmacpo.core.prepack import LARGEST, SMALLEST, multiplies_bf16
 from minmacpo.kernels.attention import EAGER_BF16_MAX_LEN
-from minmacpo.kernels.fused_logps import SMALL, STRIP, chunk_size
+from minmacpo.kernels.fused_logps import FP32_CHUNK, SMALL_VOCAB, chunk_size
 from minmacpo.kernels.quantization import BLOCK
 
 HEAP = 32 << 20  # glibc maps no smaller block by itself, but cuts it from its heap
@@ -192,9 +192,9 @@ def attended(config: ModelConfig) -> int:
 
 def of_logits(count: int, config: ModelConfig, size: int, device: str) -> int:
     """Bytes of so many logits and of what is made of them, under a frozen head (losses.take_exponentials)."""
-    if config.vocab_size <= SMALL:
+    if config.vocab_size <= SMALL_VOCAB:
         return 8 * count
-    return size * count + 4 * (min(count, STRIP) if device == "cpu" else count) * (size < 4)
+    return size * count + 4 * (min(count, FP32_CHUNK) if device == "cpu" else count) * (size < 4)
 
 
 def crossed(config: ModelConfig, lora: Lora, size: int, scores: int) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from minmacpo.cli.memory_estimate import Load, Need, beside, need
 from minmacpo.config.schema import Config
-from minmacpo.core.batching import limits, plan_scoring, plan_steps, scoring_tokens, steps_per_epoch
+from minmacpo.core.batching import batch_limits, plan_scoring, plan_steps, scoring_tokens, steps_per_epoch
 from minmacpo.core.checkpoint import read_config
 from minmacpo.core.model_config import ModelConfig
 from minmacpo.data.chat_template import render
@@ -182,7 +182,7 @@ class Plan:
             return []
         if self.prepared is None:
             steps = min(steps, steps_per_epoch(len(lengths), recipe["settings"]["batch"]))
-        budget, alike = limits(
+        budget, alike = batch_limits(
             self.config.run.max_tokens_per_batch,
             resolve_device(self.config.run.device),
             not recipe["kind"].startswith("pretrain"),

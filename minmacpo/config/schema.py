@@ -20,6 +20,15 @@ BOUNDS = {
 }
 
 
+# The losses of preference pairs, each with the settings of [dpo] that it uses beside beta and
+# sft_weight, which all use; core/losses.py has their functions
+LOSS_SETTINGS = {
+    "sigmoid": ("reference", "label_smoothing", "length_normalized", "length_penalty"),
+    "ipo": ("reference",),
+    "simpo": ("target_margin",),
+}
+
+
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -259,6 +268,9 @@ class Dpo:
     epochs: int = setting(1, "per round", at_least=0)
     student_lr: float = setting(1e-5, "of the student in a round", above=0)
     teacher_lr: float = setting(1e-5, "of the teachers in a round", above=0)
+    loss: Literal[tuple(LOSS_SETTINGS)] = setting(
+        "sigmoid", "of preference pairs; sigmoid: DPO; simpo: without a reference policy"
+    )
     beta: float = setting(0.1, "strength of the preference term", above=0)
     sft_weight: float = setting(0.2, "weight of the SFT term on the chosen answer", at_least=0)
     label_smoothing: float = setting(
@@ -267,6 +279,9 @@ class Dpo:
     length_normalized: bool = setting(False, "log-probabilities per token in the preference term")
     length_penalty: float = setting(
         0.0, "per token that the chosen answer is longer (R-DPO)", at_least=0
+    )
+    target_margin: float = setting(
+        0.5, "simpo: by how much beta times the margin per token is to exceed 0", at_least=0
     )
     reference: Literal["base", "init", "previous"] = setting(
         "base", "base: adapter off (as released); init: round 0; previous: the last round"

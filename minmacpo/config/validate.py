@@ -5,7 +5,17 @@ import string
 from dataclasses import replace
 
 from minmacpo import UserError
-from minmacpo.config.schema import BOUNDS, LINEARS, SETTINGS, Config, Macpo, flatten, toml_value
+from minmacpo.config.schema import (
+    BOUNDS,
+    LINEARS,
+    LOSS_SETTINGS,
+    SETTINGS,
+    Config,
+    Dpo,
+    Macpo,
+    flatten,
+    toml_value,
+)
 
 
 def shape(text: str) -> tuple[int, int, int, int]:
@@ -168,3 +178,19 @@ def check(config: Config) -> None:
             raise UserError(f"{key} = {toml_value(flat[key])} must be {wanted}")
     for text in (model.strong, *model.weak):
         shape(text)
+    check_loss(config.dpo)
+
+
+def check_loss(dpo: Dpo) -> None:
+    """Raise UserError for a setting that the preference loss does not use, yet is set."""
+    usual = Dpo()
+    used = LOSS_SETTINGS[dpo.loss]
+    for settings in LOSS_SETTINGS.values():
+        for name in settings:
+            if name in used or getattr(dpo, name) == getattr(usual, name):
+                continue
+            if name == "reference":
+                problem = "uses no reference policy; leave dpo.reference out"
+            else:
+                problem = f"does not use dpo.{name}; leave it out"
+            raise UserError(f"dpo.loss={dpo.loss} {problem}")

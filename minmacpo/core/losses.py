@@ -1,6 +1,16 @@
-"""Losses of supervised fine-tuning and of preference pairs, with their metrics."""
+"""Losses of supervised fine-tuning and of preference pairs, with the metrics that are logged.
 
+A preference loss is a function of `PairLogps`. To add one, write it, put it into PREFERENCE_LOSSES,
+and name it among the values of `dpo.loss` in config/schema.py: `--dpo.loss=NAME` then trains with it.
+
+Shapes: B pairs, in a batch of 2B rows (row 2i is chosen, row 2i + 1 rejected); N trained tokens.
+A log-probability of an answer is summed over its tokens, its end token included, in fp32, in nats.
+"""
+
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -9,93 +19,264 @@ from torch import Tensor
 from minmacpo.core.batching import Batch
 from minmacpo.kernels.fused_logps import masked_logps, sequence_logps
 
-
-def sft_loss(logps: Tensor, tokens: int) -> Tensor:
-    """Cross-entropy: minus the sum of logps [N] over `tokens`, the trained tokens of the whole step."""
-    return -logps.sum() / tokens
+# --- Losses on preference pairs
 
 
-def dpo_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
+@dataclass(frozen=True, slots=True)
+class PairLogps:
+    """What a preference loss may look at; all (B,). The reference's have no gradient."""
+
+    policy_chosen: Tensor
+    policy_rejected: Tensor
+    reference_chosen: Tensor | None  # None for a loss without a reference
+    reference_rejected: Tensor | None
+    chosen_lengths: Tensor  # tokens
+    rejected_lengths: Tensor
+
+    @property
+    def chosen_log_ratio(self) -> Tensor:
+        """How much likelier than the reference the policy finds the chosen answer; nats, (B,)."""
+        return self.policy_chosen - self.reference_chosen
+
+    @property
+    def rejected_log_ratio(self) -> Tensor:
+        """The same of the rejected answer; nats, (B,)."""
+        return self.policy_rejected - self.reference_rejected
+
+    def per_token(self) -> "PairLogps":
+        """The same pairs with log-probabilities averaged over the tokens of their answers."""
+        reference_chosen = None
+        reference_rejected = None
+        if self.reference_chosen is not None:
+            reference_chosen = self.reference_chosen / self.chosen_lengths
+            reference_rejected = self.reference_rejected / self.rejected_lengths
+        return PairLogps(
+            policy_chosen=self.policy_chosen / self.chosen_lengths,
+            policy_rejected=self.policy_rejected / self.rejected_lengths,
+            reference_chosen=reference_chosen,
+            reference_rejected=reference_rejected,
+            chosen_lengths=self.chosen_lengths,
+            rejected_lengths=self.rejected_lengths,
+        )
+
+
+def sigmoid_loss(
+    logps: PairLogps,
     beta: float,
     label_smoothing: float = 0.0,
-    offset: Tensor | float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, rewards/chosen, rewards/rejected), each [N], from summed logps [N]; rewards carry no gradient.
-    Sigmoid DPO (Rafailov et al. 2023, eq. 7), conservative: a share `label_smoothing` of pairs is flipped;
-    `offset` [N] is added to the margin."""
-    chosen, rejected = policy_chosen - reference_chosen, policy_rejected - reference_rejected
-    margin = beta * (chosen - rejected) + offset
-    loss = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
-    return loss, (beta * chosen).detach(), (beta * rejected).detach()
+    length_normalized: bool = False,
+    length_penalty: float = 0.0,
+) -> Tensor:
+    """DPO (Rafailov et al. 2023, eq. 7); with smoothing, conservative DPO. (B,)
+
+    Args:
+        label_smoothing: assumed fraction of pairs whose preference is flipped.
+        length_normalized: log-probabilities per token in place of summed ones.
+        length_penalty: added to the margin per token that chosen is longer (Park et al. 2024, R-DPO).
+    """
+    if length_normalized:
+        logps = logps.per_token()
+    longer = logps.chosen_lengths - logps.rejected_lengths
+    margin = logps.chosen_log_ratio - logps.rejected_log_ratio
+    logits = beta * margin + length_penalty * longer
+    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 
 
-LossOutput = tuple[Tensor, list[Tensor]]  # a loss, and the values of its objective's metrics
+def ipo_loss(logps: PairLogps, beta: float) -> Tensor:
+    """IPO (Azar et al. 2023, eq. 17), on log-probabilities per token as in TRL. (B,)"""
+    logps = logps.per_token()
+    margin = logps.chosen_log_ratio - logps.rejected_log_ratio
+    return (margin - 1 / (2 * beta)) ** 2
+
+
+def simpo_loss(logps: PairLogps, beta: float, target_margin: float) -> Tensor:
+    """SimPO (Meng et al. 2024, eq. 6): no reference, log-probabilities per token. (B,)"""
+    logps = logps.per_token()
+    margin = logps.policy_chosen - logps.policy_rejected
+    return -F.logsigmoid(beta * margin - target_margin)
+
+
+# A loss is added here: (its function, whether it needs the reference policy's log-probabilities)
+PREFERENCE_LOSSES: dict[str, tuple[Callable[..., Tensor], bool]] = {
+    "sigmoid": (sigmoid_loss, True),
+    "ipo": (ipo_loss, True),
+    "simpo": (simpo_loss, False),
+}
+
+
+def requires_reference(loss_type: str) -> bool:
+    """Whether the loss compares the policy with a reference; if not, none need be scored."""
+    _, needed = PREFERENCE_LOSSES[loss_type]
+    return needed
+
+
+def loss_settings(loss_type: str) -> tuple[str, ...]:
+    """The settings that the loss uses: the names of its function's parameters after `logps`."""
+    function, _ = PREFERENCE_LOSSES[loss_type]
+    _, *names = inspect.signature(function).parameters
+    return tuple(names)
+
+
+def loss_title(loss_type: str) -> str:
+    """The loss as the literature calls it, for logs and plans."""
+    return "DPO" if loss_type == "sigmoid" else loss_type.upper()
+
+
+def implicit_rewards(logps: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
+    """Rewards (B,) that the policy implies for chosen and rejected answers; they carry no gradient.
+
+    beta times the log-ratio to the reference (Rafailov et al. 2023, eq. 5 without its constant);
+    for a loss without a reference, beta times the policy's own log-probability (Meng et al. 2024).
+    """
+    if logps.reference_chosen is None:
+        chosen = logps.policy_chosen
+        rejected = logps.policy_rejected
+    else:
+        chosen = logps.chosen_log_ratio
+        rejected = logps.rejected_log_ratio
+    return (beta * chosen).detach(), (beta * rejected).detach()
+
+
+# --- What is trained: a loss called on a batch of the step
+
+
+@dataclass(frozen=True, slots=True)
+class StepTotals:
+    """What a whole optimiser step holds: by it a micro-batch divides, so that all equal one batch."""
+
+    examples: int
+    tokens: int  # trained ones
+    progress: float = 1.0  # how much of the training is done before this step, 0 to 1
+
+
+# The loss of a micro-batch, and by name its part of each metric's mean over the step
+LossOutput = tuple[Tensor, dict[str, Tensor]]
+
+
+def sft_loss(logps: Tensor, tokens: int) -> Tensor:
+    """Cross-entropy (): minus the sum of logps (N,) over `tokens`, the step's trained tokens."""
+    return -logps.sum() / tokens
 
 
 @dataclass(frozen=True, slots=True)
 class SFTLoss:
-    """Cross-entropy per trained token of the whole step. With `confidence` > 0 a share of it, which grows to
-    that over the first fifth of the steps, is towards the model's own likeliest token (Burns et al. 2023)."""
+    """Cross-entropy per trained token of the whole step.
+
+    With `confidence` > 0 a part of it is towards the model's own likeliest token; that part grows to
+    `confidence` over the first fifth of the steps (Burns et al. 2023, auxiliary confidence loss).
+    """
 
     compiled: bool = False
     confidence: float = 0.0
-    metrics = ("loss",)
+    metric_names: ClassVar[tuple[str, ...]] = ("loss",)
 
-    def __call__(
-        self, model, batch: Batch, refs: Tensor, units: int, tokens: int, progress=1.0
-    ) -> LossOutput:
-        share = self.confidence * min(1.0, progress / 0.2)
-        own = torch.tensor(share, device=batch.tokens.device) if self.confidence else None
-        loss = sft_loss(
-            masked_logps(model, batch.tokens, batch.mask, self.compiled, own, batch.shared)[0],
-            tokens,
+    def __call__(self, model, batch: Batch, totals: StepTotals) -> LossOutput:
+        confidence_weight = None
+        if self.confidence:
+            weight = self.confidence * min(1.0, totals.progress / 0.2)
+            confidence_weight = torch.tensor(weight, device=batch.tokens.device)
+        logps, _ = masked_logps(
+            model, batch.tokens, batch.mask, self.compiled, confidence_weight, batch.packed
         )
-        return loss, [loss.detach()]
+        loss = sft_loss(logps, totals.tokens)
+        return loss, {"loss": loss.detach()}
 
 
 @dataclass(frozen=True, slots=True)
 class PreferenceLoss:
-    """Mean over pairs of -log σ(β D) - γ · mean_m log π(c_m), D from summed logps (paper: DPO plus SFT).
-    Rows 2i are chosen, 2i + 1 rejected; refs [pairs, 2], or [pairs, 3] with weights of mean 1. Without `contrast`
-    (the -HN ablation): the SFT term, weight 1. `length_normalized`: D from logps per token; `length_penalty` α:
-    βD + α (|c| - |r|) in place of βD (R-DPO, Park et al. 2024)."""
+    """Mean over pairs of a preference loss plus `sft_weight` times the SFT term, as in the paper.
+
+    The SFT term is the cross-entropy per token of the chosen answer. Pairs may have weights, whose
+    mean is 1.
+    """
 
     beta: float
     sft_weight: float
     label_smoothing: float = 0.0
-    contrast: bool = True
-    compiled: bool = False
+    loss_type: str = "sigmoid"  # a key of PREFERENCE_LOSSES
+    target_margin: float = 0.0
     length_normalized: bool = False
     length_penalty: float = 0.0
-    metrics = (
-        "loss",
-        "dpo_loss",
-        "sft_loss",
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/margins",
-        "rewards/accuracies",
-        "logps/chosen",
-        "logps/rejected",
-    )
+    sft_only: bool = False  # the ablation -HN: the SFT term, with weight 1
+    compiled: bool = False
 
-    def __call__(
-        self, model, batch: Batch, refs: Tensor, units: int, tokens: int, progress=1.0
-    ) -> LossOutput:
-        logps = sequence_logps(model, batch.tokens, batch.mask, self.compiled, batch.shared)
-        chosen, rejected = logps.view(-1, 2).unbind(1)
-        lengths = batch.mask[:, 1:].sum(1).view(-1, 2)
-        sft, offset = -chosen / lengths[:, 0], self.length_penalty * (lengths[:, 0] - lengths[:, 1])
-        sides = logps.view(-1, 2), refs[:, :2]
-        (pi, pi_bad), (ref, ref_bad) = (
-            (side / lengths if self.length_normalized else side).unbind(1) for side in sides
+    @property
+    def preference_name(self) -> str:
+        """The name of the preference term among the metrics."""
+        return "dpo_loss" if self.loss_type == "sigmoid" else f"{self.loss_type}_loss"
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """TRL's names, and those of the two terms, in the order in which they are logged."""
+        return (
+            "loss",
+            self.preference_name,
+            "sft_loss",
+            "rewards/chosen",
+            "rewards/rejected",
+            "rewards/margins",
+            "rewards/accuracies",
+            "logps/chosen",
+            "logps/rejected",
         )
-        dpo, up, down = dpo_loss(pi, pi_bad, ref, ref_bad, self.beta, self.label_smoothing, offset)
-        each = dpo + self.sft_weight * sft if self.contrast else sft
-        loss = (each * refs[:, 2] if refs.shape[1] > 2 else each).sum() / units
-        values = [dpo, sft, up, down, up - down, (up > down).float(), chosen, rejected]
-        return loss, [loss.detach()] + [value.detach().sum() / units for value in values]
+
+    @property
+    def requires_reference(self) -> bool:
+        """Whether the batch must hold the reference's log-probabilities."""
+        return requires_reference(self.loss_type)
+
+    def __call__(self, model, batch: Batch, totals: StepTotals) -> LossOutput:
+        # --- Log-probabilities of both answers of every pair
+        logps = self.pair_logps(model, batch)
+
+        # --- The preference term and the SFT term of every pair
+        function, _ = PREFERENCE_LOSSES[self.loss_type]
+        settings = {name: getattr(self, name) for name in loss_settings(self.loss_type)}
+        preference = function(logps, **settings)  # (B,)
+        sft = -logps.policy_chosen / logps.chosen_lengths  # (B,)
+
+        # --- Their sum, as a mean over the pairs of the whole step
+        combined = sft if self.sft_only else preference + self.sft_weight * sft
+        if batch.weights is not None:
+            combined = combined * batch.weights
+        loss = combined.sum() / totals.examples
+
+        # --- This batch's part of the metrics' means over the step
+        per_token = self.length_normalized or not self.requires_reference
+        rewarded = logps.per_token() if per_token else logps
+        chosen_rewards, rejected_rewards = implicit_rewards(rewarded, self.beta)
+        of_pairs = {
+            self.preference_name: preference,
+            "sft_loss": sft,
+            "rewards/chosen": chosen_rewards,
+            "rewards/rejected": rejected_rewards,
+            "rewards/margins": chosen_rewards - rejected_rewards,
+            "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+            "logps/chosen": logps.policy_chosen,
+            "logps/rejected": logps.policy_rejected,
+        }
+        metrics = {"loss": loss.detach()}
+        for name, values in of_pairs.items():
+            metrics[name] = values.detach().sum() / totals.examples
+        return loss, metrics
+
+    def pair_logps(self, model, batch: Batch) -> PairLogps:
+        """The policy's log-probabilities, computed, beside the reference's, which the batch has."""
+        logps = sequence_logps(
+            model, batch.tokens, batch.mask, self.compiled, batch.packed
+        )  # (2B,)
+        policy_chosen, policy_rejected = logps.view(-1, 2).unbind(1)  # (B,), (B,)
+        lengths = batch.mask[:, 1:].sum(1)  # (2B,): position 0 is never scored
+        chosen_lengths, rejected_lengths = lengths.view(-1, 2).unbind(1)
+        reference_chosen = None
+        reference_rejected = None
+        if self.requires_reference:
+            reference_chosen, reference_rejected = batch.reference_logps.unbind(1)
+        return PairLogps(
+            policy_chosen=policy_chosen,
+            policy_rejected=policy_rejected,
+            reference_chosen=reference_chosen,
+            reference_rejected=reference_rejected,
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+        )

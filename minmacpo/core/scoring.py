@@ -1,4 +1,4 @@
-"""How likely given texts are under the model that is loaded: summed log-probability, perplexity."""
+"""How likely given texts are under a model: summed log-probability, perplexity."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,80 +7,108 @@ import numpy as np
 import torch
 
 from minmacpo import UserError
-from minmacpo.core.batching import collate, halved, plan_scoring, plan_shared, worth_sharing
+from minmacpo.core.batching import (
+    MemoryLimit,
+    collate,
+    plan_packed,
+    plan_scoring,
+    should_pack,
+    split_to_fit,
+)
 from minmacpo.data.tokenizer import Tokens
 from minmacpo.kernels.fused_logps import sequence_logps
-from minmacpo.runtime.device import normalize_oom
 from minmacpo.runtime.distributed import SINGLE_PROCESS, Distributed
-from minmacpo.runtime.progress import Progress
+
+MAX_LOG_PERPLEXITY = 69.0  # exp of it is 1e30, which is still a number in JSON
 
 
 def perplexity(logp: float, tokens: int) -> float:
-    """exp(-logp / tokens), capped at 1e30 so that it stays a number in JSON (paper eq. 6, as a product)."""
-    return math.exp(min(-logp / tokens, 69.0))
+    """exp(-logp / tokens) of a summed log-probability, at most 1e30 (paper, eq. 6)."""
+    return math.exp(min(-logp / tokens, MAX_LOG_PERPLEXITY))
 
 
 def win_or_tie(margins: Sequence[float]) -> np.ndarray:
-    """[N] of margins between a better and a worse answer: 1 where it is above 0, 0.5 where it is 0, 0 below."""
+    """(N,) of margins between a better and a worse answer: 1 above 0, 0.5 at 0, 0 below."""
     margins = np.asarray(margins, float)
-    return (margins > 0) + 0.5 * (margins == 0)
+    wins = (margins > 0).astype(float)
+    ties = (margins == 0).astype(float)
+    return wins + 0.5 * ties
 
 
 @torch.inference_mode()
 def score(
     model,
     rows: Sequence[Tokens],
-    budget: int,
-    progress: Progress | None = None,
+    max_tokens: int,
+    progress=None,
     dist: Distributed = SINGLE_PROCESS,
     log: Callable[[str], None] = print,
-    share: bool = False,
+    packed: bool = False,
 ) -> list[float]:
-    """Summed log-probability of each row's masked tokens; at most `budget` padded tokens per forward pass, half of it from
-    where memory is short. Passes are divided among `ranks`, which may be stopped between two of them; `share`: prompts that
-    rows have in common are computed once, where that saves enough."""
-    logps, groups = [0.0] * len(rows), plan_scoring([len(row.ids) for row in rows], budget)
-    if share and rows:
-        close = plan_shared(rows, budget)
-        share, words = worth_sharing([rows[i] for i in group] for group in close)
-        groups = close if share else groups
-        log(words)
-    most = math.inf  # padded tokens that may be tried
+    """Log-probability of every row, summed over the tokens under its mask; nats.
 
-    def one_pass(group: list[int]) -> list[float]:
-        """Log-probabilities of the rows of a group, in parts where memory is short."""
-        nonlocal most
-        found, parts = [], [group]
-        while parts:
-            part = parts.pop(0)
-            if len(part) > 1 and len(part) * max(len(rows[i].ids) for i in part) > most:
-                parts[:0] = halved([part])
-                continue
-            batch = collate([rows[i] for i in part], next(model.parameters()).device, share)
-            try:
-                with normalize_oom():
-                    found += sequence_logps(
-                        model, batch.tokens, batch.mask, shared=batch.shared
-                    ).tolist()
-            except torch.OutOfMemoryError:
-                if dist.is_sharded:
-                    raise UserError(
-                        "out of memory while texts are scored; lower run.max_tokens_per_batch"
-                    ) from None
-                if len(part) == 1:
-                    raise UserError(
-                        f"out of memory: a text of {batch.tokens.numel()} tokens is too long to be scored here"
-                    ) from None
-                most, parts[:0] = min(most, budget) // 2, halved([part])
-                dist.warn(
-                    f"out of memory: from here at most {most} tokens per forward pass (run.max_tokens_per_batch is the limit that was tried)",
-                    log,
-                )
-        return found
+    Args:
+        max_tokens: of a forward pass, padding included; half of it from where memory is short.
+        progress: has `step(rows)`, called after every pass.
+        dist: the ranks that divide the passes; they may be stopped between two of them.
+        log: gets a line on what packing saves, and on short memory.
+        packed: prompts that rows have in common are computed once, where that saves enough.
+    """
+    lengths = [len(row.ids) for row in rows]
+    device = next(model.parameters()).device
 
-    for group, found in zip(groups, dist.parallel_map(groups, one_pass), strict=True):
-        for i, logp in zip(group, found, strict=True):
-            logps[i] = logp
+    # --- Which rows go into which pass
+    groups = plan_scoring(lengths, max_tokens)
+    if packed and rows:
+        packed_groups = plan_packed(rows, max_tokens)
+        packed, line = should_pack([rows[i] for i in group] for group in packed_groups)
+        if packed:
+            groups = packed_groups
+        log(line)
+
+    # --- How a pass is done, in smaller ones where memory is short
+    memory = memory_limit(dist, log)
+
+    def padded_size(group: list[int]) -> int:
+        return len(group) * max(lengths[i] for i in group)
+
+    def score_group(group: list[int]) -> list[float]:
+        def score_parts(limit: int) -> list[float]:
+            logps = []
+            for part in split_to_fit([group], padded_size, limit):
+                batch = collate([rows[i] for i in part], device, packed)
+                part_logps = sequence_logps(model, batch.tokens, batch.mask, packed=batch.packed)
+                logps += part_logps.tolist()
+            return logps
+
+        size = padded_size(group)
+        longest = max(lengths[i] for i in group)
+        smallest = size if dist.is_sharded else longest  # there all ranks make equally many passes
+        return memory.run(score_parts, size, smallest)
+
+    # --- All passes, and every score back to its row
+    scores = [0.0] * len(rows)
+    for group, logps in zip(groups, dist.parallel_map(groups, score_group), strict=True):
+        for row, logp in zip(group, logps, strict=True):
+            scores[row] = logp
         if progress:
-            progress.step(len(found))
-    return logps
+            progress.step(len(group))
+    return scores
+
+
+def memory_limit(dist: Distributed, log: Callable[[str], None]) -> MemoryLimit:
+    """The padded tokens of a pass of scoring."""
+
+    def on_halving(limit: int) -> None:
+        dist.warn(
+            f"out of memory: from here at most {limit} tokens per forward pass "
+            f"(run.max_tokens_per_batch is the limit that was tried)",
+            log,
+        )
+
+    def failure(limit: int) -> UserError:
+        if dist.is_sharded:
+            return UserError("out of memory while texts are scored; lower run.max_tokens_per_batch")
+        return UserError(f"out of memory: a text of {limit} tokens is too long to be scored here")
+
+    return MemoryLimit(on_halving, failure)

@@ -1,143 +1,181 @@
-"""From hidden states to losses, without ever building [tokens, vocabulary] for a whole batch.
+"""Log-probabilities of tokens from hidden states, without (tokens, vocabulary) of a whole batch.
 
-Under LoRA the head is frozen. Then d logp(y) / d hidden = W[y] - Σ_v p_v W[v] does not depend on the gradient
-from above (one number per token), so the forward pass of a chunk can compute it at once: two head matmuls per
-token, nothing recomputed, nothing of vocabulary size kept.
+Under LoRA the head is frozen. The gradient of log p(y) with respect to the hidden state,
+
+    d log p(y) / d hidden = W[y] - sum over v of p(v) W[v],
+
+then does not depend on the gradient from above, which is one number per token. So the forward pass
+of a chunk computes it at once: two head matmuls per token, nothing is recomputed, and nothing of
+vocabulary size is kept for the backward pass.
+
+Shapes: B rows of T tokens, N tokens whose log-probability is asked for, H hidden size, V vocabulary.
+The head's weight W is (V, H).
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = (
-    2048  # most tokens per head matmul: [its rows, vocabulary] is the largest tensor that exists
-)
+# Most tokens of a chunk: (CHUNK, V) logits are the largest tensor that exists
+CHUNK = 2048
+
+# Most logits of a chunk on a CPU, so that what is done to them is done in its cache (bench/loss.py)
+MAX_CPU_LOGITS = 1 << 23
+
+# A matmul takes tokens up best in whole blocks of so many: of 262, each costs an eighth more
+BLOCK = 256
+
+# bf16 logits of which an fp32 copy is made at a time, on a CPU
+FP32_CHUNK = 1 << 20
+
+# Up to this vocabulary nothing is gained by taking every exponential once, and in place
+SMALL_VOCAB = 4096
 
 
-LOGITS = (
-    1 << 23
-)  # most logits at a time: what is done to them is done within a CPU's cache (bench/loss.py)
+@functools.cache
+def compile_once(function: Callable) -> Callable:
+    """The compiled form of a function, for tensors of any size; one for the whole process."""
+    return torch.compile(function, dynamic=True)
 
 
-BLOCK = 256  # tokens that a matmul takes up best: of 262, each costs an eighth more
-
-
-STRIP = 1 << 20  # of these, logits of bf16 that are fp32 at a time
-
-
-SMALL = (
-    4096  # a vocabulary up to which nothing is gained by taking each exponential once, and in place
-)
-
-
-compile_once = functools.cache(
-    torch.compile
-)  # a function's compiled form, the same for the whole process
-
-
-def target_logits(logits: Tensor, targets: Tensor, likeliest: Tensor, own: Tensor | None) -> Tensor:
-    """[N, 1] of logits [N, V], at least in fp32: the target's; with `own`, mixed with that of the `likeliest` token [N]."""
-    found = widened(logits.gather(-1, targets[:, None]))
-    return (
-        found
-        if own is None
-        else torch.lerp(found, widened(logits.gather(-1, likeliest[:, None])), own)
-    )
-
-
-def widened(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """x, in fp32 if it has fewer bits."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def take_exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(largest, sum of the exponentials of what is left without it), [N, 1], at least in fp32, of logits [N, V], which become those
-    exponentials. Of those with fewer bits, on a CPU, only STRIP are fp32 at a time."""
-    plain = (
-        logits.device.type == "cpu" and not torch.compiler.is_compiling()
-    )  # a compiler keeps no wide copy
-    if plain and logits.dtype.itemsize < 4 and len(logits) > 1 and logits.numel() > STRIP:
-        tops, masses = zip(
-            *map(take_exponentials, logits.split(max(1, STRIP // logits.shape[1]))), strict=True
-        )
-        return torch.cat(tops), torch.cat(masses)
-    wide = widened(logits)
-    top = wide.amax(-1, keepdim=True)
-    mass = wide.sub_(top).exp_().sum(-1, keepdim=True)
+def target_logits(
+    logits: Tensor, targets: Tensor, predicted: Tensor, confidence_weight: Tensor | None
+) -> Tensor:
+    """(N, 1) logits of the targets, mixed with those of the predicted tokens if there is a weight.
+
+    Args:
+        logits: (N, V).
+        targets: (N,) token ids.
+        predicted: (N,) the model's own likeliest tokens.
+        confidence_weight: see `token_logps`.
+    """
+    of_targets = upcast(logits.gather(-1, targets[:, None]))  # (N, 1)
+    if confidence_weight is None:
+        return of_targets
+    of_predicted = upcast(logits.gather(-1, predicted[:, None]))  # (N, 1)
+    return torch.lerp(of_targets, of_predicted, confidence_weight)
+
+
+def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace logits (N, V) by exp(logits - largest); returns (largest, sum of them), each (N, 1).
+
+    Divided by their sum, what stands in `logits` afterwards are the probabilities. Both results are
+    at least fp32. On a CPU only FP32_CHUNK of narrower logits have a wide copy at a time; a compiler
+    makes no copy anyway.
+    """
+    eager_cpu = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    narrow = logits.dtype.itemsize < 4
+    if eager_cpu and narrow and len(logits) > 1 and logits.numel() > FP32_CHUNK:
+        rows = max(1, FP32_CHUNK // logits.shape[1])
+        largest_parts = []
+        sum_parts = []
+        for part in logits.split(rows):
+            largest, total = exponentials_(part)
+            largest_parts.append(largest)
+            sum_parts.append(total)
+        return torch.cat(largest_parts), torch.cat(sum_parts)
+
+    wide = upcast(logits)
+    largest = wide.amax(-1, keepdim=True)
+    total = wide.sub_(largest).exp_().sum(-1, keepdim=True)
     if wide is not logits:
         logits.copy_(wide)
-    return top, mass
+    return largest, total
 
 
 def chunk_logps(
-    hidden: Tensor, weight: Tensor, targets: Tensor, own: Tensor | None = None
+    hidden: Tensor, weight: Tensor, targets: Tensor, confidence_weight: Tensor | None = None
 ) -> Tensor:
-    """log p(target) [N] from hidden [N, H], head weight [V, H], targets [N]; `own` as in token_logps."""
-    logits = hidden @ weight.T
-    likeliest = targets if own is None else logits.argmax(-1)
-    found = target_logits(logits, targets, likeliest, own)
-    if logits.requires_grad or len(weight) <= SMALL:
-        return found[:, 0] - widened(logits).logsumexp(-1)
-    top, mass = take_exponentials(logits)
-    return (found - top - mass.log())[:, 0]
+    """(N,) log p(target) from hidden (N, H), head weight (V, H), targets (N,)."""
+    logits = hidden @ weight.T  # (N, V)
+    predicted = targets if confidence_weight is None else logits.argmax(-1)
+    numerator = target_logits(logits, targets, predicted, confidence_weight)  # (N, 1)
+
+    if logits.requires_grad or len(weight) <= SMALL_VOCAB:
+        return numerator[:, 0] - upcast(logits).logsumexp(-1)
+
+    largest, total = exponentials_(logits)
+    return (numerator - largest - total.log())[:, 0]
 
 
-def chunk_logps_direction(
-    hidden: Tensor, weight: Tensor, targets: Tensor, own: Tensor | None = None
+def chunk_logps_and_grad(
+    hidden: Tensor, weight: Tensor, targets: Tensor, confidence_weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(log p(target) [N], its gradient W[y] - Σ_v p_v W[v] with respect to hidden [N, H]); with `own`, W[y]
-    is mixed with the row of the likeliest token, through whose choice no gradient goes."""
-    logits = hidden @ weight.T
-    likeliest = targets if own is None else logits.argmax(-1)
-    found, rows = target_logits(logits, targets, likeliest, own), weight[targets]
-    if own is not None:
-        rows = torch.lerp(rows, weight[likeliest], own.to(weight.dtype))
-    if len(weight) <= SMALL:
-        logits = widened(logits)
-        total = logits.logsumexp(-1, keepdim=True)
-        return (found - total)[:, 0], rows - logits.sub_(total).exp_().to(hidden.dtype) @ weight
-    top, mass = take_exponentials(logits)  # probabilities times `mass` are left
-    return (found - top - mass.log())[:, 0], rows - (logits @ weight) / mass.to(hidden.dtype)
+    """(N,) log p(target), and its gradient (N, H) with respect to hidden (see the module's head).
+
+    With a confidence weight, W[y] is mixed with the row of the likeliest token; no gradient goes
+    through the choice of that token.
+    """
+    logits = hidden @ weight.T  # (N, V)
+    predicted = targets if confidence_weight is None else logits.argmax(-1)
+    numerator = target_logits(logits, targets, predicted, confidence_weight)  # (N, 1)
+
+    target_rows = weight[targets]  # (N, H): W[y]
+    if confidence_weight is not None:
+        target_rows = torch.lerp(target_rows, weight[predicted], confidence_weight.to(weight.dtype))
+
+    if len(weight) <= SMALL_VOCAB:
+        logits = upcast(logits)
+        log_total = logits.logsumexp(-1, keepdim=True)  # (N, 1)
+        probs = logits.sub_(log_total).exp_().to(hidden.dtype)  # (N, V)
+        return (numerator - log_total)[:, 0], target_rows - probs @ weight
+
+    # The exponentials are not divided by their sum (V divisions per token): their product with W is
+    largest, total = exponentials_(logits)
+    expected_row = (logits @ weight) / total.to(hidden.dtype)  # (N, H): sum over v of p(v) W[v]
+    return (numerator - largest - total.log())[:, 0], target_rows - expected_row
 
 
 def chunk_size(vocab: int, device: str = "cpu") -> int:
-    """Tokens of a chunk: on a CPU one, or as many as have at most LOGITS, in whole BLOCKs."""
+    """Tokens of a chunk: as many as MAX_CPU_LOGITS allow on a CPU, in whole BLOCKs; at least one."""
     if device != "cpu":
         return CHUNK
-    size = max(1, min(CHUNK, LOGITS // vocab))
-    return size - size % BLOCK if size > BLOCK else size
+    size = max(1, min(CHUNK, MAX_CPU_LOGITS // vocab))
+    if size > BLOCK:
+        size -= size % BLOCK
+    return size
 
 
 def in_chunks(hidden: Tensor, targets: Tensor, vocab: int) -> list[tuple[Tensor, Tensor]]:
-    """Parts of hidden [N, H] and targets [N], by `chunk_size`."""
+    """Parts of hidden (N, H) and targets (N,), each of `chunk_size` tokens."""
     size = chunk_size(vocab, hidden.device.type)
     return list(zip(hidden.split(size), targets.split(size), strict=True))
 
 
 class FrozenHeadLogps(torch.autograd.Function):
-    """token_logps for a head that needs no gradient; see the module's first lines."""
+    """`token_logps` for a head that needs no gradient; see the module's head."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, compiled, own=None):
-        """log p(target) [N]; keeps the gradient of each with respect to hidden [N, H]."""
-        step, weight = (
-            compile_once(chunk_logps_direction, dynamic=True)
-            if compiled
-            else chunk_logps_direction,
-            weight.detach(),
-        )
-        chunks = in_chunks(hidden, targets, len(weight))
-        logps, directions = zip(*(step(h, weight, t, own) for h, t in chunks), strict=True)
-        ctx.save_for_backward(torch.cat(directions))
+    def forward(ctx, hidden, weight, targets, compiled, confidence_weight=None):
+        """(N,) log p(target); keeps the gradient of each with respect to hidden (N, H)."""
+        weight = weight.detach()
+        compute = chunk_logps_and_grad
+        if compiled:
+            compute = compile_once(chunk_logps_and_grad)
+
+        logps = []
+        grads = []
+        for chunk, chunk_targets in in_chunks(hidden, targets, len(weight)):
+            chunk_logp, chunk_grad = compute(chunk, weight, chunk_targets, confidence_weight)
+            logps.append(chunk_logp)
+            grads.append(chunk_grad)
+        ctx.save_for_backward(torch.cat(grads))
         return torch.cat(logps)
 
     @staticmethod
     def backward(ctx, grad):
-        (direction,) = ctx.saved_tensors
-        return grad[:, None].to(direction.dtype) * direction, None, None, None, None
+        (logp_grad,) = ctx.saved_tensors
+        hidden_grad = grad[:, None].to(logp_grad.dtype) * logp_grad
+        return hidden_grad, None, None, None, None
 
 
 def token_logps(
@@ -145,19 +183,36 @@ def token_logps(
     weight: Tensor,
     targets: Tensor,
     compiled: bool = False,
-    own: Tensor | None = None,
+    confidence_weight: Tensor | None = None,
 ) -> Tensor:
-    """log p(target) [N] (fp32; fp64 for fp64 input) of hidden [N, H] under head weight [V, H].
-    Gradients: of nothing (scoring), of hidden (LoRA), of the head too (pre-training, chunks recomputed).
-    `own` (0-dim): the share of the model's own likeliest token u, (1 - own) log p(target) + own log p(u)."""
+    """(N,) log p(target) in fp32 (fp64 for fp64 input), with the gradients that are asked for.
+
+    Gradients go to nothing (scoring), to hidden (LoRA), or to the head as well (pre-training, where
+    every chunk is recomputed in the backward pass).
+
+    Args:
+        hidden: (N, H).
+        weight: (V, H), the head.
+        targets: (N,) token ids.
+        compiled: whether the chunk of a frozen head is compiled.
+        confidence_weight: () weight w of the model's own likeliest token u: the result is
+            (1 - w) log p(target) + w log p(u) (Burns et al. 2023, the auxiliary confidence loss).
+    """
     chunks = in_chunks(hidden, targets, len(weight))
-    if torch.is_grad_enabled() and weight.requires_grad and len(chunks) > 1:
-        return torch.cat(
-            [checkpoint(chunk_logps, h, weight, t, own, use_reentrant=False) for h, t in chunks]
-        )
-    if torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad:
-        return FrozenHeadLogps.apply(hidden, weight, targets, compiled, own)
-    return torch.cat([chunk_logps(h, weight, t, own) for h, t in chunks])
+    train_head = torch.is_grad_enabled() and weight.requires_grad
+    train_hidden = torch.is_grad_enabled() and hidden.requires_grad
+
+    if train_hidden and not train_head:
+        return FrozenHeadLogps.apply(hidden, weight, targets, compiled, confidence_weight)
+
+    logps = []
+    for chunk, chunk_targets in chunks:
+        inputs = (chunk, weight, chunk_targets, confidence_weight)
+        if train_head and len(chunks) > 1:
+            logps.append(checkpoint(chunk_logps, *inputs, use_reentrant=False))
+        else:
+            logps.append(chunk_logps(*inputs))
+    return torch.cat(logps)
 
 
 def masked_logps(
@@ -165,27 +220,35 @@ def masked_logps(
     tokens: Tensor,
     mask: Tensor,
     compiled: bool = False,
-    own: Tensor | None = None,
-    shared=None,
+    confidence_weight: Tensor | None = None,
+    packed=None,
 ) -> tuple[Tensor, Tensor]:
-    """(log p [N] of the N tokens under mask, their row [N]) of tokens [B, T], mask [B, T] bool.
-    Only they reach the head. Position 0 has nothing before it and is not scored; no template masks it in.
-    `shared` (model.PackedIndex): which tokens the model computes."""
-    picked = mask[:, 1:]
-    rows, places = picked.nonzero(
-        as_tuple=True
-    )  # a GPU is waited for here, before it has the model to compute
-    if shared is None:
-        hidden = model(tokens)[rows, places]
+    """(N,) log p of the N tokens under the mask, and the row (N,) that each is of.
+
+    Only these tokens reach the head. Position 0 has nothing before it and is not scored; no chat
+    template masks it in.
+
+    Args:
+        tokens: (B, T) ids.
+        mask: (B, T) bool.
+        compiled, confidence_weight: see `token_logps`.
+        packed: which tokens the model computes, if not all (core/batching.py).
+    """
+    predicts = mask[:, 1:]  # (B, T - 1): whether the token after this one is asked for
+    # A GPU is waited for here, before it has the model to compute
+    rows, positions = predicts.nonzero(as_tuple=True)  # (N,), (N,)
+    if packed is None:
+        hidden = model(tokens)[rows, positions]  # (N, H)
     else:
-        hidden = model(tokens, packed=shared, output_mask=F.pad(picked, (0, 1)))
-    logps = token_logps(hidden, model.lm_head.weight, tokens[rows, places + 1], compiled, own)
+        hidden = model(tokens, packed=packed, output_mask=F.pad(predicts, (0, 1)))  # (N, H)
+    targets = tokens[rows, positions + 1]
+    logps = token_logps(hidden, model.lm_head.weight, targets, compiled, confidence_weight)
     return logps, rows
 
 
 def sequence_logps(
-    model, tokens: Tensor, mask: Tensor, compiled: bool = False, shared=None
+    model, tokens: Tensor, mask: Tensor, compiled: bool = False, packed=None
 ) -> Tensor:
-    """Summed log-probability [B] (fp32) of the tokens under mask [B, T], end token included."""
-    logps, rows = masked_logps(model, tokens, mask, compiled, shared=shared)
+    """(B,) log-probability of every row, summed over the tokens under its mask (B, T); fp32."""
+    logps, rows = masked_logps(model, tokens, mask, compiled, packed=packed)
     return logps.new_zeros(len(tokens)).index_add(0, rows, logps)

@@ -123,7 +123,7 @@ def pairs(
                         None,
                         work.dist,
                         work.log,
-                        share=True,
+                        packed=True,
                     )
                     if not heard
                     else repeat(None)

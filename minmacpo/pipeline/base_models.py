@@ -15,13 +15,14 @@ from minmacpo.core.checkpoint import check_model_folder, save_model, weight_file
 from minmacpo.core.losses import SFTLoss
 from minmacpo.core.model import new_model
 from minmacpo.core.model_config import ModelConfig
-from minmacpo.core.trainer import OptimizerConfig, TrainExample, fit
+from minmacpo.core.trainer import OptimizerConfig, TrainExample, train
 from minmacpo.data.chat_template import render, tokenizer_notes
 from minmacpo.data.records import Example
 from minmacpo.data.tokenizer import FILES, Tokenizer, load_tokenizer, show_mask
-from minmacpo.kernels.fused_logps import SMALL
+from minmacpo.kernels.fused_logps import SMALL_VOCAB
 from minmacpo.pipeline.prepare_data import LONGER, PreparedData, base_names, model_dirs
 from minmacpo.pipeline.run import Run, Stage, StageContext, derive_seed
+from minmacpo.pipeline.trainer_hooks import trainer_hooks
 from minmacpo.runtime.device import resolve_device
 from minmacpo.runtime.files import (
     fingerprint,
@@ -148,7 +149,7 @@ def make_base(
     share = {} if name == "strong" else {"weak_share": part.weak_share}
     share = {"documents": steps * part.batch} if config.data.path is None else share
     schedule = OptimizerConfig(
-        lr, steps, part.batch, floor=0.1, betas=(0.9, 0.95), weight_decay=0.1
+        lr, steps, part.batch, min_lr_ratio=0.1, betas=(0.9, 0.95), weight_decay=0.1
     )
     settings = {
         "shape": form,
@@ -158,7 +159,9 @@ def make_base(
         "device": resolve_device(config.run.device),
         "max_tokens_per_batch": config.run.max_tokens_per_batch,
     } | asdict(schedule)
-    if config.model.vocab > SMALL:  # a faster way changed the last bits of what such bases learn
+    if (
+        config.model.vocab > SMALL_VOCAB
+    ):  # a faster way changed the last bits of what such bases learn
         settings["arithmetic"] = 3
 
     def write_corpus(work: StageContext) -> dict:
@@ -217,7 +220,7 @@ def pretrain(
         row.ids, row.mask = row.ids[:most], [i > 0 for i in range(min(len(row.ids), most))]
     work.log(f"first row: {show_mask(pieces, rows[0])[:400]}")
     units = [TrainExample(text.id, (row,)) for text, row in zip(texts, rows, strict=True)]
-    counts = fit(model, list(model.parameters()), units, SFTLoss(), schedule, work)
+    counts = train(model, list(model.parameters()), units, SFTLoss(), schedule, trainer_hooks(work))
     save_model(work.folder, model_config, model.state_dict(), pieces.model)
     write_json(
         work.folder / FILES[2], tokenizer_notes(pieces, config.data.template, config.model.context)

@@ -61,7 +61,7 @@ def scored_together(
                         progress,
                         work.dist,
                         work.log,
-                        share=True,
+                        packed=True,
                     )
                 )
                 for file, part in zip(found.values(), rows, strict=work.dist.is_main):

@@ -8,18 +8,26 @@ import torch
 
 from minmacpo import UserError
 from minmacpo.config.schema import Dpo
-from minmacpo.core.batching import collate, steps_per_epoch
+from minmacpo.core.batching import steps_per_epoch
 from minmacpo.core.checkpoint import save_adapter
 from minmacpo.core.lora import get_adapter_weights, init_adapter
-from minmacpo.core.losses import PreferenceLoss, SFTLoss
-from minmacpo.core.trainer import BatchPlan, OptimizerConfig, TrainExample, fit, make_plan
+from minmacpo.core.losses import PreferenceLoss, SFTLoss, StepTotals, loss_title, requires_reference
+from minmacpo.core.trainer import (
+    BatchPlan,
+    OptimizerConfig,
+    TrainExample,
+    collate_examples,
+    plan_packed_batches,
+)
+from minmacpo.core.trainer import train as fit
 from minmacpo.data.records import Pair
 from minmacpo.kernels.fused_logps import sequence_logps
 from minmacpo.pipeline.base_models import Base
 from minmacpo.pipeline.model_pool import LoadedModel, Session, TextColumn
 from minmacpo.pipeline.run import Stage, StageContext, derive_seed
 from minmacpo.pipeline.stage_log import show_first, sift, warn_of
-from minmacpo.runtime.device import normalize_oom
+from minmacpo.pipeline.trainer_hooks import trainer_hooks
+from minmacpo.runtime.device import normalize_oom, resolve_device
 from minmacpo.runtime.files import iter_rows, write_atomic
 
 EARNED = 2e12  # logits whose reading and writing (12 bytes less of each at 3 TB/s) takes as long as to compile: 8 s; an estimate
@@ -76,7 +84,7 @@ def sft(
         schedule = train_args.schedule(
             len(units), sum(stage.notes()["counts"]["steps"] for stage in match_steps_of)
         )
-        plan = make_plan(units, schedule, work)
+        plan = plan_packed_batches(units, schedule, trainer_hooks(work), resolve_device(session.config.run.device))
         objective = SFTLoss(compiles(session, loaded, units, schedule), confidence)
         counts = train(work, base, loaded, units, objective, schedule, plan)
         cut = sum(getattr(text, "finish", None) == "length" for text, _ in found)
@@ -117,38 +125,37 @@ def prefer(
                 session.render(loaded, pair.prompt, text) for text in (pair.chosen, pair.rejected)
             ]
             refs = (pair.ref_chosen_logps, pair.ref_rejected_logps)
-            units.append(
-                TrainExample(
-                    pair.id, tuple(rows), refs if pair.weight is None else (*refs, pair.weight)
-                )
-            )
+            units.append(TrainExample(pair.id, tuple(rows), refs, pair.weight))
         show_first(work, loaded, "chosen", [unit.rows[0] for unit in units])
         show_first(work, loaded, "rejected", [unit.rows[1] for unit in units])
-        words = {"base": "the bare base", "init": "round 0", "previous": "the last round"}[
-            dpo.reference
-        ]
-        work.log(f"reference policy: {words}; its logps are stored with the pairs")
+        if requires_reference(dpo.loss):
+            policies = {"base": "the bare base", "init": "round 0", "previous": "the last round"}
+            policy = policies[dpo.reference]
+            work.log(f"reference policy: {policy}; its logps are stored with the pairs")
         schedule = train_args.schedule(len(units))
         compiled = compiles(session, loaded, units, schedule)
         objective = PreferenceLoss(
-            dpo.beta,
-            dpo.sft_weight,
-            dpo.label_smoothing,
-            contrast,
-            compiled,
-            dpo.length_normalized,
-            dpo.length_penalty,
+            beta=dpo.beta,
+            sft_weight=dpo.sft_weight,
+            label_smoothing=dpo.label_smoothing,
+            loss_type=dpo.loss,
+            target_margin=dpo.target_margin,
+            length_normalized=dpo.length_normalized,
+            length_penalty=dpo.length_penalty,
+            sft_only=not contrast,
+            compiled=compiled,
         )
-        plan = make_plan(units, schedule, work)
+        plan = plan_packed_batches(units, schedule, trainer_hooks(work), resolve_device(session.config.run.device))
         first = [units[i] for i in plan.steps[0][0]] if schedule.steps else []
-        before = check_start(session, work, base, start, reference, first, objective, plan.share)
+        before = check_start(session, work, base, start, reference, first, objective, plan.packed)
         return train(work, base, loaded, units, objective, schedule, plan, before)
 
     settings = {k: v for k, v in asdict(dpo).items() if k not in ("student_lr", "teacher_lr")}
     settings |= (
         asdict(train_args) | {"contrast": contrast} | log_lines(session) | session.quantised(base)
     )
-    size = f"{'DPO + SFT' if contrast else 'SFT term only'}, {train_args.epochs} epoch at lr {train_args.lr:g}"
+    title = f"{loss_title(dpo.loss)} + SFT"
+    size = f"{title if contrast else 'SFT term only'}, {train_args.epochs} epoch at lr {train_args.lr:g}"
     return session.stage(
         name, "prefer/1", settings, [base.stage, pairs, start, reference], learn, key, size
     )
@@ -186,7 +193,16 @@ def train(
     before: Sequence[dict] = (),
 ) -> dict:
     """Fit the slot, check that it does something, and write it in PEFT's layout. `before`: first metrics."""
-    counts = fit(loaded.model, loaded.lora_params, units, objective, schedule, work, before, plan)
+    counts = fit(
+        loaded.model,
+        loaded.lora_params,
+        units,
+        objective,
+        schedule,
+        trainer_hooks(work),
+        plan=plan,
+        initial_metrics=before,
+    )
     tensors = get_adapter_weights(loaded.model)
     if schedule.steps and not any(
         t.any() for k, t in tensors.items() if k.endswith("lora_B.weight")
@@ -259,27 +275,26 @@ def check_pairs(
     share: bool,
 ) -> dict:
     """The metrics of some pairs, if all is as `check_start` wants it."""
-    rows, refs = (
-        [row for unit in first for row in unit.rows],
-        [ref for unit in first for ref in unit.refs[:2]],
-    )
+    refs = [ref for unit in first for ref in unit.reference_logps]
     model = session.use(base, reference).model
     weight = next(model.parameters())
-    batch, exact = collate(rows, weight.device, share), weight.dtype == torch.float32
+    batch = collate_examples(first, weight.device, share)
+    exact = weight.dtype == torch.float32
     logps = sequence_logps(
-        model, batch.tokens, batch.mask, objective.compiled, batch.shared
+        model, batch.tokens, batch.mask, objective.compiled, batch.packed
     ).tolist()  # on the path of training
     worst = max(abs(a - b) / (1 + abs(b)) for a, b in zip(logps, refs, strict=True))
     if worst > (1e-4 if exact else 0.02):
         problem = f"stored reference logps differ from the model's by {worst:.2g} (relative)"
         raise UserError(f"{work.name}: {problem}")
     session.use(base, start)
-    refs = torch.tensor([unit.refs for unit in first], device=weight.device)
+    totals = StepTotals(examples=len(first), tokens=int(batch.mask.sum()))
     with torch.no_grad():
-        _, values = objective(model, batch, refs, len(first), int(batch.mask.sum()))
-    found = dict(zip(objective.metrics, torch.stack(values).tolist(), strict=True))
+        _, metrics = objective(model, batch, totals)
+    found = {name: value.item() for name, value in metrics.items()}
     work.log(f"margin before the first step: {found['rewards/margins']:+.4f}")
-    if start == reference and abs(found["rewards/margins"]) > (1e-3 if exact else 0.5):
+    zero_margin = objective.requires_reference and start == reference
+    if zero_margin and abs(found["rewards/margins"]) > (1e-3 if exact else 0.5):
         raise UserError(
             f"{work.name}: start and reference are the same, yet the margin is not zero: {found}"
         )

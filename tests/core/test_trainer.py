@@ -1,8 +1,8 @@
 """The loop: accumulation, a hand-written loop, TRL's trainer, stops and resumes, bit for bit."""
 
+import contextlib
 import itertools
 import json
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +15,7 @@ from conftest import Keep, far, logits_of, ragged, random_model
 from minmacpo import UserError
 from minmacpo.config.parse import parse
 from minmacpo.config.schema import Lora
-from minmacpo.core import trainer as fit_module
+from minmacpo.core import trainer as trainer_module
 from minmacpo.core.batching import plan_steps
 from minmacpo.core.checkpoint import load_model, save_adapter, save_model, save_tensors
 from minmacpo.core.lora import (
@@ -26,11 +26,18 @@ from minmacpo.core.lora import (
     slot,
 )
 from minmacpo.core.losses import PreferenceLoss, SFTLoss
-from minmacpo.core.trainer import OptimizerConfig, TrainExample, fit, plan_of, train_step
+from minmacpo.core.trainer import (
+    OptimizerConfig,
+    TrainerHooks,
+    TrainExample,
+    plan_batches,
+    train,
+    train_step,
+)
 from minmacpo.data.tokenizer import Tokens
 from minmacpo.pipeline import run as run_module
 from minmacpo.pipeline.run import Run, StageContext
-from minmacpo.runtime.progress import Interrupted
+from minmacpo.pipeline.trainer_hooks import trainer_hooks
 
 ALL = Lora(
     r=4,
@@ -40,22 +47,28 @@ ALL = Lora(
 
 
 @pytest.fixture
-def work_of(tmp_path) -> Callable[..., StageContext]:
-    """Makes the StageContext of a stage "part/stage" in a run of its own; flags as on the command line."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def hooks_of(tmp_path) -> Callable[..., TrainerHooks]:
+    """Makes the hooks of a training with a folder of its own; the settings are those of TrainerHooks."""
 
-    def make(name: str = "run", seed: int = 5, **flags) -> StageContext:
-        flags = {"log_every": 2, "save_every": 3} | flags
-        words = ["@tiny", f"--run.root={tmp_path}", f"--run.name={name}", "--run.device=cpu"]
-        run = Run(parse([*words, *(f"--run.{key}={value}" for key, value in flags.items())]).config)
-        run.begin()
-        folder = run.path / "stage"
+    def make(name: str = "run", **settings) -> TrainerHooks:
+        folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        return StageContext(run, "part/stage", folder, seed)
+        usual = dict(
+            name=f"training of {name}",
+            seed=5,
+            log_every=2,
+            save_every=3,
+            state_file=folder / "state/state.safetensors",
+            metrics_file=folder / "metrics.jsonl",
+        )
+        return TrainerHooks(**usual | settings)
 
-    yield make
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return make
+
+
+def metrics_of(hooks: TrainerHooks) -> list[dict]:
+    """The rows that a training has written."""
+    return [json.loads(line) for line in hooks.metrics_file.read_text().splitlines()]
 
 
 def row(prompt: list[int], answer: list[int]) -> Tokens:
@@ -113,8 +126,8 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(kind, whole, seed):
     found = []
     for groups in ([[*range(9)]], [[8, 1], [0, 2, 3], [7], [4, 5, 6]], [[i] for i in range(9)]):
         keep = Keep(params)
-        values = train_step(model, params, units, groups, objective, keep)
-        found.append([values, *keep.grads])
+        metrics = train_step(model, params, units, groups, objective, keep)
+        found.append([torch.stack(list(metrics.values())), *keep.grads])
     for other in found[1:]:
         for i, (a, b) in enumerate(zip(found[0], other, strict=True)):
             most = 1e-9 if i else 1e-7  # of the metrics, accuracies are counted in fp32
@@ -126,7 +139,7 @@ def test_the_sft_step_is_the_mean_over_all_trained_tokens(seed):
     model = random_model(seed).double()
     params, units = list(model.parameters()), answers(seed, 8)
     keep = Keep(params)
-    values = train_step(model, params, units, [[3], [0, 1, 2], [4, 5, 6, 7]], SFTLoss(), keep)
+    metrics = train_step(model, params, units, [[3], [0, 1, 2], [4, 5, 6, 7]], SFTLoss(), keep)
     logps, trained = 0, 0
     for unit in units:
         ids, mask = unit.rows[0].ids, unit.rows[0].mask
@@ -137,19 +150,20 @@ def test_the_sft_step_is_the_mean_over_all_trained_tokens(seed):
         trained += sum(mask)
     wanted = torch.autograd.grad(logps / trained, params)
     norm = torch.cat([g.flatten() for g in wanted]).norm()
-    assert values[0].item() == pytest.approx((logps / trained).item(), rel=1e-9)
-    assert values[-1].item() == pytest.approx(norm.item(), rel=1e-6)
+    assert metrics["loss"].item() == pytest.approx((logps / trained).item(), rel=1e-9)
+    assert metrics["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-6)
     for found, true in zip(keep.grads, wanted, strict=True):
         assert far(found, true / max(1.0, (norm + 1e-6).item())) <= 1e-6
 
 
 @pytest.mark.parametrize("micro", [1, 75, 200, 10**6])
 def test_micro_batches_of_answers_and_of_pairs_hold_at_most_micro_tokens(
-    kind, micro, work_of, seed
+    kind, micro, hooks_of, seed
 ):
     units = kind[0](seed, 40)
-    longest = [max(len(row.ids) for row in unit.rows) for unit in units]
-    for step in plan_of(units, OptimizerConfig(1e-2, 9, 16), work_of(max_tokens_per_batch=micro)):
+    longest = [unit.max_length for unit in units]
+    hooks = hooks_of(max_tokens_per_batch=micro)
+    for step in plan_batches(units, OptimizerConfig(1e-2, 9, 16), hooks, "cpu").steps:
         sizes = [
             max(longest[u] for u in group) * sum(len(units[u].rows) for u in group)
             for group in step
@@ -165,20 +179,20 @@ def test_micro_batches_of_answers_and_of_pairs_hold_at_most_micro_tokens(
 
 
 @pytest.mark.parametrize("micro", [20, 90])
-def test_training_does_not_depend_on_micro_tokens(kind, micro, work_of, seed):
+def test_training_does_not_depend_on_micro_tokens(kind, micro, hooks_of, seed):
     make, objective = kind
     units, ends = make(seed, 20), []
     for name, budget in (("small", micro), ("large", 10**6)):
         model, params = slotted(seed)
         model.double()
         params = list(slot(model).values())
-        fit(
+        train(
             model,
             params,
             units,
             objective,
             OptimizerConfig(1e-2, 7, 8),
-            work_of(name, max_tokens_per_batch=budget),
+            hooks_of(name, max_tokens_per_batch=budget),
         )
         ends.append([p.detach().clone() for p in params])
     for a, b in zip(*ends, strict=True):
@@ -191,12 +205,12 @@ def test_training_does_not_depend_on_micro_tokens(kind, micro, work_of, seed):
 @pytest.mark.parametrize(
     ("floor", "betas", "decay"), [(0.0, (0.9, 0.999), 0.0), (0.1, (0.9, 0.95), 0.1)]
 )
-def test_training_equals_a_plain_loop(floor, betas, decay, work_of, seed):
+def test_training_equals_a_plain_loop(floor, betas, decay, hooks_of, seed):
     """Full logits, torch's own cross-entropy, clipping, AdamW and cosine: the same parameters."""
     units = answers(seed, 6)
     ours, theirs = random_model(seed), random_model(seed)
-    work = work_of(log_every=1)
-    counts = fit(
+    work = hooks_of(log_every=1)
+    counts = train(
         ours,
         list(ours.parameters()),
         units,
@@ -208,7 +222,7 @@ def test_training_equals_a_plain_loop(floor, betas, decay, work_of, seed):
         theirs.parameters(), lr=0.02, betas=betas, weight_decay=decay, foreach=False
     )
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9, 0.02 * floor)
-    rows = [json.loads(line) for line in (work.folder / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics_of(work)
     assert len(rows) == counts["steps"] == 9 and counts["rows"] == 6
     tokens = sum(len(unit.rows[0].ids) for unit in units)
     for step, logged in enumerate(rows):
@@ -302,7 +316,7 @@ def trl_history(folder, adapter, out, rows, steps: int, lr: float, **settings) -
 
 
 @pytest.fixture
-def dpo(tmp_path, work_of, seed):
+def dpo(tmp_path, hooks_of, seed):
     """Runs TRL and this project on the same pairs, base and adapter; returns both histories."""
     pytest.importorskip("trl")
     pytest.importorskip("datasets")
@@ -333,11 +347,9 @@ def dpo(tmp_path, work_of, seed):
         ]
         params = attach_lora(ours, ALL)
         set_adapter_weights(ours, get_adapter_weights(model))
-        work = work_of(f"run{len(list(tmp_path.glob('run*')))}", log_every=1)
-        fit(ours, params, units, objective, OptimizerConfig(lr, steps, len(rows)), work)
-        mine = [
-            json.loads(line) for line in (work.folder / "metrics.jsonl").read_text().splitlines()
-        ]
+        work = hooks_of(f"run{len(list(tmp_path.glob('run*')))}", log_every=1)
+        train(ours, params, units, objective, OptimizerConfig(lr, steps, len(rows)), work)
+        mine = metrics_of(work)
         assert len(mine) == len(theirs) == steps
         return mine, theirs
 
@@ -415,37 +427,37 @@ def stopped(call, *words) -> None:
     with pytest.raises(UserError) as caught:
         call()
     text = str(caught.value)
-    assert "\n" not in text and text.startswith("part/stage")
+    assert "\n" not in text and text.startswith("training of run")
     for word in words:
         assert word in text, (word, text)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_names_its_rows(kind, value, steps, work_of, seed):
+def test_a_loss_that_is_not_finite_names_its_rows(kind, value, steps, hooks_of, seed):
     make, objective = kind
     model, params = slotted(seed)
     with torch.no_grad():
         model.model.embed_tokens.weight[60] = value
     clean = [unit for unit in make(seed, 40) if not any(60 in r.ids for r in unit.rows)][:8]
     poison = TrainExample(
-        "the poisoned one", tuple(row([5], [60, 7]) for _ in clean[0].rows), clean[0].refs
+        "the poisoned one",
+        tuple(row([5], [60, 7]) for _ in clean[0].rows),
+        clean[0].reference_logps,
     )
-    work = work_of(save_every=1)
+    work = hooks_of(save_every=1)
     stopped(
-        lambda: fit(
+        lambda: train(
             model, params, [*clean, poison], objective, OptimizerConfig(1e-3, steps, 9), work
         ),
         "step 1",
         "not finite",
         "the poisoned one" if steps else "",
     )
-    assert not list(work.run.path.rglob("state.safetensors")), (
-        "a poisoned state must not be resumed"
-    )
+    assert not work.state_file.exists(), "a poisoned state must not be resumed"
 
 
-def test_a_run_that_diverges_later_says_at_which_step(work_of, seed):
+def test_a_run_that_diverges_later_says_at_which_step(hooks_of, seed):
     model, params = slotted(seed)
     with torch.no_grad():
         model.model.embed_tokens.weight[60] = float("nan")
@@ -454,23 +466,23 @@ def test_a_run_that_diverges_later_says_at_which_step(work_of, seed):
     plan = plan_steps([len(unit.rows[0].ids) for unit in units], 1, 11, 5)
     step = next(i for i, groups in enumerate(plan) if groups == [[10]]) + 1
     stopped(
-        lambda: fit(
-            model, params, units, SFTLoss(), OptimizerConfig(1e-3, 11, 1), work_of(log_every=4)
+        lambda: train(
+            model, params, units, SFTLoss(), OptimizerConfig(1e-3, 11, 1), hooks_of(log_every=4)
         ),
         f"step {step}:",
         "bad",
     )
 
 
-def test_a_first_gradient_of_zero_stops(kind, work_of, seed):
+def test_a_first_gradient_of_zero_stops(kind, hooks_of, seed):
     make, objective = kind
     model, params = slotted(seed)
     with torch.no_grad():
         for param in params:
             param.zero_()  # A and B zero: neither can ever move
     stopped(
-        lambda: fit(
-            model, params, make(seed, 8), objective, OptimizerConfig(1e-3, 6, 4), work_of()
+        lambda: train(
+            model, params, make(seed, 8), objective, OptimizerConfig(1e-3, 6, 4), hooks_of()
         ),
         "zero",
         "step 1",
@@ -478,17 +490,20 @@ def test_a_first_gradient_of_zero_stops(kind, work_of, seed):
     )
 
 
-def test_no_row_at_all_stops(work_of, seed):
+def test_no_row_at_all_stops(hooks_of, seed):
     model, params = slotted(seed)
     stopped(
-        lambda: fit(model, params, [], SFTLoss(), OptimizerConfig(1e-3, 6, 4), work_of()), "no row"
+        lambda: train(model, params, [], SFTLoss(), OptimizerConfig(1e-3, 6, 4), hooks_of()),
+        "no row",
     )
 
 
-def test_no_step_leaves_the_parameters(work_of, seed):
+def test_no_step_leaves_the_parameters(hooks_of, seed):
     model, params = slotted(seed)
     before = get_adapter_weights(model)
-    counts = fit(model, params, answers(seed, 3), SFTLoss(), OptimizerConfig(1e-3, 0, 4), work_of())
+    counts = train(
+        model, params, answers(seed, 3), SFTLoss(), OptimizerConfig(1e-3, 0, 4), hooks_of()
+    )
     assert counts["steps"] == 0 and all(
         torch.equal(before[k], v) for k, v in get_adapter_weights(model).items()
     )
@@ -501,123 +516,152 @@ class Killed(Exception):
     pass
 
 
+class Stopped(Exception):
+    pass
+
+
+class Interruptions:
+    """Ends a training after given numbers of steps: killed without warning, or asked to stop."""
+
+    def __init__(self, stops: list[tuple[int, str]]):
+        self.stops = list(stops)
+        self.begin()
+
+    def begin(self) -> None:
+        """The training begins, or goes on."""
+        self.steps = 0
+        self.stopping = False
+
+    def step(self) -> None:
+        """What a progress bar gets after every step."""
+        self.steps += 1
+        if self.stops and self.steps == self.stops[0][0]:
+            _, kind = self.stops.pop(0)
+            if kind == "kill":
+                raise Killed
+            self.stopping = True
+
+    def raise_if_stopped(self) -> None:
+        if self.stopping:
+            raise Stopped
+
+
 def finish(
-    work: StageContext, seed: int, kind, stops: list[tuple[int, str]] = (), whole: bool = False
+    hooks: TrainerHooks, seed: int, kind, stops: list[tuple[int, str]] = (), whole: bool = False
 ) -> tuple[dict, dict, bytes]:
     """Trains to the end with interruptions after the given steps, each time with a fresh model.
 
-    Returns the trained tensors, the counts, and the stage's metrics.
+    Returns the trained tensors, the counts, and the metrics' file.
     """
-    make, objective = kind
-    units, stops = make(seed, 20), list(stops)
+    make, loss = kind
+    units = make(seed, 20)
+    interruptions = Interruptions(stops)
+    hooks = replace(
+        hooks,
+        progress=lambda total, unit, done: contextlib.nullcontext(interruptions),
+        should_stop=lambda: interruptions.stopping,
+        raise_if_stopped=interruptions.raise_if_stopped,
+    )
     while True:
         if whole:
             model = random_model(seed, tie_word_embeddings=True)
             params = list(model.parameters())
         else:
             model, params = slotted(seed)
-        work.run.signals.number, work.run.planning = None, False
-        steps = []
-
-        def on_step(steps=steps, work=work):
-            steps.append(0)
-            if stops and len(steps) == stops[0][0]:
-                if stops.pop(0)[1] == "kill":
-                    raise Killed
-                work.run.signals.number = signal.SIGTERM
-
-        work.run.on_step = on_step
+        interruptions.begin()
         try:
-            counts = fit(model, params, units, objective, OptimizerConfig(1e-2, 17, 6), work)
+            counts = train(model, params, units, loss, OptimizerConfig(1e-2, 17, 6), hooks)
             break
-        except (Interrupted, Killed):
+        except (Stopped, Killed):
             continue
-    assert not stops, "every interruption must have happened"
-    assert sorted(p.name for p in work.folder.iterdir()) == ["metrics.jsonl"]
+    assert not interruptions.stops, "every interruption must have happened"
     tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return tensors, counts, (work.folder / "metrics.jsonl").read_bytes()
+    return tensors, counts, hooks.metrics_file.read_bytes()
 
 
 INTERRUPTIONS = [
-    [(1, "signal")],
-    [(4, "signal")],
-    [(7, "signal")],
-    [(2, "signal"), (1, "signal"), (5, "signal")],
-    [(15, "signal")],
+    [(1, "stop")],
+    [(4, "stop")],
+    [(7, "stop")],
+    [(2, "stop"), (1, "stop"), (5, "stop")],
+    [(15, "stop")],
     [(2, "kill")],
     [(5, "kill")],
-    [(10, "kill"), (1, "kill"), (4, "signal")],
+    [(10, "kill"), (1, "kill"), (4, "stop")],
 ]
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(whole, kind, work_of, seed):
+def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(whole, kind, hooks_of, seed):
     flags = dict(log_every=5, save_every=4)
-    plain = finish(work_of("plain", **flags), seed, kind, whole=whole)
+    plain = finish(hooks_of("plain", **flags), seed, kind, whole=whole)
     for number, stops in enumerate(INTERRUPTIONS):
-        broken = finish(work_of(f"broken{number}", **flags), seed, kind, stops, whole)
+        broken = finish(hooks_of(f"broken{number}", **flags), seed, kind, stops, whole)
         assert all(torch.equal(plain[0][name], broken[0][name]) for name in plain[0]), stops
         assert plain[1] == broken[1], stops
         assert plain[2] == broken[2], f"{stops}: metrics.jsonl is one of the stage's files"
-    other, *_ = finish(work_of("other", 6, **flags), seed, kind, whole=whole)
+    other, *_ = finish(hooks_of("other", seed=6, **flags), seed, kind, whole=whole)
     assert not all(torch.equal(plain[0][name], other[name]) for name in other), (
         "nothing was compared"
     )
 
 
-@pytest.mark.parametrize("moment", ["write_rows", "save_tensors", "describe", "move"])
+@pytest.mark.parametrize("moment", ["write_rows", "save_tensors", "describe", "replace_fsync"])
 @pytest.mark.parametrize("save_every", [17, 5])
 def test_a_kill_before_the_stage_is_sealed_loses_no_saved_step(
-    save_every, moment, work_of, monkeypatch, seed
+    save_every, moment, tmp_path, monkeypatch, seed
 ):
     """The state lasts until the stage is whole; one saved after the last step is resumed to the same files."""
-    run, whole, taken = (
-        work_of(save_every=save_every).run,
-        work_of("whole", save_every=save_every),
-        [],
-    )
+    taken = []
 
-    def compute(work: StageContext) -> dict:
+    def compute(context: StageContext) -> dict:
         model, params = slotted(seed)
-        work.run.on_step = lambda: taken.append(1)
-        counts = fit(
+        context.run.on_step = lambda: taken.append(1)
+        counts = train(
             model,
             params,
             pairs(seed, 20),
             PreferenceLoss(0.2, 0.3),
             OptimizerConfig(1e-2, 17, 6),
-            work,
+            trainer_hooks(context),
         )
-        save_tensors(work.folder / "slot.safetensors", get_adapter_weights(model))
+        save_tensors(context.folder / "slot.safetensors", get_adapter_weights(model))
         return counts
 
-    def stage():
+    def run_of(name: str) -> Run:
+        words = [f"--run.root={tmp_path}", f"--run.name={name}", "--run.device=cpu"]
+        run = Run(parse(["@tiny", *words, f"--run.save_every={save_every}"]).config)
+        run.begin()
+        return run
+
+    def stage(run: Run):
         run.provided.clear()
-        return run.stage("part/stage", "sft/1", {}, [], compute, ("key",))
+        return run.stage("part/stage", "sft/1", {"run": run.path.name}, [], compute, ("key",))
 
     def killed(*args):
         raise Killed
 
-    place = {"write_rows": fit_module, "save_tensors": sys.modules[__name__]}.get(
-        moment, run_module
-    )
+    run = run_of("run")
+    modules = {"write_rows": trainer_module, "save_tensors": sys.modules[__name__]}
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(place, moment, killed)
-        stage()
+        patch.setattr(modules.get(moment, run_module), moment, killed)
+        stage(run)
     assert len(taken) == 17
     taken.clear()
-    done = stage()
+    done = stage(run)
     assert len(taken) == 17 % save_every, "saved steps were trained again"
     assert not list(run.path.rglob("state*")), "a sealed stage needs no state"
-    assert done.notes()["counts"] == compute(replace(whole, seed=done.notes()["seed"]))
+
+    whole = stage(run_of("whole"))
+    assert done.notes()["counts"] == whole.notes()["counts"]
     assert sorted(done.notes()["files"]) == ["metrics.jsonl", "slot.safetensors"]
     for name in done.notes()["files"]:
-        assert (done.path / name).read_bytes() == (whole.folder / name).read_bytes(), name
+        assert (done.path / name).read_bytes() == (whole.path / name).read_bytes(), name
 
 
-def test_the_metrics_do_not_depend_on_when_states_are_saved(kind, work_of, seed):
+def test_the_metrics_do_not_depend_on_when_states_are_saved(kind, hooks_of, seed):
     found = {
-        finish(work_of(f"every{n}", log_every=5, save_every=n), seed, kind)[2]
+        finish(hooks_of(f"every{n}", log_every=5, save_every=n), seed, kind)[2]
         for n in (1, 3, 4, 5, 100)
     }
     assert len(found) == 1 and [json.loads(line)["step"] for line in found.pop().splitlines()] == [
@@ -628,8 +672,8 @@ def test_the_metrics_do_not_depend_on_when_states_are_saved(kind, work_of, seed)
     ]
 
 
-def test_training_leaves_the_base_bit_identical(kind, work_of, seed):
-    trained, *_ = finish(work_of(), seed, kind)
+def test_training_leaves_the_base_bit_identical(kind, hooks_of, seed):
+    trained, *_ = finish(hooks_of(), seed, kind)
     base = dict(random_model(seed).named_parameters())
     found = {name.replace(".base.", "."): t for name, t in trained.items() if ".lora_" not in name}
     assert found.keys() == base.keys() and all(
@@ -637,9 +681,11 @@ def test_training_leaves_the_base_bit_identical(kind, work_of, seed):
     )
 
 
-def test_the_metrics_are_means_over_their_steps(work_of, seed):
+def test_the_metrics_are_means_over_their_steps(hooks_of, seed):
     """log_every changes which lines there are, never what is trained."""
-    fine, coarse = (finish(work_of(f"every{n}", log_every=n), seed, KINDS["pairs"]) for n in (1, 6))
+    fine, coarse = (
+        finish(hooks_of(f"every{n}", log_every=n), seed, KINDS["pairs"]) for n in (1, 6)
+    )
     assert all(torch.equal(fine[0][name], coarse[0][name]) for name in fine[0])
     each, means = ([json.loads(line) for line in run[2].splitlines()] for run in (fine, coarse))
     assert [line["step"] for line in each] == list(range(1, 18))
@@ -647,7 +693,7 @@ def test_the_metrics_are_means_over_their_steps(work_of, seed):
     for line in means:
         part = each[last : line["step"]]
         last = line["step"]
-        for name in PreferenceLoss.metrics:
+        for name in KINDS["pairs"][1].metric_names:
             assert line[name] == pytest.approx(
                 sum(one[name] for one in part) / len(part), rel=1e-5, abs=1e-6
             )
@@ -660,6 +706,6 @@ def test_the_metrics_are_means_over_their_steps(work_of, seed):
 
 
 def test_the_cosine_falls_from_lr_to_its_floor():
-    rates = [OptimizerConfig(2.0, 10, 1, floor=0.1).rate(step) for step in range(11)]
+    rates = [OptimizerConfig(2.0, 10, 1, min_lr_ratio=0.1).lr_at(step) for step in range(11)]
     assert rates[0] == 2.0 and rates[5] == pytest.approx(1.1) and rates[10] == pytest.approx(0.2)
     assert rates == sorted(rates, reverse=True)
