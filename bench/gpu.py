@@ -182,8 +182,8 @@ def own_dpo(bench: Bench, rows: list[dict]) -> Callable[[], float]:
     objective = PreferenceLoss(BETA, 0.0, compiled=bench.device == "cuda")
     optimizer = torch.optim.AdamW(bench.params, LR, weight_decay=0.0, fused=True)
     return lambda: train_step(
-        bench.model, bench.params, units, [[*range(len(units))]], objective, optimizer, 1.0, True
-    )[0].item()
+        bench.model, bench.params, units, [[*range(len(units))]], objective, optimizer, packed=True
+    )["loss"].item()
 
 
 def trl_dpo(bench: Bench, rows: list[dict], place: str, liger: bool) -> Callable[[], float]:
@@ -329,7 +329,7 @@ def scoring(bench: Bench) -> list[dict]:
     peer = None if lacks else peer_model(bench)
 
     def mine() -> list[float]:
-        return score(bench.model, rows, 16384, log=print, share=True)
+        return score(bench.model, rows, 16384, log=print, packed=True)
 
     def theirs() -> list[float]:
         with torch.device(bench.device):

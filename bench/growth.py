@@ -57,7 +57,7 @@ def dpo_step(length: int, batch: int, vocabulary: int, width: int):
     ]
     optimizer = torch.optim.AdamW(params, 1e-5, fused=True)
     return lambda: train_step(
-        model, params, units, [[*range(batch)]], PreferenceLoss(0.1, 0.2), optimizer, 1.0, True
+        model, params, units, [[*range(batch)]], PreferenceLoss(0.1, 0.2), optimizer, packed=True
     )
 
 

@@ -162,7 +162,7 @@ def scoring(bench: Large) -> list[dict]:
         ]
     row = bench.row(
         "scoring",
-        lambda: score(bench.model, rows, 16384, log=lambda text: None, share=True),
+        lambda: score(bench.model, rows, 16384, log=lambda text: None, packed=True),
         2 * half * len(rows),
     )
     flops = 2 * bench.body * bench.size["texts"] * 4 * half + 2 * bench.head * len(rows) * half

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bench.measure import alternate, bf16_hardware, missing, words, write
-from minmacpo.core.losses import dpo_loss
+from minmacpo.core.losses import PairLogps, sigmoid_loss
 from minmacpo.kernels.fused_logps import chunk_logps, in_chunks, token_logps
 from minmacpo.runtime.device import peak_mb, reset_peaks
 
@@ -25,7 +25,7 @@ def margin_loss(logps: torch.Tensor) -> torch.Tensor:
     """The mean DPO loss of token logps [TOKENS], even answers chosen, against references of zero."""
     chosen, rejected = logps.view(ANSWERS, -1).sum(1).view(-1, 2).unbind(1)
     zero = torch.zeros_like(chosen)
-    return dpo_loss(chosen, rejected, zero, zero, BETA)[0].mean()
+    return sigmoid_loss(PairLogps(chosen, rejected, zero, zero, zero, zero), BETA).mean()
 
 
 def plain(hidden, weight, targets):

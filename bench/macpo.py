@@ -40,7 +40,7 @@ def sample(model, prompts: TextColumn, seed: int) -> TextColumn:
 def perplexities(model, prompts: TextColumn, texts: TextColumn) -> list[float]:
     """Mean negative log-probability per token of every text behind its prompt (perplexity is monotone in it)."""
     rows = [joined({"prompt": p, "text": t}, "text") for p, t in zip(prompts, texts, strict=True)]
-    logps = score(model, rows, 16384, share=True, log=lambda line: None)
+    logps = score(model, rows, 16384, packed=True, log=lambda line: None)
     return [-logp / len(text) for logp, text in zip(logps, texts, strict=True)]
 
 
@@ -62,7 +62,7 @@ def learn(model, params: list, pairs: list[tuple], heard: list[float] | None = N
             model,
             [text for pair in texts for text in (pair[1:] if heard else pair)],
             16384,
-            share=True,
+            packed=True,
             log=lambda line: None,
         )
     )
@@ -78,7 +78,7 @@ def learn(model, params: list, pairs: list[tuple], heard: list[float] | None = N
         [*range(start, min(start + BATCH, len(units)))] for start in range(0, len(units), BATCH)
     ]
     return [
-        train_step(model, params, units, [group], objective, optimizer, 1.0, True)[0].item()
+        train_step(model, params, units, [group], objective, optimizer, packed=True)["loss"].item()
         for group in groups
     ]
 

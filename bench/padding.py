@@ -10,7 +10,13 @@ from pathlib import Path
 
 from bench.measure import words, write
 from minmacpo.config.schema import Config
-from minmacpo.core.batching import ALIKE, plan_scoring, plan_shared, plan_steps, token_counts
+from minmacpo.core.batching import (
+    MAX_LENGTH_RATIO,
+    plan_packed,
+    plan_scoring,
+    plan_steps,
+    token_counts,
+)
 from minmacpo.data.chat_template import render
 from minmacpo.data.formats import read_data
 from minmacpo.data.tokenizer import Tokenizer, Tokens
@@ -20,12 +26,12 @@ TITLE = "Tokens of planned batches of HH-RLHF pairs: padding included, without p
 
 def counted(work: str, groups: Sequence[Sequence[Tokens]], note: str) -> dict:
     """One row of the table."""
-    padded, real, computed = token_counts(groups)
+    counts = token_counts(groups)
     own = {
-        "padded_tokens": padded,
-        "padding_share_of_attention": round(1 - real / padded, 4),
-        "computed_tokens": computed,
-        "saved_share": round(1 - computed / padded, 4),
+        "padded_tokens": counts.padded,
+        "padding_share_of_attention": round(1 - counts.real / counts.padded, 4),
+        "computed_tokens": counts.computed,
+        "saved_share": round(1 - counts.computed / counts.padded, 4),
     }
     return {"work": work, "own": own, "peer_values": {}, "note": note}
 
@@ -45,7 +51,7 @@ def main(data: str, model: str) -> None:
         config.run.max_tokens_per_batch,
     )
     per_step = plan_steps(
-        lengths, config.dpo.batch, -(-len(kept) // config.dpo.batch), 0, budget // 2, ALIKE
+        lengths, config.dpo.batch, -(-len(kept) // config.dpo.batch), 0, budget // 2, MAX_LENGTH_RATIO
     )
     groups = [[row for i in group for row in kept[i]] for step in per_step for group in step]
     rows = [
@@ -62,7 +68,7 @@ def main(data: str, model: str) -> None:
         -(-len(chosen) // config.sft.batch),
         0,
         budget,
-        ALIKE,
+        MAX_LENGTH_RATIO,
     )
     rows.append(
         counted(
@@ -81,7 +87,7 @@ def main(data: str, model: str) -> None:
     rows.append(
         counted(
             "scoring, answers of a prompt together",
-            [[flat[i] for i in group] for group in plan_shared(flat, budget)],
+            [[flat[i] for i in group] for group in plan_packed(flat, budget)],
             "",
         )
     )

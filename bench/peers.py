@@ -10,7 +10,7 @@ import torch
 from bench.measure import SHAPES
 from minmacpo.config.schema import Lora
 from minmacpo.config.validate import shape
-from minmacpo.core.batching import CPU_TOKENS, cut
+from minmacpo.core.batching import CPU_TOKENS, group_by_token_budget
 from minmacpo.core.checkpoint import load_adapter, load_model, save_adapter, save_model
 from minmacpo.core.lora import (
     attach_lora,
@@ -106,7 +106,7 @@ def own_step(
     def units() -> list[TrainExample]:
         adapter = get_adapter_weights(model)
         disable_adapter(model)
-        refs = iter(score(model, flat, 16384, share=True, log=lambda line: None))
+        refs = iter(score(model, flat, 16384, packed=True, log=lambda line: None))
         set_adapter_weights(model, adapter)
         return [
             TrainExample(str(i), pair, tuple(next(refs) for _ in pair))
@@ -116,15 +116,16 @@ def own_step(
     stored = (
         units() if kind == "dpo" else [TrainExample(str(i), pair) for i, pair in enumerate(texts)]
     )
-    objective, share = (PreferenceLoss(BETA, 0.0), True) if kind == "dpo" else (SFTLoss(), False)
-    groups = cut(
+    objective, packed = (PreferenceLoss(BETA, 0.0), True) if kind == "dpo" else (SFTLoss(), False)
+    groups = group_by_token_budget(
         range(len(rows)), [len(pair[0].ids) for pair in texts], CPU_TOKENS // len(names)
     )  # as a stage plans them
     optimizer = torch.optim.AdamW(params, LR, weight_decay=0.0, fused=True)
 
     def step() -> float:
         used = stored if store or kind == "sft" else units()
-        return train_step(model, params, used, groups, objective, optimizer, 1.0, share)[0].item()
+        metrics = train_step(model, params, used, groups, objective, optimizer, packed=packed)
+        return metrics["loss"].item()
 
     first = step()
     set_adapter_weights(model, load_adapter(place / "adapter"))

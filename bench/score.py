@@ -62,7 +62,7 @@ def compare(place: Path, dtype: str, answers: int, lacks: str) -> dict:
     model, rows = own_model(place, dtype)[0], candidates(answers)
 
     def mine() -> list[float]:
-        return score(model, rows, 16384, log=lambda line: None, share=True)
+        return score(model, rows, 16384, log=lambda line: None, packed=True)
 
     row = {
         "work": f"scoring, {answers} answer(s) per prompt",

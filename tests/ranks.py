@@ -31,9 +31,11 @@ from minmacpo.core.lora import attach_lora, init_adapter
 from minmacpo.core.losses import PreferenceLoss, SFTLoss
 from minmacpo.core.sampling import generate
 from minmacpo.core.scoring import score
-from minmacpo.core.trainer import OptimizerConfig, TrainExample, fit, train_step
+from minmacpo.core.trainer import OptimizerConfig, TrainExample, train_step
+from minmacpo.core.trainer import train as fit
 from minmacpo.data.tokenizer import Tokens
 from minmacpo.pipeline.run import Run, StageContext
+from minmacpo.pipeline.trainer_hooks import trainer_hooks
 from minmacpo.runtime.device import resolve_device
 from minmacpo.runtime.distributed import meet
 from minmacpo.runtime.progress import Interrupted, run_main
@@ -96,9 +98,7 @@ def together(seed: int, folder: str, name: str, kind: str, shards: bool, job):
 def toys(dist, units, model, params, objective, work) -> dict:
     """A step's gradients, twenty steps, scores and samples."""
     groups, keep = [[*range(7)], [7, 8], [9], [10, 11, 12]], Keep(params)
-    values = train_step(
-        model, params, units, groups, objective, keep, mine=dist.split_batches(groups), dist=dist
-    )
+    metrics = train_step(model, params, units, groups, objective, keep, dist=dist)
     grads = torch.cat([grad.flatten() for grad in keep.grads])
     adapter = twenty_steps(dist, units, model, params, objective, work)
     logps = score(model, [row for unit in units for row in unit.rows], 90, dist=dist)
@@ -119,7 +119,7 @@ def toys(dist, units, model, params, objective, work) -> dict:
     ]
     held = sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters())
     return {
-        "values": values.tolist(),
+        "values": torch.stack(list(metrics.values())).tolist(),
         "grads": grads,
         "adapter": adapter,
         "logps": logps,
@@ -130,7 +130,7 @@ def toys(dist, units, model, params, objective, work) -> dict:
 
 def twenty_steps(dist, units, model, params, objective, work):
     """The slot after twenty steps of `fit`."""
-    fit(model, params, units, objective, OptimizerConfig(3e-3, 20, 8), work)
+    fit(model, params, units, objective, OptimizerConfig(3e-3, 20, 8), trainer_hooks(work))
     return torch.cat([param.detach().flatten() for param in params])
 
 

@@ -5,6 +5,7 @@ bases, so that the defect alone is new; the checks are those that test_macpo.py 
 """
 
 import builtins
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,13 +16,13 @@ import torch
 from runs import copy_run, invoke, write_stub
 
 from minmacpo import UserError
-from minmacpo.core import lora
+from minmacpo.core import lora, losses
 from minmacpo.core import trainer as fit
-from minmacpo.core.batching import collate
+from minmacpo.core.losses import StepTotals
+from minmacpo.core.trainer import collate_examples
 from minmacpo.data import chat_template as templates
 from minmacpo.data.tokenizer import Tokens
 from minmacpo.evaluation import table as evaluate
-from minmacpo.kernels import fused_logps as losses
 from minmacpo.method import macpo
 from minmacpo.method import selection as choose
 from minmacpo.pipeline import model_pool as workshop
@@ -46,12 +47,30 @@ def filter_takes_the_highest(patch) -> None:
 
 def sides_swapped(patch) -> None:
     good = stages.TrainExample
-    patch(stages, "TrainExample", lambda id, rows, refs=(): good(id, rows[::-1], refs[::-1]))
+
+    def swapped(id, rows, reference_logps=None, weight=None):
+        if reference_logps is not None:
+            reference_logps = reference_logps[::-1]
+        return good(id, rows[::-1], reference_logps, weight)
+
+    patch(stages, "TrainExample", swapped)
 
 
 def loss_prefers_the_rejected(patch) -> None:
-    good = losses.dpo_loss
-    everywhere(patch, good, lambda pc, pr, rc, rr, *rest: good(pr, pc, rr, rc, *rest))
+    good = losses.sigmoid_loss
+
+    def flipped(logps, *args, **settings):
+        swapped = replace(
+            logps,
+            policy_chosen=logps.policy_rejected,
+            policy_rejected=logps.policy_chosen,
+            reference_chosen=logps.reference_rejected,
+            reference_rejected=logps.reference_chosen,
+        )
+        return good(swapped, *args, **settings)
+
+    flipped.__signature__ = inspect.signature(good)  # by which the loss gets its settings
+    patch(losses, "PREFERENCE_LOSSES", losses.PREFERENCE_LOSSES | {"sigmoid": (flipped, True)})
 
 
 def prompt_not_masked(patch) -> None:
@@ -137,19 +156,19 @@ def student_answers_before_its_update(patch) -> None:
 
 
 def mean_of_means(patch) -> None:
-    def train_step(model, params, units, groups, objective, optimizer, *rest):
-        total = 0
+    def train_step(model, params, units, groups, objective, optimizer, **rest):
+        means = dict.fromkeys(objective.metric_names, 0)
         for group in groups:
-            rows = [row for unit in group for row in units[unit].rows]
-            refs = torch.tensor([units[unit].refs for unit in group])
-            tokens = sum(sum(row.mask) for row in rows)
-            loss, values = objective(model, collate(rows), refs, len(group), tokens)
+            batch = collate_examples([units[unit] for unit in group], params[0].device)
+            totals = StepTotals(examples=len(group), tokens=int(batch.mask.sum()))
+            loss, metrics = objective(model, batch, totals)
             (loss / len(groups)).backward()
-            total = total + torch.stack(values) / len(groups)
-        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+            for name, value in metrics.items():
+                means[name] = means[name] + value / len(groups)
+        means["grad_norm"] = torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return torch.cat((total, norm[None]))
+        return means
 
     patch(fit, "train_step", train_step)
 

@@ -13,7 +13,13 @@ import torch
 
 from minmacpo.cli.memory_estimate import Load, Need, beside, need
 from minmacpo.config.schema import Config
-from minmacpo.core.batching import batch_limits, plan_scoring, plan_steps, scoring_tokens, steps_per_epoch
+from minmacpo.core.batching import (
+    batch_limits,
+    plan_scoring,
+    plan_steps,
+    scoring_tokens,
+    steps_per_epoch,
+)
 from minmacpo.core.checkpoint import read_config
 from minmacpo.core.model_config import ModelConfig
 from minmacpo.data.chat_template import render

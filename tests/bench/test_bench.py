@@ -143,7 +143,7 @@ def test_both_sides_of_scoring_give_the_same_numbers(small, monkeypatch):
     peers.disable_adapter(model)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(small / "base").eval()
     wanted = by_transformers(theirs, rows, 4)
-    assert score(model, rows, 600, share=True, log=lambda line: None) == pytest.approx(
+    assert score(model, rows, 600, packed=True, log=lambda line: None) == pytest.approx(
         wanted, rel=1e-5
     )
 

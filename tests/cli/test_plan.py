@@ -32,7 +32,7 @@ from minmacpo.core.lora import attach_lora
 from minmacpo.core.sampling import generate
 from minmacpo.data.chat_template import template_hint
 from minmacpo.data.tokenizer import Tokens
-from minmacpo.kernels.fused_logps import SMALL, masked_logps, sequence_logps
+from minmacpo.kernels.fused_logps import SMALL_VOCAB, masked_logps, sequence_logps
 from minmacpo.pipeline.run import Run
 from minmacpo.runtime import device as machine
 from minmacpo.runtime.files import read_json
@@ -122,7 +122,7 @@ def test_the_tensors_of_a_step_are_as_large_as_was_said(kind, dtype, seed):
             kind
         ]  # gradients are made here
         hidden = (
-            kind != "pretrain" and config.vocab_size <= SMALL
+            kind != "pretrain" and config.vocab_size <= SMALL_VOCAB
         )  # within logsumexp, where nobody sees it
         inside = found.head * dtype.itemsize // 8 if hidden else 0
         assert told - inside <= living.peak * 1.15 + 3e5 and told >= living.peak * 0.92 - 1e5, (
@@ -153,15 +153,15 @@ def test_of_a_prompt_in_common_only_what_attention_needs_is_counted_twice(dtype,
             Tokens([3 + i // 2] * asked + [40] * answer, [False] * asked + [True] * answer)
             for i, answer in enumerate(answers)
         ]
-        batch = collate(rows, share=True)
+        batch = collate(rows, packed=True)
         with Living() as living:
-            masked_logps(model, batch.tokens, batch.mask, shared=batch.shared)[0].sum().backward()
+            masked_logps(model, batch.tokens, batch.mask, packed=batch.packed)[0].sum().backward()
         load = Load(
             "train", 2 * pairs, asked + most, sum(answers), computed=pairs * asked + sum(answers)
         )
         found = need(load, config, lora, dtype.itemsize)
         told = found.total - found.weights - found.learning + 4 * learned
-        inside = found.head * dtype.itemsize // 8 if config.vocab_size <= SMALL else 0
+        inside = found.head * dtype.itemsize // 8 if config.vocab_size <= SMALL_VOCAB else 0
         last = (
             1 - sum(answers) / load.tokens
         ) / config.num_hidden_layers  # of prompts the last block keeps less than is counted

@@ -7,7 +7,13 @@ from collections import Counter
 import pytest
 import torch
 
-from minmacpo.core.batching import collate, cut, plan_scoring, plan_steps, steps_per_epoch
+from minmacpo.core.batching import (
+    collate,
+    group_by_token_budget,
+    plan_scoring,
+    plan_steps,
+    steps_per_epoch,
+)
 from minmacpo.data.tokenizer import Tokens
 
 
@@ -85,10 +91,10 @@ def test_scoring_holds_every_unit_once_within_the_budget(rng):
     assert len(groups) == 1 and plan_scoring([], 10) == []
 
 
-def test_cut_follows_the_order_it_is_given():
-    assert cut([2, 0, 1], [5, 1, 3], 10) == [[2, 0], [1]]
-    assert cut([2, 0, 1], [5, 1, 3], 5) == [[2], [0], [1]]
-    assert cut([], [], 10) == []
+def test_groups_follow_the_order_it_is_given():
+    assert group_by_token_budget([2, 0, 1], [5, 1, 3], 10) == [[2, 0], [1]]
+    assert group_by_token_budget([2, 0, 1], [5, 1, 3], 5) == [[2], [0], [1]]
+    assert group_by_token_budget([], [], 10) == []
 
 
 def test_collate_pads_at_the_right(rng):
@@ -106,7 +112,7 @@ def test_collate_pads_at_the_right(rng):
 
 def test_runs_of_like_length(rng):
     lengths = sorted(rng.randrange(10, 400) for _ in range(100))
-    groups = cut([*range(100)], lengths, 10**6, alike=1.5)
+    groups = group_by_token_budget([*range(100)], lengths, 10**6, max_length_ratio=1.5)
     assert [unit for group in groups for unit in group] == [*range(100)]
     assert all(lengths[group[-1]] <= 1.5 * lengths[group[0]] for group in groups)
     assert all(

@@ -135,10 +135,9 @@ def test_a_preference_loss_hands_every_setting_to_its_function(name, seed):
     plain, _ = PreferenceLoss(**settings, sft_weight=0.1, loss_type=name)(model, batch, totals)
 
     for setting, value in OTHER_SETTINGS.items():
-        changed = PreferenceLoss(
-            **settings | {"sft_weight": 0.1, "loss_type": name, setting: value}
-        )
-        loss, _ = changed(model, batch, totals)
+        changed = settings | {setting: value}
+        objective = PreferenceLoss(**changed, sft_weight=0.1, loss_type=name)
+        loss, _ = objective(model, batch, totals)
         assert (loss != plain) == (setting in loss_settings(name)), setting
 
 
@@ -253,7 +252,7 @@ def test_simpo_by_hand():
 
 
 def trl_simpo(beta: float, target_margin: float):
-    """TRL's SimPO: (mean log-probabilities of chosen, of rejected) -> (losses, rewards, rewards)."""
+    """TRL's SimPO of mean log-probabilities (chosen, rejected): losses and both rewards."""
     trainer = pytest.importorskip("trl.experimental.cpo.cpo_trainer").CPOTrainer
     settings = SimpleNamespace(
         loss_type="simpo",

@@ -25,7 +25,7 @@ from minmacpo.core.lora import (
     set_adapter_weights,
     slot,
 )
-from minmacpo.core.losses import PreferenceLoss, SFTLoss
+from minmacpo.core.losses import PREFERENCE_LOSSES, PreferenceLoss, SFTLoss
 from minmacpo.core.trainer import (
     OptimizerConfig,
     TrainerHooks,
@@ -402,6 +402,19 @@ def test_dpo_plus_sft_equals_trl(dpo, seed):
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-4), (a["step"], name)
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_ipo_training_equals_trl_step_by_step(beta, dpo, seed):
+    """Losses and gradients from log-probabilities per token, rewards from summed ones, as in TRL."""
+    loss = PreferenceLoss(beta, 0.0, loss_type="ipo")
+    settings = dict(beta=beta, loss_type="ipo")
+    mine, theirs = dpo(preference_words(seed, 7, False), loss, 6, 2e-3, **settings)
+    for a, b in zip(mine, theirs, strict=True):
+        for name in SAME:
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-4), (a["step"], name)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+    assert mine[0]["loss"] == mine[0]["ipo_loss"] != mine[-1]["loss"]
+
+
 def test_label_smoothing_by_two_losses_of_trl(dpo, seed):
     """TRL has ours, ½-smoothed, only as parts: "robust" R = ((1 - s) L(D) - s L(-D)) / (1 - 2 s)."""
     rows = preference_words(seed, 6, False)
@@ -703,6 +716,35 @@ def test_the_metrics_are_means_over_their_steps(hooks_of, seed):
             and line["epoch"] == part[-1]["epoch"]
         )
     assert last == 17
+
+
+@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
+def test_every_preference_loss_learns_and_resumes(name, hooks_of, seed):
+    make, _ = KINDS["pairs"]
+    loss = PreferenceLoss(beta=0.5, sft_weight=0.0, loss_type=name)
+    units = make(seed, 20)
+    if not loss.requires_reference:
+        units = [replace(unit, reference_logps=None) for unit in units]
+    kind = (lambda seed, count: units, loss)
+
+    plain = finish(hooks_of("plain", log_every=1), seed, kind)
+    broken = finish(hooks_of("broken", log_every=1), seed, kind, [(5, "stop"), (4, "kill")])
+
+    assert all(torch.equal(plain[0][name], broken[0][name]) for name in plain[0])
+    rows = [json.loads(line) for line in plain[2].splitlines()]
+    first = sum(row[loss.preference_name] for row in rows[:4])
+    last = sum(row[loss.preference_name] for row in rows[-4:])
+    assert last < first
+
+
+def test_a_state_of_another_training_is_refused(hooks_of, seed):
+    """Also where all its shapes fit."""
+    model, params = slotted(seed)
+    words = (pairs(seed, 4), PreferenceLoss(0.2, 0.3), OptimizerConfig(1e-2, 3, 4))
+    hooks = hooks_of(save_every=1)
+    train(model, params, *words, hooks)
+    with pytest.raises(UserError, match="is another stage's training state; delete it"):
+        train(model, params, *words, replace(hooks, name="another"))
 
 
 def test_the_cosine_falls_from_lr_to_its_floor():

@@ -183,7 +183,7 @@ def test_the_compiled_chunk_equals_the_plain_form(seed):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
 def test_every_gradient_of_a_model_equals_that_of_full_logits(lora, tied, chunk, monkeypatch, seed):
-    """Tied or not, trained as a whole (pre-training) or by its slot: no part of a gradient is lost."""
+    """Tied or not, trained as a whole (pre-training) or by its adapter: no part is lost."""
     monkeypatch.setattr(fused_logps, "CHUNK", chunk)
     model = random_model(seed, tie_word_embeddings=tied).double()
     params = dict(model.named_parameters())

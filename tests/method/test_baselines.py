@@ -10,11 +10,11 @@ from minmacpo.config.schema import Lora
 from minmacpo.core.batching import Batch
 from minmacpo.core.checkpoint import load_tensors
 from minmacpo.core.lora import attach_lora, init_adapter
-from minmacpo.core.losses import SFTLoss
+from minmacpo.core.losses import SFTLoss, StepTotals
 from minmacpo.evaluation import report
 from minmacpo.evaluation.html import clip, escape, words
 from minmacpo.evaluation.table import read_run
-from minmacpo.kernels.fused_logps import CHUNK, chunk_logps_direction, token_logps
+from minmacpo.kernels.fused_logps import CHUNK, chunk_logps_and_grad, token_logps
 
 
 def adapter(run, name: str) -> torch.Tensor:
@@ -40,7 +40,7 @@ def test_confident_logps_equal_the_plain_formula(count, share, frozen, seed):
     values = []
     for function in (
         mixed,
-        lambda h, w, t, a: token_logps(h, w, t, own=torch.tensor(a, dtype=h.dtype)),
+        lambda h, w, t, a: token_logps(h, w, t, confidence_weight=torch.tensor(a, dtype=h.dtype)),
     ):
         torch.manual_seed(seed)
         hidden = torch.randn(count, 6, dtype=torch.float64, requires_grad=True)
@@ -56,8 +56,8 @@ def test_the_confident_direction_passes_gradcheck(seed):
     hidden = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     weight, targets = torch.randn(9, 4, dtype=torch.float64), torch.randint(0, 9, (7,))
     own = torch.tensor(0.4, dtype=torch.float64)
-    assert gradcheck(lambda h: token_logps(h, weight, targets, own=own), hidden)
-    logps, direction = chunk_logps_direction(hidden.detach(), weight, targets, own)
+    assert gradcheck(lambda h: token_logps(h, weight, targets, confidence_weight=own), hidden)
+    logps, direction = chunk_logps_and_grad(hidden.detach(), weight, targets, own)
     assert logps.shape == (7,) and direction.shape == (7, 4)
 
 
@@ -70,10 +70,9 @@ def test_the_share_grows_over_the_first_fifth(seed):
     batch, count = Batch(tokens, mask), int(mask.sum())
     losses = {}
     for progress in (0.0, 0.05, 0.1, 0.2, 0.6, 1.0):
-        losses[progress] = SFTLoss(False, 0.5)(model, batch, torch.zeros(3, 0), 3, count, progress)[
-            0
-        ].item()
-    plain = SFTLoss()(model, batch, torch.zeros(3, 0), 3, count)[0].item()
+        loss, _ = SFTLoss(False, 0.5)(model, batch, StepTotals(3, count, progress))
+        losses[progress] = loss.item()
+    plain = SFTLoss()(model, batch, StepTotals(3, count))[0].item()
     with torch.no_grad():
         logps = (model(tokens)[:, :-1] @ model.lm_head.weight.T).log_softmax(-1)[mask[:, 1:]]
     sure = -logps.amax(-1).mean().item()

@@ -834,13 +834,13 @@ def test_a_training_that_is_stopped_at_any_step_goes_on_to_the_same_bits(
     shutil.copy(stub / "config.toml", run)
     good, seen = fit.train_step, []
 
-    def train_step(*args):
+    def train_step(*args, **more):
         seen.append(1)
         if len(seen) == step:
             if how == "kill":
                 raise PowerCut
             os.kill(os.getpid(), signal.SIGTERM)
-        return good(*args)
+        return good(*args, **more)
 
     words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", "--stage=bases/strong"]
     with monkeypatch.context() as patch:
@@ -878,13 +878,13 @@ def test_the_metrics_before_the_first_step_survive_a_stop(stub, tmp_path, monkey
     shutil.copy(stub / "config.toml", run)
     good, seen = fit.train_step, []
 
-    def train_step(*args):
+    def train_step(*args, **more):
         seen.append(1)
         if len(seen) == 3:
             if how == "kill":
                 raise PowerCut
             os.kill(os.getpid(), signal.SIGTERM)
-        return good(*args)
+        return good(*args, **more)
 
     words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", f"--stage={name}"]
     with monkeypatch.context() as patch:
