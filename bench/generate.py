@@ -14,7 +14,7 @@ import torch
 from bench.measure import PLACE, alternate, bf16_hardware, clocked, missing, spread, words, write
 from bench.peers import DTYPES, VOCAB, make_folder, make_rows, own_model
 from minmacpo.config.schema import Generate
-from minmacpo.core.prepack import pack, packs
+from minmacpo.core.prepack import can_prepack, prepack
 from minmacpo.core.sampling import generate, pick
 
 ROWS, PROMPT, NEW = 16, 128, 128
@@ -164,7 +164,7 @@ def decode_profile(place: Path, dtype: str) -> dict:
         WAYS["sampling, top-p 0.7, top-k 50"][0],
         PROMPT + NEW // 2,
     )
-    fast = pack(model, ROWS) if packs(model) else model
+    fast = prepack(model, ROWS) if can_prepack(model) else model
     cache = fast.new_cache(ROWS, used)
     token, where, uniform = (
         torch.ones(ROWS, 1, dtype=torch.long),

@@ -18,7 +18,7 @@ from minmacpo.core.lora import attach_lora, init_adapter
 from minmacpo.core.losses import PreferenceLoss
 from minmacpo.core.model import Transformer, new_model
 from minmacpo.core.model_config import ModelConfig
-from minmacpo.core.prepack import pack, packs
+from minmacpo.core.prepack import can_prepack, prepack
 from minmacpo.core.sampling import pick
 from minmacpo.core.trainer import TrainExample, train_step
 from minmacpo.evaluation import html as page
@@ -64,7 +64,7 @@ def dpo_step(length: int, batch: int, vocabulary: int, width: int):
 def decode_step(length: int, batch: int, vocabulary: int, width: int):
     """A call that samples one token for `batch` rows behind `length` tokens."""
     model, settings, uniform = new(width, vocabulary)[0], Generate(0.95, 50, 0.7), torch.rand(batch)
-    model = pack(model, batch) if packs(model) else model
+    model = prepack(model, batch) if can_prepack(model) else model
     cache, token, where = (
         model.new_cache(batch, length),
         torch.ones(batch, 1, dtype=torch.long),

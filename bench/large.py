@@ -22,7 +22,7 @@ from minmacpo.core.model_config import ModelConfig
 from minmacpo.core.sampling import generate
 from minmacpo.core.scoring import score
 from minmacpo.data.tokenizer import Tokens
-from minmacpo.kernels.quantization import FORMS, Quantised, quantize_linears
+from minmacpo.kernels.quantization import QUANTIZED_LINEARS, QuantizedLinear, quantize_linears
 
 TITLE = "A student of Llama-2-70B's shape on one card, quantised: a DPO-LoRA step on a pair of 1,024 tokens a side, scoring, sampling."
 SHAPE = (8192, 80, 64, 8, 28672, 32_000)  # width, layers, heads, key heads, MLP, vocabulary
@@ -75,7 +75,7 @@ def show_plan() -> None:
         for work, load in loads(LARGE).items():
             sizes = {
                 form: need(load, config, Lora(), 2, form, device="cuda").total
-                for form in ("none", *FORMS)
+                for form in ("none", *QUANTIZED_LINEARS)
             }
             told = ", ".join(
                 f"{'bf16' if form == 'none' else form} {size / 1e9:.0f} GB"
@@ -92,7 +92,7 @@ def random_model(config: ModelConfig, form: str, device: str) -> Transformer:
         quantize_linears(model, form)
     model.to_empty(device=device)
     for module in model.modules():
-        if isinstance(module, Quantised):
+        if isinstance(module, QuantizedLinear):
             module.codes.random_(*((-127, 128) if form == "int8" else (0, 256)))
             module.scale.fill_(SPREAD[form])
         for weight in module.parameters(recurse=False):
@@ -210,7 +210,7 @@ def main(tiny: bool) -> None:
         )
     rows: list[dict] = []
     began = time.perf_counter()
-    for form in FORMS:
+    for form in QUANTIZED_LINEARS:
         bench = Large(TINY if tiny else LARGE, form, rows, began)
         for measure in (*(() if rows else (ceilings,)), dpo, scoring, sampling):
             bench.add(measure)

@@ -17,8 +17,8 @@ from minmacpo.core.lora import (
     disable_adapter,
     get_adapter_weights,
     init_adapter,
+    lora_params,
     set_adapter_weights,
-    slot,
 )
 from minmacpo.core.losses import PreferenceLoss, SFTLoss
 from minmacpo.core.model import Transformer, new_model
@@ -58,7 +58,7 @@ def random_slot(model: Transformer, seed: int = 0) -> list[torch.nn.Parameter]:
     """The parameters of a new slot of rank 8 on q and v whose B is not zero."""
     params = attach_lora(model, LORA)
     init_adapter(model, seed)
-    for key, tensor in slot(model).items():
+    for key, tensor in lora_params(model).items():
         if key.endswith("lora_B.weight"):
             torch.nn.init.normal_(
                 tensor, std=0.02, generator=torch.Generator(tensor.device).manual_seed(seed)

@@ -10,7 +10,7 @@ from torch import nn
 
 from bench.measure import clocked, words
 from minmacpo.evaluation.likelihood import run_likelihood
-from minmacpo.kernels.quantization import FORMS
+from minmacpo.kernels.quantization import QUANTIZED_LINEARS
 
 SIDE, ROWS = 2048, (1, 4, 16, 64, 256)
 
@@ -18,7 +18,7 @@ SIDE, ROWS = 2048, (1, 4, 16, 64, 256)
 def perplexities(path: str, file: str, rest: list[str]) -> None:
     """A line for every form of the base, each with its distance from bf16."""
     first = None
-    for form in ("none", *FORMS):
+    for form in ("none", *QUANTIZED_LINEARS):
         found = run_likelihood(
             "ppl", [path, file, "--run.dtype=bfloat16", f"--model.quantize={form}", *rest]
         )
@@ -35,9 +35,9 @@ def products() -> None:
     torch.set_num_threads(1)
     plain = nn.Linear(SIDE, SIDE, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     layers = {"bf16": plain}
-    for form, (kind, packed) in FORMS.items():
+    for form, kind in QUANTIZED_LINEARS.items():
         layers[form] = kind(plain)
-        layers[form].load_state_dict(packed(plain.weight), assign=True)
+        layers[form].load_state_dict(kind.quantize(plain.weight), assign=True)
     for rows in ROWS:
         x = torch.randn(rows, SIDE, dtype=torch.bfloat16)
         times = {

@@ -10,10 +10,10 @@ from minmacpo.cli.heap import tuned
 from minmacpo.config.schema import LINEARS, Lora
 from minmacpo.core.model import CACHE_ALIGN
 from minmacpo.core.model_config import ModelConfig
-from minmacpo.core.prepack import LARGEST, SMALLEST, multiplies_bf16
+from minmacpo.core.prepack import MAX_WEIGHTS, MIN_WEIGHTS, multiplies_bf16
 from minmacpo.kernels.attention import EAGER_BF16_MAX_LEN
 from minmacpo.kernels.fused_logps import FP32_CHUNK, SMALL_VOCAB, chunk_size
-from minmacpo.kernels.quantization import BLOCK
+from minmacpo.kernels.quantization import NF4_BLOCK
 
 HEAP = 32 << 20  # glibc maps no smaller block by itself, but cuts it from its heap
 
@@ -103,7 +103,7 @@ def weight_bytes(config: ModelConfig, size: int, form: str) -> int:
     scales = (
         config.num_hidden_layers * sum(out for _, out in ends)
         if form == "int8"
-        else linears // BLOCK
+        else linears // NF4_BLOCK
     )
     return size * (base - linears) + (linears if form == "int8" else linears // 2) + 2 * scales
 
@@ -115,7 +115,7 @@ def twin_bytes(config: ModelConfig, size: int, form: str) -> int:
         * sum(wide * out for wide, out in linear_ends(config).values())
         * (form == "none")
     )
-    if not SMALLEST <= outside(config) + linears <= LARGEST:
+    if not MIN_WEIGHTS <= outside(config) + linears <= MAX_WEIGHTS:
         return 0
     return size * (linears + config.vocab_size * config.hidden_size)
 

@@ -1,6 +1,7 @@
-"""Hugging Face folders and PEFT adapters, in and out; and the state of an unfinished training.
+"""Model folders in Hugging Face's layout, adapters in PEFT's, and states of unfinished trainings.
 
-Only safetensors, memory-mapped, every tensor accounted for; transformers, PEFT and vLLM load what is written.
+Only safetensors files are read, memory-mapped, and every tensor is accounted for. transformers,
+PEFT and vLLM load what is written.
 """
 
 import hashlib
@@ -10,24 +11,453 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minmacpo import UserError
-from minmacpo.config.schema import LINEARS, Lora
-from minmacpo.core.lora import merged_weights
+from minmacpo.core.lora import TARGET_MODULES, LoraConfig, merged_weights
 from minmacpo.core.model import Transformer
 from minmacpo.core.model_config import COMMON_FIELDS, ModelConfig, parse_config
 from minmacpo.data.tokenizer import FILES, Tokenizer, load_tokenizer
-from minmacpo.kernels.quantization import is_quantised, pack_weight, quantize_linears
+from minmacpo.kernels.quantization import is_quantized, quantize_linears, quantize_weight
 from minmacpo.runtime.files import read_json, write_atomic, write_json
 
-# Settings of adapter_config.json that plain LoRA leaves at these values.
-PLAIN = {
+# The dtypes of weights, by their names in a safetensors file
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+# What a base may say of how to talk to it: an export has it unchanged
+TALKING_FILES = (
+    *FILES,
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+# --- safetensors files
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator:
+    """The file, memory-mapped; UserError that says what is wrong with it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: {why_unreadable(path, error)}") from None
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """What is wrong with a file that is no safetensors file, as the end of a sentence."""
+    if path.is_dir():
+        return "is a folder, where a file is expected"
+    if not path.is_file():
+        return "is missing"
+    with path.open("rb") as stream:
+        first_bytes = stream.read(23)
+    if first_bytes == b"version https://git-lfs":
+        return "is a git-lfs pointer; get the file itself with git lfs pull"
+    return f"is cut short or damaged ({error})"
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file, on the CPU, and its metadata; UserError if missing or damaged."""
+    with open_safetensors(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata() or {}
+
+
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors as one file, whole or not at all; transformers asks for the default metadata."""
+    write_atomic(path, to_safetensors(tensors, metadata or {"format": "pt"}))
+
+
+def to_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """The bytes of a safetensors file with these tensors, wherever and however they lie in memory."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(contiguous, metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a file, known by the file's header alone."""
+
+    file: Path
+    name: str
+    shape: list[int]
+    dtype: str  # as in FLOATS
+
+    def read(self) -> Tensor:
+        """The tensor, in a memory mapping of its own."""
+        with open_safetensors(self.file) as file:
+            return file.get_tensor(self.name)
+
+
+# --- Model folders: which tensors there are
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The ModelConfig of a model folder; UserError if there is none, or it is not understood."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: {why_no_folder(folder)}")
+    file = folder / "config.json"
+    if not file.exists():
+        raise UserError(f"{folder}: has no config.json, so it is no model folder")
+    return parse_config(read_json(file), str(file))
+
+
+def why_no_folder(path: Path | str) -> str:
+    """What to do where there is no model folder, as the end of a sentence."""
+    if Path(path).is_file():
+        return "is a file, where a model folder is expected"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        command = f"hf download {path} --local-dir {path}"
+        return f"is no folder; if it is a model of the hub, get it with: {command}"
+    return "is no folder; download the model first and give its path"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder: the only one, or those that its index names.
+
+    Raises:
+        UserError: there is none, or one of them is not in the folder.
+    """
+    single = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        problem = "has no model.safetensors"
+        if any(folder.glob("*.bin")):
+            problem += (
+                "; its .bin files are pickles, which are not read: "
+                "save it again with save_pretrained"
+            )
+        raise UserError(f"{folder}: {problem}")
+
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: expected a weight_map of file names")
+    for name in weight_map.values():
+        if not isinstance(name, str):
+            raise UserError(f"{index}: expected a weight_map of file names")
+        if not lies_within(name, folder):
+            raise UserError(f"{index}: names {name!r:.80}, which is no file of this folder")
+    return [folder / name for name in sorted(set(weight_map.values()))]
+
+
+def lies_within(name: str, folder: Path) -> bool:
+    """Whether a file of that name is in the folder, links followed, or in its hub cache."""
+    if not 0 < len(name) <= 255 or not name.isprintable() or name != Path(name).name:
+        return False
+    home = folder.resolve()
+    file = (folder / name).resolve()
+    if file.is_relative_to(home):
+        return True
+    # the hub's cache has links from snapshots/REVISION to its blobs
+    return home.parent.name == "snapshots" and file.is_relative_to(home.parents[1] / "blobs")
+
+
+def stored_weights(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a model folder by name, but the rotary tables that a model computes itself.
+
+    Raises:
+        UserError: a tensor is in two files, or elsewhere than the index says.
+    """
+    stored = {}
+    files = weight_files(folder)
+    for path in files:
+        with open_safetensors(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                if name in stored:
+                    raise UserError(f"{path}: has {name}, and so has {stored[name].file.name}")
+                header = file.get_slice(name)
+                stored[name] = StoredTensor(path, name, header.get_shape(), header.get_dtype())
+    if files != [folder / "model.safetensors"]:
+        check_index(folder / "model.safetensors.index.json", stored)
+    return {
+        name: tensor for name, tensor in stored.items() if not name.endswith("rotary_emb.inv_freq")
+    }
+
+
+def check_index(index: Path, stored: dict[str, StoredTensor]) -> None:
+    """UserError where the index says something else of a tensor's file than the files do."""
+    weight_map = read_json(index)["weight_map"]
+    for name in sorted(weight_map.keys() | stored.keys()):
+        actual = stored[name].file.name if name in stored else None
+        if weight_map.get(name) != actual:
+            claimed = weight_map.get(name, "no file")
+            raise UserError(
+                f"{index}: says that {name} is in {claimed}; it is in {actual or 'none of them'}"
+            )
+
+
+# --- Model folders: loading
+
+
+def load_model(
+    folder: Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantization: str = "none",
+) -> Transformer:
+    """The model of a folder, in `dtype` whatever it is stored in.
+
+    Args:
+        device: "meta" reads the headers only.
+        quantization: "none", or a name of QUANTIZED_LINEARS; linears are quantised one by one.
+
+    Raises:
+        UserError: a file is missing, damaged or not understood, or a tensor is missing, unexpected
+            or not finite.
+    """
+    config = read_config(folder)
+    stored = stored_weights(folder)
+    return assemble(folder, config, stored, device=device, dtype=dtype, quantization=quantization)
+
+
+def load_scorer(folder: Path) -> tuple[Transformer, Tensor]:
+    """A reward model: the Transformer, and the weight (C,) of its head.
+
+    Its score is the weight times the last token's hidden state. UserError unless the folder holds
+    a sequence classifier with one label.
+    """
+    config = read_config(folder)
+    stored = stored_weights(folder)
+    score = stored.pop("score.weight", None)
+    if score is None or score.shape != [1, config.hidden_size]:
+        raise UserError(
+            f"{folder}: is no reward model; expected a sequence classifier with one label "
+            "(score.weight)"
+        )
+    weight = score.read()[0].float()
+    if not weight.isfinite().all():
+        raise UserError(f"{folder}: score.weight holds values that are not finite")
+    # there is no language head: with a tied one no tensor is missing, and it is not used
+    tied = replace(config, tie_word_embeddings=True)
+    return assemble(folder, tied, stored), weight
+
+
+def assemble(
+    folder: Path,
+    config: ModelConfig,
+    stored: dict[str, StoredTensor],
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantization: str = "none",
+) -> Transformer:
+    """The model of these tensors, each of which is checked; a tied head may be stored too."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    head = stored.pop(HEAD, None) if config.tie_word_embeddings else None
+    check_stored(folder, model, stored)
+    if torch.device(device).type == "meta":
+        return model.eval()
+
+    if quantization == "none":
+        weights = read_weights(stored, device, dtype)
+    else:
+        quantize_linears(model, quantization)
+        weights = read_quantized_weights(model, stored, device, dtype)
+    check_finite(folder, weights)
+    if head is not None and not torch.equal(head.read().to(device, dtype), weights[EMBEDDING]):
+        raise UserError(
+            f"{folder}: has a head of its own, though config.json ties it to the embedding"
+        )
+    if config.tie_word_embeddings:
+        weights[HEAD] = weights[EMBEDDING]
+    model.load_state_dict(weights, assign=True)
+    model.tie_head()
+    return model.eval()
+
+
+def check_stored(folder: Path, model: Transformer, stored: dict[str, StoredTensor]) -> None:
+    """UserError unless exactly the model's tensors are stored, in their shapes, as floats."""
+    expected = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del expected[HEAD]
+    for name in sorted(expected.keys() ^ stored.keys()):
+        problem = "lacks" if name in expected else "has an unexpected"
+        raise UserError(f"{folder}: {problem} tensor {name}")
+    for name, tensor in stored.items():
+        shape = list(expected[name].shape)
+        if tensor.shape != shape:
+            raise UserError(f"{folder}: {name} is {tensor.shape}, expected {shape}")
+        if tensor.dtype not in FLOATS:
+            raise UserError(
+                f"{folder}: {name} is stored as {tensor.dtype}; "
+                "only floats of 16 bits or more are read"
+            )
+
+
+def check_finite(folder: Path, weights: dict[str, Tensor]) -> None:
+    """UserError that names the first tensor with a value that is not finite."""
+    for name, weight in weights.items():
+        smallest, largest = weight.aminmax()
+        if not smallest.isfinite() or not largest.isfinite():
+            name = name.replace(".scale", ".weight")  # of a quantised linear
+            raise UserError(f"{folder}: {name} holds values that are not finite")
+
+
+def read_weights(
+    stored: dict[str, StoredTensor], device: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors on `device` in `dtype`.
+
+    Those that stay as they lie in a file share one mapping of it. One that is converted is read
+    through a mapping of its own, since the pages that a mapping has read stay in memory for as
+    long as it lives.
+    """
+    weights = {}
+    with ExitStack() as stack:
+        mappings = {}
+        for path in {tensor.file for tensor in stored.values()}:
+            mappings[path] = stack.enter_context(open_safetensors(path))
+        for name, tensor in stored.items():
+            if torch.device(device).type == "cpu" and FLOATS[tensor.dtype] == dtype:
+                weights[name] = mappings[tensor.file].get_tensor(name)
+            else:
+                weights[name] = tensor.read().to(device, dtype)
+    return weights
+
+
+def read_quantized_weights(
+    model: Transformer, stored: dict[str, StoredTensor], device: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors as a model with quantised linears has them, read and quantised one by one."""
+    weights = {}
+    for name, tensor in stored.items():
+        parts = quantize_weight(model, name, tensor.read().to(device))
+        if name in parts:
+            parts[name] = parts[name].to(dtype, copy=True)  # a copy ends the file's mapping
+        weights.update(parts)
+    return weights
+
+
+def check_model_folder(folder: Path) -> tuple[ModelConfig, Tokenizer]:
+    """Config and tokenizer of a model folder that is whole; UserError otherwise."""
+    config = read_config(folder)
+    tokenizer = load_tokenizer(folder)
+    check_sizes(folder, config, tokenizer)
+    load_model(folder, "meta")
+    stop_ids(folder, tokenizer)
+    return config, tokenizer
+
+
+def check_sizes(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """UserError where the tokenizer has ids that the model has no row for."""
+    if tokenizer.size > config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.size} pieces, "
+            f"the model only {config.vocab_size} rows"
+        )
+
+
+def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
+    """Every id that ends an answer: the tokenizer's end token and those of both config files."""
+    ids = {tokenizer.eos}
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        if not file.is_file():
+            continue
+        eos = read_json(file).get("eos_token_id")
+        for end in eos if isinstance(eos, list) else [eos]:
+            if end is not None and type(end) is not int:
+                raise UserError(
+                    f"{file}: eos_token_id = {eos!r}; expected a whole number, or a list of them"
+                )
+            ids.add(end)
+    return ids - {None}
+
+
+# --- Model folders: writing
+
+
+def save_model(
+    folder: Path, config: ModelConfig, weights: dict[str, Tensor], tokenizer: bytes
+) -> None:
+    """Write a plain Llama as an ordinary model folder.
+
+    Args:
+        folder: an existing folder, for config.json, model.safetensors, generation_config.json and
+            tokenizer.model.
+        weights: the model's state_dict.
+        tokenizer: content of tokenizer.model.
+    """
+    description = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": dtype_name(weights),
+    }
+    description |= {name: getattr(config, name) for name in COMMON_FIELDS}
+    description |= {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    write_json(folder / "config.json", description)
+    write_generation_config(folder, config)
+    write_atomic(folder / "tokenizer.model", tokenizer)
+    save_weights(folder, config, weights)
+
+
+def export_merged(model: Transformer, base: Path, folder: Path) -> None:
+    """Write a base with its adapter merged in as one model folder.
+
+    Args:
+        base: the base's folder, of which all but weights and dtype is copied.
+        folder: is made.
+
+    Raises:
+        UserError: the base is quantised.
+    """
+    if is_quantized(model):
+        raise UserError(
+            f"{base}: is quantised in memory, and its own weights are more exact: "
+            "merge with --model.quantize=none"
+        )
+    folder.mkdir(parents=True)
+    weights = merged_weights(model)
+    description = read_json(base / "config.json")
+    dtype_field = "dtype" if "dtype" in description else "torch_dtype"
+    description[dtype_field] = dtype_name(weights)
+    write_json(folder / "config.json", description)
+    write_generation_config(folder, model.config)
+    for name in TALKING_FILES:
+        if (base / name).is_file():
+            write_atomic(folder / name, (base / name).read_bytes())
+    save_weights(folder, model.config, weights)
+
+
+def dtype_name(weights: dict[str, Tensor]) -> str:
+    """The dtype of the weights as config.json has it, such as bfloat16."""
+    return str(next(iter(weights.values())).dtype).removeprefix("torch.")
+
+
+def write_generation_config(folder: Path, config: ModelConfig) -> None:
+    """Write generation_config.json with the two ids that a config.json has."""
+    ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    write_json(folder / "generation_config.json", ends)
+
+
+def save_weights(folder: Path, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    """Write model.safetensors, without a tied head, which is the embedding."""
+    if config.tie_word_embeddings:
+        weights = {name: tensor for name, tensor in weights.items() if name != HEAD}
+    save_tensors(folder / "model.safetensors", weights)
+
+
+# --- Adapters
+
+# Settings of adapter_config.json that plain LoRA leaves at these values
+PLAIN_LORA = {
     "use_rslora": False,
     "use_dora": False,
     "modules_to_save": None,
@@ -36,9 +466,8 @@ PLAIN = {
     "alpha_pattern": {},
 }
 
-
-# Its other fields that change nothing about what an adapter computes once it is trained.
-NOTES = {
+# Its fields that may have a value; any other one with a value is refused
+ADAPTER_FIELDS = {
     "peft_type",
     "task_type",
     "auto_mapping",
@@ -60,294 +489,25 @@ NOTES = {
     "qalora_group_size",
 }
 
+# Its fields with only some supported values. Other values of init_lora_weights change the base.
+ADAPTER_VALUES = {
+    "peft_type": ("LORA",),
+    "bias": (None, "none"),
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
+}
 
-MOST_RANK = 1 << 16
-
-
-STARTS = (
-    None,
-    True,
-    False,
-    "gaussian",
-    "orthogonal",
-    "eva",
-)  # values of init_lora_weights that leave the base alone
+MAX_RANK = 1 << 16
+MAX_ALPHA = 1e9
 
 
-# What a base may say of how to talk to it: an export has it unchanged.
-MANNERS = (
-    *FILES,
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
+def save_adapter(folder: Path, tensors: dict[str, Tensor], config: LoraConfig, base: str) -> None:
+    """Write an adapter into an existing folder, in PEFT's layout.
 
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor in a file, by its header alone."""
-
-    file: Path
-    name: str
-    shape: list[int]
-    dtype: str
-
-    def read(self) -> Tensor:
-        """The tensor, in a memory mapping of its own."""
-        with opened(self.file) as file:
-            return file.get_tensor(self.name)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of an HF folder, one or those of its index; UserError if none, or outside the folder."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists() or not index.exists():
-        if single.exists():
-            return [single]
-        pickles = (
-            "; its .bin files are pickles, which are not read: save it again with save_pretrained"
-        )
-        raise UserError(
-            f"{folder}: has no model.safetensors{pickles if any(folder.glob('*.bin')) else ''}"
-        )
-    weights = read_json(index).get("weight_map")
-    if (
-        not isinstance(weights, dict)
-        or not weights
-        or not all(isinstance(name, str) for name in weights.values())
-    ):
-        raise UserError(f"{index}: expected a weight_map of file names")
-    home = folder.resolve()
-    homes = (
-        [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
-    )  # of the hub's cache
-    for name in set(weights.values()):
-        plain = 0 < len(name) <= 255 and name.isprintable() and name == Path(name).name
-        if not plain or not any((folder / name).resolve().is_relative_to(place) for place in homes):
-            raise UserError(f"{index}: names {name!r:.80}, which is no file of this folder")
-    return [folder / name for name in sorted(set(weights.values()))]
-
-
-def stored_weights(folder: Path) -> dict[str, Stored]:
-    """All tensors of an HF folder by name, without the tables that a model computes itself. UserError if its index says
-    something else of where they are."""
-    found, files, index = {}, weight_files(folder), folder / "model.safetensors.index.json"
-    for path in files:
-        with opened(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                if name in found:
-                    raise UserError(f"{path}: has {name}, and so has {found[name].file.name}")
-                part = file.get_slice(name)
-                found[name] = Stored(path, name, part.get_shape(), part.get_dtype())
-    places = {name: part.file.name for name, part in found.items()}
-    said = places if files == [folder / "model.safetensors"] else read_json(index)["weight_map"]
-    for name in sorted(said.keys() | places.keys()):
-        if said.get(name) != (where := places.get(name)):
-            raise UserError(
-                f"{index}: says that {name} is in {said.get(name, 'no file')}; it is in {where or 'none of them'}"
-            )
-    return {name: part for name, part in found.items() if not name.endswith("rotary_emb.inv_freq")}
-
-
-def read_weights(
-    stored: dict[str, Stored], device, dtype: torch.dtype, form: str = "none"
-) -> dict[str, Tensor]:
-    """The tensors on `device` in `dtype`, linears in `form` (quant.py). Those that stay as they lie in a file share its mapping;
-    one that is converted is read by itself, as the pages that a mapping has read stay in memory for as long as it lives."""
-    stays = torch.device(device).type == "cpu"
-    if form != "none":
-        packed = (pack_weight(name, part.read().to(device), form) for name, part in stored.items())
-        return {
-            name: t.to(dtype, copy=True) if name in stored else t
-            for found in packed
-            for name, t in found.items()
-        }
-    with ExitStack() as stack:
-        files = {
-            path: stack.enter_context(opened(path))
-            for path in {part.file for part in stored.values()}
-        }
-        return {
-            name: files[part.file].get_tensor(name)
-            if stays and FLOATS[part.dtype] == dtype
-            else part.read().to(device, dtype)
-            for name, part in stored.items()
-        }
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """ModelConfig of an HF folder; UserError if there is none, or it is not understood."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: {no_folder(folder)}")
-    if not (file := folder / "config.json").exists():
-        raise UserError(f"{folder}: has no config.json, so it is no model folder")
-    return parse_config(read_json(file), str(file))
-
-
-def no_folder(path: Path | str) -> str:
-    """What to do where there is no model folder, as the end of a sentence."""
-    if Path(path).is_file():
-        return "is a file, where a model folder is expected"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        return f"is no folder; if it is a model of the hub, get it with: hf download {path} --local-dir {path}"
-    return "is no folder; download the model first and give its path"
-
-
-def load_model(
-    folder: Path, device="cpu", dtype: torch.dtype = torch.float32, form: str = "none"
-) -> Transformer:
-    """The model of an HF folder in `dtype`, whatever dtype it is stored in, its linears quantised one by one if `form` says so;
-    on "meta" only the headers are read. UserError if a file is missing, damaged or not understood, or a tensor unexpected
-    or not finite."""
-    return assemble(folder, read_config(folder), stored_weights(folder), device, dtype, form)
-
-
-def load_scorer(folder: Path) -> tuple[Transformer, Tensor]:
-    """(model, weight [H] of its head) of a sequence classifier with one label, a reward model: its score is the
-    weight times the last token's hidden state. UserError if the folder is none."""
-    config, stored = read_config(folder), stored_weights(folder)
-    score = stored.pop("score.weight", None)
-    if score is None or score.shape != [1, config.hidden_size]:
-        raise UserError(
-            f"{folder}: is no reward model; expected a sequence classifier with one label (score.weight)"
-        )
-    tied = replace(config, tie_word_embeddings=True)  # it has no head, and none is used
-    if not (weight := score.read()[0].float()).isfinite().all():
-        raise UserError(f"{folder}: score.weight holds values that are not finite")
-    return assemble(folder, tied, stored), weight
-
-
-def assemble(
-    folder: Path,
-    config: ModelConfig,
-    stored: dict[str, Stored],
-    device="cpu",
-    dtype: torch.dtype = torch.float32,
-    form: str = "none",
-) -> Transformer:
-    """A model of these weights, each of which is looked for and looked at; a tied head may be among them."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    wanted, embedding, head = model.state_dict(), "model.embed_tokens.weight", None
-    if config.tie_word_embeddings:
-        del wanted["lm_head.weight"]
-        head = stored.pop("lm_head.weight", None)
-    for name in sorted(wanted.keys() ^ stored.keys()):
-        raise UserError(
-            f"{folder}: {'lacks' if name in wanted else 'has an unexpected'} tensor {name}"
-        )
-    for name, part in stored.items():
-        if part.shape != list(wanted[name].shape):
-            raise UserError(
-                f"{folder}: {name} is {part.shape}, expected {list(wanted[name].shape)}"
-            )
-        if part.dtype not in FLOATS:
-            raise UserError(
-                f"{folder}: {name} is stored as {part.dtype}; only floats of 16 bits or more are read"
-            )
-    if torch.device(device).type == "meta":
-        return model.eval()
-    weights = read_weights(stored, device, dtype, form)
-    if odd := [
-        name for name, weight in weights.items() if not all(v.isfinite() for v in weight.aminmax())
-    ]:
-        raise UserError(
-            f"{folder}: {odd[0].replace('.scale', '.weight')} holds values that are not finite"
-        )
-    if form != "none":
-        quantize_linears(model, form)
-    if head and not torch.equal(head.read().to(device, dtype), weights[embedding]):
-        raise UserError(
-            f"{folder}: has a head of its own, though config.json ties it to the embedding"
-        )
-    model.load_state_dict(
-        weights | ({"lm_head.weight": weights[embedding]} if config.tie_word_embeddings else {}),
-        assign=True,
-    )
-    model.tie_head()
-    return model.eval()
-
-
-def check_model_folder(folder: Path) -> tuple[ModelConfig, Tokenizer]:
-    """Config and tokenizer of an HF folder that is whole; UserError otherwise."""
-    config, tokenizer = read_config(folder), load_tokenizer(folder)
-    check_sizes(folder, config, tokenizer)
-    load_model(folder, "meta")
-    stop_ids(folder, tokenizer)
-    return config, tokenizer
-
-
-def check_sizes(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """UserError where the tokenizer has ids that the model has no row for."""
-    if tokenizer.size > config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.size} pieces, the model only {config.vocab_size} rows"
-        )
-
-
-def save_model(
-    folder: Path, config: ModelConfig, weights: dict[str, Tensor], tokenizer: bytes
-) -> None:
-    """An ordinary HF folder of a plain Llama: config.json, model.safetensors, generation_config.json, tokenizer.model."""
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    sizes = {name: getattr(config, name) for name in COMMON_FIELDS}
-    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": dtype}
-    fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    write_json(folder / "config.json", kind | sizes | fixed)
-    write_generation(folder, config)
-    write_atomic(folder / "tokenizer.model", tokenizer)
-    save_weights(folder, config, weights)
-
-
-def write_generation(folder: Path, config: ModelConfig) -> None:
-    """generation_config.json with the two ids that a config.json has."""
-    ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    write_json(folder / "generation_config.json", ends)
-
-
-def save_weights(folder: Path, config: ModelConfig, weights: dict[str, Tensor]) -> None:
-    """model.safetensors, where a tied head is the embedding."""
-    left_out = "lm_head.weight" if config.tie_word_embeddings else None
-    save_tensors(folder / "model.safetensors", {k: v for k, v in weights.items() if k != left_out})
-
-
-def export_merged(model: Transformer, source: Path, folder: Path) -> None:
-    """Write base and slot as one HF folder; all but the weights and their dtype is that of `source`, the base. UserError if
-    the base is quantised."""
-    if is_quantised(model):
-        raise UserError(
-            f"{source}: is quantised in memory, and its own weights are more exact: merge with --model.quantize=none"
-        )
-    folder.mkdir(parents=True)
-    raw, weights = read_json(source / "config.json"), merged_weights(model)
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    write_json(folder / "config.json", raw | {"dtype" if "dtype" in raw else "torch_dtype": dtype})
-    write_generation(folder, model.config)
-    for file in (source / name for name in MANNERS):
-        if file.is_file():
-            write_atomic(folder / file.name, file.read_bytes())
-    save_weights(folder, model.config, weights)
-
-
-def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
-    """Every id that ends an answer: the tokenizer's end token and those of both HF configs."""
-    ids = {tokenizer.eos}
-    for file in (folder / "config.json", folder / "generation_config.json"):
-        eos = read_json(file).get("eos_token_id") if file.is_file() else None
-        ends = eos if isinstance(eos, list) else [eos]
-        if not all(end is None or type(end) is int for end in ends):
-            raise UserError(
-                f"{file}: eos_token_id = {eos!r}; expected a whole number, or a list of them"
-            )
-        ids |= set(ends)
-    return ids - {None}
-
-
-def save_adapter(folder: Path, tensors: dict[str, Tensor], config: Lora, base: str) -> None:
-    """An adapter in PEFT's layout. `base` is the path of its base, relative to the adapter."""
-    described = {
+    Args:
+        tensors: as `get_adapter_weights` gives them.
+        base: path of the base's folder, relative to the adapter's.
+    """
+    description = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -360,161 +520,112 @@ def save_adapter(folder: Path, tensors: dict[str, Tensor], config: Lora, base: s
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    write_json(folder / "adapter_config.json", described | PLAIN)
+    write_json(folder / "adapter_config.json", description | PLAIN_LORA)
     save_tensors(folder / "adapter_model.safetensors", tensors)
 
 
 def load_adapter(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter folder, as `set_adapter_weights` takes them; UserError if missing or damaged."""
+    """The tensors of an adapter folder, for `set_adapter_weights`; UserError if damaged."""
     file = folder / "adapter_model.safetensors"
     if not file.exists() and (folder / "adapter_model.bin").exists():
         raise UserError(
-            f"{folder}: adapter_model.bin is a pickle, which is not read: save it again with save_pretrained"
+            f"{folder}: adapter_model.bin is a pickle, which is not read: "
+            "save it again with save_pretrained"
         )
-    tensors = load_tensors(file)[0]
-    if odd := next(
-        (name for name, tensor in tensors.items() if tensor.dtype not in FLOATS.values()), None
-    ):
-        raise UserError(
-            f"{file}: {odd} is {str(tensors[odd].dtype).removeprefix('torch.')}; expected {', '.join(FLOATS)}"
-        )
+    tensors, _ = load_tensors(file)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS.values():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{file}: {name} is {dtype}; expected {', '.join(FLOATS)}")
     return tensors
 
 
-def read_adapter_config(folder: Path) -> tuple[Lora, str]:
-    """(slot settings, path of the base as written) of an adapter folder; UserError if not plain LoRA.
-    A rank-stabilised one, scaled by alpha / sqrt(r), is a plain one with a larger alpha."""
+def read_adapter_config(folder: Path) -> tuple[LoraConfig, str]:
+    """The adapter's LoraConfig, and the path of its base as it is written.
+
+    A rank-stabilised adapter, scaled by alpha / sqrt(r), is a plain one with a larger alpha.
+
+    Raises:
+        UserError: the file is missing or broken, or the adapter is no plain LoRA.
+    """
     file = folder / "adapter_config.json"
     raw = read_json(file)
-    odd = [name for name, value in raw.items() if value and name not in NOTES]
-    odd += [
-        name
-        for name, plain in {
-            "peft_type": ("LORA",),
-            "bias": (None, "none"),
-            "init_lora_weights": STARTS,
-        }.items()
-        if raw.get(name) not in list(plain)
-    ]
-    if odd:
-        raise UserError(
-            f"{file}: {odd[0]} = {raw.get(odd[0])!r:.60} is not supported; only plain LoRA is read"
-        )
-    r, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
-    base, stable = raw.get("base_model_name_or_path") or "", raw.get("use_rslora") or False
+    check_plain_lora(raw, file)
+
+    rank = raw.get("r")
+    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+        raise UserError(f"{file}: r = {rank!r:.60}; expected a whole number from 1 to {MAX_RANK}")
+    alpha = raw.get("lora_alpha")
+    if type(alpha) not in (int, float) or not abs(alpha) <= MAX_ALPHA:  # nan is refused too
+        raise UserError(f"{file}: lora_alpha = {alpha!r:.60}; expected a number")
+    rank_stabilised = raw.get("use_rslora") or False
+    if type(rank_stabilised) is not bool:
+        raise UserError(f"{file}: use_rslora = {rank_stabilised!r:.60}; expected true or false")
+    if rank_stabilised:
+        alpha = alpha * math.sqrt(rank)
+    base = raw.get("base_model_name_or_path") or ""
+    if not isinstance(base, str):
+        raise UserError(f"{file}: base_model_name_or_path = {base!r:.60}; expected a path")
+    return LoraConfig(rank, alpha, parse_targets(raw.get("target_modules"), file)), base
+
+
+def check_plain_lora(raw: dict, file: Path) -> None:
+    """UserError that names the first setting which is not one of plain LoRA."""
+    for name, value in raw.items():
+        if value and name not in ADAPTER_FIELDS:
+            raise UserError(not_plain_lora(file, name, value))
+    for name, supported in ADAPTER_VALUES.items():
+        if raw.get(name) not in supported:
+            raise UserError(not_plain_lora(file, name, raw.get(name)))
+
+
+def not_plain_lora(file: Path, name: str, value) -> str:
+    """The sentence for a setting that is not supported."""
+    return f"{file}: {name} = {value!r:.60} is not supported; only plain LoRA is read"
+
+
+def parse_targets(targets, file: Path) -> tuple[str, ...]:
+    """The names and patterns of target_modules; UserError where one is none."""
     if isinstance(targets, str):
-        targets = LINEARS if targets.lower() == "all-linear" else [targets]
-    named = isinstance(targets, list | tuple) and all(
-        isinstance(name, str) for name in [base, *targets]
-    )
-    scaled = (
-        type(alpha) in (int, float) and abs(alpha) <= 1e9 and type(stable) is bool
-    )  # nan is not, either
-    if not named or not scaled or type(r) is not int or not 1 <= r <= MOST_RANK:
-        raise UserError(
-            f"{file}: expected r (1 to {MOST_RANK}), lora_alpha, target_modules and the path of the base"
-        )
-    try:
-        for target in targets:
+        targets = TARGET_MODULES if targets.lower() == "all-linear" else [targets]
+    if not isinstance(targets, list | tuple):
+        raise UserError(f"{file}: target_modules = {targets!r:.60}; expected a list of names")
+    for target in targets:
+        if not isinstance(target, str):
+            raise UserError(f"{file}: target_modules holds {target!r:.60}, which is no name")
+        try:
             re.compile(target)
-    except re.error as error:
-        raise UserError(f"{file}: target_modules holds a broken pattern ({error})") from None
-    return Lora(r, alpha * math.sqrt(r) if stable else alpha, tuple(targets)), base
+        except (re.error, RecursionError, OverflowError) as error:
+            raise UserError(f"{file}: target_modules holds a broken pattern ({error})") from None
+    return tuple(targets)
+
+
+# --- States of unfinished trainings
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], notes: dict) -> None:
-    """Parameters and moments with the step's notes in one file, so that they cannot part, and a sum of all."""
+    """Write parameters, moments and the trainer's notes in one file, so that they cannot part.
+
+    A state has no stage.json that says whether it is undamaged, so it holds a digest of its own.
+    """
     path.parent.mkdir(exist_ok=True)
-    told = json.dumps(notes)
-    save_tensors(path, tensors, {"notes": told, "sum": sum_of(tensors, told)})
-
-
-def sum_of(tensors: dict[str, Tensor], notes: str) -> str:
-    """Hex digest of tensors on the CPU and their notes: a state has no stage.json that tells whether it is undamaged."""
-    digest = hashlib.sha256(notes.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(bytes_of(tensor))
-    return digest.hexdigest()
+    text = json.dumps(notes)
+    save_tensors(path, tensors, {"notes": text, "sha256": state_digest(tensors, text)})
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """What `save_state` wrote; UserError if it is damaged."""
+    """The tensors and notes that `save_state` wrote; UserError if they are damaged."""
     try:
         tensors, metadata = load_tensors(path)
-        if sum_of(tensors, metadata["notes"]) != metadata["sum"]:
-            raise ValueError("damaged")
-        return tensors, json.loads(metadata["notes"])
-    except (UserError, KeyError, ValueError, RecursionError):
-        raise UserError(
-            f"{path}: is no whole training state; delete it, and the stage trains anew"
-        ) from None
+        notes = metadata["notes"]
+        undamaged = state_digest(tensors, notes) == metadata["sha256"]
+    except (UserError, KeyError, ValueError, RuntimeError):
+        undamaged = False
+    if not undamaged:
+        raise UserError(f"{path}: is no whole training state; delete it, and the stage trains anew")
+    return tensors, json.loads(notes)
 
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-def save_tensors(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """Tensors as one .safetensors file, atomically; no second copy of all of them is made, as the library's own writing would."""
-    write_atomic(path, tensor_parts(tensors, metadata or {"format": "pt"}))
-
-
-def tensor_parts(
-    tensors: dict[str, Tensor], metadata: dict[str, str]
-) -> Iterator[bytes | memoryview]:
-    """The bytes of a .safetensors file (github.com/huggingface/safetensors, "Format"): the size of the header, the header, and the
-    tensors, those of larger numbers first, so that all are aligned."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    ends = [0, *accumulate(tensors[name].nbytes for name in order)]
-    names = {dtype: name for name, dtype in FLOATS.items()}
-    header = {"__metadata__": metadata} | {
-        name: {
-            "dtype": names[tensors[name].dtype],
-            "shape": [*tensors[name].shape],
-            "data_offsets": [*span],
-        }
-        for name, span in zip(order, pairwise(ends), strict=True)
-    }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for name in order:
-        yield bytes_of(tensors[name])
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor."""
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
-@contextmanager
-def opened(path: Path) -> Iterator:
-    """A .safetensors file, memory-mapped; UserError that says what is wrong with it."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: {fault(path, error)}") from None
-
-
-def fault(path: Path, error: Exception) -> str:
-    """What is wrong with a file that is no safetensors file, as the end of a sentence."""
-    if path.is_dir():
-        return "is a folder, where a file is expected"
-    if not path.is_file():
-        return "is missing"
-    with path.open("rb") as stream:
-        pointer = stream.read(23) == b"version https://git-lfs"
-    return (
-        "is a git-lfs pointer; get the file itself with git lfs pull"
-        if pointer
-        else f"is cut short or damaged ({error})"
-    )
-
-
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a .safetensors file, on the CPU; UserError if missing or damaged."""
-    with opened(path) as file:
-        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+def state_digest(tensors: dict[str, Tensor], notes: str) -> str:
+    """Hex digest of a state's tensors and notes."""
+    return hashlib.sha256(to_safetensors(tensors) + notes.encode()).hexdigest()

@@ -1,4 +1,8 @@
-"""A model's twin for sampling on a CPU: the same weights, repacked once into the layout that oneDNN multiplies fastest."""
+"""A copy of a model for sampling on a CPU, its weights in the memory layout that oneDNN likes best.
+
+The copy shares the model's parameters. It is made once per batch of answers, since an adapter may
+have changed in between.
+"""
 
 import copy
 import functools
@@ -11,77 +15,102 @@ from torch import Tensor, nn
 from minmacpo.core.lora import LoraLinear
 from minmacpo.core.model import Attention, Transformer
 
-SMALLEST = (
-    8_000_000  # weights; below, what finished runs have sampled stays what it was, to the last bit
-)
+# Weights of the models that are prepacked. Smaller ones gain nothing, and what finished runs have
+# sampled with them stays the same to the last bit; of larger ones a second copy takes too much.
+MIN_WEIGHTS = 8_000_000
+MAX_WEIGHTS = 1_000_000_000
 
 
-LARGEST = 1_000_000_000  # weights; the twin holds its linears a second time
-
-
-class PackedLinear(nn.Module):
-    """x [..., in] -> [..., out] as nn.Linear has it, from `weight` [out, in] in oneDNN's own order."""
+class PrepackedLinear(nn.Module):
+    """A linear whose `weight` (out, in) is kept in oneDNN's own order, (..., in) -> (..., out)."""
 
     def __init__(self, linear: nn.Linear, weight: Tensor, rows: int):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.prepacked = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        linear = torch.ops.mkldnn._linear_pointwise
+        return linear(x, self.prepacked, self.bias, "none", [], "")
 
 
-def sharded(model: nn.Module) -> bool:
-    """Whether some parameters are only a part of what they stand for, the rest being with other ranks (parallel.shard)."""
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process holds only a part of some parameters (parallel.shard)."""
     return any(type(param) is not nn.Parameter for param in model.parameters())
 
 
-def packs(model: Transformer) -> bool:
-    """True where a packed twin exists and pays: on a CPU with oneDNN, within the sizes above, in fp32 or bf16."""
-    weight, size = model.model["embed_tokens"].weight, sum(p.numel() for p in model.parameters())
-    if sharded(model) or weight.device.type != "cpu" or not SMALLEST <= size <= LARGEST:
+def can_prepack(model: Transformer) -> bool:
+    """Whether a prepacked copy exists and pays: on a CPU with oneDNN, in fp32 or bf16."""
+    weight = model.model["embed_tokens"].weight
+    if is_sharded(model) or weight.device.type != "cpu":
         return False
-    if not torch.backends.mkldnn.is_available() or not hasattr(
-        torch.ops.mkldnn, "_linear_pointwise"
-    ):
-        say_missing()
+    size = sum(param.numel() for param in model.parameters())
+    if not MIN_WEIGHTS <= size <= MAX_WEIGHTS:
         return False
-    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and multiplies_bf16())
+    if not has_onednn():
+        warn_without_onednn()
+        return False
+    if weight.dtype == torch.bfloat16:
+        return multiplies_bf16()
+    return weight.dtype == torch.float32
+
+
+def has_onednn() -> bool:
+    """Whether this torch has oneDNN, and the operator that is used here."""
+    available = torch.backends.mkldnn.is_available()
+    return available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def multiplies_bf16() -> bool:
-    """Whether oneDNN does on this CPU; else torch does (with AVX2 4 GFLOP/s, against 30 in fp32, of one thread)."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether oneDNN multiplies bf16 on this CPU; torch does it several times slower."""
+    available = torch.backends.mkldnn.is_available()
+    return available and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-@functools.cache
-def say_missing() -> None:
-    """One line for a process whose torch has no oneDNN."""
+@functools.cache  # once per process
+def warn_without_onednn() -> None:
+    """Say on stderr that sampling is slower than it could be."""
     print(
         "WARNING: this torch has no oneDNN, so weights are not repacked and sampling is slower",
         file=sys.stderr,
     )
 
 
-def pack(model: Transformer, rows: int) -> Transformer:
-    """A twin of the model as it is now, for `rows` tokens at a time, that shares its parameters and quantised linears. In fp32 an adapter is merged
-    into what is packed; in bf16, where merging would round it, it stays the slot. No gradient passes."""
-    twin = copy.deepcopy(
-        model, {id(kept): kept for kept in chain(model.parameters(), model.buffers())}
-    )
-    twin.transposed_cache = model.lm_head.weight.dtype == torch.float32  # in bf16 it does not pay
-    for name, module in [*twin.named_modules()]:
-        parent, _, last = name.rpartition(".")
-        if (
-            isinstance(module, LoraLinear)
-            and type(module.base) is nn.Linear
-            and module.base.weight.dtype == torch.float32
-        ):
-            merged = module.base.weight + module.scale * (module.lora_B @ module.lora_A)
-            setattr(twin.get_submodule(parent), last, PackedLinear(module.base, merged, rows))
-        elif type(module) is nn.Linear and type(twin.get_submodule(parent)) is not PackedLinear:
-            setattr(twin.get_submodule(parent), last, PackedLinear(module, module.weight, rows))
-        elif isinstance(module, Attention):
+def prepack(model: Transformer, rows: int) -> Transformer:
+    """A prepacked copy of the model with its present adapter, for `rows` tokens at a time.
+
+    It shares parameters and quantised linears with the model. In fp32 the adapter is merged into
+    the copy's weights; in bf16, where merging would round it, it stays beside them. No gradient
+    passes through it.
+    """
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    packed_model = copy.deepcopy(model, shared)
+    packed_model.transposed_cache = model.lm_head.weight.dtype == torch.float32  # slower in bf16
+    for module in packed_model.modules():
+        if isinstance(module, Attention):
             module.prepacked = True
-    return twin
+    prepack_linears(packed_model, rows)
+    return packed_model
+
+
+def prepack_linears(module: nn.Module, rows: int) -> None:
+    """Replace every nn.Linear within the module by a prepacked one."""
+    for name, child in list(module.named_children()):
+        if is_mergeable(child):
+            base = child.base
+            merged = base.weight + child.scaling * (child.lora_B @ child.lora_A)
+            setattr(module, name, PrepackedLinear(base, merged, rows))
+        elif type(child) is nn.Linear:
+            setattr(module, name, PrepackedLinear(child, child.weight, rows))
+        else:
+            prepack_linears(child, rows)
+
+
+def is_mergeable(module: nn.Module) -> bool:
+    """Whether it is an adapter on a plain linear in fp32."""
+    if not isinstance(module, LoraLinear) or type(module.base) is not nn.Linear:
+        return False
+    return module.base.weight.dtype == torch.float32

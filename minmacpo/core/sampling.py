@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minmacpo.config.schema import Generate
 from minmacpo.core.model import CACHE_ALIGN, KVCache, Transformer
-from minmacpo.core.prepack import pack, packs, sharded
+from minmacpo.core.prepack import can_prepack, is_sharded, prepack
 
 PLAUSIBLE = 0.1  # of the likeliest token's probability: what contrastive decoding may choose
 
@@ -130,7 +130,7 @@ class Decoder:
     def __init__(self, models: Sequence[Transformer], caches: Sequence[KVCache]):
         self.models, self.caches, self.shape, self.graph = models, caches, None, None
         self.whole = not any(
-            map(sharded, models)
+            map(is_sharded, models)
         )  # what is fetched from other ranks is not captured
 
     def keep(self, rows: Tensor) -> None:
@@ -276,7 +276,7 @@ def generate(
         Board(prompts, seeds, most, places, device),
         torch.tensor(sorted(stops), device=device),
     )
-    models = [pack(m, places) if packs(m) else m for m in (model, against) if m]
+    models = [prepack(m, places) if can_prepack(m) else m for m in (model, against) if m]
     longest = max(map(len, prompts))
     logits, caches = prefill(
         models, prompts[:places], longest + most - max(map(len, prompts[:places]))

@@ -1,8 +1,9 @@
-"""Frozen linears in eight or in four bits, put in the place of nn.Linear: a base that is too large in bf16.
+"""Frozen linears in eight or four bits, in the place of nn.Linear: for a base too large in bf16.
 
-int8: a whole number of -127 … 127 for every weight, a scale for every output channel. nf4 (Dettmers et al. 2023): blocks
-of 64 weights, each the nearest of sixteen quantiles of a normal distribution times the block's largest. LoRA, losses and
-sampling see in_features, out_features and a product; a weight in 16 bits exists only while it is multiplied.
+int8: a whole number from -127 to 127 for every weight, and a scale for every output channel.
+nf4 (QLoRA, Dettmers et al. 2023): blocks of 64 weights, each the nearest of sixteen quantiles of a
+normal distribution, times the largest of its block. LoRA, losses and sampling see in_features,
+out_features and a product. A weight in 16 bits exists only while it is multiplied.
 """
 
 import functools
@@ -11,207 +12,246 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minmacpo.config.schema import LINEARS
+NF4_BLOCK = 64  # weights of nf4 that share a scale
 
-BLOCK = 64  # weights of nf4 that share a scale
+# Rows up to which torch's own int8 product is the faster one on a CPU (bench/speed/quant.py)
+INT8_KERNEL_MAX_ROWS = 16
 
+# Weights that are quantised at a time, a multiple of NF4_BLOCK: what that takes in fp32 is small
+QUANTIZE_CHUNK = 1 << 18
 
-FEW = 16  # rows up to which torch's own int8 product is the faster one on a CPU (bench/quant.py)
+# Where the outermost of nf4's quantiles lies, half a step from 1 (QLoRA, appendix E)
+NF4_OUTERMOST = 0.9677083
 
-
-PART = (
-    1 << 18
-)  # weights that are quantised at a time, a multiple of BLOCK: what that takes beside them is small
-
-
-OUTERMOST = (
-    0.9677083  # where the outermost of nf4's quantiles lies, half a step from 1 (QLoRA, appendix E)
-)
+SMALLEST_SCALE = 1e-30  # keeps a row or block of zeros from dividing by zero
 
 
-@functools.cache
-def levels() -> Tensor:
-    """nf4's sixteen values in fp32, from -1 to 1: seven quantiles below 0, 0, eight above."""
-    above, below = (
-        torch.special.ndtri(torch.linspace(OUTERMOST, 0.5, n, dtype=torch.float64)[:-1])
-        for n in (9, 8)
-    )
-    return (
-        torch.cat((-below, torch.zeros(1, dtype=torch.float64), above.flip(0)))
-        .div(above[0])
-        .float()
-    )
+class QuantizedLinear(nn.Module):
+    """A linear that keeps codes and scales instead of a weight, (..., in) -> (..., out).
 
+    It takes shape, bias and device from the linear that it replaces. Its codes and scales are
+    empty until they are loaded; `quantize` makes them of a weight.
+    """
 
-@functools.cache
-def value_pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[256]: the two values that a byte of nf4 codes stands for, the low half first, side by side in one number of twice
-    the width, so that one look-up gives both."""
-    codes = torch.arange(256)
-    pairs = levels()[torch.stack((codes % 16, codes // 16), dim=1)].to(dtype)
-    return pairs.view(torch.int64 if dtype.itemsize == 4 else torch.int32)[:, 0].to(device)
+    codes_dtype: torch.dtype
 
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.bias = linear.bias
+        device = linear.weight.device
+        codes_shape, scale_shape = self.buffer_shapes(linear.out_features, linear.in_features)
+        codes = torch.empty(codes_shape, dtype=self.codes_dtype, device=device)
+        scale = torch.empty(scale_shape, dtype=torch.bfloat16, device=device)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
 
-def upwards(scale: Tensor) -> Tensor:
-    """Scales as the least bf16 numbers that are no smaller, so that the codes are found for the very scale that is kept."""
-    near = scale.to(torch.bfloat16)
-    return torch.where(
-        near.float() < scale, torch.nextafter(near, torch.full_like(near, torch.inf)), near
-    )
-
-
-def to_int8(weight: Tensor) -> dict[str, Tensor]:
-    """{"codes" [out, in] int8, "scale" [out] bf16} of a weight [out, in]; a scale is not finite where a weight is not."""
-    scale = upwards(weight.abs().amax(1).float() / 127)
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    rows = max(1, PART // weight.shape[1])
-    for part, into, size in zip(
-        weight.split(rows), codes.split(rows), scale.split(rows), strict=True
-    ):
-        into.copy_((part.float() / size.float().clamp(min=1e-30)[:, None]).round_())
-    return {"codes": codes, "scale": scale}
-
-
-def to_nf4(weight: Tensor) -> dict[str, Tensor]:
-    """{"codes" [blocks · 32] uint8, "scale" [blocks] bf16} of a weight [out, in], row by row, its end filled up with zeros;
-    a scale is not finite where a weight is not."""
-    borders, count = (
-        (levels()[1:] + levels()[:-1]).to(weight.device) / 2,
-        -(-weight.numel() // BLOCK),
-    )
-    codes = torch.empty(count * BLOCK // 2, dtype=torch.uint8, device=weight.device)
-    scale = torch.empty(count, dtype=torch.bfloat16, device=weight.device)
-    parts = weight.reshape(-1).split(PART), codes.split(PART // 2), scale.split(PART // BLOCK)
-    for part, into, size in zip(*parts, strict=True):
-        blocks = F.pad(part.float(), (0, -len(part) % BLOCK)).view(-1, BLOCK)
-        size.copy_(upwards(blocks.abs().amax(1)))
-        nearest = (
-            torch.bucketize(
-                blocks / size.float().clamp(min=1e-30)[:, None], borders, out_int32=True
-            )
-            .view(-1)
-            .to(torch.uint8)
-        )
-        torch.bitwise_or(nearest[::2], nearest[1::2] << 4, out=into)
-    return {"codes": codes, "scale": scale}
-
-
-class Product(torch.autograd.Function):
-    """x -> layer.product(x), and its gradient by layer.back; nothing is kept in between."""
+    def forward(self, x: Tensor) -> Tensor:
+        y = QuantizedProduct.apply(x, self)
+        return y if self.bias is None else y + self.bias
 
     @staticmethod
-    def forward(ctx, x, layer):
+    def buffer_shapes(out_features: int, in_features: int) -> tuple[tuple, tuple]:
+        """The shapes of codes and scale."""
+        raise NotImplementedError
+
+    @staticmethod
+    def quantize(weight: Tensor) -> dict[str, Tensor]:
+        """{"codes", "scale"} of a weight (out, in); a scale is not finite where a weight is not."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T, without the bias: (..., in) -> (..., out)."""
+        raise NotImplementedError
+
+    def backward_input(self, grad: Tensor) -> Tensor:
+        """The gradient of x, (..., in), from that of x W^T, (..., out)."""
+        raise NotImplementedError
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) that codes and scales stand for."""
+        raise NotImplementedError
+
+
+class QuantizedProduct(torch.autograd.Function):
+    """x -> layer.product(x), with nothing kept for the backward pass but the layer."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        """(..., in) -> (..., out)."""
         ctx.layer = layer
         return layer.product(x)
 
     @staticmethod
-    def backward(ctx, grad):
-        return ctx.layer.back(grad), None
+    def backward(ctx, grad: Tensor):
+        """(..., out) -> (..., in)."""
+        return ctx.layer.backward_input(grad), None
 
 
-class Quantised(nn.Module):
-    """x [..., in] -> [..., out] as the linear has it whose shape, bias and device it takes over; its codes and scale
-    are to be loaded."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.in_features, self.out_features, self.bias = (
-            linear.in_features,
-            linear.out_features,
-            linear.bias,
-        )
-        codes, scale = self.shapes(linear.out_features, linear.in_features)
-        self.register_buffer(
-            "codes", torch.empty(codes, dtype=self.kind, device=linear.weight.device)
-        )
-        self.register_buffer(
-            "scale", torch.empty(scale, dtype=torch.bfloat16, device=linear.weight.device)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = Product.apply(x, self)
-        return y if self.bias is None else y + self.bias
+def ceil_bf16(scale: Tensor) -> Tensor:
+    """The least bf16 numbers that are no smaller, so that codes fit the very scale that is kept."""
+    nearest = scale.to(torch.bfloat16)
+    infinity = torch.full_like(nearest, torch.inf)
+    return torch.where(nearest.float() < scale, torch.nextafter(nearest, infinity), nearest)
 
 
-class Int8Linear(Quantised):
-    kind = torch.int8
+class Int8Linear(QuantizedLinear):
+    """codes (out, in) int8, scale (out,) bf16."""
+
+    codes_dtype = torch.int8
 
     @staticmethod
-    def shapes(rows: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of codes and scale, for a weight [rows, columns]."""
-        return (rows, columns), (rows,)
+    def buffer_shapes(out_features: int, in_features: int) -> tuple[tuple, tuple]:
+        return (out_features, in_features), (out_features,)
+
+    @staticmethod
+    def quantize(weight: Tensor) -> dict[str, Tensor]:
+        scale = ceil_bf16(weight.abs().amax(1).float() / 127)  # (out,)
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        rows = max(1, QUANTIZE_CHUNK // weight.shape[1])
+        for start in range(0, len(weight), rows):
+            chunk = slice(start, start + rows)
+            divisor = scale[chunk].float().clamp(min=SMALLEST_SCALE)[:, None]
+            codes[chunk] = (weight[chunk].float() / divisor).round_()
+        return {"codes": codes, "scale": scale}
 
     def product(self, x: Tensor) -> Tensor:
-        """x Wᵀ: the scales are of the output, so that codes alone are multiplied, exact in bf16."""
-        rows = x.reshape(-1, self.in_features)
-        if (
-            x.device.type == "cpu"
-            and x.dtype == torch.bfloat16
-            and len(rows) <= FEW
-            and self.in_features % 16 == 0
-        ):  # else it reads on
-            return torch._weight_int8pack_mm(rows, self.codes, self.scale).view(
-                *x.shape[:-1], self.out_features
-            )
+        if self.has_fast_kernel(x):
+            rows = x.reshape(-1, self.in_features)
+            y = torch._weight_int8pack_mm(rows, self.codes, self.scale)
+            return y.view(*x.shape[:-1], self.out_features)
+        # the scales belong to outputs, so the codes alone are multiplied, exact in bf16
         return F.linear(x, self.codes.to(x.dtype)) * self.scale.to(x.dtype)
 
-    def back(self, grad: Tensor) -> Tensor:
-        """The gradient of x from that of x Wᵀ."""
+    def has_fast_kernel(self, x: Tensor) -> bool:
+        """Whether torch's int8 product may be used, and is faster than dequantising first."""
+        if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+            return False
+        rows = x.numel() // self.in_features
+        # of another number of columns the kernel reads beyond their end
+        return rows <= INT8_KERNEL_MAX_ROWS and self.in_features % 16 == 0
+
+    def backward_input(self, grad: Tensor) -> Tensor:
         return (grad * self.scale.to(grad.dtype)) @ self.codes.to(grad.dtype)
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in] that this stands for."""
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         return self.codes.to(dtype) * self.scale.to(dtype)[:, None]
 
 
-class Nf4Linear(Quantised):
-    kind = torch.uint8
+class Nf4Linear(QuantizedLinear):
+    """codes (blocks * 32,) uint8, two weights a byte, low half first; scale (blocks,) bf16.
+
+    Blocks go row by row through the weight, and the last one is filled up with zeros.
+    """
+
+    codes_dtype = torch.uint8
 
     @staticmethod
-    def shapes(rows: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of codes and scale, for a weight [rows, columns]."""
-        blocks = -(-rows * columns // BLOCK)
-        return (blocks * BLOCK // 2,), (blocks,)
+    def buffer_shapes(out_features: int, in_features: int) -> tuple[tuple, tuple]:
+        blocks = nf4_blocks(out_features * in_features)
+        return (blocks * NF4_BLOCK // 2,), (blocks,)
+
+    @staticmethod
+    def quantize(weight: Tensor) -> dict[str, Tensor]:
+        levels = nf4_levels()
+        borders = (levels[1:] + levels[:-1]).to(weight.device) / 2  # between neighbours
+        blocks = nf4_blocks(weight.numel())
+        codes = torch.empty(blocks * NF4_BLOCK // 2, dtype=torch.uint8, device=weight.device)
+        scale = torch.empty(blocks, dtype=torch.bfloat16, device=weight.device)
+        chunks = zip(
+            weight.reshape(-1).split(QUANTIZE_CHUNK),
+            codes.split(QUANTIZE_CHUNK // 2),
+            scale.split(QUANTIZE_CHUNK // NF4_BLOCK),
+            strict=True,
+        )
+        for values, chunk_codes, chunk_scale in chunks:
+            padding = -len(values) % NF4_BLOCK
+            block = F.pad(values.float(), (0, padding)).view(-1, NF4_BLOCK)
+            chunk_scale.copy_(ceil_bf16(block.abs().amax(1)))
+            divisor = chunk_scale.float().clamp(min=SMALLEST_SCALE)[:, None]
+            nearest = torch.bucketize(block / divisor, borders, out_int32=True)
+            nearest = nearest.view(-1).to(torch.uint8)
+            torch.bitwise_or(nearest[::2], nearest[1::2] << 4, out=chunk_codes)
+        return {"codes": codes, "scale": scale}
 
     def product(self, x: Tensor) -> Tensor:
-        """x Wᵀ."""
-        return F.linear(x, self.dense(x.dtype))
+        return F.linear(x, self.dequantize(x.dtype))
 
-    def back(self, grad: Tensor) -> Tensor:
-        """The gradient of x from that of x Wᵀ."""
-        return grad @ self.dense(grad.dtype)
+    def backward_input(self, grad: Tensor) -> Tensor:
+        return grad @ self.dequantize(grad.dtype)
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in] that this stands for, in fp32 or bf16."""
-        values = value_pairs(dtype, self.codes.device).index_select(0, self.codes.int()).view(dtype)
-        values.view(-1, BLOCK).mul_(self.scale[:, None])
-        return values[: self.out_features * self.in_features].view(
-            self.out_features, self.in_features
-        )
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in), in fp32 or bf16."""
+        pairs = nf4_value_pairs(dtype, self.codes.device)
+        values = pairs.index_select(0, self.codes.int()).view(dtype)  # (blocks * 64,)
+        values.view(-1, NF4_BLOCK).mul_(self.scale[:, None])
+        size = self.out_features * self.in_features
+        return values[:size].view(self.out_features, self.in_features)
 
 
-FORMS = {
-    "int8": (Int8Linear, to_int8),
-    "nf4": (Nf4Linear, to_nf4),
-}  # what config.Model.quantize may be beside "none"
+def nf4_blocks(weights: int) -> int:
+    """The number of blocks that so many weights fill."""
+    return -(-weights // NF4_BLOCK)
 
 
-def quantize_linears(model: nn.Module, form: str) -> None:
-    """An empty quantised linear in the place of every linear of the blocks; embedding, head and norms stay."""
-    for name, module in [*model.named_modules()]:
-        block, _, last = name.rpartition(".")
-        if last in LINEARS:
-            setattr(model.get_submodule(block), last, FORMS[form][0](module))
+@functools.cache
+def nf4_levels() -> Tensor:
+    """The sixteen values of nf4 in fp32, from -1 to 1: seven quantiles below 0, 0, eight above."""
+    positive = normal_quantiles(9)  # (8,), the outermost first
+    negative = normal_quantiles(8)  # (7,)
+    zero = torch.zeros(1, dtype=torch.float64)
+    levels = torch.cat((-negative, zero, positive.flip(0)))
+    return levels.div(positive[0]).float()
 
 
-def pack_weight(name: str, weight: Tensor, form: str) -> dict[str, Tensor]:
-    """What `quantize_linears` has in the place of this weight of the model, by its names; any other tensor as it is."""
-    layer, _, last = name.rpartition(".")
-    if last != "weight" or layer.rpartition(".")[2] not in LINEARS:
+def normal_quantiles(count: int) -> Tensor:
+    """Quantiles of a normal distribution between NF4_OUTERMOST and a half, which is left out."""
+    probabilities = torch.linspace(NF4_OUTERMOST, 0.5, count, dtype=torch.float64)[:-1]
+    return torch.special.ndtri(probabilities)
+
+
+@functools.cache
+def nf4_value_pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The two values of every byte of codes, (256,), side by side in a number of twice the width.
+
+    So one look-up gives both.
+    """
+    codes = torch.arange(256)
+    low_and_high = torch.stack((codes % 16, codes // 16), dim=1)  # (256, 2)
+    values = nf4_levels()[low_and_high].to(dtype)
+    pair_dtype = torch.int64 if dtype.itemsize == 4 else torch.int32
+    return values.view(pair_dtype)[:, 0].to(device)
+
+
+# A kind of quantisation is added here; "none" stands beside them in the settings
+QUANTIZED_LINEARS: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "nf4": Nf4Linear}
+
+
+def quantize_linears(model: nn.Module, quantization: str) -> None:
+    """Put an empty quantised linear in the place of every linear but the head."""
+    kind = QUANTIZED_LINEARS[quantization]
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, kind(module))
+
+
+def quantize_weight(model: nn.Module, name: str, weight: Tensor) -> dict[str, Tensor]:
+    """What the model has in the place of this weight, by name: codes and scale, or the weight itself.
+
+    Args:
+        model: its linears may have been replaced by `quantize_linears`.
+        name: of the weight before that.
+    """
+    layer_name, _, attribute = name.rpartition(".")
+    layer = model.get_submodule(layer_name)
+    if attribute != "weight" or not isinstance(layer, QuantizedLinear):
         return {name: weight}
-    return {f"{layer}.{key}": tensor for key, tensor in FORMS[form][1](weight).items()}
+    quantized = layer.quantize(weight)
+    return {f"{layer_name}.{key}": tensor for key, tensor in quantized.items()}
 
 
-def is_quantised(model: nn.Module) -> bool:
-    """Whether any of its linears is."""
-    return any(isinstance(module, Quantised) for module in model.modules())
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any of the model's linears is quantised."""
+    return any(isinstance(module, QuantizedLinear) for module in model.modules())

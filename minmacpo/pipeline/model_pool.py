@@ -21,13 +21,13 @@ from minmacpo.core.checkpoint import (
     check_sizes,
     load_adapter,
     load_model,
-    no_folder,
     read_adapter_config,
     read_config,
     stop_ids,
+    why_no_folder,
 )
 from minmacpo.core.lora import attach_lora, disable_adapter, set_adapter_weights
-from minmacpo.core.prepack import sharded
+from minmacpo.core.prepack import is_sharded
 from minmacpo.core.sampling import generate
 from minmacpo.core.scoring import perplexity
 from minmacpo.data.chat_template import (
@@ -132,7 +132,7 @@ def open_folder(folder: Path, config: Config) -> tuple[LoadedModel, Path, str | 
     Raises UserError if `folder` is neither, if the adapter's base is not where it says, or if a stage's files are damaged."""
     if not (folder / "adapter_config.json").is_file():
         if not folder.is_dir():
-            raise UserError(f"{folder}: {no_folder(folder)}")
+            raise UserError(f"{folder}: {why_no_folder(folder)}")
         if not (folder / "config.json").exists():
             raise UserError(
                 f"{folder}: is no model: it has neither config.json nor adapter_config.json"
@@ -146,7 +146,7 @@ def open_folder(folder: Path, config: Config) -> tuple[LoadedModel, Path, str | 
     lora, named = read_adapter_config(folder)
     base = next((p for p in (folder / named, Path(named)) if named and p.is_dir()), None)
     if base is None:
-        raise UserError(f"{folder}: its base {named!r} {no_folder(named)}")
+        raise UserError(f"{folder}: its base {named!r} {why_no_folder(named)}")
     check_stage(folder)
     check_stage(base)
     loaded = LoadedModel(base, replace(config, lora=lora), config.model.quantize)
@@ -333,7 +333,7 @@ def answer(
                     loaded.model, prompts, seeds, config.generate, stops, other, tell, places
                 )
         except torch.OutOfMemoryError:
-            if places == 1 or sharded(loaded.model):  # other ranks wait for this one's next pass
+            if places == 1 or is_sharded(loaded.model):  # other ranks wait for this one's next pass
                 setting = "generate.batch" if places > 1 else "generate.max_new_tokens"
                 raise UserError(
                     f"out of memory while answers are sampled, {places} side by side; lower {setting}"

@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from conftest import far, logits_of, random_model
 from safetensors.torch import load_file, save_file
@@ -31,7 +30,7 @@ from minmacpo.core.checkpoint import (
     weight_files,
 )
 from minmacpo.core.lora import attach_lora, get_adapter_weights, init_adapter, set_adapter_weights
-from minmacpo.runtime.device import linux, peak_mb, reset_peaks
+from minmacpo.runtime.device import peak_mb, read_proc, reset_peaks
 
 
 def refused(call, *words) -> str:
@@ -416,7 +415,7 @@ def test_loading_takes_the_memory_of_the_weights(stored, seed, tmp_path, tokeniz
     gc.collect()
     size = (tmp_path / "model.safetensors").stat().st_size
     reset_peaks("cpu")
-    before = int(linux("self/status", r"VmRSS:\s*(\d+)") or pytest.skip("needs /proc")) * 1024
+    before = int(read_proc("self/status", r"VmRSS:\s*(\d+)") or pytest.skip("needs /proc")) * 1024
     found = load_model(tmp_path)
     weights = sum(p.numel() * p.element_size() for p in found.parameters())
     assert (
@@ -580,34 +579,24 @@ def test_a_state_without_notes_says_what_to_delete(metadata, tmp_path):
     refused(lambda: load_state(file), file, "delete it")
 
 
-def test_a_file_of_tensors_has_the_bytes_that_the_library_writes(tmp_path, seed):
-    """Of one kind of numbers; of several it reads them. Empty ones, one without a dimension, a turned one; names in no order."""
-    file, draw = tmp_path / "x.safetensors", torch.Generator().manual_seed(seed)
-    sizes = [(3, 5), (), (0, 4), (7,), (2, 3, 4), (1, 1)]
-    kinds = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-    tensors = {
-        f"{n * 7 % 24}.é": torch.randn(sizes[n % 6], generator=draw).to(kinds[n % 4])
-        for n in range(24)
-    }
-    tensors["turned"] = torch.randn(5, 3, generator=draw).T
+def test_tensors_of_any_shape_dtype_and_layout_come_back(tmp_path, seed):
+    file = tmp_path / "x.safetensors"
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(3, 5), (), (0, 4), (7,), (2, 3, 4), (1, 1)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+    tensors = {"transposed": torch.randn(5, 3, generator=generator).T}
+    for shape in shapes:
+        for dtype in dtypes:
+            name = f"\u00e9 {shape} {dtype}"
+            tensors[name] = torch.randn(shape, generator=generator).to(dtype)
+
     save_tensors(file, tensors)
-    for found in (load_file(file), load_tensors(file)[0]):
-        assert found.keys() == tensors.keys() and all(
-            torch.equal(found[name], tensors[name]) for name in found
-        )
-    weights = {name: tensor.float() for name, tensor in tensors.items()}
-    save_tensors(file, weights)
-    assert file.read_bytes() == safetensors.torch.save(
-        {name: tensor.contiguous() for name, tensor in weights.items()}, {"format": "pt"}
-    )
 
-
-def test_writing_takes_no_second_copy_of_what_is_written(tmp_path):
-    tensors = {str(i): torch.ones(1 << 20) for i in range(32)}
-    reset_peaks("cpu")
-    before = peak_mb()
-    save_tensors(tmp_path / "x.safetensors", tensors)
-    assert peak_mb() - before < 32, "of 128 MB"
+    for loaded in (load_file(file), load_tensors(file)[0]):
+        assert loaded.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert loaded[name].dtype == tensor.dtype
+            assert torch.equal(loaded[name], tensor), name
 
 
 def test_what_is_written_replaces_the_old_file_only_when_whole(tmp_path, monkeypatch):

@@ -18,14 +18,14 @@ from minmacpo.core.checkpoint import (
     stop_ids,
 )
 from minmacpo.core.lora import (
-    PREFIX,
+    PEFT_PREFIX,
     attach_lora,
     disable_adapter,
     get_adapter_weights,
     init_adapter,
+    lora_params,
     merged_weights,
     set_adapter_weights,
-    slot,
 )
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -77,8 +77,8 @@ def test_peft_reads_our_adapter_folder(settings, model_folder, tmp_path, seed):
     wanted = {
         name.replace(".default", ""): p for name, p in theirs.named_parameters() if p.requires_grad
     }
-    assert wanted.keys() == slot(ours).keys() and len(params) == len(wanted)
-    for key, param in slot(ours).items():
+    assert wanted.keys() == lora_params(ours).keys() and len(params) == len(wanted)
+    for key, param in lora_params(ours).items():
         assert far(param.grad, wanted[key].grad) <= 1e-5 * (
             1 + wanted[key].grad.abs().max().item()
         ), key
@@ -214,7 +214,7 @@ def test_merging_in_bf16_rounds_once(seed):
     attach_lora(model, Lora())
     fill(model, seed)
     layer = model.model.layers[0].self_attn.q_proj
-    exact = layer.base.weight.double() + layer.scale * layer.lora_B.double() @ layer.lora_A.double()
+    exact = layer.base.weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
     merged = merged_weights(model)["model.layers.0.self_attn.q_proj.weight"]
     assert merged.dtype == torch.bfloat16
     assert ((merged.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()
@@ -240,15 +240,15 @@ def test_a_zero_b_is_the_base_exactly(settings, seed):
 def test_reading_is_a_copy_and_writing_keeps_the_tensors(settings, seed):
     model = random_model(seed)
     attach_lora(model, settings)
-    places = {key: p.data_ptr() for key, p in slot(model).items()}
+    places = {key: p.data_ptr() for key, p in lora_params(model).items()}
     tensors = fill(model, seed)
     copy = get_adapter_weights(model)
     init_adapter(model, seed)
     assert all(torch.equal(copy[key], tensors[key]) for key in tensors)
     set_adapter_weights(model, copy)
     copy[next(iter(copy))].zero_()
-    assert all(torch.equal(p, tensors[key]) for key, p in slot(model).items())
-    assert places == {key: p.data_ptr() for key, p in slot(model).items()}, (
+    assert all(torch.equal(p, tensors[key]) for key, p in lora_params(model).items())
+    assert places == {key: p.data_ptr() for key, p in lora_params(model).items()}, (
         "the optimiser would train another tensor"
     )
 
@@ -296,7 +296,7 @@ def test_training_the_slot_leaves_the_base_bit_identical(settings, seed):
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert not any(p.requires_grad for p in after.values())
-    assert all(not torch.equal(p, fresh[key]) for key, p in slot(model).items())
+    assert all(not torch.equal(p, fresh[key]) for key, p in lora_params(model).items())
 
 
 def test_the_slot_is_fp32_beside_a_bf16_base(seed):
@@ -312,13 +312,13 @@ def test_the_slot_is_fp32_beside_a_bf16_base(seed):
 def test_the_keys_are_pefts(seed):
     model = random_model(seed, num_hidden_layers=1)
     params = attach_lora(model, Lora(r=2, alpha=3.0, targets=("v_proj", "q_proj")))
-    stem = f"{PREFIX}model.layers.0.self_attn"
+    stem = f"{PEFT_PREFIX}model.layers.0.self_attn"
     wanted = [
         f"{stem}.{layer}.lora_{side}.weight" for layer in ("q_proj", "v_proj") for side in "AB"
     ]
-    assert sorted(slot(model)) == sorted(wanted)
+    assert sorted(lora_params(model)) == sorted(wanted)
     assert [list(p.shape) for p in params] == [[2, 24], [40, 2], [2, 24], [20, 2]]
-    assert all(a is b for a, b in zip(params, slot(model).values(), strict=True))
+    assert all(a is b for a, b in zip(params, lora_params(model).values(), strict=True))
 
 
 @pytest.mark.parametrize(

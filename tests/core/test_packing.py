@@ -12,7 +12,7 @@ from test_trainer import pairs as pair_units
 
 from minmacpo.config.schema import Lora
 from minmacpo.core.batching import TokenCounts, collate, plan_packed, should_pack, token_counts
-from minmacpo.core.lora import attach_lora, init_adapter, slot
+from minmacpo.core.lora import attach_lora, init_adapter, lora_params
 from minmacpo.core.losses import PreferenceLoss, SFTLoss
 from minmacpo.core.scoring import score
 from minmacpo.core.trainer import OptimizerConfig, plan_packed_batches, train_step
@@ -62,7 +62,7 @@ def test_shared_rows_equal_separate_ones_in_values_and_gradients(kind, whole, se
     if not whole:
         attach_lora(model, Lora(targets=("q_proj", "k_proj", "v_proj", "down_proj")))
         init_adapter(model, seed)
-        for param in slot(model).values():
+        for param in lora_params(model).values():
             param.data.normal_(std=0.1)
     rows = rows_of(seed, 7)
     upstream = torch.randn(len(rows), dtype=torch.float64)

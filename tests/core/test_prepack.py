@@ -12,9 +12,9 @@ from minmacpo.cli import memory_estimate as memory
 from minmacpo.config.schema import Lora
 from minmacpo.core import prepack as packed
 from minmacpo.core import sampling as module
-from minmacpo.core.lora import LoraLinear, attach_lora, set_adapter_weights, slot
+from minmacpo.core.lora import LoraLinear, attach_lora, lora_params, set_adapter_weights
 from minmacpo.core.model import CACHE_ALIGN
-from minmacpo.core.prepack import PackedLinear, multiplies_bf16, pack, packs
+from minmacpo.core.prepack import PrepackedLinear, can_prepack, multiplies_bf16, prepack
 from minmacpo.core.sampling import generate, prefill
 from minmacpo.kernels.attention import decode_attention, gqa_decode_attention
 from minmacpo.kernels.quantization import quantize_linears
@@ -23,14 +23,14 @@ pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
 )
 IN_BF16 = pytest.mark.skipif(
-    not multiplies_bf16(), reason="oneDNN repacks no bf16 on this CPU, and packs() says so"
+    not multiplies_bf16(), reason="oneDNN repacks no bf16 on this CPU, and can_prepack() says so"
 )
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=IN_BF16)]
 
 
 @pytest.fixture
 def small_too(monkeypatch):
-    monkeypatch.setattr(packed, "SMALLEST", 0)
+    monkeypatch.setattr(packed, "MIN_WEIGHTS", 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -41,7 +41,7 @@ def test_a_packed_linear_is_the_linear_at_any_number_of_rows(dtype, bias, rows, 
     linear = torch.nn.Linear(48, 80, bias=bias).to(dtype)
     x = torch.randn(rows, 3, 48).to(dtype)
     wanted = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
-    found = PackedLinear(linear, linear.weight, 16)(x)
+    found = PrepackedLinear(linear, linear.weight, 16)(x)
     assert found.dtype == dtype and far(found.double(), wanted) <= (
         1e-5 if dtype == torch.float32 else 0.02
     )
@@ -71,7 +71,7 @@ def test_one_query_attends_as_sdpa_has_it(kv_heads, seed):
 def test_a_twins_logits_depend_on_neither_the_rows_beside_nor_the_room_left(seed):
     model, prompts = random_model(seed), ragged(seed, 7, 61, 1, 90)
     with torch.inference_mode():
-        twin, found = pack(model, 7), []
+        twin, found = prepack(model, 7), []
         for rows, room in (((0, 1, 2, 3, 4, 5, 6), 150), ((3,), 1), ((1, 3), 40)):
             (first,), (cache,) = prefill([twin], [prompts[i] for i in rows], room)
             assert (
@@ -96,12 +96,12 @@ def test_packed_answers_are_the_plain_ones_in_a_batch_and_alone(way, fixed, smal
         ragged(fixed, 7, 61, 1, 25),
         new(WAYS[way], max_new_tokens=30),
     )
-    assert packs(model)
+    assert can_prepack(model)
     ids, logps = generate(model, prompts, range(7), settings, {5, 9, 13})
     for i, prompt in enumerate(prompts):
         alone, summed = generate(model, [prompt], [i], settings, {5, 9, 13})
         assert alone == [ids[i]] and summed[0] == pytest.approx(logps[i], abs=1e-4)
-    monkeypatch.setattr(packed, "SMALLEST", 10**9)
+    monkeypatch.setattr(packed, "MIN_WEIGHTS", 10**9)
     plain, summed = generate(model, prompts, range(7), settings, {5, 9, 13})
     assert plain == ids and summed == pytest.approx(logps, abs=1e-4)
 
@@ -112,19 +112,19 @@ def test_the_twin_has_the_adapter_and_leaves_the_model_alone(dtype, seed):
     attach_lora(model, Lora(targets=("q_proj", "down_proj")))
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with torch.inference_mode():
-        bare = pack(model, 4)(tokens)
+        bare = prepack(model, 4)(tokens)
         set_adapter_weights(
-            model, {key: torch.randn(t.shape) * 0.3 for key, t in slot(model).items()}
+            model, {key: torch.randn(t.shape) * 0.3 for key, t in lora_params(model).items()}
         )
-        twin = pack(model, 4)
+        twin = prepack(model, 4)
         assert (
-            sum(type(m) is PackedLinear for m in twin.modules())
+            sum(type(m) is PrepackedLinear for m in twin.modules())
             == 7 * model.config.num_hidden_layers + 1
         )
         assert sum(type(m) is LoraLinear for m in twin.modules()) == (
             0 if dtype == torch.float32 else 4
         )
-        assert not any(type(m) is PackedLinear for m in model.modules())
+        assert not any(type(m) is PrepackedLinear for m in model.modules())
         assert far(twin(tokens), model(tokens)) <= (1e-4 if dtype == torch.float32 else 0.2)
         assert far(twin(tokens), bare) > 0.3
     assert all(
@@ -136,35 +136,35 @@ def test_the_twin_has_the_adapter_and_leaves_the_model_alone(dtype, seed):
 def test_the_plan_counts_what_a_twin_holds(form, monkeypatch):
     """The bytes of all that is packed; none for a model that is not."""
     model = random_model(0)
-    monkeypatch.setattr(memory, "SMALLEST", 0)
+    monkeypatch.setattr(memory, "MIN_WEIGHTS", 0)
     if form != "none":
         quantize_linears(model, form)
-    twin = pack(model, 4)
-    packed_bytes = sum(m.weight.nbytes for m in twin.modules() if isinstance(m, PackedLinear))
+    twin = prepack(model, 4)
+    packed_bytes = sum(m.weight.nbytes for m in twin.modules() if isinstance(m, PrepackedLinear))
     assert memory.twin_bytes(model.config, 4, form) == packed_bytes > 0
     monkeypatch.undo()
     assert memory.twin_bytes(model.config, 4, form) == 0
 
 
 def test_a_torch_without_onednn_is_said_once(monkeypatch, capsys):
-    packed.say_missing.cache_clear()
+    packed.warn_without_onednn.cache_clear()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not packs(random_model(0)) and not capsys.readouterr().err, (
+    assert not can_prepack(random_model(0)) and not capsys.readouterr().err, (
         "a small model would not be packed anyway"
     )
-    monkeypatch.setattr(packed, "SMALLEST", 0)
-    assert not packs(random_model(0)) and not packs(random_model(0))
+    monkeypatch.setattr(packed, "MIN_WEIGHTS", 0)
+    assert not can_prepack(random_model(0)) and not can_prepack(random_model(0))
     assert capsys.readouterr().err.count("no oneDNN") == 1
-    packed.say_missing.cache_clear()
+    packed.warn_without_onednn.cache_clear()
 
 
 def test_small_and_huge_models_and_other_dtypes_stay_plain(monkeypatch):
     model = random_model(0)
-    assert not packs(model), "the built-in world's runs keep their bytes"
-    monkeypatch.setattr(packed, "SMALLEST", 0)
-    assert packs(model) and not packs(random_model(0).to(torch.float16))
-    monkeypatch.setattr(packed, "LARGEST", 10)
-    assert not packs(model)
+    assert not can_prepack(model), "the built-in world's runs keep their bytes"
+    monkeypatch.setattr(packed, "MIN_WEIGHTS", 0)
+    assert can_prepack(model) and not can_prepack(random_model(0).to(torch.float16))
+    monkeypatch.setattr(packed, "MAX_WEIGHTS", 10)
+    assert not can_prepack(model)
 
 
 # ---- prompts that rows share --------------------------------------------------------------------

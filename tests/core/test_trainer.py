@@ -22,8 +22,8 @@ from minmacpo.core.lora import (
     attach_lora,
     get_adapter_weights,
     init_adapter,
+    lora_params,
     set_adapter_weights,
-    slot,
 )
 from minmacpo.core.losses import PREFERENCE_LOSSES, PreferenceLoss, SFTLoss
 from minmacpo.core.trainer import (
@@ -120,7 +120,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(kind, whole, seed):
     else:
         model, params = slotted(seed)
         model.double()
-        params = list(slot(model).values())
+        params = list(lora_params(model).values())
         for param in params:
             param.data.normal_(std=0.1)
     found = []
@@ -185,7 +185,7 @@ def test_training_does_not_depend_on_micro_tokens(kind, micro, hooks_of, seed):
     for name, budget in (("small", micro), ("large", 10**6)):
         model, params = slotted(seed)
         model.double()
-        params = list(slot(model).values())
+        params = list(lora_params(model).values())
         train(
             model,
             params,
@@ -322,7 +322,7 @@ def dpo(tmp_path, hooks_of, seed):
     pytest.importorskip("datasets")
     model, _ = slotted(seed)
     with torch.no_grad():
-        for param in slot(model).values():
+        for param in lora_params(model).values():
             param.add_(0.1 * torch.randn(param.shape))
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()

@@ -7,7 +7,7 @@ from conftest import far, logits_of, random_model
 from torch.autograd import gradcheck
 
 from minmacpo.config.schema import Lora
-from minmacpo.core.lora import attach_lora, slot
+from minmacpo.core.lora import attach_lora, lora_params
 from minmacpo.kernels import fused_logps
 from minmacpo.kernels.fused_logps import FrozenHeadLogps, masked_logps, sequence_logps, token_logps
 
@@ -189,7 +189,7 @@ def test_every_gradient_of_a_model_equals_that_of_full_logits(lora, tied, chunk,
     params = dict(model.named_parameters())
     if lora:
         attach_lora(model, Lora())
-        params = slot(model)
+        params = lora_params(model)
         with torch.no_grad():
             for param in params.values():
                 param.data = torch.randn(param.shape, dtype=torch.float64) * 0.1

@@ -1,4 +1,4 @@
-"""Quantised linears against hand-made codes in fp64, the de-quantised plain model, and every tensor that lives while they load."""
+"""QuantizedLinear linears against hand-made codes in fp64, the de-quantised plain model, and every tensor that lives while they load."""
 
 import copy
 import dataclasses
@@ -22,17 +22,17 @@ from minmacpo.cli.memory_estimate import Load, need, weight_bytes
 from minmacpo.config.schema import LINEARS, Lora
 from minmacpo.core import prepack as packed
 from minmacpo.core.checkpoint import load_model, save_model
-from minmacpo.core.lora import attach_lora, slot
+from minmacpo.core.lora import attach_lora, lora_params
 from minmacpo.core.sampling import generate
 from minmacpo.kernels.fused_logps import masked_logps
 from minmacpo.kernels.quantization import (
-    BLOCK,
-    FORMS,
-    Quantised,
-    is_quantised,
-    levels,
-    pack_weight,
+    NF4_BLOCK,
+    QUANTIZED_LINEARS,
+    QuantizedLinear,
+    is_quantized,
+    nf4_levels,
     quantize_linears,
+    quantize_weight,
 )
 from minmacpo.runtime.files import read_json
 
@@ -61,23 +61,23 @@ def quantise(model, form: str):
     """(the model with its linears in `form`, a plain one with the weights that they stand for)."""
     small, plain = copy.deepcopy(model), copy.deepcopy(model)
     quantize_linears(small, form)
-    parts = [pack_weight(name, tensor, form) for name, tensor in model.state_dict().items()]
+    parts = [quantize_weight(small, name, tensor) for name, tensor in model.state_dict().items()]
     small.load_state_dict(
         {name: tensor for part in parts for name, tensor in part.items()}, assign=True
     )
     for name, layer in small.named_modules():
-        if isinstance(layer, Quantised):
-            plain.get_submodule(name).weight = torch.nn.Parameter(layer.dense(torch.float32))
+        if isinstance(layer, QuantizedLinear):
+            plain.get_submodule(name).weight = torch.nn.Parameter(layer.dequantize(torch.float32))
     return small.requires_grad_(False), plain.requires_grad_(False)
 
 
 def one(form: str, rows: int, columns: int, dtype=torch.float32, bias: bool = False):
     """(a quantised linear, the random weight [rows, columns] that it was made of)."""
     linear = torch.nn.Linear(columns, rows, bias=bias).to(dtype).requires_grad_(False)
-    kind, pack = FORMS[form]
+    kind = QUANTIZED_LINEARS[form]
     layer = kind(linear)
     layer.load_state_dict(
-        pack(linear.weight) | ({"bias": linear.bias} if bias else {}), assign=True
+        kind.quantize(linear.weight) | ({"bias": linear.bias} if bias else {}), assign=True
     )
     return layer.requires_grad_(False), linear.weight
 
@@ -94,49 +94,51 @@ def hand_scale(most: np.ndarray) -> np.ndarray:
 
 
 def test_the_levels_are_those_of_qlora():
-    assert far(levels(), torch.tensor(NF4)) < 1e-6 and levels().dtype == torch.float32
+    assert far(nf4_levels(), torch.tensor(NF4)) < 1e-6 and nf4_levels().dtype == torch.float32
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", QUANTIZED_LINEARS)
 @pytest.mark.parametrize("shape", [(37, 45), (8, 64), (1, 3), (130, 200)])
 def test_codes_are_the_nearest_by_hand(form, shape, seed):
     """In fp64, block by block; at a tie of two neighbours either will do."""
     layer, weight = one(form, *shape)
     wide = weight.double().numpy()
     blocks = (
-        wide if form == "int8" else np.pad(wide.ravel(), (0, -wide.size % BLOCK)).reshape(-1, BLOCK)
+        wide
+        if form == "int8"
+        else np.pad(wide.ravel(), (0, -wide.size % NF4_BLOCK)).reshape(-1, NF4_BLOCK)
     )
-    steps = np.arange(-127, 128.0) / 127 if form == "int8" else levels().double().numpy()
+    steps = np.arange(-127, 128.0) / 127 if form == "int8" else nf4_levels().double().numpy()
     scale = hand_scale(np.abs(blocks).max(1) / (127 if form == "int8" else 1)) * (
         127 if form == "int8" else 1
     )
     all_errors = np.abs(blocks[:, :, None] - scale[:, None, None] * steps)
-    found = layer.dense(torch.float32).double().numpy()
+    found = layer.dequantize(torch.float32).double().numpy()
     assert np.abs(found - wide).max() <= all_errors.min(2).max() * 1.0001 + 1e-7
     flat = np.abs(found - wide).ravel()
     assert (flat <= all_errors.min(2).ravel()[: wide.size] + 1e-6 * np.abs(wide).max()).all()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", QUANTIZED_LINEARS)
 def test_what_can_be_kept_exactly_is(form, seed):
-    """Whole multiples of a scale, and levels times a power of two, come back to the last bit; so do zeros."""
+    """Whole multiples of a scale, and nf4_levels times a power of two, come back to the last bit; so do zeros."""
     layer, _ = one(form, 32, 96)
     if form == "int8":
         codes = torch.randint(-127, 128, (32, 96))
         codes[:, 0] = 127
         weight = codes.float() * 2.0 ** torch.randint(-8, 3, (32, 1))
     else:
-        codes = torch.randint(0, 16, (48, BLOCK))
+        codes = torch.randint(0, 16, (48, NF4_BLOCK))
         codes[:, 7] = 15
-        weight = (levels()[codes] * 2.0 ** torch.randint(-8, 3, (48, 1))).view(32, 96)
-    layer.load_state_dict(FORMS[form][1](weight), assign=True)
-    assert torch.equal(layer.dense(torch.float32), weight)
-    layer.load_state_dict(FORMS[form][1](torch.zeros(32, 96)), assign=True)
-    assert not layer.dense(torch.float32).any()
+        weight = (nf4_levels()[codes] * 2.0 ** torch.randint(-8, 3, (48, 1))).view(32, 96)
+    layer.load_state_dict(QUANTIZED_LINEARS[form].quantize(weight), assign=True)
+    assert torch.equal(layer.dequantize(torch.float32), weight)
+    layer.load_state_dict(QUANTIZED_LINEARS[form].quantize(torch.zeros(32, 96)), assign=True)
+    assert not layer.dequantize(torch.float32).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", QUANTIZED_LINEARS)
 @pytest.mark.parametrize(("bias", "columns"), [(False, 80), (True, 80), (False, 172), (True, 24)])
 def test_products_and_their_gradients_are_those_of_the_weight_kept(
     form, dtype, bias, columns, seed
@@ -149,7 +151,7 @@ def test_products_and_their_gradients_are_those_of_the_weight_kept(
             torch.randn(rows, 2, columns).to(dtype).requires_grad_(),
             torch.randn(rows, 2, 48).to(dtype),
         )
-        dense = layer.dense(torch.float32).double()
+        dense = layer.dequantize(torch.float32).double()
         y = layer(x)
         y.backward(grad)
         assert (
@@ -162,7 +164,7 @@ def test_products_and_their_gradients_are_those_of_the_weight_kept(
             assert far(layer(x), y) <= near
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", QUANTIZED_LINEARS)
 def test_the_slot_learns_as_on_the_dequantised_model_and_nothing_is_kept(form, seed):
     model = random_model(seed, std=0.1, qkv_bias=True)
     pair, grads, lora = quantise(model, form), [], Lora(3, 6, LINEARS)
@@ -182,7 +184,7 @@ def test_the_slot_learns_as_on_the_dequantised_model_and_nothing_is_kept(form, s
         ):
             loss = -masked_logps(small, tokens, mask)[0].mean()
         loss.backward()
-        grads.append({key: param.grad for key, param in slot(small).items()})
+        grads.append({key: param.grad for key, param in lora_params(small).items()})
         held = {tuple(t.shape) for t in kept} | {tuple(t.shape[::-1]) for t in kept}
         assert bool(held & weights) == (small is pair[1]), (
             "only the plain model's backward holds its weights"
@@ -195,11 +197,11 @@ def test_the_slot_learns_as_on_the_dequantised_model_and_nothing_is_kept(form, s
 
 
 @pytest.mark.parametrize("twin", [False, True])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", QUANTIZED_LINEARS)
 def test_it_answers_as_the_dequantised_model(form, twin, seed, monkeypatch):
     """Greedy tokens are the same wherever the plain model's two likeliest are no nearer than rounding; with the packed twin too,
     which shares the codes."""
-    monkeypatch.setattr(packed, "SMALLEST", 0 if twin else 10**9)
+    monkeypatch.setattr(packed, "MIN_WEIGHTS", 0 if twin else 10**9)
     small, plain = quantise(random_model(seed), form)
     prompts = ragged(seed, 5, 61)
     (mine, logp), (theirs, wanted) = (
@@ -219,14 +221,14 @@ def test_it_answers_as_the_dequantised_model(form, twin, seed, monkeypatch):
 # ---- loading and memory -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", QUANTIZED_LINEARS)
 def test_loading_holds_what_it_keeps_and_one_tensor(form, tmp_path, tokenizer_bytes, seed):
     model = random_model(
         seed, hidden_size=256, intermediate_size=700, num_hidden_layers=6, head_dim=64
     )
     save_model(tmp_path, model.config, model.state_dict(), tokenizer_bytes)
     with Living() as living:
-        found = load_model(tmp_path, form=form)
+        found = load_model(tmp_path, quantization=form)
     kept = sum(t.nbytes for t in found.state_dict().values())
     assert kept == weight_bytes(model.config, 4, form) and kept < 0.35 * sum(
         p.nbytes for p in model.parameters()
@@ -238,11 +240,11 @@ def test_loading_holds_what_it_keeps_and_one_tensor(form, tmp_path, tokenizer_by
         torch.equal(t, wanted[n]) for n, t in found.state_dict().items()
     )
     assert {
-        t.dtype for t in load_model(tmp_path, dtype=torch.bfloat16, form=form).parameters()
+        t.dtype for t in load_model(tmp_path, dtype=torch.bfloat16, quantization=form).parameters()
     } == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", QUANTIZED_LINEARS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_refused(form, bad, tmp_path, tokenizer_bytes, seed):
     model, name = random_model(seed), "model.layers.1.mlp.up_proj.weight"
@@ -250,11 +252,11 @@ def test_a_weight_that_is_not_finite_is_refused(form, bad, tmp_path, tokenizer_b
     weights[name][3, 4] = bad
     save_model(tmp_path, model.config, weights, tokenizer_bytes)
     with pytest.raises(Exception, match=f"{name} holds values that are not finite"):
-        load_model(tmp_path, form=form)
+        load_model(tmp_path, quantization=form)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", QUANTIZED_LINEARS)
 @pytest.mark.parametrize("kind", ["train", "score"])
 def test_the_tensors_of_a_quantised_step_are_as_large_as_was_said(kind, form, dtype, seed):
     for _ in range(2):
@@ -269,7 +271,7 @@ def test_the_tensors_of_a_quantised_step_are_as_large_as_was_said(kind, form, dt
         )
         model = quantise(model, form)[0].to(dtype)
         for layer in model.modules():
-            assert not isinstance(layer, Quantised) or layer.scale.to(torch.bfloat16).equal(
+            assert not isinstance(layer, QuantizedLinear) or layer.scale.to(torch.bfloat16).equal(
                 layer.scale
             )
         learning = attach_lora(model, lora)
@@ -367,7 +369,7 @@ def test_a_quantised_base_is_not_exported_but_the_adapter_merges_into_the_plain_
     )
     merged, base = load_model(tmp_path / "whole"), load_model(quantised / "bases/strong")
     assert (
-        not is_quantised(merged)
+        not is_quantized(merged)
         and far(
             merged.model.layers[0].self_attn.q_proj.weight,
             base.model.layers[0].self_attn.q_proj.weight,
