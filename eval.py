@@ -57,7 +57,8 @@ def measure(command: str, words: list[str]):
 
 def read(words: list[str]):
     """(what was found, how it is shown) of the commands that only read."""
-    from minmacpo.evaluation.table import export, make_table, read_run
+    from minmacpo.evaluation.finished_run import export, read_run
+    from minmacpo.evaluation.table import make_table
     from minmacpo.evaluation.text_tables import format_table
     from minmacpo.pipeline.run import FINISHED
 

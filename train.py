@@ -73,14 +73,14 @@ def prepare(config):
 
 def run_all(run, source: dict, prepared) -> None:
     """Every stage of the run: the ground, the algorithm, a measurement after each trained agent."""
-    from minmacpo.evaluation.table import measure
+    from minmacpo.evaluation.measure import evaluate_agent
     from minmacpo.method.baselines import run_method
     from minmacpo.pipeline.base_models import setup_stages
     from minmacpo.pipeline.model_pool import Session
 
     session, ground = Session(run), setup_stages(run, source, prepared)
     for trained in run_method(session, ground):
-        measure(session, ground, trained)
+        evaluate_agent(session, ground, trained)
 
 
 def main(argv: list[str]) -> int | None:

@@ -6,7 +6,6 @@ in length (attention); up to 1 in vocabulary; 2 in width, for weights.
 """
 
 import re
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +20,8 @@ from minmacpo.core.model_config import ModelConfig
 from minmacpo.core.prepack import can_prepack, prepack
 from minmacpo.core.sampling import pick
 from minmacpo.core.trainer import TrainExample, train_step
-from minmacpo.evaluation import html as page
+from minmacpo.evaluation.charts import ChartSize, Point, chart
+from minmacpo.evaluation.html import read_style
 from minmacpo.runtime.files import write_atomic
 
 BASE = {"length": 128, "batch": 4, "vocabulary": 16_000, "width": 192}
@@ -125,20 +125,17 @@ def plot(rows: list[dict], work: str) -> str:
         ]
         name = f"{row['own']['exponent']:.2f} in {row['work'].split()[-1]}"
         lines[name] = [
-            (float(np.log2(size / points[0][0])), float(np.log2(cost / points[0][1])))
+            Point(float(np.log2(size / points[0][0])), float(np.log2(cost / points[0][1])))
             for size, cost in points
         ]
-    style = (
-        Path(page.__file__).with_name("page.css").read_text("utf-8")
-        + "svg{background:var(--paper);font:13px system-ui,sans-serif;margin:0}"
-    )
-    chart = page.chart(
+    style = read_style() + "svg{background:var(--paper);font:13px system-ui,sans-serif;margin:0}"
+    drawing = chart(
         lines,
         f"doublings of size; upwards, doublings of the cost of a {work}; beside the lines, exponents",
-        (900, 400, 220),
+        ChartSize(900, 400, 220),
     )
     return re.sub(
-        "^<svg", '<svg xmlns="http://www.w3.org/2000/svg" width="900" height="400"', chart
+        "^<svg", '<svg xmlns="http://www.w3.org/2000/svg" width="900" height="400"', drawing
     ).replace(">", f"><style>{style}</style>", 1)
 
 

@@ -13,7 +13,8 @@ from minmacpo import UserError
 from minmacpo.core.scoring import perplexity, score
 from minmacpo.data.chat_template import render
 from minmacpo.data.records import Sample
-from minmacpo.evaluation.table import FinishedRun, judge, read_run
+from minmacpo.evaluation.finished_run import FinishedRun, read_run
+from minmacpo.evaluation.gold import gold_reward
 from minmacpo.pipeline.model_pool import open_folder
 from minmacpo.runtime.files import read_rows, write_json
 from minmacpo.runtime.progress import run_main
@@ -26,7 +27,7 @@ def texts_of(run: FinishedRun, t: int, agents: list[str]) -> dict[str, list[Samp
     return {
         label: read_rows(run.stage(name).path / "samples.jsonl", Sample)
         for label, name in names.items()
-        if name in run.notes
+        if name in run.metadata
     }
 
 
@@ -36,7 +37,7 @@ def matrix(run: Path, t: int) -> dict[str, dict[str, float]]:
     agents = ["student", *past.teachers]
     found: dict[str, dict[str, float]] = {}
     for agent in agents:
-        last = max(i for i in range(t) if f"round{i}/{agent}_pos" in past.notes)
+        last = max(i for i in range(t) if f"round{i}/{agent}_pos" in past.metadata)
         loaded, _, _ = open_folder(past.stage(f"round{last}/{agent}_pos").path, past.config)
         for label, samples in texts_of(past, t, agents).items():
             rows = [
@@ -57,7 +58,7 @@ def complement(run: Path, t: int) -> dict[str, float]:
     right = []
     for teacher in past.teachers:
         said = read_rows(past.stage(f"round{t}/positives_{teacher}").path / "samples.jsonl", Sample)
-        right.append([judge(past.config, s, s.response)["right"] for s in said])
+        right.append([gold_reward(past.config, s, s.response)["right"] for s in said])
     counts = np.sum(right, 0)
     return {
         "none": float(np.mean(counts == 0)),

@@ -27,7 +27,7 @@ from minmacpo.data.formats import read_data
 from minmacpo.data.readers import find_files
 from minmacpo.data.records import Example, Pair
 from minmacpo.data.splits import assign_splits, first_turn
-from minmacpo.evaluation.experiments import Case, cases_of, check_ended, run_alone, seeds_of
+from minmacpo.evaluation.experiments import Case, cases_of, check_ended, parse_seeds, run_process
 from minmacpo.pipeline.base_models import setup_stages
 from minmacpo.pipeline.prepare_data import base_names, prepare_splits
 from minmacpo.pipeline.run import FINISHED, Run
@@ -64,7 +64,7 @@ class Plan:
 
     def missing(self, case: Case) -> set[str]:
         """The sources that a case needs and that were not given."""
-        return {source for source, _ in slices_of(case.words).values()} - {*self.counts()["files"]}
+        return {source for source, _ in slices_of(case.flags).values()} - {*self.counts()["files"]}
 
     def rating(self, run: str) -> Path:
         """Where the ratings of a run's answers are."""
@@ -253,10 +253,10 @@ def slices_of(words: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 def name_of(case: Case, seed: int) -> str:
     """The folder of a run: its sources, then what it sets."""
-    sources = dict.fromkeys(source for source, _ in slices_of(case.words).values())
+    sources = dict.fromkeys(source for source, _ in slices_of(case.flags).values())
     rest = [
         re.sub(r"^--(\w+\.)?", "", word)
-        for word in case.words
+        for word in case.flags
         if not word.startswith("--data.") or "noise" in word
     ]
     return "-".join([*sources, *rest, f"seed={seed}"])
@@ -264,11 +264,11 @@ def name_of(case: Case, seed: int) -> str:
 
 def words_of(plan: Plan, case: Case, seed: int) -> list[str]:
     """The flags of a case, with the folders of its data and bases."""
-    named, home = slices_of(case.words), plan.root / "runs" / f"bases-seed={seed}" / "bases"
+    named, home = slices_of(case.flags), plan.root / "runs" / f"bases-seed={seed}" / "bases"
     data = [
         f"{key}={plan.root / 'data' / source / part}.jsonl" for key, (source, part) in named.items()
     ]
-    other = [word for word in case.words if word.partition("=")[0] not in named]
+    other = [word for word in case.flags if word.partition("=")[0] not in named]
     count = next(
         (int(word.partition("=")[2]) for word in other if word.startswith("--macpo.teachers=")), 3
     )
@@ -312,7 +312,7 @@ def jobs(plan: Plan, seeds: Sequence[int]) -> Iterator[Job]:
 def work(
     left: Sequence[Job],
     seconds: float,
-    run: Callable = run_alone,
+    run: Callable = run_process,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
     """Do one job after the other for at most so many seconds; returns how many were finished. A job that
@@ -340,7 +340,7 @@ def options(argv: Sequence[str]):
     for source in SOURCES:
         parser.add_argument(f"--{source}")
     parser.add_argument("--root", type=Path)
-    parser.add_argument("--seeds", type=seeds_of)
+    parser.add_argument("--seeds", type=parse_seeds)
     parser.add_argument("--minutes", type=float, default=8.0)
     for flag in ("--full", "--dry_run", "--collect"):
         parser.add_argument(flag, action="store_true")

@@ -9,17 +9,19 @@ from bench.real import PARTS, Plan, name_of, runs_of, slices_of
 from bench.results import PLACE, markdown, read
 from minmacpo.core.scoring import win_or_tie
 from minmacpo.data.formats import read_data
-from minmacpo.evaluation.experiments import Case, wins, with_interval
+from minmacpo.evaluation.experiment_results import mean_with_interval, win_by_prompt
+from minmacpo.evaluation.experiments import Case
+from minmacpo.evaluation.finished_run import FinishedRun, read_run
 from minmacpo.evaluation.reward_model import (
     Rate,
     fitting,
     informative,
     ranked,
-    test_answers,
+    read_test_answers,
     trained_here,
     unseen,
 )
-from minmacpo.evaluation.table import FinishedRun, make_table, read_run
+from minmacpo.evaluation.table import make_table
 from minmacpo.evaluation.text_tables import bracketed
 from minmacpo.pipeline.run import FINISHED
 from minmacpo.runtime.files import read_json, read_rows, write_json
@@ -64,7 +66,7 @@ def rate(plan: Plan, seed: int) -> None:
             judges[source] = judge_of(plan, source, run)
         judge, known = judges[source]
         scores: dict[str, dict] = {agent: {} for agent in RATED}
-        for (t, agent), samples in test_answers(run).items():
+        for (t, agent), samples in read_test_answers(run).items():
             if agent in RATED:
                 values = (
                     judge([(s.prompt, s.response) for s in samples])
@@ -77,7 +79,7 @@ def rate(plan: Plan, seed: int) -> None:
 
 def rated_by(plan: Plan, case: Case) -> str:
     """Whose reward model rates a case: that of its test's source, or of its teachers' where that one has no pairs."""
-    sources = slices_of(case.words)
+    sources = slices_of(case.flags)
     tested = sources["--data.test"][0]
     return tested if plan.counts()["rows"][tested]["reward"] else sources["--data.path"][0]
 
@@ -102,7 +104,7 @@ def arrays(run: FinishedRun, rating: dict, agent: str, t: int) -> Arrays:
         for a, b, c, d in zip(truth, worse, base_truth, base_worse, strict=True)
         if b["characters"]
     ]
-    said = test_answers(run)[t, agent]
+    said = read_test_answers(run)[t, agent]
     return {
         "logp": np.array([row["logp"] for row in truth]),
         "tokens": np.array([row["tokens"] for row in truth]),
@@ -121,12 +123,12 @@ def summary(mine: Sequence[Arrays], naive: Sequence[Arrays]) -> dict:
         "perplexity": [
             float(np.exp(-a["logp"].sum() / a["tokens"].sum())) for a in mine
         ],  # by seed
-        "nats": with_interval(
+        "nats": mean_with_interval(
             [(b["logp"] - a["logp"]) / a["tokens"].mean() for a, b in both]
         ),  # per token, below 0 is better
-        "prefers": with_interval([a["prefers"] for a in mine]),
-        "wins": with_interval([wins(a["score"], b["score"]) for a, b in both]),
-        "score": with_interval([a["score"] - b["score"] for a, b in both]),
+        "prefers": mean_with_interval([a["prefers"] for a in mine]),
+        "wins": mean_with_interval([win_by_prompt(a["score"], b["score"]) for a, b in both]),
+        "score": mean_with_interval([a["score"] - b["score"] for a, b in both]),
         "length": float(np.mean([a["length"].mean() for a in mine])),
     }
 
@@ -152,7 +154,7 @@ def row_of(plan: Plan, case: Case, runs: dict[int, FinishedRun], agent: str, lab
         "name": label,
         "seeds": [*runs],
         "judge": ratings[0]["source"],
-        "trust": with_interval([np.array(rating["right"]) for rating in ratings]),
+        "trust": mean_with_interval([np.array(rating["right"]) for rating in ratings]),
     }
     found |= summary(mine, naive)
     if agent == "student":
@@ -215,8 +217,8 @@ def collect(plan: Plan, seeds: Sequence[int]) -> None:
     for seed in seeds:
         for name, case in runs_of(plan, seed).items():
             if run := finished(plan, case, [seed]).get(seed):
-                slices.setdefault(case.group, run.notes["data/slices"]["counts"]["slices"])
-                own = [notes for notes in run.notes.values() if "linked_from" not in notes]
+                slices.setdefault(case.group, run.metadata["data/slices"]["counts"]["slices"])
+                own = [notes for notes in run.metadata.values() if "linked_from" not in notes]
                 spent[name], commits = (
                     sum(notes["cpu_seconds"] for notes in own),
                     commits | {notes["commit"] for notes in own},

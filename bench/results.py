@@ -12,8 +12,9 @@ import tomllib
 from pathlib import Path
 
 from minmacpo import UserError
-from minmacpo.evaluation.experiments import HEAD, cells
-from minmacpo.evaluation.table import make_table, read_run
+from minmacpo.evaluation.experiment_results import HEAD, result_cells
+from minmacpo.evaluation.finished_run import read_run
+from minmacpo.evaluation.table import make_table
 from minmacpo.evaluation.text_tables import format_table
 from minmacpo.runtime.files import write_atomic, write_json
 from minmacpo.runtime.progress import run_main
@@ -63,7 +64,7 @@ def experiment_section(found: dict, finding: str) -> str:
     head = [f"## {found['name']}\n", f"*{found['question']}* {command}\n", f"{cost_of(rows)}\n"]
     if any(row.get("group") for row in rows):
         return "\n".join([*head, *crossed(found["name"], rows), finding + "\n"])
-    parts = [*head, markdown(HEAD, map(cells, rows)), finding + "\n"]
+    parts = [*head, markdown(HEAD, map(result_cells, rows)), finding + "\n"]
     longest = max(len(row["by_round"]) for row in rows)
     curve = [[row["name"], *(f"{v:.3f}" for v in row["by_round"])] for row in rows]
     parts.append(markdown(["student", *(f"r{t}" for t in range(longest))], curve))
@@ -261,10 +262,10 @@ def collect(root: Path) -> None:
 def collect_hh(folder: str) -> None:
     """Take the counts, the table and the cost of a run on HH-RLHF files, as hh.md."""
     run = read_run(folder)
-    counts = run.notes["data/slices"]["counts"]
+    counts = run.metadata["data/slices"]["counts"]
     made = {
         name.removeprefix("data/corpus_"): n["counts"]["documents"]
-        for name, n in run.notes.items()
+        for name, n in run.metadata.items()
         if "/corpus_" in name
     }
     parts = (
@@ -276,7 +277,7 @@ def collect_hh(folder: str) -> None:
     cost = [
         {k: row[k] for k in ("kind", "cpu_seconds", "tokens", "peak_mb")} for row in table["cost"]
     ]
-    commit = next(iter(run.notes.values()))["commit"]
+    commit = next(iter(run.metadata.values()))["commit"]
     section = hh_section({"counts": parts, "table": format_table(table), "cost": cost})
     write_atomic(PLACE / "hh.md", f"{section}\nMeasured at commit {commit}.\n")
 

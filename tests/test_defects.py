@@ -22,7 +22,7 @@ from minmacpo.core.losses import StepTotals
 from minmacpo.core.trainer import collate_examples
 from minmacpo.data import chat_template as templates
 from minmacpo.data.tokenizer import Tokens
-from minmacpo.evaluation import table as evaluate
+from minmacpo.evaluation import measure
 from minmacpo.method import macpo
 from minmacpo.method import selection as choose
 from minmacpo.pipeline import model_pool as workshop
@@ -174,14 +174,14 @@ def mean_of_means(patch) -> None:
 
 
 def first_teacher_left_in_the_slot(patch) -> None:
-    good = evaluate.score_texts
+    good = measure.score_texts
 
     def score_texts(session, name, base, adapter, texts):
         if adapter and adapter.name.endswith("/teacher2_pos"):
             adapter = replace(adapter, path=adapter.path.parent / "teacher1_pos")
         return good(session, name, base, adapter, texts)
 
-    patch(evaluate, "score_texts", score_texts)
+    patch(measure, "score_texts", score_texts)
 
 
 def no_adapter_in_the_slot_of_the_scorer(patch) -> None:

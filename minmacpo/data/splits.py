@@ -16,6 +16,8 @@ from minmacpo.data.records import Message, Pair
 SPLITS = ("d0", "d1", "d2", "test")
 UNIQUE_PROMPTS = ("d2", "test")  # splits that hold each prompt once
 
+TOO_FEW = 30  # fewer test rows tell nothing: an accuracy then is good to about 0.2
+
 
 def first_turn(pair: Pair) -> str:
     """What the human says first."""

@@ -1,19 +1,58 @@
-"""Bootstrap intervals over prompts and seeds."""
+"""95 % bootstrap intervals: the same statistic of many samples that are redrawn with replacement.
+
+The unit that is redrawn is a prompt (and, for differences of methods, the seed of a run): several
+answers to one prompt are no independent evidence. The draws are the same in every call.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 
-
-def interval(values: np.ndarray, draws: int) -> list[float]:
-    """95 % bootstrap interval of the mean over prompts [n], the same draws for the same n."""
-    picks = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
-    return np.quantile(values[picks].mean(1), [0.025, 0.975]).round(4).tolist()
+BOUNDS = (0.025, 0.975)  # quantiles of a 95 % interval
 
 
-def paired_interval(differences: list[np.ndarray], draws: int = 4000) -> list[float]:
-    """95 % interval of the mean of paired differences: resamples seeds, then prompts within each."""
-    rng, count = np.random.default_rng(0), len(differences)
-    picks = (
-        [differences[seed] for seed in seeds] for seeds in rng.integers(0, count, (draws, count))
-    )
-    means = [np.mean([rng.choice(values, len(values)).mean() for values in pick]) for pick in picks]
-    return np.quantile(means, [0.025, 0.975]).round(4).tolist()
+def mean_interval(values: np.ndarray, draws: int) -> list[float]:
+    """The interval of the mean of one value per prompt, (N,), as [low, high]."""
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, len(values), (draws, len(values)))
+    means = values[drawn].mean(1)  # (draws,)
+    return np.quantile(means, BOUNDS).round(4).tolist()
+
+
+def paired_interval(differences: Sequence[np.ndarray], draws: int = 4000) -> list[float]:
+    """The interval of a mean difference: redraws the seeds, then the prompts within each seed.
+
+    Args:
+        differences: for every seed, the difference of two methods on each prompt, (N,).
+    """
+    rng = np.random.default_rng(0)
+    count = len(differences)
+    seed_draws = rng.integers(0, count, (draws, count))
+    means = []
+    for seeds in seed_draws:
+        means_by_seed = []
+        for seed in seeds:
+            values = differences[seed]
+            means_by_seed.append(rng.choice(values, len(values)).mean())
+        means.append(np.mean(means_by_seed))
+    return np.quantile(means, BOUNDS).round(4).tolist()
+
+
+def ratio_interval(
+    numerators: Sequence[float], denominators: Sequence[float], prompts: Sequence[str], draws: int
+) -> list[float]:
+    """The interval of sum(numerators) / sum(denominators) over rows, as [low, high].
+
+    A prompt is drawn with all of its rows. Draws whose denominator is not above 0 are left out.
+    """
+    _, prompt_index = np.unique(prompts, return_inverse=True)
+    tops = np.bincount(prompt_index, weights=np.asarray(numerators, float))
+    bottoms = np.bincount(prompt_index, weights=np.asarray(denominators, float))
+    rng = np.random.default_rng(0)
+    ratios = []
+    for _ in range(draws):
+        drawn = rng.integers(0, len(tops), len(tops))
+        bottom = bottoms[drawn].sum()
+        if bottom > 0:
+            ratios.append(tops[drawn].sum() / bottom)
+    return np.quantile(ratios, BOUNDS).tolist()

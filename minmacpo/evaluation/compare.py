@@ -8,6 +8,7 @@ import re
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +16,17 @@ import numpy as np
 from minmacpo import UserError
 from minmacpo.config.parse import ArgParser
 from minmacpo.evaluation.bootstrap import paired_interval
-from minmacpo.evaluation.html import document, figure, grid
-from minmacpo.evaluation.table import (
-    FinishedRun,
-    gold_by_prompt,
-    last_student,
-    measured,
-    read_run,
-    row_at,
-)
+from minmacpo.evaluation.charts import Point, figure
+from minmacpo.evaluation.finished_run import FinishedRun, read_run
+from minmacpo.evaluation.gold import gold_by_prompt
+from minmacpo.evaluation.html import document, grid
+from minmacpo.evaluation.table import row_at
 from minmacpo.evaluation.text_tables import COLUMNS, bracketed
 from minmacpo.pipeline.run import FINISHED
 from minmacpo.runtime.files import read_json, write_atomic
 from minmacpo.runtime.progress import aligned
 
 SIDES = ("student", "teachers")
-
 
 HEAD = (
     "last round",
@@ -41,76 +37,108 @@ HEAD = (
     "difference (seeds in common)",
 )
 
-
-BESIDE = (
-    "perplexity",
-    "length",
-    "hit_length",
-    "refusals",
-    "distinct2",
-    "self_bleu",
-)  # of evaluate's table
+# Of a run's table, what is shown of the last student's answers beside the gold reward
+LAST_MEASURES = ("perplexity", "length", "hit_length", "refusals", "distinct2", "self_bleu")
 
 
-def last_gold(run: FinishedRun) -> dict[str, np.ndarray]:
-    """Gold reward of the test prompts [n]: of the student that the run ends with, and the teachers' mean at last."""
-    last = [last_student(run), *((name, measured(run, name)[-1]) for name in run.teachers)]
-    student, *teachers = (gold_by_prompt(run, *agent)["gold"] for agent in last)
-    return {"student": student, "teachers": np.mean(teachers, 0)}
+@dataclass(slots=True)
+class MethodRuns:
+    """The runs that differ in their seed alone."""
+
+    name: str
+    run_of_seed: dict[int, FinishedRun] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> list[FinishedRun]:
+        return list(self.run_of_seed.values())
 
 
-def beside(runs: Sequence[FinishedRun]) -> dict:
-    """{"by_round": gold of the student by round, and each of BESIDE at last}, means over the runs of one method."""
-    rounds = sorted(set.intersection(*({*measured(run, "student")} for run in runs)))
-    gold = {
-        t: float(np.mean([gold_by_prompt(run, "student", t)["gold"].mean() for run in runs]))
-        for t in rounds
-    }
-    ends = [row_at(run, *last_student(run)) for run in runs]
-    return {"by_round": gold} | {key: float(np.mean([row[key] for row in ends])) for key in BESIDE}
+def compare(paths: Sequence[str]) -> list[dict]:
+    """One row per method: the last gold reward of its student and teachers, means over seeds.
 
-
-def compare(paths: list[str]) -> list[dict]:
-    """One row per method: mean over seeds of its last student's and teachers' gold, and the difference; `beside`."""
-    found, asked, runs = {}, {}, {}  # {method: {seed: gold}}, {seed: test prompts}, {method: runs}
-    for run in map(read_run, paths):
-        folder, seed, method = (
-            run.folder,
-            run.config.run.seed,
-            re.sub(r"-seed=\d+", "", run.folder.name),
-        )
-        if run.config.data.path:
-            raise UserError(f"{folder}: has no gold reward to compare; see its table")
-        if not (folder / FINISHED).is_file():
-            raise UserError(f"{folder}: is not finished; go on with it first")
-        if seed in found.setdefault(method, {}):
-            raise UserError(
-                f"{folder}: a run of {method} with seed {seed} is there already; give each once"
-            )
-        prompts = tuple(read_json(run.stage("data/slices").path / "split.json")["test"])
-        if asked.setdefault(seed, prompts) != prompts:
-            raise UserError(
-                f"{folder}: its test prompts are not those of the other runs with seed {seed}"
-            )
-        found[method][seed] = last_gold(run)
-        runs.setdefault(method, []).append(run)
-    first, rows = next(iter(found.values())), []
-    for name, seeds in found.items():
-        row = {"method": name, "seeds": sorted(seeds)} | beside(runs[name])
+    The first method is what the others are compared with, on the seeds that both have.
+    """
+    methods = group_by_method([read_run(path) for path in paths])
+    first = methods[0]
+    gold_of_first = {seed: last_gold(run) for seed, run in first.run_of_seed.items()}
+    rows = []
+    for method in methods:
+        gold_of_seed = {seed: last_gold(run) for seed, run in method.run_of_seed.items()}
+        row = {"method": method.name, "seeds": sorted(gold_of_seed)} | student_measures(method.runs)
         for side in SIDES:
-            row[side] = float(np.mean([gold[side].mean() for gold in seeds.values()]))
-            pairs = [
-                gold[side] - first[seed][side] for seed, gold in seeds.items() if seed in first
+            row[side] = float(np.mean([gold[side].mean() for gold in gold_of_seed.values()]))
+            differences = [
+                gold[side] - gold_of_first[seed][side]
+                for seed, gold in gold_of_seed.items()
+                if seed in gold_of_first
             ]
-            if pairs and seeds is not first:
-                row[f"{side}_difference"] = float(np.mean([pair.mean() for pair in pairs]))
-                row[f"{side}_interval"] = paired_interval(pairs)
+            if differences and method is not first:
+                row[f"{side}_difference"] = float(
+                    np.mean([values.mean() for values in differences])
+                )
+                row[f"{side}_interval"] = paired_interval(differences)
         rows.append(row)
     return rows
 
 
+def group_by_method(runs: Sequence[FinishedRun]) -> list[MethodRuns]:
+    """The runs by what they have in common beside their seeds, in the order given.
+
+    Raises:
+        UserError: a run cannot be compared with the others.
+    """
+    methods: dict[str, MethodRuns] = {}
+    prompts_of_seed: dict[int, tuple] = {}
+    for run in runs:
+        folder = run.folder
+        seed = run.config.run.seed
+        if not run.has_gold:
+            raise UserError(f"{folder}: has no gold reward to compare; see its table")
+        if not (folder / FINISHED).is_file():
+            raise UserError(f"{folder}: is not finished; go on with it first")
+        name = re.sub(r"-seed=\d+", "", folder.name)
+        method = methods.setdefault(name, MethodRuns(name))
+        if seed in method.run_of_seed:
+            raise UserError(
+                f"{folder}: a run of {name} with seed {seed} is there already; give each once"
+            )
+        prompts = tuple(read_json(run.stage("data/slices").path / "split.json")["test"])
+        if prompts_of_seed.setdefault(seed, prompts) != prompts:
+            raise UserError(
+                f"{folder}: its test prompts are not those of the other runs with seed {seed}"
+            )
+        method.run_of_seed[seed] = run
+    return list(methods.values())
+
+
+def last_gold(run: FinishedRun) -> dict[str, np.ndarray]:
+    """Gold reward by test prompt, (prompts,), of the last student and of the teachers' mean."""
+    teachers = []
+    for teacher in run.teachers:
+        last_round = run.measured_rounds(teacher)[-1]
+        teachers.append(gold_by_prompt(run, teacher, last_round))
+    return {
+        "student": gold_by_prompt(run, *run.last_student()),
+        "teachers": np.mean(teachers, axis=0),
+    }
+
+
+def student_measures(runs: Sequence[FinishedRun]) -> dict:
+    """The student's gold reward by round, and LAST_MEASURES at the end, means over runs."""
+    rounds = set(runs[0].measured_rounds("student"))
+    for run in runs[1:]:
+        rounds &= set(run.measured_rounds("student"))
+    by_round = {}
+    for t in sorted(rounds):
+        means = [gold_by_prompt(run, "student", t).mean() for run in runs]
+        by_round[t] = float(np.mean(means))
+    last_rows = [row_at(run, *run.last_student()) for run in runs]
+    measures = {key: float(np.mean([row[key] for row in last_rows])) for key in LAST_MEASURES}
+    return {"by_round": by_round} | measures
+
+
 def run_compare(argv: Sequence[str]) -> list[dict]:
-    """What `eval.py compare` finds; the page that it may ask for is written."""
+    """The rows of `eval.py compare`; the page that it may ask for is written."""
     parser = ArgParser(
         "eval.py compare",
         description=__doc__,
@@ -119,50 +147,54 @@ def run_compare(argv: Sequence[str]) -> list[dict]:
     )
     parser.add_argument("runs", nargs="*")
     parser.add_argument("--page", type=Path)
-    words = parser.parse_args(argv)
-    if len(words.runs) < 2:
+    args = parser.parse_args(argv)
+    if len(args.runs) < 2:
         raise UserError("compare needs at least two runs")
-    if words.page and words.page.exists():
-        raise UserError(f"{words.page}: exists already; it is not overwritten")
-    found = compare(words.runs)
-    if words.page:
-        write_atomic(words.page, comparison_page(found))
-        print(f"page: {words.page}", file=sys.stderr)
-    return found
+    if args.page and args.page.exists():
+        raise UserError(f"{args.page}: exists already; it is not overwritten")
+    rows = compare(args.runs)
+    if args.page:
+        write_atomic(args.page, comparison_page(rows))
+        print(f"page: {args.page}", file=sys.stderr)
+    return rows
 
 
-def cells(rows: list[dict]) -> list[list[str]]:
-    """The table's rows as text."""
+def comparison_cells(rows: Sequence[dict]) -> list[list[str]]:
+    """The rows of the table as text."""
     lines = []
     for row in rows:
         line = [row["method"], str(len(row["seeds"]))]
         for side in SIDES:
-            found = (
-                [row[f"{side}_difference"], *row[f"{side}_interval"]]
-                if f"{side}_interval" in row
-                else []
-            )
-            apart = (
-                bracketed(found, "+.3f") if found else "no seed in common" * (row is not rows[0])
-            )
-            line += [f"{row[side]:.3f}", apart]
+            if f"{side}_interval" in row:
+                difference = [row[f"{side}_difference"], *row[f"{side}_interval"]]
+                difference_text = bracketed(difference, "+.3f")
+            elif row is rows[0]:
+                difference_text = ""
+            else:
+                difference_text = "no seed in common"
+            line += [f"{row[side]:.3f}", difference_text]
         lines.append(line)
     return lines
 
 
-def format_comparison(rows: list[dict]) -> str:
-    """`compare` as a table for a terminal."""
-    return aligned(HEAD, cells(rows))
+def format_comparison(rows: Sequence[dict]) -> str:
+    """The comparison as a table for a terminal."""
+    return aligned(HEAD, comparison_cells(rows))
 
 
-def comparison_page(rows: list[dict]) -> str:
-    """`compare` as a page: the table, the student over the rounds, what its last answers look like."""
-    lines = {row["method"]: [*row["by_round"].items()] for row in rows}
-    values = [[row["method"], *(f"{row[key]:.3f}" for key in BESIDE)] for row in rows]
+def comparison_page(rows: Sequence[dict]) -> str:
+    """The comparison as a page: the table, the student over the rounds, its last answers."""
+    lines = {}
+    for row in rows:
+        lines[row["method"]] = [Point(t, gold) for t, gold in row["by_round"].items()]
+    heading_of = {column.key: column.heading for column in COLUMNS}
+    values = []
+    for row in rows:
+        values.append([row["method"], *(f"{row[key]:.3f}" for key in LAST_MEASURES)])
     return document(
         "comparison.html",
         name=["Runs side by side"],
-        table=[grid(HEAD, cells(rows))],
-        picture=[figure("Gold reward of the student", "mean over seeds", lines, main=True)],
-        values=[grid(["last student", *(COLUMNS[key][0] for key in BESIDE)], values)],
+        table=[grid(HEAD, comparison_cells(rows))],
+        picture=[figure("Gold reward of the student", "mean over seeds", lines, is_main=True)],
+        values=[grid(["last student", *(heading_of[key] for key in LAST_MEASURES)], values)],
     )

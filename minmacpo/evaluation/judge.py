@@ -25,9 +25,9 @@ from minmacpo import UserError
 from minmacpo.config.parse import ArgParser, override
 from minmacpo.config.schema import Config
 from minmacpo.data.records import Example, Message, Sample
-from minmacpo.evaluation.bootstrap import interval
+from minmacpo.evaluation.bootstrap import mean_interval
+from minmacpo.evaluation.finished_run import read_run
 from minmacpo.evaluation.remote_judge import Ask, asked, check_request, over_http
-from minmacpo.evaluation.table import last_student, read_run
 from minmacpo.evaluation.text_tables import bracketed
 from minmacpo.method.ai_feedback import conversation, points
 from minmacpo.pipeline.run_dir import check_stage
@@ -90,7 +90,7 @@ def words_of(argv: Sequence[str]) -> Namespace:
 def read_answers(path: Path) -> dict[str, Sample]:
     """{prompt id: first answer} of a samples.jsonl, of the stage that holds it, or of a run's last student."""
     if (path / "config.toml").is_file():
-        agent, t = last_student(read_run(path))
+        agent, t = read_run(path).last_student()
         path = path / f"eval/round{t}_{agent}_samples"
     file = path / "samples.jsonl" if path.is_dir() else path
     check_stage(file.parent)
@@ -324,7 +324,7 @@ def summary(words: Namespace, pairs: Sequence[Pair], rows: Sequence[dict]) -> di
         "tie": float(np.mean(values == 0.5)),
         "lose": float(np.mean(values == 0)),
         "win_rate": float(values.mean()),
-        "interval": interval(values, 2000),
+        "interval": mean_interval(values, 2000),
         "length_controlled": controlled(values, lengths[:, 0] - lengths[:, 1]),
         "characters": lengths.mean(0).tolist(),
     }

@@ -27,9 +27,8 @@ from minmacpo.data.formats import read_data
 from minmacpo.data.records import Message, Pair, Sample
 from minmacpo.data.splits import first_turn
 from minmacpo.data.tokenizer import Tokens, load_tokenizer
-from minmacpo.evaluation.bootstrap import interval
-from minmacpo.evaluation.html import words
-from minmacpo.evaluation.table import FinishedRun, read_run
+from minmacpo.evaluation.bootstrap import mean_interval
+from minmacpo.evaluation.finished_run import FinishedRun, agent_label, read_run
 from minmacpo.evaluation.text_tables import bracketed
 from minmacpo.runtime.files import read_rows
 from minmacpo.runtime.progress import aligned
@@ -178,7 +177,7 @@ def ranked(pairs: Sequence[Pair], rate: Rate) -> np.ndarray:
 def accuracy(run: FinishedRun, rate: Rate) -> tuple[float, list[float]]:
     """Share of the test pairs whose better answer is rated higher (equal ones count half), and its interval."""
     right = ranked(with_both(slice_of(run, "test"), run), rate)
-    return float(right.mean()), interval(right, run.config.eval.bootstrap)
+    return float(right.mean()), mean_interval(right, run.config.eval.bootstrap)
 
 
 def informative(bounds: Sequence[float]) -> bool:
@@ -186,11 +185,11 @@ def informative(bounds: Sequence[float]) -> bool:
     return not bounds[0] <= 0.5 <= bounds[1]
 
 
-def test_answers(run: FinishedRun) -> dict[tuple[int, str], list[Sample]]:
+def read_test_answers(run: FinishedRun) -> dict[tuple[int, str], list[Sample]]:
     """The test answers of every agent after every round, on the disk."""
     found = {}
     for name in sorted(
-        n for n in run.notes if n.startswith("eval/round") and n.endswith("_samples")
+        n for n in run.metadata if n.startswith("eval/round") and n.endswith("_samples")
     ):
         t, _, agent = name[len("eval/round") : -len("_samples")].partition("_")
         found[int(t), agent] = read_rows(run.stage(name).path / "samples.jsonl", Sample)
@@ -226,7 +225,9 @@ def outside(
 
 def joined(run: FinishedRun, file: Path) -> list[dict]:
     """Rows of the table from an external file, several scores of a prompt averaged; UserError if an answer has none."""
-    asked = {key: {sample.id for sample in samples} for key, samples in test_answers(run).items()}
+    asked = {
+        key: {sample.id for sample in samples} for key, samples in read_test_answers(run).items()
+    }
     scores, rows = outside(file, asked), []
     for (t, agent), given in sorted(scores.items()):
         if missing := asked[t, agent] - given.keys():
@@ -239,7 +240,7 @@ def joined(run: FinishedRun, file: Path) -> list[dict]:
                 "agent": agent,
                 "round": t,
                 "score": float(values.mean()),
-                "interval": interval(values, run.config.eval.bootstrap),
+                "interval": mean_interval(values, run.config.eval.bootstrap),
             }
         )
     if not rows:
@@ -275,13 +276,13 @@ def run_reward(argv: Sequence[str]) -> dict:
     )
     share, bounds_of_share = accuracy(run, rate)
     rows = []
-    for (t, agent), samples in test_answers(run).items():
+    for (t, agent), samples in read_test_answers(run).items():
         values = (
             rate([(s.prompt, s.response) for s in samples])
             .reshape(-1, run.config.eval.samples)
             .mean(1)
         )
-        bounds = interval(values, run.config.eval.bootstrap)
+        bounds = mean_interval(values, run.config.eval.bootstrap)
         rows.append({"agent": agent, "round": t, "score": float(values.mean()), "interval": bounds})
     return {
         "model": str(words.model or "Bradley-Terry head on the strong base"),
@@ -312,7 +313,7 @@ def as_text(found: dict) -> str:
         )
     rows = [
         [
-            f"{words(row['agent'])}, round {row['round']}",
+            f"{agent_label(row['agent'])}, round {row['round']}",
             bracketed([row["score"], *row["interval"]]),
         ]
         for row in found["rows"]

@@ -1,382 +1,396 @@
-"""What a run is worth: test answers of every agent at every round, and the table made of them.
+"""The table of a run: what its agents' test answers are worth, and signs of what goes wrong.
 
-`measure` adds stages to a run while it goes on; `make_table` reads finished ones from the disk, at any time,
-each once: what it finds there is remembered with the stage's fingerprint. The only module, beside the
-programs, that knows the world's gold reward.
+Everything is read from finished stages on the disk, so that a table can be made at any time. What
+was read of a stage is remembered with the stage's fingerprint.
 """
 
 import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from minmacpo import UserError
-from minmacpo.config.parse import read_settings
 from minmacpo.config.schema import Config
 from minmacpo.core.scoring import win_or_tie
-from minmacpo.data import synthetic as world
-from minmacpo.data.formats import released
-from minmacpo.data.records import Pair, Sample
+from minmacpo.data.records import Sample
+from minmacpo.data.splits import TOO_FEW
 from minmacpo.data.text_metrics import distinct2, refuses, self_bleu
-from minmacpo.evaluation.bootstrap import interval
-from minmacpo.evaluation.html import words
-from minmacpo.method.macpo import AgentCheckpoint
+from minmacpo.evaluation.bootstrap import mean_interval, ratio_interval
+from minmacpo.evaluation.finished_run import (
+    FinishedRun,
+    agent_label,
+    answers_stage,
+    read_samples,
+)
+from minmacpo.evaluation.gold import (
+    gold_by_prompt,
+    gold_reward,
+    mean_gold_by_prompt,
+    right_fraction,
+)
 from minmacpo.method.monitor import alarms, signs
-from minmacpo.pipeline.base_models import Setup
-from minmacpo.pipeline.model_pool import Session, TextColumn
-from minmacpo.pipeline.run import Stage, verify
-from minmacpo.pipeline.sample_stage import sample
-from minmacpo.pipeline.score_stage import score_texts
-from minmacpo.runtime.files import check_links, fingerprint, read_json, read_rows, write_json
+from minmacpo.pipeline.run import Stage
+from minmacpo.runtime.files import read_rows
 
+# Agents that are measured once, with their labels in the table
 CONTROLS = {
     "kept": "student kept by the monitor",
     "continued": "naive SFT continued",
     "ceiling": "ceiling",
 }
 
+# Why a pair of a chosen and a rejected answer was put together, or was not
+PAIR_COUNTS = ("pairs", "all_empty", "negative_empty", "negative_equal", "over_long")
 
-NOTES = {"name", "kind", "fingerprint", "counts", "started", "seconds", "cpu_seconds", "peak_mb"}
-
-
-town_of = functools.lru_cache(maxsize=8)(world.make_town)
-
-
-check_once = functools.cache(verify)  # files are hashed once
+MIN_WRONG_NEGATIVES = 0.7  # fewer wrong answers among the negatives, and they teach the wrong thing
+MAX_EQUAL_NEGATIVES = 0.1  # more negatives that equal their positive, and there is little to learn
 
 
-def measure(session: Session, ground: Setup, trained: AgentCheckpoint) -> None:
-    """Sample test answers of an agent and score the true and the worse answers under it and its base."""
-    truth, worse = (
-        TextColumn(ground.slices, "test.jsonl", side) for side in ("chosen", "rejected")
-    )
-    base, name = trained.base, f"eval/round{trained.round}_{trained.agent}"
-    agent = (
-        "student" if trained.agent == "kept" else trained.agent
-    )  # the same adapter answers the same
-    key, answers = ("eval", agent, trained.round), session.config.eval.samples
-    said = sample(
-        session, f"{name}_samples", base, trained.adapter, truth, trained.agent, key, answers
-    )
-    if trained.agent not in CONTROLS:
-        score_texts(session, f"{name}_under_base", base, None, TextColumn(said))
-    for side, texts in (("truth", truth), ("worse", worse)):
-        score_texts(session, f"{name}_{side}", base, trained.adapter, texts)
-        score_texts(session, f"eval/base_{base.name}_{side}", base, None, texts)
+def make_table(run: FinishedRun) -> dict:
+    """Everything that is known of a run so far, as JSON."""
+    rows = result_rows(run)
+    add_pgr(run, rows)
+    negatives = negative_rows(run)
+    monitored = monitor_rows(run)
+    return {
+        "run": run.name,
+        "method": run.config.run.method,
+        "world": run.has_gold,
+        "rounds": run.config.macpo.rounds,
+        "rows": rows,
+        "filter": filter_rows(run),
+        "negatives": negatives,
+        "monitor": monitored,
+        "warnings": too_few_warnings(run, rows) + warnings(negatives, monitored),
+        "cost": cost_rows(run),
+    }
+
+
+# ---- how good the test answers are -----------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class FinishedRun:
-    """A run as its folder shows it at one moment; `notes`: stage.json of every finished stage by name."""
+class PromptScores:
+    """What scoring the true and the worse answer to one test prompt gave."""
 
-    folder: Path
-    config: Config
-    notes: dict[str, dict]
-
-    @property
-    def teachers(self) -> list[str]:
-        """Their names."""
-        return [f"teacher{k + 1}" for k in range(self.config.macpo.teachers)]
-
-    def stage(self, name: str) -> Stage:
-        """A finished stage; UserError if it is none, or if a file of it is damaged."""
-        if name not in self.notes:
-            raise UserError(f"{self.folder / name}: is no finished stage")
-        stage = Stage(name, self.folder / name, self.notes[name]["fingerprint"])
-        check_once(stage)
-        return stage
+    prompt_id: str
+    logp: float  # of the true answer under the agent, summed over its tokens, in nats
+    tokens: int
+    characters: int
+    margin: float | None  # implicit reward, true minus worse answer; None without a worse one
 
 
-def read_run(path: str | Path) -> FinishedRun:
-    """The run in a folder; UserError if the folder is none, or if a stage.json in it is damaged."""
-    folder, settings, notes = Path(path), Path(path) / "config.toml", {}
-    if not settings.is_file():
-        raise UserError(f"{folder}: is no run folder (it has no config.toml)")
-    check_links(folder)
-    for file in folder.glob("[!.]*/*/stage.json"):  # not those in folder.PARTIAL
-        found = notes[file.parent.relative_to(folder).as_posix()] = read_json(file)
-        if found.pop("checksum", None) != fingerprint(found) or not found.keys() >= NOTES:
-            raise UserError(
-                f"{file}: is damaged, or no stage's; delete {file.parent} and start again"
-            )
-    return FinishedRun(folder, read_settings(settings), notes)
+def result_rows(run: FinishedRun) -> list[dict]:
+    """One row per agent and round that has been measured."""
+    rows = []
+    for agent in [*run.teachers, "student", *CONTROLS]:
+        for t in range(run.config.macpo.rounds + 1):
+            row = row_at(run, agent, t)
+            if row is not None:
+                rows.append({"agent": agent, "round": t, "label": row_label(agent, t)} | row)
+    return rows
 
 
-def judge(
-    config: Config, record: Pair | Sample, response: str, finish: str = "stop"
-) -> dict[str, float]:
-    """Gold reward and its components (world.gold) of an answer to the record's prompt; {} without a world."""
-    if config.data.path:
-        return {}
-    return world.gold(town_of(config.world, config.run.seed), record, response, finish)
+def row_label(agent: str, t: int) -> str:
+    """What a row of the table is called."""
+    if agent in CONTROLS:
+        return CONTROLS[agent]
+    label = f"{agent_label(agent)}, round {t}"
+    if agent == "student" and t == 0:
+        label += " (naive SFT)"
+    return label
+
+
+def measured_stages(run: FinishedRun, agent: str, t: int) -> list[Stage] | None:
+    """The stages that `row_of` reads for an agent after round t; None if one is not finished."""
+    name = f"eval/round{t}_{agent}"
+    base = "eval/base_strong"
+    if agent.startswith("teacher"):
+        base = "eval/base_" + agent.replace("teacher", "weak")
+    names = [
+        answers_stage(agent, t),
+        f"{name}_truth",
+        f"{name}_worse",
+        f"{base}_truth",
+        f"{base}_worse",
+    ]
+    for name in names:
+        if name not in run:
+            return None
+    return [run.stage(name) for name in names]
+
+
+def row_at(run: FinishedRun, agent: str, t: int) -> dict | None:
+    """The measures of an agent after round t; None where its measurement is not whole."""
+    stages = measured_stages(run, agent, t)
+    return row_of(run.config, *stages) if stages else None
 
 
 @functools.cache
-def gold_of(config: Config, samples: Stage) -> dict[str, np.ndarray]:
-    """{component: [test prompts]}, the mean over each prompt's sampled answers; {} without a world."""
-    said = read_rows(samples.path / "samples.jsonl", Sample)
-    judged = [judge(config, s, s.response, s.finish) for s in said]
-    golds = {part: np.array([values[part] for values in judged]) for part in judged[0]}
-    return {part: values.reshape(-1, config.eval.samples).mean(1) for part, values in golds.items()}
-
-
-def gold_by_prompt(run: FinishedRun, agent: str, t: int) -> dict[str, np.ndarray]:
-    """`gold_of` an agent's test answers after round `t`; UserError if there are none."""
-    return gold_of(run.config, run.stage(f"eval/round{t}_{agent}_samples"))
-
-
-def measured(run: FinishedRun, agent: str) -> list[int]:
-    """The rounds after which an agent has been measured, in order."""
-    return [
-        t
-        for t in range(run.config.macpo.rounds + 1)
-        if f"eval/round{t}_{agent}_samples" in run.notes
-    ]
-
-
-def last_student(run: FinishedRun) -> tuple[str, int]:
-    """(agent, round) of the student that a run ends with: the one that macpo.stop = rollback kept, or else that of the
-    last round. UserError if none has been measured."""
-    for agent in ("kept", "student"):
-        if rounds := measured(run, agent):
-            return agent, rounds[-1]
-    raise UserError(f"{run.folder}: no answers of its student are finished yet")
+def read_prompt_scores(
+    truth: Stage, worse: Stage, base_truth: Stage, base_worse: Stage
+) -> list[PromptScores]:
+    """The scores of every test prompt's answers, in the prompts' order."""
+    stages = (truth, worse, base_truth, base_worse)
+    rows_by_stage = [read_rows(stage.path / "scores.jsonl") for stage in stages]
+    scores = []
+    for good, bad, base_good, base_bad in zip(*rows_by_stage, strict=True):
+        margin = None
+        if bad["characters"]:
+            gain_of_good = good["logp"] - base_good["logp"]
+            gain_of_bad = bad["logp"] - base_bad["logp"]
+            margin = gain_of_good - gain_of_bad
+        scores.append(
+            PromptScores(
+                prompt_id=good["id"],
+                logp=good["logp"],
+                tokens=good["tokens"],
+                characters=good["characters"],
+                margin=margin,
+            )
+        )
+    return scores
 
 
 @functools.cache
 def row_of(config: Config, samples: Stage, *scored: Stage) -> dict:
-    """One row of the table; `scored`: true and worse answers under the agent, then under its base."""
-    said = read_rows(samples.path / "samples.jsonl", Sample)
-    scores = [read_rows(stage.path / "scores.jsonl") for stage in scored]
-    margins = [
-        (a["logp"] - c["logp"]) - (b["logp"] - d["logp"]) if b["characters"] else None
-        for a, b, c, d in zip(*scores, strict=True)
-    ]
-    files, parts = (
-        {s.id: s.meta.get("file") for s in said},
-        {},
-    )  # files: of the test prompts, in order
-    for file in [None, *sorted({f for f in files.values() if f})]:  # None: all files together
-        picked = [i for i, f in enumerate(files.values()) if file in (None, f)]
-        logp, tokens, size = (
-            sum(scores[0][i][k] for i in picked) for k in ("logp", "tokens", "characters")
-        )
-        mine = [s for s in said if file in (None, s.meta.get("file"))]
-        able = [
-            margins[i] for i in picked if margins[i] is not None
-        ]  # of prompts with a worse answer
-        parts[file] = {
-            "perplexity": float(np.exp(-logp / tokens)),
-            "perplexity_char": float(np.exp(-logp / size)),
-            "length": float(np.mean([len(s.response) for s in mine])),
-            "hit_length": float(np.mean([s.finish == "length" for s in mine])),
-            "refusals": float(np.mean([refuses(s.response) for s in mine])),
-            "distinct2": distinct2([s.response for s in mine]),
-            "self_bleu": self_bleu([s.response for s in mine]),
-        } | ({"accuracy": float(win_or_tie(able).mean())} if able else {})
-    row = {"files": parts} | parts.pop(None)
-    for part, values in gold_of(config, samples).items():
-        row |= {
-            part: float(values.mean()),
-            f"{part}_interval": interval(values, config.eval.bootstrap),
-        }
+    """The measures of one agent after one round.
+
+    Args:
+        samples: the agent's answers to the test prompts.
+        scored: the true and the worse answers under the agent, then under its base.
+
+    Returns:
+        The measures of all files together; under "files", those of each file, if the test prompts
+        come from several; and in the built-in world the gold reward with its components.
+    """
+    answers = read_samples(samples)
+    scores = read_prompt_scores(*scored)
+    draws = config.eval.bootstrap
+    file_of = {answer.id: answer.meta.get("file") for answer in answers}
+
+    by_file = {}
+    for file in sorted({file for file in file_of.values() if file}):
+        answers_of_file = [answer for answer in answers if answer.meta.get("file") == file]
+        # scores have the prompts' order, but not the files' names
+        scores_of_file = [
+            score for score, name in zip(scores, file_of.values(), strict=True) if name == file
+        ]
+        by_file[file] = measures(answers_of_file, scores_of_file, draws)
+
+    row = {"files": by_file} | measures(answers, scores, draws)
+    if config.data.path is None:
+        for component, values in mean_gold_by_prompt(config, samples).items():
+            row[component] = float(values.mean())
+            row[f"{component}_interval"] = mean_interval(values, draws)
     return row
 
 
-def row_at(run: FinishedRun, agent: str, t: int) -> dict | None:
-    """`row_of` an agent after round `t`; None where its measurement is not whole."""
-    name = f"eval/round{t}_{agent}"
-    base = "eval/base_" + (
-        agent.replace("teacher", "weak") if agent.startswith("teacher") else "strong"
-    )
-    names = (f"{name}_samples", f"{name}_truth", f"{name}_worse", f"{base}_truth", f"{base}_worse")
-    return row_of(run.config, *map(run.stage, names)) if run.notes.keys() >= set(names) else None
-
-
-def make_table(run: FinishedRun) -> dict:
-    """Everything that is known of a run so far, as JSON: rows, filter, negatives, warnings, cost."""
-    rows, rounds = [], run.config.macpo.rounds
-    agents = [*run.teachers, "student", *CONTROLS]
-    for agent, t in itertools.product(agents, range(rounds + 1)):
-        if row := row_at(run, agent, t):
-            label = f"{words(agent)}, round {t}" + " (naive SFT)" * ((agent, t) == ("student", 0))
-            rows.append({"agent": agent, "round": t, "label": CONTROLS.get(agent, label)} | row)
-    add_pgr(run, rows)
-    watched = monitor_rows(run)
-    negatives, keys = negative_rows(run), ("name", "kind", "seconds", "cpu_seconds", "linked_from")
-    stages = sorted(run.notes.values(), key=lambda notes: notes["started"])
-    cost = [
-        {k: notes.get(k) for k in keys}
-        | {
-            "tokens": notes["counts"].get("tokens"),
-            "peak_mb": notes.get("peak_gpu_mb", notes["peak_mb"]),
-        }
-        for notes in stages
-    ]
-    return {
-        "run": run.folder.resolve().name,
-        "method": run.config.run.method,
-        "world": run.config.data.path is None,
-        "rounds": rounds,
-        "rows": rows,
-        "filter": filter_rows(run),
-        "negatives": negatives,
-        "monitor": watched,
-        "warnings": warnings(negatives, watched),
-        "cost": cost,
+def measures(answers: Sequence[Sample], scores: Sequence[PromptScores], draws: int) -> dict:
+    """What needs no gold reward: likelihood of the true answers, and the look of one's own."""
+    logp = sum(score.logp for score in scores)
+    tokens = sum(score.tokens for score in scores)
+    characters = sum(score.characters for score in scores)
+    responses = [answer.response for answer in answers]
+    values = {
+        "prompts": len(scores),
+        "perplexity": float(np.exp(-logp / tokens)),
+        "perplexity_interval": perplexity_interval(scores, draws),
+        "perplexity_char": float(np.exp(-logp / characters)),
+        "length": float(np.mean([len(response) for response in responses])),
+        "hit_length": float(np.mean([answer.finish == "length" for answer in answers])),
+        "refusals": float(np.mean([refuses(response) for response in responses])),
+        "distinct2": distinct2(responses),
+        "self_bleu": self_bleu(responses),
     }
+    margins = [score.margin for score in scores if score.margin is not None]
+    if margins:
+        wins = win_or_tie(margins)
+        values["pairs"] = len(margins)
+        values["accuracy"] = float(wins.mean())
+        values["accuracy_interval"] = mean_interval(wins, draws)
+    return values
+
+
+def perplexity_interval(scores: Sequence[PromptScores], draws: int) -> list[float]:
+    """The 95 % interval of the perplexity per token, over prompts."""
+    logps = [score.logp for score in scores]
+    tokens = [score.tokens for score in scores]
+    prompts = [score.prompt_id for score in scores]
+    low, high = ratio_interval(logps, tokens, prompts, draws)
+    return [round(float(np.exp(-high)), 4), round(float(np.exp(-low)), 4)]
+
+
+def too_few_to_tell(run: FinishedRun, rows: Sequence[dict]) -> int | None:
+    """The number of test rows of a run on own data, if they are too few; None otherwise."""
+    if run.has_gold or not rows:
+        return None
+    count = rows[0].get("pairs", rows[0]["prompts"])
+    return count if count < TOO_FEW else None
+
+
+def too_few_warnings(run: FinishedRun, rows: Sequence[dict]) -> list[str]:
+    """A sentence for a run whose test rows tell nothing about its agents."""
+    count = too_few_to_tell(run, rows)
+    if count is None:
+        return []
+    return [f"{count} test rows are too few to tell the agents apart; give at least {TOO_FEW}"]
+
+
+# ---- performance gap recovered (Burns et al. 2023) -------------------------------------------
 
 
 def add_pgr(run: FinishedRun, rows: list[dict]) -> None:
-    """Performance gap recovered by the rows of the strong base: (row - best teacher at round 0) / (ceiling -
-    that teacher); None where the denominator's interval is not above zero."""
-    first = [row for row in rows if row["agent"].startswith("teacher") and row["round"] == 0]
-    ceiling = next((row for row in rows if row["agent"] == "ceiling"), None)
-    if run.config.data.path or not ceiling or not first:
+    """Give the rows of the strong base their PGR: (row - start) / (ceiling - start).
+
+    The start is the best teacher after round 0. The measure is the gold reward, and on own data
+    the preference accuracy. PGR is None where the interval of the gap reaches 0.
+    """
+    measure = "gold" if run.has_gold else "accuracy"
+    starts = [row for row in rows if row["agent"].startswith("teacher") and row["round"] == 0]
+    ceilings = [row for row in rows if row["agent"] == "ceiling"]
+    if not starts or not ceilings or measure not in ceilings[0]:
         return
-    best = max(first, key=lambda row: row["gold"])
-    top, start = (
-        gold_by_prompt(run, row["agent"], row["round"])["gold"] for row in (ceiling, best)
-    )
-    low, _ = interval(top - start, run.config.eval.bootstrap)
-    for row in (row for row in rows if not row["agent"].startswith("teacher")):
-        gained, gap = row["gold"] - best["gold"], ceiling["gold"] - best["gold"]
-        row["pgr"] = None if low <= 0 else gained / gap
+    start = max(starts, key=lambda row: row[measure])
+    ceiling = ceilings[0]
+    draws = run.config.eval.bootstrap
+    values_of_start = values_by_prompt(run, start)
+    gap_by_prompt = values_by_prompt(run, ceiling) - values_of_start
+    lowest_gap, _ = mean_interval(gap_by_prompt, draws)
+    known = lowest_gap > 0 and too_few_to_tell(run, rows) is None
+
+    prompts = [str(i) for i in range(len(gap_by_prompt))]
+    for row in rows:
+        if row["agent"].startswith("teacher"):
+            continue
+        row["pgr"] = None
+        if known:
+            row["pgr"] = (row[measure] - start[measure]) / (ceiling[measure] - start[measure])
+            gain_by_prompt = values_by_prompt(run, row) - values_of_start
+            interval = ratio_interval(gain_by_prompt, gap_by_prompt, prompts, draws)
+            row["pgr_interval"] = [round(bound, 4) for bound in interval]
 
 
-def records_of(stage: Stage) -> list[Pair] | list[Sample]:
-    """All that a stage of pairs or of samples holds; UserError for another one."""
-    for kind, file in ((Pair, "pairs.jsonl"), (Sample, "samples.jsonl")):
-        if (stage.path / file).is_file():
-            return read_rows(stage.path / file, kind)
-    raise UserError(f"{stage.path}: holds neither pairs nor answers")
+def values_by_prompt(run: FinishedRun, row: dict) -> np.ndarray:
+    """What PGR is made of: gold reward by test prompt, or 1, 0.5, 0 by test pair, (N,)."""
+    if run.has_gold:
+        return gold_by_prompt(run, row["agent"], row["round"])
+    _, *scored = measured_stages(run, row["agent"], row["round"])
+    margins = [score.margin for score in read_prompt_scores(*scored)]
+    return win_or_tie([margin for margin in margins if margin is not None])
 
 
-def export(run: str, name: str, file: str) -> str:
-    """Write the pairs or the answers of a stage as MACPO's authors released theirs; says what was written."""
-    past, target = read_run(run), Path(file)
-    records, named = (
-        records_of(past.stage(name)),
-        past.config.data.template == "vicuna-macpo",
-    )  # that of their HH runs
-    if target.exists():
-        raise UserError(f"{target}: exists already; it is not overwritten")
-    write_json(target, [released(record, with_speaker=named) for record in records])
-    return f"{len(records)} rows: {target}"
-
-
-@functools.cache
-def right_share(
-    config: Config, stage: Stage, who: str | None = None, side: str = "chosen"
-) -> float | None:
-    """Share of a stage's answers to D2 that are right: of its samples, or of a side of its pairs, chosen from `who`
-    or from all; None without a world."""
-    right = []
-    for r in records_of(stage) if config.data.path is None else ():
-        text, by = (getattr(r, side), r.chosen_by) if isinstance(r, Pair) else (r.response, None)
-        if who in (None, by):
-            right.append(judge(config, r, text)["right"])
-    return float(np.mean(right)) if right else None
+# ---- whose answers the student learns ---------------------------------------------------------
 
 
 def filter_rows(run: FinishedRun) -> list[dict]:
-    """By round: per source, how often it won the filter and how often it was right then; and all together."""
+    """By round: of each source, how often it was chosen and how often it was right then."""
     rows = []
     for t in range(1, run.config.macpo.rounds + 1):
-        if (name := f"round{t}/pairs_student") in run.notes:
-            counts, stage = run.notes[name]["counts"], run.stage(name)
-            won = {
-                key.removeprefix("chosen_"): count
-                for key, count in counts.items()
-                if key.startswith("chosen_")
-            }
-            sources = {
-                who: {
-                    "won": won[who] / counts["pairs"],
-                    "right": right_share(run.config, stage, who),
-                }
-                for who in sorted(won)
-                if won[who]
-            }
-            mixed = (
-                0 < run.config.macpo.self_fraction < 1
-            )  # of a prompt only one's own answers count, or only the others'
-            offers = [offer_of(run, t, who) for who in won if not mixed]
-            row = {"round": t, "sources": sources, "right": right_share(run.config, stage)}
-            rows.append(row | offered(run.config, *filter(None, offers)))
+        name = f"round{t}/pairs_student"
+        if name in run:
+            rows.append({"round": t} | filter_row(run, t, run.stage(name)))
     return rows
 
 
-def offer_of(run: FinishedRun, t: int, who: str) -> Stage | None:
-    """The answers of an agent that the student could choose from in round t, None where they are not on the disk."""
-    return next(
-        (
-            run.stage(n)
-            for n in (f"round{t}/own_{who}", f"round{t}/positives_{who}")
-            if n in run.notes
-        ),
-        None,
-    )
+def filter_row(run: FinishedRun, t: int, pairs: Stage) -> dict:
+    """What the student's pairs of round t say about the filter."""
+    counts = run.metadata[pairs.name]["counts"]
+    chosen = {}
+    for key, count in counts.items():
+        if key.startswith("chosen_"):
+            chosen[key.removeprefix("chosen_")] = count
+
+    sources = {}
+    for source in sorted(chosen):
+        if chosen[source]:
+            sources[source] = {
+                "won": chosen[source] / counts["pairs"],
+                "right": right_fraction(run.config, pairs, source),
+            }
+    row = {"sources": sources, "right": right_fraction(run.config, pairs)}
+
+    # With self_fraction, only one's own answers to some prompts count, and to the others only the
+    # others': there is no set of answers that was offered for all prompts
+    if not 0 < run.config.macpo.self_fraction < 1:
+        stages = [offered_answers(run, t, source) for source in chosen]
+        row |= offered(run.config, *(stage for stage in stages if stage))
+    return row
+
+
+def offered_answers(run: FinishedRun, t: int, source: str) -> Stage | None:
+    """The answers of a source that the student could choose from in round t, if they exist."""
+    for name in (f"round{t}/own_{source}", f"round{t}/positives_{source}"):
+        if name in run:
+            return run.stage(name)
+    return None
 
 
 @functools.cache
-def offered(config: Config, *offers: Stage) -> dict[str, float | None]:
-    """Of the answers that the student could choose from: the share of prompts with a right one among them (what
-    an oracle would reach), and how many of a prompt's answers differ, as a share; {} where none is on the disk."""
-    right, texts = {}, {}
-    for stage in offers:
-        for said in read_rows(stage.path / "samples.jsonl", Sample):
-            texts.setdefault(said.id, []).append(said.response)
-            found = judge(config, said, said.response).get("right", 0.0)
-            right[said.id] = max(found, right.get(said.id, 0.0))
-    if not right:
+def offered(config: Config, *stages: Stage) -> dict[str, float | None]:
+    """What a perfect filter could have reached with the answers of these stages.
+
+    Returns:
+        "offered", the fraction of prompts with a right answer among those given (None on own
+        data), and "different", the mean fraction of a prompt's answers that differ; {} of none.
+    """
+    responses: dict[str, list[str]] = {}
+    best: dict[str, float] = {}
+    for stage in stages:
+        for sample in read_samples(stage):
+            right = gold_reward(config, sample, sample.response).get("right", 0.0)
+            responses.setdefault(sample.id, []).append(sample.response)
+            best[sample.id] = max(right, best.get(sample.id, 0.0))
+    if not best:
         return {}
-    different = float(np.mean([len(set(answers)) / len(answers) for answers in texts.values()]))
+    different = [len(set(texts)) / len(texts) for texts in responses.values()]
     return {
-        "offered": None if config.data.path else float(np.mean([*right.values()])),
-        "different": different,
+        "offered": float(np.mean(list(best.values()))) if config.data.path is None else None,
+        "different": float(np.mean(different)),
     }
 
 
+# ---- what the students' answers are preferred to ----------------------------------------------
+
+
 def negative_rows(run: FinishedRun) -> list[dict]:
-    """By agent: share of its first negatives that are wrong, and by round, that equal their positive. Where these are
-    not its negative twin's (macpo.negatives), of those that were rejected in round 1."""
-    rows, rounds, own = (
-        [],
-        range(1, run.config.macpo.rounds + 1),
-        run.config.macpo.negatives == "agent",
-    )
+    """By agent: the fraction of its negatives that are wrong, and by round, that are of no use.
+
+    Where macpo.negatives is not "agent", the negatives are those that were rejected in round 1.
+    """
+    from_agent = run.config.macpo.negatives == "agent"
+    rows = []
     for agent in ("student", *run.teachers):
-        if (name := f"round0/negatives_{agent}") in run.notes:
-            count, first = (
-                run.notes[name]["counts"]["answers"],
-                name if own else f"round1/pairs_{agent}",
-            )
-            right = (
-                right_share(run.config, run.stage(first), side="rejected")
-                if first in run.notes
-                else None
-            )
-            made = [run.notes.get(f"round{t}/pairs_{agent}") for t in rounds]
-            equal = [equal_share(notes["counts"]) for notes in made if notes]
-            wrong = None if right is None else 1 - right
-            rows.append(
-                {"agent": agent, "wrong": wrong, "count": count, "equal": equal}
-                | ({} if own else {"rejected": True})
-            )
+        name = f"round0/negatives_{agent}"
+        if name not in run:
+            continue
+        column_stage = name if from_agent else f"round1/pairs_{agent}"
+        wrong = None
+        if column_stage in run:
+            right = right_fraction(run.config, run.stage(column_stage), column="rejected")
+            if right is not None:
+                wrong = 1 - right
+        equal = []
+        for t in range(1, run.config.macpo.rounds + 1):
+            pairs = run.metadata.get(f"round{t}/pairs_{agent}")
+            if pairs:
+                equal.append(equal_fraction(pairs["counts"]))
+        count = run.metadata[name]["counts"]["answers"]
+        row = {"agent": agent, "wrong": wrong, "count": count, "equal": equal}
+        if not from_agent:
+            row["rejected"] = True
+        rows.append(row)
     return rows
 
 
-def equal_share(counts: dict[str, int]) -> float:
-    """Of the pairs that a stage put together, those that it dropped because both sides were equal."""
-    together = sum(
-        counts[key]
-        for key in ("pairs", "all_empty", "negative_empty", "negative_equal", "over_long")
-    )
-    return round(counts["negative_equal"] / together, 4) if together else 0.0
+def equal_fraction(counts: dict[str, int]) -> float:
+    """Of the pairs that a stage put together, those dropped because both answers were equal."""
+    total = sum(counts[key] for key in PAIR_COUNTS)
+    return round(counts["negative_equal"] / total, 4) if total else 0.0
+
+
+# ---- the monitor ------------------------------------------------------------------------------
 
 
 def monitor_rows(run: FinishedRun) -> list[dict]:
@@ -384,50 +398,69 @@ def monitor_rows(run: FinishedRun) -> list[dict]:
     rows = []
     for agent in ("student", *run.teachers):
         history = []
-        for t in range(run.config.macpo.rounds + 1):
-            if f"eval/round{t}_{agent}_samples" in run.notes:
-                for name in told_by(run, agent, t):
-                    run.stage(name)  # what `signs` reads is undamaged
-                history.append(signs_of(run.folder, agent, t, fingerprint_of(run, agent, t)))
-                rows.append({"agent": agent, "round": t, "alarms": alarms(history)} | history[-1])
+        for t in run.measured_rounds(agent):
+            stages = monitor_inputs(run, agent, t)
+            history.append(signs_once(run.folder, agent, t, *stages))
+            rows.append({"agent": agent, "round": t, "alarms": alarms(history)} | history[-1])
     return rows
 
 
-def fingerprint_of(run: FinishedRun, agent: str, t: int) -> str:
-    """What stands for the stages that the signs of an agent are read from, those of the round before included."""
-    return repr([(name, run.notes[name]["fingerprint"]) for name in told_by(run, agent, t)])
-
-
-def told_by(run: FinishedRun, agent: str, t: int) -> list[str]:
-    """The finished stages that the signs of an agent are read from."""
+def monitor_inputs(run: FinishedRun, agent: str, t: int) -> list[Stage]:
+    """The finished stages that the signs of an agent after round t are read from."""
     names = [
-        f"eval/round{t}_{agent}_samples",
-        f"eval/round{t - 1}_{agent}_samples",
+        answers_stage(agent, t),
+        answers_stage(agent, t - 1),
         f"round{t}/pairs_{agent}",
         f"eval/round{t}_{agent}_under_base",
         f"round{t}/{agent}_pos",
     ]
-    return [name for name in names if name in run.notes]
+    return [run.stage(name) for name in names if name in run]
 
 
 @functools.cache
-def signs_of(folder: Path, agent: str, t: int, stages: str) -> dict[str, float]:
-    """`monitor.signs`, read once for the same `stages`."""
+def signs_once(folder: Path, agent: str, t: int, *stages: Stage) -> dict[str, float]:
+    """The monitor's signs, read once for the same stages."""
     return signs(folder, agent, t)
 
 
-def warnings(negatives: list[dict], watched: Sequence[dict] = ()) -> list[str]:
-    """What breaks the method first: negatives that are right, or equal to their positive; the monitor's alarms."""
-    found = [
-        f"{words(row['agent'])}, round {row['round']}: {', '.join(row['alarms'])} (monitor)"
-        for row in watched
-        if row["alarms"]
-    ]
+def warnings(negatives: Sequence[dict], monitored: Sequence[dict] = ()) -> list[str]:
+    """Sentences about what breaks the method first: the monitor's alarms, and bad negatives."""
+    sentences = []
+    for row in monitored:
+        if row["alarms"]:
+            alarm_names = ", ".join(row["alarms"])
+            label = f"{agent_label(row['agent'])}, round {row['round']}"
+            sentences.append(f"{label}: {alarm_names} (monitor)")
     for row in negatives:
-        agent, wrong, equal = row["agent"], row["wrong"], max(row["equal"], default=0)
-        if wrong is not None and wrong < 0.7:
+        agent = row["agent"]
+        wrong = row["wrong"]
+        equal = max(row["equal"], default=0)
+        if wrong is not None and wrong < MIN_WRONG_NEGATIVES:
             what = "rejected answers of round 1" if row.get("rejected") else "cached negatives"
-            found.append(f"only {wrong:.0%} of {agent}'s {what} are wrong (70 % expected)")
-        if equal > 0.1:
-            found.append(f"{equal:.0%} of {agent}'s negatives equal their positive (10 % at most)")
-    return found
+            sentences.append(f"only {wrong:.0%} of {agent}'s {what} are wrong (70 % expected)")
+        if equal > MAX_EQUAL_NEGATIVES:
+            sentences.append(
+                f"{equal:.0%} of {agent}'s negatives equal their positive (10 % at most)"
+            )
+    return sentences
+
+
+# ---- cost -------------------------------------------------------------------------------------
+
+
+def cost_rows(run: FinishedRun) -> list[dict]:
+    """What every stage cost, in the order in which they were computed."""
+    rows = []
+    for metadata in sorted(run.metadata.values(), key=lambda metadata: metadata["started"]):
+        rows.append(
+            {
+                "name": metadata["name"],
+                "kind": metadata["kind"],
+                "seconds": metadata["seconds"],
+                "cpu_seconds": metadata["cpu_seconds"],
+                "linked_from": metadata.get("linked_from"),
+                "tokens": metadata["counts"].get("tokens"),
+                "peak_mb": metadata.get("peak_gpu_mb", metadata["peak_mb"]),
+            }
+        )
+    return rows

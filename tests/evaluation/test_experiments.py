@@ -16,8 +16,9 @@ from runs import METHODS, invoke, spawn, stages_of, write_stub
 from bench import results
 from minmacpo import UserError
 from minmacpo.config.parse import PRESETS, parse
-from minmacpo.evaluation import experiments
-from minmacpo.evaluation.table import gold_by_prompt, read_run
+from minmacpo.evaluation import experiment_results, experiments
+from minmacpo.evaluation.finished_run import read_run
+from minmacpo.evaluation.gold import gold_by_prompt
 
 NAMES = sorted(file.stem for file in (PRESETS / "experiments").glob("*.toml"))
 
@@ -56,7 +57,7 @@ def finished(tmp_path_factory):
     words = ["@experiment-small", write_stub(root), f"--run.root={root / 'runs'}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiments, "PRESETS", root)
-        patch.setattr(experiments, "run_alone", inside)
+        patch.setattr(experiments, "run_process", inside)
         assert experiments.run_experiment(words, str(REPO / "train.py")) == 0
         yield root, words
 
@@ -79,7 +80,7 @@ def test_every_experiment_can_be_planned_and_names_no_run_twice():
     } <= {*NAMES}
     for name in NAMES:
         found = experiments.read_experiment(name)
-        flags = [parse([*case.words, "--run.seed=7"]).config.run.name for case in found.cases]
+        flags = [parse([*case.flags, "--run.seed=7"]).config.run.name for case in found.cases]
         assert len(set(flags)) == len(flags) > 1 and found.question and len(found.seeds) > 1
 
 
@@ -87,11 +88,11 @@ def test_groups_are_crossed_with_variants():
     found = experiments.read_experiment("noise")
     assert len(found.cases) == 9 * 10 == len({case.label for case in found.cases})
     assert found.cases[11].label == "10 % swapped: MACPO, keep 0.75"
-    assert found.cases[11].words == ["--data.noise=0.1", "--macpo.keep_fraction=0.75"]
+    assert found.cases[11].flags == ["--data.noise=0.1", "--macpo.keep_fraction=0.75"]
 
 
 def test_the_main_experiment_has_every_method():
-    flags = [flag for case in experiments.read_experiment("main").cases for flag in case.words]
+    flags = [flag for case in experiments.read_experiment("main").cases for flag in case.flags]
     assert {flag.removeprefix("--method=") for flag in flags} == {*METHODS}
 
 
@@ -156,9 +157,7 @@ def test_results_are_what_the_runs_say(finished):
     gold = {}
     for label, name in names.items():
         runs = [read_run(root / "runs" / name), read_run(root / "runs" / f"{name}-seed=1")]
-        gold[label] = [
-            [gold_by_prompt(run, "student", t)["gold"] for run in runs] for t in (0, 1, 2)
-        ]
+        gold[label] = [[gold_by_prompt(run, "student", t) for run in runs] for t in (0, 1, 2)]
     for row in found["variants"]:
         mine, first = gold[row["name"]], gold["0"]
         assert row["by_round"] == pytest.approx([np.mean([g.mean() for g in at]) for at in mine])
@@ -176,7 +175,7 @@ def test_results_are_what_the_runs_say(finished):
             and row["wins"][1] <= row["wins"][0] <= row["wins"][2]
         )
         alarms = [
-            experiments.first_alarm(
+            experiment_results.first_alarm(
                 json.loads((root / "runs" / name / "eval/table.json").read_text())
             )
             for name in (names[row["name"]], f"{names[row['name']]}-seed=1")
@@ -204,9 +203,9 @@ def test_results_are_what_the_runs_say(finished):
 def test_a_finished_table_that_is_none_is_made_again(tmp_path, finished):
     root, _ = finished
     shutil.copytree(root / "runs/stub", tmp_path / "stub")
-    assert experiments.whole(tmp_path / "stub")
+    assert experiments.is_complete(tmp_path / "stub")
     (tmp_path / "stub/eval/table.json").write_text("{}")
-    assert not experiments.whole(tmp_path / "stub")
+    assert not experiments.is_complete(tmp_path / "stub")
 
 
 def test_finished_runs_are_not_redone_and_a_missing_one_is(finished, capsys):
@@ -255,7 +254,7 @@ def test_the_first_variant_of_a_group_is_what_its_others_are_compared_with(finis
 @pytest.mark.parametrize("method,measured", [("sft", 1), ("sft-continued", 2), ("spin", 3)])
 def test_pgr_is_that_of_the_last_student_of_every_seed(methods, monkeypatch, method, measured):
     """Also where a method has no rounds between the first and the last."""
-    real, given = experiments.make_table, iter([0.2, 0.6])
+    real, given = experiment_results.make_table, iter([0.2, 0.6])
 
     def make_table(run):
         table = real(run)
@@ -266,11 +265,9 @@ def test_pgr_is_that_of_the_last_student_of_every_seed(methods, monkeypatch, met
         students[-1]["pgr"] = next(given)
         return table
 
-    monkeypatch.setattr(experiments, "make_table", make_table)
+    monkeypatch.setattr(experiment_results, "make_table", make_table)
     run = read_run(methods[method])
-    assert experiments.variant_row(experiments.Case("", "x", []), {0: run, 1: run}, {})[
-        "pgr"
-    ] == pytest.approx(0.4)
+    assert experiment_results.variant_measures({0: run, 1: run}, {})["pgr"] == pytest.approx(0.4)
 
 
 def test_a_run_that_lost_a_stage_is_made_whole(finished):
@@ -280,7 +277,7 @@ def test_a_run_that_lost_a_stage_is_made_whole(finished):
         (root / "runs/experiment-small/results.json").read_bytes(),
     )
     shutil.rmtree(gone)
-    assert not experiments.whole(root / "runs/stub") and experiments.whole(
+    assert not experiments.is_complete(root / "runs/stub") and experiments.is_complete(
         root / "runs/stub-seed=1"
     )
     assert (
@@ -374,4 +371,4 @@ def test_a_broken_experiment_file_is_one_sentence(tmp_path, monkeypatch, text):
 
 def test_a_win_is_more_than_the_noise_of_a_float():
     mine, other = np.array([0.1 + 0.2, 0.5, 0.2, 0.4]), np.array([0.3, 0.4, 0.4, 0.4])
-    assert experiments.wins(mine, other).tolist() == [0.5, 1, 0, 0.5]
+    assert experiment_results.win_by_prompt(mine, other).tolist() == [0.5, 1, 0, 0.5]

@@ -15,7 +15,7 @@ from minmacpo.core.checkpoint import load_scorer
 from minmacpo.data.records import Pair
 from minmacpo.data.tokenizer import Tokens
 from minmacpo.evaluation import reward_model as reward
-from minmacpo.evaluation.table import read_run
+from minmacpo.evaluation.finished_run import read_run
 from minmacpo.runtime.files import write_rows
 
 
@@ -182,7 +182,7 @@ def test_true_answers_without_worse_ones_are_no_test_of_a_reward_model(tiny, mon
     read = reward.read_rows
     alone = lambda file, kind=None: (
         [replace(p, rejected="") for p in read(file, kind)] if kind is Pair else read(file, kind)
-    )  # noqa: E731
+    )
     monkeypatch.setattr(reward, "read_rows", alone)
     ended = invoke("eval", "reward", tiny)
     assert ended.code == 2 and "no worse ones" in ended.err
@@ -210,7 +210,7 @@ def test_what_became_of_the_rows_of_own_pairs_is_told(tiny, tmp_path):
 
 def test_every_measured_answer_is_rated(tiny):
     run = read_run(tiny)
-    found = reward.test_answers(run)
+    found = reward.read_test_answers(run)
     assert len(found) == len(
-        [n for n in run.notes if n.startswith("eval/round") and n.endswith("_samples")]
+        [n for n in run.metadata if n.startswith("eval/round") and n.endswith("_samples")]
     )

@@ -34,9 +34,10 @@ from minmacpo.data import formats as forms
 from minmacpo.data import tokenizer
 from minmacpo.data.bpe import byte_letters
 from minmacpo.data.records import Example, Message, Pair, Sample
-from minmacpo.evaluation import experiments, judge, report
+from minmacpo.evaluation import experiments, judge, report, table
 from minmacpo.evaluation import reward_model as reward
-from minmacpo.evaluation import table as evaluate
+from minmacpo.evaluation.finished_run import read_run, verify_once
+from minmacpo.evaluation.gold import mean_gold_by_prompt, right_fraction
 from minmacpo.pipeline.run import check_folder, derive_seed, read_metrics
 from minmacpo.runtime.files import read_rows, write_json, write_rows
 
@@ -566,20 +567,23 @@ def copied(run: Path, folder: Path) -> None:
 def read_run_folder(folder: Path, name: str) -> None:
     """Its table, its report, and whether it is finished."""
     for kept in (
-        evaluate.check_once,
-        evaluate.gold_of,
-        evaluate.row_of,
-        evaluate.right_share,
-        evaluate.offered,
-        evaluate.signs_of,
+        verify_once,
+        mean_gold_by_prompt,
+        right_fraction,
+        table.read_prompt_scores,
+        table.row_of,
+        table.offered,
+        table.signs_once,
+        report.training_curve,
+        report.spaced_prompts,
+        report.read_records_of_prompts,
+        report.read_cut_answers,
     ):
         kept.cache_clear()
-    for kept in (report.curve, report.prompts, report.shown, report.cut):
-        kept.cache_clear()
     run = folder / "run"
-    read_metrics(run, evaluate.read_run(run).notes)
+    read_metrics(run, read_run(run).metadata)
     judge.read_answers(run)
-    experiments.whole(run)
+    experiments.is_complete(run)
     report.write_report(run)
 
 

@@ -12,8 +12,8 @@ from minmacpo.core.checkpoint import load_tensors
 from minmacpo.core.lora import attach_lora, init_adapter
 from minmacpo.core.losses import SFTLoss, StepTotals
 from minmacpo.evaluation import report
-from minmacpo.evaluation.html import clip, escape, words
-from minmacpo.evaluation.table import read_run
+from minmacpo.evaluation.finished_run import agent_label, read_run
+from minmacpo.evaluation.html import clip, escape
 from minmacpo.kernels.fused_logps import CHUNK, chunk_logps_and_grad, token_logps
 
 
@@ -171,14 +171,14 @@ def test_tables_of_methods_name_them_and_compare(methods):
 @pytest.mark.parametrize("method", ["spin", "dpo-truth", "self-rewarding", "rlaif", "rlcd"])
 def test_the_report_shows_the_pairs_that_were_learned(methods, method):
     run = read_run(methods[method])
-    shown = {pair.id for pair in report.prompts(run.stage("data/slices"))}
-    html, found = "".join(report.samples(run)), 0
+    shown = {pair.id for pair in report.spaced_prompts(run.stage("data/slices"))}
+    html, found = "".join(report.sample_cards(run)), 0
     for t in (1, 2):
         for pair in rows_of(methods[method] / f"round{t}/pairs_student/pairs.jsonl"):
             if pair["id"] in shown:
                 found += 1
                 assert all(
-                    f">{escape(clip(pair[side]))}<small>{words(pair[f'{side}_by'])}" in html
+                    f">{escape(clip(pair[side]))}<small>{agent_label(pair[f'{side}_by'])}" in html
                     for side in ("chosen", "rejected")
                 )
     assert found == html.count("<tr>") - html.count("<thead>") > 0

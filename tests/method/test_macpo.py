@@ -19,7 +19,9 @@ from minmacpo.data import synthetic as world
 from minmacpo.data.chat_template import render
 from minmacpo.data.records import Message, Pair, Sample
 from minmacpo.data.tokenizer import load_tokenizer
-from minmacpo.evaluation import table as evaluate
+from minmacpo.evaluation.finished_run import read_run
+from minmacpo.evaluation.gold import gold_reward
+from minmacpo.evaluation.table import negative_rows, warnings
 from minmacpo.method import ai_feedback as feedback
 from minmacpo.method import macpo
 from minmacpo.method import selection as choose
@@ -753,16 +755,16 @@ def test_negatives_are_whose_they_should_be(beyond):
 
 
 def test_the_table_judges_the_negatives_that_were_rejected(beyond):
-    run = evaluate.read_run(beyond["previous"])
-    for row in evaluate.negative_rows(run):
+    run = read_run(beyond["previous"])
+    for row in negative_rows(run):
         rejected = read_rows(run.stage(f"round1/pairs_{row['agent']}").path / "pairs.jsonl", Pair)
         right = np.mean(
-            [evaluate.judge(run.config, pair, pair.rejected)["right"] for pair in rejected]
+            [gold_reward(run.config, pair, pair.rejected)["right"] for pair in rejected]
         )
         assert row["wrong"] == pytest.approx(1 - right) and row["rejected"]
     assert (
         "rejected answers of round 1"
-        in evaluate.warnings([{"agent": "a", "wrong": 0.1, "equal": [], "rejected": True}])[0]
+        in warnings([{"agent": "a", "wrong": 0.1, "equal": [], "rejected": True}])[0]
     )
 
 

@@ -11,7 +11,8 @@ from runs import copy_run, rows_of, stages_of, train, write_stub
 
 from minmacpo.data import text_metrics as diversity
 from minmacpo.evaluation import compare, judge
-from minmacpo.evaluation import table as evaluate
+from minmacpo.evaluation.finished_run import read_run
+from minmacpo.evaluation.gold import gold_by_prompt
 from minmacpo.method import macpo, monitor
 
 HEALTHY = {"entropy": 0.2, "distinct2": 0.5, "cut": 0.0, "loops": 0.0, "surprise": 0.2, "same": 0.5}
@@ -177,11 +178,9 @@ def test_rolling_back_keeps_the_student_before_the_first_alarm(
         if (row["agent"], row["round"]) in (("kept", kept), ("student", kept))
     )
     assert mine == theirs, "the same adapter gives the same answers"
-    past = evaluate.read_run(run)
-    assert evaluate.last_student(past) == ("kept", kept)
-    assert (
-        compare.last_gold(past)["student"] == evaluate.gold_by_prompt(past, "student", kept)["gold"]
-    ).all()
+    past = read_run(run)
+    assert past.last_student() == ("kept", kept)
+    assert (compare.last_gold(past)["student"] == gold_by_prompt(past, "student", kept)).all()
     assert judge.read_answers(run) == judge.read_answers(run / f"eval/round{kept}_kept_samples")
     assert (f"back to round {kept}" in (run / "log.txt").read_text()) == (
         fell is not None and method != "confident"
