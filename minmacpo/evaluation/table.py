@@ -252,20 +252,21 @@ def add_pgr(run: FinishedRun, rows: list[dict]) -> None:
     ceilings = [row for row in rows if row["agent"] == "ceiling"]
     if not starts or not ceilings or measure not in ceilings[0]:
         return
+    if too_few_to_tell(run, rows) is not None:
+        return
     start = max(starts, key=lambda row: row[measure])
     ceiling = ceilings[0]
     draws = run.config.eval.bootstrap
     values_of_start = values_by_prompt(run, start)
     gap_by_prompt = values_by_prompt(run, ceiling) - values_of_start
     lowest_gap, _ = mean_interval(gap_by_prompt, draws)
-    known = lowest_gap > 0 and too_few_to_tell(run, rows) is None
 
     prompts = [str(i) for i in range(len(gap_by_prompt))]
     for row in rows:
         if row["agent"].startswith("teacher"):
             continue
         row["pgr"] = None
-        if known:
+        if lowest_gap > 0:
             row["pgr"] = (row[measure] - start[measure]) / (ceiling[measure] - start[measure])
             gain_by_prompt = values_by_prompt(run, row) - values_of_start
             interval = ratio_interval(gain_by_prompt, gap_by_prompt, prompts, draws)

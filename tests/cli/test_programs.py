@@ -35,7 +35,8 @@ from minmacpo.config.schema import Config
 from minmacpo.core import checkpoint
 from minmacpo.data import synthetic as world
 from minmacpo.data.records import Message, Pair
-from minmacpo.evaluation import charts, table
+from minmacpo.evaluation import charts
+from minmacpo.evaluation import table as table_module
 from minmacpo.evaluation.bootstrap import mean_interval
 from minmacpo.evaluation.charts import Point
 from minmacpo.evaluation.finished_run import agent_label, read_run
@@ -376,7 +377,7 @@ def test_each_program_says_what_is_true_after_ctrl_c(stub, place, monkeypatch, c
 
     for module, name in (
         (workshop, "open_folder"),
-        (table, "make_table"),
+        (table_module, "make_table"),
         (bases, "given_tokenizers"),
     ):
         monkeypatch.setattr(module, name, interrupt)

@@ -125,7 +125,7 @@ def test_a_wrong_experiment_is_refused_before_anything_runs(place, words, wanted
     [
         ('[run]\nmethod = "spin"\n', "run.method = spin"),
         ('[run]\nname = "x"\n', "would be the same run"),
-        ("[dpo]\nbeta = 0.1\ngamma = 0.2\n", "would be the same run"),
+        ("[dpo]\nbeta = 0.1\nsft_weight = 0.2\n", "would be the same run"),
     ],
 )
 def test_a_file_that_would_mix_up_the_cases_is_refused(place, text, wanted):
@@ -152,7 +152,7 @@ def test_dry_run_lists_every_run(place):
 def test_results_are_what_the_runs_say(finished):
     root, _ = finished
     found = json.loads((root / "runs/experiment-small/results.json").read_text())
-    names = {"0": "stub", "1": "stub-mutual=false"}
+    names = {"0": "stub", "1": "stub-mutual_positives=false"}
     assert [row["name"] for row in found["variants"]] == [*names] and found["seeds"] == [0, 1]
     gold = {}
     for label, name in names.items():
@@ -211,15 +211,15 @@ def test_a_finished_table_that_is_none_is_made_again(tmp_path, finished):
 def test_finished_runs_are_not_redone_and_a_missing_one_is(finished, capsys):
     root, words = finished
     before = {p: p.stat().st_mtime_ns for p in root.glob("runs/stub*/*/*/*")}
-    shutil.rmtree(root / "runs/stub-mutual=false-seed=1")
+    shutil.rmtree(root / "runs/stub-mutual_positives=false-seed=1")
     assert experiments.run_experiment(words, str(REPO / "train.py")) == 0
     shown = capsys.readouterr().out
     assert "[1/1] seed 1  1" in shown and "[2/" not in shown and "variant" in shown
     after = {p: p.stat().st_mtime_ns for p in root.glob("runs/stub*/*/*/*")}
     assert {p for p in before if before[p] != after.get(p)} <= {
-        p for p in before if "stub-mutual=false-seed=1" in str(p)
+        p for p in before if "stub-mutual_positives=false-seed=1" in str(p)
     }
-    assert stages_of(root / "runs/stub-mutual=false-seed=1")
+    assert stages_of(root / "runs/stub-mutual_positives=false-seed=1")
 
 
 def test_the_first_variant_of_a_group_is_what_its_others_are_compared_with(finished, capsys):
