@@ -4,7 +4,6 @@ import functools
 import sys
 
 from minmacpo import UserError
-from minmacpo.cli.heap import start_again
 from minmacpo.config.parse import help_text, parse
 from minmacpo.data import synthetic as world
 from minmacpo.data.readers import find_files
@@ -130,5 +129,4 @@ def obey(command, dist) -> int | None:
 
 
 if __name__ == "__main__":
-    start_again()
     sys.exit(run_main(main))

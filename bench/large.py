@@ -1,7 +1,7 @@
 """A student of 70B on one card: python -m bench.gpu --large [--tiny]; a DPO step at 1,024 tokens, scoring and sampling, in int8 and nf4.
 
 Weights are made at random, layer by layer, where they stay, in the form in which they stay. `--tiny` does all this at toy size, on a
-CPU if need be. Both print first what minmacpo/memory.py counts at the large shape.
+CPU if need be. Both print first what minmacpo/cli/memory_estimate.py counts at the large shape.
 """
 
 import gc
@@ -14,7 +14,7 @@ import torch
 from bench.gpu import Bench, ceilings, own_dpo, share
 from bench.measure import alternate
 from bench.peers import make_rows, random_slot
-from minmacpo.cli.memory_estimate import Load, linear_ends, need
+from minmacpo.cli.memory_estimate import PassSize, estimate_memory
 from minmacpo.config.schema import Generate, Lora
 from minmacpo.core.lora import disable_adapter, get_adapter_weights, set_adapter_weights
 from minmacpo.core.model import Transformer
@@ -57,31 +57,48 @@ def config_of(shape: tuple[int, ...]) -> ModelConfig:
     return ModelConfig(vocab, width, mlp, layers, heads, keys, width // heads, 4096)
 
 
-def loads(size: dict) -> dict[str, Load]:
+def largest_passes(size: dict) -> dict[str, PassSize]:
     """The largest pass of everything that is measured."""
-    half, most = size["half"], size["rows"][-1]
+    half = size["half"]
+    batch = size["rows"][-1]
     score_rows = min(3 * size["texts"], max(1, 16384 // (2 * half)))
     return {
-        "DPO-LoRA step": Load("train", 2, 2 * half, 2 * half, computed=3 * half),
-        "scoring": Load("score", score_rows, 2 * half, score_rows * half),
-        f"sampling, batch {most}": Load("sample", most, half, most, room=half + size["new"]),
+        "DPO-LoRA step": PassSize("train", rows=2, tokens=3 * half, scored_tokens=2 * half),
+        "scoring": PassSize(
+            "score",
+            rows=score_rows,
+            tokens=2 * half * score_rows,
+            scored_tokens=half * score_rows,
+        ),
+        f"sampling, batch {batch}": PassSize(
+            "sample",
+            rows=batch,
+            tokens=batch * half,
+            scored_tokens=batch,
+            cache_length=half + size["new"],
+        ),
     }
 
 
+def estimated_bytes(size: PassSize, config: ModelConfig, quantization: str) -> int:
+    """Of a base in bf16 on a card, its linears quantised."""
+    estimate = estimate_memory(
+        size, config, Lora(), bytes_per_number=2, quantization=quantization, device="cuda"
+    )
+    return estimate.total
+
+
 def show_plan() -> None:
-    """What is needed at the large shape, by hand, for two vocabularies."""
+    """What is needed at the large shape, about, for two vocabularies."""
     for vocab in (32_000, 128_256):
         config = config_of((*SHAPE[:-1], vocab))
-        for work, load in loads(LARGE).items():
-            sizes = {
-                form: need(load, config, Lora(), 2, form, device="cuda").total
-                for form in ("none", *QUANTIZED_LINEARS)
-            }
-            told = ", ".join(
-                f"{'bf16' if form == 'none' else form} {size / 1e9:.0f} GB"
-                for form, size in sizes.items()
-            )
-            print(f"plan, 70B, vocabulary {vocab:,}, {work}: {told}", flush=True)
+        for work, size in largest_passes(LARGE).items():
+            parts = []
+            for quantization in ("none", *QUANTIZED_LINEARS):
+                name = "bf16" if quantization == "none" else quantization
+                gigabytes = estimated_bytes(size, config, quantization) / 1e9
+                parts.append(f"{name} {gigabytes:.0f} GB")
+            print(f"plan, 70B, vocabulary {vocab:,}, {work}: {', '.join(parts)}", flush=True)
 
 
 @torch.no_grad()
@@ -100,6 +117,15 @@ def random_model(config: ModelConfig, form: str, device: str) -> Transformer:
     return model
 
 
+def linear_weights(model: Transformer) -> int:
+    """Weights of the linear layers of all blocks."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, Quantised):
+            total += module.in_features * module.out_features
+    return total
+
+
 class Large(Bench):
     """The model in one form, measured like Bench."""
 
@@ -114,19 +140,16 @@ class Large(Bench):
         self.model = random_model(self.config, form, self.device)
         self.params = random_slot(self.model)
         self.adapter = get_adapter_weights(self.model)
-        self.body = self.config.num_hidden_layers * sum(
-            a * b for a, b in linear_ends(self.config).values()
-        )
+        self.body = linear_weights(self.model)
         self.head = self.config.vocab_size * self.config.hidden_size
 
     def row(self, work: str, call, tokens: int) -> dict:
         """Wall seconds, tokens a second, and the peak of the card beside what was counted."""
         row = {"work": work, "dtype": self.form} | alternate(call, None, self.size["times"])
         row["own"]["tokens_per_s"] = tokens / row["own"]["wall_s"][0]
-        if load := loads(self.size).get(work):
-            row["own"]["counted_gb"] = (
-                need(load, self.config, Lora(), 2, self.form, device="cuda").total / 1e9
-            )
+        size = largest_passes(self.size).get(work)
+        if size is not None:
+            row["own"]["counted_gb"] = estimated_bytes(size, self.config, self.form) / 1e9
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             call()

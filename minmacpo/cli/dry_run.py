@@ -1,15 +1,15 @@
-"""What is said of a run before it starts: its stages, what does not fit in memory, and the settings with which it would."""
+"""What is said of a run before it starts: its stages, and whether they fit into memory."""
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 
 import torch
 
 from minmacpo import UserError
+from minmacpo.cli.memory_estimate import MemoryEstimate
 from minmacpo.cli.plan import Plan
 from minmacpo.config.parse import to_toml
-from minmacpo.config.schema import Config
+from minmacpo.config.schema import FEWEST_TEST_ROWS, Config
 from minmacpo.core.prepack import multiplies_bf16
 from minmacpo.data.chat_template import template_hint
 from minmacpo.pipeline.prepare_data import PreparedData
@@ -18,136 +18,137 @@ from minmacpo.runtime.device import free_bytes, process_bytes, resolve_device, r
 from minmacpo.runtime.progress import escape_control_chars, gigabytes, thousands
 
 NOTES = """\
-tokens: without padding. "<=": at most, for an answer that is not sampled yet counts as generate.max_new_tokens tokens, in every tokenizer.
-memory: at the peak, of this stage's base alone; other bases stay loaded while there is room."""
+tokens: without padding. "<=": at most; an answer that is not sampled yet counts as
+    generate.max_new_tokens tokens.
+memory: at the peak of a stage, with its own base alone; an estimate, good to about 30 %."""
 
 
-def first_that_fails(plan: Plan, free: int) -> str | None:
-    """The first stage, of those that are still to be computed, that needs more than so many bytes."""
-    run, seen = plan.run, set()
-    for name in (
-        name for name, stage in run.plan.items() if run.only in (None, name) and not stage.finished
-    ):
-        recipe, inputs = run.recipes[name]
-        settings = [
-            recipe["settings"].get(key) for key in ("batch", "texts", "shape", "contrastive")
-        ]
-        like = repr((recipe["kind"], [s.fingerprint for s in inputs[:1]], settings))
-        if (plan.prepared or like not in seen) and plan.total(
-            name
-        ) > free:  # with rows of one length it would be the same
-            return name
-        seen.add(like)
+def show_plan(run: Run, prepare: Callable[[], PreparedData]) -> None:
+    """Print the dry run: settings, rows, and the stages with the work that is left."""
+    process = process_bytes()  # before the texts are read
+    prepared = prepare()
+    plan = Plan(run, prepared)
+    if plan.device != "cpu":
+        process = 0  # it takes none of the device's memory
+    total_tokens = 0
+    most_memory = 0
+    most_memory_stage = ""
+    lines = []
+    for number, (name, stage) in enumerate(run.plan.items(), start=1):
+        notes = [stage.size] if stage.size else []
+        workload = plan.workload(name)
+        if stage.finished:
+            notes = ["finished"]
+        elif workload is not None:
+            memory = plan.memory(name).total + process
+            sign = "" if workload.exact else "<= "
+            notes.append(f"{sign}{thousands(workload.tokens)} tokens, {gigabytes(memory)}")
+            total_tokens += workload.tokens
+            if memory > most_memory:
+                most_memory, most_memory_stage = memory, name
+        lines.append(f"{number:4} {name:32} {stage.kind:12} {'; '.join(notes)}".rstrip())
+
+    print(escape_control_chars(to_toml(run.config)))
+    for name, count in prepared.counts.items():
+        print(f"{name}: {count}")
+    if total_tokens:
+        print(
+            f"\nin all <= {thousands(total_tokens)} tokens; "
+            f"at most {gigabytes(most_memory)} of memory, in {most_memory_stage}\n{NOTES}"
+        )
+    print(f"\n{len(lines)} stages in {run.path}:", *lines, sep="\n", flush=True)
+
+    warnings = hints(run) + few_rows(run.config, prepared)
+    memory_problem = find_memory_problem(plan)
+    if memory_problem is not None:
+        warnings.append(memory_problem)
+    for warning in warnings:
+        print(f"WARNING: {escape_control_chars(warning)}", file=sys.stderr)
+
+
+def check_memory(run: Run, prepare: Callable[[], PreparedData]) -> None:
+    """Raise UserError if a stage needs more memory than there is, however rough the estimate.
+
+    The texts are read only where rows as long as the settings allow would not fit.
+    """
+    if find_memory_problem(Plan(run, prepared=None)) is None:
+        return
+    problem = find_memory_problem(Plan(run, prepare()))
+    if problem is not None:
+        raise UserError(problem)
+
+
+def find_memory_problem(plan: Plan) -> str | None:
+    """One sentence about the first unfinished stage that cannot fit; None if all may."""
+    run = plan.run
+    free = free_bytes(plan.device) // run.dist.ranks_per_device
+    for name, stage in run.plan.items():
+        if stage.finished or run.only not in (None, name):
+            continue
+        memory = plan.memory(name)
+        if memory is not None and not memory.fits(free):
+            return (
+                f"{name} needs about {gigabytes(memory.total)} of memory, of which "
+                f"{gigabytes(free)} are free on the {plan.device}; "
+                f"{advice(plan, name, memory)}"
+            )
     return None
 
 
-def room(run: Run) -> int:
-    """Bytes of memory that are free to this rank."""
-    return free_bytes(resolve_device(run.config.run.device)) // run.dist.ranks_per_device
+def advice(plan: Plan, name: str, memory: MemoryEstimate) -> str:
+    """What to change, by what takes most of the memory."""
+    config = plan.config
+    parts = {
+        "weights": memory.weights + memory.learning,
+        "passes": memory.activations + memory.working,
+        "cache": memory.cache,
+    }
+    largest = max(parts, key=parts.get)
+    if largest == "weights":
+        changes = []
+        if plan.dtype == torch.float32 and plan.kind(name) != "pretrain":
+            changes.append("--run.dtype=bfloat16")
+        if plan.kind(name) != "pretrain" and not config.parallel.shard:
+            changes.append("--model.quantize=int8 or nf4 (of teachers: --model.quantize_teachers)")
+        changes.append("a smaller base")
+        return f"most of it are weights: take {', or '.join(changes)}"
+    if largest == "cache" or plan.kind(name) == "sample":
+        return f"lower generate.batch = {config.generate.batch}"
+    if plan.workload(name).largest_pass.rows > 1:
+        return f"lower run.max_tokens_per_batch = {config.run.max_tokens_per_batch}"
+    return f"lower data.max_length = {config.data.max_length}"
 
 
-def problem(run: Run, prepared: PreparedData | None) -> str | None:
-    """One sentence about the first stage that cannot fit, and the settings with which every stage would; None: all do."""
-    plan, free, flags = Plan(run, run.config, prepared), room(run), {}
-    if not (name := first_that_fails(plan, free)):
-        return None
-    said = f"{name} needs about {gigabytes(plan.total(name))} of memory, of which {gigabytes(free)} are free on the {resolve_device(run.config.run.device)}"
-    while name:
-        if not (changes := remedy(plan, name, free)):
-            return f"{said}; no setting makes {name if flags else 'it'} fit: take a smaller base, lower data.max_length, or another machine"
-        flags |= {f"--{section}.{setting}": new for section, setting, new in changes}
-        plan = plan.under(changed(plan.config, changes))
-        name = first_that_fails(plan, free)
-    return f"{said}; {' with '.join(f'{flag}={new}' for flag, new in flags.items())} would fit"
-
-
-def changed(config: Config, changes: Sequence[tuple[str, str, object]]) -> Config:
-    """The settings with some, each (section, name, value), in the place of theirs."""
-    for section, name, value in changes:
-        config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
-    return config
-
-
-def remedy(plan: Plan, name: str, free: int) -> Sequence[tuple[str, str, object]]:
-    """The first settings, lowered as little as need be, with which the stage fits; () if none do."""
-    config, part = (
-        plan.config,
-        "generate" if plan.run.plan[name].kind.startswith("sample") else "run",
-    )
-    key = "batch" if part == "generate" else "max_tokens_per_batch"
-    value = getattr(getattr(config, part), key)
-    halves = [(part, key, value >> times) for times in range(1, value.bit_length())]
-    small = [("run", "dtype", "bfloat16")] * (
-        resolve_dtype(config.run.dtype, config.run.device).itemsize > 2
-    )
-    able = (
-        plan.quantizer(name) and plan.form(name) == "none" and not config.parallel.shard
-    )  # the two do not go together
-    forms = [("model", plan.quantizer(name), form) for form in ("int8", "nf4") if able]
-    for first in ([], *([change] for change in small), *([form, *small] for form in forms)):
-        for changes in (first, *([*first, half] for half in halves)):
-            if changes and plan.under(changed(config, changes)).total(name) <= free:
-                return changes
-    return ()
-
-
-def check_memory(run: Run, prepared: Callable[[], PreparedData]) -> None:
-    """Raise UserError for a stage that cannot fit. The texts are looked at only where rows as long as the settings
-    allow would not fit."""
-    if first_that_fails(Plan(run, run.config, None), room(run)) and (
-        said := problem(run, prepared())
-    ):
-        raise UserError(said)
-
-
-def show_plan(run: Run, prepared: Callable[[], PreparedData]) -> None:
-    """The dry run: settings, rows, slices, and the stages with what each will take."""
-    process = (
-        process_bytes() if resolve_device(run.config.run.device) == "cpu" else 0
-    )  # before the texts are read
-    plan, tokens, most, lines = Plan(run, run.config, prepared()), 0, (0, "no stage"), []
-    for number, (name, stage) in enumerate(run.plan.items(), 1):
-        words, task = (
-            "finished" if stage.finished else stage.size,
-            None if stage.finished else plan.task(name),
-        )
-        if task:
-            asked, tokens = plan.total(name) + process, tokens + task.tokens
-            most = max(most, (asked, name))
-            words = f"{words + '; ' if words else ''}{'' if task.exact else '<= '}{thousands(task.tokens)} tokens, {gigabytes(asked)}"
-        lines.append(f"{number:4} {name:32} {stage.kind:12} {words}".rstrip())
-    print(
-        escape_control_chars(to_toml(run.config)),
-        *(f"{name}: {count}" for name, count in prepared().counts.items()),
-        sep="\n",
-    )
-    if tokens:
-        print(
-            f"\nin all <= {thousands(tokens)} tokens; at most {gigabytes(most[0])} of memory, in {most[1]}\n{NOTES}"
-        )
-    print(f"\n{len(lines)} stages in {run.path}:", *lines, sep="\n", flush=True)
-    for said in filter(None, [*hints(run), problem(run, prepared())]):
-        print(f"WARNING: {escape_control_chars(said)}", file=sys.stderr)
+def few_rows(config: Config, prepared: PreparedData) -> list[str]:
+    """A warning where the test split is too small for its numbers to mean anything."""
+    count = len(prepared.slices["test"])
+    if config.data.path is None or count >= FEWEST_TEST_ROWS:
+        return []
+    return [
+        f"the test split has {count} rows, which are too few to tell agents apart "
+        f"(at least {FEWEST_TEST_ROWS}); see data.shares and data.test"
+    ]
 
 
 def hints(run: Run) -> list[str]:
-    """What is odd about data.template and the chat templates of the given bases, about parallel.shard, and about run.dtype."""
-    given = {stage.path for _, inputs in run.recipes.values() for stage in inputs if stage.external}
-    odd = (
-        ["parallel.shard divides nothing without torchrun"]
-        if run.config.parallel.shard and run.dist.world_size == 1
-        else []
-    )
-    if (
-        resolve_device(run.config.run.device) == "cpu"
-        and resolve_dtype(run.config.run.dtype, run.config.run.device) == torch.bfloat16
-        and not multiplies_bf16()
-    ):
-        odd += [
-            "this CPU has no products in bfloat16 that oneDNN uses; run.dtype=float32 may be several times faster"
-        ]
-    return odd + [
-        said
-        for folder in sorted(given)
-        if (said := template_hint(folder, run.config.data.template))
-    ]
+    """What is odd about the settings, though it works: sharding, dtype and chat templates."""
+    config = run.config
+    warnings = []
+    if config.parallel.shard and run.dist.world_size == 1:
+        warnings.append("parallel.shard divides nothing without torchrun")
+    on_cpu = resolve_device(config.run.device) == "cpu"
+    dtype = resolve_dtype(config.run.dtype, config.run.device)
+    if on_cpu and dtype == torch.bfloat16 and not multiplies_bf16():
+        warnings.append(
+            "this CPU has no products in bfloat16 that oneDNN uses; run.dtype=float32 may be "
+            "several times faster"
+        )
+
+    given_bases = set()
+    for _, inputs in run.recipes.values():
+        given_bases.update(stage.path for stage in inputs if stage.external)
+    for folder in sorted(given_bases):
+        hint = template_hint(folder, config.data.template)
+        if hint:
+            warnings.append(hint)
+    return warnings

@@ -1,25 +1,18 @@
-"""What a run will do, before it does it: the tokens that each stage goes through, the memory that it needs.
+"""What a run will do: how many tokens every stage goes through, and how much memory it needs.
 
-Everything is read off the recipes that planning has listed (run.Run.stage), the texts and the config.json files; no
-weight is read. An answer that is still to be sampled counts as generate.max_new_tokens tokens, also in another tokenizer.
+All of it is read off the stages that the run has listed, the texts, and the config.json of each
+base; no weight is read. An answer that is not sampled yet counts as generate.max_new_tokens tokens.
 """
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from minmacpo.cli.memory_estimate import Load, Need, beside, need
-from minmacpo.config.schema import Config
-from minmacpo.core.batching import (
-    batch_limits,
-    plan_scoring,
-    plan_steps,
-    scoring_tokens,
-    steps_per_epoch,
-)
+from minmacpo.cli.memory_estimate import MemoryEstimate, PassSize, estimate_memory
+from minmacpo.core.batching import batch_limits, scoring_tokens, steps_per_epoch
 from minmacpo.core.checkpoint import read_config
 from minmacpo.core.model_config import ModelConfig
 from minmacpo.data.chat_template import render
@@ -31,367 +24,390 @@ from minmacpo.pipeline.prepare_data import PreparedData
 from minmacpo.pipeline.run import Run, Stage
 from minmacpo.runtime.device import resolve_device, resolve_dtype
 
-SOURCES = {
+# Kinds of stage whose files are the texts of later ones
+PRODUCERS = {
     "samples.jsonl": "sample",
     "questions.jsonl": "ask",
     "pairs.jsonl": "preferences",
-}  # file -> kind of its stage
+}
 
-
-KINDS = (
-    "pretrain",
-    "sft",
-    "prefer",
-    "sample",
-    "score",
-    "pairs",
-)  # that a model works in, each a method of Plan
-
-
-ENOUGH = 512  # rows that stand for all where only their greatest length is known
+# How many texts stand for all of them where only the greatest length is known
+ROWS_OF_UNKNOWN_TEXTS = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """TextColumn by their tokens, prompts [n] and answers [n]; not `exact` where the answers are not known yet. Of pairs `answers` are
-    the longer ones, and `others` the shorter ones where they are known."""
+class TextLengths:
+    """Tokens of the texts that a stage reads: of each prompt, and of the answer to it."""
 
     prompts: list[int]
     answers: list[int]
-    exact: bool = True
-    others: list[int] | None = None
+    exact: bool = True  # False: answers may be shorter, or left out
+    rejected: list[int] | None = None  # of pairs: the tokens of the second answer
 
-    @classmethod
-    def of(cls, sizes: Sequence[tuple[int, int]], exact: bool = True) -> "Rows":
-        """Rows of (tokens of the prompt, of the answer)."""
-        return cls([prompt for prompt, _ in sizes], [answer for _, answer in sizes], exact)
-
-    def lengths(self, limit: int) -> tuple[list[int], list[int]]:
-        """(tokens of each row, of them those of the answer), no more than `limit`."""
-        whole = [min(a + b, limit) for a, b in zip(self.prompts, self.answers, strict=True)]
-        return whole, [min(answer, limit) for answer in self.answers]
+    def rows(self, limit: int) -> list[int]:
+        """Tokens of prompt and answer together, no more than `limit`."""
+        pairs = zip(self.prompts, self.answers, strict=True)
+        return [min(prompt + answer, limit) for prompt, answer in pairs]
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """What a stage does: tokens in all, whether they are exact, its largest pass, and the model it is for."""
+class Workload:
+    """What one stage does: tokens in all, and its largest forward pass with this model."""
 
     tokens: int
-    exact: bool
-    load: Load
+    exact: bool  # False: at most so many tokens
+    largest_pass: PassSize
     model: ModelConfig
 
 
 class Plan:
-    """The tasks of a planned run. `prepared`: its texts; None: the settings alone, every row as long as they allow."""
+    """The workloads of a listed run."""
 
-    def __init__(self, run: Run, config: Config, prepared: PreparedData | None):
-        self.run, self.config, self.prepared = run, config, prepared
-        self.lengths: dict[tuple, list[tuple[int, int]]] = {}  # of texts that were rendered already
-        self.tasks: dict[str, Task | None] = {}
+    def __init__(self, run: Run, prepared: PreparedData | None):
+        """`prepared`: the run's texts; None: every text as long as the settings allow."""
+        self.run = run
+        self.config = run.config
+        self.prepared = prepared
+        self.device = resolve_device(run.config.run.device)
+        self.dtype = resolve_dtype(run.config.run.dtype, run.config.run.device)
+        self.workloads: dict[str, Workload | None] = {}
+        self.token_counts: dict[tuple, list[tuple[int, int]]] = {}
 
-    def under(self, config: Config) -> "Plan":
-        """The plan under other settings of memory."""
-        other = Plan(self.run, config, self.prepared)
-        other.lengths = self.lengths
-        return other
+    # ---- what the run has listed
 
-    def task(self, name: str) -> Task | None:
-        """What the stage does; None for one that moves texts only."""
-        kind = self.run.plan[name].kind.partition("/")[0]
-        if name not in self.tasks:
-            self.tasks[name] = getattr(self, kind)(name) if kind in KINDS else None
-        return self.tasks[name]
+    def kind(self, name: str) -> str:
+        """The function of a stage, without its version."""
+        return self.run.plan[name].kind.partition("/")[0]
+
+    def settings(self, name: str) -> dict:
+        recipe, _ = self.run.recipes[name]
+        return recipe["settings"]
+
+    def inputs(self, name: str) -> Sequence[Stage]:
+        """The stages that it reads; the first one is its base model."""
+        _, inputs = self.run.recipes[name]
+        return inputs
+
+    # ---- results
+
+    def workload(self, name: str) -> Workload | None:
+        """What the stage does; None for one that works without a model."""
+        if name not in self.workloads:
+            self.workloads[name] = self.find_workload(name)
+        return self.workloads[name]
+
+    def find_workload(self, name: str) -> Workload | None:
+        kind = self.kind(name)
+        if kind == "pretrain":
+            return self.pretrain(name)
+        if kind == "sft":
+            return self.sft(name)
+        if kind == "prefer":
+            return self.prefer(name)
+        if kind == "sample":
+            return self.sample(name)
+        if kind == "score":
+            return self.score(name, self.texts(name))
+        if kind == "pairs" and not self.settings(name).get("heard"):
+            return self.score(name, self.pairs(name))  # the chosen side under the reference
+        return None
+
+    def memory(self, name: str) -> MemoryEstimate | None:
+        """What the stage holds at its peak, beside the process itself; None without a model."""
+        workload = self.workload(name)
+        if workload is None:
+            return None
+        pretraining = workload.largest_pass.kind == "pretrain"
+        sharded = self.run.dist.is_sharded and not pretraining  # one rank makes a base
+        dtype = torch.float32 if pretraining else self.dtype
+        return estimate_memory(
+            workload.largest_pass,
+            workload.model,
+            self.config.lora,
+            bytes_per_number=dtype.itemsize,
+            quantization=self.settings(name).get("quantize", "none"),
+            device=self.device,
+            world_size=self.run.dist.world_size if sharded else 1,
+        )
+
+    # ---- models
 
     def model(self, base: Stage) -> tuple[ModelConfig, Tokenizer | None]:
-        """(structure, tokenizer) of a base that is given or will be made."""
+        """Shape and tokenizer of a base that is given or will be made here."""
         if base.external:
-            return given_model(base.path)
-        made = self.prepared and made_tokenizer(self.prepared.tokenizer)
-        form = self.run.recipes[base.name][0]["settings"]["shape"]
-        return made_config(self.config, form, made.size if made else self.config.model.vocab), made
+            return read_given_model(base.path)
+        tokenizer = None
+        vocab_size = self.config.model.vocab
+        if self.prepared is not None:
+            tokenizer = made_tokenizer(self.prepared.tokenizer)
+            vocab_size = tokenizer.size
+        shape = self.settings(base.name)["shape"]
+        return made_config(self.config, shape, vocab_size), tokenizer
 
-    def sizes(
-        self, texts: Sequence[Example], key: tuple, tokenizer: Tokenizer
-    ) -> list[tuple[int, int]]:
-        """(tokens of the prompt, of the answer) of every text, rendered once for each tokenizer."""
-        key = (*key, hash(tokenizer.model))
-        if key not in self.lengths:
-            rows = (
-                render(tokenizer, self.config.data.template, text.prompt, text.response)
-                for text in texts
-            )
-            self.lengths[key] = [(row.mask.count(False), row.mask.count(True)) for row in rows]
-        return self.lengths[key]
+    def row_limit(self, model: ModelConfig) -> int:
+        """Tokens of the longest row that is trained on."""
+        return min(self.config.data.max_length, model.max_position_embeddings)
 
-    def rows(self, name: str, base: Stage) -> Rows:
-        """The texts that the stage reads, in the tokens of `base`."""
-        (recipe, inputs), (model, tokenizer) = self.run.recipes[name], self.model(base)
-        data, kind, most = (
-            self.config.data,
-            self.run.plan[name].kind,
-            self.config.generate.max_new_tokens,
-        )
-        file, side = recipe["settings"].get("texts", ("d2.jsonl", "prompt"))
-        if file not in SOURCES and self.prepared is None:
-            count = max(ENOUGH, self.config.generate.batch)
-            return Rows([data.max_prompt_length] * count, [data.max_length] * count, False)
-        if file not in SOURCES:
-            part = file.removesuffix(".jsonl")
-            texts = [
-                Example(p.id, p.prompt, "" if side == "prompt" else getattr(p, side) or "")
-                for p in self.prepared.slices[part]
-            ]
-            return Rows.of(self.sizes(texts, (part, side), tokenizer))
-        source = next(stage for stage in inputs if stage.kind.startswith(SOURCES[file]))
-        if source.finished and self.prepared:
-            return self.read(TextColumn(source, file, side), base, kind.startswith("sample"))
-        asked = self.rows(source.name, base)
-        if file == "questions.jsonl":  # `feedback.ask` leaves out what is longer
-            count = len(asked.prompts) * (
-                2 if self.run.recipes[source.name][0]["settings"].get("compare") else 1
-            )
-            return Rows([model.max_position_embeddings - most - 1] * count, [1] * count, False)
-        times = self.run.recipes[source.name][0]["settings"].get("answers", 1)
-        return Rows(
-            asked.prompts * times,
-            [most] * (times * len(asked.prompts)),
-            exact=kind.startswith("sample") and asked.exact,
+    # ---- texts
+
+    def texts(self, name: str) -> TextLengths:
+        """Lengths of the texts that the stage reads, in tokens of its base."""
+        base = self.inputs(name)[0]
+        file, column = self.settings(name).get("texts", ("d2.jsonl", "prompt"))
+        if file not in PRODUCERS:
+            return self.split_texts(file.removesuffix(".jsonl"), column, base)
+        source = self.source(name, file)
+        if source.finished and self.prepared is not None:
+            return self.read(TextColumn(source, file, column), base)
+        if file == "questions.jsonl":
+            return self.questions(source, base)
+
+        prompts = self.prompts_of(source, base)
+        answers = self.settings(source.name).get("answers", 1)
+        length = self.config.generate.max_new_tokens
+        return TextLengths(
+            prompts=prompts.prompts * answers,
+            answers=[length] * (answers * len(prompts.prompts)),
+            exact=False,
         )
 
-    def read(self, texts: TextColumn, base: Stage, asked: bool) -> Rows:
-        """TextColumn that are on the disk already (not exact, as empty ones may be left out); `asked`: their prompts alone matter."""
-        found, key = texts.read(), (texts.stage.name, texts.file, texts.side)
-        texts = [Example(text.id, text.prompt, "" if asked else text.response) for text in found]
-        return Rows.of(self.sizes(texts, key, self.model(base)[1]), exact=False)
+    def source(self, name: str, file: str) -> Stage:
+        """The input of the stage that makes this file."""
+        for stage in self.inputs(name):
+            if stage.kind.startswith(PRODUCERS[file]):
+                return stage
+        raise ValueError(f"{name} reads {file}, but none of its inputs makes it")
 
-    def pretrain(self, name: str) -> Task:
-        """Every token of a document is trained on, but for the first."""
-        (recipe, _), (model, tokenizer) = self.run.recipes[name], self.model(self.run.plan[name])
-        most, settings = self.config.data.max_length, recipe["settings"]
-        texts = self.prepared and self.prepared.corpora[name.partition("/")[2]]
-        sizes = (
-            [sum(size) for size in self.sizes(texts, (name,), tokenizer)]
-            if texts
-            else [most] * ENOUGH
-        )
-        lengths = [min(size, most) for size in sizes]
-        steps = self.steps(recipe, lengths, settings["steps"], 1)
-        tokens = sum(lengths[unit] for step in steps for group in step for unit in group)
-        return Task(tokens, texts is not None, largest("pretrain", steps, lengths, lengths), model)
+    def prompts_of(self, source: Stage, base: Stage) -> TextLengths:
+        """The prompts that an unfinished stage answers, in tokens of another stage's base."""
+        file, column = self.settings(source.name).get("texts", ("d2.jsonl", "prompt"))
+        if file not in PRODUCERS:
+            return self.split_texts(file.removesuffix(".jsonl"), column, base)
+        return self.texts(source.name)
 
-    def steps(
-        self, recipe: dict, lengths: list[int], steps: int, rows: int
-    ) -> list[list[list[int]]]:
-        """The micro-batches that `fit` will take; of rows that are all alike, those of the first pass."""
-        if not lengths:
-            return []
+    def split_texts(self, split: str, column: str, base: Stage) -> TextLengths:
+        """The prompts of d1, d2 or test, with one side of their pairs, or without an answer."""
         if self.prepared is None:
-            steps = min(steps, steps_per_epoch(len(lengths), recipe["settings"]["batch"]))
-        budget, alike = batch_limits(
-            self.config.run.max_tokens_per_batch,
-            resolve_device(self.config.run.device),
-            not recipe["kind"].startswith("pretrain"),
+            return self.longest_texts()
+        texts = []
+        for pair in self.prepared.slices[split]:
+            answer = "" if column == "prompt" else getattr(pair, column)
+            texts.append(Example(pair.id, pair.prompt, answer or ""))
+        return self.count_tokens(texts, (split, column), base)
+
+    def longest_texts(self) -> TextLengths:
+        """Texts as long as the settings allow."""
+        data = self.config.data
+        count = max(ROWS_OF_UNKNOWN_TEXTS, self.config.generate.batch)
+        return TextLengths([data.max_prompt_length] * count, [data.max_length] * count, exact=False)
+
+    def questions(self, source: Stage, base: Stage) -> TextLengths:
+        """Questions that are not asked yet, each as long as one may be."""
+        model, _ = self.model(base)
+        count = len(self.texts(source.name).prompts)
+        if self.settings(source.name).get("compare"):
+            count *= 2  # two answers are shown in both orders
+        # one token of the answer is scored, or some are sampled
+        longest = model.max_position_embeddings - self.config.generate.max_new_tokens - 1
+        return TextLengths([longest] * count, [1] * count, exact=False)
+
+    def pairs(self, name: str) -> TextLengths:
+        """The pairs that a stage makes, each answer as long as it can be."""
+        base = self.inputs(name)[0]
+        stage = self.run.plan[name]
+        if stage.finished and self.prepared is not None:
+            chosen = self.read(TextColumn(stage, "pairs.jsonl", "chosen"), base)
+            rejected = self.read(TextColumn(stage, "pairs.jsonl", "rejected"), base)
+            return TextLengths(chosen.prompts, chosen.answers, False, rejected.answers)
+
+        texts = self.texts(name)
+        settings = self.settings(name)
+        count = len(texts.prompts)
+        if settings["texts"][0] not in PRODUCERS:  # answers of the data
+            longest = self.config.data.max_length
+            return TextLengths(texts.prompts, [longest] * count, exact=False)
+        if "all" in settings.get("select", ()):
+            count *= len(settings["names"]) * self.config.macpo.answers
+        times = count // max(len(texts.prompts), 1)
+        longest = self.config.generate.max_new_tokens
+        return TextLengths(texts.prompts * times, [longest] * count, exact=False)
+
+    def read(self, column: TextColumn, base: Stage) -> TextLengths:
+        """Texts of a finished stage; not exact, as empty answers may be left out."""
+        texts = [Example(text.id, text.prompt, text.response) for text in column.read()]
+        key = (column.stage.name, column.file, column.side)
+        lengths = self.count_tokens(texts, key, base)
+        return TextLengths(lengths.prompts, lengths.answers, exact=False)
+
+    def count_tokens(self, texts: Sequence[Example], key: tuple, base: Stage) -> TextLengths:
+        """Lengths in the tokens of `base`, counted once for each tokenizer."""
+        _, tokenizer = self.model(base)
+        key = (*key, hash(tokenizer.model))
+        if key not in self.token_counts:
+            template = self.config.data.template
+            counts = []
+            for text in texts:
+                row = render(tokenizer, template, text.prompt, text.response)
+                counts.append((row.mask.count(False), row.mask.count(True)))
+            self.token_counts[key] = counts
+        counts = self.token_counts[key]
+        return TextLengths([prompt for prompt, _ in counts], [answer for _, answer in counts])
+
+    # ---- one function for each kind of stage
+
+    def pretrain(self, name: str) -> Workload:
+        """Every token of every document that is drawn."""
+        stage = self.run.plan[name]
+        model, _ = self.model(stage)
+        settings = self.settings(name)
+        limit = self.config.data.max_length
+        rows = [limit] * ROWS_OF_UNKNOWN_TEXTS
+        if self.prepared is not None:
+            documents = self.prepared.corpora[name.partition("/")[2]]
+            rows = self.count_tokens(documents, (name,), stage).rows(limit)
+
+        budget, _ = batch_limits(
+            self.config.run.max_tokens_per_batch, self.device, similar_lengths=False
         )
-        return plan_steps(
-            lengths,
-            recipe["settings"]["batch"],
-            max(steps, 1),
-            recipe["seed"],
-            budget // rows,
-            alike,
+        drawn = settings["steps"] * settings["batch"]
+        return Workload(
+            tokens=round(drawn * mean(rows)),
+            exact=self.prepared is not None,
+            largest_pass=largest_pass("pretrain", rows, rows, budget, settings["batch"]),
+            model=model,
         )
 
-    def sft(self, name: str) -> Task:
-        """All passes over the texts, or as many steps as other stages take together."""
-        recipe, (base, *inputs) = self.run.recipes[name]
-        rows, model = self.rows(name, base), self.model(base)[0]
-        lengths, answers = rows.lengths(
-            min(self.config.data.max_length, model.max_position_embeddings)
-        )
-        count, batch = recipe["settings"]["epochs"], recipe["settings"]["batch"]
-        taken = count * steps_per_epoch(len(lengths), batch)
-        taken = taken or sum(
-            self.pair_steps(stage.name) for stage in inputs if stage.kind.startswith("prefer")
-        )
-        steps = self.steps(recipe, lengths, taken, 1)
-        tokens = sum(lengths[unit] for step in steps for group in step for unit in group)
-        return Task(tokens, rows.exact, largest("train", steps, lengths, answers), model)
+    def sft(self, name: str) -> Workload:
+        """All passes over the texts, or as many steps as other trainings took together."""
+        base, *others = self.inputs(name)
+        model, _ = self.model(base)
+        settings = self.settings(name)
+        texts = self.texts(name)
+        limit = self.row_limit(model)
+        rows = texts.rows(limit)
+        answers = [min(answer, limit) for answer in texts.answers]
 
-    def pair_rows(self, name: str) -> Rows:
-        """The prompts of the pairs that a stage makes, with an answer that is as long as one of theirs can be."""
-        recipe, (base, *_) = self.run.recipes[name]
-        if self.run.plan[name].finished and self.prepared:
-            sides = [
-                self.read(TextColumn(self.run.plan[name], "pairs.jsonl", side), base, False)
-                for side in ("chosen", "rejected")
-            ]
-            longer, shorter = (
-                [of(both) for both in zip(*(side.answers for side in sides), strict=True)]
-                for of in (max, min)
-            )
-            return replace(sides[0], answers=longer, others=shorter)
-        rows, settings, most = (
-            self.rows(name, base),
-            recipe["settings"],
-            self.config.generate.max_new_tokens,
-        )
-        times = (
-            len(settings["names"]) * self.config.macpo.answers if "all" in settings["select"] else 1
-        )
-        if settings["texts"][0] in SOURCES:
-            return Rows(rows.prompts * times, [most] * (times * len(rows.prompts)), False)
-        return replace(
-            rows, answers=[self.config.data.max_length] * len(rows.answers), exact=False
-        )  # true answers
-
-    def pair_steps(self, name: str) -> int:
-        """Optimiser steps of a prefer stage."""
-        recipe, (_, pairs, *_) = self.run.recipes[name]
-        return recipe["settings"]["epochs"] * steps_per_epoch(
-            len(self.pair_rows(pairs.name).prompts), recipe["settings"]["batch"]
-        )
-
-    def prefer(self, name: str) -> Task:
-        """Both sides of every pair."""
-        recipe, (base, pairs, *_) = self.run.recipes[name]
-        rows, model = self.pair_rows(pairs.name), self.model(base)[0]
-        lengths, answers = rows.lengths(
-            min(self.config.data.max_length, model.max_position_embeddings)
-        )
-        steps = self.steps(recipe, lengths, self.pair_steps(name), 2)
-        others = [min(pair) for pair in zip(rows.others or answers, answers, strict=True)]
-        tokens = (2 * sum(lengths) - sum(answers) + sum(others)) * recipe["settings"]["epochs"]
-        return Task(tokens, False, largest("train", steps, lengths, answers, others), model)
-
-    def sample(self, name: str) -> Task:
-        """Prompts are read once for each answer."""
-        (recipe, (base, *_)), most = self.run.recipes[name], self.config.generate.max_new_tokens
-        rows, model, settings = self.rows(name, base), self.model(base)[0], recipe["settings"]
-        count = len(rows.prompts) * settings["answers"]
-        side, width = min(self.config.generate.batch, count), max(rows.prompts, default=0)
-        models, twins = (
-            2 if settings.get("contrastive") else 1,
-            resolve_device(self.config.run.device) == "cpu" and not self.run.dist.is_sharded,
-        )
-        tokens = models * (sum(rows.prompts) * settings["answers"] + count * most)
-        return Task(
-            tokens,
-            False,
-            Load("sample", side, width, side, room=width + most, models=models, twins=twins),
-            model,
-        )
-
-    def pairs(self, name: str) -> Task | None:
-        """The chosen side is scored, unless it has been."""
-        return (
-            None
-            if self.run.recipes[name][0]["settings"].get("heard")
-            else self.score(name, self.pair_rows(name))
-        )
-
-    def score(self, name: str, rows: Rows | None = None) -> Task:
-        """Every text once."""
-        base = self.run.recipes[name][1][0]
-        rows, model = rows or self.rows(name, base), self.model(base)[0]
-        lengths, answers = rows.lengths(model.max_position_embeddings)
-        groups = plan_scoring(
-            lengths,
-            scoring_tokens(
-                self.config.run.max_tokens_per_batch, resolve_device(self.config.run.device)
+        tokens = settings["epochs"] * sum(rows)
+        if not settings["epochs"]:  # a control, which takes the steps of the preference trainings
+            trainings = [stage.name for stage in others if stage.kind.startswith("prefer")]
+            steps = sum(self.preference_steps(training) for training in trainings)
+            tokens = round(steps * settings["batch"] * mean(rows))
+        return Workload(
+            tokens=tokens,
+            exact=texts.exact,
+            largest_pass=largest_pass(
+                "train", rows, answers, self.training_budget(), settings["batch"]
             ),
-        )
-        return Task(sum(lengths), rows.exact, largest("score", [groups], lengths, answers), model)
-
-    def need(self, name: str) -> Need | None:
-        """What the stage holds at its peak, without the process itself."""
-        if (task := self.task(name)) is None:
-            return None
-        world = (
-            self.run.dist.world_size
-            if self.run.dist.is_sharded and task.load.kind != "pretrain"
-            else 1
-        )
-        return need(
-            task.load,
-            task.model,
-            self.config.lora,
-            self.size(task),
-            self.form(name),
-            world,
-            resolve_device(self.config.run.device),
+            model=model,
         )
 
-    def size(self, task: Task) -> int:
-        """Bytes of a number; bases are made in fp32."""
-        return (
-            torch.float32
-            if task.load.kind == "pretrain"
-            else resolve_dtype(self.config.run.dtype, self.config.run.device)
-        ).itemsize
+    def prefer(self, name: str) -> Workload:
+        """Both answers of every pair; their prompt is computed once."""
+        base, pairs_stage, *_ = self.inputs(name)
+        model, _ = self.model(base)
+        settings = self.settings(name)
+        pairs = self.pairs(pairs_stage.name)
+        limit = self.row_limit(model)
+        rejected = pairs.rejected or pairs.answers
 
-    def quantizer(self, name: str) -> str | None:
-        """The setting that says how the stage's base is quantised; None where it is being made."""
-        recipe, (base, *_) = self.run.recipes[name]
-        if recipe["kind"].startswith("pretrain"):
-            return None
-        strong = Path(base.name) in (Path("bases/strong"), Path(self.config.model.student or ""))
-        return "quantize" if strong else "quantize_teachers"
+        rows = []
+        answers = []  # of both sides
+        tokens = 0
+        for prompt, first, second in zip(pairs.prompts, pairs.answers, rejected, strict=True):
+            first = min(first, limit)
+            second = min(second, limit)
+            answers.append(first + second)
+            rows.append(min(prompt + first + second, 2 * limit))
+            tokens += min(prompt + first, limit) + min(prompt + second, limit)
+        return Workload(
+            tokens=settings["epochs"] * tokens,
+            exact=False,
+            largest_pass=largest_pass(
+                "train", rows, answers, self.training_budget(), settings["batch"]
+            ),
+            model=model,
+        )
 
-    def form(self, name: str) -> str:
-        """How the stage's base is quantised: as planned, or as this plan's own settings have it."""
-        planned, key = (
-            self.run.recipes[name][0]["settings"].get("quantize", "none"),
-            self.quantizer(name),
-        )
-        own, first = (
-            key and getattr(config.model, key) for config in (self.config, self.run.config)
-        )
-        return planned if own == first else own
+    def preference_steps(self, name: str) -> int:
+        """Optimiser steps of a preference training."""
+        _, pairs_stage, *_ = self.inputs(name)
+        settings = self.settings(name)
+        count = len(self.pairs(pairs_stage.name).prompts)
+        return settings["epochs"] * steps_per_epoch(count, settings["batch"])
 
-    def total(self, name: str) -> int:
-        """Bytes that the stage adds to those of the process; 0 for one that moves texts only."""
-        if (found := self.need(name)) is None:
-            return 0
-        task = self.task(name)
-        return found.total + (
-            beside(task.load, task.model, self.size(task), found)
-            if resolve_device(self.config.run.device) == "cpu"
-            else 0
+    def sample(self, name: str) -> Workload:
+        """Every prompt is read once for each of its answers."""
+        base = self.inputs(name)[0]
+        model, _ = self.model(base)
+        settings = self.settings(name)
+        prompts = self.texts(name).prompts
+        longest = max(prompts, default=0)
+        new_tokens = self.config.generate.max_new_tokens
+        answers = settings["answers"] * len(prompts)
+        models = 2 if settings.get("contrastive") else 1
+        rows = min(self.config.generate.batch, answers)
+        return Workload(
+            tokens=models * (settings["answers"] * sum(prompts) + answers * new_tokens),
+            exact=False,
+            largest_pass=PassSize(
+                kind="sample",
+                rows=rows,
+                tokens=rows * longest,
+                scored_tokens=rows,
+                cache_length=longest + new_tokens,
+                models=models,
+            ),
+            model=model,
         )
+
+    def score(self, name: str, texts: TextLengths) -> Workload:
+        """Every text once."""
+        model, _ = self.model(self.inputs(name)[0])
+        limit = model.max_position_embeddings
+        rows = texts.rows(limit)
+        answers = [min(answer, limit) for answer in texts.answers]
+        budget = scoring_tokens(self.config.run.max_tokens_per_batch, self.device)
+        return Workload(
+            tokens=sum(rows),
+            exact=texts.exact,
+            largest_pass=largest_pass("score", rows, answers, budget, len(rows)),
+            model=model,
+        )
+
+    def training_budget(self) -> int:
+        """Tokens of a micro-batch."""
+        budget, _ = batch_limits(
+            self.config.run.max_tokens_per_batch, self.device, similar_lengths=True
+        )
+        return budget
+
+
+def largest_pass(
+    kind: str, rows: Sequence[int], answers: Sequence[int], budget: int, batch: int
+) -> PassSize:
+    """The pass with the longest rows: as many as go into the budget, and no more than a batch."""
+    if not rows:
+        return PassSize(kind, rows=0, tokens=0, scored_tokens=0)
+    longest_first = sorted(range(len(rows)), key=lambda i: rows[i], reverse=True)
+    count = max(1, min(batch, budget // max(rows)))
+    picked = longest_first[:count]
+    return PassSize(
+        kind=kind,
+        rows=len(picked),
+        tokens=sum(rows[i] for i in picked),
+        scored_tokens=sum(answers[i] for i in picked),
+    )
+
+
+def mean(values: Sequence[int]) -> float:
+    """0 of none."""
+    return sum(values) / len(values) if values else 0.0
 
 
 made_tokenizer = functools.cache(Tokenizer)
 
 
 @functools.cache
-def given_model(folder) -> tuple[ModelConfig, Tokenizer]:
-    """(structure, tokenizer) of an HF folder."""
+def read_given_model(folder: Path) -> tuple[ModelConfig, Tokenizer]:
+    """Shape and tokenizer of a Hugging Face folder."""
     return read_config(folder), load_tokenizer(folder)
-
-
-def largest(
-    kind: str,
-    steps: Sequence,
-    lengths: list[int],
-    answers: list[int],
-    others: list[int] | None = None,
-) -> Load:
-    """The largest of the micro-batches, of units of one row of such lengths, or of pairs whose other row has an answer of `others`."""
-    sides, second = (1, [0] * len(lengths)) if others is None else (2, others)
-
-    def computed(group: list[int]) -> int:
-        """Its tokens: but for pre-training they are without padding and a prompt's second reading, or these are few (batching.WORTH)."""
-        if kind == "pretrain":
-            return len(group) * max(lengths[unit] for unit in group)
-        return sum(lengths[unit] + second[unit] for unit in group)
-
-    groups = [group for step in steps for group in step if group]
-    if not groups:
-        return Load(kind, 0, 0, 0)
-    most, scored = (
-        max(groups, key=computed),
-        max(sum(answers[unit] + second[unit] for unit in group) for group in groups),
-    )
-    again, longest = any(len(step) > 1 for step in steps), max(lengths[unit] for unit in most)
-    return Load(kind, sides * len(most), longest, scored, again, computed=computed(most))

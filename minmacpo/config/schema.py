@@ -32,6 +32,9 @@ LOSS_SETTINGS = {
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+FEWEST_TEST_ROWS = 30  # below, a share of the test rows is too uncertain to tell agents apart
+
+
 RUBRIC = (
     "Judge the answer below. Add one point for each of these that holds: it speaks to the request; it covers most of "
     "it; it is of real use to the person who asked; it is clear, and written as an assistant would; it is what an "

@@ -206,6 +206,28 @@ def check_index(index: Path, stored: dict[str, StoredTensor]) -> None:
 # --- Model folders: loading
 
 
+def weight_bytes(config: ModelConfig, bytes_per_number: int, quantization: str = "none") -> int:
+    """Memory that the weights of a frozen base take; no weight is read or made.
+
+    Args:
+        bytes_per_number: of the dtype in which it is loaded.
+        quantization: of the linear layers of its blocks: "none", "int8" or "nf4".
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+        if quantization != "none":
+            quantize_linears(model, quantization)
+    # an embedding that is the head too is one tensor under two names
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    total = 0
+    for tensor in tensors.values():
+        if tensor.dtype == torch.float32:  # not quantized: takes the dtype of the base
+            total += tensor.numel() * bytes_per_number
+        else:
+            total += tensor.nbytes
+    return total
+
+
 def load_model(
     folder: Path,
     device: str = "cpu",

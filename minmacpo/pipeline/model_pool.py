@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from minmacpo import UserError
-from minmacpo.cli.memory_estimate import held
 from minmacpo.config.parse import override
 from minmacpo.config.schema import Config
 from minmacpo.core.batching import scoring_tokens
@@ -25,6 +24,7 @@ from minmacpo.core.checkpoint import (
     read_config,
     stop_ids,
     why_no_folder,
+    weight_bytes,
 )
 from minmacpo.core.lora import attach_lora, disable_adapter, set_adapter_weights
 from minmacpo.core.prepack import is_sharded
@@ -241,12 +241,10 @@ class Session:
         )
         key = base.stage.fingerprint + form + copy
         if key not in self.loaded:
-            size = held(
-                read_config(folder),
-                resolve_dtype(self.config.run.dtype, self.config.run.device).itemsize,
-                form,
-                dist.world_size if dist.is_sharded else 1,
-            )
+            dtype = resolve_dtype(self.config.run.dtype, self.config.run.device)
+            size = weight_bytes(read_config(folder), dtype.itemsize, form)
+            if dist.is_sharded:
+                size //= dist.world_size
             while self.loaded and dist.all_reduce_max(
                 free_bytes(resolve_device(self.config.run.device))
                 < 2 * size * dist.ranks_per_device
