@@ -59,7 +59,7 @@ def show_plan(run: Run, prepare: Callable[[], PreparedData]) -> None:
     print(f"\n{len(lines)} stages in {run.path}:", *lines, sep="\n", flush=True)
 
     warnings = hints(run) + few_rows(run.config, prepared)
-    memory_problem = find_memory_problem(plan)
+    memory_problem = find_memory_problem(plan, free_memory(plan))
     if memory_problem is not None:
         warnings.append(memory_problem)
     for warning in warnings:
@@ -71,17 +71,23 @@ def check_memory(run: Run, prepare: Callable[[], PreparedData]) -> None:
 
     The texts are read only where rows as long as the settings allow would not fit.
     """
-    if find_memory_problem(Plan(run, prepared=None)) is None:
+    plan = Plan(run, prepared=None)
+    free = free_memory(plan)
+    if find_memory_problem(plan, free) is None:
         return
-    problem = find_memory_problem(Plan(run, prepare()))
+    problem = find_memory_problem(Plan(run, prepare()), free)
     if problem is not None:
         raise UserError(problem)
 
 
-def find_memory_problem(plan: Plan) -> str | None:
+def free_memory(plan: Plan) -> int:
+    """Bytes of the device's memory that this rank may take."""
+    return free_bytes(plan.device) // plan.run.dist.ranks_per_device
+
+
+def find_memory_problem(plan: Plan, free: int) -> str | None:
     """One sentence about the first unfinished stage that cannot fit; None if all may."""
     run = plan.run
-    free = free_bytes(plan.device) // run.dist.ranks_per_device
     for name, stage in run.plan.items():
         if stage.finished or run.only not in (None, name):
             continue
@@ -89,8 +95,7 @@ def find_memory_problem(plan: Plan) -> str | None:
         if memory is not None and not memory.fits(free):
             return (
                 f"{name} needs about {gigabytes(memory.total)} of memory, of which "
-                f"{gigabytes(free)} are free on the {plan.device}; "
-                f"{advice(plan, name, memory)}"
+                f"{gigabytes(free)} are free on the {plan.device}; {advice(plan, name, memory)}"
             )
     return None
 

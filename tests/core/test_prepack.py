@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from conftest import far, ragged, random_model
 from test_sampling import WAYS, new
 
-from minmacpo.cli import memory_estimate as memory
 from minmacpo.config.schema import Lora
 from minmacpo.core import prepack as packed
 from minmacpo.core import sampling as module
@@ -17,7 +16,6 @@ from minmacpo.core.model import CACHE_ALIGN
 from minmacpo.core.prepack import PrepackedLinear, can_prepack, multiplies_bf16, prepack
 from minmacpo.core.sampling import generate, prefill
 from minmacpo.kernels.attention import decode_attention, gqa_decode_attention
-from minmacpo.kernels.quantization import quantize_linears
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
@@ -130,20 +128,6 @@ def test_the_twin_has_the_adapter_and_leaves_the_model_alone(dtype, seed):
     assert all(
         torch.equal(t, before[key]) for key, t in model.state_dict().items() if ".lora_" not in key
     )
-
-
-@pytest.mark.parametrize("form", ["none", "int8"])
-def test_the_plan_counts_what_a_twin_holds(form, monkeypatch):
-    """The bytes of all that is packed; none for a model that is not."""
-    model = random_model(0)
-    monkeypatch.setattr(memory, "MIN_WEIGHTS", 0)
-    if form != "none":
-        quantize_linears(model, form)
-    twin = prepack(model, 4)
-    packed_bytes = sum(m.weight.nbytes for m in twin.modules() if isinstance(m, PrepackedLinear))
-    assert memory.twin_bytes(model.config, 4, form) == packed_bytes > 0
-    monkeypatch.undo()
-    assert memory.twin_bytes(model.config, 4, form) == 0
 
 
 def test_a_torch_without_onednn_is_said_once(monkeypatch, capsys):

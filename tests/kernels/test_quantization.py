@@ -4,24 +4,20 @@ import copy
 import dataclasses
 import json
 import random
-import re
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import far, logits_of, ragged, random_model
+from living import Living
 from runs import copy_run, differences, invoke, train, write_stub
 from test_lora import fill
-from test_plan import Living, planned, shape_of
 from test_sampling import GREEDY, new
 
-from minmacpo.cli import dry_run as dryrun
-from minmacpo.cli import plan
-from minmacpo.cli.memory_estimate import Load, need, weight_bytes
 from minmacpo.config.schema import LINEARS, Lora
 from minmacpo.core import prepack as packed
-from minmacpo.core.checkpoint import load_model, save_model
+from minmacpo.core.checkpoint import load_model, save_model, weight_bytes
 from minmacpo.core.lora import attach_lora, lora_params
 from minmacpo.core.sampling import generate
 from minmacpo.kernels.fused_logps import masked_logps
@@ -255,52 +251,6 @@ def test_a_weight_that_is_not_finite_is_refused(form, bad, tmp_path, tokenizer_b
         load_model(tmp_path, quantization=form)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", QUANTIZED_LINEARS)
-@pytest.mark.parametrize("kind", ["train", "score"])
-def test_the_tensors_of_a_quantised_step_are_as_large_as_was_said(kind, form, dtype, seed):
-    for _ in range(2):
-        rng, config = random.Random(seed := seed + 1), shape_of(random.Random(seed))
-        lora, rows, length = (
-            Lora(4, 8, rng.choice([("q_proj", "v_proj"), LINEARS])),
-            rng.choice([4, 16]),
-            rng.choice([90, 200]),
-        )
-        model = random_model(
-            seed, **dataclasses.asdict(config) | {"rope_scaling": config.rope_scaling}
-        )
-        model = quantise(model, form)[0].to(dtype)
-        for layer in model.modules():
-            assert not isinstance(layer, QuantizedLinear) or layer.scale.to(torch.bfloat16).equal(
-                layer.scale
-            )
-        learning = attach_lora(model, lora)
-        tokens, mask = (
-            torch.randint(3, 60, (rows, length)),
-            torch.zeros(rows, length, dtype=torch.bool),
-        )
-        mask[:, length // 2 :] = True
-        with Living() as living, torch.set_grad_enabled(kind == "train"):
-            logps = masked_logps(model, tokens, mask)[0]
-            if kind == "train":
-                logps.sum().backward()
-        found = need(Load(kind, rows, length, int(mask.sum())), config, lora, dtype.itemsize, form)
-        told = (
-            found.total
-            - found.weights
-            - found.learning
-            + (4 * sum(p.numel() for p in learning) if kind == "train" else 0)
-        )
-        inside = found.head * dtype.itemsize // 8
-        assert told - inside <= living.peak * 1.15 + 3e5 and told >= living.peak * 0.92 - 1e5, (
-            told,
-            living.peak,
-            config,
-            rows,
-            length,
-        )
-
-
 # ---- whole programs -----------------------------------------------------------------------------
 
 
@@ -378,55 +328,6 @@ def test_a_quantised_base_is_not_exported_but_the_adapter_merges_into_the_plain_
     )
     assert torch.equal(
         merged.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight
-    )
-
-
-def test_the_plan_names_quantisation_where_it_is_what_helps(place, stub, monkeypatch):
-    """A student's base given, too large for the memory but for its quantised form: the sentence names the setting, and with it
-    all fits."""
-    monkeypatch.setattr(plan, "beside", lambda *_: 0)
-    monkeypatch.setattr(dryrun, "process_bytes", lambda: 0)
-    model = random_model(
-        1,
-        vocab_size=400,
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=64,
-        max_position_embeddings=128,
-    )
-    (place / "big").mkdir()
-    save_model(
-        place / "big",
-        model.config,
-        model.state_dict(),
-        (stub / "bases/strong/tokenizer.model").read_bytes(),
-    )
-    words = [
-        write_stub(place / "p"),
-        f"--run.root={place / 'runs'}",
-        f"--model.student={place / 'big'}",
-        "--run.dtype=bfloat16",
-        f"--model.teachers={stub / 'bases/weak1'},{stub / 'bases/weak2'}",
-        "--macpo.rounds=0",
-    ]
-    free = int(0.95 * weight_bytes(model.config, 2, "none"))
-    monkeypatch.setattr(dryrun, "free_bytes", lambda device: free)
-    ended = invoke("train", *words)
-    found = re.search(
-        r"needs about \d+ MB of memory, .* (--model\.quantize=(?:int8|nf4))((?: with --\S+)*) would fit\n$",
-        ended.err,
-    )
-    assert ended.code == 2 and ended.err.count("\n") == 1 and found, ended.err
-    again = invoke(
-        "train", *words, "--dry_run", *found[1].split(), *found[2].replace(" with ", " ").split()
-    )
-    assert again.code == 0 and "round0/student_pos needs" not in again.err
-    assert (
-        planned(again.out)["round0/student_pos"]
-        != planned(invoke("train", *words, "--dry_run").out)["round0/student_pos"]
     )
 
 
