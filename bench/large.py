@@ -121,7 +121,7 @@ def linear_weights(model: Transformer) -> int:
     """Weights of the linear layers of all blocks."""
     total = 0
     for module in model.modules():
-        if isinstance(module, Quantised):
+        if isinstance(module, QuantizedLinear):
             total += module.in_features * module.out_features
     return total
 
