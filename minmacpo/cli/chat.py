@@ -9,7 +9,7 @@ import re
 
 from minmacpo import UserError
 from minmacpo.config.schema import Config
-from minmacpo.data.chat_template import goes_on, response_text
+from minmacpo.data.chat_template import response_text, starts_next_turn
 from minmacpo.data.records import Example, Message, Sample, example_id
 from minmacpo.pipeline.model_pool import LoadedModel, answer
 from minmacpo.runtime.progress import escape_control_chars
@@ -22,7 +22,7 @@ LEAVE = "/quit or Ctrl-D leaves, /reset begins a new dialogue"
 
 def shown(loaded: LoadedModel, template: str, said: Sample) -> str:
     """An answer as a terminal may show it, marked where it is not whole."""
-    cut = said.finish == "length" and not goes_on(loaded.tokenizer, template, said.tokens)
+    cut = said.finish == "length" and not starts_next_turn(loaded.tokenizer, template, said.tokens)
     return escape_control_chars(said.response) + CUT * cut
 
 
@@ -49,7 +49,7 @@ class Answer:
     def take(self, tokens: list[int]) -> None:
         """One more token; raises Whole if it is the last one, or if the base goes on with the human's next turn."""
         self.ids += tokens
-        if tokens[0] in self.stops or goes_on(self.tokenizer, self.template, self.ids):
+        if tokens[0] in self.stops or starts_next_turn(self.tokenizer, self.template, self.ids):
             raise Whole
         self.show(response_text(self.tokenizer, self.template, self.ids, whole=False))
 

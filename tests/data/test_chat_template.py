@@ -12,7 +12,7 @@ from minmacpo.config.schema import SETTINGS, Config, Data
 from minmacpo.core.checkpoint import save_model
 from minmacpo.data.chat_template import (
     ALPACA,
-    HUMAN,
+    HUMAN_MARK,
     TEMPLATES,
     VICUNA,
     dialogue_text,
@@ -129,7 +129,7 @@ def test_the_plain_prompt_is_the_text_of_hh_rlhf(way):
 
 def test_the_answer_ends_before_a_next_human_turn(way):
     tokenizer, template = way
-    text = f" sure .{HUMAN} and then ?"
+    text = f" sure .{HUMAN_MARK} and then ?"
     wanted = "sure ." if template == "plain" else text.strip()
     assert response_text(tokenizer, template, tokenizer.encode(text)) == wanted
     assert (
@@ -443,7 +443,7 @@ def test_a_message_without_a_place_is_said(family, role):
     else:
         assert "odd words" in tokenizer.decode(render(tokenizer, name, messages).ids)
     for wrong in ([Message("user", "hi"), Message("system", "late")], [Message("system", "only")]):
-        if template.folded or wrong[0].role == "user":
+        if template.merge_system or wrong[0].role == "user":
             with pytest.raises(UserError, match=r"data\.template"):
                 render(tokenizer, name, wrong)
 

@@ -6,7 +6,7 @@ import pytest
 from runs import invoke
 
 from minmacpo import UserError
-from minmacpo.data.chat_template import frames
+from minmacpo.data.chat_template import template_segments
 from minmacpo.data.formats import read_data, released
 from minmacpo.data.records import Message, Pair
 from minmacpo.data.splits import join_sides
@@ -14,14 +14,11 @@ from minmacpo.data.splits import join_sides
 PROMPT = (Message("user", "hi"), Message("assistant", "yo"), Message("user", "q"))
 
 
-def told(prompt) -> str:
+def human_turn(prompt) -> str:
     """The text before an answer under vicuna-macpo, without the system sentence."""
-    parts = [
-        frame.replace("{}", content)
-        for frame, content, _ in frames("vicuna-macpo", prompt)
-        if frame
-    ]
-    return parts[-1] if parts[-1].startswith("USER") else "".join(parts)
+    *_, turn, header = template_segments("vicuna-macpo", prompt)
+    assert header.frame == ""  # the turn ends with "ASSISTANT:" itself
+    return turn.fill(turn.frame)
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, PROMPT[:1]])
@@ -31,7 +28,8 @@ def test_a_dialogue_and_its_released_row_are_rendered_alike(tmp_path, prompt):
     (tmp_path / "a.json").write_text(json.dumps([row]))
     (pair,), _ = read_data(str(tmp_path / "a.json"))
     assert (pair.chosen, pair.rejected) == ("good", "bad")
-    assert told(pair.prompt) == told(prompt) and told(prompt).count("USER: USER: hi") == 1
+    assert human_turn(pair.prompt) == human_turn(prompt)
+    assert human_turn(prompt).count("USER: USER: hi") == 1
 
 
 def test_a_bare_question_stays_bare_without_its_name():
