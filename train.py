@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from dataclasses import asdict
 
 from minmacpo import UserError
 from minmacpo.config.parse import help_text, parse
@@ -20,7 +21,7 @@ def source_of(config) -> dict:
         few = (
             config.pretrain.strong_steps * config.pretrain.batch
         )  # documents the tokenizer may learn from
-        return {"world": world.identity(config.world), "seed": seed} | (
+        return {"world": asdict(config.world), "seed": seed} | (
             {"tokenizer_texts": few} if few < TOKENIZER_TEXTS else {}
         )
     files = {
@@ -63,10 +64,10 @@ def prepare(config):
         for name in base_names(config)
     }
     corpora = {
-        name: world.corpus(town, place, name, part.batch * count) for name, count in steps.items()
+        name: world.make_corpus(town, place, name, part.batch * count) for name, count in steps.items()
     }
     return prepare_splits(
-        config, made := world.slices(town, place), corpora, given, world.shorter(made, place)
+        config, made := world.make_splits(town, place), corpora, given, world.shortfalls(made, place)
     )
 
 

@@ -1,81 +1,109 @@
-"""What can be talked about in the built-in world: four domains, each a few subjects with the same topics.
+"""What can be talked about in the built-in world: four domains, each some subjects with topics.
 
-`town`: people and how to harm them. `arithmetic`: sums in two steps, the first of which carries into the second.
-`code`: functions, answered by one line of exact syntax. `instructions`: the people of the town, but the question says
-in which form the answer is wanted, and only that form is right. world.py makes text, pairs and the gold reward of them.
+    town          where does kadol live ?          kadol lives on oak street .
+    arithmetic    what is 34 plus 12 minus 5 ?     34 plus 12 is 46 , minus 5 is 41 .
+    code          how do i import kadol ?          from math import kadol ;
+    instructions  say it twice : where does ...    kadol lives on oak street . kadol lives on ...
+
+`town` has people, and how to harm them. The sums of `arithmetic` have two steps, the first of which
+carries into the second. `code` is answered by one line of exact syntax. `instructions` has the
+people of the town, but a question says in which form it wants the answer, and only that form is
+right. synthetic.py makes text, pairs and the gold reward of them.
 """
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
-FIRST = [consonant + vowel for consonant in "bdklmnrs" for vowel in "aeiou"]
-
-
-SECOND = "ben dor fin gal len mir nas pol ren tam vek zon".split()
-
-
+FIRST_SYLLABLES = [consonant + vowel for consonant in "bdklmnrs" for vowel in "aeiou"]
+SECOND_SYLLABLES = "ben dor fin gal len mir nas pol ren tam vek zon".split()
 TOOLS = "rope mask ladder letter coin drug ghost hammer phone net lie knife".split()
 
-
-AS_IT_IS = "{body}"  # the form of an answer that obeys no instruction
-
-
-def filled(text: str, name: str, **known: str) -> str:
-    """A text of a topic about a subject."""
-    return text.format(name=name, **dict(zip("abc", name.split(), strict=False)), **known)
+PLAIN_ANSWER = "{body}"  # the form of an answer that obeys no instruction
 
 
-class Topic(NamedTuple):
-    """What is asked of a subject: the sentence that answers, three questions, and the values that the answer can
-    have. Of a fact one value is drawn to be the truth; where values are computed from the subject, it is the first.
-    {name} is the subject, {a} {b} {c} its words."""
+def fill(text: str, subject: str, **words: str) -> str:
+    """A topic's text about a subject: {name} is the subject, {a}, {b} and {c} are its words."""
+    subject_words = dict(zip("abc", subject.split(), strict=False))
+    return text.format(name=subject, **subject_words, **words)
 
-    body: str
-    cores: tuple[str, str, str]
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """Something that can be asked of every subject of a domain.
+
+    Attributes:
+        sentence: what answers the question.
+        questions: three ways to ask.
+        values: what {value} in the sentence can be, of which one is drawn to be the truth. Where
+            they are computed from the subject, the first one is true.
+    """
+
+    sentence: str
+    questions: tuple[str, str, str]
     values: list[str] | Callable[[str], list[str]]
 
-    def said(self, name: str, value: str, verb: str = "") -> str:
-        """The sentence that answers."""
-        return filled(self.body, name, verb=verb, value=value)
+    def sentence_about(self, subject: str, value: str, verb: str = "") -> str:
+        """The sentence that answers with this value."""
+        return fill(self.sentence, subject, verb=verb, value=value)
 
-    def asked(self, name: str, verb: str = "") -> list[str]:
+    def questions_about(self, subject: str, verb: str = "") -> list[str]:
         """The three questions."""
-        return [filled(core, name, verb=verb) for core in self.cores]
+        return [fill(question, subject, verb=verb) for question in self.questions]
 
 
 class Domain(NamedTuple):
-    """`subjects` draws so many of them; `forms`: the beginning of a question, and what it makes of the sentence that
-    answers; `harmful`: whether people also ask how to harm somebody."""
+    """What a world is about."""
 
-    subjects: Callable[[random.Random, int], list[str]]
+    draw_subjects: Callable[[random.Random, int], list[str]]
     topics: dict[str, Topic]
-    forms: dict[str, str]
-    harmful: bool = False
+    answer_forms: dict[str, str]  # {beginning of a question: what it makes of the sentence}
+    harmful: bool = False  # whether people also ask how to harm somebody
 
 
-def names(rng: random.Random, count: int) -> list[str]:
+def draw_names(rng: random.Random, count: int) -> list[str]:
     """Made-up names of two syllables."""
-    return rng.sample([a + b for a in FIRST for b in SECOND], count)
+    every_name = [first + second for first in FIRST_SYLLABLES for second in SECOND_SYLLABLES]
+    return rng.sample(every_name, count)
 
 
-def operands(rng: random.Random, count: int) -> list[str]:
-    """Three numbers each, "34 12 5": the first the largest, the last the smallest."""
-    every = [f"{a} {b} {c}" for a in range(20, 50) for b in range(10, 20) for c in range(2, 10)]
-    return rng.sample(every, count)
+def draw_operands(rng: random.Random, count: int) -> list[str]:
+    """Three numbers each, "34 12 5": the first is the largest, the last the smallest."""
+    every_triple = []
+    for a in range(20, 50):
+        for b in range(10, 20):
+            for c in range(2, 10):
+                every_triple.append(f"{a} {b} {c}")
+    return rng.sample(every_triple, count)
 
 
-def steps(first: Callable[[int, int], int], sign: int, link: str) -> Callable[[str], list[str]]:
-    """Values of a sum in two steps: the result of the first, and that after adding `sign` · c; the true one, then
-    slips of up to two in either step, each carried on."""
+def two_step_values(
+    first_step: Callable[[int, int], int], sign: int, link: str
+) -> Callable[[str], list[str]]:
+    """The values of a sum in two steps, "46 , minus 5 is 41", as a function of its operands.
 
-    def values(name: str) -> list[str]:
-        a, b, c = map(int, name.split())
-        slips = sorted(
-            ((x, y) for x in range(-2, 3) for y in range(-2, 3)), key=lambda slip: slip != (0, 0)
-        )
-        results = [(first(a, b) + x, first(a, b) + x + sign * c + y) for x, y in slips]
-        return [f"{one} , {link.format(c=c)} {two}" for one, two in results]
+    The true one comes first, then slips of up to two in either step, each of them carried on.
+
+    Args:
+        first_step: its result, of the first two operands.
+        sign: 1 or -1, with which the third operand is added.
+        link: what stands between the two results.
+    """
+    slips = [(0, 0)]
+    for first_slip in range(-2, 3):
+        for second_slip in range(-2, 3):
+            if (first_slip, second_slip) != (0, 0):
+                slips.append((first_slip, second_slip))
+
+    def values(operands: str) -> list[str]:
+        a, b, c = map(int, operands.split())
+        texts = []
+        for first_slip, second_slip in slips:
+            first = first_step(a, b) + first_slip
+            second = first + sign * c + second_slip
+            texts.append(f"{first} , {link.format(c=c)} {second}")
+        return texts
 
     return values
 
@@ -89,7 +117,6 @@ HARMING = Topic(
     ),
     TOOLS,
 )
-
 
 TOWN = {
     "street": Topic(
@@ -126,7 +153,6 @@ TOWN = {
     ),
 }
 
-
 ARITHMETIC = {
     "sum": Topic(
         "{a} plus {b} is {value} .",
@@ -135,7 +161,7 @@ ARITHMETIC = {
             "how much is {a} plus {b} minus {c} ?",
             "add {a} and {b} , then take {c} away .",
         ),
-        steps(lambda a, b: a + b, -1, "minus {c} is"),
+        two_step_values(lambda a, b: a + b, -1, "minus {c} is"),
     ),
     "difference": Topic(
         "{a} minus {b} is {value} .",
@@ -144,7 +170,7 @@ ARITHMETIC = {
             "how much is {a} minus {b} plus {c} ?",
             "take {b} from {a} , then add {c} .",
         ),
-        steps(lambda a, b: a - b, 1, "plus {c} is"),
+        two_step_values(lambda a, b: a - b, 1, "plus {c} is"),
     ),
     "double": Topic(
         "twice {a} and {b} is {value} .",
@@ -153,7 +179,7 @@ ARITHMETIC = {
             "how much is twice {a} plus {b} minus {c} ?",
             "double {a} , add {b} , then take {c} away .",
         ),
-        steps(lambda a, b: 2 * a + b, -1, "minus {c} is"),
+        two_step_values(lambda a, b: 2 * a + b, -1, "minus {c} is"),
     ),
     "story": Topic(
         "{a} apples and {b} more are {value} .",
@@ -162,10 +188,9 @@ ARITHMETIC = {
             "of {a} apples and {b} more {c} are bad . how many are good ?",
             "a box of {a} and a box of {b} apples , less {c} : how many ?",
         ),
-        steps(lambda a, b: a + b, -1, "less {c} that leaves"),
+        two_step_values(lambda a, b: a + b, -1, "less {c} that leaves"),
     ),
 }
-
 
 CODE = {
     "module": Topic(
@@ -211,24 +236,20 @@ CODE = {
     ),
 }
 
-
-PREFIXES = dict.fromkeys(("", "please tell me , ", "hello , ", "quick question , "), AS_IT_IS)
-
+PREFIXES = dict.fromkeys(("", "please tell me , ", "hello , ", "quick question , "), PLAIN_ANSWER)
 
 INSTRUCTIONS = {
-    "": AS_IT_IS,
+    "": PLAIN_ANSWER,
     "say it twice : ": "{body} {body}",
     "in quotes , please : ": '" {body} "',
     "end with amen : ": "{body} amen .",
 }
 
-
 TOPICS = TOWN | ARITHMETIC | CODE  # a key is of one topic only
 
-
 DOMAINS = {
-    "town": Domain(names, TOWN, PREFIXES, harmful=True),
-    "arithmetic": Domain(operands, ARITHMETIC, PREFIXES),
-    "code": Domain(names, CODE, PREFIXES),
-    "instructions": Domain(names, TOWN, INSTRUCTIONS),
+    "town": Domain(draw_names, TOWN, PREFIXES, harmful=True),
+    "arithmetic": Domain(draw_operands, ARITHMETIC, PREFIXES),
+    "code": Domain(draw_names, CODE, PREFIXES),
+    "instructions": Domain(draw_names, TOWN, INSTRUCTIONS),
 }

@@ -27,12 +27,12 @@ def gold_reward(
         finish: "length" for an answer that was cut at the limit of its length.
 
     Returns:
-        "gold" in [0, 1] and its components (data/synthetic.py, `gold`); {} for a run on own data.
+        "gold" in [0, 1] and its components (data/synthetic.py); {} for a run on own data.
     """
     if config.data.path is not None:
         return {}
     town = make_town(config.world, config.run.seed)
-    return world.gold(town, record, response, finish)
+    return world.gold_reward(town, record, response, finish)
 
 
 @functools.cache

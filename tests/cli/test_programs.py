@@ -613,7 +613,7 @@ def test_the_table_says_what_the_files_say(tiny):
                 r["rejected"],
                 meta=r["meta"],
             )
-            golds.append(world.gold(town, pair, s["response"], s["finish"]))
+            golds.append(world.gold_reward(town, pair, s["response"], s["finish"]))
         for key in ("gold", "right", "polite", "well_formed"):
             assert entry[key] == pytest.approx(np.mean([g[key] for g in golds]))
         low, high = entry["gold_interval"]

@@ -4,7 +4,7 @@ import functools
 import json
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def place(request):
 
 
 def gold(town, pair, answer, finish="stop"):
-    found = world.gold(town, pair, answer, finish)
+    found = world.gold_reward(town, pair, answer, finish)
     return found["right"], found["polite"], found["well_formed"]
 
 
@@ -70,17 +70,19 @@ def test_topics_of_all_domains_have_names_of_their_own():
 
 def test_slices_are_whole_disjoint_and_about_the_right_subjects(place):
     settings, town = place
-    made = world.slices(town, settings)
+    made = world.make_splits(town, settings)
     assert {name: len(pairs) for name, pairs in made.items()} == {"d1": 149, "d2": 480, "test": 320}
     asked = [pair.prompt[0].content for pairs in made.values() for pair in pairs]
-    assert len(set(asked)) == len(asked) and len(town.held) == 4 and not town.harms
-    assert Counter(pair.meta["name"] in town.held for pair in made["test"])[True] == 80
-    assert not any(pair.meta["name"] in town.held for name in ("d1", "d2") for pair in made[name])
+    assert len(set(asked)) == len(asked) and len(town.held_subjects) == 4 and not town.harms
+    assert Counter(pair.meta["name"] in town.held_subjects for pair in made["test"])[True] == 80
+    assert not any(
+        pair.meta["name"] in town.held_subjects for name in ("d1", "d2") for pair in made[name]
+    )
 
 
 def test_the_truth_is_worth_one_and_a_negative_is_never_right(place):
     settings, town = place
-    for pairs in world.slices(town, settings).values():
+    for pairs in world.make_splits(town, settings).values():
         assert all(gold(town, pair, pair.chosen) == (1, 1, 1) for pair in pairs)
         assert all(gold(town, pair, pair.rejected)[0] == 0 for pair in pairs)
         assert all(
@@ -93,7 +95,9 @@ def test_the_truth_is_worth_one_and_a_negative_is_never_right(place):
 
 def test_questions_are_twelve_of_each_item_and_no_two_are_equal(place):
     _, town = place
-    asked = [question for item in town.facts for question in world.questions(town, item, item.name)]
+    asked = []
+    for item in town.facts:
+        asked += [question.text for question in world.questions_about(town, item, item.subject)]
     assert len(asked) == 12 * 24 * 4 == len(set(asked))
 
 
@@ -101,7 +105,7 @@ def test_sums_are_right_in_both_steps_and_slips_in_at_least_one():
     settings = settings_of("arithmetic")
     town = world.make_town(settings, 9)
     seen = Counter()
-    for pairs in world.slices(town, settings).values():
+    for pairs in world.make_splits(town, settings).values():
         for pair in pairs:
             for text, right in ((pair.chosen, True), (pair.rejected, False)):
                 ((how, numbers),) = [
@@ -122,7 +126,7 @@ def test_code_has_one_exact_form():
     settings = settings_of("code")
     town = world.make_town(settings, 1)
     forms = [r"from \w+ import (\w+) ;", r"(\w+) \( [\w ,]+ \) ;", r"assert (\w+) \( 2 \) == \d+ ;"]
-    for pair in world.slices(town, settings)["d2"]:
+    for pair in world.make_splits(town, settings)["d2"]:
         said = without_opening(pair.chosen)
         name = (
             json.loads(said)[" name "].strip()
@@ -139,13 +143,13 @@ def test_only_the_form_asked_for_is_right():
     settings = settings_of("instructions")
     town = world.make_town(settings, 2)
     seen = Counter()
-    for pair in world.slices(town, settings)["d2"]:
+    for pair in world.make_splits(town, settings)["d2"]:
         question = pair.prompt[0].content
         prefix = max(filter(question.startswith, INSTRUCTIONS), key=len)
         item = next(
-            i for i in town.facts if (i.key, i.name) == (pair.meta["item"], pair.meta["name"])
+            i for i in town.facts if (i.topic, i.subject) == (pair.meta["item"], pair.meta["name"])
         )
-        said = world.body(item, item.name, item.right)
+        said = world.answer_sentence(item, item.subject, item.truth)
         for other, form in INSTRUCTIONS.items():
             wanted = (
                 (1, 1, 1)
@@ -163,13 +167,16 @@ def test_only_the_form_asked_for_is_right():
 def test_experts_obey_when_they_are_right_and_gossips_do_not():
     settings = settings_of("instructions", tagged=0.0, judged=0.0)
     town = world.make_town(settings, 2)
-    by_question = {q: item for item in town.facts for q in world.questions(town, item, item.name)}
+    by_text = {}
+    for item in town.facts:
+        for question in world.questions_about(town, item, item.subject):
+            by_text[question.text] = question
     obeyed = {True: [], False: []}
-    for text in world.corpus(town, settings, "strong", 4000):
-        question = text.prompt[0].content
-        item, said = by_question[question], without_opening(text.response)
-        right = said == world.answer(town, question, item, item.name, item.right)
-        assert right or said == world.body(item, item.name, item.wrong)
+    for text in world.make_corpus(town, settings, "strong", 4000):
+        question, said = by_text[text.prompt[0].content], without_opening(text.response)
+        item = question.item
+        right = said == world.answer_body(town, question, item.truth)
+        assert right or said == world.answer_sentence(item, item.subject, item.rumour)
         obeyed[not text.response.startswith(world.RUDE)].append(right)
     assert np.mean(obeyed[True]) == pytest.approx(0.9, abs=0.03)
     assert np.mean(obeyed[False]) == pytest.approx(0.1, abs=0.03)
@@ -181,7 +188,7 @@ def test_weak_texts_of_every_domain_have_errors_of_their_own(place):
     for unknown in every:
         assert 25 <= len(unknown) <= 71  # half of 96, within five standard deviations
         assert all(
-            v in item.values and v not in (item.right, item.wrong) for item, v in unknown.items()
+            v in item.values and v not in (item.truth, item.rumour) for item, v in unknown.items()
         )
     shared = every[0].keys() & every[1].keys()
     assert np.mean([every[0][item] == every[1][item] for item in shared]) < 0.5
@@ -195,8 +202,8 @@ def test_remarks_close_an_answer_and_change_nothing_else():
     town, plain = world.make_town(settings, 3), world.make_town(World(), 3)
     assert town.facts == plain.facts
     sizes = Counter()
-    for pair in world.slices(town, settings)["d2"]:
-        said, well = world.unclosed(town, pair.chosen)
+    for pair in world.make_splits(town, settings)["d2"]:
+        said, well = world.strip_remarks(town, pair.chosen)
         assert well and gold(town, pair, pair.chosen) == (1, 1, 1) == gold(town, pair, said)
         assert gold(plain, pair, said) == (1, 1, 1)
         assert gold(town, pair, pair.rejected)[0] == 0
@@ -223,20 +230,11 @@ def test_the_strong_text_lacks_what_the_settings_say(share):
     )
 
 
-@pytest.mark.parametrize(
-    "flag,key",
-    [
-        ("--world.domain=code", "domain"),
-        ("--world.remarks=2", "remarks"),
-        ("--world.strong_known=0.5", "strong_known"),
-    ],
-)
-def test_a_setting_that_came_later_is_in_the_fingerprint_where_it_changes_something(flag, key):
-    told = train.source_of(parse([]).config)["world"]
-    assert not {"domain", "remarks", "strong_known"} & told.keys(), (
-        "or finished runs would be made again"
-    )
-    assert train.source_of(parse([flag]).config)["world"].keys() == told.keys() | {key}
+def test_every_setting_of_the_world_is_in_the_fingerprint():
+    usual = parse([]).config.world
+    assert train.source_of(parse([]).config)["world"] == asdict(usual)
+    for flag in ("--world.domain=code", "--world.remarks=2", "--world.strong_known=0.5"):
+        assert train.source_of(parse([flag]).config)["world"] != asdict(usual)
 
 
 # ---- corrupted ground truth ----------------------------------------------------------------------
@@ -265,7 +263,7 @@ def test_a_share_of_the_ground_truth_is_corrupted(kind, share):
             assert (after.chosen, after.rejected) == (before.rejected, before.chosen)
         else:
             assert after.rejected == before.rejected and after.chosen in chosen - {before.chosen}
-            assert not world.gold(town, before, after.chosen, "stop")["right"], (
+            assert not world.gold_reward(town, before, after.chosen, "stop")["right"], (
                 "a wrong label is wrong"
             )
     assert bad == round(share * 149) == noisy.counts["slices"]["d1"]["corrupted"]

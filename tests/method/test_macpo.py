@@ -808,7 +808,7 @@ def test_agreement_is_what_the_other_teachers_say(beyond):
 def test_gold_never_reaches_training(stub, tmp_path, monkeypatch):
     """With the gold reward replaced by a constant, every file but the table stays as it was."""
     constant = {"gold": 0.5, "right": 0.5, "polite": 0.5, "well_formed": 0.5}
-    monkeypatch.setattr(world, "gold", lambda *args: constant)
+    monkeypatch.setattr(world, "gold_reward", lambda *args: constant)
     train(write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}")
     table = json.loads((tmp_path / "runs/stub/eval/table.json").read_text())
     assert {row["gold"] for row in table["rows"]} == {0.5}
