@@ -79,12 +79,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def save_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write tensors as one file, whole or not at all; transformers asks for the default metadata."""
+    """Write tensors as one file, whole or not at all; transformers needs the default metadata."""
     write_atomic(path, to_safetensors(tensors, metadata or {"format": "pt"}))
 
 
 def to_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """The bytes of a safetensors file with these tensors, wherever and however they lie in memory."""
+    """The bytes of a safetensors file with these tensors, on whatever device they are."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return safetensors.torch.save(contiguous, metadata)
 

@@ -1,4 +1,4 @@
-"""LoRA adapters (Hu et al. 2021) in PEFT's conventions: one slot per target linear of a frozen model.
+"""LoRA adapters (Hu et al. 2021) in PEFT's conventions: a slot on every target linear of a model.
 
 Adapters, dicts of tensors under PEFT's keys, are copied into the slot's parameters. So the
 optimiser and a compiled graph never see another tensor.

@@ -124,26 +124,26 @@ def rope_attention_factor(scaling: RopeScaling) -> float:
 
 
 class LayerCache(NamedTuple):
-    """One layer's keys and values, each (B, G, S, D): views of a KVCache."""
+    """One layer's part of a KVCache, and where this pass writes to it."""
 
-    keys: Tensor
-    values: Tensor
+    keys: Tensor  # (B, G, S, D)
+    values: Tensor  # (B, G, S, D)
+    positions: Tensor | None  # (B,), of row b's one new token; None for prompts from position 0
 
-    def update(self, k: Tensor, v: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Store new keys and values, and return those that the pass attends to.
+    @property
+    def decoding(self) -> bool:
+        return self.positions is not None
 
-        Args:
-            k, v: (B, G, T, D).
-            positions: (B,), where row b's one new token stands; None for prompts from position 0.
-        """
-        if positions is None:
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the pass's keys and values (B, G, T, D), and return those that it attends to."""
+        if self.positions is None:
             length = k.shape[2]
             self.keys[:, :, :length] = k
             self.values[:, :, :length] = v
             return k, v  # a prompt sees nothing but itself
-        rows = torch.arange(len(positions), device=k.device)
-        self.keys[rows, :, positions] = k[:, :, 0]
-        self.values[rows, :, positions] = v[:, :, 0]
+        rows = torch.arange(len(self.positions), device=k.device)
+        self.keys[rows, :, self.positions] = k[:, :, 0]
+        self.values[rows, :, self.positions] = v[:, :, 0]
         return self.keys, self.values
 
 
@@ -158,8 +158,9 @@ class KVCache:
         """Positions that there is room for."""
         return self.data.shape[4]
 
-    def layer(self, number: int) -> LayerCache:
-        return LayerCache(self.data[0, number], self.data[1, number])
+    def layer(self, number: int, positions: Tensor | None) -> LayerCache:
+        """Views of one layer's keys and values, for a pass at these positions."""
+        return LayerCache(self.data[0, number], self.data[1, number], positions)
 
     def first(self, length: int) -> "KVCache":
         """A view of the first `length` positions."""
@@ -233,6 +234,11 @@ def pack(x: Tensor, packed: PackedIndex) -> Tensor:
 # --- The layers
 
 
+def new_norm(config: ModelConfig, size: int) -> nn.Module:
+    """The normalisation of this family over the last dimension, of `size` numbers."""
+    return RMSNorm(size, config.rms_norm_eps)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
@@ -253,20 +259,26 @@ class Attention(nn.Module):
         self.q_norm = nn.Identity()
         self.k_norm = nn.Identity()
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.q_norm = new_norm(config, config.head_dim)
+            self.k_norm = new_norm(config, config.head_dim)
 
     def forward(
         self,
         x: Tensor,
         rope: Rope,
         mask: Tensor | None,
-        positions: Tensor | None,
         cache: LayerCache | None,
         packed: PackedIndex | None,
         outputs: OutputIndex | None,
     ) -> Tensor:
-        """(B, T, C) -> (B, T, C); in a packed pass (1, N, C) -> (1, N, C), or (1, M, C) of `outputs`."""
+        """(B, T, C) -> (B, T, C); in a packed pass (1, N, C) -> (1, N, C).
+
+        Args:
+            mask: broadcastable to (B, 1, T, S); None for causal attention from position 0.
+            cache: this layer's keys and values, in a prefill or decode pass.
+            packed: where the tokens of a packed pass stand in their rows.
+            outputs: the tokens whose output is needed, then (1, N, C) -> (1, M, C).
+        """
         # the last block of a packed pass needs the queries of fewer tokens
         query_input = x
         query_rope = rope
@@ -284,7 +296,7 @@ class Attention(nn.Module):
         k = rope.rotate(self.k_norm(k))
 
         if cache is not None:
-            k, v = cache.update(k, v, positions)  # (B, G, S, D) when decoding
+            k, v = cache.update(k, v)  # (B, G, S, D) when decoding
         if packed is not None:
             q = unpack(q, query_packed)  # (1, H, M, D) -> (B, H, T, D)
             k = unpack(k, packed)  # (1, G, N, D) -> (B, G, T, D)
@@ -296,7 +308,7 @@ class Attention(nn.Module):
             v,
             mask,
             with_cache=cache is not None,
-            decoding=positions is not None,
+            decoding=cache is not None and cache.decoding,
             prepacked=self.prepacked,
         )
         y = self.merge_heads(y)  # (B, T, H * D)
@@ -334,9 +346,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = new_norm(config, config.hidden_size)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = new_norm(config, config.hidden_size)
         self.mlp = MLP(config)
 
     def forward(
@@ -344,7 +356,6 @@ class Block(nn.Module):
         x: Tensor,
         rope: Rope,
         mask: Tensor | None,
-        positions: Tensor | None,
         cache: LayerCache | None,
         packed: PackedIndex | None,
         outputs: OutputIndex | None,
@@ -352,7 +363,7 @@ class Block(nn.Module):
         """Shapes as in Attention.forward."""
         residual = x if outputs is None else outputs.select(x)  # (1, M, C) of `outputs`
         x = self.input_layernorm(x)
-        x = residual + self.self_attn(x, rope, mask, positions, cache, packed, outputs)
+        x = residual + self.self_attn(x, rope, mask, cache, packed, outputs)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -373,7 +384,7 @@ class Transformer(nn.Module):
             {
                 "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
                 "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+                "norm": new_norm(config, config.hidden_size),
             }
         )
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -404,7 +415,7 @@ class Transformer(nn.Module):
         packed: PackedIndex | None = None,
         output_mask: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states after the last norm, of tokens (B, T) int64. There are four kinds of pass:
+        """Hidden states after the last norm, of tokens (B, T) int64, in one of four kinds of pass:
 
             plain    forward(tokens)                     -> (B, T, C)
             packed   forward(tokens, packed=...)         -> (1, N, C)
@@ -417,6 +428,7 @@ class Transformer(nn.Module):
         and sees the cache up to there. What padding left in the cache lies beyond, and is
         overwritten in turn.
         """
+        # 1. Which tokens are computed, at which positions they stand, and what they see
         length = tokens.shape[1]
         outputs = None
         if packed is not None:
@@ -434,18 +446,19 @@ class Transformer(nn.Module):
             rope_positions = torch.arange(length, device=x.device)  # (T,)
             masks = self.prompt_masks(length, x.device)
 
+        # 2. All blocks, the last of which may compute fewer tokens
         rope = rope_tables(self.config, rope_positions, x.dtype)
         last = len(self.model.layers) - 1
         for number, block in enumerate(self.model.layers):
-            layer_cache = None if cache is None else cache.layer(number)
+            layer_cache = None if cache is None else cache.layer(number, positions)
             layer_outputs = outputs if number == last else None
-            x = block(x, rope, masks[number], positions, layer_cache, packed, layer_outputs)
+            x = block(x, rope, masks[number], layer_cache, packed, layer_outputs)
         if outputs is not None:
             x = x[0]  # (M, C)
         return self.model.norm(x)
 
     def prompt_masks(self, length: int, device: torch.device) -> list[Tensor | None]:
-        """A mask for every layer, of rows from position 0; None, for a faster kernel, where causal."""
+        """A mask for every layer, of rows from position 0; None where it is merely causal."""
         by_window = {}
         for window in set(self.sliding_windows):
             by_window[window] = None

@@ -15,7 +15,7 @@ from minmacpo import UserError
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """How rotary angles are stretched beyond the context of pre-training; fields as in rope_scaling."""
+    """How rotary angles are stretched beyond the context of pre-training (rope_scaling)."""
 
     rope_type: str = "default"
     factor: float = 1.0
@@ -32,7 +32,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The structure of a model: fields of config.json, and in what it departs from the first Llama."""
+    """The structure of a model: fields of config.json, and what families differ in."""
 
     vocab_size: int
     hidden_size: int
@@ -48,7 +48,7 @@ class ModelConfig:
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
 
-    # what families differ in
+    # what families differ in, as the first Llama has it
     hidden_act: str = "silu"
     qkv_bias: bool = False
     o_bias: bool = False

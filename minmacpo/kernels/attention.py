@@ -74,13 +74,13 @@ def eager_bf16_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -
 
 
 def gqa_decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one query per row, (B, H, 1, D): the H / G queries of a group as rows of one head."""
+    """Attention of one query per row, (B, H, 1, D), the queries of a group as rows of one head."""
     grouped = group_queries(q, k.shape[1])  # (B, G, H / G, D)
     return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one query per row, (B, H, 1, D), by matmuls in the order of the cache's memory."""
+    """Attention of one query per row, (B, H, 1, D), by two matmuls in the cache's own order."""
     grouped = group_queries(q, k.shape[1]) * q.shape[3] ** -0.5  # (B, G, H / G, D)
     if k.stride(3) == 1:  # the usual cache: the D numbers of a position lie together
         scores = (k @ grouped.transpose(2, 3)).transpose(2, 3)  # (B, G, H / G, S)

@@ -238,7 +238,7 @@ def quantize_linears(model: nn.Module, quantization: str) -> None:
 
 
 def quantize_weight(model: nn.Module, name: str, weight: Tensor) -> dict[str, Tensor]:
-    """What the model has in the place of this weight, by name: codes and scale, or the weight itself.
+    """What stands in the model for this weight, by name: codes and scale, or the weight itself.
 
     Args:
         model: its linears may have been replaced by `quantize_linears`.
