@@ -15,7 +15,7 @@ from bench.measure import PLACE, alternate, bf16_hardware, clocked, missing, spr
 from bench.peers import DTYPES, VOCAB, make_folder, make_rows, own_model
 from minmacpo.config.schema import Generate
 from minmacpo.core.prepack import can_prepack, prepack
-from minmacpo.core.sampling import generate, pick
+from minmacpo.core.sampling import generate, pick_token
 
 ROWS, PROMPT, NEW = 16, 128, 128
 TITLE = f"{ROWS} prompts of {PROMPT} tokens, {NEW} new tokens each, 15M, one thread; the adapter in its slot, merged on the peer's side."
@@ -129,7 +129,7 @@ def refilled(place: Path, dtype: str) -> dict:
     }  # of random weights: an answer has 60 tokens on average, of at most 128
 
     def mine():
-        return generate(model, prompts, range(4 * ROWS), settings, stops, places=ROWS)[0]
+        return generate(model, prompts, range(4 * ROWS), settings, stops, batch_size=ROWS)[0]
 
     def theirs():
         parts = [range(start, start + ROWS) for start in range(0, 4 * ROWS, ROWS)]
@@ -190,7 +190,7 @@ def decode_profile(place: Path, dtype: str) -> dict:
     parts = {
         "floor: one read of weights and cache": (weights + cache.data.nbytes) / bandwidth,
         "whole step": milliseconds(
-            lambda: pick(
+            lambda: pick_token(
                 fast.lm_head(fast(token, positions=where, cache=cache)[:, 0]), settings, uniform
             )
         ),
@@ -199,7 +199,7 @@ def decode_profile(place: Path, dtype: str) -> dict:
         )
         * len(fast.model.layers),
         "head": milliseconds(lambda: fast.lm_head(hidden)),
-        "choice of the token": milliseconds(lambda: pick(logits, settings, uniform)),
+        "choice of the token": milliseconds(lambda: pick_token(logits, settings, uniform)),
     }
     parts["attention, norms, ropes, cache writes, dispatch"] = (
         2 * parts["whole step"]

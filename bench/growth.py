@@ -18,7 +18,7 @@ from minmacpo.core.losses import PreferenceLoss
 from minmacpo.core.model import Transformer, new_model
 from minmacpo.core.model_config import ModelConfig
 from minmacpo.core.prepack import can_prepack, prepack
-from minmacpo.core.sampling import pick
+from minmacpo.core.sampling import pick_token
 from minmacpo.core.trainer import TrainExample, train_step
 from minmacpo.evaluation.charts import ChartSize, Point, chart
 from minmacpo.evaluation.html import read_style
@@ -73,7 +73,7 @@ def decode_step(length: int, batch: int, vocabulary: int, width: int):
 
     @torch.inference_mode()
     def step():
-        return pick(
+        return pick_token(
             model.lm_head(model(token, positions=where, cache=cache)[:, 0]), settings, uniform
         )
 

@@ -26,10 +26,10 @@ import minmacpo.evaluation.report
 import train
 from minmacpo import UserError
 from minmacpo.config.parse import parse
-from minmacpo.config.schema import Generate, Lora
+from minmacpo.config.schema import Lora
 from minmacpo.core.lora import attach_lora, init_adapter
 from minmacpo.core.losses import PreferenceLoss, SFTLoss
-from minmacpo.core.sampling import generate
+from minmacpo.core.sampling import SamplingParams, generate
 from minmacpo.core.scoring import score
 from minmacpo.core.trainer import OptimizerConfig, TrainExample, train_step
 from minmacpo.core.trainer import train as fit
@@ -104,12 +104,12 @@ def toys(dist, units, model, params, objective, work) -> dict:
     logps = score(model, [row for unit in units for row in unit.rows], 90, dist=dist)
     prompts, own = (
         [list(unit.rows[0].ids[:9]) for unit in units[:13]],
-        Generate(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=40),
+        SamplingParams(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=40),
     )
 
     def answers(block):
         return generate(
-            model, [prompts[i] for i in block], block, own, {2, 7, 11, 20, 33}, places=2
+            model, [prompts[i] for i in block], block, own, {2, 7, 11, 20, 33}, batch_size=2
         )[0]
 
     samples = [

@@ -30,8 +30,6 @@ KNOWN = {
     ("bench.large", "cli.memory_estimate"),
     ("core.checkpoint", "config.schema"),
     ("core.lora", "config.schema"),
-    ("core.sampling", "config.schema"),
-    ("core.trainer", "pipeline.run"),
     ("kernels.quantization", "config.schema"),
     ("method.selection", "numpy"),
     ("pipeline.model_pool", "cli.memory_estimate"),

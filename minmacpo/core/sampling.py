@@ -1,13 +1,18 @@
-"""Sampling: ragged right-padded prompts, one prefill, then batched decoding on a static cache.
+"""Sampling: prompts are read in one prefill, then decoded side by side on a static cache.
 
-What a row samples depends on its own seed alone: uniform numbers, one per new token, become tokens by the
-inverse of the cumulative distribution, whatever rows lie beside it.
+What a row samples depends on its own seed alone, whatever rows lie beside it: uniform numbers, one
+per new token, become tokens by the inverse of the cumulative distribution. When a row ends, the next
+prompt gets its place (continuous batching).
+
+Shapes: B rows decoded side by side, N prompts in all, T tokens of a prompt, V vocabulary; n of the V
+tokens may be drawn.
 """
 
 import math
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,240 +20,347 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minmacpo.config.schema import Generate
 from minmacpo.core.model import CACHE_ALIGN, KVCache, Transformer
 from minmacpo.core.prepack import can_prepack, is_sharded, prepack
 
-PLAUSIBLE = 0.1  # of the likeliest token's probability: what contrastive decoding may choose
+# Contrastive decoding may choose tokens with this fraction of the likeliest one's probability
+PLAUSIBLE = 0.1
+
+# Decode steps between two looks at which rows have ended; a look makes the CPU wait for the GPU
+LOOK_EVERY = 8
+
+# Prompt tokens that a prepacked model in fp32 reads at a time, so as to stay in a CPU's cache
+PREFILL_TOKENS = 1024
+
+# Attention reads the cache up to the last position in use, rounded up to a multiple of this
+CACHE_STEP = 64
 
 
-LOOK_EVERY = 8  # decode steps between two looks at which rows have ended
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn."""
+
+    temperature: float = 1.0  # 0: the likeliest token
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    max_new_tokens: int = 512
 
 
-AT_ONCE = 1024  # tokens of the prompts that a packed twin in fp32 reads at once: what it computes with stays in a CPU's cache
-
-
-ROOM = 64  # attention reads the cache up to the last place in use, rounded up to a multiple of this
+# --- From logits to a token
 
 
 def logits_to_probs(
     logits: Tensor, temperature: float, top_k: int, top_p: float
 ) -> tuple[Tensor, Tensor | None]:
-    """(probabilities [B, n], their token ids [B, n]; None: all tokens in order) of logits [B, V].
-    Temperature, top-k, then top-p on what is left: the smallest set of likeliest tokens that reaches it."""
-    logits, ids = logits.float(), None
+    """Probabilities (B, n) and their token ids (B, n), None for all tokens in order; of (B, V).
+
+    Temperature, top-k, then top-p on what is left: the smallest set of likeliest tokens whose
+    probabilities reach it.
+    """
+    logits = logits.float()
+    ids = None
     if 0 < top_k < logits.shape[-1]:
-        logits, ids = logits.topk(top_k, dim=-1)
+        logits, ids = logits.topk(top_k, dim=-1)  # (B, n)
     elif top_p < 1:
         logits, ids = logits.sort(dim=-1, descending=True)
     probs = (logits / temperature).softmax(-1)
     if top_p < 1:
-        before = probs.cumsum(-1) - probs
-        probs = probs.masked_fill(before >= top_p, 0)
+        likelier = probs.cumsum(-1) - probs  # the probability of all likelier tokens
+        probs = probs.masked_fill(likelier >= top_p, 0)
         probs = probs / probs.sum(-1, keepdim=True)
     return probs, ids
 
 
-def draw(probs: Tensor, ids: Tensor | None, uniform: Tensor) -> Tensor:
-    """Token ids [B] where the cumulative sum of probs [B, n] passes uniform [B] in [0, 1)."""
-    total = probs.cumsum(-1)
-    last = probs.shape[-1] - 1 if ids is None else (probs > 0).sum(-1, keepdim=True) - 1
-    index = (total <= uniform[:, None] * total[:, -1:]).sum(-1, keepdim=True).clamp(max=last)
-    return (index if ids is None else ids.gather(-1, index))[:, 0]
+def sample_from_probs(probs: Tensor, ids: Tensor | None, uniform: Tensor) -> Tensor:
+    """(B,) token ids where the cumulative sum of probs (B, n) passes uniform (B,) in [0, 1)."""
+    cumulative = probs.cumsum(-1)  # (B, n)
+    total = cumulative[:, -1:]  # 1 but for rounding
+    index = (cumulative <= uniform[:, None] * total).sum(-1, keepdim=True)  # (B, 1)
+    if ids is None:
+        return index.clamp(max=probs.shape[-1] - 1)[:, 0]
+    last_possible = (probs > 0).sum(-1, keepdim=True) - 1  # probs are in descending order
+    return ids.gather(-1, index.clamp(max=last_possible))[:, 0]
 
 
-def contrast(logits: Tensor, against: Tensor) -> Tensor:
-    """Logits [B, V] that favour what `logits` finds likelier than `against` does: their log-probabilities plus
-    the difference, among the tokens that have a tenth of the likeliest one's probability (contrastive decoding in the
-    form of O'Brien and Lewis 2023 with β = 1; the plausibility constraint is that of Li et al. 2023)."""
+def contrast(logits: Tensor, amateur_logits: Tensor) -> Tensor:
+    """(B, V) logits that favour what `logits` finds likelier than the amateur model does.
+
+    The log-probabilities plus their difference to the amateur's (O'Brien and Lewis 2023 with
+    beta = 1), among the tokens that have PLAUSIBLE of the likeliest one's probability (the constraint
+    of Li et al. 2023).
+    """
     logps = logits.float().log_softmax(-1)
-    moved = 2 * logps - against.float().log_softmax(-1)
-    return moved.masked_fill(logps < logps.amax(-1, keepdim=True) + math.log(PLAUSIBLE), -math.inf)
+    contrasted = 2 * logps - amateur_logits.float().log_softmax(-1)
+    threshold = logps.amax(-1, keepdim=True) + math.log(PLAUSIBLE)
+    return contrasted.masked_fill(logps < threshold, -math.inf)
 
 
-def pick(logits: Tensor, settings: Generate, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """(token [B], its log-probability [B] at temperature 1) of logits [B, V]."""
+def pick_token(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """A token (B,) drawn from logits (B, V), and its log-probability (B,) at temperature 1."""
     logits = logits.float()
-    if settings.temperature == 0:
+    if params.temperature == 0:
         token = logits.argmax(-1)
     else:
-        token = draw(
-            *logits_to_probs(logits, settings.temperature, settings.top_k, settings.top_p), uniform
-        )
-    return token, logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+        probs, ids = logits_to_probs(logits, params.temperature, params.top_k, params.top_p)
+        token = sample_from_probs(probs, ids, uniform)
+    logp = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+    return token, logp
 
 
-def noise(seeds: Sequence[int], steps: int) -> np.ndarray:
-    """Uniform numbers [rows, steps] in [0, 1), row i from seeds[i] alone (Philox, 63-bit key)."""
-    return np.stack(
-        [np.random.Generator(np.random.Philox(seed)).random(steps, np.float32) for seed in seeds]
-    )
+def uniform_noise(seeds: Sequence[int], steps: int) -> np.ndarray:
+    """(N, steps) numbers in [0, 1), row i from seeds[i] alone (Philox, 63-bit key)."""
+    rows = []
+    for seed in seeds:
+        generator = np.random.Generator(np.random.Philox(seed))
+        rows.append(generator.random(steps, np.float32))
+    return np.stack(rows)
 
 
-def read(model: Transformer, tokens: Tensor, last: Tensor, cache: KVCache) -> Tensor:
-    """Logits [B, V] after place last [B] of tokens [B, T], whose cache is written; a packed twin in fp32 reads a few rows at a time."""
-    size = len(tokens)
+# --- Prefill
+
+
+def prefill_logits(model: Transformer, tokens: Tensor, last: Tensor, cache: KVCache) -> Tensor:
+    """Logits (B, V) after position last (B,) of tokens (B, T); writes their cache."""
+    rows_at_once = len(tokens)
     if model.transposed_cache:
         tokens = F.pad(tokens, (0, -tokens.shape[1] % CACHE_ALIGN))
-        size = max(1, AT_ONCE // tokens.shape[1])
-    parts = zip(tokens.split(size), last.split(size), cache.split_rows(size), strict=True)
-    return torch.cat(
-        [
-            model.lm_head(model(part, cache=mine)[torch.arange(len(at), device=at.device), at])
-            for part, at, mine in parts
-        ]
-    )
+        rows_at_once = max(1, PREFILL_TOKENS // tokens.shape[1])
+
+    logits = []
+    token_parts = tokens.split(rows_at_once)
+    last_parts = last.split(rows_at_once)
+    cache_parts = cache.split_rows(rows_at_once)
+    for part, part_last, part_cache in zip(token_parts, last_parts, cache_parts, strict=True):
+        hidden = model(part, cache=part_cache)  # (b, T, H)
+        rows = torch.arange(len(part), device=part.device)
+        logits.append(model.lm_head(hidden[rows, part_last]))  # (b, V)
+    return torch.cat(logits)
 
 
 def prefill(
-    models: Sequence[Transformer], prompts: Sequence[Sequence[int]], room: int
+    models: Sequence[Transformer], prompts: Sequence[Sequence[int]], extra_length: int
 ) -> tuple[list[Tensor], list[KVCache]]:
-    """(logits [B, V] of the first new token, cache with `room` more places) of every model. A prompt that several rows
-    share is read once."""
-    places: dict[tuple[int, ...], int] = {}
-    which = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
+    """Of every model the logits (B, V) of the first new token, and the prompts' cache.
+
+    A prompt that several rows share is read once.
+
+    Args:
+        prompts: B of them.
+        extra_length: positions that the caches have beyond the longest prompt.
+    """
+    number_of: dict[tuple[int, ...], int] = {}  # distinct prompts, in the order of appearance
+    row_numbers = [number_of.setdefault(tuple(prompt), len(number_of)) for prompt in prompts]
+
     device = next(models[0].parameters()).device
-    tokens = pad_sequence([torch.tensor(prompt) for prompt in places], batch_first=True).to(device)
-    last = torch.tensor([len(prompt) - 1 for prompt in places], device=device)
-    caches = [m.new_cache(len(places), tokens.shape[1] + room) for m in models]
-    logits = [read(m, tokens, last, c) for m, c in zip(models, caches, strict=True)]
-    if len(places) < len(prompts):
-        chosen = torch.tensor(which, device=device)
-        logits, caches = (
-            [each[chosen] for each in logits],
-            [cache.select_rows(chosen) for cache in caches],
-        )
+    distinct = [torch.tensor(prompt) for prompt in number_of]
+    tokens = pad_sequence(distinct, batch_first=True).to(device)  # (b, T)
+    last = torch.tensor([len(prompt) - 1 for prompt in number_of], device=device)  # (b,)
+
+    logits = []
+    caches = []
+    for model in models:
+        cache = model.new_cache(len(tokens), tokens.shape[1] + extra_length)
+        logits.append(prefill_logits(model, tokens, last, cache))
+        caches.append(cache)
+
+    if len(tokens) < len(prompts):
+        rows = torch.tensor(row_numbers, device=device)  # (B,)
+        logits = [of_model[rows] for of_model in logits]
+        caches = [cache.select_rows(rows) for cache in caches]
     return logits, caches
 
 
+# --- One step of decoding
+
+
 class Decoder:
-    """One step of decoding: the next tokens' logits. On a GPU its kernels are captured once for as many steps as the shapes
-    stay, and replayed, which spares a launch each."""
+    """The models with their caches, and one step of decoding.
 
-    captures = True  # until it fails, in this process
+    On a GPU the kernels of a step are captured in a CUDA graph for as many steps as the shapes stay,
+    and replayed, which spares a launch of each.
+    """
 
-    def __init__(self, models: Sequence[Transformer], caches: Sequence[KVCache]):
-        self.models, self.caches, self.shape, self.graph = models, caches, None, None
-        self.whole = not any(
-            map(is_sharded, models)
-        )  # what is fetched from other ranks is not captured
+    captures = True  # until capturing has failed in this process
 
-    def keep(self, rows: Tensor) -> None:
+    def __init__(self, models: Sequence[Transformer], caches: list[KVCache]):
+        self.models = models
+        self.caches = caches
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph_length = 0  # of the cache that the captured step reads
+        # What is fetched from other ranks cannot be captured
+        self.can_capture = not any(map(is_sharded, models))
+
+    def select_rows(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
         self.caches = [cache.select_rows(rows) for cache in self.caches]
         self.graph = None
 
-    def admit(
-        self, places: Tensor, prompts: Sequence[Sequence[int]], logits: Sequence[Tensor]
+    def prefill_rows(
+        self, rows: Tensor, prompts: Sequence[Sequence[int]], logits: Sequence[Tensor]
     ) -> None:
-        """Read new prompts into these places of the caches, and put their logits there."""
-        for cache, mine, new, found in zip(
-            self.caches, logits, *reversed(prefill(self.models, prompts, 0)), strict=True
-        ):
-            cache.write_rows(places, new)
-            mine[places] = found
+        """Read new prompts into these rows of the caches and of every model's logits (B, V)."""
+        new_logits, new_caches = prefill(self.models, prompts, extra_length=0)
+        for number in range(len(self.models)):
+            self.caches[number].write_rows(rows, new_caches[number])
+            logits[number][rows] = new_logits[number]
 
-    def run(self, token: Tensor, where: Tensor, used: int) -> list[Tensor]:
-        """Logits [B, V] of each model after token [B] at position where [B]; places from `used` on are not read."""
-        return [
-            m.lm_head(m(token[:, None], positions=where, cache=c.first(used))[:, 0])
-            for m, c in zip(self.models, self.caches, strict=True)
-        ]
+    def step(self, token: Tensor, positions: Tensor, max_position: int) -> list[Tensor]:
+        """Every model's logits (B, V) after token (B,) at positions (B,), none past max_position."""
+        length = CACHE_STEP * (max_position // CACHE_STEP + 1)
+        length = min(length, self.caches[0].length)
+        if token.device.type != "cuda" or not (Decoder.captures and self.can_capture):
+            return self.forward(token, positions, length)
+        if self.graph is None or self.graph_length != length:
+            if not self.capture(token, positions, length):
+                return self.forward(token, positions, length)
+        self.graph_token.copy_(token)
+        self.graph_positions.copy_(positions)
+        self.graph.replay()
+        return self.graph_logits
 
-    def capture(self, token: Tensor, where: Tensor, used: int) -> bool:
-        """Capture a step at these shapes; False, once said and never tried again, where that cannot be done."""
-        self.inputs, self.shape, self.graph = (token.clone(), where.clone()), used, None
-        self.run(
-            *self.inputs, used
-        )  # kernels load, and libraries choose, before anything is captured
+    def forward(self, token: Tensor, positions: Tensor, length: int) -> list[Tensor]:
+        """The step itself; it reads the first `length` positions of the caches."""
+        logits = []
+        for model, cache in zip(self.models, self.caches, strict=True):
+            hidden = model(token[:, None], positions=positions, cache=cache.first(length))
+            logits.append(model.lm_head(hidden[:, 0]))  # (B, 1, H) -> (B, V)
+        return logits
+
+    def capture(self, token: Tensor, positions: Tensor, length: int) -> bool:
+        """Capture a step of these shapes; False where that cannot be done, which is said once."""
+        self.graph = None
+        self.graph_length = length
+        self.graph_token = token.clone()
+        self.graph_positions = positions.clone()
+        # Kernels load, and libraries choose among theirs, before anything is captured
+        self.forward(self.graph_token, self.graph_positions, length)
         torch.cuda.synchronize()
         try:
             graph = torch.cuda.CUDAGraph()
-            with (
-                torch.cuda.stream(torch.cuda.current_stream()),
-                torch.cuda.graph(graph),
-            ):  # which leaves its stream in use if it fails
-                self.logits = self.run(*self.inputs, used)
-        except torch.OutOfMemoryError:  # fewer rows may do
+            # torch.cuda.graph leaves its own stream in use if it fails: the outer one puts it right
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+                self.graph_logits = self.forward(self.graph_token, self.graph_positions, length)
+        except torch.OutOfMemoryError:  # with fewer rows it may work
             raise
         except RuntimeError as error:
             Decoder.captures = False
+            reason = str(error).splitlines()[0]
             print(
-                f"WARNING: decoding is not captured as a CUDA graph ({str(error).splitlines()[0]}); it goes on without, slower",
+                f"WARNING: decoding is not captured as a CUDA graph ({reason}); it goes on "
+                "without, slower",
                 file=sys.stderr,
             )
             return False
         self.graph = graph
         return True
 
-    def __call__(self, token: Tensor, where: Tensor, furthest: int) -> list[Tensor]:
-        """`run`, where no position is beyond `furthest`."""
-        used = min(ROOM * (furthest // ROOM + 1), self.caches[0].length)
-        if token.device.type != "cuda" or not (Decoder.captures and self.whole):
-            return self.run(token, where, used)
-        if (self.graph is None or self.shape != used) and not self.capture(token, where, used):
-            return self.run(token, where, used)
-        for mine, given in zip(self.inputs, (token, where), strict=True):
-            mine.copy_(given)
-        self.graph.replay()
-        return self.logits
+
+# --- Which prompt is decoded in which row
 
 
-class Board:
-    """The rows that are decoded side by side: whose prompt each is (`row`), how many new tokens it has (`at`), whether it goes
-    on (`running`), all [places]; the prompts that wait; after which steps rows that began together have all ended (`ends`); and
-    what all rows have so far."""
+class Scheduler:
+    """The prompts: B of N are decoded, others wait for a row, and all have what they sampled so far.
+
+    Of a row: `prompt` (B,) is the number of the prompt that is decoded there, `num_generated` (B,)
+    how many tokens it has, `running` (B,) whether it goes on. Nothing of it waits for a GPU but
+    `replace_finished`.
+    """
 
     def __init__(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], most: int, places: int, device
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        max_new_tokens: int,
+        stop_token_ids: set[int],
+        batch_size: int,
+        device: torch.device,
     ):
-        rows = len(prompts)
-        self.most, self.waiting, self.step, self.ends = most, deque(range(places, rows)), 0, {most}
-        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self.uniform = torch.from_numpy(noise(seeds, most + 1)).to(
-            device
-        )  # a row that has ended goes on for a while, unread
-        self.out = torch.zeros(rows, most + 1, dtype=torch.long, device=device)
-        self.logps, self.counts = (
-            torch.zeros(rows, device=device),
-            torch.zeros(rows, dtype=torch.long, device=device),
-        )
-        self.row = torch.arange(places, device=device)
-        self.at = torch.zeros(places, dtype=torch.long, device=device)
-        self.running = torch.ones(places, dtype=torch.bool, device=device)
+        count = len(prompts)
+        self.max_new_tokens = max_new_tokens
+        self.stop_token_ids = torch.tensor(sorted(stop_token_ids), device=device)
+        self.waiting = deque(range(batch_size, count))
+        self.steps = 0
+        # Steps after which all rows that began together have ended
+        self.end_steps = {max_new_tokens}
 
-    def write(self, token: Tensor, logp: Tensor, stop: Tensor) -> None:
-        """The next token [places] of every row, and its log-probability."""
-        self.out[self.row, self.at] = token
-        self.logps[self.row] += torch.where(self.running, logp, 0)
-        self.counts[self.row] += self.running
-        self.at = self.at + self.running
-        self.running = self.running & ~torch.isin(token, stop) & (self.at < self.most)
-        self.step += 1
+        # Of all prompts; a row that has ended goes on for a while, and writes past its end
+        length = max_new_tokens + 1
+        self.prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.uniform = torch.from_numpy(uniform_noise(seeds, length)).to(device)  # (N, length)
+        self.tokens = torch.zeros(count, length, dtype=torch.long, device=device)
+        self.logps = torch.zeros(count, device=device)
+        self.token_counts = torch.zeros(count, dtype=torch.long, device=device)
 
-    def clear(self) -> tuple[Tensor | None, list[int]]:
-        """(the places to go on with, None: all; the prompts that get the places of rows that have ended); the rest are given up."""
+        # Of the rows
+        self.prompt = torch.arange(batch_size, device=device)
+        self.num_generated = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.running = torch.ones(batch_size, dtype=torch.bool, device=device)
+
+    def next_uniform(self) -> Tensor:
+        """(B,): the number that every row's next token is drawn with."""
+        return self.uniform[self.prompt, self.num_generated]
+
+    def append(self, token: Tensor, logp: Tensor) -> None:
+        """Take every row's next token (B,) and its log-probability (B,)."""
+        self.tokens[self.prompt, self.num_generated] = token
+        self.logps[self.prompt] += torch.where(self.running, logp, 0)
+        self.token_counts[self.prompt] += self.running
+        self.num_generated = self.num_generated + self.running
+        stopped = torch.isin(token, self.stop_token_ids)
+        self.running = self.running & ~stopped & (self.num_generated < self.max_new_tokens)
+        self.steps += 1
+
+    def positions(self) -> Tensor:
+        """(B,): the position of every row's newest token."""
+        return self.prompt_lengths[self.prompt] + self.num_generated - 1
+
+    def should_look(self) -> bool:
+        """Whether it is time to see which rows have ended, and some have."""
+        if self.steps not in self.end_steps and self.steps % LOOK_EVERY != 0:
+            return False
+        return not self.running.all()
+
+    def replace_finished(self) -> tuple[Tensor | None, list[int]]:
+        """Give up rows that have ended, but for those that waiting prompts are to get.
+
+        Returns:
+            The rows to go on with (None: all), and the prompts that `admit` is to be called with.
+        """
         running = self.running.tolist()
-        over = [place for place, goes in enumerate(running) if not goes]
-        fresh = [self.waiting.popleft() for _ in over[: len(self.waiting)]]
-        if len(fresh) == len(over):
-            return None, fresh
-        given = {*over[: len(fresh)]}
-        keep = torch.tensor(
-            [i for i, goes in enumerate(running) if goes or i in given],
-            dtype=torch.long,
-            device=self.row.device,
-        )
-        self.row, self.at, self.running = self.row[keep], self.at[keep], self.running[keep]
-        return keep, fresh
+        finished = [row for row, is_running in enumerate(running) if not is_running]
+        admitted = []
+        while self.waiting and len(admitted) < len(finished):
+            admitted.append(self.waiting.popleft())
+        if len(admitted) == len(finished):
+            return None, admitted
 
-    def admit(self, fresh: list[int]) -> Tensor:
-        """Give the free places to these prompts; which those are."""
-        places = (~self.running).nonzero()[:, 0]
-        self.row[places] = torch.tensor(fresh, device=places.device)
-        self.at[places], self.running[places] = 0, True
-        self.ends.add(self.step + self.most)
-        return places
+        reused = set(finished[: len(admitted)])
+        rows = [row for row, goes_on in enumerate(running) if goes_on or row in reused]
+        rows = torch.tensor(rows, dtype=torch.long, device=self.prompt.device)
+        self.prompt = self.prompt[rows]
+        self.num_generated = self.num_generated[rows]
+        self.running = self.running[rows]
+        return rows, admitted
+
+    def admit(self, admitted: list[int]) -> Tensor:
+        """Give the rows that have ended to these prompts; returns the rows."""
+        rows = (~self.running).nonzero()[:, 0]
+        self.prompt[rows] = torch.tensor(admitted, device=rows.device)
+        self.num_generated[rows] = 0
+        self.running[rows] = True
+        self.end_steps.add(self.steps + self.max_new_tokens)
+        return rows
+
+    def results(self) -> tuple[list[list[int]], list[float]]:
+        """Tokens and log-probabilities of all prompts."""
+        tokens = []
+        counts = self.token_counts.tolist()
+        for row, count in zip(self.tokens.tolist(), counts, strict=True):
+            tokens.append(row[:count])
+        return tokens, self.logps.tolist()
+
+
+# --- Sampling
 
 
 @torch.inference_mode()
@@ -256,55 +368,67 @@ def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
-    settings: Generate,
-    stops: set[int],
-    against: Transformer | None = None,
-    tell: Callable[[list[int]], None] | None = None,
-    places: int | None = None,
+    params: SamplingParams,
+    stop_token_ids: set[int],
+    amateur: Transformer | None = None,
+    on_token: Callable[[list[int]], None] | None = None,
+    batch_size: int | None = None,
 ) -> tuple[list[list[int]], list[float]]:
-    """(new tokens, their summed log-probability) for every prompt, `places` (None: all) decoded side by side: when a row ends, the
-    next prompt gets its place.
-    An answer ends with one of `stops`, which is kept, or after settings.max_new_tokens tokens. `against`: a second model
-    of the same tokens, away from which it is decoded (`contrast`); log-probabilities are then of the contrast.
-    `tell` gets the newest token of every row that is still held, step by step; what it raises ends it all."""
-    device, most, places = (
-        next(model.parameters()).device,
-        settings.max_new_tokens,
-        min(places or len(prompts), len(prompts)),
+    """New tokens and their summed log-probability for every prompt.
+
+    An answer ends with one of the stop tokens, which is kept, or after params.max_new_tokens.
+
+    Args:
+        seeds: one for every prompt; what it samples depends on nothing else.
+        amateur: a second model of the same tokens, away from which is decoded (`contrast`); the
+            log-probabilities are then those of the contrast.
+        on_token: gets the newest token of every row, step by step; what it raises ends it all.
+        batch_size: prompts decoded side by side, None for all; the next gets a row that has ended.
+    """
+    device = next(model.parameters()).device
+    batch_size = min(batch_size or len(prompts), len(prompts))
+    scheduler = Scheduler(
+        prompts=prompts,
+        seeds=seeds,
+        max_new_tokens=params.max_new_tokens,
+        stop_token_ids=stop_token_ids,
+        batch_size=batch_size,
+        device=device,
     )
-    board, stop = (
-        Board(prompts, seeds, most, places, device),
-        torch.tensor(sorted(stops), device=device),
-    )
-    models = [prepack(m, places) if can_prepack(m) else m for m in (model, against) if m]
+
+    # --- The models, prepacked where that pays, read the first prompts
+    models = []
+    for one in (model, amateur):
+        if one is not None:
+            models.append(prepack(one, batch_size) if can_prepack(one) else one)
     longest = max(map(len, prompts))
+    longest_first = max(map(len, prompts[:batch_size]))
     logits, caches = prefill(
-        models, prompts[:places], longest + most - max(map(len, prompts[:places]))
+        models, prompts[:batch_size], extra_length=longest - longest_first + params.max_new_tokens
     )
-    decoder, fresh = Decoder(models, caches), []
-    del caches  # else they stay beside what `Decoder.keep` makes of them
-    while len(board.row):
-        token, logp = pick(
-            contrast(*logits) if against else logits[0],
-            settings,
-            board.uniform[board.row, board.at],
-        )
-        if tell:
-            tell(token.tolist())
-        board.write(token, logp, stop)
-        if (board.step in board.ends or board.step % LOOK_EVERY == 0) and not board.running.all():
-            keep, fresh = board.clear()
-            if keep is not None:
-                token = token[keep]
-                decoder.keep(keep)
-            if not len(board.row):
-                break
-        logits = decoder(
-            token, board.lengths[board.row] + board.at - 1, longest + min(board.step, most) - 1
-        )
-        if fresh:
-            decoder.admit(board.admit(fresh), [prompts[i] for i in fresh], logits)
-            fresh = []
-    return [
-        row[:count] for row, count in zip(board.out.tolist(), board.counts.tolist(), strict=True)
-    ], board.logps.tolist()
+    decoder = Decoder(models, caches)
+    del caches  # they would stay in memory beside those that `select_rows` makes of them
+
+    # --- Token by token, until no row is left
+    while True:
+        next_logits = logits[0] if amateur is None else contrast(*logits)
+        token, logp = pick_token(next_logits, params, scheduler.next_uniform())
+        if on_token:
+            on_token(token.tolist())
+        scheduler.append(token, logp)
+
+        admitted = []
+        if scheduler.should_look():
+            rows, admitted = scheduler.replace_finished()
+            if rows is not None:
+                token = token[rows]
+                decoder.select_rows(rows)
+            if not len(scheduler.prompt):
+                return scheduler.results()
+
+        # Rows of admitted prompts are decoded in vain once more: so the shapes stay
+        furthest = longest + min(scheduler.steps, params.max_new_tokens) - 1
+        logits = decoder.step(token, scheduler.positions(), furthest)
+        if admitted:
+            rows = scheduler.admit(admitted)
+            decoder.prefill_rows(rows, [prompts[number] for number in admitted], logits)

@@ -9,7 +9,7 @@ from conftest import config_of, far, logits_of, ragged, random_model
 from minmacpo import UserError
 from minmacpo.core.checkpoint import load_model
 from minmacpo.core.model_config import parse_config
-from minmacpo.core.sampling import generate
+from minmacpo.core.sampling import SamplingParams, generate
 
 SHAPES = {  # heads, key heads, head_dim, hidden, mlp, layers, vocab, theta, eps, tied
     "grouped": (4, 2, 10, 24, 40, 2, 61, 1e4, 1e-5, False),
@@ -193,9 +193,8 @@ def test_the_same_weights_sample_first_and_train_later(seed):
 
 
 def greedy(model, prompts: list[list[int]], new: int) -> list[list[int]]:
-    from minmacpo.config.schema import Generate
 
-    settings = Generate(temperature=0, max_new_tokens=new)
+    settings = SamplingParams(temperature=0, max_new_tokens=new)
     return generate(model, prompts, list(range(len(prompts))), settings, set())[0]
 
 

@@ -8,7 +8,7 @@ import torch
 from conftest import far, logits_of, ragged
 
 from minmacpo import UserError
-from minmacpo.config.schema import LINEARS, Generate, Lora
+from minmacpo.config.schema import LINEARS, Lora
 from minmacpo.core.checkpoint import (
     export_merged,
     load_adapter,
@@ -18,7 +18,7 @@ from minmacpo.core.checkpoint import (
 )
 from minmacpo.core.lora import attach_lora, get_adapter_weights, set_adapter_weights
 from minmacpo.core.model_config import parse_config
-from minmacpo.core.sampling import generate
+from minmacpo.core.sampling import SamplingParams, generate
 from minmacpo.kernels.fused_logps import sequence_logps
 
 transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
@@ -135,7 +135,7 @@ def with_adapter(base, folder):
 def greedy_holds(ours, theirs, seed: int) -> None:
     """64 tokens after each of several ragged prompts, decoded side by side, are what transformers finds likeliest."""
     prompts = ragged(seed, 5, 61, 1, 30)
-    found = generate(ours, prompts, range(5), Generate(temperature=0.0, max_new_tokens=64), set())[
+    found = generate(ours, prompts, range(5), SamplingParams(temperature=0.0, max_new_tokens=64), set())[
         0
     ]
     for prompt, row in zip(prompts, found, strict=True):

@@ -8,21 +8,29 @@ import pytest
 import torch
 from conftest import far, logits_of, ragged, random_model
 
-from minmacpo.config.schema import Generate
-from minmacpo.core.sampling import Decoder, contrast, draw, generate, logits_to_probs, noise, pick
+from minmacpo.core.sampling import (
+    Decoder,
+    SamplingParams,
+    contrast,
+    generate,
+    logits_to_probs,
+    pick_token,
+    sample_from_probs,
+    uniform_noise,
+)
 
-GREEDY = Generate(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=12)
-SAMPLED = Generate(temperature=1.3, top_k=0, top_p=1.0, max_new_tokens=12)
+GREEDY = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=12)
+SAMPLED = SamplingParams(temperature=1.3, top_k=0, top_p=1.0, max_new_tokens=12)
 WAYS = {
     "greedy": GREEDY,
     "sampled": SAMPLED,
-    "top k": Generate(temperature=0.95, top_k=7, top_p=1.0, max_new_tokens=12),
-    "top p": Generate(temperature=1.1, top_k=0, top_p=0.8, max_new_tokens=12),
-    "the paper's": Generate(temperature=0.95, top_k=50, top_p=0.7, max_new_tokens=12),
+    "top k": SamplingParams(temperature=0.95, top_k=7, top_p=1.0, max_new_tokens=12),
+    "top p": SamplingParams(temperature=1.1, top_k=0, top_p=0.8, max_new_tokens=12),
+    "the paper's": SamplingParams(temperature=0.95, top_k=50, top_p=0.7, max_new_tokens=12),
 }
 
 
-def new(settings: Generate, **changes) -> Generate:
+def new(settings: SamplingParams, **changes) -> SamplingParams:
     return dataclasses.replace(settings, **changes)
 
 
@@ -49,14 +57,14 @@ def test_a_batch_equals_its_rows_one_by_one(way, fixed):
     assert again == [ids[i] for i in order]
 
 
-@pytest.mark.parametrize("places", [1, 2, 3, 6, 7, 50])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 6, 7, 50])
 @pytest.mark.parametrize("way", WAYS)
-def test_rows_that_wait_for_a_place_get_the_same_answers(way, places):
+def test_rows_that_wait_for_a_place_get_the_same_answers(way, batch_size):
     model, prompts, seeds = random_model(4), ragged(4, 19, 61, 1, 25), list(range(40, 59))
     stops, settings = {5, 9, 13}, new(WAYS[way], max_new_tokens=29)
     ids, logps = generate(model, prompts, seeds, settings, stops)
     assert len({len(row) for row in ids}) > 2 and max(map(len, ids)) == 29
-    found, summed = generate(model, prompts, seeds, settings, stops, places=places)
+    found, summed = generate(model, prompts, seeds, settings, stops, batch_size=batch_size)
     assert found == ids and summed == pytest.approx(logps, abs=1e-4)
 
 
@@ -66,7 +74,13 @@ def test_waiting_rows_under_contrast():
         model, prompts, range(9), new(SAMPLED, max_new_tokens=20), {2, 7, 11, 20}, other
     )
     found, summed = generate(
-        model, prompts, range(9), new(SAMPLED, max_new_tokens=20), {2, 7, 11, 20}, other, places=2
+        model,
+        prompts,
+        range(9),
+        new(SAMPLED, max_new_tokens=20),
+        {2, 7, 11, 20},
+        other,
+        batch_size=2,
     )
     assert found == wanted and summed == pytest.approx(logps, abs=1e-4)
 
@@ -235,15 +249,18 @@ def test_filters_that_are_off_change_nothing(top_k, seed):
     assert torch.equal(dense(logits, 0.8, top_k, 1.0), dense(logits, 0.8, 0, 1.0))
     assert far(dense(logits, 0.8, top_k, 1.0), (logits / 0.8).softmax(-1)) <= 1e-6
     uniform = torch.rand(5)
-    all_on = pick(logits, Generate(temperature=0.8, top_k=top_k, top_p=1.0), uniform)
+    all_on = pick_token(logits, SamplingParams(temperature=0.8, top_k=top_k, top_p=1.0), uniform)
     assert torch.equal(
-        all_on[0], pick(logits, Generate(temperature=0.8, top_k=0, top_p=1.0), uniform)[0]
+        all_on[0],
+        pick_token(logits, SamplingParams(temperature=0.8, top_k=0, top_p=1.0), uniform)[0],
     )
 
 
 def test_temperature_zero_is_the_argmax_whatever_the_noise(seed):
     logits = torch.randn(20, 61)
-    token, logp = pick(logits, Generate(temperature=0.0, top_k=3, top_p=0.2), torch.rand(20))
+    token, logp = pick_token(
+        logits, SamplingParams(temperature=0.0, top_k=3, top_p=0.2), torch.rand(20)
+    )
     assert (
         torch.equal(token, logits.argmax(-1)) and far(logp, logits.log_softmax(-1).amax(-1)) <= 1e-6
     )
@@ -256,9 +273,9 @@ def test_chi_square_of_fifty_thousand_draws(top_k, top_p, fixed):
     count, size = 50_000, 30
     logits = torch.randn(1, size, generator=torch.Generator().manual_seed(fixed)) * 1.5
     wanted = dense(logits, 0.9, top_k, top_p)[0].double().numpy() * count
-    uniform = torch.from_numpy(noise(range(fixed * count, (fixed + 1) * count), 1)[:, 0])
+    uniform = torch.from_numpy(uniform_noise(range(fixed * count, (fixed + 1) * count), 1)[:, 0])
     probs, ids = logits_to_probs(logits.expand(count, -1), 0.9, top_k, top_p)
-    found = np.bincount(draw(probs, ids, uniform).numpy(), minlength=size)
+    found = np.bincount(sample_from_probs(probs, ids, uniform).numpy(), minlength=size)
     assert found.sum() == count and not found[wanted == 0].any()
     big = wanted >= 5
     found, wanted = [*found[big], found[~big].sum()], [*wanted[big], wanted[~big].sum()]
@@ -272,16 +289,16 @@ def test_chi_square_of_fifty_thousand_draws(top_k, top_p, fixed):
 def test_draw_inverts_the_cumulative_distribution():
     probs = torch.tensor([[0.5, 0.25, 0.25, 0.0]]).expand(8, -1)
     uniform = torch.tensor([0.0, 0.25, 0.49999997, 0.5, 0.74999994, 0.75, 0.875, 1 - 2**-24])
-    assert draw(probs, None, uniform).tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert sample_from_probs(probs, None, uniform).tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
     ids = torch.tensor([[9, 4, 6, 1]]).expand(8, -1)
-    assert draw(probs, ids, uniform).tolist() == [9, 9, 9, 4, 4, 6, 6, 6]
+    assert sample_from_probs(probs, ids, uniform).tolist() == [9, 9, 9, 4, 4, 6, 6, 6]
 
 
 def test_draw_never_takes_a_token_of_probability_zero(seed):
     probs = torch.rand(3000, 40) * (torch.rand(3000, 40) < 0.3)
     probs[:, 3] += 1e-3
     for uniform in (torch.rand(3000), torch.zeros(3000), torch.full((3000,), 1 - 2**-24)):
-        assert (probs.gather(-1, draw(probs, None, uniform)[:, None]) > 0).all()
+        assert (probs.gather(-1, sample_from_probs(probs, None, uniform)[:, None]) > 0).all()
 
 
 # ---- the noise ------------------------------------------------------------------------------
@@ -289,15 +306,17 @@ def test_draw_never_takes_a_token_of_probability_zero(seed):
 
 def test_noise_is_that_of_its_seed_and_place(seed):
     seeds = [seed, 0, 2**63 - 1, 17, seed]
-    table = noise(seeds, 40)
+    table = uniform_noise(seeds, 40)
     assert table.shape == (5, 40) and table.dtype == np.float32
     assert (table >= 0).all() and (table < 1).all()
     assert (table[0] == table[4]).all() and len({row.tobytes() for row in table}) == 4
-    assert (noise([17, seed], 25)[0] == table[3, :25]).all(), "fewer steps, the same first numbers"
+    assert (uniform_noise([17, seed], 25)[0] == table[3, :25]).all(), (
+        "fewer steps, the same first numbers"
+    )
 
 
 def test_noise_is_uniform_and_rows_are_uncorrelated():
-    table = noise(range(4000), 16).astype(np.float64)
+    table = uniform_noise(range(4000), 16).astype(np.float64)
     assert abs(table.mean() - 0.5) < 5 * (1 / 12 / table.size) ** 0.5
     assert abs(table.var() - 1 / 12) < 0.002
     centred = table - 0.5
@@ -379,7 +398,7 @@ def test_contrast_by_hand():
 def test_decoding_away_from_another_model_is_greedy_in_the_contrast(seed):
     model, other = random_model(seed), random_model(seed + 1)
     prompts = ragged(seed, 5, 61)
-    settings = Generate(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=9)
+    settings = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=9)
     found, _ = generate(model, prompts, [0] * 5, settings, {2}, other)
     for prompt, tokens in zip(prompts, found, strict=True):
         ids = list(prompt)
