@@ -10,7 +10,7 @@ from test_sampling import WAYS, new
 
 from minmacpo.config.schema import Lora
 from minmacpo.core import prepack as packed
-from minmacpo.core import sampling as module
+from minmacpo.core import sampling
 from minmacpo.core.lora import LoraLinear, attach_lora, lora_params, set_adapter_weights
 from minmacpo.core.model import CACHE_ALIGN
 from minmacpo.core.prepack import PrepackedLinear, can_prepack, multiplies_bf16, prepack
@@ -188,6 +188,6 @@ def test_reading_only_the_used_part_of_the_cache_changes_nothing(room, monkeypat
     model, settings = random_model(9), dataclasses.replace(WAYS["sampled"], max_new_tokens=40)
     prompts = ragged(9, 5, 61, 1, 12)
     wanted, logps = generate(model, prompts, range(5), settings, {3})
-    monkeypatch.setattr(module, "ROOM", room)
+    monkeypatch.setattr(sampling, "CACHE_STEP", room)
     found, summed = generate(model, prompts, range(5), settings, {3})
     assert found == wanted and summed == pytest.approx(logps, abs=1e-4)
