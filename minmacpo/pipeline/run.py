@@ -226,22 +226,22 @@ class Run:
         settings: dict,
         inputs: Sequence[Stage],
         compute: Callable[[StageContext], dict],
-        key: tuple = (),
-        size: str = "",
+        seed_key: tuple = (),
+        summary: str = "",
     ) -> Stage:
         """The finished stage `name`; if need be, `compute` fills its folder and returns counts.
 
         `kind` is the stage function with its version ("sft/1": raise it when a change alters what it makes);
-        `settings` are all settings it uses; a random one has a `key` for its seed; `size` is for the plan.
+        `settings` are all settings it uses; a random one has a `seed_key`; `summary` is for the plan.
         """
-        seed = derive_seed(self.config.run.seed, *key) if key else 0
+        seed = derive_seed(self.config.run.seed, *seed_key) if seed_key else 0
         recipe = {
             "kind": kind,
             "settings": settings,
             "seed": seed,
             "inputs": [s.fingerprint for s in inputs],
         }
-        stage = Stage(name, self.path / name, fingerprint(recipe), kind=kind, size=size)
+        stage = Stage(name, self.path / name, fingerprint(recipe), kind=kind, size=summary)
         sources = [source for source in inputs if name == self.only and not source.external]
         if missing := [source.name for source in sources if not source.finished]:
             many = len(missing) > 1
