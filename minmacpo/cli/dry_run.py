@@ -35,7 +35,7 @@ def show_plan(run: Run, prepare: Callable[[], PreparedData]) -> None:
     most_memory_stage = ""
     lines = []
     for number, (name, stage) in enumerate(run.plan.items(), start=1):
-        notes = [stage.size] if stage.size else []
+        notes = [stage.summary] if stage.summary else []
         workload = plan.workload(name)
         if stage.finished:
             notes = ["finished"]
@@ -57,6 +57,8 @@ def show_plan(run: Run, prepare: Callable[[], PreparedData]) -> None:
             f"at most {gigabytes(most_memory)} of memory, in {most_memory_stage}\n{NOTES}"
         )
     print(f"\n{len(lines)} stages in {run.path}:", *lines, sep="\n", flush=True)
+    for line in run.reuse_lines():
+        print(escape_control_chars(line), flush=True)
 
     warnings = hints(run) + few_rows(run.config, prepared)
     memory_problem = find_memory_problem(plan, free_memory(plan))

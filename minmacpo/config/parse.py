@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from minmacpo import UserError
-from minmacpo.config.schema import PLACE, SETTINGS, Config, flatten, toml_value
+from minmacpo.config.schema import NON_IDENTITY_SETTINGS, SETTINGS, Config, flatten, toml_value
 from minmacpo.config.validate import check
 
 PRESETS = Path(__file__).parent / "presets"
@@ -275,7 +275,7 @@ def run_name(label: str, preset: Config, config: Config) -> str:
     old, new = flatten(preset), flatten(config)
     last = [key.split(".")[1] for key in new]
     for key, value in sorted(new.items(), key=lambda item: item[0].startswith("run.")):
-        if value == old[key] or key in PLACE:
+        if value == old[key] or key in NON_IDENTITY_SETTINGS:
             continue
         short = key.split(".")[1] if last.count(key.split(".")[1]) == 1 else key
         text = (

@@ -9,7 +9,8 @@ import operator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
-PLACE = ("run.root", "run.name", "parallel.shard")  # where and how a run is done, not what it is
+# Where and how a run is done, not what it is
+NON_IDENTITY_SETTINGS = ("run.root", "run.name", "run.reuse", "parallel.shard")
 
 
 BOUNDS = {
@@ -85,6 +86,9 @@ class Run:
         16384,
         "most tokens, padding included, in one forward pass; a CPU takes no more than 1024 in training, 4096 in scoring",
         at_least=1,
+    )
+    reuse: Literal["code", "all"] = setting(
+        "code", "finished stages to take; code: those of today's code; all: whatever the code"
     )
     save_every: int = setting(50, "optimiser steps between two saved training states", at_least=1)
     log_every: int = setting(5, "optimiser steps between two lines of metrics", at_least=1)
@@ -323,10 +327,10 @@ class Macpo:
     answers: int = setting(
         1, "answers of a teacher to each prompt, all of them candidates", at_least=1
     )
-    select: tuple[
-        Literal["perplexity", "random", "all", "shortest", "likelihood-ratio", "agreement"], ...
-    ] = setting(
-        ("perplexity",), "which candidate wins a prompt; several: by the sum of their ranks"
+    select: tuple[Literal["perplexity", "random", "all", "likelihood-ratio", "agreement"], ...] = (
+        setting(
+            ("perplexity",), "which candidate wins a prompt; several: by the sum of their ranks"
+        )
     )
     keep_fraction: float = setting(
         1.0, "share of prompts kept, those with the least perplexing winner", above=0, at_most=1
@@ -335,7 +339,7 @@ class Macpo:
         "none", "of the student's pairs: how much the other teachers agree"
     )
     negatives: Literal["agent", "other", "previous", "persona", "tail", "contrastive"] = setting(
-        "agent", "whose answers are rejected (method/negatives.py)"
+        "agent", "whose answers are rejected (macpo.negatives_of)"
     )
     refresh_negatives: bool = setting(False, "negative agents trained and sampled every round")
     controls: bool = setting(True, "also train naive SFT continued and the ceiling")

@@ -100,7 +100,7 @@ def finish(run: Run) -> str:
     if not run.only:
         run.end()
         write_json(run.path / FINISHED, table)
-    with run.turn():
+    with run.lock():
         write_report(run.path)
     text = escape_control_chars(format_table(table))
     return f"{text}\n\nreport, with what the columns mean: {run.path / 'report.html'}"

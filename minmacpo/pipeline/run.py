@@ -1,142 +1,80 @@
-"""The run folder: stages that are whole or absent, their fingerprints, seeds, log and metrics.
+"""A run: the stages it is made of, their fingerprints and seeds, its log and its metrics.
 
-A stage is a function from finished stages to a folder. Its fingerprint says what its content depends on (but
-for torch's version and threads, which env.json has); it is computed only if no finished one
-with that fingerprint exists, here or in another run of the root, whose files are then linked. So a variant pays
-only for what differs.
+A stage is a function from finished stages to a folder. Its fingerprint covers its kind, all its
+settings, its seed, its inputs and the code that it reaches (not torch's version and threads, which
+env.json has). It is computed only if no run of the root has finished one with that fingerprint; so
+a variant of a run costs only what differs, and a killed run goes on where it stopped.
+
+A run is declared twice by the same calls of `Run.stage`: before `begin` the stages are listed, for
+the dry run and for the "[12/57]" of the log; after it they are computed.
 """
 
 import contextlib
-import errno
 import functools
-import hashlib
-import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from minmacpo import UserError
 from minmacpo.config.parse import to_toml
 from minmacpo.config.schema import Config
+from minmacpo.pipeline.code_digest import code_digests
 from minmacpo.pipeline.disk_space import disk_need
+from minmacpo.pipeline.reuse import (
+    Changes,
+    FinishedStages,
+    Reuse,
+    changes_since,
+    merged,
+    stale_stages,
+)
 from minmacpo.pipeline.run_dir import (
-    PARTIAL,
+    CONFIG,
+    IN_PROGRESS_DIR,
+    METRICS,
+    SET_ASIDE_DIR,
+    acquire_run_lock,
     check_folder,
     check_whole,
-    finished_under,
     read_metrics,
-    take,
-    turn,
+    set_aside,
+    shared_files_lock,
 )
-from minmacpo.runtime.device import environment, peaks, reset_peaks, resolve_device, resolve_dtype
+from minmacpo.pipeline.stage import Stage, StageContext
+from minmacpo.pipeline.stage_maker import Declared, StageMaker, profiler_of
+from minmacpo.runtime.device import environment, resolve_device, resolve_dtype
 from minmacpo.runtime.distributed import Distributed
-from minmacpo.runtime.files import (
-    describe,
-    fingerprint,
-    read_json,
-    read_rows,
-    replace_fsync,
-    with_path,
-    write_atomic,
-    write_json,
-    write_rows,
-)
-from minmacpo.runtime.progress import Progress, escape_control_chars
+from minmacpo.runtime.files import fingerprint, with_path, write_atomic, write_json, write_rows
+from minmacpo.runtime.progress import escape_control_chars
+from minmacpo.runtime.seeds import derive_seed
+
+__all__ = ["FINISHED", "Run", "Stage", "StageContext", "derive_seed", "verify"]
 
 FINISHED = "eval/table.json"  # written last: it says that the run is finished
 
 
-SEEN = 120.0  # seconds after which every rank has seen what rank 0 wrote
+class StageLister:
+    """Lists the stages of a run and computes nothing."""
 
+    def __init__(self, run: "Run"):
+        self.run = run
 
-TOGETHER = {
-    "sft",
-    "prefer",
-    "sample",
-    "score",
-    "pairs",
-    "ask",
-}  # kinds of stages that all ranks compute; they load a base
+    def ensure(self, declared: Declared) -> None:
+        """Put the stage on the list."""
+        name = declared.stage.name
+        self.run.plan[name] = declared.stage
+        self.run.recipes[name] = (declared.recipe, declared.inputs)
+        self.run.changes[name] = declared.changes
 
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """A folder of a run, finished or to be computed; `fingerprint` stands for its content."""
-
-    name: str
-    path: Path
-    fingerprint: str
-    external: bool = False  # a folder of the user's (a base model), outside the run
-    kind: str = ""  # its function, with the version: "sft/1"
-    size: str = ""  # what it will do, in words
-
-    @property
-    def finished(self) -> bool:
-        return self.external or (self.path / "stage.json").is_file()
-
-    def notes(self) -> dict:
-        """stage.json of a finished stage: counts, seconds, settings, inputs."""
-        return read_json(self.path / "stage.json")
-
-
-@dataclass(slots=True)
-class StageContext:
-    """What a stage's function gets: its (temporary) folder, its seed, and ways to speak. Of several `ranks` that compute it
-    the main one alone writes; a stage that is not `together` has no other."""
-
-    run: "Run"
-    name: str
-    folder: Path
-    seed: int
-    together: bool = False
-
-    @property
-    def dist(self) -> Distributed:
-        return self.run.dist if self.together else Distributed(self.run.signals)
-
-    def progress(self, total: int, unit: str, done: int = 0) -> Progress:
-        """A bar for `total` units of this stage."""
-        return Progress(
-            self.run.label(self.name), total, unit, done, self.run.on_step, self.dist.is_main
-        )
-
-    def log(self, text: str) -> None:
-        """One line under this stage's name."""
-        self.run.log(f"{self.run.label(self.name)}  {text}")
-
-    def log_detail(self, text: str) -> None:
-        """One line under this stage's name in log.txt alone."""
-        self.run.log_detail(f"{self.run.label(self.name)}  {text}")
-
-    def log_metrics(self, row: dict, **timing) -> None:
-        """One line of the run's metrics.jsonl."""
-        line = json.dumps({"stage": self.name} | row | timing | {"time": round(time.time(), 3)})
-        file = self.run.path / "metrics.jsonl"
-        if self.dist.is_main:
-            with self.run.turn(), with_path(file), file.open("a", encoding="utf-8") as stream:
-                stream.write(line + "\n")
-
-    def raise_if_stopped(self) -> None:
-        """Raise Interrupted if the user asked to stop."""
-        self.dist.raise_if_stopped()
-
-    @property
-    def should_stop(self) -> bool:
-        return self.dist.all_reduce_max(self.run.signals.number or 0) > 0
-
-
-def derive_seed(seed: int, *key) -> int:
-    """63 bits that depend on the run's seed and a key such as ("round1", "student", "sft")."""
-    return int.from_bytes(hashlib.sha256(repr((seed, *key)).encode()).digest()[:8]) >> 1
+    def observe(self, read: Callable, while_listing):
+        """Nothing has been computed that `read` could look at."""
+        return while_listing
 
 
 class Run:
-    """One run folder. Made in planning mode: `stage` only lists; `begin` writes and computes."""
+    """One run folder. Its stages are listed first; from `begin` on they are computed."""
 
     def __init__(
         self,
@@ -146,78 +84,34 @@ class Run:
         dry: bool = False,
         dist: Distributed | None = None,
     ):
-        self.config, self.only, self.profile = config, only, profile
-        self.dry = dry  # never begun: given weights are told apart by size and time, not read
+        """Args:
+        only: the one stage that this process computes; None: all.
+        profile: whether to trace three steps of the first stage of each kind.
+        dry: whether the run will never begin. Given weights are then told apart by size and time.
+        dist: the processes that do the run together.
+        """
+        self.config = config
+        self.only = only
+        self.profile = profile
+        self.dry = dry
+        self.dist = dist or Distributed()
+        self.signals = self.dist.signals
         self.root = Path(config.run.root)
         self.path = self.root / config.run.name
+
         self.plan: dict[str, Stage] = {}
-        self.recipes: dict[
-            str, tuple[dict, Sequence[Stage]]
-        ] = {}  # of the plan's stages, with their inputs
-        self.planning = True
+        self.recipes: dict[str, tuple[dict, Sequence[Stage]]] = {}  # of the plan, with the inputs
+        self.changes: dict[str, Changes | None] = {}  # of the plan, since earlier stages
+        self.fingerprints: dict[str, str] = {}  # by name, of the stages declared so far
         self.provided: set[str] = set()  # stages seen to in this process
-        self.named: dict[tuple[bool, str], str] = {}  # (planning, stage) -> its fingerprint
-        self.dist, self.signals = (dist := dist or Distributed()), dist.signals
+        # Made for every stage: an object that is kept would hold this one, and its locks, too long
+        self.strategy: type[StageLister] | type[StageMaker] = StageLister
+
         self.on_step: Callable[[], None] | None = None
         self.after_stage: Callable[[Path], None] = lambda path: None  # called with the run's folder
         check_folder(self.path, config)
 
-    def begin(self) -> None:
-        """Leave planning: take the folder, and write the run's own files."""
-        self.dist.all_reduce_max(0)  # all have seen the folder as it was
-        self.dist.run_on_main(self.open)
-        self.signals.install()
-        self.planning = False
-
-    def open(self) -> None:
-        """Take the folder for this process, for one stage together with those that compute other ones."""
-        self.check_room()
-        self.log_file, *self.locks = take(
-            self.path, self.only, self.only and self.plan[self.only].fingerprint
-        )
-        with self.turn():
-            check_folder(self.path, self.config)  # another process may have made it since
-            if not (self.path / "config.toml").exists():
-                write_atomic(self.path / "config.toml", to_toml(self.config))
-            device = resolve_device(self.config.run.device)
-            self.environment = environment(device, resolve_dtype(self.config.run.dtype, device))
-            write_json(self.path / "env.json", self.environment)
-            write_rows(self.path / "metrics.jsonl", read_metrics(self.path, self.plan, self.only))
-            if not all(stage.finished for stage in self.plan.values()):
-                (self.path / FINISHED).unlink(missing_ok=True)
-
-    def turn(self) -> contextlib.AbstractContextManager:
-        """Held while a file of the whole run is written, as other processes may be at other stages of it."""
-        return turn(self.path) if self.only else contextlib.nullcontext()
-
-    def check_room(self) -> None:
-        """Raise UserError if the disk has no room for what is still to be computed."""
-        left = [s for s in self.plan.values() if self.only in (None, s.name) and not s.finished]
-        kinds = {s.fingerprint: s.kind for s in left if s.fingerprint not in self.siblings}
-        home = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        need, free = disk_need(self.config, kinds.values()), shutil.disk_usage(home).free
-        if free < need:
-            problem = f"{free / 1e6:.0f} MB free, this run needs about {need / 1e6:.0f} MB"
-            raise UserError(f"{home}: {problem}; make room or choose another --run.root")
-
-    def log(self, text: str) -> None:
-        """One line to the terminal and to log.txt."""
-        if not self.dist.is_main:
-            return
-        print(escape_control_chars(text), flush=True)
-        self.log_detail(text)
-
-    def log_detail(self, text: str) -> None:
-        """One line to log.txt alone."""
-        if not self.dist.is_main:
-            return
-        text = escape_control_chars(text)
-        with with_path(self.path / "log.txt"):
-            print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=self.log_file, flush=True)
-
-    def label(self, name: str) -> str:
-        """ "[12/57] round1/student_pos": a stage and its place in the plan."""
-        return f"[{[*self.plan, name].index(name) + 1}/{len(self.plan)}] {name}"
+    # --- Declaring stages
 
     def stage(
         self,
@@ -229,205 +123,241 @@ class Run:
         seed_key: tuple = (),
         summary: str = "",
     ) -> Stage:
-        """The finished stage `name`; if need be, `compute` fills its folder and returns counts.
+        """Declare a stage and return it: finished, or, before `begin`, listed.
 
-        `kind` is the stage function with its version ("sft/1": raise it when a change alters what it makes);
-        `settings` are all settings it uses; a random one has a `seed_key`; `summary` is for the plan.
+        Args:
+            name: its folder within the run: "round1/student_pos".
+            kind: what computes it, with a version: "sft/1".
+            settings: all settings that it depends on.
+            inputs: the stages that it reads.
+            compute: fills the context's folder and returns counts for the log and stage.json.
+            seed_key: what its seed is derived from, beside the run's; empty if nothing is random.
+            summary: what it will do, in words, for the plan.
         """
-        seed = derive_seed(self.config.run.seed, *seed_key) if seed_key else 0
         recipe = {
             "kind": kind,
             "settings": settings,
-            "seed": seed,
-            "inputs": [s.fingerprint for s in inputs],
+            "seed": derive_seed(self.config.run.seed, *seed_key) if seed_key else 0,
+            "inputs": [source.fingerprint for source in inputs],
+            "code": code_digests(compute),
         }
-        stage = Stage(name, self.path / name, fingerprint(recipe), kind=kind, size=summary)
-        sources = [source for source in inputs if name == self.only and not source.external]
-        if missing := [source.name for source in sources if not source.finished]:
-            many = len(missing) > 1
-            raise UserError(
-                f"--stage={name} needs {', '.join(missing)}, which {'are' if many else 'is'} not finished; run {'those' if many else 'that'} first"
-            )
-        for source in sources:
-            verify(source)
+        stage = Stage(
+            name=name,
+            path=self.path / name,
+            fingerprint=self.resolved_fingerprint(name, recipe),
+            kind=kind,
+            summary=summary,
+        )
         self.check_name(stage)
-        if self.planning:
-            self.plan[name], self.recipes[name] = stage, (recipe, inputs)
-        elif self.only in (None, name) and name not in self.provided:
-            self.provided.add(name)
-            inputs = {source.name: source.fingerprint for source in inputs}
-            named = {
-                "name": name,
-                "method": self.config.run.method,
-                "fingerprint": stage.fingerprint,
-                "inputs": inputs,
-            }
-            self.provide(stage, recipe | named, compute)
+        if name == self.only:
+            check_inputs(stage, inputs)
+        if self.planning or self.only in (None, name):
+            self.ensure(stage, recipe, inputs, compute)
         return stage
 
-    def check_name(self, stage: Stage) -> None:
-        """Raise RuntimeError if another stage has this one's name: a defect of the method, not of its user."""
-        if (
-            self.named.setdefault((self.planning, stage.name), stage.fingerprint)
-            != stage.fingerprint
-        ):
-            raise RuntimeError(f"{stage.name}: one name for two different stages")
+    def ensure(self, stage: Stage, recipe: dict, inputs: Sequence[Stage], compute) -> None:
+        """List the stage, or see to it that it is finished; once is enough."""
+        if stage.name in self.provided:
+            return
+        self.provided.add(stage.name)
+        earlier = self.reuse.earlier.get(stage.fingerprint)
+        changes = changes_since(earlier, recipe, inputs) if earlier else None
+        self.strategy(self).ensure(Declared(stage, recipe, inputs, compute, changes))
 
-    def provide(self, stage: Stage, notes: dict, compute: Callable[[StageContext], dict]) -> None:
-        """Accept the stage if it is finished here, link it from another run, or compute it; rank 0 says which."""
-        together = stage.kind.partition("/")[0] in TOGETHER
-        work = StageContext(
-            self, stage.name, self.path / PARTIAL / stage.fingerprint, notes["seed"], together
-        )
+    def observe(self, read: Callable, while_listing):
+        """What `read` says of the stages so far, or `while_listing` where none is computed.
 
-        def alone() -> bool:
-            """What rank 0 does before, or instead of, what all do; returns whether that is all."""
-            self.signals.check()
-            if stage.finished:
-                verify(stage)
-                return True
-            if stage.path.exists():
-                problem = "has no stage.json, so it is no finished stage; delete that folder and start again"
-                raise UserError(f"{stage.path}: {problem}")
-            found = self.link(work, stage)
-            if not found:
-                work.folder.mkdir(parents=True, exist_ok=True)
-                for torn in work.folder.glob("*.tmp"):
-                    torn.unlink()  # a kill left it
-                if together:
-                    return False
-            self.seal(work, stage, notes | (found or self.compute(work, stage.kind, compute)))
-            return True
+        For an algorithm whose next step depends on what came of the last ones.
+        """
+        return self.strategy(self).observe(read, while_listing)
 
-        try:
-            if not self.dist.run_on_main(alone):
-                found = self.compute(work, stage.kind, compute)
-                self.dist.run_on_main(lambda: self.seal(work, stage, notes | found))
-        except OSError as error:
-            if self.dist.is_main and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                self.clear(work) if self.only else self.end()  # a full disk: give its space back
-            raise
-        if not self.dist.is_main:
-            await_stage(stage)
-
-    def seal(self, work: StageContext, stage: Stage, notes: dict) -> None:
-        """Put a stage that is computed, or linked, in its place, and say so."""
-        write_json(work.folder / "stage.json", notes | {"checksum": fingerprint(notes)})
-        stage.path.parent.mkdir(exist_ok=True)
-        replace_fsync(work.folder, stage.path)
-        self.clear(work)
-        self.siblings[stage.fingerprint] = stage.path
-        if "linked_from" in notes:
-            did = f"taken from {notes['linked_from']}"
-        else:
-            counts = notes["counts"].items()
-            words = ", ".join(
-                f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in counts
-            )
-            did = f"{notes['seconds']:.1f} s  {words}"
-        self.log(f"{self.label(stage.name)}  {did}")
-        with self.turn():
-            self.after_stage(self.path)
-
-    def link(self, work: StageContext, stage: Stage) -> dict | None:
-        """Take the files and the metrics of an equal stage, of any run of the root; returns what
-        stage.json says of them, None where there is no such stage, or only a damaged one."""
-        try:
-            source = self.siblings[stage.fingerprint]
-            notes = verify(replace(stage, path=source))
-        except (KeyError, UserError):
-            return None
-        shutil.rmtree(work.folder, ignore_errors=True)
-        work.folder.mkdir(parents=True)
-        for name in notes["files"]:
-            try:
-                os.link(source / name, work.folder / name)
-            except OSError:  # there are no links between file systems
-                write_atomic(work.folder / name, (source / name).read_bytes())
-        for row in (
-            read_rows(work.folder / "metrics.jsonl") if "metrics.jsonl" in notes["files"] else ()
-        ):
-            work.log_metrics(row)
-        own = {
-            "name": work.name,
-            "method": self.config.run.method,
-            "linked_from": str(source.relative_to(self.root)),
-        }
-        return {key: value for key, value in notes.items() if key != "inputs"} | own
-
-    def compute(
-        self, work: StageContext, kind: str, compute: Callable[[StageContext], dict]
-    ) -> dict:
-        """Fill the work folder by `compute`; returns what stage.json says of it, {} where another rank will write that."""
-        device, started = resolve_device(self.config.run.device), time.time()
-        clock, cpu = time.monotonic(), time.process_time()  # the time of day may be set back
-        reset_peaks(device)
-        with self.profiler(kind) as profiler:
-            self.on_step = profiler and profiler.step
-            counts = compute(work)
-        if not self.dist.is_main:
-            return {}
-        files = sorted(file for file in work.folder.iterdir() if file.name != "stage.json")
-        return {
-            "counts": counts,
-            "started": started,
-            "seconds": round(time.monotonic() - clock, 3),
-            "cpu_seconds": round(time.process_time() - cpu, 3),
-            **peaks(device),
-            **({"ranks": self.dist.world_size} if work.dist.world_size > 1 else {}),
-            "commit": self.environment["commit"],
-            "files": {file.name: describe(file) for file in files},
-        }
-
-    def profiler(self, kind: str):
-        """Traces three steps of the first stage of each kind into profile/, if the user asked to."""
-        target = self.path / "profile" / f"{kind.partition('/')[0]}.json"
-        if not (self.profile and self.dist.is_main) or target.exists():
-            return contextlib.nullcontext()
-        target.parent.mkdir(exist_ok=True)
-        schedule = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)
-        return torch.profiler.profile(
-            schedule=schedule,
-            on_trace_ready=lambda p: p.export_chrome_trace(str(target)),
-            record_shapes=True,
-        )
+    def resolved_fingerprint(self, name: str, recipe: dict) -> str:
+        """The recipe's fingerprint or, with run.reuse=all, that of a stage of other code."""
+        of_today = fingerprint(recipe)
+        if self.config.run.reuse == "all":
+            return self.dist.run_on_main(lambda: self.reuse.fingerprint(name, recipe, of_today))
+        if self.dist.is_main:
+            self.reuse.fingerprint(name, recipe, of_today)  # it remembers the earlier stage
+        return of_today
 
     @functools.cached_property
-    def siblings(self) -> dict[str, Path]:
-        return finished_under(self.root)
+    def finished(self) -> FinishedStages:
+        """The finished stages of all runs of the root."""
+        return FinishedStages(self.root, self.path)
 
-    def clear(self, work: StageContext) -> None:
-        """Remove what is there of a stage beside its own folder: a started one, its training state (fit.Watch), its lock."""
-        name = work.folder.name
-        for folder in (work.folder, work.folder.with_name(f"state-{name}")):
-            shutil.rmtree(folder, ignore_errors=True)
-        work.folder.with_name(f"{name}.lock").unlink(
-            missing_ok=True
-        )  # still held, and by nobody who waits
+    @functools.cached_property
+    def reuse(self) -> Reuse:
+        """What may be taken of them."""
+        return Reuse(self.finished, whatever_the_code=self.config.run.reuse == "all")
+
+    def check_name(self, stage: Stage) -> None:
+        """Raise RuntimeError if another stage has this name: a defect of the method."""
+        declared = self.fingerprints.setdefault(stage.name, stage.fingerprint)
+        if declared != stage.fingerprint:
+            raise RuntimeError(f"{stage.name}: one name for two different stages")
+
+    @property
+    def planning(self) -> bool:
+        """Whether the stages are only listed so far."""
+        return self.strategy is StageLister
+
+    # --- Beginning and ending
+
+    def begin(self) -> None:
+        """Take the folder and write the run's own files; from here on stages are computed."""
+        self.dist.all_reduce_max(0)  # all processes have seen the folder as it was
+        self.dist.run_on_main(self.open)
+        self.signals.install()
+        self.strategy = StageMaker
+        self.provided.clear()
+        self.fingerprints.clear()
+
+    def open(self) -> None:
+        """Take the folder for this process, or for one stage of it."""
+        self.check_room()
+        stage_fingerprint = self.plan[self.only].fingerprint if self.only else None
+        files = acquire_run_lock(self.path, self.only, stage_fingerprint)
+        self.log_file, *self.locks = files
+        with self.lock():
+            check_folder(self.path, self.config)  # another process may have made it since
+            if not (self.path / CONFIG).exists():
+                write_atomic(self.path / CONFIG, to_toml(without_reuse(self.config)))
+            device = resolve_device(self.config.run.device)
+            self.environment = environment(device, resolve_dtype(self.config.run.dtype, device))
+            write_json(self.path / "env.json", self.environment)
+            if not self.only:
+                self.set_aside_stale()
+            write_rows(self.path / METRICS, read_metrics(self.path, self.plan, self.only))
+            if not all(stage.finished for stage in self.plan.values()):
+                (self.path / FINISHED).unlink(missing_ok=True)
+        for line in self.reuse_lines():
+            self.log(line)
+
+    def lock(self) -> contextlib.AbstractContextManager:
+        """Held while a file of the whole run is written, as others may compute other stages."""
+        if self.only:
+            return shared_files_lock(self.path)
+        return contextlib.nullcontext()
+
+    def check_room(self) -> None:
+        """Raise UserError if the disk has no room for what is still to be computed."""
+        kinds = {}  # equal stages are computed once
+        for name, stage in self.plan.items():
+            known = stage.finished or stage.fingerprint in self.finished.by_fingerprint
+            if self.only in (None, name) and not known:
+                kinds[stage.fingerprint] = stage.kind
+        need = disk_need(self.config, kinds.values())
+        folder = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        free = shutil.disk_usage(folder).free
+        if free < need:
+            raise UserError(
+                f"{folder}: {free / 1e6:.0f} MB free, this run needs about {need / 1e6:.0f} MB; "
+                "make room or choose another --run.root"
+            )
+
+    def set_aside_stale(self) -> None:
+        """Move the run's stages that no longer fit out of the way, so that all that is left fits.
+
+        They can be taken from there, should the code be changed back, until the run ends.
+        """
+        changed = {name for name, changes in self.changes.items() if changes}
+        for name in stale_stages(self.finished, self.plan, changed):
+            stage = self.finished.own.pop(name)
+            set_aside(self.path, stage.folder, stage.fingerprint)
+            self.finished.add(self.path / SET_ASIDE_DIR / stage.fingerprint, stage.notes)
+
+    def reuse_lines(self) -> list[str]:
+        """What to say of finished stages that no longer fit, or that are taken all the same."""
+        anew = []
+        despite = []
+        for name, changes in self.changes.items():
+            if changes is None or self.only not in (None, name):
+                continue
+            recipe, _ = self.recipes[name]
+            if self.plan[name].fingerprint == fingerprint(recipe):
+                anew.append(changes)
+            else:
+                despite.append(changes)
+
+        total = len(self.plan)
+        lines = []
+        if merged(anew):
+            lines.append(
+                f"{len(anew)} of {total} stages are computed anew: {merged(anew).sentence()} since "
+                "they were made (--run.reuse=all takes what only the code would change)"
+            )
+        if despite:
+            lines.append(
+                f"WARNING: {len(despite)} of {total} stages are taken although "
+                f"{merged(despite).sentence()} since they were made (run.reuse = all)"
+            )
+        return lines
 
     def end(self) -> None:
-        """Remove what is not part of a finished stage; the metrics stand as the plan has the stages, whatever was made anew."""
-        shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
-        write_rows(self.path / "metrics.jsonl", read_metrics(self.path, self.plan))
+        """Remove what is not part of a finished stage; put the metrics into the plan's order."""
+        shutil.rmtree(self.path / IN_PROGRESS_DIR, ignore_errors=True)
+        shutil.rmtree(self.path / SET_ASIDE_DIR, ignore_errors=True)
+        write_rows(self.path / METRICS, read_metrics(self.path, self.plan))
+
+    # --- Speaking
+
+    def log(self, text: str) -> None:
+        """One line to the terminal and to log.txt."""
+        if self.dist.is_main:
+            print(escape_control_chars(text), flush=True)
+        self.log_detail(text)
+
+    def log_detail(self, text: str) -> None:
+        """One line to log.txt alone."""
+        if not self.dist.is_main:
+            return
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        with with_path(self.path / "log.txt"):
+            print(now, escape_control_chars(text), file=self.log_file, flush=True)
+
+    def label(self, name: str) -> str:
+        """ "[12/57] round1/student_pos": a stage and its place in the plan."""
+        number = [*self.plan, name].index(name) + 1
+        return f"[{number}/{len(self.plan)}] {name}"
+
+    def report_progress(self) -> None:
+        """Let the caller look at the run after a stage."""
+        with self.lock():
+            self.after_stage(self.path)
+
+    def profiler(self, kind: str) -> contextlib.AbstractContextManager:
+        """Traces the first stage of each kind into profile/, if the user asked for it."""
+        target = self.path / "profile" / f"{kind.partition('/')[0]}.json"
+        if not self.profile or not self.dist.is_main or target.exists():
+            return contextlib.nullcontext()
+        return profiler_of(target)
 
 
-def await_stage(stage: Stage) -> None:
-    """Wait until a stage that another rank has finished is seen here too: a network's file system may take its time."""
-    end = time.monotonic() + SEEN
-    while not stage.finished:
-        if time.monotonic() > end:
-            raise UserError(
-                f"{stage.path}: is finished, but not seen here; all ranks need the same run folder"
-            )
-        time.sleep(0.1)
+def check_inputs(stage: Stage, inputs: Sequence[Stage]) -> None:
+    """Raise UserError unless the inputs of a stage that is computed alone are all finished."""
+    sources = [source for source in inputs if not source.external]
+    missing = [source.name for source in sources if not source.finished]
+    if len(missing) == 1:
+        raise UserError(
+            f"--stage={stage.name} needs {missing[0]}, which is not finished; run that first"
+        )
+    if missing:
+        raise UserError(
+            f"--stage={stage.name} needs {', '.join(missing)}, which are not finished; "
+            "run those first"
+        )
+    for source in sources:
+        check_whole(source.path)
+
+
+def without_reuse(config: Config) -> Config:
+    """The settings of a run; run.reuse is a matter of one command."""
+    return replace(config, run=replace(config.run, reuse="code"))
 
 
 def verify(stage: Stage) -> dict:
-    """stage.json of a finished stage; UserError unless it is the one wanted and its files are undamaged."""
+    """stage.json of a finished stage; UserError unless its files are undamaged and its own."""
     notes = check_whole(stage.path)
     if notes["fingerprint"] != stage.fingerprint:
-        problem = "was made by another version of the code or from other files"
-        raise UserError(
-            f"{stage.path}: {problem}; delete that folder, or choose another --run.name"
-        )
+        raise UserError(f"{stage.path}: has been computed anew since it was looked at; start again")
     return notes

@@ -1,14 +1,15 @@
-"""What belongs to a run's folder as a whole: whose it is, who may write in it, its metrics, the finished stages beside it."""
+"""A run's folder as a whole: whose it is, who may write in it, its metrics, its finished stages."""
 
 import contextlib
 import json
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
 from minmacpo import UserError
 from minmacpo.config.parse import override, read_toml
-from minmacpo.config.schema import PLACE, Config, flatten
+from minmacpo.config.schema import NON_IDENTITY_SETTINGS, Config, flatten
 from minmacpo.runtime.files import (
     check_links,
     describe,
@@ -16,112 +17,189 @@ from minmacpo.runtime.files import (
     open_locked,
     read_json,
     read_rows,
+    replace_fsync,
 )
 
-PARTIAL = ".partial"  # unfinished stages live here, under their fingerprint, and locks
+CONFIG = "config.toml"
+LOG = "log.txt"
+METRICS = "metrics.jsonl"
+IN_PROGRESS_DIR = ".partial"  # unfinished stages, named by their fingerprints, and locks
+SET_ASIDE_DIR = ".stale"  # finished stages that other code or settings made, until the run ends
+
+# What a line of the run's metrics.jsonl has beside those of the stage's own file
+TIMING_KEYS = {"time", "tokens_per_s", "peak_mem_gb"}
 
 
-TIMES = {
-    "time",
-    "tokens_per_s",
-    "peak_mem_gb",
-}  # what a line of the run's metrics has beside the stage's own
+# --- Who may write
 
 
-def take(path: Path, stage: str | None, fingerprint: str | None) -> list[IO]:
-    """[log.txt, locks] of a run folder, made if need be, that is this process's own; with `stage`, only that stage is, and
-    others of the same run may be other processes'. UserError if somebody else has it; it is theirs until these are closed."""
+def acquire_run_lock(path: Path, stage: str | None, stage_fingerprint: str | None) -> list[IO]:
+    """log.txt and the locks of a run folder, which is made if need be; held while they are open.
+
+    Args:
+        stage: the only stage that this process computes. Others of the same run may then be
+            computed by other processes.
+
+    Raises:
+        UserError: if another process works on the run, or on the stage.
+    """
     path.mkdir(parents=True, exist_ok=True)
     busy = f"{path}: another process works on this run; wait for it, or choose another --run.name"
-    held = [open_locked(path / "log.txt", "a+", busy, shared=stage is not None)]
+    files = [open_locked(path / LOG, "a+", busy, shared=stage is not None)]
     if stage:
-        (path / PARTIAL).mkdir(exist_ok=True)
+        (path / IN_PROGRESS_DIR).mkdir(exist_ok=True)
         busy = f"{path / stage}: another process computes this stage"
-        held.append(open_locked(path / PARTIAL / f"{fingerprint}.lock", "a+", busy))
-    return held
+        lock = path / IN_PROGRESS_DIR / f"{stage_fingerprint}.lock"
+        files.append(open_locked(lock, "a+", busy))
+    return files
 
 
-def turn(path: Path) -> IO:
-    """A lock that is waited for, to be closed soon: whoever computes one stage of the run holds it while it writes a file
-    of all stages."""
-    return open_locked(path / PARTIAL / "turn.lock", "a+", None)
-
-
-def finished_under(root: Path) -> dict[str, Path]:
-    """{fingerprint: folder} of the finished stages of all runs of the root."""
-    found = {}
-    for file in sorted(root.glob("*/[!.]*/*/stage.json")):  # not those in PARTIAL
-        with contextlib.suppress(
-            OSError, ValueError, KeyError, TypeError, RecursionError
-        ):  # its own run will say so
-            found[json.loads(file.read_bytes())["fingerprint"]] = file.parent
-    return found
-
-
-def read_metrics(run: Path, names: Iterable[str], only: str | None = None) -> list[dict]:
-    """The lines of the finished ones of these stages in a run's metrics.jsonl, or, where they are not as the stage's own
-    file has them, those, without times; an unfinished stage writes its own anew. `only`: that one does, others may be at work."""
-    file, found, rows = run / "metrics.jsonl", {}, []
-    for line in (
-        file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ()
-    ):
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # torn by a kill
-            row = json.loads(line)
-            found.setdefault(row["stage"], []).append(row)
-    for name in names:
-        own, mine = run / name / "metrics.jsonl", found.get(name, [])
-        if own.is_file() and (own.parent / "stage.json").is_file():
-            with contextlib.suppress(UserError):  # `verify` will say so
-                told = [{"stage": name} | row for row in read_rows(own)]
-                same = [
-                    {key: value for key, value in row.items() if key not in TIMES} for row in mine
-                ] == told
-                rows += mine if same else told
-        elif only not in (None, name):
-            rows += mine
-    return rows
+def shared_files_lock(path: Path) -> IO:
+    """A lock that is waited for, held while a process of several writes a file of all stages."""
+    return open_locked(path / IN_PROGRESS_DIR / "turn.lock", "a+", None)
 
 
 def check_folder(path: Path, config: Config) -> None:
-    """Raise UserError if `path` holds something else than a run of this configuration, or a link, which could lead out of it."""
+    """Raise UserError unless `path` is free, or holds a run of this configuration."""
     check_links(path)
-    file, names = path / "config.toml", {p.name for p in path.iterdir()} if path.is_dir() else set()
-    if file.name not in names:
-        begun = {"log.txt", "config.toml.tmp", PARTIAL}  # what is there before it, at a kill
+    file = path / CONFIG
+    names = {child.name for child in path.iterdir()} if path.is_dir() else set()
+
+    if CONFIG not in names:
+        # A kill may have come before the settings were written
+        begun = {LOG, f"{CONFIG}.tmp", IN_PROGRESS_DIR}
         if names - begun or (path.exists() and not path.is_dir()):
             raise UserError(f"{path}: exists and is no run folder; choose another --run.name")
         return
-    mine, theirs = flatten(config), flatten(override(Config(), read_toml(file), str(file)))
-    for key in mine:
-        if key not in PLACE and mine[key] != theirs[key]:
-            problem = f"holds a run with {key} = {theirs[key]}, this one has {mine[key]}"
-            raise UserError(f"{path}: {problem}; choose another --run.name, or delete that folder")
+
+    try:
+        theirs = flatten(override(Config(), read_toml(file), str(file)))
+    except UserError as error:
+        raise UserError(
+            f"{path}: holds a run of another version of minmacpo, whose settings this one does "
+            f"not know ({error}); choose another --run.name, or delete that folder"
+        ) from None
+    for name, value in flatten(config).items():
+        if name not in NON_IDENTITY_SETTINGS and value != theirs[name]:
+            raise UserError(
+                f"{path}: holds a run with {name} = {theirs[name]}, this one has {value}; "
+                "choose another --run.name, or delete that folder"
+            )
+
+
+# --- Finished stages
+
+
+def recorded_fingerprint(folder: Path) -> str | None:
+    """The fingerprint in a stage's stage.json; None where there is none, or a broken one."""
+    notes = read_notes_leniently(folder / "stage.json")
+    return notes.get("fingerprint")
+
+
+def read_notes_leniently(file: Path) -> dict:
+    """A stage.json; empty where it is missing or broken, which `check_notes` tells the user."""
+    try:
+        return read_json(file)
+    except UserError:
+        return {}
+
+
+def finished_stages(run: Path) -> Iterator[tuple[Path, dict]]:
+    """Folder and stage.json of every finished stage of a run, those that are set aside last."""
+    for pattern in ("[!.]*/*/stage.json", f"{SET_ASIDE_DIR}/*/stage.json"):
+        for file in sorted(run.glob(pattern)):
+            notes = read_notes_leniently(file)
+            if "fingerprint" in notes:
+                yield file.parent, notes
 
 
 def check_stage(folder: Path) -> None:
-    """`check_whole`, where the folder is a stage within a run; a copy elsewhere may have been changed."""
-    if (folder / "stage.json").is_file() and (
-        folder.resolve().parent.parent / "config.toml"
-    ).is_file():
+    """`check_whole` of a stage within a run; a copy elsewhere may have been changed."""
+    is_stage = (folder / "stage.json").is_file()
+    if is_stage and (folder.resolve().parent.parent / CONFIG).is_file():
         check_whole(folder)
 
 
 def check_whole(folder: Path) -> dict:
-    """The stage.json of a finished stage's folder; UserError unless it and all files that it names are undamaged."""
-    notes, remedy = (
-        read_json(folder / "stage.json"),
-        f"damaged; delete the folder {folder} and start again",
-    )
-    if notes.pop("checksum", None) != fingerprint(notes):
-        raise UserError(f"{folder / 'stage.json'}: is {remedy}")
-    for name, wanted in notes["files"].items():
-        file = folder / name
-        if (
-            name != file.name
-            or file.is_symlink()
-            or not file.is_file()
-            or wanted["size"] != file.stat().st_size
-            or wanted != describe(file)
-        ):
-            raise UserError(f"{file}: is missing or {remedy}")
+    """A finished stage's stage.json; UserError unless it and its files are undamaged."""
+    notes = check_notes(folder)
+    for name, recorded in notes["files"].items():
+        if not is_undamaged(folder, name, recorded):
+            raise UserError(
+                f"{folder / name}: is missing or damaged; delete the folder {folder} "
+                "and start again"
+            )
     return notes
+
+
+def check_notes(folder: Path) -> dict:
+    """A finished stage's stage.json; UserError if it is damaged."""
+    notes = read_json(folder / "stage.json")
+    if notes.pop("checksum", None) != fingerprint(notes):
+        raise UserError(
+            f"{folder / 'stage.json'}: is damaged; delete the folder {folder} and start again"
+        )
+    return notes
+
+
+def is_undamaged(folder: Path, name: str, recorded: dict) -> bool:
+    """Whether a file is what stage.json says of it."""
+    file = folder / name
+    if name != file.name or file.is_symlink() or not file.is_file():
+        return False
+    # The size is looked at first: it costs nothing
+    return recorded["size"] == file.stat().st_size and recorded == describe(file)
+
+
+def set_aside(run: Path, folder: Path, stage_fingerprint: str) -> None:
+    """Move a finished stage out of the way; a later run, or this one, may take it from there."""
+    target = run / SET_ASIDE_DIR / stage_fingerprint
+    target.parent.mkdir(exist_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    replace_fsync(folder, target)
+
+
+# --- Metrics
+
+
+def read_metrics(run: Path, stages: Iterable[str], only: str | None = None) -> list[dict]:
+    """The lines of a run's metrics.jsonl as they should be after a kill, in the stages' order.
+
+    A finished stage's lines are those of its own file; the run's file has times as well, which are
+    taken where the rest agrees. An unfinished stage will write its lines again.
+
+    Args:
+        only: the one stage that this process computes; others may be computed at this moment, so
+            their lines stay.
+    """
+    lines = lines_by_stage(run / METRICS)
+    rows = []
+    for name in stages:
+        with_times = lines.get(name, [])
+        own_file = run / name / METRICS
+        if own_file.is_file() and (own_file.parent / "stage.json").is_file():
+            with contextlib.suppress(UserError):  # a damaged one is told when the stage is checked
+                without_times = [{"stage": name, **row} for row in read_rows(own_file)]
+                agree = [drop_timing(row) for row in with_times] == without_times
+                rows += with_times if agree else without_times
+        elif only not in (None, name):
+            rows += with_times
+    return rows
+
+
+def lines_by_stage(file: Path) -> dict[str, list[dict]]:
+    """The whole lines of a run's metrics.jsonl, by the stage that wrote them."""
+    if not file.exists():
+        return {}
+    lines: dict[str, list[dict]] = {}
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        # A kill may have torn a line
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            row = json.loads(line)
+            lines.setdefault(row["stage"], []).append(row)
+    return lines
+
+
+def drop_timing(row: dict) -> dict:
+    """A line of the run's metrics.jsonl as the stage's own file has it."""
+    return {key: value for key, value in row.items() if key not in TIMING_KEYS}

@@ -111,7 +111,7 @@ def code_commit() -> str | None:
 
 
 def read_proc(file: str | Path, pattern: str) -> str | None:
-    """The group of `pattern` in a file under /proc, or in one with a whole path; None without it."""
+    """The group of `pattern` in a file under /proc, or at a whole path; None without a match."""
     try:
         text = Path("/proc", file).read_text()
     except OSError:
@@ -153,7 +153,7 @@ def free_in_cgroup(folder: Path) -> int:
 
 @contextlib.contextmanager
 def normalize_oom() -> Iterator[None]:
-    """Raise torch.OutOfMemoryError for lack of memory within, also where a CPU's allocator fails."""
+    """Raise torch.OutOfMemoryError for all lack of memory within, that of a CPU too."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -173,7 +173,7 @@ def reset_peaks(device: str) -> None:
 
 
 def peak_mb(device: str = "cpu") -> float:
-    """Peak memory since `reset_peaks` in MB: torch's tensors on a GPU, else the resident process."""
+    """Peak memory since `reset_peaks` in MB: torch's tensors on a GPU, else the whole process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     kilobytes = read_proc("self/status", r"VmHWM:\s*(\d+)")

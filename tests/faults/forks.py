@@ -23,7 +23,7 @@ from shim import Disk, Walk
 
 import minmacpo
 from minmacpo.evaluation import report
-from minmacpo.pipeline.run import PARTIAL
+from minmacpo.pipeline.run_dir import IN_PROGRESS_DIR
 from minmacpo.runtime.files import write_atomic
 from minmacpo.runtime.progress import run_main
 
@@ -174,7 +174,7 @@ class Good:
             n for n in now.keys() | self.contents.keys() if now.get(n, 0) != self.contents.get(n, 0)
         ] == []
         assert (
-            folders(run) == self.folders and PARTIAL not in self.folders and {*FREE} <= now.keys()
+            folders(run) == self.folders and IN_PROGRESS_DIR not in self.folders and {*FREE} <= now.keys()
         )
         kept = stages(run)
         assert [name for name in before if before[name] != kept.get(name)] == []

@@ -10,7 +10,7 @@ from forks import Good, check_sentence, deaths, fork, spread, stages, tree
 from runs import stages_of
 from shim import Disk
 
-from minmacpo.pipeline.run import PARTIAL
+from minmacpo.pipeline.run_dir import IN_PROGRESS_DIR
 
 pytestmark = pytest.mark.faults
 REMADE = ("env.json", "report.html", "eval/table.json", "metrics.jsonl")  # from what is finished
@@ -131,7 +131,7 @@ def test_every_kind_of_unfinished_file_damaged_in_every_way(small, scratch, seed
             if (left / "runs").exists()
             else left
         )
-        for file in (source / "small" / PARTIAL).rglob("*.*"):
+        for file in (source / "small" / IN_PROGRESS_DIR).rglob("*.*"):
             found.update({file.name.split("-")[0]: file} if file.stat().st_size else {})
     points = [(name, damage) for name in found for damage in DAMAGES]
 

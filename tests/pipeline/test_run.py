@@ -35,10 +35,10 @@ from runs import (
 from minmacpo import UserError
 from minmacpo.config.parse import parse
 from minmacpo.core import trainer as fit
-from minmacpo.pipeline import run as run_module
+from minmacpo.pipeline import stage_maker
 from minmacpo.pipeline.disk_space import disk_need
 from minmacpo.pipeline.run import FINISHED, Run, derive_seed
-from minmacpo.pipeline.run_dir import PARTIAL
+from minmacpo.pipeline.run_dir import IN_PROGRESS_DIR
 from minmacpo.runtime import device as machine
 from minmacpo.runtime import files
 from minmacpo.runtime.progress import Signals
@@ -411,7 +411,7 @@ def test_one_stage_needs_its_inputs(mine):
         shutil.rmtree(run / name)
     ended = invoke("train", *words, "--stage=round1/student_pos")
     assert ended.code == 2 and "round1/pairs_student" in ended.err and "not finished" in ended.err
-    assert not (run / "round1/student_pos").exists() and not (run / PARTIAL).exists()
+    assert not (run / "round1/student_pos").exists() and not (run / IN_PROGRESS_DIR).exists()
 
 
 def test_one_stage_takes_no_damaged_input(mine):
@@ -618,7 +618,7 @@ def test_the_order_of_runs_does_not_matter(stub, tmp_path):
         train(
             write_stub(tmp_path), f"--run.root={tmp_path / root}", "--macpo.mutual_positives=false"
         )
-    ways = [tmp_path / root / "stub-mutual=false" for root in ("alone", "beside")]
+    ways = [tmp_path / root / "stub-mutual_positives=false" for root in ("alone", "beside")]
     assert differences(*ways, ("linked_from",)) == []
     assert any(row["step"] == 0 for row in rows_of(ways[1] / "metrics.jsonl"))
 
@@ -955,7 +955,7 @@ def test_a_torn_file_of_a_run_that_had_hardly_begun(tmp_path, leftover):
 def test_a_torn_file_inside_an_unfinished_stage(ours, stub, leftover):
     run, words = ours
     name = "round1/positives_student"
-    unfinished = run / PARTIAL / stages_of(stub)[name]["fingerprint"]
+    unfinished = run / IN_PROGRESS_DIR / stages_of(stub)[name]["fingerprint"]
     shutil.rmtree(run / name)
     unfinished.mkdir(parents=True)
     (unfinished / leftover).write_text('{"id": "torn')
@@ -969,8 +969,8 @@ def test_a_block_of_another_stage_is_sampled_anew(ours, stub):
     run, words = ours
     name = "round1/positives_student"
     other, unfinished = (
-        run / PARTIAL / "other",
-        run / PARTIAL / stages_of(stub)[name]["fingerprint"],
+        run / IN_PROGRESS_DIR / "other",
+        run / IN_PROGRESS_DIR / stages_of(stub)[name]["fingerprint"],
     )
     shutil.rmtree(run / name)
     for folder in (other, unfinished):
@@ -999,7 +999,7 @@ def test_a_torn_last_line_of_metrics(mine, stub):
 def test_metrics_of_a_linked_stage_survive_a_kill(mine, monkeypatch):
     """The lines of a linked training are in metrics.jsonl whenever its stage is finished."""
     run, words = mine
-    good = run_module.move
+    good = stage_maker.replace_fsync
 
     def replace_fsync(folder, target):
         good(folder, target)
@@ -1007,7 +1007,7 @@ def test_metrics_of_a_linked_stage_survive_a_kill(mine, monkeypatch):
             raise PowerCut
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "replace_fsync", replace_fsync)
+        patch.setattr(stage_maker, "replace_fsync", replace_fsync)
         with pytest.raises(PowerCut):
             invoke("train", *words, "--macpo.rounds=1")
     train(*words, "--macpo.rounds=1")
