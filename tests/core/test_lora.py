@@ -214,7 +214,9 @@ def test_merging_in_bf16_rounds_once(seed):
     attach_lora(model, Lora())
     fill(model, seed)
     layer = model.model.layers[0].self_attn.q_proj
-    exact = layer.base.weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    exact = (
+        layer.base.weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    )
     merged = merged_weights(model)["model.layers.0.self_attn.q_proj.weight"]
     assert merged.dtype == torch.bfloat16
     assert ((merged.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()

@@ -135,9 +135,9 @@ def with_adapter(base, folder):
 def greedy_holds(ours, theirs, seed: int) -> None:
     """64 tokens after each of several ragged prompts, decoded side by side, are what transformers finds likeliest."""
     prompts = ragged(seed, 5, 61, 1, 30)
-    found = generate(ours, prompts, range(5), SamplingParams(temperature=0.0, max_new_tokens=64), set())[
-        0
-    ]
+    found = generate(
+        ours, prompts, range(5), SamplingParams(temperature=0.0, max_new_tokens=64), set()
+    )[0]
     for prompt, row in zip(prompts, found, strict=True):
         assert len(row) == 64
         logits = theirs(torch.tensor([prompt + row])).logits[0, len(prompt) - 1 : -1]

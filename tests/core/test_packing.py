@@ -2,7 +2,6 @@
 
 import functools
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from minmacpo.core.scoring import score
 from minmacpo.core.trainer import OptimizerConfig, plan_packed_batches, train_step
 from minmacpo.data.tokenizer import Tokens
 from minmacpo.kernels import fused_logps
-from minmacpo.kernels.attention import eager_bf16_attention, sdpa
 from minmacpo.kernels.fused_logps import masked_logps, sequence_logps
 
 MODELS = {
@@ -194,34 +192,6 @@ def test_equal_rows_without_prompts_in_common_are_left_as_they_are(seed):
     assert should_pack([rows])[0] and not should_pack([unlike])[0]
     score(random_model(seed), unlike, 100, log=said.append, packed=True)
     assert said == ["padding is 0.0% of 18 tokens in a pass over the rows"]
-
-
-def test_the_bf16_attention_of_a_cpu_is_the_kernel_within_rounding(seed):
-    q, k, v = (torch.randn(3, heads, 40, 16).bfloat16() for heads in (6, 2, 2))
-    for mask in (None, torch.ones(40, 40, dtype=torch.bool).tril().triu(-7)):
-        exact = sdpa(q.float(), k.float(), v.float(), mask)
-        assert (eager_bf16_attention(q, k, v, mask).float() - exact).abs().max() <= 0.03
-        assert (sdpa(q, k, v, mask).float() - exact).abs().max() <= 0.03
-
-
-@pytest.mark.parametrize("size", [1, 3, 8])
-def test_attention_in_bf16_is_no_coarser_than_that_of_transformers(size, seed):
-    from transformers.models.llama.modeling_llama import eager_attention_forward
-
-    torch.manual_seed(seed)
-    q, k, v = ((torch.randn(4, 4, 64, 32) * scale).bfloat16() for scale in (size, size**0.5, 1))
-    mask = torch.ones(64, 64, dtype=torch.bool).tril()
-    exact = sdpa(q.double(), k.double(), v.double(), mask)
-    hidden = torch.zeros(64, 64).masked_fill(~mask, -torch.inf).bfloat16()
-    module = SimpleNamespace(num_key_value_groups=1, training=False)
-    theirs = eager_attention_forward(module, q, k, v, hidden[None, None], 32**-0.5)[0].transpose(
-        1, 2
-    )
-    mine, other = (
-        (found - exact).square().mean().sqrt()
-        for found in (eager_bf16_attention(q, k, v, mask), theirs)
-    )
-    assert mine <= other
 
 
 def test_a_plan_says_what_packing_saves(hooks_of, seed):  # noqa: F811
