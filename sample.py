@@ -77,7 +77,8 @@ def main(argv: list[str]) -> int:
     from minmacpo.cli.batch_sampling import fit_prompts, marked, read_prompts, write_answers
     from minmacpo.cli.chat import shown, talk
     from minmacpo.core.checkpoint import export_merged
-    from minmacpo.pipeline.model_pool import answer, open_agent
+    from minmacpo.pipeline.open_model import open_agent
+    from minmacpo.pipeline.sample_stage import Request, Sampler
 
     rows, told = read_prompts(words.prompts, config) if words.prompts else ([], [])
     config, loaded, base = open_agent(folder, config, flags)
@@ -97,10 +98,12 @@ def main(argv: list[str]) -> int:
         )
     elif words.prompt:
         prompt, size = (Message("user", words.prompt),), config.generate.batch
-        jobs = [(Example(example_id(prompt), prompt, ""), number) for number in range(n)]
+        example = Example(example_id(prompt), prompt, "")
+        requests = [Request(example, number) for number in range(n)]
+        sampler = Sampler(loaded, config.generate, str(folder), config.run.seed)
         for start in range(0, n, size):
             for number, said in enumerate(
-                answer(config, loaded, str(folder), jobs[start : start + size], config.run.seed),
+                sampler(requests[start : start + size]),
                 start + 1,
             ):
                 print(f"[{number}] " * (n > 1) + shown(loaded, config.data.template, said))

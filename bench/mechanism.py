@@ -15,7 +15,7 @@ from minmacpo.data.chat_template import render
 from minmacpo.data.records import Sample
 from minmacpo.evaluation.finished_run import FinishedRun, read_run
 from minmacpo.evaluation.gold import gold_reward
-from minmacpo.pipeline.model_pool import open_folder
+from minmacpo.pipeline.open_model import open_folder
 from minmacpo.runtime.files import read_rows, write_json
 from minmacpo.runtime.progress import run_main
 
@@ -38,7 +38,7 @@ def matrix(run: Path, t: int) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for agent in agents:
         last = max(i for i in range(t) if f"round{i}/{agent}_pos" in past.metadata)
-        loaded, _, _ = open_folder(past.stage(f"round{last}/{agent}_pos").path, past.config)
+        loaded = open_folder(past.stage(f"round{last}/{agent}_pos").path, past.config).loaded
         for label, samples in texts_of(past, t, agents).items():
             rows = [
                 render(loaded.tokenizer, past.config.data.template, s.prompt, s.response)

@@ -216,7 +216,7 @@ def make_bases(plan: Plan, seed: int) -> None:
     run = Run(config)
     setup_stages(run, source, prepared)  # only lists the stages
     run.begin()
-    bases = setup_stages(run, source, prepared).bases
+    bases = setup_stages(run, source, prepared).base_models
     run.end()
     keys = ("counts", "cpu_seconds", "commit")
     write_json(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from bench.measure import words
@@ -17,10 +18,11 @@ from minmacpo.core.model import new_model
 from minmacpo.core.model_config import ModelConfig
 from minmacpo.data.records import Message, Pair
 from minmacpo.data.tokenizer import Tokenizer, train_tokenizer
-from minmacpo.method.pairs import pairs
-from minmacpo.method.selection import CandidateSet
+from minmacpo.method.pairs import PairInputs, build_pairs
+from minmacpo.method.selection import CandidateSet, Selection
+from minmacpo.pipeline.artifacts import Policy, ScoreColumn, TextColumn
 from minmacpo.pipeline.base_models import external_base
-from minmacpo.pipeline.model_pool import Session, TextColumn
+from minmacpo.pipeline.model_pool import ModelPool
 from minmacpo.pipeline.run import Run, StageContext
 from minmacpo.pipeline.sample_stage import sample
 from minmacpo.pipeline.score_stage import score_texts
@@ -61,42 +63,38 @@ def one(root: Path, count: int) -> None:
     """The stages on so many prompts; prints the peak of each kind in MB."""
     write_base(root / "base")
     run = Run(parse([*WORDS, f"--run.root={root}"]).config)
-    session, base = Session(run), external_base(run.config, "strong", root / "base")
+    models = ModelPool(run.config)
+    policy = Policy("a", external_base(run.config, "strong", root / "base"))
     run.begin()
 
-    def write_slices(work: StageContext) -> dict:
-        write_rows(work.folder / "d2.jsonl", prompts(count))
+    def write_slices(context: StageContext) -> dict:
+        write_rows(context.folder / "d2.jsonl", prompts(count))
         return {"rows": count}
 
-    queries = TextColumn(
-        run.stage("data/slices", "slices/2", {"count": count}, [], write_slices),
-        "d2.jsonl",
-        "chosen",
+    slices = run.stage("data/slices", "slices/2", {"count": count}, [], write_slices)
+    queries = TextColumn(slices, "d2.jsonl", "chosen")
+    samples = {}
+    scores = {}
+    for source in ("a", "b", "bad"):
+        stage = sample(run, models, f"round1/{source}", policy, queries, seed_key=(source,))
+        samples[source] = TextColumn(stage)
+        scores[source] = score_texts(
+            run, models, f"round1/scores_{source}", policy, {"scores": samples[source]}
+        )
+    inputs = PairInputs(
+        candidates=[
+            CandidateSet(source, samples[source], ScoreColumn(scores[source]))
+            for source in ("a", "b")
+        ],
+        selection=Selection(),
+        rejected=samples["bad"],
+        rejected_scores=ScoreColumn(scores["bad"]),
+        reference=Policy("a", policy.base),
+        learner=replace(policy, adapter=scores["bad"]),  # any other than the reference
     )
-    said = {
-        who: TextColumn(sample(session, f"round1/{who}", base, None, queries, who, (who,)))
-        for who in ("a", "b", "bad")
-    }
-    scores = {
-        who: score_texts(session, f"round1/scores_{who}", base, None, texts)
-        for who, texts in said.items()
-    }
-    offers = [
-        CandidateSet(who, said[who], {"perplexity": [(1.0, scores[who])]}) for who in ("a", "b")
-    ]
-    made = pairs(
-        session,
-        "round1/pairs",
-        base,
-        offers,
-        said["bad"],
-        None,
-        scores["bad"],
-        ("", 0.0),
-        ("pairs",),
-    )
+    made = build_pairs(run, models, "round1/pairs", inputs, ("pairs",))
     done = {
-        "sample": [texts.stage for texts in said.values()],
+        "sample": [texts.stage for texts in samples.values()],
         "score": [*scores.values()],
         "pairs": [made],
     }

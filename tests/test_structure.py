@@ -31,8 +31,6 @@ KNOWN = {
     ("core.checkpoint", "config.schema"),
     ("core.lora", "config.schema"),
     ("kernels.quantization", "config.schema"),
-    ("method.selection", "numpy"),
-    ("pipeline.model_pool", "cli.memory_estimate"),
     ("runtime.device", "config.schema"),
     ("runtime.device", "config.validate"),
     ("runtime.device", "data.readers"),

@@ -18,8 +18,10 @@ from minmacpo.core.checkpoint import read_adapter_config
 from minmacpo.data.formats import read_data
 from minmacpo.data.records import Example, Pair
 from minmacpo.pipeline.base_models import model_fingerprint
-from minmacpo.pipeline.model_pool import LoadedModel, answer, fit_rows
+from minmacpo.pipeline.model_pool import LoadedModel
+from minmacpo.pipeline.prepare_data import truncate_pairs
 from minmacpo.pipeline.run import derive_seed
+from minmacpo.pipeline.sample_stage import Request, Sampler
 from minmacpo.runtime.device import resolve_device, resolve_dtype
 from minmacpo.runtime.files import fingerprint, open_locked, sha256_file, to_jsonl, with_path
 from minmacpo.runtime.progress import Progress
@@ -47,7 +49,7 @@ def fit_prompts(
 ) -> tuple[list[Example], str]:
     """The prompts that leave room for an answer, and a sentence on the others; UserError if none is left."""
     context, most = loaded.model.config.max_position_embeddings, config.generate.max_new_tokens
-    kept, reasons = fit_rows(config, loaded, prompts, context - most, context)
+    kept, reasons = truncate_pairs(config, loaded.tokenizer, prompts, context - most, context)
     lost = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     told = f"{lost}: with generate.max_new_tokens = {most} there is room for {max(context - most, 0)} tokens; see data.truncation_mode"
     if not kept:
@@ -104,13 +106,13 @@ def write_answers(
         with_path(out),
         open_locked(out, "ab", busy) as stream,
     ):  # closing it writes once more what could not be written
+        sampler = Sampler(loaded, config.generate, agent, config.run.seed)
         found = done = rows_there(out, agent, jobs, config.run.seed, stream)
         with Progress("answers", len(jobs), "answer", done, None) as progress:
             while done < len(jobs):
                 start = done - done % size
-                rows = answer(config, loaded, agent, jobs[start : start + size], config.run.seed)[
-                    done - start :
-                ]
+                requests = [Request(*job) for job in jobs[start : start + size]]
+                rows = sampler(requests)[done - start :]
                 stream.write(to_jsonl(rows).encode())
                 stream.flush()
                 os.fsync(stream.fileno())

@@ -11,7 +11,8 @@ from minmacpo import UserError
 from minmacpo.config.schema import Config
 from minmacpo.data.chat_template import response_text, starts_next_turn
 from minmacpo.data.records import Example, Message, Sample, example_id
-from minmacpo.pipeline.model_pool import LoadedModel, answer
+from minmacpo.pipeline.model_pool import LoadedModel
+from minmacpo.pipeline.sample_stage import Request, Sampler
 from minmacpo.runtime.progress import escape_control_chars
 
 CUT = " […]"  # behind an answer that is not whole, on the terminal and in the dialogue
@@ -35,7 +36,7 @@ class Answer:
 
     def __init__(self, loaded: LoadedModel, template: str):
         self.tokenizer, self.template, self.ids, self.shown = loaded.tokenizer, template, [], 0
-        self.stops = loaded.ends(template)
+        self.stops = loaded.answer_end_ids()
 
     @property
     def text(self) -> str:
@@ -66,15 +67,17 @@ class Dialogue:
         """Answer a human turn and keep both. The dialogue stays as it was where nothing is answered, and where no
         answer fits into the model's context any more (UserError)."""
         prompt, template = (*self.messages, Message("user", text)), self.config.data.template
-        growing, job, cut = (
-            Answer(self.loaded, template),
-            (Example(example_id(prompt), prompt, ""), self.answers),
-            True,
+        growing, cut = Answer(self.loaded, template), True
+        request = Request(Example(example_id(prompt), prompt, ""), self.answers)
+        sampler = Sampler(
+            self.loaded,
+            self.config.generate,
+            self.agent,
+            self.config.run.seed,
+            on_token=growing.take,
         )
         try:
-            answer(
-                self.config, self.loaded, self.agent, [job], self.config.run.seed, tell=growing.take
-            )
+            sampler([request])
         except Whole:
             cut = False
         except KeyboardInterrupt:

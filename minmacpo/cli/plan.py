@@ -18,8 +18,8 @@ from minmacpo.core.model_config import ModelConfig
 from minmacpo.data.chat_template import render
 from minmacpo.data.records import Example
 from minmacpo.data.tokenizer import Tokenizer, load_tokenizer
+from minmacpo.pipeline.artifacts import TextColumn
 from minmacpo.pipeline.base_models import made_config
-from minmacpo.pipeline.model_pool import TextColumn
 from minmacpo.pipeline.prepare_data import PreparedData
 from minmacpo.pipeline.run import Run, Stage
 from minmacpo.runtime.device import resolve_device, resolve_dtype
@@ -108,7 +108,7 @@ class Plan:
             return self.sample(name)
         if kind == "score":
             return self.score(name, self.texts(name))
-        if kind == "pairs" and not self.settings(name).get("heard"):
+        if kind == "pairs" and self.settings(name)["scores_chosen"]:
             return self.score(name, self.pairs(name))  # the chosen side under the reference
         return None
 
@@ -153,10 +153,33 @@ class Plan:
     def texts(self, name: str) -> TextLengths:
         """Lengths of the texts that the stage reads, in tokens of its base."""
         base = self.inputs(name)[0]
-        file, column = self.settings(name).get("texts", ("d2.jsonl", "prompt"))
+        texts = self.settings(name).get("texts", ("d2.jsonl", "prompt"))
+        if isinstance(texts, dict):
+            return self.column_texts(name, texts)
+        file, column = texts
         if file not in PRODUCERS:
             return self.split_texts(file.removesuffix(".jsonl"), column, base)
-        source = self.source(name, file)
+        return self.made_texts(self.source(name, file), file, column, base)
+
+    def column_texts(self, name: str, columns: dict[str, list[str]]) -> TextLengths:
+        """Several columns of texts that a stage scores side by side, one after the other."""
+        base, *inputs = self.inputs(name)
+        prompts = []
+        answers = []
+        exact = True
+        sources = inputs[-len(columns) :]  # behind an adapter, if there is one
+        for (file, column), source in zip(columns.values(), sources, strict=True):
+            if file in PRODUCERS:
+                lengths = self.made_texts(source, file, column, base)
+            else:
+                lengths = self.split_texts(file.removesuffix(".jsonl"), column, base)
+            prompts += lengths.prompts
+            answers += lengths.answers
+            exact = exact and lengths.exact
+        return TextLengths(prompts, answers, exact)
+
+    def made_texts(self, source: Stage, file: str, column: str, base: Stage) -> TextLengths:
+        """The texts of a stage that samples answers, asks questions or makes pairs."""
         if source.finished and self.prepared is not None:
             return self.read(TextColumn(source, file, column), base)
         if file == "questions.jsonl":
@@ -235,7 +258,7 @@ class Plan:
     def read(self, column: TextColumn, base: Stage) -> TextLengths:
         """Texts of a finished stage; not exact, as empty answers may be left out."""
         texts = [Example(text.id, text.prompt, text.response) for text in column.read()]
-        key = (column.stage.name, column.file, column.side)
+        key = (column.stage.name, column.file, column.column)
         lengths = self.count_tokens(texts, key, base)
         return TextLengths(lengths.prompts, lengths.answers, exact=False)
 

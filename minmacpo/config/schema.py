@@ -327,10 +327,10 @@ class Macpo:
     answers: int = setting(
         1, "answers of a teacher to each prompt, all of them candidates", at_least=1
     )
-    select: tuple[Literal["perplexity", "random", "all", "likelihood-ratio", "agreement"], ...] = (
-        setting(
-            ("perplexity",), "which candidate wins a prompt; several: by the sum of their ranks"
-        )
+    select: tuple[
+        Literal["perplexity", "random", "all", "shortest", "likelihood-ratio", "agreement"], ...
+    ] = setting(
+        ("perplexity",), "which candidate wins a prompt; several: by the sum of their ranks"
     )
     keep_fraction: float = setting(
         1.0, "share of prompts kept, those with the least perplexing winner", above=0, at_most=1
@@ -339,7 +339,7 @@ class Macpo:
         "none", "of the student's pairs: how much the other teachers agree"
     )
     negatives: Literal["agent", "other", "previous", "persona", "tail", "contrastive"] = setting(
-        "agent", "whose answers are rejected (macpo.negatives_of)"
+        "agent", "whose answers are rejected (method/negatives.py)"
     )
     refresh_negatives: bool = setting(False, "negative agents trained and sampled every round")
     controls: bool = setting(True, "also train naive SFT continued and the ceiling")

@@ -111,7 +111,7 @@ def check(config: Config) -> None:
         ),
         (
             len({*part.select}) == len(part.select) > 0
-            and (len(part.select) == 1 or not {"all", "random"} & {*part.select}),
+            and (len(part.select) == 1 or not {"all", "random", "shortest"} & {*part.select}),
             "macpo.select",
             "one of its values, or several of perplexity, likelihood-ratio and agreement",
         ),
@@ -128,9 +128,9 @@ def check(config: Config) -> None:
         (
             (part.mutual_positives and not part.self_fraction)
             or part.answers == 1
-            or {"perplexity", "random", "all"} & {*part.select},
+            or {"perplexity", "random", "all", "shortest"} & {*part.select},
             "macpo.select",
-            "perplexity, random, all or a list with perplexity where teachers choose among several answers of their own",
+            "perplexity, random, all, shortest or a list with perplexity where teachers choose among several answers of their own",
         ),
         (
             not part.refresh_negatives or part.negatives in ("agent", "other", "contrastive"),

@@ -43,6 +43,7 @@ def score(
     progress=None,
     dist: Distributed = SINGLE_PROCESS,
     log: Callable[[str], None] = print,
+    log_detail: Callable[[str], None] | None = None,
     packed: bool = False,
 ) -> list[float]:
     """Log-probability of every row, summed over the tokens under its mask; nats.
@@ -51,7 +52,8 @@ def score(
         max_tokens: of a forward pass, padding included; half of it from where memory is short.
         progress: has `step(rows)`, called after every pass.
         dist: the ranks that divide the passes; they may be stopped between two of them.
-        log: gets a line on what packing saves, and on short memory.
+        log: gets a line on short memory.
+        log_detail: gets a line on what packing saves; None: `log` gets it.
         packed: prompts that rows have in common are computed once, where that saves enough.
     """
     lengths = [len(row.ids) for row in rows]
@@ -64,7 +66,7 @@ def score(
         packed, line = should_pack([rows[i] for i in group] for group in packed_groups)
         if packed:
             groups = packed_groups
-        log(line)
+        (log_detail or log)(line)
 
     # --- How a pass is done, in smaller ones where memory is short
     memory = memory_limit(dist, log)

@@ -107,6 +107,7 @@ class TrainerHooks:
     state_file: Path | None = None  # where the training state is saved; None: nowhere
     metrics_file: Path | None = None  # where all rows of metrics are written at the end
     log: Callable[[str], None] = print
+    log_detail: Callable[[str], None] = print  # what only a closer look needs
     log_metrics: Callable[..., None] = ignore  # (row, **timing), row by row
     progress: Callable = no_progress  # (total, unit, done) -> a context with `step()`
     should_stop: Callable[[], bool] = never  # asked after every step; the state is then saved
@@ -157,7 +158,7 @@ def plan_packed_batches(
         for group in micro_batches:
             batches.append([row for number in group for row in examples[number].rows])
     packed, line = should_pack(batches)
-    hooks.log(line)
+    hooks.log_detail(line)
     return BatchPlan(steps, packed)
 
 

@@ -29,7 +29,7 @@ from minmacpo.evaluation.bootstrap import mean_interval
 from minmacpo.evaluation.finished_run import read_run
 from minmacpo.evaluation.remote_judge import Ask, asked, check_request, over_http
 from minmacpo.evaluation.text_tables import bracketed
-from minmacpo.method.ai_feedback import conversation, points
+from minmacpo.method.ai_feedback import conversation, parse_score
 from minmacpo.pipeline.run_dir import check_stage
 from minmacpo.runtime.files import open_locked, read_rows, with_path, write_atomic, write_json
 from minmacpo.runtime.progress import Progress, escape_control_chars
@@ -115,13 +115,14 @@ def pairs_of(words: Namespace) -> list[Pair]:
 # ---- asking --------------------------------------------------------------------------------------
 def verdict_of(reply: str) -> str | None:
     """ "first", "second" or "tie" by the last mark of a reply; None: it has none."""
-    last = points(reply, [*MARKS])
+    last = parse_score(reply, [*MARKS])
     return None if last is None else [*MARKS.values()][last]
 
 
 def local(words: Namespace) -> Ask:
     """Asks a base or adapter folder on this machine, greedily, in the form that it was trained with."""
-    from minmacpo.pipeline.model_pool import answer, open_agent
+    from minmacpo.pipeline.open_model import open_agent
+    from minmacpo.pipeline.sample_stage import Request, Sampler
 
     settings = {
         "generate.temperature": 0.0,
@@ -134,7 +135,7 @@ def local(words: Namespace) -> Ask:
 
     def ask(question: str) -> str:
         example = Example("judge", (Message("user", question),), "")
-        return answer(config, loaded, "judge", [(example, 0)], 0)[0].response
+        return Sampler(loaded, config.generate, "judge", seed=0)([Request(example)])[0].response
 
     return ask
 

@@ -30,7 +30,9 @@ from minmacpo.data.formats import LoadReport, read_data
 from minmacpo.data.records import Pair, example_id
 from minmacpo.data.tokenizer import Tokens, show_mask
 from minmacpo.evaluation.text_tables import bracketed
-from minmacpo.pipeline.model_pool import LoadedModel, fit_rows, open_agent
+from minmacpo.pipeline.model_pool import LoadedModel
+from minmacpo.pipeline.open_model import open_agent
+from minmacpo.pipeline.prepare_data import truncate_pairs
 from minmacpo.runtime.device import resolve_device
 from minmacpo.runtime.progress import Progress, escape_control_chars
 
@@ -65,7 +67,9 @@ def fit_pairs(
     must have: with "chosen", the rejected answers do not count. UserError if none is left."""
     able = [pair for pair in pairs if getattr(pair, needed)]
     wanted = [replace(pair, rejected="") for pair in able] if needed == "chosen" else able
-    kept, reasons = fit_rows(config, loaded, wanted, loaded.limit, loaded.limit)
+    kept, reasons = truncate_pairs(
+        config, loaded.tokenizer, wanted, loaded.max_length, loaded.max_length
+    )
     counts = Counter()
     for report in reports:
         counts.update(report.counts)
@@ -77,7 +81,7 @@ def fit_pairs(
     if not kept:
         told = ", ".join(f"{count} {reason}" for reason, count in counts.items())
         raise UserError(
-            f"no row is left to measure ({told}); see data.max_length = {loaded.limit}, data.truncation_mode"
+            f"no row is left to measure ({told}); see data.max_length = {loaded.max_length}, data.truncation_mode"
         )
     return kept, dict(counts)
 

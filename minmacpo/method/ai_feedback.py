@@ -1,263 +1,402 @@
-"""Answers that models judge or steer: what self-rewarding, RLAIF and RLCD ask, and the pairs they make of it.
+"""Answers that models judge or steer: what self-rewarding, RLAIF and RLCD ask, and their pairs.
 
-The words of the questions are settings ([feedback]): the papers' on real models, the town's own in the world.
-Questions, replies and preferences are stages like all others, so what was asked can be read on the disk.
+The words of the questions are settings ([feedback]): the papers' on real models, the town's own in
+the built-in world. Questions, replies and preferences are stages like all others, so what was asked
+can be read on the disk.
 """
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 
 from minmacpo import UserError
+from minmacpo.config.schema import Feedback
 from minmacpo.data.chat_template import TEMPLATES
 from minmacpo.data.records import Example, Message, Pair, Sample, format_dialogue
-from minmacpo.pipeline.base_models import Base
-from minmacpo.pipeline.model_pool import Session, TextColumn
-from minmacpo.pipeline.run import Stage, StageContext
-from minmacpo.runtime.files import read_rows, write_rows
+from minmacpo.pipeline.artifacts import BaseModel, Score, ScoreColumn, TextColumn
+from minmacpo.pipeline.model_pool import ModelPool
+from minmacpo.pipeline.run import Run, Stage, StageContext
+from minmacpo.runtime.files import write_rows
 
-Preference = tuple[TextColumn, TextColumn]  # chosen and rejected answers, prompt by prompt
-
-
-def conversation(prompt: Sequence[Message]) -> str:
-    """A prompt as text inside a question: a single turn as it is, several with their speakers."""
-    return format_dialogue(
-        prompt, {"system": "System", "user": "Human", "assistant": "Assistant"}, "\n\n"
-    )
+Preference = Pair | None  # None: a prompt on which the labeller prefers nothing
 
 
-def question(template: str, example: Sample, **answers: str) -> tuple[Message, ...]:
-    """A setting of [feedback] filled in, as a prompt of one turn."""
-    return (Message("user", template.format(prompt=conversation(example.prompt), **answers)),)
+# --- Questions
 
 
 def ask(
-    session: Session,
+    run: Run,
+    models: ModelPool,
     name: str,
-    base: Base,
+    base: BaseModel,
     texts: TextColumn,
-    questions: Callable[[list], list[list[Example]]],
-    **known,
+    questions: Callable[[Sequence], list[list[Example]]],
+    **settings,
 ) -> TextColumn:
-    """questions.jsonl: what `questions` makes of the texts, a group for each prompt; `known`: what it depends on
-    beside them and [feedback]. A group that `base` has no room for, beside an answer, is left out whole and
-    counted."""
+    """The stage with questions.jsonl: what `questions` makes of the texts, a group per prompt.
 
-    def write_questions(work: StageContext) -> dict:
-        """Ask what fits."""
-        loaded, kept = session.use(base, None), []
-        room = loaded.model.config.max_position_embeddings - session.config.generate.max_new_tokens
+    A group that does not fit into the context of `base`, beside an answer, is left out whole.
+
+    Args:
+        settings: what `questions` depends on beside the texts and [feedback].
+    """
+
+    def write_questions(context: StageContext) -> dict:
+        loaded = models.get(base, None)
+        room = loaded.context - run.config.generate.max_new_tokens
         groups = questions(texts.read())
+        fitting = []
         for group in groups:
-            sizes = [len(session.render(loaded, e.prompt, e.response or None).ids) for e in group]
-            kept += group if max(sizes) <= room else []
-        if not work.dist.is_main:
+            lengths = [
+                len(loaded.render(question.prompt, question.response or None).ids)
+                for question in group
+            ]
+            if max(lengths) <= room:
+                fitting.append(group)
+        if not context.dist.is_main:
             return {}
-        write_rows(work.folder / "questions.jsonl", kept)
-        if not kept:
-            raise UserError(
-                f"{work.name}: no question fits into the {room} tokens that {base.name} has for it"
-            )
-        lost = len(groups) - len({example.meta["of"] for example in kept})
-        if lost > 0.1 * len(groups):
-            work.log(
-                f"WARNING: the questions about {lost} of {len(groups)} prompts are too long for {base.name}"
-            )
-        return {"questions": len(kept), "prompts": len(groups), "over_long": lost}
 
-    settings = {
-        "feedback": asdict(session.config.feedback),
-        "max_new_tokens": session.config.generate.max_new_tokens,
-    }
-    stage = session.stage(
-        name, "ask/1", settings | texts.settings | known, [base.stage, texts.stage], write_questions
+        asked = [question for group in fitting for question in group]
+        write_rows(context.folder / "questions.jsonl", asked)
+        over_long = len(groups) - len(fitting)
+        if not asked:
+            raise UserError(
+                f"{context.name}: no question fits into the {room} tokens that {base.name} has "
+                "for it"
+            )
+        if over_long > 0.1 * len(groups):
+            context.log(
+                f"WARNING: the questions about {over_long} of {len(groups)} prompts are too long "
+                f"for {base.name}"
+            )
+        return {"questions": len(asked), "prompts": len(groups), "over_long": over_long}
+
+    stage = run.stage(
+        name=name,
+        kind="ask/2",
+        settings=models.settings(base)
+        | {
+            "feedback": asdict(run.config.feedback),
+            "max_new_tokens": run.config.generate.max_new_tokens,
+            "texts": texts.location,
+        }
+        | settings,
+        inputs=[base.stage, texts.stage],
+        compute=write_questions,
     )
     return TextColumn(stage, "questions.jsonl", "question")
 
 
-def prefer_by(
-    session: Session,
-    name: str,
-    inputs: Sequence[Stage],
-    choose: Callable[[], tuple[list[Pair | None], dict]],
-) -> Preference:
-    """pairs.jsonl of what `choose` prefers; a None is a prompt without preference, left out and counted."""
-
-    def write_preferences(work: StageContext) -> dict:
-        """Judge, and keep what has a better and a worse side."""
-        found, counts = choose()
-        made = [pair for pair in found if pair]
-        counts = {"pairs": len(made), "no_preference": len(found) - len(made)} | counts
-        if not made:
-            raise UserError(
-                f"{work.name}: no prompt is left with a better and a worse answer ({counts})"
-            )
-        if len(made) < 0.9 * len(found):
-            work.log(
-                f"WARNING: {len(found) - len(made)} of {len(found)} prompts have no preference"
-            )
-        write_rows(work.folder / "pairs.jsonl", made)
-        return counts
-
-    settings = {"feedback": asdict(session.config.feedback)}
-    stage = session.stage(name, "preferences/1", settings, inputs, write_preferences)
-    return TextColumn(stage, "pairs.jsonl", "chosen"), TextColumn(stage, "pairs.jsonl", "rejected")
+def fill_template(template: str, example: Example | Sample, **answers: str) -> tuple[Message, ...]:
+    """A setting of [feedback] with the prompt and the answers put in, as a prompt of one turn."""
+    prompt = conversation(example.prompt)
+    return (Message("user", template.format(prompt=prompt, **answers)),)
 
 
-def grouped(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """The candidates [n] of every prompt, in order."""
+def conversation(prompt: Sequence[Message]) -> str:
+    """A prompt as text inside a question: a single turn as it is, several with their speakers."""
+    speakers = {"system": "System", "user": "Human", "assistant": "Assistant"}
+    return format_dialogue(prompt, speakers, "\n\n")
+
+
+def group_by_prompt(samples: Iterable[Sample]) -> list[list[Sample]]:
+    """The answers to every prompt, in order."""
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.id, []).append(sample)
     return list(groups.values())
 
 
-def pair_of(best: Sample, worst: Sample) -> Pair:
+# --- Preferences
+
+
+def write_preferences(
+    run: Run,
+    name: str,
+    inputs: Sequence[Stage],
+    label: Callable[[], tuple[list[Preference], dict]],
+) -> tuple[TextColumn, TextColumn]:
+    """The stage with pairs.jsonl of what `label` prefers: its chosen and its rejected answers.
+
+    A prompt without a preference is left out and counted.
+    """
+
+    def write_pairs(context: StageContext) -> dict:
+        preferences, label_counts = label()
+        pairs = [preference for preference in preferences if preference is not None]
+        undecided = len(preferences) - len(pairs)
+        counts = {"pairs": len(pairs), "no_preference": undecided} | label_counts
+        if not pairs:
+            raise UserError(
+                f"{context.name}: no prompt is left with a better and a worse answer ({counts})"
+            )
+        if len(pairs) < 0.9 * len(preferences):
+            context.log(f"WARNING: {undecided} of {len(preferences)} prompts have no preference")
+        write_rows(context.folder / "pairs.jsonl", pairs)
+        return counts
+
+    stage = run.stage(
+        name=name,
+        kind="preferences/2",
+        settings={"feedback": asdict(run.config.feedback)},
+        inputs=inputs,
+        compute=write_pairs,
+    )
+    return TextColumn(stage, "pairs.jsonl", "chosen"), TextColumn(stage, "pairs.jsonl", "rejected")
+
+
+def preference(better: Sample, worse: Sample) -> Pair:
     """What a labeller prefers to what, of two answers to one prompt."""
     return Pair(
-        best.id, best.prompt, best.response, worst.response, "preferred", "other", meta=best.meta
+        id=better.id,
+        prompt=better.prompt,
+        chosen=better.response,
+        rejected=worse.response,
+        chosen_by="preferred",
+        rejected_by="other",
+        meta=better.meta,
     )
 
 
-# ---- RLCD: the same prompt with a good and with a bad tag ---------------------------------------
-def tagged(seed: int, settings, texts: Sequence[Example], good: bool) -> list[list[Example]]:
-    """Every prompt with a tag before the open turn, and the opposite one before earlier answers (RLCD, section 3).
-    The pair of tags is drawn per prompt, the same for both sides."""
-    found = []
-    for text in texts:
-        sides = list(zip(settings.good_tags, settings.bad_tags, strict=True))
-        tags = random.Random(repr((seed, "tags", text.id))).choice(sides)
-        mine, other = tags if good else tags[::-1]
-        earlier = [
-            [Message("tag", other), m] if m.role == "assistant" else [m] for m in text.prompt
-        ]
-        prompt = (*(m for turn in earlier for m in turn), Message("tag", mine))
-        found.append([Example(text.id, prompt, "", text.meta | {"of": text.id})])
-    return found
+# --- RLCD: the same prompt with a good and with a bad tag
 
 
 def tagged_prompts(
-    session: Session, name: str, base: Base, queries: TextColumn, good: bool
+    run: Run, models: ModelPool, name: str, base: BaseModel, prompts: TextColumn, good: bool
 ) -> TextColumn:
-    """The queries under a good tag, or under a bad one; UserError, also while planning, where the template has no
-    place for a tag."""
-    config = session.config
+    """The prompts under a good tag, or under a bad one.
+
+    Raises:
+        UserError: the chat template has no place for a tag; also while planning.
+    """
+    config = run.config
     if TEMPLATES[config.data.template].tag is None:
         able = ", ".join(name for name, template in TEMPLATES.items() if template.tag)
         raise UserError(
-            f"data.template = {config.data.template} has no place for a tag, which run.method = rlcd and "
-            f"macpo.negatives = persona need; {able} have one"
+            f"data.template = {config.data.template} has no place for a tag, which run.method = "
+            f"rlcd and macpo.negatives = persona need; {able} have one"
         )
     return ask(
-        session,
-        name,
-        base,
-        queries,
-        lambda texts: tagged(config.run.seed, config.feedback, texts, good),
+        run,
+        models,
+        name=name,
+        base=base,
+        texts=prompts,
+        questions=lambda texts: add_tags(texts, config.feedback, config.run.seed, good),
         good_tag=good,
         seed=config.run.seed,
     )
 
 
-def by_tag(
-    queries: TextColumn, good: TextColumn, bad: TextColumn
-) -> tuple[list[Pair | None], dict]:
-    """Chosen is what was said under the good tag; the prompt has no tag any more."""
-    sides = [{s.id: s for s in side.read()} for side in (good, bad)]
-    both = [(query, *(side.get(query.id) for side in sides)) for query in queries.read()]
-    pairs = [
-        Pair(q.id, q.prompt, a.response, b.response, "good_tag", "bad_tag", meta=q.meta)
-        if a and b
-        else None
-        for q, a, b in both
-    ]
-    return pairs, {}
+def add_tags(
+    texts: Iterable[Example], feedback: Feedback, seed: int, good: bool
+) -> list[list[Example]]:
+    """Every prompt with a tag before the open turn, and the opposite one before earlier answers.
+
+    The pair of tags is drawn for each prompt, the same for both sides (RLCD, section 3).
+    """
+    tag_pairs = list(zip(feedback.good_tags, feedback.bad_tags, strict=True))
+    groups = []
+    for text in texts:
+        good_tag, bad_tag = random.Random(repr((seed, "tags", text.id))).choice(tag_pairs)
+        own_tag, opposite_tag = (good_tag, bad_tag) if good else (bad_tag, good_tag)
+        prompt = []
+        for message in text.prompt:
+            if message.role == "assistant":
+                prompt.append(Message("tag", opposite_tag))
+            prompt.append(message)
+        prompt.append(Message("tag", own_tag))
+        groups.append([Example(text.id, tuple(prompt), "", text.meta | {"of": text.id})])
+    return groups
 
 
-# ---- RLAIF: a labeller compares two answers, in both orders -------------------------------------
-def comparisons(settings, samples: Sequence[Sample]) -> list[list[Example]]:
-    """Per prompt with two candidates: each option, in each order of the two."""
-    found = []
-    for a, b in grouped(samples):
-        asked = [
-            question(settings.compare, a, first=x.response, second=y.response)
-            for x, y in ((a, b), (b, a))
-        ]
-        found.append(
-            [
-                Example(f"{a.id}/{i}", prompt, option, {"of": a.id})
-                for i, (prompt, option) in enumerate(
-                    (p, o) for p in asked for o in settings.options
-                )
-            ]
+def label_by_tag(
+    run: Run, name: str, prompts: TextColumn, good: TextColumn, bad: TextColumn
+) -> tuple[TextColumn, TextColumn]:
+    """The stage that prefers the answer under the good tag to that under the bad one."""
+    return write_preferences(
+        run,
+        name,
+        inputs=[prompts.stage, good.stage, bad.stage],
+        label=lambda: prefer_good_tag(prompts.read(), good.read(), bad.read()),
+    )
+
+
+def prefer_good_tag(
+    prompts: Iterable[Example], good: Iterable[Sample], bad: Iterable[Sample]
+) -> tuple[list[Preference], dict]:
+    """A pair for every prompt with both answers; the prompt has no tag any more."""
+    good_answers = {sample.id: sample.response for sample in good}
+    bad_answers = {sample.id: sample.response for sample in bad}
+    preferences: list[Preference] = []
+    for prompt in prompts:
+        if prompt.id not in good_answers or prompt.id not in bad_answers:
+            preferences.append(None)
+            continue
+        pair = Pair(
+            id=prompt.id,
+            prompt=prompt.prompt,
+            chosen=good_answers[prompt.id],
+            rejected=bad_answers[prompt.id],
+            chosen_by="good_tag",
+            rejected_by="bad_tag",
+            meta=prompt.meta,
         )
-    return found
+        preferences.append(pair)
+    return preferences, {}
+
+
+# --- RLAIF: a labeller compares two answers, in both orders
+
+
+def comparison_questions(
+    template: str, options: Sequence[str], samples: Iterable[Sample]
+) -> list[list[Example]]:
+    """For every prompt with two answers: each option, in each order of the two."""
+    groups = []
+    for a, b in group_by_prompt(samples):
+        group = []
+        for first, second in ((a, b), (b, a)):
+            prompt = fill_template(template, a, first=first.response, second=second.response)
+            for option in options:
+                group.append(Example(f"{a.id}/{len(group)}", prompt, option, {"of": a.id}))
+        groups.append(group)
+    return groups
+
+
+def label_by_comparison(
+    run: Run, name: str, candidates: TextColumn, questions: TextColumn, scores: Stage
+) -> tuple[TextColumn, TextColumn]:
+    """The stage that prefers the answer which the labeller finds likelier to be better.
+
+    Args:
+        questions: from `comparison_questions`; `scores` are theirs under the labeller.
+    """
+    return write_preferences(
+        run,
+        name,
+        inputs=[candidates.stage, questions.stage, scores],
+        label=lambda: prefer_likelier(
+            candidates.read(), option_logps(questions.read(), ScoreColumn(scores).read())
+        ),
+    )
+
+
+def option_logps(questions: Iterable[Example], scores: Iterable[Score]) -> dict[str, list[float]]:
+    """The log-probabilities of the options by prompt, in the order of its questions."""
+    logps: dict[str, list[float]] = {}
+    for question, score in zip(questions, scores, strict=True):
+        logps.setdefault(question.meta["of"], []).append(score.logp)
+    return logps
+
+
+def prefer_likelier(
+    candidates: Iterable[Sample], logps_by_prompt: dict[str, list[float]]
+) -> tuple[list[Preference], dict]:
+    """A pair for every prompt whose two answers differ and were compared.
+
+    Args:
+        logps_by_prompt: of both options, then of the same with the answers exchanged.
+    """
+    preferences: list[Preference] = []
+    order_decided = 0
+    for a, b in group_by_prompt(candidates):
+        logps = logps_by_prompt.get(a.id)
+        if logps is None:
+            preferences.append(None)
+            continue
+        if (logps[0] > logps[1]) == (logps[2] > logps[3]):
+            order_decided += 1  # the same place won twice, whoever stood there
+        if a.response == b.response:
+            preferences.append(None)
+        elif first_preferred(logps) > 0.5:
+            preferences.append(preference(better=a, worse=b))
+        else:
+            preferences.append(preference(better=b, worse=a))
+    return preferences, {"order_decided": order_decided}
 
 
 def first_preferred(logps: Sequence[float]) -> float:
-    """p(the first candidate is better), the mean over both orders of the softmax over both options (RLAIF), from
-    the log-probabilities of first and second option, then of the same two with the candidates exchanged."""
-    return (
-        sum(1 / (1 + math.exp(min(other - own, 700))) for own, other in (logps[:2], logps[:1:-1]))
-        / 2
+    """p(the first answer is better): the mean over both orders of a softmax over the options.
+
+    Args:
+        logps: of the first and the second option, then of both with the answers exchanged.
+    """
+    in_order = sigmoid(logps[0] - logps[1])
+    exchanged = sigmoid(logps[3] - logps[2])
+    return (in_order + exchanged) / 2
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + exp(-x)), also where that exponential overflows."""
+    return 1 / (1 + math.exp(min(-x, 700)))
+
+
+# --- Self-rewarding: the student scores its own answers
+
+
+def rubric_questions(template: str, samples: Iterable[Sample]) -> list[list[Example]]:
+    """For every prompt: the request for a score of each of its answers."""
+    groups = []
+    for answers in group_by_prompt(samples):
+        group = []
+        for number, answer in enumerate(answers):
+            prompt = fill_template(template, answer, response=answer.response)
+            group.append(Example(f"{answer.id}/{number}", prompt, "", {"of": answer.id}))
+        groups.append(group)
+    return groups
+
+
+def label_by_scores(
+    run: Run, name: str, candidates: TextColumn, replies: TextColumn
+) -> tuple[TextColumn, TextColumn]:
+    """The stage that prefers the answer with the highest mean score to that with the lowest."""
+    verdicts = run.config.feedback.verdicts
+    return write_preferences(
+        run,
+        name,
+        inputs=[candidates.stage, replies.stage],
+        label=lambda: prefer_highest_score(candidates.read(), replies.read(), verdicts),
     )
 
 
-def by_comparison(candidates: TextColumn, scores: Stage) -> tuple[list[Pair | None], dict]:
-    """Chosen is the candidate that the labeller finds likelier to be better."""
-    known: dict[str, list[float]] = {}
-    for row in read_rows(scores.path / "scores.jsonl"):
-        known.setdefault(row["id"].rpartition("/")[0], []).append(row["logp"])
-    pairs, undecided = [], 0
-    for a, b in grouped(candidates.read()):
-        logps = known.get(a.id)
-        place = logps and (logps[0] > logps[1]) == (logps[2] > logps[3])  # the same place won twice
-        undecided += bool(place)
-        if logps and a.response != b.response:
-            best, worst = (a, b) if first_preferred(logps) > 0.5 else (b, a)
-            pairs.append(pair_of(best, worst))
-        else:
-            pairs.append(None)
-    return pairs, {"order_decided": undecided}
+def prefer_highest_score(
+    candidates: Iterable[Sample], replies: Iterable[Sample], verdicts: Sequence[str]
+) -> tuple[list[Preference], dict]:
+    """A pair for every prompt whose answers got different scores; ties are dropped."""
+    scores: dict[str, list[int | None]] = {}  # by the request's id
+    for reply in replies:
+        scores.setdefault(reply.id, []).append(parse_score(reply.response, verdicts))
+    reply_count = sum(len(values) for values in scores.values())
+    failures = sum(values.count(None) for values in scores.values())
 
-
-# ---- self-rewarding: the student scores its own answers ------------------------------------------
-def judgements(settings, samples: Sequence[Sample]) -> list[list[Example]]:
-    """Per prompt: the request for a score of each candidate."""
-    return [
-        [
-            Example(
-                f"{s.id}/{i}", question(settings.rubric, s, response=s.response), "", {"of": s.id}
-            )
-            for i, s in enumerate(group)
-        ]
-        for group in grouped(samples)
-    ]
-
-
-def points(reply: str, verdicts: Sequence[str]) -> int | None:
-    """The verdict that a judgement ends with, as its place in `verdicts`; None: it has none (a parse failure)."""
-    where, _, value = max(
-        (reply.rfind(text), len(text), value) for value, text in enumerate(verdicts)
-    )
-    return value if where >= 0 else None
-
-
-def by_score(
-    settings, candidates: TextColumn, replies: TextColumn
-) -> tuple[list[Pair | None], dict]:
-    """Chosen is the candidate with the highest mean score, rejected that with the lowest; ties are dropped."""
-    found: dict[str, list[int | None]] = {}
-    for reply in replies.read():
-        found.setdefault(reply.id, []).append(points(reply.response, settings.verdicts))
-    pairs, failures = [], sum(score is None for scores in found.values() for score in scores)
-    for group in grouped(candidates.read()):
+    preferences: list[Preference] = []
+    for answers in group_by_prompt(candidates):
         scored = []
-        for i, candidate in enumerate(group):
-            known = [score for score in found.get(f"{candidate.id}/{i}", []) if score is not None]
-            scored += [(sum(known) / len(known), candidate)] if known else []
-        scored.sort(key=lambda each: each[0], reverse=True)  # of equal ones the first stays first
-        same = not scored or scored[0][0] == scored[-1][0]
-        pairs.append(None if same else pair_of(scored[0][1], scored[-1][1]))
-    return pairs, {"replies": sum(map(len, found.values())), "parse_failures": failures}
+        for number, answer in enumerate(answers):
+            values = scores.get(f"{answer.id}/{number}", [])
+            parsed = [value for value in values if value is not None]
+            if parsed:
+                scored.append((sum(parsed) / len(parsed), answer))
+        scored.sort(key=lambda entry: entry[0], reverse=True)  # of equals the first stays first
+        if not scored or scored[0][0] == scored[-1][0]:
+            preferences.append(None)
+        else:
+            preferences.append(preference(better=scored[0][1], worse=scored[-1][1]))
+    return preferences, {"replies": reply_count, "parse_failures": failures}
+
+
+def parse_score(reply: str, verdicts: Sequence[str]) -> int | None:
+    """The verdict that a reply ends with, as its index; None where it has none."""
+    last = -1
+    length = 0
+    score = None
+    for index, verdict in enumerate(verdicts):
+        position = reply.rfind(verdict)
+        # of two at one place the longer one: "Score: 10" also holds "Score: 1"
+        if position >= 0 and (position, len(verdict)) >= (last, length):
+            last = position
+            length = len(verdict)
+            score = index
+    return score

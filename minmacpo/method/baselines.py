@@ -1,225 +1,309 @@
 """The systems that MACPO is compared with, each in the words of its paper, made of the same stages.
 
-All make as many passes over the same prompts as MACPO's student in its rounds, so that a difference is one of
-method.
+All make as many passes over the same prompts as MACPO's student in its rounds, so that a difference
+is one of method. To add a method, write a function and put it into METHODS; the command line then
+knows it once its name stands in config/schema.py.
 """
 
-from collections.abc import Generator, Iterator
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from minmacpo.method import ai_feedback as feedback
-from minmacpo.method.macpo import (
+from minmacpo.method import ai_feedback
+from minmacpo.method.agents import (
     Agent,
     AgentCheckpoint,
-    ceiling,
-    contrast,
-    imitate,
+    learn_preferences,
     make_agents,
-    positives,
-    roll_back,
-    rounds,
-    run_macpo,
+    sample_positives,
+    sample_weak_labels,
+    train_ceiling,
+    train_positive,
 )
+from minmacpo.method.macpo import run_macpo
+from minmacpo.method.monitor import observed_status, rounds
 from minmacpo.method.selection import CandidateSet
-from minmacpo.pipeline.base_models import Setup
-from minmacpo.pipeline.model_pool import Session, TextColumn
-from minmacpo.pipeline.run import Stage
+from minmacpo.pipeline.artifacts import Policy, Setup, TextColumn
+from minmacpo.pipeline.model_pool import ModelPool
+from minmacpo.pipeline.run import Run
 from minmacpo.pipeline.sample_stage import sample
 from minmacpo.pipeline.score_stage import score_texts
-from minmacpo.pipeline.train_stage import TrainArgs, sft
+from minmacpo.pipeline.train_stage import SFTArgs, copy_adapter, train_sft
 
 
-def run_method(session: Session, ground: Setup) -> Iterator[AgentCheckpoint]:
-    """The agents of `run.method`, each as soon as it is trained; then the student that macpo.stop = rollback keeps."""
-    methods = {
-        "macpo": run_macpo,
-        "sft": start,
-        "sft-continued": continued,
-        "confident": confident,
-        "spin": spin,
-        "self-rewarding": self_rewarding,
-        "rlaif": rlaif,
-        "rlcd": rlcd,
-        "dpo-truth": dpo_truth,
-        "ceiling": truth,
-    }
+def run_method(run: Run, models: ModelPool, setup: Setup) -> Iterator[AgentCheckpoint]:
+    """The agents of `run.method`, each as soon as it is trained, to be measured.
+
+    With macpo.stop = rollback the student that is kept comes last.
+    """
+    method = METHODS[run.config.run.method]
     students = []
-    for trained in methods[session.config.run.method](session, ground):
-        yield trained
-        students += [trained] if trained.agent == "student" else []
-    if session.config.macpo.stop == "rollback":
-        yield roll_back(session, students)
+    for checkpoint in method(run, models, setup):
+        yield checkpoint
+        if checkpoint.agent == "student":
+            students.append(checkpoint)
+    if run.config.macpo.stop == "rollback":
+        yield roll_back(run, students)
 
 
-def start(
-    session: Session, ground: Setup
-) -> Generator[AgentCheckpoint, None, tuple[Agent, TextColumn]]:
-    """Naive weak-to-strong SFT (Burns et al. 2023): the student imitates teacher 1's answers. The other
-    teachers and the ceiling are trained and measured too, to place the result between them (PGR)."""
-    student, teachers = make_agents(session, ground)
-    truth = TextColumn(ground.slices, "d1.jsonl", "chosen")
+def roll_back(run: Run, students: Sequence[AgentCheckpoint]) -> AgentCheckpoint:
+    """The student of the last round before the monitor's first alarm, as final/student_pos."""
+    last = students[-1]  # `rounds` went no further than that alarm
+    best = last
+    status = observed_status(run, last.round)
+    if status.startswith("collapsed"):
+        best = students[-2]  # there is one: round 0 has nothing to be compared with
+        run.log(f"the student has {status} in round {last.round}: back to round {best.round}")
+    adapter = copy_adapter(run, "final/student_pos", best.adapter)
+    return replace(best, agent="kept", adapter=adapter)
+
+
+# --- Supervised fine-tuning
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What all baselines begin with."""
+
+    student: Agent
+    weak_labels: TextColumn
+    checkpoints: list[AgentCheckpoint]
+
+
+def start(run: Run, models: ModelPool, setup: Setup) -> Start:
+    """Naive weak-to-strong SFT (Burns et al. 2023): the student imitates teacher 1's answers.
+
+    The other teachers and the ceiling are trained too, to place the result between them (PGR).
+    """
+    student, teachers = make_agents(run, models, setup)
+    checkpoints = []
     for teacher in teachers:
-        yield imitate(teacher, truth)
-    labels = positives(teachers[0], 1, "round0/weak_labels")
-    yield imitate(student, labels)
-    if session.config.macpo.controls:
-        yield ceiling(student)
-    return student, labels
+        train_positive(teacher, TextColumn(setup.splits, "d1.jsonl", "chosen"))
+        checkpoints.append(teacher.checkpoint(0))
+    weak_labels = sample_weak_labels(teachers[0])
+    train_positive(student, weak_labels)
+    checkpoints.append(student.checkpoint(0))
+    if run.config.macpo.controls:
+        checkpoints.append(train_ceiling(student))
+    return Start(student, weak_labels, checkpoints)
 
 
-def continued(session: Session, ground: Setup) -> Iterator[AgentCheckpoint]:
+def naive_sft(run: Run, models: ModelPool, setup: Setup) -> Iterator[AgentCheckpoint]:
+    """The student imitates teacher 1, and that is all."""
+    yield from start(run, models, setup).checkpoints
+
+
+def continued_sft(run: Run, models: ModelPool, setup: Setup) -> Iterator[AgentCheckpoint]:
     """Naive SFT that goes on with the same labels."""
-    student, labels = yield from start(session, ground)
-    yield imitate_long(
-        student, labels, student.positive[0], replace(student.dpo_args, epochs=0), 0.0
+    begun = start(run, models, setup)
+    yield from begun.checkpoints
+    student = begun.student
+    args = SFTArgs(student.dpo_args.lr, epochs=0, batch=student.dpo_args.batch)
+    yield train_long(student, begun.weak_labels, student.initial_policy, args)
+
+
+def confident_sft(run: Run, models: ModelPool, setup: Setup) -> Iterator[AgentCheckpoint]:
+    """SFT from the base with the auxiliary confidence loss (Burns et al. 2023; here by token).
+
+    A part of the loss, growing over the first fifth of the steps, is towards what the student
+    finds likeliest itself.
+    """
+    begun = start(run, models, setup)
+    yield from begun.checkpoints
+    student = begun.student
+    args = replace(student.sft_args, confidence=run.config.sft.confidence)
+    yield train_long(student, begun.weak_labels, student.bare_base, args)
+
+
+def long_ceiling(run: Run, models: ModelPool, setup: Setup) -> Iterator[AgentCheckpoint]:
+    """SFT on the true answers to all prompts, from the base, for the passes of all rounds."""
+    begun = start(run, models, setup)
+    yield from begun.checkpoints
+    student = begun.student
+    yield train_long(student, student.prompts, student.bare_base, student.sft_args)
+
+
+def train_long(student: Agent, texts: TextColumn, begin: Policy, args: SFTArgs) -> AgentCheckpoint:
+    """SFT for the passes of all rounds in addition to those of `args`."""
+    last_round = student.config.macpo.rounds
+    passes = args.epochs + last_round * student.dpo_args.epochs
+    adapter = train_sft(
+        student.run,
+        student.models,
+        name=f"round{last_round}/student_pos",
+        start=begin,
+        texts=texts,
+        args=replace(args, epochs=passes),
+        seed_key=("student", "long"),
     )
+    return AgentCheckpoint("student", last_round, student.base, adapter)
 
 
-def confident(session: Session, ground: Setup) -> Iterator[AgentCheckpoint]:
-    """SFT with the auxiliary confidence loss, from the base (Burns et al. 2023; here token by token): a share
-    of the loss, growing over the first fifth of the steps, is towards what the student finds likeliest itself."""
-    student, labels = yield from start(session, ground)
-    yield imitate_long(student, labels, None, student.sft_args, session.config.sft.confidence)
+# --- Preference learning
 
 
-def imitate_long(
-    student: Agent,
-    labels: TextColumn,
-    first: Stage | None,
-    train_args: TrainArgs,
-    confidence: float,
-) -> AgentCheckpoint:
-    """SFT from `first` for the passes of all rounds in addition to the pace's own."""
-    session, rounds = student.session, student.session.config.macpo.rounds
-    train_args = replace(train_args, epochs=train_args.epochs + rounds * student.dpo_args.epochs)
-    name, key = f"round{rounds}/student_pos", ("student", "long")
-    learned = sft(
-        session, name, student.base, labels, first, train_args, key, confidence=confidence
-    )
-    return AgentCheckpoint("student", rounds, student.base, learned)
+def spin(run: Run, models: ModelPool, setup: Setup) -> Iterator[AgentCheckpoint]:
+    """Self-play (Chen et al. 2024): prefers the weak labels to its own answers of that moment.
+
+    The opponent who gave those answers is the reference; there is no SFT term.
+    """
+    begun = start(run, models, setup)
+    yield from begun.checkpoints
+    student = begun.student
+    dpo = replace(run.config.dpo, reference="previous", sft_weight=0.0)
+    for t in rounds(run):
+        chosen = CandidateSet("teacher1", begun.weak_labels)
+        rejected = sample_positives(student, t)
+        learn_preferences(student, t, [chosen], rejected, dpo=dpo)
+        yield student.checkpoint(t)
 
 
-def spin(session: Session, ground: Setup) -> Iterator[AgentCheckpoint]:
-    """Self-play (Chen et al. 2024): each round prefers the weak labels to its own answers of that moment.
-    The opponent who gave them is the reference; there is no SFT term."""
-    student, labels = yield from start(session, ground)
-    loss = replace(session.config.dpo, reference="previous", sft_weight=0.0)
-    for t in rounds(session):
-        yield contrast(student, t, [CandidateSet("teacher1", labels)], positives(student, t), loss)
+def dpo_on_truth(run: Run, models: ModelPool, setup: Setup) -> Iterator[AgentCheckpoint]:
+    """DPO + SFT on the ground-truth pairs of all prompts: what preferences could give at most."""
+    begun = start(run, models, setup)
+    yield from begun.checkpoints
+    chosen = CandidateSet("truth", TextColumn(setup.splits, "d2.jsonl", "chosen"))
+    rejected = TextColumn(setup.splits, "d2.jsonl", "rejected")
+    for t in rounds(run):
+        learn_preferences(begun.student, t, [chosen], rejected)
+        yield begun.student.checkpoint(t)
 
 
-def dpo_truth(session: Session, ground: Setup) -> Iterator[AgentCheckpoint]:
-    """DPO + γ SFT on the ground-truth pairs of all prompts: what preferences could give at most."""
-    student, _ = yield from start(session, ground)
-    good, bad = (TextColumn(ground.slices, "d2.jsonl", side) for side in ("chosen", "rejected"))
-    for t in rounds(session):
-        yield contrast(student, t, [CandidateSet("truth", good)], bad, session.config.dpo)
+def self_rewarding(run: Run, models: ModelPool, setup: Setup) -> Iterator[AgentCheckpoint]:
+    """The student scores several answers of its own by a rubric (Yuan et al. 2024).
 
-
-def truth(session: Session, ground: Setup) -> Iterator[AgentCheckpoint]:
-    """SFT on the ground truth of all prompts, from the base, for the passes of all rounds."""
-    student, _ = yield from start(session, ground)
-    yield imitate_long(student, student.queries, None, student.sft_args, 0.0)
-
-
-def self_rewarding(session: Session, ground: Setup) -> Iterator[AgentCheckpoint]:
-    """Each round the student answers every prompt several times, scores its answers by a rubric itself, and
-    prefers the best to the worst (Yuan et al. 2024); the reference is itself before that round."""
-    student, _ = yield from start(session, ground)
-    settings, loss = (
-        session.config.feedback,
-        replace(session.config.dpo, reference="previous", sft_weight=0.0),
-    )
-    for t in rounds(session):
-        said = several(student, t, settings.candidates)
-        asked = feedback.ask(
-            session,
-            f"round{t}/judge_questions",
-            student.base,
-            said,
-            partial(feedback.judgements, settings),
+    It prefers the best to the worst; the reference is itself before that round.
+    """
+    begun = start(run, models, setup)
+    yield from begun.checkpoints
+    student = begun.student
+    settings = run.config.feedback
+    dpo = replace(run.config.dpo, reference="previous", sft_weight=0.0)
+    for t in rounds(run):
+        candidates = sample_candidates(student, t, settings.candidates)
+        requests = ai_feedback.ask(
+            run,
+            models,
+            name=f"round{t}/judge_questions",
+            base=student.base,
+            texts=candidates,
+            questions=lambda samples: ai_feedback.rubric_questions(settings.rubric, samples),
         )
-        key = ("student", "judge", t)
         replies = sample(
-            session,
-            f"round{t}/judgements",
-            student.base,
-            student.positive[-1],
-            asked,
-            "student",
-            key,
-            settings.judgements,
+            run,
+            models,
+            name=f"round{t}/judgements",
+            policy=student.policy,
+            prompts=requests,
+            seed_key=("student", "judge", t),
+            answers=settings.judgements,
         )
-        chosen, rejected = feedback.prefer_by(
-            session,
-            f"round{t}/preferences",
-            [said.stage, replies],
-            partial(feedback.by_score, settings, said, TextColumn(replies)),
+        chosen, rejected = ai_feedback.label_by_scores(
+            run, f"round{t}/preferences", candidates, TextColumn(replies)
         )
-        yield contrast(student, t, [CandidateSet("preferred", chosen)], rejected, loss)
+        preferred = CandidateSet("preferred", chosen)
+        learn_preferences(student, t, [preferred], rejected, dpo=dpo)
+        yield student.checkpoint(t)
 
 
-def rlaif(session: Session, ground: Setup) -> Iterator[AgentCheckpoint]:
-    """The student answers every prompt twice, and the base of a weak teacher (which can judge; what fine-tuning taught
-    it is to answer) says which answer is better (Lee et al. 2023; as in the RLCD release); DPO on those pairs takes
-    the place of a reward model and PPO."""
-    student, _ = yield from start(session, ground)
-    labeller, said = ground.bases["weak1"], several(student, 1, 2)
-    asked = feedback.ask(
-        session,
-        "round1/judge_questions",
-        labeller,
-        said,
-        partial(feedback.comparisons, session.config.feedback),
+def rlaif(run: Run, models: ModelPool, setup: Setup) -> Iterator[AgentCheckpoint]:
+    """A weak model says which of the student's two answers is better (Lee et al. 2023).
+
+    The labeller is the base of a teacher, which can judge; what fine-tuning taught the teacher is
+    to answer. DPO on those pairs takes the place of a reward model and PPO, as in the RLCD release.
+    """
+    begun = start(run, models, setup)
+    yield from begun.checkpoints
+    settings = run.config.feedback
+    labeller = setup.base_models["weak1"]
+    candidates = sample_candidates(begun.student, 1, answers=2)
+    requests = ai_feedback.ask(
+        run,
+        models,
+        name="round1/judge_questions",
+        base=labeller,
+        texts=candidates,
+        questions=lambda samples: ai_feedback.comparison_questions(
+            settings.compare, settings.options, samples
+        ),
         compare=True,
     )
-    scores = score_texts(session, "round1/judgements", labeller, None, asked)
-    yield from learn_preferences(
-        student,
-        feedback.prefer_by(
-            session,
-            "round1/preferences",
-            [said.stage, scores],
-            partial(feedback.by_comparison, said, scores),
-        ),
+    scores = score_texts(
+        run, models, "round1/judgements", Policy("weak1", labeller), {"scores": requests}
     )
+    chosen, rejected = ai_feedback.label_by_comparison(
+        run, "round1/preferences", candidates, requests, scores
+    )
+    yield from learn_given_preferences(begun.student, chosen, rejected)
 
 
-def rlcd(session: Session, ground: Setup) -> Iterator[AgentCheckpoint]:
-    """A weak model answers every prompt under a good and under a bad tag; the answers are the pairs, nobody
-    judges them (Yang et al. 2024)."""
-    student, _ = yield from start(session, ground)
-    speaker, sides, queries = ground.bases["weak1"], [], student.queries
-    for side in ("good", "bad"):
-        asked = feedback.tagged_prompts(
-            session, f"round1/{side}_tag_prompts", speaker, queries, side == "good"
+def rlcd(run: Run, models: ModelPool, setup: Setup) -> Iterator[AgentCheckpoint]:
+    """A weak model answers every prompt under a good and under a bad tag (Yang et al. 2024).
+
+    The answers are the pairs; nobody judges them.
+    """
+    begun = start(run, models, setup)
+    yield from begun.checkpoints
+    speaker = setup.base_models["weak1"]
+    prompts = begun.student.prompts
+    answers = {}
+    for tag in ("good", "bad"):
+        tagged = ai_feedback.tagged_prompts(
+            run,
+            models,
+            name=f"round1/{tag}_tag_prompts",
+            base=speaker,
+            prompts=prompts,
+            good=tag == "good",
         )
-        name, key = f"round1/{side}_tag_answers", ("weak1", side)
-        sides.append(
-            TextColumn(sample(session, name, speaker, None, asked, f"weak1_{side}_tag", key))
+        stage = sample(
+            run,
+            models,
+            name=f"round1/{tag}_tag_answers",
+            policy=Policy(f"weak1_{tag}_tag", speaker),
+            prompts=tagged,
+            seed_key=("weak1", tag),
         )
-    inputs = [queries.stage, *(said.stage for said in sides)]
-    yield from learn_preferences(
-        student,
-        feedback.prefer_by(
-            session, "round1/preferences", inputs, partial(feedback.by_tag, queries, *sides)
-        ),
+        answers[tag] = TextColumn(stage)
+    chosen, rejected = ai_feedback.label_by_tag(
+        run, "round1/preferences", prompts, good=answers["good"], bad=answers["bad"]
     )
+    yield from learn_given_preferences(begun.student, chosen, rejected)
 
 
-def several(agent: Agent, t: int, answers: int) -> TextColumn:
-    """`answers` answers of an agent to every prompt."""
-    name, key = f"round{t}/candidates_{agent.name}", (agent.name, "candidates", t)
-    adapter = agent.positive[-1]
-    return TextColumn(
-        sample(agent.session, name, agent.base, adapter, agent.queries, agent.name, key, answers)
+def sample_candidates(agent: Agent, t: int, answers: int) -> TextColumn:
+    """Several answers of an agent to every prompt, to be judged."""
+    stage = sample(
+        agent.run,
+        agent.models,
+        name=f"round{t}/candidates_{agent.name}",
+        policy=agent.policy,
+        prompts=agent.prompts,
+        seed_key=(agent.name, "candidates", t),
+        answers=answers,
     )
+    return TextColumn(stage)
 
 
-def learn_preferences(student: Agent, preference: feedback.Preference) -> Iterator[AgentCheckpoint]:
+def learn_given_preferences(
+    student: Agent, chosen: TextColumn, rejected: TextColumn
+) -> Iterator[AgentCheckpoint]:
     """DPO on given pairs, once a round; the reference is the naive student."""
-    chosen, rejected = preference
-    loss = replace(student.session.config.dpo, reference="init", sft_weight=0.0)
-    for t in rounds(student.session):
-        yield contrast(student, t, [CandidateSet("preferred", chosen)], rejected, loss)
+    dpo = replace(student.config.dpo, reference="init", sft_weight=0.0)
+    preferred = CandidateSet("preferred", chosen)
+    for t in rounds(student.run):
+        learn_preferences(student, t, [preferred], rejected, dpo=dpo)
+        yield student.checkpoint(t)
+
+
+METHODS: dict[str, Callable[[Run, ModelPool, Setup], Iterator[AgentCheckpoint]]] = {
+    "macpo": run_macpo,
+    "sft": naive_sft,
+    "sft-continued": continued_sft,
+    "confident": confident_sft,
+    "spin": spin,
+    "self-rewarding": self_rewarding,
+    "rlaif": rlaif,
+    "rlcd": rlcd,
+    "dpo-truth": dpo_on_truth,
+    "ceiling": long_ceiling,
+}

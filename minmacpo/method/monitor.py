@@ -1,102 +1,167 @@
-"""Does training go wrong? Signs that need no gold label, read from an agent's finished stages after a round.
+"""Does training go wrong? Signs that need no gold label, read from an agent's finished stages.
 
-They are of its answers to the test prompts (the true answers are not looked at), of what it was trained on, and of
-how far it has gone from its base. `alarms` says which signatures of collapse they show; macpo.stop acts on them.
+They are of its answers to the test prompts (the true answers are not looked at), of what it was
+trained on, and of how far it has gone from its base. `alarms` says which signatures of collapse
+they show; `rounds` ends MACPO when macpo.stop says so.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from minmacpo.data.records import Pair, Sample
 from minmacpo.data.text_metrics import distinct2, loops, overlap
+from minmacpo.pipeline.run import Run
 from minmacpo.runtime.files import read_rows
 
-# Thresholds: chosen on seeds 0 and 1 of the built-in world, RESULTS.md has the others.
-SURPRISE = 1.3  # chosen answers against its own answers before the round, nats per token
+# Thresholds, chosen on seeds 0 and 1 of the built-in world; RESULTS.md has the other seeds.
+MAX_SURPRISE = 1.3  # chosen answers against its own answers before the round, nats per token
+MAX_ENTROPY = 1.15  # its own answers now against those of round 0, nats per token
+MIN_DISTINCT2 = 0.6  # distinct-2 now against round 0
+MAX_BROKEN_RISE = 0.1  # rise of the share of answers that loop, or are cut at the limit
+CONVERGED_SAME = 0.9  # share of prompts answered as in the round before
 
 
-ENTROPY = 1.15  # its own answers now against those of round 0, nats per token
+def rounds(run: Run) -> Iterator[int]:
+    """1 ... R, or until the monitor sees in the student what macpo.stop waits for."""
+    settings = run.config.macpo
+    awaited = "collapsed" if settings.stop == "rollback" else settings.stop
+    for t in range(1, settings.rounds + 1):
+        status = ""
+        if settings.stop != "none":
+            status = observed_status(run, t - 1)
+        if status and status.startswith(awaited):
+            run.log(
+                f"the student has {status} in round {t - 1}: no further round "
+                f"(macpo.stop = {settings.stop})"
+            )
+            return
+        yield t
 
 
-NARROW = 0.6  # distinct-2 now against round 0
+def observed_status(run: Run, t: int) -> str:
+    """`training_status` of the student by round t; "" where the rounds are only listed."""
+    return run.observe(lambda: training_status(run.path, "student", t), while_listing="")
 
 
-BROKEN = 0.1  # rise of the share of answers that loop, or are cut at the limit
+def training_status(run_folder: Path, agent: str, t: int) -> str:
+    """What became of an agent by round t: "collapsed (...)", "converged", or ""."""
+    history = [signs(run_folder, agent, i) for i in range(t + 1)]
+    if not history[-1]:
+        return ""
+    measured = [entry for entry in history if entry]  # not every method measures every round
+    raised = alarms(measured)
+    if raised:
+        return f"collapsed ({', '.join(raised)})"
+    if measured[-1].get("same", 0) >= CONVERGED_SAME:
+        return "converged"
+    return ""
 
 
-SAME = 0.9  # share of prompts answered as in the round before: it has converged
+def alarms(history: Sequence[dict[str, float]]) -> list[str]:
+    """The signatures of collapse that the last of an agent's `signs` shows against the others.
+
+    surprised: what it learns is far from what it says itself; scattered: its answers grow less
+    certain than at the start; narrow: they grow alike; broken: they loop, or do not end.
+
+    Args:
+        history: the signs after every round, from round 0 on.
+    """
+    if len(history) < 2:
+        return []
+    start = history[0]
+    before = history[-2]
+    now = history[-1]
+    broken_rise = max(now["loops"] - start["loops"], now["cut"] - start["cut"])
+
+    raised = []
+    if now.get("surprise", 0) > MAX_SURPRISE * before["entropy"]:
+        raised.append("surprised")
+    if now["entropy"] > MAX_ENTROPY * start["entropy"]:
+        raised.append("scattered")
+    if now["distinct2"] < MIN_DISTINCT2 * start["distinct2"]:
+        raised.append("narrow")
+    if broken_rise > MAX_BROKEN_RISE:
+        raised.append("broken")
+    return raised
+
+
+def signs(run_folder: Path, agent: str, t: int) -> dict[str, float]:
+    """The signs of an agent after round t, by name; none if it was not measured then.
+
+    Returns:
+        entropy: nats per token of its own answers, drawn at generate.temperature, scored at 1;
+        distinct2: share of different word pairs;
+        cut, loops: shares of answers;
+        kl: nats per answer above its bare base, which reads the answers as text;
+        same: share of prompts answered as in the round before;
+        similarity: of the words of chosen and rejected in the round's pairs;
+        surprise: nats per token of the chosen answers when the round began to train on them.
+    """
+    samples = read_test_answers(run_folder, agent, t)
+    if not samples:
+        return {}
+    tokens = sum(len(sample.tokens) for sample in samples)
+    values = {
+        "entropy": -sum(sample.logp for sample in samples) / max(tokens, 1),
+        "distinct2": distinct2([sample.response for sample in samples]),
+        "cut": mean(sample.finish == "length" for sample in samples),
+        "loops": mean(loops(sample.response) for sample in samples),
+        "kl": distance_from_base(run_folder, agent, t, samples),
+        "same": share_unchanged(samples, read_test_answers(run_folder, agent, t - 1)),
+        "similarity": similarity_of_pairs(run_folder, agent, t),
+        "surprise": first_sft_loss(run_folder, agent, t),
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def read_test_answers(run_folder: Path, agent: str, t: int) -> list[Sample]:
+    """Its test answers after round t; none where they are not on the disk."""
+    file = run_folder / f"eval/round{t}_{agent}_samples/samples.jsonl"
+    return read_rows(file, Sample) if file.is_file() else []
+
+
+def distance_from_base(
+    run_folder: Path, agent: str, t: int, samples: Sequence[Sample]
+) -> float | None:
+    """Nats per answer by which the agent finds its answers likelier than its bare base does."""
+    file = run_folder / f"eval/round{t}_{agent}_under_base/scores.jsonl"
+    if not file.is_file():
+        return None
+    differences = []
+    for sample, score in zip(samples, read_rows(file), strict=True):
+        if score["logp"] is not None:
+            differences.append(sample.logp - score["logp"])
+    return mean(differences) if differences else None
+
+
+def share_unchanged(samples: Sequence[Sample], before: Sequence[Sample]) -> float | None:
+    """The share of prompts that got the answer of the round before."""
+    if not before:
+        return None
+    return mean(new.response == old.response for new, old in zip(samples, before, strict=True))
+
+
+def similarity_of_pairs(run_folder: Path, agent: str, t: int) -> float | None:
+    """How many words chosen and rejected answers have in common, in the round's pairs."""
+    file = run_folder / f"round{t}/pairs_{agent}/pairs.jsonl"
+    if not file.is_file():
+        return None
+    return mean(overlap(pair.chosen, pair.rejected) for pair in read_rows(file, Pair))
+
+
+def first_sft_loss(run_folder: Path, agent: str, t: int) -> float | None:
+    """The SFT term of the first logged steps of the round's training."""
+    file = run_folder / f"round{t}/{agent}_pos/metrics.jsonl"
+    if not file.is_file():
+        return None
+    for row in read_rows(file):
+        if row["step"] > 0 and "sft_loss" in row:
+            return row["sft_loss"]
+    return None
 
 
 def mean(values: Iterable[float]) -> float:
     """The mean; nan of nothing."""
     values = list(values)
     return sum(values) / len(values) if values else math.nan
-
-
-def answers(run: Path, agent: str, t: int) -> list[Sample]:
-    """Its test answers after round t; [] where they are not on the disk."""
-    file = run / f"eval/round{t}_{agent}_samples/samples.jsonl"
-    return read_rows(file, Sample) if file.is_file() else []
-
-
-def signs(run: Path, agent: str, t: int) -> dict[str, float]:
-    """{sign: value} of an agent after round t; {} if it was not measured then.
-    entropy: nats per token of its own answers, drawn at generate.temperature and scored at 1; kl: nats per answer above
-    its bare base, which reads them as text, tokenized anew; distinct2: share of
-    different word pairs; cut, loops: shares of answers; same: share of prompts answered as the round before;
-    similarity: of the words of chosen and rejected in the round's pairs; surprise: nats per token of the chosen
-    answers when the round began to train on them."""
-    said, before = answers(run, agent, t), answers(run, agent, t - 1)
-    if not said:
-        return {}
-    found = {
-        "entropy": -sum(s.logp for s in said) / max(sum(len(s.tokens) for s in said), 1),
-        "distinct2": distinct2([s.response for s in said]),
-        "cut": mean(s.finish == "length" for s in said),
-        "loops": mean(loops(s.response) for s in said),
-    }
-    if (based := run / f"eval/round{t}_{agent}_under_base/scores.jsonl").is_file():
-        above = [
-            s.logp - row["logp"]
-            for s, row in zip(said, read_rows(based), strict=True)
-            if row["logp"] is not None
-        ]
-        found |= {"kl": mean(above)} if above else {}
-    if before:
-        found["same"] = mean(a.response == b.response for a, b in zip(said, before, strict=True))
-    if (pairs := run / f"round{t}/pairs_{agent}/pairs.jsonl").is_file():
-        found["similarity"] = mean(overlap(p.chosen, p.rejected) for p in read_rows(pairs, Pair))
-    if (trained := run / f"round{t}/{agent}_pos/metrics.jsonl").is_file():
-        first = [
-            row["sft_loss"] for row in read_rows(trained) if row["step"] and "sft_loss" in row
-        ][:1]
-        found |= {"surprise": first[0]} if first else {}
-    return found
-
-
-def alarms(history: Sequence[dict[str, float]]) -> list[str]:
-    """The signatures of collapse that the last of an agent's `signs`, from round 0 on, shows against the others.
-    surprised: what it learns is far from what it says itself; scattered: its answers grow less certain than at the
-    start; narrow: they grow alike; broken: they loop, or do not end."""
-    if len(history) < 2:
-        return []
-    start, before, now = history[0], history[-2], history[-1]
-    shown = {
-        "surprised": now.get("surprise", 0) > SURPRISE * before["entropy"],
-        "scattered": now["entropy"] > ENTROPY * start["entropy"],
-        "narrow": now["distinct2"] < NARROW * start["distinct2"],
-        "broken": max(now[sign] - start[sign] for sign in ("loops", "cut")) > BROKEN,
-    }
-    return [name for name, holds in shown.items() if holds]
-
-
-def verdict(run: Path, agent: str, t: int) -> str:
-    """What became of an agent by round t: "collapsed (…)", "converged", or ""."""
-    history = [signs(run, agent, i) for i in range(t + 1)]
-    if not history[-1]:
-        return ""
-    history = [found for found in history if found]  # not every method measures every round
-    if found := alarms(history):
-        return f"collapsed ({', '.join(found)})"
-    return "converged" if history[-1].get("same", 0) >= SAME else ""

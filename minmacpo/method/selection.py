@@ -1,114 +1,272 @@
-"""Which of the offered answers an agent learns from (R2): candidates with their votes, winners, weights of pairs."""
+"""Which answers an agent learns from (R2): one function per rule, found by its name.
+
+To add a rule, write a function and put it into RULES; the command line then knows it once its name
+stands in config/schema.py: `python train.py --macpo.select=shortest`.
+"""
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby, repeat
 
-import numpy as np
+from minmacpo.data.records import Example, Sample
+from minmacpo.pipeline.artifacts import ScoreColumn, TextColumn
 
-from minmacpo import UserError
-from minmacpo.config.schema import Config
-from minmacpo.data.records import Example, Pair
-from minmacpo.pipeline.model_pool import TextColumn
-from minmacpo.pipeline.run import Stage
-from minmacpo.runtime.files import iter_rows
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One answer that was offered for a prompt, with the scores that a rule may look at.
+
+    A score that no stage has computed is None; one of an answer that is longer than the scorer's
+    context is minus infinity.
+    """
+
+    source: str  # the agent that gave it
+    answer: Example | Sample
+    mean_logp: float | None = None  # per token, under the learner; perplexity is exp(-mean_logp)
+    likelihood_ratio: float | None = None  # per token: its source's positive over negative adapter
+    agreement: float | None = None  # mean log-probability per token under the other teachers
+
+    @property
+    def prompt_id(self) -> str:
+        return self.answer.id
+
+    @property
+    def response(self) -> str:
+        return self.answer.response
+
+
+# --- Rules: each gets the answers to one prompt and returns those that are learned from
+
+
+def least_perplexing(candidates: Sequence[Candidate], rng: random.Random) -> list[Candidate]:
+    """The answer that surprises the learner least (paper, eq. 7); the first of equals."""
+    return [max(candidates, key=lambda candidate: candidate.mean_logp)]
+
+
+def highest_likelihood_ratio(
+    candidates: Sequence[Candidate], rng: random.Random
+) -> list[Candidate]:
+    """The answer that its source's positive adapter prefers most to its negative one."""
+    return [max(candidates, key=lambda candidate: candidate.likelihood_ratio)]
+
+
+def most_agreed(candidates: Sequence[Candidate], rng: random.Random) -> list[Candidate]:
+    """The answer that the other teachers find likeliest."""
+    return [max(candidates, key=lambda candidate: candidate.agreement)]
+
+
+def any_one(candidates: Sequence[Candidate], rng: random.Random) -> list[Candidate]:
+    """An answer drawn at random: the control without a filter."""
+    return [rng.choice(candidates)]
+
+
+def shortest(candidates: Sequence[Candidate], rng: random.Random) -> list[Candidate]:
+    """The answer of the fewest characters; the first of equals."""
+    return [min(candidates, key=lambda candidate: len(candidate.response))]
+
+
+def every_one(candidates: Sequence[Candidate], rng: random.Random) -> list[Candidate]:
+    """All answers, each of which makes a pair."""
+    return list(candidates)
+
+
+Rule = Callable[[Sequence[Candidate], random.Random], list[Candidate]]
+
+RULES: dict[str, Rule] = {
+    "perplexity": least_perplexing,
+    "random": any_one,
+    "all": every_one,
+    "shortest": shortest,
+    "likelihood-ratio": highest_likelihood_ratio,
+    "agreement": most_agreed,
+}
+
+# The rules that compare a score, by the score's name in Candidate. Stages compute it where the rule
+# is set; several of these rules together take the candidate with the smallest sum of ranks.
+SCORES = {
+    "perplexity": "mean_logp",
+    "likelihood-ratio": "likelihood_ratio",
+    "agreement": "agreement",
+}
+
+
+def choose(
+    candidates: Sequence[Candidate], rules: Sequence[str], rng: random.Random
+) -> list[Candidate]:
+    """What is learned from of the answers to one prompt; an empty one only where all are empty."""
+    answered = [candidate for candidate in candidates if candidate.response]
+    if not answered:
+        return [candidates[0]]
+    if len(answered) == 1:
+        return answered
+    if len(rules) == 1:
+        return RULES[rules[0]](answered, rng)
+    return [best_by_ranks(answered, rules)]
+
+
+def best_by_ranks(candidates: Sequence[Candidate], rules: Sequence[str]) -> Candidate:
+    """The candidate with the smallest sum of its ranks by several scores; the first of equals."""
+    rank_sums = [0] * len(candidates)
+    for rule in rules:
+        scores = [getattr(candidate, SCORES[rule]) for candidate in candidates]
+        if None in scores:  # a score that only the student's candidates have
+            continue
+        for index, score in enumerate(scores):
+            rank_sums[index] += sum(other > score for other in scores)
+    return candidates[rank_sums.index(min(rank_sums))]
+
+
+# --- Reading candidates from the stages that sampled and scored them
 
 
 @dataclass(frozen=True, slots=True)
 class CandidateSet:
-    """Answers of one agent, the same number to every prompt, in the prompts' order. `votes`: per criterion,
-    weighted stages of scores of these answers; a vote is the weighted sum of their log-probabilities per token."""
+    """The answers of one source, equally many to every prompt, and the files with their scores.
 
-    who: str
-    texts: TextColumn
-    votes: dict[str, list[tuple[float, Stage]]] = field(default_factory=dict)
+    Attributes:
+        learner_scores: under the agent that chooses (eq. 6).
+        positive_scores: under the source's positive adapter.
+        negative_scores: under the source's negative adapter.
+        peer_scores: under each of the other teachers.
+    """
 
-    def values(self) -> Iterator[dict[str, float]]:
-        """{criterion: its value} of every answer, higher is better; -inf for a text too long to be scored."""
-        columns = [
-            (name, weight, iter_rows(stage.path / "scores.jsonl"))
-            for name, votes in self.votes.items()
-            for weight, stage in votes
-        ]
-        for rows in (
-            zip(*(column for *_, column in columns), strict=True) if columns else repeat(())
-        ):
-            found: dict[str, float] = {}
-            for (name, weight, _), row in zip(columns, rows, strict=True):
-                found[name] = found.get(name, 0) + (
-                    -math.inf if row["logp"] is None else weight * row["logp"] / row["tokens"]
-                )
-            lost = {
-                name for (name, *_), row in zip(columns, rows, strict=True) if row["logp"] is None
-            }
-            yield {name: -math.inf if name in lost else value for name, value in found.items()}
+    source: str
+    answers: TextColumn
+    learner_scores: ScoreColumn | None = None
+    positive_scores: ScoreColumn | None = None
+    negative_scores: ScoreColumn | None = None
+    peer_scores: tuple[ScoreColumn, ...] = ()
 
-    def by_prompt(self) -> Iterator[list["Choice"]]:
-        """The answers to each prompt."""
-        choices = (
-            (self.who, text, value)
-            for text, value in zip(self.texts.read(), self.values(), strict=bool(self.votes))
+    def read(self) -> Iterator[Candidate]:
+        """The candidates in the prompts' order, read one by one."""
+        positive = mean_logps(self.positive_scores)
+        negative = mean_logps(self.negative_scores)
+        columns = zip(
+            self.answers.read(),
+            mean_logps(self.learner_scores),
+            map(likelihood_ratio, positive, negative),
+            agreements(self.peer_scores),
+            strict=False,  # a score that was not computed is None for ever
         )
-        return (list(group) for _, group in groupby(choices, key=lambda choice: choice[1].id))
+        for answer, mean_logp, ratio, agreement in columns:
+            yield Candidate(self.source, answer, mean_logp, ratio, agreement)
+
+    @property
+    def score_names(self) -> list[list[str]]:
+        """What the fingerprint of the pairs says of the scores: for whom, and in which file."""
+        names = []
+        for name in ("learner_scores", "positive_scores", "negative_scores"):
+            column = getattr(self, name)
+            if column is not None:
+                names.append([name, column.file])
+        names += [["peer_scores", column.file] for column in self.peer_scores]
+        return names
+
+    @property
+    def score_columns(self) -> list[ScoreColumn]:
+        """All files of scores that there are."""
+        columns = [self.learner_scores, self.positive_scores, self.negative_scores]
+        return [column for column in (*columns, *self.peer_scores) if column is not None]
 
 
-Choice = tuple[str, Example, dict[str, float]]  # who said it, the answer, its value by criterion
+def mean_logps(scores: ScoreColumn | None) -> Iterator[float | None]:
+    """Log-probability per token of every text; None for ever where no stage has scored them."""
+    if scores is None:
+        yield from repeat(None)
+        return
+    for score in scores.read():
+        yield -math.inf if score.logp is None else score.logp / score.tokens
 
 
-def offered(candidates: Sequence[CandidateSet]) -> Iterator[list[Choice]]:
-    """All candidates of every prompt, in order, no two prompts at a time in memory."""
-    for groups in zip(*(source.by_prompt() for source in candidates), strict=True):
-        assert len({group[0][1].id for group in groups}) == 1, "candidates of different prompts"
-        yield [choice for group in groups for choice in group]
+def likelihood_ratio(positive: float | None, negative: float | None) -> float | None:
+    """The difference of two log-probabilities per token."""
+    if positive is None or negative is None:
+        return None
+    if -math.inf in (positive, negative):
+        return -math.inf
+    return positive - negative
+
+
+def agreements(peer_scores: Sequence[ScoreColumn]) -> Iterator[float | None]:
+    """Mean over the peers of the log-probability per token; None for ever without peers."""
+    if not peer_scores:
+        yield from repeat(None)
+        return
+    weight = 1 / len(peer_scores)
+    for scores in zip(*(column.read() for column in peer_scores), strict=True):
+        if any(score.logp is None for score in scores):
+            yield -math.inf
+        else:
+            yield sum(weight * score.logp / score.tokens for score in scores)
+
+
+def group_by_prompt(sources: Sequence[CandidateSet]) -> Iterator[list[Candidate]]:
+    """All candidates for every prompt, in the order of the sources; no two prompts in memory."""
+    grouped = [
+        groupby(source.read(), key=lambda candidate: candidate.prompt_id) for source in sources
+    ]
+    for groups in zip(*grouped, strict=True):
+        prompt_ids = {prompt_id for prompt_id, _ in groups}
+        assert len(prompt_ids) == 1, "candidates of different prompts"
+        candidates: list[Candidate] = []
+        for _, group in groups:
+            candidates += group
+        yield candidates
+
+
+# --- Selecting for all prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """How an agent chooses among candidates; all of it is in the fingerprint of its pairs.
+
+    Attributes:
+        rules: names in RULES; several: the smallest sum of ranks.
+        keep_fraction: of the prompts, those whose chosen answer is the least perplexing.
+        pair_weighting: "agreement" weighs a pair by how likely the other teachers find it.
+        self_agent: the learner itself, where its own answers are among the candidates.
+        self_fraction: of the prompts, on which only its own answers count.
+    """
+
+    rules: tuple[str, ...] = ("perplexity",)
+    keep_fraction: float = 1.0
+    pair_weighting: str = "none"
+    self_agent: str = ""
+    self_fraction: float = 0.0
 
 
 def select(
-    config: Config, prompts: Iterable[list[Choice]], own: tuple[str, float], key: tuple
-) -> Iterator[list[Choice]]:
-    """Per prompt the winner (eq. 7: the least perplexing), a random one, or all. Several criteria: the smallest
-    sum of ranks; ties: the first. `own`: an agent, and the share of prompts where only its answers count. An
-    empty answer wins only where all are empty."""
-    settings = config.macpo
-    for offers in prompts:
-        dice = random.Random(repr((config.run.seed, *key, offers[0][1].id)))
-        if 0 < own[1] < 1:
-            mine = dice.random() < own[1]
-            offers = [choice for choice in offers if (choice[0] == own[0]) == mine]
-        able = [choice for choice in offers if choice[1].response] or offers[:1]
-        names = [name for name in settings.select if name in able[0][2]]
-        if settings.select == ("all",):
-            yield able
-        elif not names:  # a random pick, or only one source
-            yield [dice.choice(able)]
-        else:
-            yield [
-                min(
-                    able,
-                    key=lambda mine, able=able, names=names: sum(
-                        other[2][name] > mine[2][name] for other in able for name in names
-                    ),
-                )
+    sources: Sequence[CandidateSet], selection: Selection, seed: int, seed_key: tuple
+) -> Iterator[list[Candidate]]:
+    """The chosen candidates for every prompt: one, or several under the rule "all".
+
+    Args:
+        seed: the run's; with `seed_key` and the prompt's id it decides what is drawn at random.
+    """
+    for candidates in group_by_prompt(sources):
+        prompt_id = candidates[0].prompt_id
+        rng = random.Random(repr((seed, *seed_key, prompt_id)))
+        if 0 < selection.self_fraction < 1:
+            own_turn = rng.random() < selection.self_fraction
+            candidates = [
+                candidate
+                for candidate in candidates
+                if (candidate.source == selection.self_agent) == own_turn
             ]
+        yield choose(candidates, selection.rules, rng)
 
 
-def keep_familiar(winners: Iterable[list[Choice]], share: float) -> np.ndarray:
-    """[prompts] bool: the share of them whose (first) winner is the least perplexing."""
-    order = np.argsort(
-        -np.fromiter((choices[0][2]["perplexity"] for choices in winners), float), kind="stable"
-    )
-    kept = np.zeros(len(order), bool)
-    kept[order[: max(1, round(share * len(order)))]] = True
-    return kept
+def lowest_perplexity_mask(chosen: Iterable[list[Candidate]], fraction: float) -> list[bool]:
+    """Which prompts are kept: the fraction with the least perplexing (first) chosen answer.
 
-
-def weighted(made: Sequence[Pair]) -> Iterable[Pair]:
-    """The pairs with their weights, if they have any, scaled to a mean of 1; UserError where none has one above 0."""
-    if not made or made[0].weight is None:
-        return made
-    if not (mean := sum(pair.weight for pair in made) / len(made)):
-        raise UserError(
-            "macpo.pair_weighting = agreement leaves every pair without a weight, since no peer has room for the answers; take macpo.pair_weighting=none"
-        )
-    return (replace(pair, weight=pair.weight / mean) for pair in made)
+    Returns:
+        a truth value for every prompt; at least one is true.
+    """
+    mean_logps_of_prompts = [winners[0].mean_logp for winners in chosen]
+    prompts = range(len(mean_logps_of_prompts))
+    order = sorted(prompts, key=mean_logps_of_prompts.__getitem__, reverse=True)
+    kept = set(order[: max(1, round(fraction * len(order)))])
+    return [prompt in kept for prompt in prompts]

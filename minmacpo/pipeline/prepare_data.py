@@ -1,41 +1,48 @@
-"""From files, or the built-in world, to the splits that a run uses."""
+"""From files, or from the built-in world, to the splits and the tokenizer of a run.
+
+Texts are read and made to fit into memory before a run folder exists, so that bad input leaves
+nothing behind. The stages at the end write them.
+"""
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from minmacpo import UserError
 from minmacpo.config.schema import Config
+from minmacpo.data import synthetic
 from minmacpo.data.chat_template import dialogue_text, render
 from minmacpo.data.formats import read_data
-from minmacpo.data.readers import split_pair_paths
+from minmacpo.data.readers import find_files, split_pair_paths
 from minmacpo.data.records import Example, Message, Pair
 from minmacpo.data.splits import join_sides, split_pairs
 from minmacpo.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from minmacpo.pipeline.run import Run, Stage, StageContext
+from minmacpo.runtime.files import sha256_file, write_atomic, write_json, write_rows
 
 TOKENIZER_TEXTS = 6000  # documents of the strong base's text that the tokenizer is trained on
+MIN_PROMPT_TOKENS = 16  # a prompt is not cut to fewer, whatever room an answer leaves
 
+# The side that a split must have: teachers learn from both sides of D1, true answers to the test
+# prompts are scored; of D2 the prompts are enough
+REQUIRED_SIDES = {"d1": "rejected", "test": "chosen"}
 
-LEAST_PROMPT = 16  # tokens; where an answer leaves room for fewer, its prompt is not cut
-
-
+SHORTFALLS = "shorter than asked for"
 LONGER = "true answers longer than generate.max_new_tokens"
-
-
-JOIN = "; two files with one answer to a prompt each, as the released D1, are given as --data.d1=GOOD,BAD"
-
-
-NEEDED = {
-    "d1": "rejected",
-    "test": "chosen",
-}  # teachers learn both sides, tests score true answers; D2 gives prompts
 
 
 @dataclass(slots=True)
 class PreparedData:
-    """`slices` d1, d2, test; `corpora` (D0) by base; `tokenizer` bytes where one is made here; counts."""
+    """The texts of a run in memory.
+
+    Attributes:
+        slices: the pairs of d1, d2 and test.
+        corpora: the documents that each base is pre-trained on (D0), by base.
+        tokenizer: a sentencepiece model, where bases are made here.
+        counts: what stage.json says of the rows that were read, dropped and cut.
+    """
 
     slices: dict[str, list[Pair]]
     corpora: dict[str, list[Example]]
@@ -44,224 +51,545 @@ class PreparedData:
 
 
 def base_names(config: Config) -> list[str]:
-    """ "strong", "weak1" … "weakK"."""
-    return ["strong", *(f"weak{k + 1}" for k in range(config.macpo.teachers))]
+    """The names of the bases: "strong", "weak1" ... "weakK"."""
+    return ["strong", *(f"weak{k}" for k in range(1, config.macpo.teachers + 1))]
 
 
 def model_dirs(config: Config) -> dict[str, Path]:
-    """{base name: HF folder} of the bases that the user gives."""
-    named = zip(base_names(config), [config.model.student, *config.model.teachers], strict=False)
+    """The folders of the bases that the user gives, by base."""
+    folders = [config.model.student, *config.model.teachers]
+    named = zip(base_names(config), folders, strict=False)
     return {name: Path(folder) for name, folder in named if folder}
 
 
 def given_tokenizers(config: Config) -> list[Tokenizer]:
-    """The tokenizers of the given bases."""
+    """The tokenizers of the bases that the user gives."""
     return [load_tokenizer(folder) for folder in model_dirs(config).values()]
 
 
+# --- Where the texts come from
+
+
+def identify_source(config: Config) -> dict:
+    """What identifies the texts: the world and its seed, or the content of the files."""
+    data = config.data
+    if data.path is None:
+        return {
+            "world": asdict(config.world),
+            "seed": config.run.seed,
+            "tokenizer_texts": min(
+                config.pretrain.strong_steps * config.pretrain.batch, TOKENIZER_TEXTS
+            ),
+        }
+    hashes = {}
+    for name, path in data.files.items():
+        files = find_files(path, f"data.{name}")
+        hashes[name] = [[file.name, sha256_file(file)] for file in files]
+    return {
+        "shares": list(data.shares),
+        "max_examples": data.max_examples,
+        "preference_label": data.preference_label,
+        "on_invalid_row": data.on_invalid_row,
+        "seed": config.run.seed,
+        "files": hashes,
+    }
+
+
+def prepare(config: Config) -> PreparedData:
+    """Read or make the run's texts."""
+    tokenizers = given_tokenizers(config)
+    if config.data.path is not None:
+        return prepare_data(config, tokenizers)
+    return prepare_world(config, tokenizers)
+
+
+def prepare_world(config: Config, given: Sequence[Tokenizer]) -> PreparedData:
+    """Splits and corpora of the built-in world."""
+    town = synthetic.make_town(config.world, config.run.seed)
+    corpora = {}
+    for name in base_names(config):
+        steps = config.pretrain.strong_steps if name == "strong" else config.pretrain.weak_steps
+        documents = steps * config.pretrain.batch
+        corpora[name] = synthetic.make_corpus(town, config.world, name, documents)
+    slices = synthetic.make_splits(town, config.world)
+    counts = synthetic.shortfalls(slices, config.world)
+    return prepare_splits(config, slices, corpora, given, counts)
+
+
 def prepare_data(config: Config, given: Sequence[Tokenizer]) -> PreparedData:
-    """Slices and corpora of the user's files; `given` are the tokenizers of bases that exist already.
-    The strong base reads all of D0, a weak one a random share of its own."""
-    data, found, reports, alone = config.data, {}, {}, 0
-    for key, path in data.files.items():
-        found[key], read = read_data(
+    """Splits and corpora of the user's files.
+
+    The strong base reads all of D0, a weak one a random part of its own.
+
+    Args:
+        given: the tokenizers of bases that exist already.
+    """
+    data = config.data
+
+    # --- Read every file that is named
+    pairs: dict[str, list[Pair]] = {}  # by setting
+    reports = {}  # by file
+    without_other_side = 0
+    for setting, path in data.files.items():
+        rows, file_reports = read_data(
             path,
             preference_label=data.preference_label,
             skip_invalid=data.on_invalid_row == "skip",
             max_rows=data.max_examples,
-            setting=f"data.{key}",
+            setting=f"data.{setting}",
         )
-        reports |= (
-            read if key == "path" else {f"{key} {name}": report for name, report in read.items()}
-        )
-        if key == "d1" and split_pair_paths(path):
-            found[key], alone = join_sides(found[key], path)
-    total, pairs = sum(map(len, found.values())), found.pop("path")
-    slices, repeated = split_pairs(pairs, data.shares, config.run.seed, found)
-    unused = total - sum(map(len, slices.values())) - sum(repeated.values())
-    both = [
-        (pair, text) for pair in slices.pop("d0") for text in (pair.chosen, pair.rejected) if text
-    ]
-    documents = [Example(pair.id, pair.prompt, text, pair.meta) for pair, text in both]
+        for name, report in file_reports.items():
+            reports[name if setting == "path" else f"{setting} {name}"] = report
+        if setting == "d1" and split_pair_paths(path):
+            rows, without_other_side = join_sides(rows, path)
+        pairs[setting] = rows
+    total = sum(len(rows) for rows in pairs.values())
+
+    # --- Deal the rows to the splits
+    shared_pairs = pairs.pop("path")
+    slices, repeated = split_pairs(shared_pairs, data.shares, config.run.seed, pairs)
+    used = sum(len(rows) for rows in slices.values())
+
+    # --- The text to pre-train on
+    documents = []
+    for pair in slices.pop("d0"):
+        for text in (pair.chosen, pair.rejected):
+            if text:
+                documents.append(Example(pair.id, pair.prompt, text, pair.meta))
     corpora = {"strong": documents}
     for name in base_names(config)[1:]:
         rng = random.Random(f"{config.run.seed}/corpus/{name}")
         corpora[name] = [
             document for document in documents if rng.random() < config.pretrain.weak_share
         ]
+
     counts = {
         "rows": {name: dict(report.counts) for name, report in reports.items()},
         "kept": total,
         "repeated prompts left out": repeated,
-        "in no slice": unused,
+        "in no slice": total - used - sum(repeated.values()),
     }
-    counts |= {"d1 answers without their other side": alone} if alone else {}
-    counts |= {f"read {name}": str(report) for name, report in reports.items()}
+    if without_other_side:
+        counts["d1 answers without their other side"] = without_other_side
+    for name, report in reports.items():
+        counts[f"read {name}"] = str(report)
     return prepare_splits(config, slices, corpora, given, counts)
 
 
+# --- Making the texts fit
+
+
 def prepare_splits(
-    config: Config, slices, corpora, given: Sequence[Tokenizer], counts: dict
+    config: Config,
+    slices: Mapping[str, Sequence[Pair]],
+    corpora: dict[str, list[Example]],
+    given: Sequence[Tokenizer],
+    counts: dict,
 ) -> PreparedData:
-    """Train the tokenizer if bases are made here; drop or cut rows that no model could read whole.
-    Raises UserError if a slice, or the text to pre-train on, is left empty."""
-    made, tokenizers = None, list(given)
-    if missing := set(base_names(config)) - model_dirs(config).keys():
-        if empty := [
-            name for name in corpora if name in missing | {"strong"} and not corpora[name]
-        ]:
-            settings = "data.shares, pretrain.weak_share and the steps"
-            raise UserError(f"D0 has no text to make {empty[0]} from; see {settings}")
-        texts = [dialogue_text(d.prompt, d.response) for d in corpora["strong"][:TOKENIZER_TEXTS]]
-        made = train_tokenizer(texts, config.model.vocab)
-        tokenizers.append(Tokenizer(made))
-    kept, sizes, prompts = {}, {}, set()
+    """Train a tokenizer if bases are made here; drop or cut rows that no model could read whole.
+
+    Args:
+        given: the tokenizers of bases that exist already.
+        counts: what is known of the rows; this adds to it.
+
+    Raises:
+        UserError: a split, or the text to pre-train on, is left empty.
+    """
+    tokenizers = list(given)
+    tokenizer = None
+    missing = set(base_names(config)) - model_dirs(config).keys()
+    if missing:
+        tokenizer = make_tokenizer(config, corpora, missing)
+        tokenizers.append(Tokenizer(tokenizer))
+
+    fitted: dict[str, list[Pair]] = {}
+    sizes = {}
+    prompts: set[tuple[Message, ...]] = set()  # of all splits so far
     for name, pairs in slices.items():
-        kept[name], reasons = [], Counter()
-        able = [pair for pair in pairs if name not in NEEDED or getattr(pair, NEEDED[name])]
-        if len(able) < len(pairs):
-            reasons[f"without {NEEDED[name]} answer"] = len(pairs) - len(able)
-        for pair in filter(
-            None, (truncate_pair(config, pair, tokenizers, reasons) for pair in able)
-        ):
-            if name != "d1" and pair.prompt in prompts:
-                reasons["equal after the cut"] += 1  # to one of this slice, or of another
-            else:
-                kept[name].append(pair)
-            prompts.add(pair.prompt)
-        if not kept[name]:
-            lost = (
-                ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
-                or "too few rows, or their prompts are in another slice"
-            )
-            settings = (
-                f"data.{name}, data.shares, data.max_prompt_length, data.truncation_mode"
-                if config.data.path
-                else f"world.{name}, world.names, data.max_prompt_length"
-            )
-            alone = JOIN if [*reasons] == ["without rejected answer"] else ""
-            raise UserError(f"no row is left for {name} ({lost}); see {settings}{alone}")
+        fitted[name], reasons = fit_split(config, name, pairs, tokenizers, prompts)
         if name == "d1" and config.data.noise:
-            kept[name] = corrupt(kept[name], config)
-            reasons["corrupted"] = sum("corrupted" in pair.meta for pair in kept[name])
-        sizes[name] = {"rows": len(kept[name])} | dict(reasons)
-    check_disjoint(config, kept)
-    told = [pair for pairs in kept.values() for pair in pairs if pair.chosen]
-    longer = sum(
-        longest(config, tokenizers, pair.prompt, pair.chosen)[1] > config.generate.max_new_tokens
-        for pair in told
-    )
-    documents = {base: len(texts) for base, texts in corpora.items()}
-    counts |= {"slices": sizes, "d0": documents} | ({LONGER: longer} if longer else {})
-    return PreparedData(kept, corpora, made, counts)
+            fitted[name] = corrupt(fitted[name], config)
+            reasons["corrupted"] = sum("corrupted" in pair.meta for pair in fitted[name])
+        sizes[name] = {"rows": len(fitted[name])} | dict(reasons)
+    check_disjoint(fitted)
+    check_truth(config, fitted)
+
+    counts["slices"] = sizes
+    counts["d0"] = {name: len(documents) for name, documents in corpora.items()}
+    longer = count_longer(config, fitted, tokenizers)
+    if longer:
+        counts[LONGER] = longer
+    return PreparedData(fitted, corpora, tokenizer, counts)
 
 
-def check_disjoint(config: Config, slices: dict[str, list[Pair]]) -> None:
-    """No prompt stands in two slices; UserError where D2 lacks the answers that the method would train on."""
-    prompts = [{pair.prompt for pair in pairs} for pairs in slices.values()]
-    assert sum(map(len, prompts)) == len(set().union(*prompts)), (
-        "two slices have a prompt in common"
-    )
-    truth = {"dpo-truth": "rejected", "ceiling": "chosen"}.get(
-        config.run.method, "chosen" * config.macpo.controls
-    )
-    if truth and not any(getattr(pair, truth) for pair in slices.get("d2", ())):
-        remedy = "give a data.d2 that has them, or set macpo.controls=false (and another method)"
+def make_tokenizer(
+    config: Config, corpora: Mapping[str, Sequence[Example]], missing: set[str]
+) -> bytes:
+    """A sentencepiece model trained on the text of the strong base.
+
+    Args:
+        missing: the bases that are to be made here.
+
+    Raises:
+        UserError: there is no text for one of them.
+    """
+    for name, documents in corpora.items():
+        if not documents and (name in missing or name == "strong"):
+            settings = "data.shares, pretrain.weak_share and the steps"
+            raise UserError(f"D0 has no text to make {name} from; see {settings}")
+    documents = corpora["strong"][:TOKENIZER_TEXTS]
+    texts = [dialogue_text(document.prompt, document.response) for document in documents]
+    return train_tokenizer(texts, config.model.vocab)
+
+
+def fit_split(
+    config: Config,
+    name: str,
+    pairs: Sequence[Pair],
+    tokenizers: Sequence[Tokenizer],
+    prompts: set[tuple[Message, ...]],
+) -> tuple[list[Pair], Counter]:
+    """The rows of a split that can be used, and how many were dropped or cut, by reason.
+
+    Args:
+        prompts: those of the splits before; this adds to it.
+
+    Raises:
+        UserError: no row is left.
+    """
+    reasons: Counter[str] = Counter()
+    usable = list(pairs)
+    if name in REQUIRED_SIDES:
+        side = REQUIRED_SIDES[name]
+        usable = [pair for pair in pairs if getattr(pair, side)]
+        if len(usable) < len(pairs):
+            reasons[f"without {side} answer"] = len(pairs) - len(usable)
+
+    fitting = []
+    for pair in usable:
+        truncated = truncate_pair(config, pair, tokenizers, reasons)
+        if truncated is None:
+            continue
+        if name != "d1" and truncated.prompt in prompts:
+            reasons["equal after the cut"] += 1  # to one of this split, or of another
+        else:
+            fitting.append(truncated)
+        prompts.add(truncated.prompt)
+    if not fitting:
+        raise UserError(why_empty(config, name, reasons))
+    return fitting, reasons
+
+
+def why_empty(config: Config, name: str, reasons: Mapping[str, int]) -> str:
+    """The sentence on a split that no row is left for."""
+    lost = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
+    if not lost:
+        lost = "too few rows, or their prompts are in another slice"
+    if config.data.path:
+        settings = f"data.{name}, data.shares, data.max_prompt_length, data.truncation_mode"
+    else:
+        settings = f"world.{name}, world.names, data.max_prompt_length"
+    sentence = f"no row is left for {name} ({lost}); see {settings}"
+    if list(reasons) == ["without rejected answer"]:
+        sentence += (
+            "; two files with one answer to a prompt each, as the released D1, are given as "
+            "--data.d1=GOOD,BAD"
+        )
+    return sentence
+
+
+def check_disjoint(slices: Mapping[str, Sequence[Pair]]) -> None:
+    """Assert that no prompt stands in two splits."""
+    prompts: set[tuple[Message, ...]] = set()
+    for pairs in slices.values():
+        own = {pair.prompt for pair in pairs}
+        assert not own & prompts, "two slices have a prompt in common"
+        prompts |= own
+
+
+def check_truth(config: Config, slices: Mapping[str, Sequence[Pair]]) -> None:
+    """Raise UserError where D2 lacks the answers that the ceiling or the method trains on."""
+    if config.run.method == "dpo-truth":
+        side = "rejected"
+    elif config.run.method == "ceiling" or config.macpo.controls:
+        side = "chosen"
+    else:
+        return
+    if not any(getattr(pair, side) for pair in slices.get("d2", ())):
         raise UserError(
-            f"no row of d2 has a {truth} answer, on which the ceiling or the method trains; {remedy}"
+            f"no row of d2 has a {side} answer, on which the ceiling or the method trains; give a "
+            "data.d2 that has them, or set macpo.controls=false (and another method)"
         )
 
 
-def corrupt(pairs: list[Pair], config: Config) -> list[Pair]:
-    """The pairs, data.noise of them corrupted and marked so: sides swapped, or chosen the answer to another prompt (a
-    pair for which none is found stays true)."""
+def count_longer(
+    config: Config, slices: Mapping[str, Iterable[Pair]], tokenizers: Sequence[Tokenizer]
+) -> int:
+    """How many true answers are longer than any that can be sampled."""
+    longer = 0
+    for pairs in slices.values():
+        for pair in pairs:
+            if pair.chosen:
+                _, answer = max_token_counts(config, tokenizers, pair.prompt, [pair.chosen])
+                longer += answer > config.generate.max_new_tokens
+    return longer
 
-    def subject(pair: Pair):
-        """What it asks about: two questions on one subject may have one right answer, and harm is always refused."""
-        meta = pair.meta
-        return (
-            pair.prompt
-            if "kind" not in meta
-            else meta["kind"] == "harm" or (meta["item"], meta["name"])
-        )
 
+# --- Noise in D1
+
+
+def corrupt(pairs: Sequence[Pair], config: Config) -> list[Pair]:
+    """The pairs with data.noise of them corrupted, and marked so.
+
+    "swapped": the sides change places; "label": chosen is the answer to another prompt (a pair for
+    which none is found stays true).
+    """
     rng = random.Random(f"{config.run.seed}/noise")
-    picked, made = set(rng.sample(range(len(pairs)), round(config.data.noise * len(pairs)))), []
-    for i, pair in enumerate(pairs):
-        if i in picked:
-            good, bad = pair.rejected, pair.chosen
-            if config.data.noise_kind == "label":
-                others = (rng.choice(pairs) for _ in pairs)  # as many tries as there are pairs
-                wrong = (
-                    p.chosen
-                    for p in others
-                    if subject(p) != subject(pair) and p.chosen not in (pair.chosen, pair.rejected)
-                )
-                good, bad = next(wrong, None), pair.rejected
-            if good is not None:
-                pair = replace(
-                    pair,
-                    chosen=good,
-                    rejected=bad,
-                    meta=pair.meta | {"corrupted": config.data.noise_kind},
-                )
-        made.append(pair)
-    return made
+    picked = set(rng.sample(range(len(pairs)), round(config.data.noise * len(pairs))))
+    noisy = []
+    for index, pair in enumerate(pairs):
+        corrupted = None
+        if index in picked and config.data.noise_kind == "swapped":
+            corrupted = replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+        elif index in picked:
+            answer = answer_to_another(pair, pairs, rng)
+            if answer is not None:
+                corrupted = replace(pair, chosen=answer)
+        if corrupted is None:
+            noisy.append(pair)
+        else:
+            meta = pair.meta | {"corrupted": config.data.noise_kind}
+            noisy.append(replace(corrupted, meta=meta))
+    return noisy
+
+
+def answer_to_another(pair: Pair, pairs: Sequence[Pair], rng: random.Random) -> str | None:
+    """A true answer on another subject; None where as many draws as there are pairs find none."""
+    for _ in pairs:
+        other = rng.choice(pairs)
+        is_other_subject = subject(other) != subject(pair)
+        if is_other_subject and other.chosen not in (pair.chosen, pair.rejected):
+            return other.chosen
+    return None
+
+
+def subject(pair: Pair):
+    """What a pair is about: two questions on one subject may have one right answer.
+
+    In the world harm is a single subject, since it is always refused.
+    """
+    if "kind" not in pair.meta:
+        return pair.prompt
+    if pair.meta["kind"] == "harm":
+        return True
+    return (pair.meta["item"], pair.meta["name"])
+
+
+# --- Over-long rows
+
+
+def truncate_pairs(
+    config: Config,
+    tokenizer: Tokenizer,
+    pairs: Iterable[Pair],
+    max_prompt_length: int,
+    max_length: int,
+) -> tuple[list[Pair], Counter]:
+    """The pairs that fit into so many tokens; how many were dropped or cut, by reason.
+
+    Over-long ones are treated as data.truncation_mode says.
+
+    Args:
+        max_length: of the prompt and an answer together.
+    """
+    data = replace(config.data, max_prompt_length=max_prompt_length, max_length=max_length)
+    config = replace(config, data=data)
+    reasons: Counter[str] = Counter()
+    fitting = []
+    for pair in pairs:
+        truncated = truncate_pair(config, pair, [tokenizer], reasons)
+        if truncated is not None:
+            fitting.append(truncated)
+    return fitting, reasons
 
 
 def truncate_pair(
     config: Config, pair: Pair, tokenizers: Sequence[Tokenizer], reasons: Counter
 ) -> Pair | None:
-    """The pair as every model can read it whole, its prompt cut if need be and wanted, or None; `reasons`
-    counts both. The answer is at fault where a prompt within data.max_prompt_length has no room beside it."""
-    data, texts = config.data, (pair.chosen, pair.rejected)
-    size, answer = longest(config, tokenizers, pair.prompt, *texts)
-    left = data.max_length - answer
-    room = min(data.max_prompt_length, left)
-    if size <= room:
+    """The pair as every model can read it whole, its prompt cut if need be; None if it is dropped.
+
+    Args:
+        reasons: counts what is cut and dropped. The answer is at fault where a prompt within
+            data.max_prompt_length has no room beside it.
+
+    Raises:
+        UserError: it is too long, and data.truncation_mode is "raise".
+    """
+    data = config.data
+    answers = [pair.chosen, pair.rejected]
+    prompt_tokens, answer_tokens = max_token_counts(config, tokenizers, pair.prompt, answers)
+    beside_answer = data.max_length - answer_tokens
+    room = min(data.max_prompt_length, beside_answer)
+    if prompt_tokens <= room:
         return pair
     if data.truncation_mode == "raise":
         start = repr(pair.prompt[0].content[:60])
-        where = f"{pair.meta.get('file', 'data')}: the row that begins with {start}"
         raise UserError(
-            f"{where} is too long ({size} + {answer} tokens); see data.max_prompt_length, data.max_length, data.truncation_mode"
+            f"{pair.meta.get('file', 'data')}: the row that begins with {start} is too long "
+            f"({prompt_tokens} + {answer_tokens} tokens); see data.max_prompt_length, "
+            "data.max_length, data.truncation_mode"
         )
-    wanted = data.truncation_mode == "cut_prompt" and left >= LEAST_PROMPT
-    cut = (
-        cut_prompt(
-            pair.prompt, lambda messages: longest(config, tokenizers, messages, *texts)[0] <= room
-        )
-        if wanted
-        else None
-    )
-    if cut is None:
-        fault = "prompt" if size > data.max_prompt_length and left >= LEAST_PROMPT else "answer"
-        reasons[f"over-long {fault}"] += 1
-        return None
-    reasons["prompt cut"] += 1
-    return replace(pair, prompt=cut)
+
+    def fits(messages: tuple[Message, ...]) -> bool:
+        tokens, _ = max_token_counts(config, tokenizers, messages, answers)
+        return tokens <= room
+
+    prompt = None
+    if data.truncation_mode == "cut_prompt" and beside_answer >= MIN_PROMPT_TOKENS:
+        prompt = cut_prompt(pair.prompt, fits)
+    if prompt is not None:
+        reasons["prompt cut"] += 1
+        return replace(pair, prompt=prompt)
+    if prompt_tokens > data.max_prompt_length and beside_answer >= MIN_PROMPT_TOKENS:
+        reasons["over-long prompt"] += 1
+    else:
+        reasons["over-long answer"] += 1
+    return None
 
 
-def longest(
+def max_token_counts(
     config: Config,
     tokenizers: Sequence[Tokenizer],
     prompt: tuple[Message, ...],
-    *answers: str | None,
+    answers: Sequence[str | None],
 ) -> tuple[int, int]:
-    """Most tokens, under any of the tokenizers, of the prompt, and of an answer with its leading space and end token."""
-    masks = [
-        render(t, config.data.template, prompt, text).mask for t in tokenizers for text in answers
-    ]
-    return max(mask.count(False) for mask in masks), max(mask.count(True) for mask in masks)
+    """Tokens of the prompt and of the longest answer, under the tokenizer that needs most of them.
+
+    An answer has its leading space and its end token.
+    """
+    prompt_tokens = 0
+    answer_tokens = 0
+    for tokenizer in tokenizers:
+        for answer in answers:
+            mask = render(tokenizer, config.data.template, prompt, answer).mask
+            prompt_tokens = max(prompt_tokens, mask.count(False))
+            answer_tokens = max(answer_tokens, mask.count(True))
+    return prompt_tokens, answer_tokens
 
 
-def cut_prompt(prompt: tuple[Message, ...], fits: Callable) -> tuple[Message, ...] | None:
-    """The end of the prompt that fits, and a system message at its head: whole turns go first, then characters; None
-    if not one is left."""
-    head = prompt[: len(prompt) > 1 and prompt[0].role == "system"]
-    turns = prompt[len(head) :]
-    while len(turns) > 1 and not fits(head + turns):
+def cut_prompt(
+    prompt: tuple[Message, ...], fits: Callable[[tuple[Message, ...]], bool]
+) -> tuple[Message, ...] | None:
+    """The end of the prompt that fits, behind its system message; None if nothing fits.
+
+    Whole turns are cut off first, then characters of the last one.
+    """
+    has_system = len(prompt) > 1 and prompt[0].role == "system"
+    system = prompt[:1] if has_system else ()
+    turns = prompt[len(system) :]
+    while len(turns) > 1 and not fits(system + turns):
         turns = turns[1:]
-    while len(text := turns[0].content) > 1 and not fits(head + turns):
-        turns = (replace(turns[0], content=text[max(1, len(text) // 20) :].lstrip() or text[-1]),)
-    return head + turns if fits(head + turns) else None
+    while len(turns[0].content) > 1 and not fits(system + turns):
+        text = turns[0].content
+        shorter = text[max(1, len(text) // 20) :].lstrip() or text[-1]
+        turns = (replace(turns[0], content=shorter),)
+    return system + turns if fits(system + turns) else None
+
+
+# --- The stages that write the texts
+
+
+def slices_stage(
+    run: Run, source: dict, prepared: Callable[[], PreparedData], base_fingerprints: list[str]
+) -> Stage:
+    """The stage with d1.jsonl, d2.jsonl and test.jsonl, and the ids of their rows.
+
+    Args:
+        source: identifies the texts.
+        prepared: reads them, when needed.
+        base_fingerprints: of the bases that the user gives, whose tokenizers decide what fits.
+    """
+    data = run.config.data
+
+    def write_slices(context: StageContext) -> dict:
+        counts = prepared().counts
+        if SHORTFALLS in counts:
+            sizes = ", ".join(f"{name} {size}" for name, size in counts[SHORTFALLS].items())
+            context.log(f"WARNING: too few questions: {sizes}; see world.names")
+        if LONGER in counts:
+            context.log(
+                f"WARNING: {LONGER}, so that no sampled one can be like them: {counts[LONGER]}"
+            )
+        ids = {}
+        for name, pairs in prepared().slices.items():
+            write_rows(context.folder / f"{name}.jsonl", pairs)
+            ids[name] = [pair.id for pair in pairs]
+        write_json(context.folder / "split.json", ids)
+        # These two depend on more than the settings of this stage
+        return {name: count for name, count in counts.items() if name not in ("d0", LONGER)}
+
+    return run.stage(
+        name="data/slices",
+        kind="slices/3",
+        settings=source
+        | {
+            "template": data.template,
+            "vocab": run.config.model.vocab,
+            "max_prompt_length": data.max_prompt_length,
+            "max_length": data.max_length,
+            "truncation_mode": data.truncation_mode,
+            "noise": data.noise,
+            "noise_kind": data.noise_kind,
+            "given": base_fingerprints,
+        },
+        inputs=[],
+        compute=write_slices,
+        seed_key=("data",),
+    )
+
+
+def tokenizer_stage(run: Run, source: dict, prepared: Callable[[], PreparedData]) -> Stage:
+    """The stage with the tokenizer of the bases that are made here."""
+
+    def write_tokenizer(context: StageContext) -> dict:
+        model = prepared().tokenizer
+        write_atomic(context.folder / "tokenizer.model", model)
+        return {"pieces": Tokenizer(model).size}
+
+    return run.stage(
+        name="bases/tokenizer",
+        kind="tokenizer/3",
+        settings=text_settings(run.config, source),
+        inputs=[],
+        compute=write_tokenizer,
+        seed_key=("data",),
+    )
+
+
+def corpus_stage(run: Run, base: str, source: dict, prepared: Callable[[], PreparedData]) -> Stage:
+    """The stage with the documents that a base is pre-trained on."""
+    pretrain = run.config.pretrain
+    if run.config.data.path is None:
+        steps = pretrain.strong_steps if base == "strong" else pretrain.weak_steps
+        amount = {"documents": steps * pretrain.batch}
+    else:
+        amount = {"weak_share": pretrain.weak_share if base != "strong" else 1.0}
+
+    def write_corpus(context: StageContext) -> dict:
+        documents = prepared().corpora[base]
+        write_rows(context.folder / "texts.jsonl", documents)
+        return {"documents": len(documents)}
+
+    return run.stage(
+        name=f"data/corpus_{base}",
+        kind="corpus/3",
+        settings=text_settings(run.config, source) | amount | {"base": base},
+        inputs=[],
+        compute=write_corpus,
+        seed_key=("data",),
+    )
+
+
+def text_settings(config: Config, source: dict) -> dict:
+    """What a tokenizer and a corpus depend on."""
+    return source | {"template": config.data.template, "vocab": config.model.vocab}

@@ -1,117 +1,269 @@
-"""The stage that samples answers to every prompt."""
+"""The stage that samples a policy's answers to every prompt.
 
-import functools
+Requests are sorted by the length of their prompts and sampled in shards of fixed size, each a file
+of its own: a killed stage redoes the shard that it was at. The shards are then merged into one
+file in the order of the prompts.
+"""
+
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
-from itertools import islice
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from minmacpo.data.records import Sample
-from minmacpo.pipeline.base_models import Base
-from minmacpo.pipeline.model_pool import Session, TextColumn, answer
-from minmacpo.pipeline.run import Stage, StageContext
-from minmacpo.pipeline.stage_log import show_first
+from minmacpo import UserError
+from minmacpo.config.schema import Generate
+from minmacpo.core.prepack import is_sharded
+from minmacpo.core.sampling import SamplingParams, generate
+from minmacpo.core.scoring import perplexity
+from minmacpo.data.chat_template import render_prompt, response_text
+from minmacpo.data.records import Example, Sample
+from minmacpo.pipeline.artifacts import Policy, TextColumn
+from minmacpo.pipeline.model_pool import LoadedModel, ModelPool
+from minmacpo.pipeline.run import Run, Stage, StageContext, derive_seed
+from minmacpo.pipeline.stage_log import log_first_row
 from minmacpo.runtime.files import JsonlView, finished_shards, write_rows, write_shard
 
-BLOCKS = 4  # times as many prompts as are sampled side by side, in a block: those behind get the places of answers that ended
+# A shard is sampled as one stream: when an answer ends, the next prompt of the shard takes its
+# place in the batch, so that a shard of several batches wastes less than each batch by itself.
+BATCHES_PER_SHARD = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One answer that is wanted: the prompt, and which of several answers to it."""
+
+    prompt: Example
+    number: int = 0
 
 
 def sample(
-    session: Session,
+    run: Run,
+    models: ModelPool,
     name: str,
-    base: Base,
-    adapter: Stage | None,
+    policy: Policy,
     prompts: TextColumn,
-    agent: str,
-    key: tuple,
+    *,
+    seed_key: tuple,
     answers: int = 1,
     temperature: float | None = None,
-    against: Stage | None = None,
+    contrast_adapter: Stage | None = None,
 ) -> Stage:
-    """`answers` sampled answers per prompt, as samples.jsonl, in the prompts' order; `temperature` in place of
-    the run's; `against`: decoded contrastively, away from that adapter (generate.contrast)."""
-    config = session.config
+    """The stage with samples.jsonl: answers of a policy to every prompt, in the prompts' order.
+
+    Args:
+        seed_key: what the stage's seed is derived from, beside the run's.
+        answers: how many to each prompt.
+        temperature: in place of generate.temperature.
+        contrast_adapter: decode away from what the base with this adapter would say.
+    """
+    settings = run.config.generate
     if temperature is not None:
-        config = replace(config, generate=replace(config.generate, temperature=temperature))
+        settings = replace(settings, temperature=temperature)
 
-    def write_samples(work: StageContext) -> dict:
-        """Sample in blocks of fixed size; a killed stage redoes one of them, or one a rank."""
-        other = session.use(base, against, "against") if against else None
-        loaded, size = session.use(base, adapter), config.generate.batch * BLOCKS
-        asked = prompts.read()
-        show_first(
-            work,
-            loaded,
-            "prompt",
-            [session.render(loaded, example.prompt) for example in islice(asked, 1)],
+    def write_samples(context: StageContext) -> dict:
+        contrast_model = None
+        if contrast_adapter is not None:
+            contrast_model = models.get(policy.base, contrast_adapter, copy="contrast").model
+        sampler = Sampler(
+            loaded=models.get_policy(policy),
+            settings=settings,
+            agent=policy.name,
+            seed=context.seed,
+            contrast_model=contrast_model,
         )
-        sizes = (len(session.render(loaded, example.prompt).ids) for example in asked)
-        order = np.argsort(np.fromiter(sizes, np.int32).repeat(answers), kind="stable").astype(
-            np.int32
-        )
+        texts = prompts.read()
+        log_first_prompt(context, sampler.loaded, texts)
 
-        def answers_to(block: np.ndarray) -> list[dict]:
-            jobs, side = (
-                [(asked[i // answers], i % answers) for i in block.tolist()],
-                config.generate.batch,
-            )
-            return [
-                asdict(s) for s in answer(config, loaded, agent, jobs, work.seed, other, None, side)
-            ]
+        order = order_by_length(sampler.loaded, texts, answers)
+        shard_size = settings.batch * BATCHES_PER_SHARD
+        shards = [order[start : start + shard_size] for start in range(0, len(order), shard_size)]
 
-        files = in_blocks(
-            work, [order[start : start + size] for start in range(0, len(order), size)], answers_to
-        )
-        if not work.dist.is_main:
+        def sample_shard(shard: np.ndarray) -> list[dict]:
+            requests = [Request(texts[i // answers], i % answers) for i in shard.tolist()]
+            return [asdict(answer) for answer in sampler(requests, settings.batch)]
+
+        files = sample_shards(context, shards, sample_shard)
+        if not context.dist.is_main:
             return {}
         counts = {"answers": len(order), "tokens": 0, "hit_length": 0, "empty": 0}
-        write_rows(work.folder / "samples.jsonl", in_place(files, order, size, counts))
-        for file in work.folder.glob("block*.jsonl"):
+        merged = count_samples(merge_shards(files, order, shard_size), counts)
+        write_rows(context.folder / "samples.jsonl", merged)
+        for file in files:
             file.unlink()
         return counts
 
-    settings = asdict(config.generate) | prompts.settings | {"answers": answers, "agent": agent}
-    settings |= (
-        ({"contrastive": True} if against else {}) | {"blocks": BLOCKS} | session.quantised(base)
+    inputs = [policy.base.stage, policy.adapter, prompts.stage, contrast_adapter]
+    return run.stage(
+        name=name,
+        kind="sample/2",
+        settings=models.settings(policy.base)
+        | asdict(settings)
+        | {
+            "texts": prompts.location,
+            "answers": answers,
+            "agent": policy.name,
+            "contrastive": contrast_adapter is not None,
+            "batches_per_shard": BATCHES_PER_SHARD,
+        },
+        inputs=[stage for stage in inputs if stage is not None],
+        compute=write_samples,
+        seed_key=seed_key,
+        summary=f"{answers} answer(s) per prompt",
     )
-    inputs, size = [base.stage, adapter, prompts.stage, against], f"{answers} answer(s) per prompt"
-    return session.stage(name, "sample/1", settings, inputs, write_samples, key, size)
 
 
-def in_blocks(
-    work: StageContext, blocks: list[np.ndarray], answers_to: Callable[[np.ndarray], list[dict]]
+def log_first_prompt(context: StageContext, loaded: LoadedModel, texts: Sequence[Example]) -> None:
+    """Log how the first prompt is read."""
+    first = next(iter(texts), None)
+    log_first_row(context, loaded, "prompt", loaded.render(first.prompt) if first else None)
+
+
+def order_by_length(loaded: LoadedModel, texts: Sequence[Example], answers: int) -> np.ndarray:
+    """The numbers of all requests, short prompts first; request i is for prompt i // answers."""
+    lengths = [len(loaded.render(text.prompt).ids) for text in texts]
+    lengths_of_requests = np.repeat(np.array(lengths, np.int32), answers)
+    return np.argsort(lengths_of_requests, kind="stable").astype(np.int32)
+
+
+def sample_shards(
+    context: StageContext, shards: list[np.ndarray], sample_shard: Callable
 ) -> list[Path]:
-    """A file of answers for each block of jobs; those that a stopped stage has left are kept, the ranks share the others. []
-    for all ranks but the main one."""
-    kept = finished_shards(work.folder) if work.dist.is_main else {}
-    missing = work.dist.run_on_main(
-        lambda: [number for number in range(len(blocks)) if number not in kept]
+    """The files of all shards; those that a stopped stage has left are not sampled again.
+
+    The ranks divide the shards among them; the main rank alone writes, the others get no files.
+    """
+    files = finished_shards(context.folder) if context.dist.is_main else {}
+    missing = context.dist.run_on_main(
+        lambda: [number for number in range(len(shards)) if number not in files]
     )
-    total, left = sum(map(len, blocks)), sum(len(blocks[number]) for number in missing)
-    with work.progress(total, "answer", total - left) as progress:
-        for number, found in zip(
-            missing, work.dist.parallel_map([blocks[n] for n in missing], answers_to), strict=True
-        ):
-            if work.dist.is_main:
-                kept[number] = write_shard(work.folder, number, found)
-            progress.step(len(found))
-    return [kept[number] for number in range(len(blocks))] if work.dist.is_main else []
+    total = sum(len(shard) for shard in shards)
+    remaining = sum(len(shards[number]) for number in missing)
+    with context.progress(total, "answer", total - remaining) as progress:
+        results = context.dist.parallel_map([shards[number] for number in missing], sample_shard)
+        for number, samples in zip(missing, results, strict=True):
+            if context.dist.is_main:
+                files[number] = write_shard(context.folder, number, samples)
+            progress.step(len(samples))
+    if not context.dist.is_main:
+        return []
+    return [files[number] for number in range(len(shards))]
 
 
-def in_place(
-    files: Sequence[Path], order: np.ndarray, size: int, counts: dict[str, int]
-) -> Iterator[Sample]:
-    """The samples of the blocks in the order of their jobs, `order` [N] being that in which they were made; counts them."""
-    places, block = (
-        np.empty_like(order),
-        functools.cache(lambda number: JsonlView(files[number], Sample)),
-    )
-    places[order] = np.arange(len(order), dtype=order.dtype)
-    for place in map(int, places):
-        said = block(place // size)[place % size]
-        counts["tokens"] += len(said.tokens)
-        counts["hit_length"] += said.finish == "length"
-        counts["empty"] += not said.response
-        yield said
+def merge_shards(files: Sequence[Path], order: np.ndarray, shard_size: int) -> Iterator[Sample]:
+    """The samples of the shards in the order of their requests, read one by one.
+
+    Args:
+        order: the request that each sample answers, in the order in which they were sampled.
+    """
+    positions = np.empty_like(order)  # of the sample that answers a request
+    positions[order] = np.arange(len(order), dtype=order.dtype)
+    shards = [JsonlView(file, Sample) for file in files]
+    for position in positions.tolist():
+        yield shards[position // shard_size][position % shard_size]
+
+
+def count_samples(samples: Iterator[Sample], counts: dict[str, int]) -> Iterator[Sample]:
+    """The samples as they are, counted on their way."""
+    for answer in samples:
+        counts["tokens"] += len(answer.tokens)
+        if answer.finish == "length":
+            counts["hit_length"] += 1
+        if not answer.response:
+            counts["empty"] += 1
+        yield answer
+
+
+@dataclass(slots=True)
+class Sampler:
+    """Samples answers of one model; how many side by side is halved when memory is short.
+
+    Attributes:
+        agent: the name that the samples bear.
+        seed: of all samples; that of one is derived from it, the prompt's id and its number.
+        contrast_model: decode away from what this model would say.
+        on_token: gets the newest tokens of all running answers after every step.
+    """
+
+    loaded: LoadedModel
+    settings: Generate
+    agent: str
+    seed: int
+    contrast_model: torch.nn.Module | None = None
+    on_token: Callable[[list[int]], None] | None = None
+
+    def __call__(
+        self, requests: Sequence[Request], max_batch_size: int | None = None
+    ) -> list[Sample]:
+        """One sample per request, at most so many decoded side by side (None: all).
+
+        Raises:
+            UserError: a prompt has no room in the context, or memory is too short for one answer.
+        """
+        prompts = [
+            render_prompt(self.loaded.tokenizer, self.loaded.template, request.prompt.prompt)
+            for request in requests
+        ]
+        self.check_context(prompts)
+        seeds = [derive_seed(self.seed, r.prompt.id, r.number) for r in requests]
+        batch_size = min(max_batch_size or len(requests), len(requests))
+        answers, logps = self.decode(prompts, seeds, batch_size)
+
+        samples = []
+        for request, seed, tokens, logp in zip(requests, seeds, answers, logps, strict=True):
+            samples.append(self.to_sample(request.prompt, seed, tokens, logp))
+        return samples
+
+    def check_context(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raise UserError where the context has no room for the longest prompt and an answer."""
+        room = self.loaded.context - self.settings.max_new_tokens
+        longest = max(len(prompt) for prompt in prompts)
+        if longest > room:
+            raise UserError(
+                f"a prompt has {longest} tokens; with generate.max_new_tokens = "
+                f"{self.settings.max_new_tokens} the context has room for {max(room, 0)}"
+            )
+
+    def decode(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], batch_size: int
+    ) -> tuple[list[list[int]], list[float]]:
+        """New tokens and their summed log-probability for every prompt."""
+        params = SamplingParams(
+            temperature=self.settings.temperature,
+            top_k=self.settings.top_k,
+            top_p=self.settings.top_p,
+            max_new_tokens=self.settings.max_new_tokens,
+        )
+
+        def attempt(size: int) -> tuple[list[list[int]], list[float]]:
+            return generate(
+                self.loaded.model,
+                prompts,
+                seeds,
+                params,
+                self.loaded.answer_end_ids(),
+                self.contrast_model,
+                self.on_token,
+                size,
+            )
+
+        # Of a sharded model the other ranks wait for this one's next pass: nothing is halved there
+        smallest = batch_size if is_sharded(self.loaded.model) else 1
+        return self.loaded.batch_limit.run(attempt, batch_size, smallest)
+
+    def to_sample(self, prompt: Example, seed: int, tokens: Sequence[int], logp: float) -> Sample:
+        """The record of one answer."""
+        ended = tokens[-1] in self.loaded.answer_end_ids()
+        return Sample(
+            id=prompt.id,
+            prompt=prompt.prompt,
+            response=response_text(self.loaded.tokenizer, self.loaded.template, tokens),
+            finish="stop" if ended else "length",
+            tokens=tuple(tokens),
+            logp=logp,
+            perplexity=perplexity(logp, len(tokens)),
+            agent=self.agent,
+            seed=seed,
+            meta=prompt.meta,
+        )

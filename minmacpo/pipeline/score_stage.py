@@ -1,143 +1,141 @@
-"""The stage that scores given answers under a model."""
+"""The stage that scores given answers under a policy: how likely each of them is."""
 
 import math
-import struct
-import tempfile
-from collections.abc import Iterator, Sequence
-from itertools import islice, zip_longest
-from typing import IO
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 
+from minmacpo.core.batching import scoring_tokens
 from minmacpo.core.scoring import perplexity, score
-from minmacpo.pipeline.base_models import Base
-from minmacpo.pipeline.model_pool import Session, TextColumn
-from minmacpo.pipeline.run import Stage, StageContext
-from minmacpo.pipeline.stage_log import show_first
-from minmacpo.runtime.files import batched, with_path, write_rows
+from minmacpo.data.records import Example, Sample
+from minmacpo.pipeline.artifacts import Policy, Score, TextColumn
+from minmacpo.pipeline.model_pool import LoadedModel, ModelPool
+from minmacpo.pipeline.run import Run, Stage, StageContext
+from minmacpo.pipeline.stage_log import log_first_row
+from minmacpo.runtime.files import batched, write_rows
 
-WINDOW = (
-    2048  # texts that are rendered and scored at a time: memory does not grow with their number
-)
+SCORING_CHUNK = 2048  # texts of a source that are tokenized at a time, so that memory stays flat
 
-
-UNSCORED = math.inf  # a log-probability that no text has
+Text = Example | Sample
 
 
-FOUND = struct.Struct(
-    "dq"
-)  # of a text its log-probability (UNSCORED: longer than the context), and its tokens
+def score_texts(
+    run: Run, models: ModelPool, name: str, policy: Policy, texts: Mapping[str, TextColumn]
+) -> Stage:
+    """The stage with a file of scores for each of several columns of texts.
 
+    The columns answer the same prompts and are scored side by side, so that a prompt which several
+    answers share is computed once. A text longer than the context is counted; it has no score.
 
-def scored_together(
-    session: Session,
-    work: StageContext,
-    base: Base,
-    adapter: Stage | None,
-    group: Sequence[TextColumn],
-) -> dict[tuple, IO]:
-    """What was found of all texts of the group, by TextColumn.key, each a FOUND in a nameless file ({} for all ranks but the main
-    one); WINDOW of each in one pass, so that answers to one prompt share it; kept for the group's next stage."""
-    key = (base.stage.fingerprint, adapter and adapter.fingerprint, *(texts.key for texts in group))
-    if session.scored[0] != key:
-        session.scored = None, {}
-        loaded, given = session.use(base, adapter), [texts.read() for texts in group]
-        context = loaded.model.config.max_position_embeddings
-        found = {
-            texts.key: tempfile.TemporaryFile(dir=work.folder.parent)
-            for texts in group
-            if work.dist.is_main
-        }
-        with work.progress(sum(map(len, given)), "text") as progress:
-            for run in zip_longest(*(batched(texts, WINDOW) for texts in given), fillvalue=()):
-                rows = [
-                    [session.render(loaded, text.prompt, text.response) for text in part]
-                    for part in run
-                ]
-                short = [row for part in rows for row in part if len(row.ids) <= context]
-                logps = iter(
-                    score(
-                        loaded.model,
-                        short,
-                        session.score_tokens,
-                        progress,
-                        work.dist,
-                        work.log,
-                        packed=True,
-                    )
-                )
-                for file, part in zip(found.values(), rows, strict=work.dist.is_main):
-                    with with_path(work.folder.parent):
-                        file.write(
-                            b"".join(
-                                FOUND.pack(
-                                    next(logps) if len(row.ids) <= context else UNSCORED,
-                                    sum(row.mask),
-                                )
-                                for row in part
-                            )
-                        )
-        session.scored = key, found
-    return session.scored[1]
+    Args:
+        texts: the columns by the name of their file: {"teacher1": ...} makes teacher1.jsonl.
+    """
 
+    def write_scores(context: StageContext) -> dict:
+        loaded = models.get_policy(policy)
+        columns = {file: column.read() for file, column in texts.items()}
+        log_first_text(context, loaded, columns)
+        budget = scoring_tokens(models.config.run.max_tokens_per_batch, models.device)
+        scores = score_columns(context, loaded, columns, budget)
+        if not context.dist.is_main:
+            return {}
 
-def score_rows(texts: Sequence, file: IO, counts: dict[str, int]) -> Iterator[dict]:
-    """The rows of scores.jsonl from what `scored_together` found; counts them."""
-    file.seek(0)
-    found = (
-        each
-        for run in iter(lambda: file.read(FOUND.size * WINDOW), b"")
-        for each in FOUND.iter_unpack(run)
+        for file, column in columns.items():
+            write_rows(context.folder / f"{file}.jsonl", score_rows(column, scores[file]))
+        counts = count_scores(scores.values())
+        if counts["over_long"]:
+            context.log(
+                f"WARNING: {counts['over_long']} of {counts['texts']} texts are longer than the "
+                f"context of {policy.base.name}"
+            )
+        return counts
+
+    settings = models.settings(policy.base)
+    settings["texts"] = {file: column.location for file, column in texts.items()}
+    inputs = [policy.base.stage]
+    if policy.adapter is not None:
+        inputs.append(policy.adapter)
+    inputs += [column.stage for column in texts.values()]
+    return run.stage(
+        name=name, kind="score/2", settings=settings, inputs=inputs, compute=write_scores
     )
-    for text, (logp, tokens) in zip(texts, found, strict=True):
-        known = logp != UNSCORED
-        counts["texts"] += 1
-        counts["tokens"] += tokens * known
-        counts["over_long"] += not known
+
+
+def log_first_text(
+    context: StageContext, loaded: LoadedModel, columns: Mapping[str, Sequence[Text]]
+) -> None:
+    """Log how the first text of the first column is read."""
+    first_column = next(iter(columns.values()))
+    first = next(iter(first_column), None)
+    row = loaded.render(first.prompt, first.response) if first else None
+    log_first_row(context, loaded, "row", row)
+
+
+def score_columns(
+    context: StageContext,
+    loaded: LoadedModel,
+    columns: Mapping[str, Sequence[Text]],
+    budget: int,
+) -> dict[str, list[Score]]:
+    """The scores of every column's texts, in their order; the same on all ranks.
+
+    Args:
+        budget: tokens of a forward pass, padding included.
+    """
+    scores: dict[str, list[Score]] = {file: [] for file in columns}
+    total = sum(len(column) for column in columns.values())
+    chunks = [batched(column, SCORING_CHUNK) for column in columns.values()]
+    with context.progress(total, "text") as progress:
+        for parts in zip_longest(*chunks, fillvalue=()):
+            rows = []  # of all columns
+            owners = []  # for each row, the column's list of scores
+            for file, part in zip(columns, parts, strict=True):
+                for text in part:
+                    rows.append(loaded.render(text.prompt, text.response))
+                    owners.append(scores[file])
+
+            fitting = [row for row in rows if len(row.ids) <= loaded.context]
+            logps = iter(
+                score(
+                    loaded.model,
+                    fitting,
+                    budget,
+                    progress,
+                    dist=context.dist,
+                    log=context.log,
+                    log_detail=context.log_detail,
+                    packed=True,
+                )
+            )
+            for row, owner in zip(rows, owners, strict=True):
+                logp = next(logps) if len(row.ids) <= loaded.context else None
+                owner.append(Score(logp=logp, tokens=sum(row.mask)))
+    return scores
+
+
+def score_rows(texts: Sequence[Text], scores: Sequence[Score]) -> Iterator[dict]:
+    """The rows of a file of scores, one by one.
+
+    A text without a score gets the highest perplexity there is, so that it is never preferred.
+    """
+    for text, entry in zip(texts, scores, strict=True):
+        logp = -math.inf if entry.logp is None else entry.logp
         yield {
             "id": text.id,
-            "logp": logp if known else None,
-            "tokens": tokens,
-            "perplexity": perplexity(logp if known else -math.inf, tokens),
+            "logp": entry.logp,
+            "tokens": entry.tokens,
+            "perplexity": perplexity(logp, entry.tokens),
             "characters": len(text.response),
         }
 
 
-def score_texts(
-    session: Session,
-    name: str,
-    base: Base,
-    adapter: Stage | None,
-    texts: TextColumn,
-    among: Sequence[TextColumn] = (),
-) -> Stage:
-    """Log-probability and perplexity of given texts, end token included, as scores.jsonl (2.4). A text longer
-    than the model's context is counted; it has no log-probability, and the highest perplexity there is. `among`: these and
-    others for the same prompts, which are scored together."""
-    group = [*among] or [texts]
-
-    def write_scores(work: StageContext) -> dict:
-        """One row per text, in their order."""
-        found = scored_together(session, work, base, adapter, group)
-        loaded, given, counts = (
-            session.use(base, adapter),
-            texts.read(),
-            {"texts": 0, "tokens": 0, "over_long": 0},
-        )
-        show_first(
-            work,
-            loaded,
-            "row",
-            [session.render(loaded, text.prompt, text.response) for text in islice(given, 1)],
-        )
-        if not work.dist.is_main:
-            return {}
-        write_rows(work.folder / "scores.jsonl", score_rows(given, found[texts.key], counts))
-        if long := counts["over_long"]:
-            work.log(
-                f"WARNING: {long} of {counts['texts']} texts are longer than the context of {base.name}"
-            )
-        return counts
-
-    inputs = [base.stage, adapter, texts.stage, *(other.stage for other in group if other != texts)]
-    return session.stage(
-        name, "score/1", texts.settings | session.quantised(base), inputs, write_scores
-    )
+def count_scores(columns: Iterable[Sequence[Score]]) -> dict[str, int]:
+    """What stage.json says of the scores: texts, tokens that were scored, texts without a score."""
+    counts = {"texts": 0, "tokens": 0, "over_long": 0}
+    for scores in columns:
+        for entry in scores:
+            counts["texts"] += 1
+            if entry.logp is None:
+                counts["over_long"] += 1
+            else:
+                counts["tokens"] += entry.tokens
+    return counts

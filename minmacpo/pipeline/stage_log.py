@@ -1,29 +1,31 @@
-"""What stages log of their rows, and how they drop rows with counted reasons."""
+"""What stages log of their rows: the first of them as tokens, and how many were dropped."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 
 from minmacpo.data.tokenizer import Tokens, show_mask
 from minmacpo.pipeline.model_pool import LoadedModel
 from minmacpo.pipeline.run import StageContext
 
 
-def show_first(work: StageContext, loaded: LoadedModel, what: str, rows: Sequence[Tokens]) -> None:
-    """Log the first of `rows` with its mask: at most 200 characters before its answer, and 200 of that."""
-    text = show_mask(loaded.tokenizer, rows[0]) if rows else "none"
-    work.log(f"first {what}: {text[max(0, text.find('⟦') - 200) :][:400]}")
+def log_first_row(
+    context: StageContext, loaded: LoadedModel, label: str, row: Tokens | None
+) -> None:
+    """Log a row with its mask: at most 200 characters before its answer, and 200 of that."""
+    if row is None:
+        context.log_detail(f"first {label}: none")
+        return
+    text = show_mask(loaded.tokenizer, row)
+    start = max(0, text.find("⟦") - 200)
+    context.log_detail(f"first {label}: {text[start : start + 400]}")
 
 
-def sift(found: list[tuple], problems: dict[str, Callable]) -> tuple[list[tuple], dict[str, int]]:
-    """(all that has none of the problems, how much was dropped for which)."""
-    reasons = [
-        next((name for name, holds in problems.items() if holds(*each)), None) for each in found
-    ]
-    kept = [each for each, reason in zip(found, reasons, strict=True) if reason is None]
-    return kept, {name: reasons.count(name) for name in problems}
+def warn_dropped(context: StageContext, dropped: Mapping[str, int], remaining: int) -> None:
+    """Log a warning where more than a tenth of a stage's rows was dropped.
 
-
-def warn_of(work: StageContext, dropped: dict[str, int], kept: int) -> None:
-    """Log a warning where more than a tenth of a stage's rows was dropped."""
-    if (gone := sum(dropped.values())) > 0.1 * (gone + kept):
-        words = ", ".join(f"{name} {count}" for name, count in dropped.items() if count)
-        work.log(f"WARNING: {gone} of {gone + kept} rows were dropped ({words})")
+    Args:
+        dropped: how many, by reason.
+    """
+    total = sum(dropped.values())
+    if total > 0.1 * (total + remaining):
+        reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items() if count)
+        context.log(f"WARNING: {total} of {total + remaining} rows were dropped ({reasons})")

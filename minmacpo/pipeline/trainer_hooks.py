@@ -18,6 +18,7 @@ def trainer_hooks(context: StageContext) -> TrainerHooks:
         state_file=state_folder / "state.safetensors",
         metrics_file=context.folder / "metrics.jsonl",
         log=context.log,
+        log_detail=context.log_detail,
         log_metrics=context.log_metrics,
         progress=context.progress,
         should_stop=lambda: context.should_stop,
