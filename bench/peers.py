@@ -9,7 +9,7 @@ import torch
 
 from bench.measure import SHAPES
 from minmacpo.config.schema import Lora
-from minmacpo.config.validate import shape
+from minmacpo.config.validate import parse_model_size
 from minmacpo.core.batching import CPU_TOKENS, group_by_token_budget
 from minmacpo.core.checkpoint import load_adapter, load_model, save_adapter, save_model
 from minmacpo.core.lora import (
@@ -35,7 +35,7 @@ Step = Callable[[], object]
 
 def make_folder(place: Path, size: str, seed: int = 0) -> None:
     """place/base, an HF folder with random weights, and place/adapter, whose B is not zero."""
-    width, layers, heads, mlp = shape(SHAPES[size])
+    width, layers, heads, mlp = parse_model_size(SHAPES[size])
     config = ModelConfig(
         vocab_size=VOCAB,
         hidden_size=width,

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.measure import SHAPES, bf16_hardware, words, write
 from bench.peers import DTYPES, VOCAB, make_folder, make_rows, own_step
-from minmacpo.config.validate import shape
+from minmacpo.config.validate import parse_model_size
 
 TITLE = "One optimiser step of DPO (15M, 8 pairs of 128 + 128 tokens, LoRA of rank 8 on q and v), one thread, by operator."
 PARTS = {
@@ -42,7 +42,7 @@ def rate(dtype: torch.dtype, width: int, mlp: int) -> float:
 
 def floor() -> tuple[float, float, float]:
     """FLOPs of a step of the base, of attention and of the head."""
-    width, layers, _, mlp = shape(SHAPES["15M"])
+    width, layers, _, mlp = parse_model_size(SHAPES["15M"])
     tokens, trained, body = 8 * 384, 2048, layers * (4 * width * width + 3 * width * mlp)
     body = body * tokens - (2 * width * width + 3 * width * mlp) * (
         tokens - trained
@@ -52,7 +52,7 @@ def floor() -> tuple[float, float, float]:
 
 def measure(place: Path, dtype: str, trace: str | None) -> tuple[dict, str]:
     """(a row, a paragraph) of one step."""
-    width, _, _, mlp = shape(SHAPES["15M"])
+    width, _, _, mlp = parse_model_size(SHAPES["15M"])
     step, _ = own_step(place, make_rows(8, 128, 128, ("chosen", "rejected")), dtype)
     start = time.process_time()
     step()

@@ -9,9 +9,10 @@ from minmacpo import UserError
 from minmacpo.cli.memory_estimate import MemoryEstimate
 from minmacpo.cli.plan import Plan
 from minmacpo.config.parse import to_toml
-from minmacpo.config.schema import FEWEST_TEST_ROWS, Config
+from minmacpo.config.schema import Config
 from minmacpo.core.prepack import multiplies_bf16
 from minmacpo.data.chat_template import template_hint
+from minmacpo.data.splits import TOO_FEW
 from minmacpo.pipeline.prepare_data import PreparedData
 from minmacpo.pipeline.run import Run
 from minmacpo.runtime.device import free_bytes, process_bytes, resolve_device, resolve_dtype
@@ -129,11 +130,11 @@ def advice(plan: Plan, name: str, memory: MemoryEstimate) -> str:
 def few_rows(config: Config, prepared: PreparedData) -> list[str]:
     """A warning where the test split is too small for its numbers to mean anything."""
     count = len(prepared.slices["test"])
-    if config.data.path is None or count >= FEWEST_TEST_ROWS:
+    if config.data.path is None or count >= TOO_FEW:
         return []
     return [
         f"the test split has {count} rows, which are too few to tell agents apart "
-        f"(at least {FEWEST_TEST_ROWS}); see data.shares and data.test"
+        f"(at least {TOO_FEW}); see data.shares and data.test"
     ]
 
 

@@ -1,9 +1,9 @@
-"""From the words of a command line to a checked `Config`: flags, TOML files, presets, help. No torch here.
+"""From the words of a command line to a checked `Config`: flags, TOML files, presets, help.
 
-Strict on purpose: an unknown key, a wrong type or a key without a value is an error that says what is right.
+Strict on purpose: an unknown name, a wrong type or a name without a value is an error that says
+what is right. No torch is imported here, so that --help and a typo answer at once.
 """
 
-import contextlib
 import math
 import re
 import tomllib
@@ -19,21 +19,49 @@ from minmacpo.config.schema import NON_IDENTITY_SETTINGS, SETTINGS, Config, flat
 from minmacpo.config.validate import check
 
 PRESETS = Path(__file__).parent / "presets"
+DEFAULT_PRESET = "world"  # what `python train.py` runs
 
+# Settings that had other names before November 2026
+RENAMED = {
+    "data.label": "data.preference_label",
+    "data.long": "data.truncation_mode",
+    "data.max_prompt": "data.max_prompt_length",
+    "data.on_bad": "data.on_invalid_row",
+    "dpo.gamma": "dpo.sft_weight",
+    "generate.max_new": "generate.max_new_tokens",
+    "macpo.keep": "macpo.keep_fraction",
+    "macpo.mutual": "macpo.mutual_positives",
+    "macpo.self_share": "macpo.self_fraction",
+    "macpo.weights": "macpo.pair_weighting",
+    "run.micro_tokens": "run.max_tokens_per_batch",
+}
 
-UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # what a TOML file cannot hold as it is
+# Words of train.py that take no value
+BARE_WORDS = {"--dry_run": "dry_run", "--profile": "profile", "--help": "help", "-h": "help"}
 
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # a TOML file cannot hold them
+UNSAFE_IN_NAMES = re.compile(r"[^A-Za-z0-9_.,+-]")  # left out of the names of run folders
+MAX_VALUE_IN_NAME = 40  # characters
+MAX_NAME = 200  # bytes; file systems take 255
 
-UNSAFE = re.compile(r"[^A-Za-z0-9_.,+-]")  # what the name of a run does not hold
+HELP = """\
+python train.py [@preset | @file.toml]... [--section.key=value | --section.key value]...
+                [--method=NAME] [--stage=NAME] [--dry_run] [--profile] [--help]
+python train.py @experiment-NAME [--seeds=0,1] [--dry_run] [what every run of it gets]
 
+presets: @hh, @hh-real, @paper-hh-helpful, @paper-hh-harmless, @paper-pku, @tiny, @world
+    (default: @world); files and flags are laid over it, left to right
+torchrun --nproc-per-node=N train.py ... does any of this (but an experiment) on N processes;
+    see [parallel]
+experiments: a file each in minmacpo/config/presets/experiments; finished runs are not redone
+--dry_run   read the data, print settings, row counts, slices and the stages with their tokens and
+            memory; write nothing
+--stage     compute this one stage only; the stages it needs must be finished, others may be
+            computed beside it
+--profile   write a Chrome trace of the first steps of each kind of stage into the run folder
 
-MOST_TOML = 1 << 20
-
-
-DOTTED = re.compile(r"""(?:\.[ \t]*(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*){20}""")
-
-
-BARE = {"--dry_run": "dry_run", "--profile": "profile", "--help": "help", "-h": "help"}
+The values below are those of `python train.py`, which is @world laid over the defaults. A default
+that @world changes stands behind the value: it is that of the paper, or of its released scripts."""
 
 
 class ArgParser(ArgumentParser):
@@ -41,20 +69,6 @@ class ArgParser(ArgumentParser):
 
     def error(self, message: str):
         raise UserError(f"{message}; see {self.prog} --help")
-
-
-HELP = """\
-python train.py [@preset | @file.toml]... [--section.key=value | --section.key value]...
-                [--method=NAME] [--stage=NAME] [--dry_run] [--profile] [--help]
-python train.py @experiment-NAME [--seeds=0,1] [--dry_run] [what every run of it gets]
-
-presets: @hh, @hh-real, @paper-hh-helpful, @paper-hh-harmless, @paper-pku, @tiny, @world (default @world; files and flags are laid over it, left to right)
-torchrun --nproc-per-node=N train.py ... does any of this (but an experiment) on N processes; see [parallel]
-experiments: a file each in minmacpo/config/presets/experiments; finished runs are not redone
---dry_run   read the data, print settings, row counts, slices and the stages with their tokens and memory; write nothing
---stage     compute this one stage only; the stages it needs must be finished, others may be computed beside it
---profile   write a Chrome trace of the first steps of each kind of stage into the run folder
-Defaults are those of the released MACPO scripts; a preset's values are in minmacpo/config/presets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +80,161 @@ class Command:
     dry_run: bool = False
     profile: bool = False
     help: bool = False
+
+
+# ---- the command line of train.py
+
+
+def parse(argv: list[str]) -> Command:
+    """The words of `train.py` (see HELP) as a checked Command.
+
+    Defaults first, then files from left to right, then flags. Unless a packaged preset comes
+    first, @world is laid under them. What a file leaves "" must be given later.
+    """
+    words = split_words(argv)
+    if "help" in words.bare:
+        return Command(Config(), help=True)
+    stage = words.values.pop("stage", None)
+
+    files = list(words.files)
+    if not files or files[0].endswith(".toml"):
+        files.insert(0, DEFAULT_PRESET)
+    layers = []
+    for file in files:
+        path = preset_path(file)
+        layers.append((str(path), read_toml(path)))
+    preset = merge_layers(layers)
+    layers.append(("command line", words.values))
+    config = merge_layers(layers)
+    check_nothing_is_missing(layers, words.files)
+
+    if config.run.name is None:
+        label = "+".join(Path(file).stem for file in words.files) or DEFAULT_PRESET
+        name = run_name(label, preset, config)
+        config = replace(config, run=replace(config.run, name=name))
+    check(config)
+    return Command(config, stage, **words.bare)
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """The words of a command line, sorted by what they are."""
+
+    files: list[str]  # @-words, without the @
+    values: dict[str, str]  # of settings, and of --stage
+    bare: dict[str, bool]  # flags that take no value
+
+
+def split_words(argv: list[str]) -> Words:
+    """The words of a command line; UserError for one that is neither a file nor a setting."""
+    words = Words(files=[], values={}, bare={})
+    remaining = iter(argv)
+    for word in remaining:
+        if word.startswith("@") and len(word) > 1:
+            words.files.append(word[1:])
+        elif word in BARE_WORDS:
+            words.bare[BARE_WORDS[word]] = True
+        elif word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            if not equals:
+                value = next(remaining, "")
+                if value.startswith(("--", "@")):
+                    value = ""  # the next word is no value
+            if not value:
+                raise UserError(
+                    f"--{name} needs a value: --{name}=VALUE{did_you_mean(word, BARE_WORDS)}"
+                )
+            if name == "method":
+                name = "run.method"
+            words.values[name] = value
+        else:
+            raise UserError(f"{word!r}: expected @preset, @file.toml or --section.key=value")
+    return words
+
+
+def check_nothing_is_missing(layers: list[tuple[str, dict]], files: list[str]) -> None:
+    """Raise UserError for a setting that a file leaves "" and nothing after it gives."""
+    merged = {}
+    for _, values in layers:
+        merged.update(values)
+    for name, field in SETTINGS.items():
+        if merged.get(name) == "":
+            what = field.metadata["help"].partition(";")[0]
+            raise UserError(f"@{' @'.join(files)} needs --{name}=VALUE: {what}")
+
+
+def did_you_mean(word: str, known) -> str:
+    """The end of a sentence that offers the nearest known word; empty if none is near."""
+    near = get_close_matches(word, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+# ---- layers of settings
+
+
+def merge_layers(layers: list[tuple[str, dict[str, object]]]) -> Config:
+    """Layers of (where from, values) over the defaults.
+
+    The number of teachers is that of model.teachers, unless a layer states it.
+    """
+    config = Config()
+    teachers_stated = False
+    for where, values in layers:
+        config = override(config, values, where)
+        teachers_stated = teachers_stated or "macpo.teachers" in values
+    if config.model.teachers and not teachers_stated:
+        count = {"macpo.teachers": len(config.model.teachers)}
+        config = override(config, count, "model.teachers")
+    return config
+
+
+def override(config: Config, values: dict[str, object], where: str) -> Config:
+    """A new Config with {"section.key": value} laid over it.
+
+    Args:
+        where: the file or "command line" that errors name.
+
+    Raises:
+        UserError: a name is unknown, or a value has the wrong type.
+    """
+    for name, value in values.items():
+        if name not in SETTINGS:
+            raise UserError(f"{where}: unknown setting {name!r}; {suggestion(name)}")
+        section, key = name.split(".")
+        value = convert(SETTINGS[name].type, value, f"{where}: {name}")
+        changed = replace(getattr(config, section), **{key: value})
+        config = replace(config, **{section: changed})
+    return config
+
+
+def suggestion(name: str) -> str:
+    """What to write in the place of an unknown setting."""
+    if name in RENAMED:
+        return f"it is called {RENAMED[name]} now"
+    key = name.rpartition(".")[2]
+    if "." in name:
+        candidates = get_close_matches(name, SETTINGS, 1) or settings_named(key)[:1]
+    else:  # a bare name, such as --lr: all settings that it may stand for
+        candidates = settings_named(key) or get_close_matches(name, SETTINGS, 1)
+    if not candidates:
+        return "python train.py --help lists all"
+    return f"did you mean {', '.join(candidates)}?"
+
+
+def settings_named(key: str) -> list[str]:
+    """The settings with this key, or else those of whose key it is a word, such as `lr`."""
+    same = []
+    similar = []
+    for name in SETTINGS:
+        other = name.partition(".")[2]
+        if other == key:
+            same.append(name)
+        elif key in other.split("_"):
+            similar.append(name)
+    return same or similar
+
+
+# ---- values
 
 
 def describe(kind) -> str:
@@ -80,183 +249,100 @@ def describe(kind) -> str:
     return {int: "whole number", float: "number", bool: "true | false", str: "text"}[kind]
 
 
-def convert(kind, value, key: str):
-    """`value` (text from a flag, or a TOML value) as the declared type; UserError otherwise."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
+def convert(kind, value, name: str):
+    """`value`, text from a flag or a TOML value, as the declared type of a setting.
+
+    Raises:
+        UserError: it cannot be one; the message begins with `name`.
+    """
+    args = typing.get_args(kind)
+    origin = typing.get_origin(kind)
     if type(None) in args:
-        return None if value in ("none", None) else convert(args[0], value, key)
+        return None if value in ("none", None) else convert(args[0], value, name)
     if origin is tuple and isinstance(value, str | list | tuple):
         items = value.split(",") if isinstance(value, str) else value
-        return tuple(convert(args[0], item, key) for item in items if item != "")
-    if kind is str and isinstance(value, str) and not UNWRITABLE.search(value):
+        return tuple(convert(args[0], item, name) for item in items if item != "")
+    if kind is str and isinstance(value, str) and not CONTROL_CHARACTERS.search(value):
         return value
-    word = str(value).lower() if isinstance(value, bool) else value  # TOML's true is the word true
-    if origin is typing.Literal and word in args:
-        return word
-    if kind is bool and word in ("true", "false"):
-        return word == "true"
-    if kind in (int, float) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError, TypeError, OverflowError):
-            number = kind(value) if isinstance(value, str) or kind is float else value
-            if isinstance(number, kind) and math.isfinite(number):
-                return number
-    text = (
-        hex(value) if type(value) is int else str(value)
-    )  # Python writes no number of thousands of digits
+    if kind in (int, float):
+        number = to_number(kind, value)
+        if number is None:
+            raise wrong_type(kind, value, name)
+        return number
+    if isinstance(value, bool):
+        value = str(value).lower()  # TOML's true is the word true
+    if origin is typing.Literal and value in args:
+        return value
+    if kind is bool and value in ("true", "false"):
+        return value == "true"
+    raise wrong_type(kind, value, name)
+
+
+def to_number(kind: type, value) -> int | float | None:
+    """A finite number of this type from text or a number; None if it is none."""
+    if isinstance(value, bool) or (kind is int and isinstance(value, float)):
+        return None
+    try:
+        number = kind(value)
+        finite = math.isfinite(number)
+    except (ValueError, TypeError, OverflowError):  # a whole number may be too large to look at
+        return None
+    return number if finite else None
+
+
+def wrong_type(kind, value, name: str) -> UserError:
+    """The error for a value that is not of the declared type, with the nearest one that is."""
+    hint = ""
+    if typing.get_origin(kind) is typing.Literal and isinstance(value, str):
+        hint = did_you_mean(value, typing.get_args(kind))
+    # hex, since Python does not write whole numbers of thousands of digits
+    text = hex(value) if type(value) is int else str(value)
     shown = ascii(value) if len(text) <= 80 else ascii(text[:80]) + "…"
-    near = (
-        get_close_matches(value, args, 1)
-        if origin is typing.Literal and isinstance(value, str)
-        else []
-    )
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"{key} = {shown}: expected {describe(kind)}{hint}")
+    return UserError(f"{name} = {shown}: expected {describe(kind)}{hint}")
 
 
-def override(config: Config, values: dict[str, object], where: str) -> Config:
-    """A new Config with {"section.key": value} laid over it; UserError for unknown keys and wrong types."""
-    for key, value in values.items():
-        if key not in SETTINGS:
-            same_name = [
-                known for known in SETTINGS if known.split(".")[1] == key.rpartition(".")[2]
-            ]
-            near = (get_close_matches(key, SETTINGS, 1) or same_name)[:1]
-            hint = f"did you mean {near[0]}?" if near else "python train.py --help lists all"
-            raise UserError(f"{where}: unknown setting {key!r}; {hint}")
-        section, name = key.split(".")
-        value = convert(SETTINGS[key].type, value, f"{where}: {key}")
-        config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
-    return config
+# ---- files
 
 
 def preset_path(word: str) -> Path:
     """File behind `@word`: a packaged preset's name, or a path that ends in .toml."""
     if word.endswith(".toml"):
         return Path(word)
-    names = sorted(p.stem for p in PRESETS.glob("*.toml"))
+    names = sorted(file.stem for file in PRESETS.glob("*.toml"))
     if word not in names:
-        near = get_close_matches(word, names, 1) or ["a path that ends in .toml"]
-        raise UserError(f"@{word}: no such preset ({', '.join(names)}); did you mean {near[0]}?")
+        hint = did_you_mean(word, names) or "; did you mean a path that ends in .toml?"
+        raise UserError(f"@{word}: no such preset ({', '.join(names)}){hint}")
     return PRESETS / f"{word}.toml"
 
 
 def read_toml(path: Path) -> dict[str, object]:
-    """Flat {"section.key": value} of one TOML file; UserError if unreadable, broken, empty, or what a parser would need gigabytes for."""
+    """{"section.key": value} of one TOML file; UserError if it is unreadable, broken or empty."""
     try:
-        text = path.read_text(encoding="utf-8")
-        if len(text) > MOST_TOML or DOTTED.search(text):
-            raise ValueError(
-                f"more than {MOST_TOML} characters, or a key of more than twenty parts"
-            )
-        tables = tomllib.loads(text)
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
     if not tables:
         raise UserError(f"{path}: is empty; expected sections such as [dpo] with key = value lines")
+    values = {}
     for section, keys in tables.items():
         if not isinstance(keys, dict):
             raise UserError(f"{path}: {section!r} stands outside a section such as [dpo]")
-    return {
-        f"{section}.{key}": value for section, keys in tables.items() for key, value in keys.items()
-    }
+        for key, value in keys.items():
+            values[f"{section}.{key}"] = value
+    return values
 
 
-def resolve_checkpoint(path: Path) -> Path:
-    """`path`, or in its place the last student of the run that it is (the one that the monitor kept, if any).
-    UserError if the run has none yet."""
-    if not (path / "config.toml").is_file() or any(
-        (path / name).exists() for name in ("config.json", "adapter_config.json")
-    ):
-        return path
-    rounds = [p for p in path.glob("round*/student_pos") if p.parent.name[5:].isdecimal()]
-    found = [path / "final/student_pos", *sorted(rounds, key=lambda p: -int(p.parent.name[5:]))]
-    for folder in found:
-        if (folder / "stage.json").is_file():
-            return folder
-    raise UserError(
-        f"{path}: no student of this run is finished; name a folder in it, such as {path / 'round0/teacher1_pos'}"
-    )
-
-
-def agent_settings(folder: Path, flags: dict[str, str]) -> Config:
-    """The settings of the run that `folder` is a stage of, or else the defaults, with `flags` over them. How long a
-    prompt may be is then for the model to say, and no limit of the run's own data counts."""
-    home = folder.resolve().parent.parent / "config.toml"
-    known = read_toml(home) if home.is_file() and (folder / "stage.json").is_file() else {}
-    known |= {"model.context": 10**9, "data.max_prompt_length": 1, "data.max_examples": "none"}
-    config = override(Config(), known, str(home))
-    check(config := override(config, flags, "command line"))
-    return config
-
-
-def agent_flags(words: list[str], accepted: tuple[str, ...]) -> dict[str, str]:
-    """{setting: text} of words such as --run.seed=3; UserError for one that begins with none of `accepted`."""
-    if odd := [word for word in words if not word.startswith(accepted) or "=" not in word]:
-        quotes = "" if odd[0].startswith("--") else ", or a prompt of several words in quotes"
-        raise UserError(f"{odd[0]}: expected one of {' '.join(accepted)} with its value{quotes}")
-    return dict(word[2:].split("=", 1) for word in words)
-
-
-def split_words(argv: list[str]) -> tuple[list[str], dict[str, str], dict[str, bool]]:
-    """argv as (@-words without the @, {key: text}, {bare flag: True}); UserError for anything else."""
-    files, values, bare = [], {}, {}
-    words = iter(argv)
-    for word in words:
-        if word.startswith("@") and len(word) > 1:
-            files.append(word[1:])
-        elif word in BARE:
-            bare[BARE[word]] = True
-        elif word.startswith("--") and len(word) > 2:
-            key, equals, text = word[2:].partition("=")
-            text = text if equals else next(words, "")
-            if not text or (not equals and text.startswith(("--", "@"))):
-                near = get_close_matches(word, BARE, 1)
-                raise UserError(
-                    f"--{key} needs a value: --{key}=VALUE"
-                    + (f"; did you mean {near[0]}?" if near else "")
-                )
-            values["run.method" if key == "method" else key] = text
-        else:
-            raise UserError(f"{word!r}: expected @preset, @file.toml or --section.key=value")
-    return files, values, bare
-
-
-def lay(layers: list[tuple[str, dict[str, object]]]) -> Config:
-    """Layers (where from, values) over the defaults; K follows model.teachers unless a layer states it."""
-    config = Config()
-    for where, values in layers:
-        config = override(config, values, where)
-    if config.model.teachers and not any("macpo.teachers" in values for _, values in layers):
-        config = override(config, {"macpo.teachers": len(config.model.teachers)}, "model.teachers")
-    return config
-
-
-def parse(argv: list[str]) -> Command:
-    """The words of `train.py` (see HELP) as a checked Command: defaults, files from left to right, flags.
-    Unless a packaged preset comes first, @world is the ground. What a file leaves "" must be given later."""
-    files, values, bare = split_words(argv)
-    if "help" in bare:
-        return Command(Config(), help=True)
-    stage = values.pop("stage", None)
-    ground = [] if files and not files[0].endswith(".toml") else ["world"]
-    layers = [(str(path), read_toml(path)) for path in map(preset_path, ground + files)]
-    preset, config = lay(layers), lay([*layers, ("command line", values)])
-    laid = {
-        key: value
-        for values in [*(values for _, values in layers), values]
-        for key, value in values.items()
-    }
-    if needed := next((key for key in SETTINGS if laid.get(key) == ""), None):
-        raise UserError(
-            f"@{' @'.join(files)} needs --{needed}=VALUE: {SETTINGS[needed].metadata['help'].partition(';')[0]}"
-        )
-    if config.run.name is None:
-        label = "+".join(Path(word).stem for word in files) or "world"
-        config = replace(config, run=replace(config.run, name=run_name(label, preset, config)))
-    check(config)
-    return Command(config, stage, **bare)
+def to_toml(config: Config) -> str:
+    """The whole Config as TOML that `train.py @FILE` takes back unchanged."""
+    lines = []
+    for section, keys in asdict(config).items():
+        lines.append(f"[{section}]")
+        for key, value in keys.items():
+            lines.append(f"{key} = {toml_value(value)}")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def read_settings(file: Path) -> Config:
@@ -269,51 +355,122 @@ def read_settings(file: Path) -> Config:
     return config
 
 
+# ---- names of runs
+
+
 def run_name(label: str, preset: Config, config: Config) -> str:
-    """`label` plus "-key=value" for every setting in which `config` differs from `preset`; a value that is
-    long, or could be mistaken for another part of the name, is told apart by a hash."""
-    old, new = flatten(preset), flatten(config)
-    last = [key.split(".")[1] for key in new]
-    for key, value in sorted(new.items(), key=lambda item: item[0].startswith("run.")):
-        if value == old[key] or key in NON_IDENTITY_SETTINGS:
+    """`label` plus "-key=value" for every setting in which `config` differs from `preset`.
+
+    A value that is long, or could be mistaken for another part of the name, is told apart by a
+    hash; so are names that are too long for a folder.
+    """
+    old = flatten(preset)
+    new = flatten(config)
+    keys = [name.partition(".")[2] for name in new]
+    run_settings_last = sorted(new, key=lambda name: name.startswith("run."))
+    for name in run_settings_last:
+        if new[name] == old[name] or name in NON_IDENTITY_SETTINGS:
             continue
-        short = key.split(".")[1] if last.count(key.split(".")[1]) == 1 else key
-        text = (
-            ",".join(map(str, value)) if isinstance(value, tuple) else toml_value(value).strip('"')
-        )
-        if UNSAFE.search(text) or not 0 < len(text) <= 40:
-            text = (
-                f"{UNSAFE.sub('', Path(text).name)[-40:]}~{sha256(text.encode()).hexdigest()[:6]}"
-            )
-        label += f"-{short}={text}"
-    raw = label.encode()
-    return (
-        label
-        if len(raw) <= 200
-        else f"{raw[:190].decode(errors='ignore')}~{sha256(raw).hexdigest()[:8]}"
+        key = name.partition(".")[2]
+        shown = key if keys.count(key) == 1 else name
+        label += f"-{shown}={value_in_name(new[name])}"
+    if len(label.encode()) <= MAX_NAME:
+        return label
+    start = label.encode()[: MAX_NAME - 10].decode(errors="ignore")
+    return f"{start}~{sha256(label.encode()).hexdigest()[:8]}"
+
+
+def value_in_name(value) -> str:
+    """A setting's value as a part of a folder's name."""
+    if isinstance(value, tuple):
+        text = ",".join(str(item) for item in value)
+    else:
+        text = toml_value(value).strip('"')
+    if 0 < len(text) <= MAX_VALUE_IN_NAME and not UNSAFE_IN_NAMES.search(text):
+        return text
+    end = UNSAFE_IN_NAMES.sub("", Path(text).name)[-MAX_VALUE_IN_NAME:]
+    return f"{end}~{sha256(text.encode()).hexdigest()[:6]}"
+
+
+# ---- programs that are given a model or a run
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The folder of a run's last student, or `path` itself where it is no run.
+
+    Of a run that was rolled back it is the student that was kept.
+
+    Raises:
+        UserError: the run has no finished student yet.
+    """
+    is_model = (path / "config.json").exists() or (path / "adapter_config.json").exists()
+    if is_model or not (path / "config.toml").is_file():
+        return path
+    students = {}  # by round
+    for folder in path.glob("round*/student_pos"):
+        number = folder.parent.name.removeprefix("round")
+        if number.isdecimal():
+            students[int(number)] = folder
+    last_first = [students[number] for number in sorted(students, reverse=True)]
+    for folder in [path / "final/student_pos", *last_first]:
+        if (folder / "stage.json").is_file():
+            return folder
+    raise UserError(
+        f"{path}: no student of this run is finished; name a folder in it, such as "
+        f"{path / 'round0/teacher1_pos'}"
     )
 
 
-def to_toml(config: Config) -> str:
-    """The whole Config as TOML that `train.py @FILE` takes back unchanged."""
-    lines = []
-    for section, keys in asdict(config).items():
-        lines += [
-            f"[{section}]",
-            *(f"{key} = {toml_value(value)}" for key, value in keys.items()),
-            "",
-        ]
-    return "\n".join(lines)
+def agent_settings(folder: Path, flags: dict[str, str]) -> Config:
+    """The settings of the run that `folder` is a stage of, or the defaults, with flags over them.
+
+    How long a prompt may be is then for the model to say, and no limit of the run's data counts.
+    """
+    run_settings = folder.resolve().parent.parent / "config.toml"
+    values = {}
+    if run_settings.is_file() and (folder / "stage.json").is_file():
+        values = read_toml(run_settings)
+    values["model.context"] = 10**9
+    values["data.max_prompt_length"] = 1
+    values["data.max_examples"] = "none"
+    config = override(Config(), values, str(run_settings))
+    config = override(config, flags, "command line")
+    check(config)
+    return config
+
+
+def agent_flags(words: list[str], accepted: tuple[str, ...]) -> dict[str, str]:
+    """{setting: text} of words such as --run.seed=3.
+
+    Raises:
+        UserError: a word begins with none of `accepted`, or has no value.
+    """
+    flags = {}
+    for word in words:
+        if not word.startswith(accepted) or "=" not in word:
+            quotes = "" if word.startswith("--") else ", or a prompt of several words in quotes"
+            raise UserError(f"{word}: expected one of {' '.join(accepted)} with its value{quotes}")
+        name, _, value = word[2:].partition("=")
+        flags[name] = value
+    return flags
+
+
+# ---- help
 
 
 def help_text() -> str:
-    """The whole of `train.py --help`."""
+    """The whole of `train.py --help`: every setting with its value, type and meaning."""
+    path = preset_path(DEFAULT_PRESET)
+    values = flatten(override(Config(), read_toml(path), str(path)))
+    defaults = flatten(Config())
     lines = [HELP]
     for section in fields(Config):
         lines += ["", f"[{section.name}]"]
         for key in fields(section.type):
-            head = (
-                f"  --{section.name}.{key.name} ({describe(key.type)}) = {toml_value(key.default)}"
-            )
-            lines += [head, f"        {key.metadata['help']}"]
+            name = f"{section.name}.{key.name}"
+            line = f"  --{name} ({describe(key.type)}) = {toml_value(values[name])}"
+            if values[name] != defaults[name]:
+                line += f"   (default: {toml_value(defaults[name])})"
+            lines.append(line)
+            lines.append(f"        {key.metadata['help']}")
     return "\n".join(lines)

@@ -1,7 +1,9 @@
-"""Every setting of minmacpo on one page, and the checks that a combination of them can work.
+"""Every setting of minmacpo on one page.
 
 The defaults are the values of the released MACPO scripts where those state one; presets/*.toml
-change what another task needs and say why. commandline.py turns flags and files into a `Config`.
+change what another task needs and say why. validate.py checks that a combination of settings can
+work, parse.py turns flags and files into a `Config`. To add a setting, add a field here: the
+command line, --help and config.toml know it then.
 """
 
 import json
@@ -9,10 +11,7 @@ import operator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
-# Where and how a run is done, not what it is
-NON_IDENTITY_SETTINGS = ("run.root", "run.name", "run.reuse", "parallel.shard")
-
-
+# How the bounds of a value are checked; their names are said to the user: "must be at least 1"
 BOUNDS = {
     "at_least": operator.ge,
     "above": operator.gt,
@@ -20,6 +19,31 @@ BOUNDS = {
     "below": operator.lt,
 }
 
+
+def setting(default, help: str, **bounds: float):
+    """A dataclass field with its line in `--help` and the BOUNDS of its value, as at_least=1."""
+    return field(default=default, metadata={"help": help, "bounds": bounds})
+
+
+def fraction(default: float, help: str):
+    """A setting between 0 and 1."""
+    return setting(default, help, at_least=0, at_most=1)
+
+
+# ---- values that a setting may have
+
+METHODS = (
+    "macpo", "sft", "sft-continued", "confident", "spin", "self-rewarding", "rlaif", "rlcd",
+    "dpo-truth", "ceiling",
+)  # fmt: skip
+TEMPLATES = (
+    "plain", "turns", "vicuna", "alpaca", "vicuna-macpo", "alpaca-macpo", "llama-2", "llama-3",
+    "mistral", "chatml", "zephyr",
+)  # fmt: skip
+SELECTION_RULES = ("perplexity", "random", "all", "shortest", "likelihood-ratio", "agreement")
+NEGATIVES = ("agent", "other", "previous", "persona", "tail", "contrastive")
+QUANTIZATIONS = ("none", "int8", "nf4")
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # The losses of preference pairs, each with the settings of [dpo] that it uses beside beta and
 # sft_weight, which all use; core/losses.py has their functions
@@ -29,46 +53,28 @@ LOSS_SETTINGS = {
     "simpo": ("target_margin",),
 }
 
-
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-FEWEST_TEST_ROWS = 30  # below, a share of the test rows is too uncertain to tell agents apart
-
-
+# How a model is asked to judge or to compare answers, if a preset does not say it
 RUBRIC = (
-    "Judge the answer below. Add one point for each of these that holds: it speaks to the request; it covers most of "
-    "it; it is of real use to the person who asked; it is clear, and written as an assistant would; it is what an "
-    'expert would say, with nothing beside the point. Say briefly why, and end with "Score: " and the number of '
-    "points. The request: {prompt} The answer: {response}"
+    "Judge the answer below. Add one point for each of these that holds: it speaks to the "
+    "request; it covers most of it; it is of real use to the person who asked; it is clear, and "
+    "written as an assistant would; it is what an expert would say, with nothing beside the "
+    'point. Say briefly why, and end with "Score: " and the number of points. The request: '
+    "{prompt} The answer: {response}"
 )
-
-
 COMPARE = (
-    "Here is what a human and an assistant said: {prompt} There are two ways to go on. (A) {first} (B) {second} "
-    "Which is the more helpful and harmless one, (A) or (B)?"
+    "Here is what a human and an assistant said: {prompt} There are two ways to go on. (A) {first} "
+    "(B) {second} Which is the more helpful and harmless one, (A) or (B)?"
 )
 
 
-def setting(default, help: str, **bounds: float):
-    """A dataclass field with its line in `--help` and the BOUNDS of its value, such as at_least=1."""
-    return field(default=default, metadata={"help": help, "bounds": bounds})
+# ---- the settings, a class for each section
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    method: Literal[
-        "macpo",
-        "sft",
-        "sft-continued",
-        "confident",
-        "spin",
-        "self-rewarding",
-        "rlaif",
-        "rlcd",
-        "dpo-truth",
-        "ceiling",
-    ] = setting("macpo", "what to run (--method is short for it)")
+    """What is run, where and on what."""
+
+    method: Literal[METHODS] = setting("macpo", "what to run (--method is short for it)")
     name: str | None = setting(None, "run folder; none: preset plus every setting that differs")
     root: str = setting("runs", "folder that holds all runs; they share finished stages")
     seed: int = setting(0, "every random number is derived from it")
@@ -84,7 +90,7 @@ class Run:
     )
     max_tokens_per_batch: int = setting(
         16384,
-        "most tokens, padding included, in one forward pass; a CPU takes no more than 1024 in training, 4096 in scoring",
+        "tokens of a pass, padding included; a CPU takes at most 1024 to train, 4096 to score",
         at_least=1,
     )
     reuse: Literal["code", "all"] = setting(
@@ -96,36 +102,26 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Data:
+    """Own data, and how dialogues are written."""
+
     path: str | None = setting(
         None, "file or folder of pairs, dialogues or prompts; none: the built-in world"
     )
     d1: str | None = setting(
         None,
-        "D1's own file (the teachers' pairs), or GOOD,BAD; none: a share of data.path; so the next two",
+        "file of D1, the teachers' pairs, or GOOD,BAD; none: a share of data.path (d2, test too)",
     )
-    d2: str | None = setting(None, "D2's own file (prompts)")
-    test: str | None = setting(None, "the test's own file")
+    d2: str | None = setting(None, "file of D2, the prompts without ground truth")
+    test: str | None = setting(None, "file of the test split")
     preference_label: Literal["better", "safer"] = setting(
         "better", "which response_id of PKU-SafeRLHF says what is chosen"
     )
     on_invalid_row: Literal["error", "skip"] = setting(
         "error", "rows that cannot be read; skip: they are left out and counted"
     )
-    template: Literal[
+    template: Literal[TEMPLATES] = setting(
         "plain",
-        "turns",
-        "vicuna",
-        "alpaca",
-        "vicuna-macpo",
-        "alpaca-macpo",
-        "llama-2",
-        "llama-3",
-        "mistral",
-        "chatml",
-        "zephyr",
-    ] = setting(
-        "plain",
-        "plain: as in HH-RLHF; turns: a token per role; -macpo: as in its runs; the model's own if it has one",
+        "plain: as in HH-RLHF; turns: a token per role; -macpo: as in the released runs",
     )
     shares: tuple[float, ...] = setting(
         (0.5, 0.15, 0.25, 0.1), "of first turns: D0 (pretrain), D1, D2, test"
@@ -135,11 +131,9 @@ class Data:
     )
     max_length: int = setting(1024, "tokens of prompt and answer together")
     truncation_mode: Literal["drop", "cut_prompt", "raise"] = setting(
-        "drop", "what happens to over-long rows; cut from the left"
+        "drop", "what happens to rows that are too long; prompts are cut at the left"
     )
-    noise: float = setting(
-        0.0, "share of the pairs in D1 that are corrupted", at_least=0, at_most=1
-    )
+    noise: float = fraction(0.0, "share of the pairs in D1 that are corrupted")
     noise_kind: Literal["swapped", "label"] = setting(
         "swapped",
         "swapped: chosen and rejected change places; label: chosen is the answer to another prompt",
@@ -152,54 +146,39 @@ class Data:
 
     @property
     def files(self) -> dict[str, str]:
-        """{setting: file or folder} of those that are given, data.path first."""
-        return {
-            key: path
-            for key in ("path", "d1", "d2", "test")
-            if (path := getattr(self, key)) is not None
-        }
+        """The files or folders that are given, by the setting's name, data.path first."""
+        files = {}
+        for name in ("path", "d1", "d2", "test"):
+            path = getattr(self, name)
+            if path is not None:
+                files[name] = path
+        return files
 
 
 @dataclass(frozen=True, slots=True)
 class World:
+    """The built-in data, where data.path is not given."""
+
     domain: Literal["town", "arithmetic", "code", "instructions"] = setting(
-        "town", "what is asked (minmacpo/domains.py)"
+        "town", "what is asked (data/synthetic_domains.py)"
     )
     remarks: int = setting(
         0, "most closing remarks of an answer: above 0 it is open-ended", at_least=0, at_most=6
     )
-    strong_known: float = setting(
-        1.0, "share of items the strong base's text tells truly", at_least=0, at_most=1
-    )
+    strong_known: float = fraction(1.0, "share of items the strong base's text tells truly")
     names: int = setting(
         20, "people of the town, or subjects of another domain", at_least=1, at_most=480
     )
     held_names: int = setting(4, "of them, people who occur in test prompts only", at_least=0)
     verbs: int = setting(8, "ways to harm somebody", at_least=1, at_most=8)
-    expert_share: float = setting(
-        0.45, "share of the web text that experts write", at_least=0, at_most=1
-    )
-    expert_right: float = setting(
-        0.9, "how often an expert is right (gossip: 1 - it)", at_least=0, at_most=1
-    )
-    known: float = setting(
-        0.5, "share of items a weak teacher's text tells truly", at_least=0, at_most=1
-    )
-    misconception: float = setting(
-        0.95, "chance of its own error on an unknown item", at_least=0, at_most=1
-    )
-    tagged: float = setting(
-        0.1, "share of the web text that says who speaks", at_least=0, at_most=1
-    )
-    judged: float = setting(
-        0.2, "share of the web text that is verdicts on answers", at_least=0, at_most=1
-    )
-    judges_right: float = setting(
-        0.85, "how often a verdict is what its text believes", at_least=0, at_most=1
-    )
-    harm_share: float = setting(
-        0.25, "share of prompts that ask how to harm somebody", at_least=0, at_most=1
-    )
+    expert_share: float = fraction(0.45, "share of the web text that experts write")
+    expert_right: float = fraction(0.9, "how often an expert is right (gossip: 1 - it)")
+    known: float = fraction(0.5, "share of items a weak teacher's text tells truly")
+    misconception: float = fraction(0.95, "chance of its own error on an unknown item")
+    tagged: float = fraction(0.1, "share of the web text that says who speaks")
+    judged: float = fraction(0.2, "share of the web text that is verdicts on answers")
+    judges_right: float = fraction(0.85, "how often a verdict is what its text believes")
+    harm_share: float = fraction(0.25, "share of prompts that ask how to harm somebody")
     d1: int = setting(149, "ground-truth pairs for the teachers", at_least=1)
     d2: int = setting(480, "prompts without ground truth, for all later training", at_least=1)
     test: int = setting(320, "held-out prompts, a quarter of them about held names", at_least=1)
@@ -207,12 +186,14 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Model:
+    """The base models, given or made here."""
+
     student: str | None = setting(None, "HF folder of the strong base; none: made here")
     teachers: tuple[str, ...] = setting((), "HF folders of the weak bases; empty: made here")
-    quantize: Literal["none", "int8", "nf4"] = setting(
+    quantize: Literal[QUANTIZATIONS] = setting(
         "none", "frozen linears of the strong base in memory: 8 or 4 bits a weight"
     )
-    quantize_teachers: Literal["none", "int8", "nf4"] = setting("none", "those of the weak bases")
+    quantize_teachers: Literal[QUANTIZATIONS] = setting("none", "those of the weak bases")
     vocab: int = setting(
         656, "pieces of the tokenizer made here (256 of them are bytes)", at_most=1_000_000
     )
@@ -223,6 +204,8 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Pretrain:
+    """How bases are made, where none is given."""
+
     strong_steps: int = setting(450, "optimiser steps of the strong base", at_least=0)
     weak_steps: int = setting(400, "optimiser steps of each weak base", at_least=0)
     strong_lr: float = setting(
@@ -239,6 +222,8 @@ class Pretrain:
 
 @dataclass(frozen=True, slots=True)
 class Lora:
+    """The adapters that learn."""
+
     r: int = setting(8, "rank", at_least=1)
     alpha: int = setting(16, "scale is alpha / r", at_least=1)
     targets: tuple[str, ...] = setting(("q_proj", "v_proj"), "linear layers that get a slot")
@@ -246,6 +231,8 @@ class Lora:
 
 @dataclass(frozen=True, slots=True)
 class Sft:
+    """Supervised fine-tuning: round 0, and the ceiling."""
+
     batch: int = setting(32, "answers per step", at_least=1)
     teacher_lr: float = setting(5e-5, "positive teachers, on D1's chosen answers", above=0)
     teacher_epochs: int = setting(3, "of the positive teachers", at_least=0)
@@ -264,13 +251,13 @@ class Sft:
         5e-5, "negative student, on negative teacher 1's answers", above=0
     )
     student_negative_epochs: int = setting(1, "of the negative student", at_least=0)
-    confidence: float = setting(
-        0.5, "--method=confident: its share of the loss", at_least=0, at_most=1
-    )
+    confidence: float = fraction(0.5, "--method=confident: its share of the loss")
 
 
 @dataclass(frozen=True, slots=True)
 class Dpo:
+    """Preference training: the rounds."""
+
     batch: int = setting(16, "pairs per step", at_least=1)
     epochs: int = setting(1, "per round", at_least=0)
     student_lr: float = setting(1e-5, "of the student in a round", above=0)
@@ -297,6 +284,8 @@ class Dpo:
 
 @dataclass(frozen=True, slots=True)
 class Generate:
+    """How answers are sampled."""
+
     temperature: float = setting(0.95, "0: greedy", at_least=0)
     top_k: int = setting(50, "0: off", at_least=0)
     top_p: float = setting(0.7, "1: off", above=0, at_most=1)
@@ -312,24 +301,22 @@ class Generate:
 
 @dataclass(frozen=True, slots=True)
 class Macpo:
+    """The algorithm and its variants."""
+
     teachers: int = setting(3, "K, the number of weak teachers", at_least=1, at_most=100)
     rounds: int = setting(3, "R; with macpo.stop the most there can be", at_least=0, at_most=1000)
     stop: Literal["none", "converged", "collapsed", "rollback"] = setting(
         "none",
-        "end the rounds when the monitor says so of the student; rollback: collapsed, and keep the last good round",
+        "end the rounds when the monitor says so; rollback: collapsed, back to the last good round",
     )
     mutual_positives: bool = setting(True, "positives come from the other side; false: -MP")
     hard_negatives: bool = setting(True, "DPO against negatives; false: -HN, SFT term only")
     update_teachers: bool = setting(True, "teachers learn from the student; false: -IW")
-    self_fraction: float = setting(
-        0.0, "share of prompts whose positive is one's own", at_least=0, at_most=1
-    )
+    self_fraction: float = fraction(0.0, "share of prompts whose positive is one's own")
     answers: int = setting(
         1, "answers of a teacher to each prompt, all of them candidates", at_least=1
     )
-    select: tuple[
-        Literal["perplexity", "random", "all", "shortest", "likelihood-ratio", "agreement"], ...
-    ] = setting(
+    select: tuple[Literal[SELECTION_RULES], ...] = setting(
         ("perplexity",), "which candidate wins a prompt; several: by the sum of their ranks"
     )
     keep_fraction: float = setting(
@@ -338,7 +325,7 @@ class Macpo:
     pair_weighting: Literal["none", "agreement"] = setting(
         "none", "of the student's pairs: how much the other teachers agree"
     )
-    negatives: Literal["agent", "other", "previous", "persona", "tail", "contrastive"] = setting(
+    negatives: Literal[NEGATIVES] = setting(
         "agent", "whose answers are rejected (method/negatives.py)"
     )
     refresh_negatives: bool = setting(False, "negative agents trained and sampled every round")
@@ -347,6 +334,8 @@ class Macpo:
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
+    """The methods whose feedback comes from a model."""
+
     candidates: int = setting(
         4, "self-rewarding: answers per prompt, of which it prefers one", at_least=2
     )
@@ -372,6 +361,8 @@ class Feedback:
 
 @dataclass(frozen=True, slots=True)
 class Eval:
+    """What is measured after each training."""
+
     samples: int = setting(2, "sampled answers per test prompt", at_least=1)
     bootstrap: int = setting(
         1000, "resamples of the prompts for the intervals", at_least=1, at_most=10_000
@@ -380,14 +371,18 @@ class Eval:
 
 @dataclass(frozen=True, slots=True)
 class Parallel:
+    """Several processes."""
+
     shard: bool = setting(
         False,
-        "under torchrun each process holds a part of a frozen base (FSDP), for one that does not fit; slow",
+        "with torchrun: each process holds a part of a frozen base (FSDP); slow",
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
+    """All sections."""
+
     run: Run = Run()
     data: Data = Data()
     world: World = World()
@@ -403,16 +398,33 @@ class Config:
     parallel: Parallel = Parallel()
 
 
-SETTINGS = {
-    f"{section.name}.{key.name}": key for section in fields(Config) for key in fields(section.type)
-}
+# Settings that say where and how a run is done, not what it is
+NON_IDENTITY_SETTINGS = ("run.root", "run.name", "run.reuse", "parallel.shard")
+
+
+def all_settings() -> dict:
+    """The dataclass field of every setting, by its full name such as "dpo.beta"."""
+    settings = {}
+    for section in fields(Config):
+        for key in fields(section.type):
+            settings[f"{section.name}.{key.name}"] = key
+    return settings
+
+
+SETTINGS = all_settings()
 
 
 def flatten(config: Config) -> dict[str, object]:
-    """{"section.key": value} of every setting, in the order of this page."""
-    return {f"{s}.{k}": v for s, keys in asdict(config).items() for k, v in keys.items()}
+    """The value of every setting by its full name, in the order of this page."""
+    values = {}
+    for section, keys in asdict(config).items():
+        for name, value in keys.items():
+            values[f"{section}.{name}"] = value
+    return values
 
 
 def toml_value(value) -> str:
-    """One TOML value, for what a Config holds the same as JSON; None is written as "none"."""
-    return json.dumps("none" if value is None else value, ensure_ascii=False)
+    """A value as TOML, which is JSON for all that a Config holds; None is written as "none"."""
+    if value is None:
+        value = "none"
+    return json.dumps(value, ensure_ascii=False)

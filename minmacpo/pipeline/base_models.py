@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minmacpo import UserError
 from minmacpo.config.schema import Config
-from minmacpo.config.validate import shape
+from minmacpo.config.validate import parse_model_size
 from minmacpo.core.checkpoint import check_model_folder, save_model, weight_files
 from minmacpo.core.losses import SFTLoss
 from minmacpo.core.model import new_model
@@ -161,7 +161,7 @@ def pretraining_schedule(config: Config, name: str) -> OptimizerConfig:
 
 def made_config(config: Config, size: str, vocab_size: int) -> ModelConfig:
     """The structure of a base that is made here, for a tokenizer of so many pieces."""
-    width, layers, heads, mlp = shape(size)
+    width, layers, heads, mlp = parse_model_size(size)
     return ModelConfig(
         vocab_size, width, mlp, layers, heads, heads, width // heads, config.model.context
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from minmacpo.config.schema import Config
-from minmacpo.config.validate import shape
+from minmacpo.config.validate import parse_model_size
 from minmacpo.data.readers import find_files
 
 BYTES_PER_NUMBER = 4  # everything that is stored is in fp32
@@ -48,7 +48,7 @@ def largest_weights(config: Config) -> tuple[int, int]:
     base = 0
     layer_sizes = []
     for text in (model.strong, *model.weak):
-        width, layers, _, mlp = shape(text)
+        width, layers, _, mlp = parse_model_size(text)
         embeddings = 2 * model.vocab * width
         base = max(base, embeddings + layers * width * (4 * width + 3 * mlp))
         layer_sizes.append(layers * (width + mlp))
