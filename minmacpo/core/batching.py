@@ -25,7 +25,7 @@ from minmacpo.runtime.device import normalize_oom
 MIN_SAVED = 0.05
 
 # Most tokens of a training micro-batch of rows of like length on a CPU: what it computes with then
-# lies in the cache (bench/dpo.py)
+# lies in the cache (bench/speed/dpo.py)
 CPU_TOKENS = 1024
 
 # How many times as long as the shortest row of its batch a row may be

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 # Most tokens of a chunk: (CHUNK, V) logits are the largest tensor that exists
 CHUNK = 2048
 
-# Most logits of a chunk on a CPU, so that what is done to them is done in its cache (bench/loss.py)
+# Most logits of a chunk on a CPU, so that they stay in its cache (bench/speed/loss.py)
 MAX_CPU_LOGITS = 1 << 23
 
 # A matmul takes tokens up best in whole blocks of so many: of 262, each costs an eighth more

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 NF4_BLOCK = 64  # weights of nf4 that share a scale
 
-# Rows up to which torch's own int8 product is the faster one on a CPU (bench/speed/quant.py)
+# Rows up to which torch's own int8 product is the faster one on a CPU (bench/results/quant.py)
 INT8_KERNEL_MAX_ROWS = 16
 
 # Weights that are quantised at a time, a multiple of NF4_BLOCK: what that takes in fp32 is small

@@ -1,28 +1,34 @@
-"""The benchmark on real files: its split, its jobs under a budget of time, its reward models, and all of it made small."""
+"""The benchmark on real files: its split, its jobs in limited time, its reward models, and all small."""
 
 import functools
 import json
 import random
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import REPO
 from runs import invoke
 
-from bench import real, real_scores, results
+from bench.results import page, real, real_page, real_plan, real_scores, store
 from minmacpo import UserError
+from minmacpo.config.parse import parse
+from minmacpo.data.formats import read_data
 from minmacpo.data.records import Message, Pair
 from minmacpo.data.splits import first_turn
+from minmacpo.evaluation.experiments import run_process
 from minmacpo.runtime.files import write_rows
 
-# as bench/real.toml, of models that can do nothing
+# Like bench/results/real.toml, of models that can do nothing
 SMALL = """
 seeds = [0, 1]
 most = { d1 = 12, d2 = 12, test = 10 }
 full = ""
-flags = '''@hh-real --macpo.controls=false --run.max_tokens_per_batch=400 --data.max_prompt_length=120 --data.max_length=160 --model.context=160 --model.vocab=330
---model.strong=16x1x2x32 --model.weak=8x1x2x16,16x1x2x16 --pretrain.strong_steps=3 --pretrain.weak_steps=2 --pretrain.batch=8
---lora.targets=q_proj --generate.max_new_tokens=8 --macpo.rounds=1 --eval.bootstrap=20'''
+flags = '''@hh-real --macpo.controls=false --run.max_tokens_per_batch=400
+--data.max_prompt_length=120 --data.max_length=160 --model.context=160 --model.vocab=330
+--model.strong=16x1x2x32 --model.weak=8x1x2x16,16x1x2x16 --pretrain.strong_steps=3 --pretrain.weak_steps=2
+--pretrain.batch=8 --lora.targets=q_proj --generate.max_new_tokens=8 --macpo.rounds=1 --eval.bootstrap=20'''
 [shares]
 helpful = [0.3, 0.15, 0.15, 0.15, 0.25]
 harmless = [0.3, 0.15, 0.15, 0.15, 0.25]
@@ -58,25 +64,30 @@ question = "Elsewhere?"
 "MACPO" = ""
 [domain.world]
 """
-WORDS = "why do small birds sing loud songs near old green trees every early morning when nobody wants to hear them".split()
+WORDS = (
+    "why do small birds sing loud songs near old green trees every early morning "
+    "when nobody wants to hear them"
+).split()
 
 
 def rows_of_hh(seed: int, count: int, about: str) -> list[dict]:
     """Made-up rows of HH-RLHF's kind; some prompts are there twice, some have three turns."""
-    rng, rows = random.Random(f"{seed}/{about}"), []
+    rng = random.Random(f"{seed}/{about}")
 
-    def said(least: int) -> str:
+    def words(least: int) -> str:
         return " ".join(rng.choices(WORDS, k=rng.randrange(least, least + 5)))
 
+    rows = []
     for i in range(count):
-        head = f"\n\nHuman: {about} {i // 2 if i % 5 == 0 else i} {said(2)}"
-        head += f"\n\nAssistant: {said(2)}\n\nHuman: {said(2)}" if i % 3 == 0 else ""
-        rows += [
-            {
-                "chosen": f"{head}\n\nAssistant: {said(4)}",
-                "rejected": f"{head}\n\nAssistant: {said(1)} !",
-            }
-        ] * (2 if i % 7 == 0 else 1)
+        number = i // 2 if i % 5 == 0 else i
+        prompt = f"\n\nHuman: {about} {number} {words(2)}"
+        if i % 3 == 0:
+            prompt += f"\n\nAssistant: {words(2)}\n\nHuman: {words(2)}"
+        chosen = f"{prompt}\n\nAssistant: {words(4)}"
+        rejected = f"{prompt}\n\nAssistant: {words(1)} !"
+        rows.append({"chosen": chosen, "rejected": rejected})
+        if i % 7 == 0:
+            rows.append({"chosen": chosen, "rejected": rejected})
     return rows
 
 
@@ -85,17 +96,14 @@ def files(tmp_path, seed, monkeypatch) -> dict[str, str]:
     """HH files, one for Alpaca, and the small plan in the place of the real one."""
     (tmp_path / "plan").mkdir()
     (tmp_path / "plan/real.toml").write_text(SMALL, "utf-8")
-    monkeypatch.setattr(real, "HERE", tmp_path / "plan")
+    monkeypatch.setattr(real_plan, "HERE", tmp_path / "plan")
     for name in ("helpful", "harmless"):
         write_rows(tmp_path / f"{name}.jsonl", rows_of_hh(seed, 90, name))
-    instructions = [
-        {
-            "instruction": f"name bird {i}",
-            "input": "" if i % 2 else "quickly",
-            "output": f"bird {i} sings",
-        }
-        for i in range(60)
-    ]
+    instructions = []
+    for i in range(60):
+        hint = "" if i % 2 else "quickly"
+        row = {"instruction": f"name bird {i}", "input": hint, "output": f"bird {i} sings"}
+        instructions.append(row)
     (tmp_path / "alpaca.json").write_text(json.dumps(instructions))
     return {
         "helpful": str(tmp_path / "helpful.jsonl"),
@@ -104,7 +112,7 @@ def files(tmp_path, seed, monkeypatch) -> dict[str, str]:
     }
 
 
-def in_process(command: list[str], end: float = 0) -> tuple[int, str]:
+def run_here(command: list[str], end: float = 0) -> tuple[int, str]:
     """A job without a process of its own."""
     if command[1] == "-m":
         return real.main(command[3:]), ""
@@ -112,76 +120,80 @@ def in_process(command: list[str], end: float = 0) -> tuple[int, str]:
     return ended.code, ended.err
 
 
-# ---- the split -----------------------------------------------------------------------------------
+# ---- the split ------------------------------------------------------------------------------
 
 
 def parts_on_disk(root: Path) -> dict[tuple[str, str], list[Pair]]:
     """What the split wrote."""
-    found = {}
+    parts = {}
     for file in root.glob("data/*/*.jsonl"):
         if file.stat().st_size:
-            found[file.parent.name, file.stem] = real.read_data(str(file))[0]
-    return found
+            parts[file.parent.name, file.stem], _ = read_data(str(file))
+    return parts
 
 
 def test_slices_share_no_first_turn_and_split_json_counts_them(files, tmp_path):
-    plan = real.read_plan(tmp_path / "root", False)
+    plan = real_plan.read_plan(tmp_path / "root", False)
     real.split(plan, files)
     parts = parts_on_disk(plan.root)
-    owner = {}
+
+    slice_of_turn = {}
     for (_, part), pairs in parts.items():
         for pair in pairs:
-            assert owner.setdefault(first_turn(pair), part) == part
-    assert {part for _, part in parts} == set(real.PARTS)
+            assert slice_of_turn.setdefault(first_turn(pair), part) == part
+    assert {part for _, part in parts} == set(real_plan.PARTS)
+
     counts = plan.counts()["rows"]
-    assert all(counts[name][part] == len(pairs) for (name, part), pairs in parts.items())
-    assert (
-        counts["helpful"]["d1"] <= 12
-        and counts["helpful"]["test"] <= 10
-        and counts["alpaca"]["reward"] == 0
-    )
+    for (source, part), pairs in parts.items():
+        assert counts[source][part] == len(pairs)
+    assert counts["helpful"]["d1"] <= 12
+    assert counts["helpful"]["test"] <= 10
+    assert counts["alpaca"]["reward"] == 0
 
 
-def test_a_turn_that_two_sources_have_goes_to_one_slice(seed):
-    def pairs(name: str) -> list[Pair]:
-        return [
-            Pair(f"{name}{i}", (Message("user", f"q {i}"),), f"yes {name} {i}", "no")
-            for i in range(100)
-        ]
+def test_a_turn_that_two_sources_have_goes_to_one_slice():
+    def pairs(source: str) -> list[Pair]:
+        rows = []
+        for i in range(100):
+            prompt = (Message("user", f"q {i}"),)
+            rows.append(Pair(f"{source}{i}", prompt, f"yes {source} {i}", "no"))
+        return rows
 
     even = [0.2] * 5
     parts = real.divide({"a": pairs("a"), "b": pairs("b")}, {"a": even, "b": even}, {})
-    for part in real.PARTS:
-        first = {first_turn(pair) for pair in parts["a", part]}
-        again = {first_turn(pair) for pair in parts["b", part]}
-        assert len(first) == 20 and again == (set() if part in ("d2", "test") else first), (
-            "a prompt of D2 and test occurs once"
-        )
+    for part in real_plan.PARTS:
+        turns_of_a = {first_turn(pair) for pair in parts["a", part]}
+        turns_of_b = {first_turn(pair) for pair in parts["b", part]}
+        assert len(turns_of_a) == 20
+        if part in ("d2", "test"):
+            assert not turns_of_b, "a prompt of D2 and test occurs once"
+        else:
+            assert turns_of_b == turns_of_a
 
 
 def test_a_turn_in_two_slices_is_caught():
     pair = Pair("a", (Message("user", "why"),), "so", "no")
+
     with pytest.raises(AssertionError, match="in common"):
-        real.check_disjoint(
-            {("helpful", "test"): [pair], ("pku", "reward"): [pair]}
-            | {("x", part): [] for part in real.PARTS}
-        )
+        real.check_disjoint({("helpful", "test"): [pair], ("pku", "reward"): [pair]})
 
 
 def test_the_split_is_made_once_and_other_files_are_refused(files, tmp_path):
-    plan = real.read_plan(tmp_path / "root", False)
+    plan = real_plan.read_plan(tmp_path / "root", False)
     with pytest.raises(UserError, match="--harmless"):
         real.split(plan, {"helpful": files["helpful"]})
+
     real.split(plan, files)
     before = {file: file.stat().st_mtime_ns for file in plan.root.glob("data/*/*")}
     real.split(plan, {})
     real.split(plan, files)
     assert before == {file: file.stat().st_mtime_ns for file in plan.root.glob("data/*/*")}
+
     with pytest.raises(UserError, match="other files"):
         real.split(plan, files | {"helpful": files["harmless"]})
 
 
-# ---- jobs ----------------------------------------------------------------------------------------
+# ---- jobs -----------------------------------------------------------------------------------
 
 
 class Clock:
@@ -193,16 +205,19 @@ class Clock:
         return self.now
 
 
-def made_up_jobs(folder: Path, count: int) -> list[real.Job]:
-    return [real.Job(f"job {i}", [str(folder / str(i))], (folder / str(i),)) for i in range(count)]
+def jobs_in(folder: Path, count: int) -> list[real.Job]:
+    """So many jobs, each of which is to write a file."""
+    files = [folder / str(i) for i in range(count)]
+    return [real.Job(f"job {file.name}", [str(file)], (file,)) for file in files]
 
 
 def test_a_call_ends_in_time_and_the_next_one_goes_on(tmp_path):
-    clock, ran = Clock(), []
+    clock = Clock()
+    started = []
 
     def run(command, end):
         """Three minutes a job; what would last longer than the call is asked to end."""
-        ran.append(command[0])
+        started.append(Path(command[0]).name)
         if clock.now + 180 > end:
             clock.now = end
             return 143, ""
@@ -210,73 +225,90 @@ def test_a_call_ends_in_time_and_the_next_one_goes_on(tmp_path):
         Path(command[0]).write_text("done")
         return 0, ""
 
-    every = made_up_jobs(tmp_path, 5)
-    for done in (2, 4, 5):
-        left = [job for job in every if not job.finished]
-        started = clock.now
-        assert real.work(left, 480, run, clock) == done - (5 - len(left))
-        assert clock.now - started <= 480
-    assert [Path(name).name for name in ran] == ["0", "1", "2", "2", "3", "4", "4"]
+    jobs = jobs_in(tmp_path, 5)
+    for finished in (2, 4, 5):
+        left = [job for job in jobs if not job.finished]
+        before = clock.now
+        assert real.work(left, 480, run, clock) == finished - (5 - len(left))
+        assert clock.now - before <= 480
+    assert started == ["0", "1", "2", "2", "3", "4", "4"]
 
 
-def test_a_job_that_fails_or_leaves_nothing_ends_the_call(tmp_path):
-    for code, said, wanted in (
+@pytest.mark.parametrize(
+    ("code", "errors", "says"),
+    [
         (2, "error: no room\n", "job 0: exit 2: error: no room"),
         (0, "", "job 0: exit 0"),
         (143, "", "exit 143"),
-    ):
-        with pytest.raises(UserError, match=wanted):
-            real.work(
-                made_up_jobs(tmp_path, 2),
-                480,
-                lambda command, end, code=code, said=said: (code, said),
-                Clock(),
-            )
+    ],
+)
+def test_a_job_that_fails_or_leaves_nothing_ends_the_call(tmp_path, code, errors, says):
+    def run(command, end):
+        return code, errors
+
+    with pytest.raises(UserError, match=says):
+        real.work(jobs_in(tmp_path, 2), 480, run, Clock())
 
 
 def test_a_process_is_asked_to_end_when_its_time_is_up():
-    code, _ = real.run_alone(["sleep", "60"], real.time.monotonic() + 0.3)
+    code, _ = run_process(["sleep", "60"], time.monotonic() + 0.3)
+
     assert code in real.STOPPED
 
 
-def test_every_case_of_the_real_plan_can_be_parsed_and_runs_once(tmp_path, monkeypatch):
-    plan, full = (real.read_plan(tmp_path, full) for full in (False, True))
-    monkeypatch.setattr(real.Plan, "counts", lambda self: {"files": dict.fromkeys(real.SOURCES)})
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("seed_of_runs", [0, 1])
+def test_every_case_of_the_real_plan_can_be_parsed_and_runs_once(
+    tmp_path, monkeypatch, full, seed_of_runs
+):
+    plan = real_plan.read_plan(tmp_path, full)
+    every_file = {"files": dict.fromkeys(real_plan.SOURCES)}
+    monkeypatch.setattr(real_plan.Plan, "counts", lambda self: every_file)
     assert {*plan.experiments} == {"main", "teachers", "noise", "domain", "rounds"}
-    for seed in (0, 1):
-        runs = real.runs_of(plan, seed)
-        assert len({*runs}) == len(runs) == 14
-        for each in (plan, full):
-            configs = [real.parse(real.words_of(each, case, seed)).config for case in runs.values()]
-            assert all(
-                len(config.model.teachers) == config.macpo.teachers and config.data.shares[1] == 1
-                for config in configs
-            )
-            each.config(seed, "bases", ["--data.path=x"])
-    world = [place for found in plan.experiments.values() for place in found["world"].values()]
-    assert all(
-        any(
-            (row.get("group", ""), row["name"]) == (group, name)
-            for row in results.read(file)["variants"]
-        )
-        for file, group, name in world
-    )
-    assert {len(shares) for shares in plan.settings["shares"].values()} == {5}
-    assert all(sum(shares) == pytest.approx(1) for shares in plan.settings["shares"].values())
+
+    runs = plan.runs(seed_of_runs)
+    assert len(runs) == 14
+    for case in runs.values():
+        config = parse(plan.words_of(case, seed_of_runs)).config
+        assert len(config.model.teachers) == config.macpo.teachers
+        assert config.data.shares[1] == 1
+    plan.config(seed_of_runs, "bases", ["--data.path=x"])
+
+
+def test_the_real_plan_names_rows_of_the_world_that_are_there(tmp_path):
+    plan = real_plan.read_plan(tmp_path, False)
+
+    for experiment in plan.experiments.values():
+        for file, group, name in experiment["world"].values():
+            variants = store.read_result(file, REPO / store.PLACE)["variants"]
+            assert (group, name) in [(row.get("group", ""), row["name"]) for row in variants]
+    for shares in plan.settings["shares"].values():
+        assert len(shares) == 5
+        assert sum(shares) == pytest.approx(1)
 
 
 def test_without_a_file_its_experiment_is_left_out(files, tmp_path):
-    plan = real.read_plan(tmp_path / "root", False)
+    plan = real_plan.read_plan(tmp_path / "root", False)
     real.split(plan, {name: files[name] for name in ("helpful", "harmless")})
-    assert not [name for name in real.runs_of(plan, 0) if "alpaca" in name]
-    found = {"question": "Elsewhere?", "world": {}, "rows": [], "missing": ["alpaca"], "wanted": 1}
-    assert "Not measured: no file of alpaca was given." in real_scores.experiment("domain", found)
+    assert not [name for name in plan.runs(0) if "alpaca" in name]
+
+    empty = {"question": "Elsewhere?", "world": {}, "rows": [], "missing": ["alpaca"], "wanted": 1}
+    text = real_page.experiment_text("domain", empty)
+    assert "Not measured: no file of alpaca was given." in text
 
 
-# ---- what is said --------------------------------------------------------------------------------
+# ---- what is printed ------------------------------------------------------------------------
+
+
+def test_the_page_of_results_is_what_its_command_makes(monkeypatch):
+    monkeypatch.chdir(REPO)
+
+    assert page.page() == (REPO / "RESULTS.md").read_text("utf-8")
+    assert page.readme_table() in (REPO / "README.md").read_text("utf-8")
 
 
 def a_row(trust: list[float]) -> dict:
+    """A row of the table; `trust`: accuracy of the reward model with its interval."""
     return {
         "group": "HH",
         "name": "MACPO",
@@ -293,7 +325,7 @@ def a_row(trust: list[float]) -> dict:
 
 
 @pytest.mark.parametrize(
-    "trust,sure",
+    ("trust", "is_informative"),
     [
         ([0.58, 0.53, 0.63], True),
         ([0.52, 0.49, 0.55], False),
@@ -301,144 +333,156 @@ def a_row(trust: list[float]) -> dict:
         ([0.4, 0.3, 0.45], True),
     ],
 )
-def test_not_informative_stands_beside_a_score_whose_judge_may_be_guessing(trust, sure):
-    told = real_scores.cells({}, a_row(trust))
-    assert ("not informative" not in " ".join(told)) == sure and any(
-        f"{trust[0]:.2f}" in cell for cell in told
-    )
+def test_not_informative_stands_beside_a_score_whose_judge_may_be_guessing(trust, is_informative):
+    text = " ".join(real_page.cells({}, a_row(trust)))
+
+    assert ("not informative" not in text) == is_informative
+    assert f"{trust[0]:.2f}" in text
 
 
 def test_intervals_and_differences_are_those_of_the_arrays(seed):
     rng = np.random.default_rng(seed)
-    naive, mine = (
-        [
-            {
-                "logp": -rng.uniform(50, 90, 40),
-                "tokens": np.full(40, 20),
-                "prefers": rng.random(40) > 0.5,
-                "score": rng.normal(size=40),
-                "length": np.full(40, 7.0),
-            }
-            for _ in range(2)
-        ]
-        for _ in range(2)
-    )
-    found = real_scores.summary(mine, naive)
-    logs = [np.log(real_scores.summary([a], [a])["perplexity"][0]) for a in (*mine, *naive)]
-    assert found["nats"][0] == pytest.approx((logs[0] + logs[1] - logs[2] - logs[3]) / 2)
-    assert found["wins"][0] == pytest.approx(
-        np.mean([(a["score"] > b["score"]).mean() for a, b in zip(mine, naive, strict=True)])
-    )
-    assert found["nats"][1] <= found["nats"][0] <= found["nats"][2] and found["length"] == 7
+
+    def random_arrays() -> real_scores.Arrays:
+        return {
+            "logp": -rng.uniform(50, 90, 40),
+            "tokens": np.full(40, 20),
+            "prefers": rng.random(40) > 0.5,
+            "score": rng.normal(size=40),
+            "length": np.full(40, 7.0),
+        }
+
+    def log_perplexity(arrays: real_scores.Arrays) -> float:
+        return -arrays["logp"].sum() / arrays["tokens"].sum()
+
+    naive = [random_arrays(), random_arrays()]
+    agent = [random_arrays(), random_arrays()]
+    row = real_scores.summary(agent, naive)
+
+    nats = [log_perplexity(a) - log_perplexity(b) for a, b in zip(agent, naive, strict=True)]
+    assert row["nats"][0] == pytest.approx(np.mean(nats))
+    assert row["nats"][1] <= row["nats"][0] <= row["nats"][2]
+    won = [(a["score"] > b["score"]).mean() for a, b in zip(agent, naive, strict=True)]
+    assert row["wins"][0] == pytest.approx(np.mean(won))
+    assert row["length"] == 7
 
 
 def test_a_round_that_was_not_measured_has_no_value_and_moves_no_other():
-    tables = [
-        [{"agent": "student", "round": t, "perplexity": 10.0 * t + seed} for t in (0, 3)]
-        for seed in (0, 2)
-    ]
+    tables = []
+    for seed in (0, 2):
+        rows = [{"agent": "student", "round": t, "perplexity": 10.0 * t + seed} for t in (0, 3)]
+        tables.append(rows)
+
     assert real_scores.by_round(tables, "student", "perplexity") == [1, None, None, 31]
 
 
-# ---- everything, small ---------------------------------------------------------------------------
+# ---- everything, small ----------------------------------------------------------------------
 
 
 def test_end_to_end_between_calls(files, tmp_path, monkeypatch, capsys):
-    root, words = tmp_path / "root", [f"--{name}={path}" for name, path in files.items()]
-    monkeypatch.setattr(real, "work", functools.partial(real.work, run=in_process))
+    root = tmp_path / "root"
+    results = tmp_path / "results/real.json"
+    words = [f"--{name}={path}" for name, path in files.items()]
+    monkeypatch.setattr(real, "work", functools.partial(real.work, run=run_here))
     monkeypatch.setattr(real_scores, "PLACE", tmp_path / "results")
+
+    # A first call that has no time, and the page of nothing
     real.main([*words, f"--root={root}", "--seeds=0", "--minutes=0"])
     assert capsys.readouterr().out.endswith("6 of 6 left; the same command goes on\n")
     real.main([f"--root={root}", "--seeds=0", "--collect"])
-    page = real_scores.section(json.loads((tmp_path / "results/real.json").read_text()), "")
-    assert (
-        page.count("Not measured: no run was finished.") == 3 and "bases are finished: none" in page
-    )
+    text = real_page.section(json.loads(results.read_text()), "")
+    assert text.count("Not measured: no run was finished.") == 3
+    assert "bases are finished: none" in text
+
+    # A call that does everything, and one that finds nothing to do
     real.main([f"--root={root}", "--seeds=0"])
     assert capsys.readouterr().out.endswith("0 of 6 left\n")
     before = {file: file.stat().st_mtime_ns for file in root.rglob("*.json")}
     real.main([f"--root={root}", "--seeds=0"])
-    assert before == {file: file.stat().st_mtime_ns for file in root.rglob("*.json")}, (
-        "nothing is done again"
-    )
+    assert before == {file: file.stat().st_mtime_ns for file in root.rglob("*.json")}
+
     real.main([f"--root={root}", "--seeds=0", "--collect"])
-    found = json.loads((tmp_path / "results/real.json").read_text())
-    assert [row["name"] for row in found["experiments"]["main"]["rows"]] == [
+    collected = json.loads(results.read_text())
+    check_collected(collected, root / "runs/helpful-controls=true-seed=0")
+    text = real_page.section(collected, "What the finding is.\n")
+    assert "## Real files" in text
+    assert "MACPO" in text
+    assert "Alpaca: MACPO" in text
+    assert "nan" not in text
+    check_reward_slice(root)
+
+
+def check_collected(collected: dict, main_run: Path) -> None:
+    """The numbers of the page are those of the runs."""
+    rows_of = {name: part["rows"] for name, part in collected["experiments"].items()}
+    assert [row["name"] for row in rows_of["main"]] == [
         "naive SFT",
         "naive SFT continued",
         "ceiling: SFT on the truth",
         "MACPO",
         "confident loss",
     ]
-    assert [row["name"] for row in found["experiments"]["noise"]["rows"]] == [
-        "naive SFT",
-        "0 %",
-        "naive SFT, 50 %",
-        "50 %",
-    ]
-    table = {
-        row["label"]: row
-        for row in json.loads(
-            (root / "runs/helpful-controls=true-seed=0/eval/table.json").read_text()
-        )["rows"]
-    }
-    mine = {row["name"]: row for row in found["experiments"]["main"]["rows"]}
+    noise = ["naive SFT", "0 %", "naive SFT, 50 %", "50 %"]
+    assert [row["name"] for row in rows_of["noise"]] == noise
+    assert rows_of["domain"][0]["prefers"] == []
+    assert rows_of["domain"][0]["judge"] == "helpful"
+
+    table = json.loads((main_run / "eval/table.json").read_text())["rows"]
+    row_of_label = {row["label"]: row for row in table}
+    row_of_name = {row["name"]: row for row in rows_of["main"]}
     for name, label in (
         ("naive SFT", "student, round 0 (naive SFT)"),
         ("MACPO", "student, round 1"),
         ("ceiling: SFT on the truth", "ceiling"),
     ):
-        assert mine[name]["perplexity"] == [pytest.approx(table[label]["perplexity"])]
-        assert mine[name]["prefers"][0] == pytest.approx(table[label]["accuracy"])
-        assert mine[name]["length"] == pytest.approx(table[label]["length"])
-    assert (
-        found["experiments"]["domain"]["rows"][0]["prefers"] == []
-        and found["experiments"]["domain"]["rows"][0]["judge"] == "helpful"
-    )
-    page = real_scores.section(found, "What is said.\n")
-    assert (
-        "## Real files" in page
-        and "MACPO" in page
-        and "Alpaca: MACPO" in page
-        and "nan" not in page
-    )
-    bases = found["bases"]["0"]
-    assert {*bases} == {"strong", "weak1", "weak2", "weak3"} and bases["strong"]["counts"][
-        "rows"
-    ] > bases["weak1"]["counts"]["rows"]
-    check_reward_slice(root)
+        row = row_of_name[name]
+        expected = row_of_label[label]
+        assert row["perplexity"] == [pytest.approx(expected["perplexity"])]
+        assert row["prefers"][0] == pytest.approx(expected["accuracy"])
+        assert row["length"] == pytest.approx(expected["length"])
+
+    bases = collected["bases"]["0"]
+    assert {*bases} == {"strong", "weak1", "weak2", "weak3"}
+    assert bases["strong"]["counts"]["rows"] > bases["weak1"]["counts"]["rows"]
 
 
 def check_reward_slice(root: Path) -> None:
     """No prompt on which a reward model learned is in any slice or text of any run."""
-    learned = {
-        first_turn(pair)
-        for (_, part), pairs in parts_on_disk(root).items()
-        if part == "reward"
-        for pair in pairs
-    }
-    seen = 0
-    for run in (path.parent for path in root.glob("runs/*/config.toml")):
-        for file in [*run.glob("data/slices/*.jsonl"), *run.glob("data/corpus_*/*.jsonl")]:
-            for row in map(json.loads, file.read_text().splitlines()):
-                assert (
-                    next(m["content"] for m in row["prompt"] if m["role"] == "user") not in learned
-                )
-                seen += 1
-    assert learned and seen > 100
+    learned = set()
+    for (_, part), pairs in parts_on_disk(root).items():
+        if part == "reward":
+            learned |= {first_turn(pair) for pair in pairs}
+    assert learned
+
+    texts = [*root.glob("runs/*/data/slices/*.jsonl"), *root.glob("runs/*/data/corpus_*/*.jsonl")]
+    rows = 0
+    for file in texts:
+        for line in file.read_text().splitlines():
+            prompt = json.loads(line)["prompt"]
+            turns = [message["content"] for message in prompt if message["role"] == "user"]
+            assert turns[0] not in learned
+            rows += 1
+    assert rows > 100
 
 
 def test_a_reward_model_of_pairs_that_the_run_has_seen_is_refused(tiny, tmp_path):
-    pairs = [json.loads(line) for line in (tiny / "data/slices/d2.jsonl").read_text().splitlines()]
-    known = [{key: pair[key] for key in ("prompt", "chosen", "rejected")} for pair in pairs]
-    write_rows(tmp_path / "known.jsonl", known)
-    ended = invoke("eval", "reward", tiny, f"--pairs={tmp_path / 'known.jsonl'}")
-    assert ended.code == 2 and "is one of the run's" in ended.err
-    fresh = [
-        row | {"prompt": [{"role": "user", "content": f"please {row['prompt'][0]['content']}"}]}
-        for row in known
-    ]
-    long = fresh[0] | {"chosen": "who ? " * 200}
-    write_rows(tmp_path / "fresh.jsonl", [*fresh[1:], long])
+    lines = (tiny / "data/slices/d2.jsonl").read_text().splitlines()
+    seen = []
+    for line in lines:
+        pair = json.loads(line)
+        seen.append({name: pair[name] for name in ("prompt", "chosen", "rejected")})
+    write_rows(tmp_path / "seen.jsonl", seen)
+    ended = invoke("eval", "reward", tiny, f"--pairs={tmp_path / 'seen.jsonl'}")
+    assert ended.code == 2
+    assert "is one of the run's" in ended.err
+
+    fresh = []
+    for row in seen:
+        question = f"please {row['prompt'][0]['content']}"
+        fresh.append(row | {"prompt": [{"role": "user", "content": question}]})
+    too_long = fresh[0] | {"chosen": "who ? " * 200}
+    write_rows(tmp_path / "fresh.jsonl", [*fresh[1:], too_long])
     ended = invoke("eval", "reward", tiny, f"--pairs={tmp_path / 'fresh.jsonl'}")
-    assert ended.code == 0 and "1 pairs left out" in ended.out and "held-out accuracy" in ended.out
+    assert ended.code == 0
+    assert "1 pairs left out" in ended.out
+    assert "held-out accuracy" in ended.out

@@ -13,7 +13,7 @@ import pytest
 from conftest import REPO
 from runs import METHODS, invoke, spawn, stages_of, write_stub
 
-from bench import results
+from bench.results import page
 from minmacpo import UserError
 from minmacpo.config.parse import PRESETS, parse
 from minmacpo.evaluation import experiment_results, experiments
@@ -242,7 +242,7 @@ def test_the_first_variant_of_a_group_is_what_its_others_are_compared_with(finis
     assert (
         "one: 1" in shown and "one: 1" in (root / "runs/experiment-grouped/report.html").read_text()
     )
-    sections = results.experiment_section(
+    sections = page.experiment_section(
         json.loads((root / "runs/experiment-grouped/results.json").read_text()), "So it is."
     )
     assert (
@@ -322,13 +322,12 @@ def test_only_what_was_made_without_further_flags_is_collected(
     assert found["shared"] == [str(word) for word in finished[1][1:2]], (
         "the preset, but not where the runs lie"
     )
-    monkeypatch.setattr(results, "PLACE", tmp_path)
     for name, shared in (("one", ["@tiny"]), ("two", [])):
         (tmp_path / f"runs/experiment-{name}").mkdir(parents=True)
         (tmp_path / f"runs/experiment-{name}/results.json").write_text(
             json.dumps(found | {"name": name, "shared": shared})
         )
-    results.collect_experiments(tmp_path / "runs")
+    page.collect_experiments(tmp_path / "runs", tmp_path)
     assert (tmp_path / "two.json").is_file() and not (tmp_path / "one.json").exists()
     assert "left out, it was made with @tiny" in capsys.readouterr().out
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from bench.peers import BETA, DTYPES, LR, word_tokenizer
+from bench.speed.peers import BETA, DTYPES, LR, word_tokenizer
 
 GAMMA = 0.2  # weight of the SFT term
 

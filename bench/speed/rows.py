@@ -1,4 +1,4 @@
-"""Memory of sampling, scoring and pair building as prompts grow in number: python -m bench.rows [10000 100000 ...].
+"""Memory of sampling, scoring and pair building as prompts grow in number: python -m bench.speed.rows [10000 100000 ...].
 
 Every number is a process of its own, with a base that can do nothing, two agents' answers of two tokens and an agent's negatives: the
 stages of a round without training. Printed is the peak of resident memory in every stage, and its distance from the first number's.
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from bench.measure import words
+from bench.speed.timing import read_words
 from minmacpo.config.parse import parse
 from minmacpo.core.checkpoint import save_model
 from minmacpo.core.model import new_model
@@ -105,7 +105,7 @@ def main(counts: list[int]) -> None:
     first = None
     for count in counts:
         with tempfile.TemporaryDirectory() as root:
-            command = [sys.executable, "-m", "bench.rows", "--one", root, str(count)]
+            command = [sys.executable, "-m", "bench.speed.rows", "--one", root, str(count)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks = [int(word) for word in done.stdout.splitlines()[-1].split()[:3]]
         first = first or peaks
@@ -119,7 +119,7 @@ def main(counts: list[int]) -> None:
 if __name__ == "__main__":
     if "--one" in sys.argv:
         one(Path(sys.argv[2]), int(sys.argv[3]))
-    elif strange := [word for word in words() if not word.isdecimal()]:
+    elif strange := [word for word in read_words() if not word.isdecimal()]:
         sys.exit(f"{__doc__}\nerror: {strange[0]} is no number of prompts")
     else:
-        main([int(word) for word in words()] or [10_000, 100_000, 1_000_000])
+        main([int(word) for word in read_words()] or [10_000, 100_000, 1_000_000])

@@ -1,4 +1,4 @@
-"""How cost grows with sequence length, batch, vocabulary and model size: python -m bench.growth; exponents and a plot.
+"""How cost grows with sequence length, batch, vocabulary and model size: python -m bench.speed.growth; exponents and a plot.
 
 One of the four grows while the others stay at BASE; an exponent is the slope of a line through log cost over log size, for the
 whole range and for its upper half, where constants no longer hide the law. Expected at the limit: 1 in batch; between 1 and 2
@@ -10,8 +10,8 @@ import re
 import numpy as np
 import torch
 
-from bench.measure import PLACE, clocked, spread, words, write
-from bench.peers import joined, make_rows
+from bench.speed.peers import joined, make_rows
+from bench.speed.timing import PLACE, clocked, read_words, spread, write_bench
 from minmacpo.config.schema import Generate, Lora
 from minmacpo.core.lora import attach_lora, init_adapter
 from minmacpo.core.losses import PreferenceLoss
@@ -148,7 +148,7 @@ def main() -> None:
         for what in RANGES:
             rows.append(grow(work, make, what))
             write_atomic(PLACE / pictures[-1], plot(rows, work))
-            write(
+            write_bench(
                 "growth",
                 TITLE,
                 rows,
@@ -158,5 +158,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    words([])
+    read_words([])
     main()

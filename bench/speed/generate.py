@@ -1,4 +1,4 @@
-"""Decoding against transformers' generate: python -m bench.generate [DTYPE]; and where a step's time goes (`decode_profile`).
+"""Decoding against transformers' generate: python -m bench.speed.generate [DTYPE]; and where a step's time goes (`decode_profile`).
 
 16 prompts of 128 tokens, 128 new tokens each, an adapter on the base: here in its slot, merged on the peer's side, as PEFT
 recommends for inference. The peer's cache is its default or the static one, whichever is faster here.
@@ -11,8 +11,17 @@ from pathlib import Path
 
 import torch
 
-from bench.measure import PLACE, alternate, bf16_hardware, clocked, missing, spread, words, write
-from bench.peers import DTYPES, VOCAB, make_folder, make_rows, own_model
+from bench.speed.peers import DTYPES, VOCAB, make_folder, make_rows, own_model
+from bench.speed.timing import (
+    PLACE,
+    alternate,
+    bf16_hardware,
+    clocked,
+    missing,
+    read_words,
+    spread,
+    write_bench,
+)
 from minmacpo.config.schema import Generate
 from minmacpo.core.prepack import can_prepack, prepack
 from minmacpo.core.sampling import generate, pick_token
@@ -253,7 +262,7 @@ def main(dtypes: list[str]) -> None:
             for way in WAYS:
                 rows.append(compare(Path(folder), dtype, way, lacks))
             rows.append(refilled(Path(folder), dtype))
-            write(
+            write_bench(
                 "generate",
                 TITLE,
                 rows,
@@ -264,4 +273,4 @@ def main(dtypes: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(words(DTYPES) or (["fp32", "bf16"] if bf16_hardware() else ["fp32"]))
+    main(read_words(DTYPES) or (["fp32", "bf16"] if bf16_hardware() else ["fp32"]))

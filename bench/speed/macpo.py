@@ -1,4 +1,4 @@
-"""A whole round of MACPO against the same method written with TRL, PEFT and generate: python -m bench.macpo [DTYPE].
+"""A whole round of MACPO against the same method written with TRL, PEFT and generate: python -m bench.speed.macpo [DTYPE].
 
 One student and two teachers of the 15M shape; 16 prompts of 32 tokens, 32 new tokens, eight pairs a step. Both sides load their
 agents, sample, choose by the student's perplexity and train all three; files of stages are left out on both.
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from bench import trl_macpo
-from bench.measure import alternate, bf16_hardware, missing, words, write
-from bench.peers import BETA, DTYPES, LR, joined, make_folder, make_rows, own_model
+from bench.speed import trl_macpo
+from bench.speed.peers import BETA, DTYPES, LR, joined, make_folder, make_rows, own_model
+from bench.speed.timing import alternate, bf16_hardware, missing, read_words, write_bench
 from minmacpo.config.schema import Generate
 from minmacpo.core.losses import PreferenceLoss
 from minmacpo.core.sampling import generate
@@ -165,8 +165,8 @@ def main(dtypes: list[str]) -> None:
             make_folder(Path(folder, name), "15M", seed)
         for dtype in dtypes:
             rows.append(compare(Path(folder), dtype, lacks, 5))
-            write("macpo", TITLE, rows, keep=True)  # what there is so far
+            write_bench("macpo", TITLE, rows, keep=True)  # what there is so far
 
 
 if __name__ == "__main__":
-    main(words(DTYPES) or (["fp32", "bf16"] if bf16_hardware() else ["fp32"]))
+    main(read_words(DTYPES) or (["fp32", "bf16"] if bf16_hardware() else ["fp32"]))

@@ -1,0 +1,1 @@
+"""Experiments of the method: what becomes RESULTS.md (`python -m bench.results`)."""
