@@ -33,13 +33,15 @@ ORDER = (
 COST_KEYS = ("kind", "cpu_seconds", "tokens", "peak_mb")
 INTRO = """# Results
 
-Every number on this page comes from the built-in world (`@world`, gold reward in [0, 1] on 320 held-out prompts, two
-sampled answers each), but for the sections on files at its end. `python train.py @experiment-NAME` runs an experiment
-and writes its table; `python -m bench.results --collect=runs` makes this page. Brackets are 95 % bootstraps of the paired difference over
-seeds, then prompts; with two seeds they say little about other seeds, with one nothing. Seeds 0 and 1 were used to choose settings and the
-monitor's thresholds; seeds 2 to 4 were run once, afterwards. "Collapsed" counts seeds whose last student is below 97 %
-of its best round; "alarm in" is the first round in which the monitor, which sees no gold label, warned of the student.
-CPU seconds and tokens are those of all stages of one run, shared ones included.
+Every number on this page comes from the built-in world (`@world`, gold reward in [0, 1] on 320
+held-out prompts, two sampled answers each), but for the sections on files at its end. `python
+train.py @experiment-NAME` runs an experiment and writes its table; `python -m bench.results
+--collect=runs` makes this page. Brackets are 95 % bootstraps of the paired difference over seeds,
+then prompts; with two seeds they say little about other seeds, with one nothing. Seeds 0 and 1 were
+used to choose settings and the monitor's thresholds; seeds 2 to 4 were run once, afterwards.
+"Collapsed" counts seeds whose last student is below 97 % of its best round; "alarm in" is the first
+round in which the monitor, which sees no gold label, warned of the student. CPU seconds and tokens
+are those of all stages of one run, shared ones included.
 """
 
 

@@ -72,13 +72,16 @@ TARGETS = {
 }
 INTRO = """# Benchmarks
 
-Speed and memory against the libraries that people use, each set up as its own documentation recommends. Made by
-`python -m bench.speed.page` from assets/bench/*.json, which `python -m bench.speed.NAME` writes. Own and peer run in turn in one
-process on the same texts, dtype, LoRA and optimiser, after both have computed the same; the column "equal" says how nearly. None is written where
-fp32 losses or scores are more than 0.1 % apart (on a GPU bf16 ones 5 %), a bf16 loss of DPO more than 0.1, of SFT 0.5 %, of a round 2 %, or where
-some token of a greedy text is not, to 0.001 (bf16: 0.25), the peer's likeliest. A ratio is that of neighbours in time (peer / own: above 1, this
-project is faster), given as median (lowest-highest). Peak memory is that of a process in which one side runs alone.
-Weights are random, which does not matter for speed. CPU time is what ratios are judged by where the machine is shared.
+Speed and memory against the libraries that people use, each set up as its own documentation
+recommends. Made by `python -m bench.speed.page` from assets/bench/*.json, which `python -m
+bench.speed.NAME` writes. Own and peer run in turn in one process on the same texts, dtype, LoRA and
+optimiser, after both have computed the same; the column "equal" says how nearly. None is written
+where fp32 losses or scores are more than 0.1 % apart (on a GPU bf16 ones 5 %), a bf16 loss of DPO
+more than 0.1, of SFT 0.5 %, of a round 2 %, or where some token of a greedy text is not, to 0.001
+(bf16: 0.25), the peer's likeliest. A ratio is that of neighbours in time (peer / own: above 1, this
+project is faster), given as median (lowest-highest). Peak memory is that of a process in which one
+side runs alone. Weights are random, which does not matter for speed. CPU time is what ratios are
+judged by where the machine is shared.
 """
 
 

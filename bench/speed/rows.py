@@ -1,7 +1,10 @@
-"""Memory of sampling, scoring and pair building as prompts grow in number: python -m bench.speed.rows [10000 100000 ...].
+"""Memory of sampling, scoring and pair building as prompts grow in number.
 
-Every number is a process of its own, with a base that can do nothing, two agents' answers of two tokens and an agent's negatives: the
-stages of a round without training. Printed is the peak of resident memory in every stage, and its distance from the first number's.
+    python -m bench.speed.rows [10000 100000 ...]
+
+Every number is a process of its own, with a base that can do nothing, two agents' answers of two
+tokens and an agent's negatives: the stages of a round without training. Printed is the peak of
+resident memory in every stage, and its distance from the first number's.
 """
 
 import subprocess
@@ -41,26 +44,36 @@ WORDS = [
 
 
 def question(number: int) -> str:
+    """The prompt of this number."""
     return f"who is number {number} and what does he do on day {number % 7} ?"
 
 
 def write_base(folder: Path) -> None:
-    """A stub: one layer, eight wide."""
+    """Write a base that can do nothing: one layer, eight wide."""
     pieces = train_tokenizer([question(i) for i in range(500)], 400)
-    config = ModelConfig(Tokenizer(pieces).size, 8, 16, 1, 1, 1, 8, 128)
+    config = ModelConfig(
+        vocab_size=Tokenizer(pieces).size,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=128,
+    )
     folder.mkdir()
     save_model(folder, config, new_model(config, 0).state_dict(), pieces)
 
 
 def prompts(count: int) -> Iterator[Pair]:
+    """So many pairs, each of another question."""
     for number in range(count):
-        yield Pair(
-            str(number), (Message("user", question(number)),), "he is a baker .", "go away ."
-        )
+        prompt = (Message("user", question(number)),)
+        yield Pair(str(number), prompt, "he is a baker .", "go away .")
 
 
-def one(root: Path, count: int) -> None:
-    """The stages on so many prompts; prints the peak of each kind in MB."""
+def run_stages(root: Path, count: int) -> None:
+    """Make the stages on so many prompts; prints the peak of each kind in MB."""
     write_base(root / "base")
     run = Run(parse([*WORDS, f"--run.root={root}"]).config)
     models = ModelPool(run.config)
@@ -92,34 +105,37 @@ def one(root: Path, count: int) -> None:
         reference=Policy("a", policy.base),
         learner=replace(policy, adapter=scores["bad"]),  # any other than the reference
     )
-    made = build_pairs(run, models, "round1/pairs", inputs, ("pairs",))
-    done = {
-        "sample": [texts.stage for texts in samples.values()],
-        "score": [*scores.values()],
-        "pairs": [made],
-    }
-    print(*(max(stage.notes()["peak_mb"] for stage in done[kind]) for kind in STAGES))
+    pairs = build_pairs(run, models, "round1/pairs", inputs, ("pairs",))
+
+    peaks = []
+    sampled = [texts.stage for texts in samples.values()]
+    for stages in (sampled, list(scores.values()), [pairs]):
+        peaks.append(max(stage.notes()["peak_mb"] for stage in stages))
+    print(*peaks)
 
 
 def main(counts: list[int]) -> None:
-    first = None
+    """Print a line for every number of prompts."""
+    first_peaks = None
     for count in counts:
         with tempfile.TemporaryDirectory() as root:
             command = [sys.executable, "-m", "bench.speed.rows", "--one", root, str(count)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks = [int(word) for word in done.stdout.splitlines()[-1].split()[:3]]
-        first = first or peaks
-        told = (
-            f"{kind} {peak} MB ({peak / start - 1:+.1%})"
-            for kind, peak, start in zip(STAGES, peaks, first, strict=True)
-        )
-        print(f"{count:9,} prompts: {', '.join(told)}", flush=True)
+            ended = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks = [int(word) for word in ended.stdout.splitlines()[-1].split()]
+        if first_peaks is None:
+            first_peaks = peaks
+        parts = []
+        for kind, peak, first in zip(STAGES, peaks, first_peaks, strict=True):
+            parts.append(f"{kind} {peak} MB ({peak / first - 1:+.1%})")
+        print(f"{count:9,} prompts: {', '.join(parts)}", flush=True)
 
 
 if __name__ == "__main__":
     if "--one" in sys.argv:
-        one(Path(sys.argv[2]), int(sys.argv[3]))
-    elif strange := [word for word in read_words() if not word.isdecimal()]:
-        sys.exit(f"{__doc__}\nerror: {strange[0]} is no number of prompts")
+        run_stages(Path(sys.argv[2]), int(sys.argv[3]))
     else:
-        main([int(word) for word in read_words()] or [10_000, 100_000, 1_000_000])
+        words = read_words()
+        for word in words:
+            if not word.isdecimal():
+                sys.exit(f"{__doc__}\nerror: {word} is no number of prompts")
+        main([int(word) for word in words] or [10_000, 100_000, 1_000_000])

@@ -1,4 +1,4 @@
-"""The benchmark on real files: its split, its jobs in limited time, its reward models, and all small."""
+"""The benchmark on real files: its split, its jobs in limited time, and all of it made small."""
 
 import functools
 import json
@@ -27,8 +27,9 @@ most = { d1 = 12, d2 = 12, test = 10 }
 full = ""
 flags = '''@hh-real --macpo.controls=false --run.max_tokens_per_batch=400
 --data.max_prompt_length=120 --data.max_length=160 --model.context=160 --model.vocab=330
---model.strong=16x1x2x32 --model.weak=8x1x2x16,16x1x2x16 --pretrain.strong_steps=3 --pretrain.weak_steps=2
---pretrain.batch=8 --lora.targets=q_proj --generate.max_new_tokens=8 --macpo.rounds=1 --eval.bootstrap=20'''
+--model.strong=16x1x2x32 --model.weak=8x1x2x16,16x1x2x16
+--pretrain.strong_steps=3 --pretrain.weak_steps=2 --pretrain.batch=8 --lora.targets=q_proj
+--generate.max_new_tokens=8 --macpo.rounds=1 --eval.bootstrap=20'''
 [shares]
 helpful = [0.3, 0.15, 0.15, 0.15, 0.25]
 harmless = [0.3, 0.15, 0.15, 0.15, 0.25]
