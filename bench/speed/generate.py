@@ -247,7 +247,7 @@ def decode_profile(folder: Path, dtype: str) -> dict:
     weights -= model.model.embed_tokens.weight.nbytes
 
     times = {
-        "floor: one read of weights and cache": (weights + cache.nbytes) / bandwidth,
+        "floor: one read of weights and cache": (weights + cache.data.nbytes) / bandwidth,
         "whole step": milliseconds(whole_step),
         "linears of the blocks": milliseconds(linears_of_a_block) * len(packed.model.layers),
         "head": milliseconds(lambda: packed.lm_head(hidden)),
@@ -260,7 +260,7 @@ def decode_profile(folder: Path, dtype: str) -> dict:
     return {
         "dtype": dtype,
         "weights_mb": weights / 1e6,
-        "cache_mb": cache.nbytes / 1e6,
+        "cache_mb": cache.data.nbytes / 1e6,
         "read_gb_s": bandwidth / 1e6,
         "ms": {name: round(value, 3) for name, value in times.items()},
     }

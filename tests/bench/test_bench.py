@@ -7,9 +7,12 @@ import pytest
 import torch
 from conftest import REPO
 
-from bench.speed import loss, page, peers, timing
+from bench.speed import dpo, generate, loss, padding, page, peers, profile, rows, sft, timing
+from bench.speed import score as score_bench
 from bench.speed.score import by_transformers, candidates
+from minmacpo.config.schema import Generate
 from minmacpo.core.scoring import score
+from minmacpo.runtime.files import write_rows
 
 
 def row(work: str, ratio, dtype: str = "bf16", **more) -> dict:
@@ -192,3 +195,85 @@ def test_every_form_of_the_loss_gives_the_same_gradient(monkeypatch):
         value, grad = loss.gradient(form, case)
         assert value == pytest.approx(own_loss, rel=1e-5), name
         assert (grad - own_grad).abs().max() <= 1e-5, name
+
+
+# ---- every benchmark runs, small --------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(small, monkeypatch):
+    """The small folder, and benchmarks that call each side once."""
+
+    def call_once(own, peer, times=1, warm=True):
+        own()
+        return {"ratio_cpu": None, "ratio_wall": None, "own": {"cpu_s": [1.0, 1.0, 1.0]}}
+
+    for module in (dpo, generate, profile, score_bench, sft):
+        if hasattr(module, "alternate"):
+            monkeypatch.setattr(module, "alternate", call_once)
+        if hasattr(module, "VOCAB"):
+            monkeypatch.setattr(module, "VOCAB", 700)
+    return small
+
+
+def test_the_own_side_of_every_training_benchmark_runs(quick):
+    row = dpo.compare(quick, "small", "fp32", dpo.VARIANTS["both"], lacks="no peer")
+    assert row["target"] == ["dpo-small-fp32-both"]
+    assert row["note"] == "no peer"
+
+    row = sft.compare(quick, "fp32", sft.PLAIN_VARIANT, lacks="no peer")
+    assert row["target"] == ["sft-15m-fp32"]
+
+
+def test_the_own_side_of_scoring_and_decoding_runs(quick, monkeypatch):
+    row = score_bench.compare(quick, "fp32", 3, lacks="no peer")
+    assert row["work"] == "scoring, 3 answer(s) per prompt"
+
+    monkeypatch.setattr(generate, "SAMPLING", Generate(max_new_tokens=4))
+    row = generate.compare(quick, "fp32", "sampling, top-p 0.7, top-k 50", lacks="no peer")
+    assert row["target"] == ["generate"]
+
+
+def test_answers_that_fill_free_places_are_those_of_blocks(quick):
+    assert generate.refilled(quick, "fp32")["equal"] == "64 of 64 texts"
+
+
+def test_profiles_add_up(quick, monkeypatch):
+    monkeypatch.setattr(generate, "milliseconds", lambda call, times=20: call() is None or 1.0)
+    text = generate.paragraph(generate.decode_profile(quick, "fp32"))
+    assert text.startswith("One decode step (fp32, 16 rows, position 192)")
+
+    row, note = profile.measure(quick, "fp32", trace=None)
+    shares = [row["own"][part] for part in (*profile.PARTS, "the rest")]
+    assert sum(shares) == pytest.approx(1, abs=0.01)
+    assert "of that ceiling" in note
+
+
+def test_the_stages_of_a_round_without_training_are_made(tmp_path, capsys):
+    rows.run_stages(tmp_path, 20)
+
+    peaks = capsys.readouterr().out.splitlines()[-1].split()
+    assert len(peaks) == len(rows.STAGES)
+    assert all(int(peak) > 0 for peak in peaks)
+
+
+def test_padding_is_counted(tmp_path, tokenizer_bytes, assets, capsys):
+    pairs = []
+    for i in range(9):
+        prompt = f"\n\nHuman: where does kadol live ? {'please ' * i}\n\nAssistant:"
+        pairs.append({"chosen": f"{prompt} on oak street .", "rejected": f"{prompt} go away !"})
+    write_rows(tmp_path / "pairs.jsonl", pairs)
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_bytes)
+
+    padding.main(str(tmp_path / "pairs.jsonl"), str(tmp_path / "tokenizer.model"))
+
+    table = json.loads((assets / "padding.json").read_text())["rows"]
+    assert [row["work"] for row in table] == [
+        "DPO pairs",
+        "SFT answers",
+        "scoring, sorted",
+        "scoring, answers of a prompt together",
+    ]
+    for row in table:
+        assert row["own"]["computed_tokens"] <= row["own"]["padded_tokens"]
+    assert table[0]["note"].startswith("9 pairs, 0 of more than")
