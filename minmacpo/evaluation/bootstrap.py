@@ -1,4 +1,4 @@
-"""95 % bootstrap intervals: the same statistic of many samples that are redrawn with replacement.
+"""95 % intervals: mostly bootstraps, the same statistic of many samples redrawn with replacement.
 
 The unit that is redrawn is a prompt (and, for differences of methods, the seed of a run): several
 answers to one prompt are no independent evidence. The draws are the same in every call.
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 BOUNDS = (0.025, 0.975)  # quantiles of a 95 % interval
+STANDARD_ERRORS = 1.96  # half the width of a normal 95 % interval
 
 
 def mean_interval(values: np.ndarray, draws: int) -> list[float]:
@@ -17,6 +18,22 @@ def mean_interval(values: np.ndarray, draws: int) -> list[float]:
     drawn = rng.integers(0, len(values), (draws, len(values)))
     means = values[drawn].mean(1)  # (draws,)
     return np.quantile(means, BOUNDS).round(4).tolist()
+
+
+def proportion_interval(wins: np.ndarray) -> list[float]:
+    """Wilson's score interval of the mean of values in [0, 1], (N,), as [low, high].
+
+    A bootstrap of six wins in six pairs would be [1, 1], as if it were certain; this is [0.61, 1].
+    """
+    count = len(wins)
+    share = wins.mean()
+    squared = STANDARD_ERRORS**2
+    center = (share + squared / (2 * count)) / (1 + squared / count)
+    spread = np.sqrt(share * (1 - share) / count + squared / (4 * count**2))
+    half = STANDARD_ERRORS * spread / (1 + squared / count)
+    low = max(0.0, center - half)
+    high = min(1.0, center + half)
+    return [round(float(low), 4), round(float(high), 4)]
 
 
 def paired_interval(differences: Sequence[np.ndarray], draws: int = 4000) -> list[float]:

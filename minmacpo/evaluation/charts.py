@@ -1,5 +1,6 @@
-"""Line charts and forest plots as SVG: no scripts, legible in light and dark and to the colour-blind.
+"""Line charts and forest plots as SVG, without scripts.
 
+They are legible in light and dark and to the colour-blind.
 A chart's lines are {name: points}; a point is a `Point`, with an interval or without one.
 """
 
@@ -118,7 +119,7 @@ def ticks(low: float, high: float, most: int) -> dict[float, str]:
 
 
 def spread(heights: dict[str, float], low: float, high: float, gap: float = 15) -> dict[str, float]:
-    """Heights near the given ones, in their order, that are `gap` from each other if they can be."""
+    """Heights near the given ones, in their order, `gap` from each other if there is room."""
     names = sorted(heights, key=heights.get)
     placed = {}
 
@@ -245,7 +246,7 @@ def spoken(lines: dict[str, Sequence[Point]]) -> str:
 def draw_line(
     name: str, points: Sequence[Point], plot: Plot, label: str, label_height: float, look: Look
 ) -> Html:
-    """One line with its band, its markers, and its name; hovering over a marker tells the number."""
+    """One line with its band, markers and name; hovering over a marker tells its number."""
     is_level = name in ("continued", "ceiling")  # measured once, drawn from side to side
     spots = [(plot.x(point.x), plot.y(point.y)) for point in points]
     parts = []

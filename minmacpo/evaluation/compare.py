@@ -1,7 +1,7 @@
-"""The last rounds of several finished runs side by side, with intervals of the paired differences.
+"""The last rounds of several finished runs side by side, with intervals of their differences.
 
-python eval.py compare RUN RUN...                    runs that differ in their seed alone are averaged
-python eval.py compare RUN RUN... --page=FILE.html   the same as a page, with the student's curves
+python eval.py compare RUN RUN...                    averages runs that differ in seed alone
+python eval.py compare RUN RUN... --page=FILE.html   a page of it, with the student's curves
 """
 
 import re

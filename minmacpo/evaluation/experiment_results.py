@@ -1,4 +1,4 @@
-"""What the finished runs of an experiment come to: one row per variant, as JSON, text and a page."""
+"""What the runs of an experiment come to: one row per variant, as JSON, text and a page."""
 
 from collections.abc import Sequence
 
@@ -67,7 +67,7 @@ def variant_measures(runs: RunOfSeed, first: GoldOfSeed) -> dict:
 
 
 def student_gold(runs: RunOfSeed, first: GoldOfSeed) -> dict:
-    """The student's gold reward by round and seed, compared with the first variant and naive SFT."""
+    """The student's gold reward by round and seed, beside the first variant and naive SFT."""
     rounds = max(run.config.macpo.rounds for run in runs.values())
     by_round = [gold_of_seed(runs, "student", t) for t in range(rounds + 1)]
     naive = by_round[0]
@@ -89,7 +89,7 @@ def student_gold(runs: RunOfSeed, first: GoldOfSeed) -> dict:
 
 
 def monitor_result(runs: RunOfSeed, alarms: Sequence[int | None]) -> dict:
-    """When the monitor warned by seed, and the gold reward of the round before: the one it keeps."""
+    """When the monitor warned, by seed, and the gold reward of the round before: what it keeps."""
     kept = []
     for (seed, run), alarm in zip(runs.items(), alarms, strict=True):
         last_good = None if alarm is None else alarm - 1

@@ -147,7 +147,7 @@ def read_records(stage: Stage) -> list[Pair] | list[Sample]:
 
 
 def export(run_path: str, stage_name: str, target_path: str) -> str:
-    """Write a stage's pairs or answers as MACPO's authors released theirs; says what was written."""
+    """Write a stage's pairs or answers as MACPO's authors released theirs; says what it wrote."""
     run = read_run(run_path)
     target = Path(target_path)
     records = read_records(run.stage(stage_name))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from minmacpo.config.parse import to_toml
 from minmacpo.config.schema import Config
+from minmacpo.core.losses import requires_reference
 from minmacpo.data.records import Pair, Sample
 from minmacpo.evaluation.charts import Point, figure
 from minmacpo.evaluation.finished_run import (
@@ -49,6 +50,8 @@ CURVES = {  # measure: title and note of its chart
     "perplexity": ("Perplexity of true answers", "per token"),
 }
 
+LOSS_NAMES = {"sigmoid": "DPO", "ipo": "IPO", "simpo": "SimPO"}  # values of dpo.loss
+
 CURVE_POINTS = 100  # of a training curve, about
 SHOWN_PROMPTS = 5
 
@@ -65,28 +68,54 @@ class TrainingChart:
 
 
 def training_charts(config: Config) -> list[TrainingChart]:
-    """The charts of the report's section on training."""
+    """The charts of the report's section on training, in the words of the loss that is used."""
     in_rounds = ("round[1-9]*/*_pos",)
+    loss_name = LOSS_NAMES.get(config.dpo.loss, config.dpo.loss)
+    margin_note = "of chosen over rejected answers, β · nats"
+    if requires_reference(config.dpo.loss):
+        margin_note += " above the reference policy"
     return [
-        TrainingChart("Loss in the rounds", "of each step", "loss", "epoch", in_rounds),
         TrainingChart(
-            "Reward margin", "chosen − rejected, β · nats", "rewards/margins", "epoch", in_rounds
+            title="Loss in the rounds",
+            note=f"{loss_name} and SFT, of each step",
+            metric="loss",
+            unit="epoch",
+            stages=in_rounds,
         ),
         TrainingChart(
-            "Ranking accuracy",
-            "share of margins above 0",
-            "rewards/accuracies",
-            "epoch",
-            in_rounds,
+            title="Reward margin",
+            note=margin_note,
+            metric="rewards/margins",
+            unit="epoch",
+            stages=in_rounds,
         ),
         TrainingChart(
-            "SFT loss", "nats per token", "loss", "epoch", ("round0/*_pos", "controls/*")
+            title="Ranking accuracy",
+            note="share of margins above 0",
+            metric="rewards/accuracies",
+            unit="epoch",
+            stages=in_rounds,
         ),
         TrainingChart(
-            "SFT loss, negative", "nats per token", "loss", "epoch", ("round[0-9]*/*_neg",)
+            title="SFT loss",
+            note="nats per token",
+            metric="loss",
+            unit="epoch",
+            stages=("round0/*_pos", "controls/*"),
         ),
         TrainingChart(
-            "Pre-training loss", "nats per token", "loss", "step", ("bases/strong", "bases/weak*")
+            title="SFT loss, negative",
+            note="nats per token",
+            metric="loss",
+            unit="epoch",
+            stages=("round[0-9]*/*_neg",),
+        ),
+        TrainingChart(
+            title="Pre-training loss",
+            note="nats per token",
+            metric="loss",
+            unit="step",
+            stages=("bases/strong", "bases/weak*"),
         ),
     ]
 
@@ -206,7 +235,7 @@ def over_rounds(rows: Sequence[dict], measure: str) -> dict[str, list[Point]]:
 
 
 def training_figures(run: FinishedRun) -> list[Html]:
-    """Losses, margins and accuracies of all training stages; an agent's rounds follow each other."""
+    """Losses, margins and accuracies in training; the rounds of an agent follow each other."""
     figures = []
     for chart in training_charts(run.config):
         names = set()

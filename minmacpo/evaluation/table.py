@@ -16,7 +16,7 @@ from minmacpo.core.scoring import win_or_tie
 from minmacpo.data.records import Sample
 from minmacpo.data.splits import TOO_FEW
 from minmacpo.data.text_metrics import distinct2, refuses, self_bleu
-from minmacpo.evaluation.bootstrap import mean_interval, ratio_interval
+from minmacpo.evaluation.bootstrap import mean_interval, proportion_interval, ratio_interval
 from minmacpo.evaluation.finished_run import (
     FinishedRun,
     agent_label,
@@ -209,7 +209,7 @@ def measures(answers: Sequence[Sample], scores: Sequence[PromptScores], draws: i
         wins = win_or_tie(margins)
         values["pairs"] = len(margins)
         values["accuracy"] = float(wins.mean())
-        values["accuracy_interval"] = mean_interval(wins, draws)
+        values["accuracy_interval"] = proportion_interval(wins)
     return values
 
 

@@ -70,7 +70,7 @@ COLUMNS = (
 # fmt: on
 
 # What the terminal shows of them, the most important first, as far as it fits
-TERMINAL_COLUMNS = ("gold", "right", "pairs", "accuracy", "perplexity", "pgr", "length")
+TERMINAL_COLUMNS = ("gold", "right", "pairs", "accuracy", "perplexity", "pgr", "length", "prompts")
 
 SIGNS = {
     "surprise": "nats per token of the chosen answers when a round began to train on them",
