@@ -43,16 +43,16 @@ def measure(command: str, words: list[str]):
 
         return run_compare(words), format_comparison
     if command == "judge":
-        from minmacpo.evaluation.judge import as_text, run_judge
+        from minmacpo.evaluation.judge import format_judgement, run_judge
 
-        return run_judge(words), as_text
+        return run_judge(words), format_judgement
     if command in ("ppl", "accuracy"):
-        from minmacpo.evaluation.likelihood import as_text, run_likelihood
+        from minmacpo.evaluation.likelihood import format_likelihood, run_likelihood
 
-        return run_likelihood(command, words), as_text
-    from minmacpo.evaluation.reward_model import as_text, run_reward
+        return run_likelihood(command, words), format_likelihood
+    from minmacpo.evaluation.reward_model import format_rewards, run_reward
 
-    return run_reward(words), as_text
+    return run_reward(words), format_rewards
 
 
 def read(words: list[str]):

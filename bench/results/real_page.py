@@ -3,7 +3,7 @@
 from bench.markdown import markdown_table
 from bench.results.real_plan import PARTS
 from bench.results.store import read_result
-from minmacpo.evaluation.reward_model import informative
+from minmacpo.evaluation.reward_model import is_informative
 from minmacpo.evaluation.text_tables import bracketed
 
 HEAD = (
@@ -158,7 +158,7 @@ def judged(row: dict) -> tuple[str, str]:
     """(What the reward model says of a row, how far it can be trusted)."""
     wins = bracketed(row["wins"])
     trust = bracketed(row["trust"], ".2f")
-    if not informative(row["trust"][1:]):
+    if not is_informative(row["trust"][1:]):
         return f"{wins}, not informative", f"{trust}: not informative"
     return wins, trust
 

@@ -17,12 +17,12 @@ from minmacpo.evaluation.experiments import Case
 from minmacpo.evaluation.finished_run import FinishedRun, read_run
 from minmacpo.evaluation.reward_model import (
     Rate,
-    fitting,
-    ranked,
+    fitting_pairs,
+    rank_pairs,
+    read_own_pairs,
     read_test_answers,
-    trained_here,
-    unseen,
 )
+from minmacpo.evaluation.reward_model import train_reward_model as train_head
 from minmacpo.evaluation.table import make_table
 from minmacpo.pipeline.run import FINISHED
 from minmacpo.runtime.files import read_json, read_rows, write_json
@@ -47,22 +47,22 @@ def train_reward_model(plan: Plan, source: str, run: FinishedRun) -> RewardModel
 
     It learns from the slice that nothing else sees, and is tried on the pairs of D2 and test.
     """
-    learned, over_long, _ = unseen(run, str(plan.slice_path(source, "reward")))
-    rate = trained_here(run, learned)
+    own = read_own_pairs(run, str(plan.slice_path(source, "reward")))
+    rate = train_head(run, own.pairs)
 
     pairs = []
     for part in ("d2", "test"):
         rows, _ = read_data(str(plan.slice_path(source, part)))
         pairs += rows
-    held_out = fitting(run, pairs)
-    shared = {pair.prompt for pair in held_out} & {pair.prompt for pair in learned}
+    held_out = fitting_pairs(run, pairs)
+    shared = {pair.prompt for pair in held_out} & {pair.prompt for pair in own.pairs}
     assert not shared, "a reward model is tried on what it has seen"
 
     facts = {
         "source": source,
-        "pairs": len(learned),
-        "over_long": over_long,
-        "right": ranked(held_out, rate).tolist(),
+        "pairs": len(own.pairs),
+        "over_long": own.dropped,
+        "right": rank_pairs(held_out, rate).tolist(),
     }
     return RewardModel(rate, facts)
 

@@ -5,6 +5,7 @@ answers to one prompt are no independent evidence. The draws are the same in eve
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -55,15 +56,23 @@ def paired_interval(differences: Sequence[np.ndarray], draws: int = 4000) -> lis
     return np.quantile(means, BOUNDS).round(4).tolist()
 
 
-def ratio_interval(
-    numerators: Sequence[float], denominators: Sequence[float], prompts: Sequence[str], draws: int
-) -> list[float]:
-    """The interval of sum(numerators) / sum(denominators) over rows, as [low, high].
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number with its 95 % interval."""
 
-    A prompt is drawn with all of its rows. Draws whose denominator is not above 0 are left out.
+    value: float
+    interval: list[float]  # [low, high]
+
+
+def estimate_ratio(
+    numerators: Sequence[float], denominators: Sequence[float], prompts: Sequence[str], draws: int
+) -> Estimate:
+    """sum(numerators) / sum(denominators) over rows; redraws prompts, each with all of its rows.
+
+    Draws whose denominator is not above 0 are left out.
     """
     _, prompt_index = np.unique(prompts, return_inverse=True)
-    tops = np.bincount(prompt_index, weights=np.asarray(numerators, float))
+    tops = np.bincount(prompt_index, weights=np.asarray(numerators, float))  # (prompts,)
     bottoms = np.bincount(prompt_index, weights=np.asarray(denominators, float))
     rng = np.random.default_rng(0)
     ratios = []
@@ -72,4 +81,5 @@ def ratio_interval(
         bottom = bottoms[drawn].sum()
         if bottom > 0:
             ratios.append(tops[drawn].sum() / bottom)
-    return np.quantile(ratios, BOUNDS).tolist()
+    value = float(tops.sum() / bottoms.sum())
+    return Estimate(value, np.quantile(ratios, BOUNDS).tolist())

@@ -1,16 +1,20 @@
-"""Reward models as measures of answers: one trained here, a Hugging Face classifier, or scores from elsewhere.
+"""Reward models as measures of answers: trained here, a Hugging Face classifier, or elsewhere.
 
-python eval.py reward RUN                      a Bradley-Terry head on the run's strong base, trained on its true pairs
-python eval.py reward RUN --pairs=FILE         the same, trained on pairs of which the run has seen none
-python eval.py reward RUN --model=FOLDER       a sequence classifier with one label, of any family in the README
-python eval.py reward RUN --scores=FILE        {"id", "agent", "round", "score"} lines, joined by prompt id
+python eval.py reward RUN                   a Bradley-Terry head on the run's strong base, trained
+                                            on its true pairs
+python eval.py reward RUN --pairs=FILE      the same, trained on pairs that the run has not seen
+python eval.py reward RUN --model=FOLDER    a sequence classifier with one label, of any family in
+                                            the README
+python eval.py reward RUN --scores=FILE     {"id", "agent", "round", "score"} lines, joined by
+                                            prompt id
 
-Beside every score stands how often the model ranks held-out true pairs rightly; where the interval of that share
-includes one half, the scores are called not informative.
+Beside every score stands how often the model ranks held-out true pairs rightly; where the interval
+of that share includes one half, the scores are called not informative.
 """
 
-from argparse import RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,228 +32,63 @@ from minmacpo.data.records import Message, Pair, Sample
 from minmacpo.data.splits import first_turn
 from minmacpo.data.tokenizer import Tokens, load_tokenizer
 from minmacpo.evaluation.bootstrap import mean_interval
-from minmacpo.evaluation.finished_run import FinishedRun, agent_label, read_run
+from minmacpo.evaluation.finished_run import FinishedRun, agent_label, read_run, read_samples
 from minmacpo.evaluation.text_tables import bracketed
 from minmacpo.runtime.files import read_rows
 from minmacpo.runtime.progress import aligned
 
-Rate = Callable[
-    [Sequence[tuple[Sequence[Message], str]]], np.ndarray
-]  # scores of (prompt, answer) texts
+Text = tuple[Sequence[Message], str]  # a prompt and an answer to it
+Rate = Callable[[Sequence[Text]], np.ndarray]  # the scores of texts, (N,)
+AgentRound = tuple[int, str]  # the round and the agent
 
-
-@torch.inference_mode()
-def last_hidden(model, rows: Sequence[Tokens], budget: int) -> Tensor:
-    """Hidden states [N, H] of each row's last token, after the final norm, in fp32."""
-    out = [None] * len(rows)
-    device = next(model.parameters()).device
-    for group in plan_scoring([len(row.ids) for row in rows], budget):
-        hidden = model(collate([rows[i] for i in group], device).tokens)
-        for place, i in enumerate(group):
-            out[i] = hidden[place, len(rows[i].ids) - 1].float().cpu()
-    return torch.stack(out)
-
-
-def fit_head(chosen: Tensor, rejected: Tensor, decay: float = 1e-2, steps: int = 100) -> Tensor:
-    """Weights [H] of a Bradley-Terry head: minimise the mean of -log σ(w · (chosen - rejected)) + decay/2 · |w|²
-    over pairs [N, H], by L-BFGS in fp64; the problem is convex."""
-    difference = (chosen - rejected).double()
-    weight = torch.zeros(difference.shape[1], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight], max_iter=steps, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = (
-            -torch.nn.functional.logsigmoid(difference @ weight).mean()
-            + decay / 2 * weight.square().sum()
-        )
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return weight.detach()
-
-
-def rater(model, weight: Tensor, folder: Path, run: FinishedRun) -> Rate:
-    """Scores by a head `weight` [H] on the last hidden states of the model that came from `folder`."""
-    tokenizer, most = load_tokenizer(folder), model.config.max_position_embeddings
-
-    def rate(texts: Sequence[tuple[Sequence[Message], str]]) -> np.ndarray:
-        """[N] scores; UserError for a text that the model cannot read whole."""
-        rows = [
-            render(tokenizer, run.config.data.template, prompt, answer) for prompt, answer in texts
-        ]
-        if long := sum(len(row.ids) > most for row in rows):
-            raise UserError(f"{folder}: {long} texts are longer than its context of {most} tokens")
-        return (
-            last_hidden(model, rows, run.config.run.max_tokens_per_batch).to(weight.dtype) @ weight
-        ).numpy()
-
-    return rate
-
-
-def base_of(run: FinishedRun) -> Path:
-    """The folder of the run's strong base."""
-    given = run.config.model.student
-    return Path(given) if given else run.stage("bases/strong").path
-
-
-def slice_of(run: FinishedRun, name: str) -> list[Pair]:
-    """The pairs of d1, d2 or test."""
-    return read_rows(run.stage("data/slices").path / f"{name}.jsonl", Pair)
-
-
-def fitting(run: FinishedRun, pairs: Sequence[Pair]) -> list[Pair]:
-    """The pairs that have both answers, each within the context of the run's strong base."""
-    tokenizer, most = (
-        load_tokenizer(base_of(run)),
-        read_config(base_of(run)).max_position_embeddings,
-    )
-
-    def long(pair: Pair, text: str) -> bool:
-        return len(render(tokenizer, run.config.data.template, pair.prompt, text).ids) > most
-
-    return [
-        pair
-        for pair in pairs
-        if pair.rejected and not long(pair, pair.chosen) and not long(pair, pair.rejected)
-    ]
-
-
-def unseen(run: FinishedRun, path: str) -> tuple[list[Pair], int, list[str]]:
-    """The `fitting` pairs of a file, how many rows do not fit, and what became of each file's rows. UserError if a prompt begins as one of the run's:
-    what rates answers is to know nothing of them."""
-    pairs, reports = read_data(path, run.config.data.preference_label, setting="--pairs")
-    turns = {first_turn(pair) for name in ("d1", "d2", "test") for pair in slice_of(run, name)}
-    if known := next((pair for pair in pairs if first_turn(pair) in turns), None):
-        raise UserError(
-            f"{path}: the prompt that begins with {first_turn(known)[:60]!r} is one of the run's; leave such rows out"
-        )
-    if not (fit := fitting(run, pairs)):
-        raise UserError(f"{path}: no pair with two answers within the context of {base_of(run)}")
-    return fit, len(pairs) - len(fit), [f"{name}: {report}" for name, report in reports.items()]
-
-
-def trained_here(run: FinishedRun, own: Sequence[Pair] = ()) -> Rate:
-    """A Bradley-Terry head on the run's strong base, trained on `own` pairs, or on the true pairs of D1 and D2."""
-    folder = base_of(run)
-    model, tokenizer, template = (
-        load_model(folder),
-        load_tokenizer(folder),
-        run.config.data.template,
-    )
-    known = [
-        pair
-        for name in ("d1", "d2")
-        for pair in slice_of(run, name)
-        if "corrupted" not in pair.meta
-    ]
-    pairs = own or with_both(known, run)
-    chosen, rejected = (
-        last_hidden(
-            model,
-            [render(tokenizer, template, p.prompt, getattr(p, side)) for p in pairs],
-            run.config.run.max_tokens_per_batch,
-        )
-        for side in ("chosen", "rejected")
-    )
-    return rater(model, fit_head(chosen, rejected), folder, run)
-
-
-def with_both(pairs: Sequence[Pair], run: FinishedRun) -> list[Pair]:
-    """The pairs that have both answers; UserError if there is none."""
-    both = [pair for pair in pairs if pair.chosen and pair.rejected]
-    if not both:
-        raise UserError(
-            f"{run.folder}: its true answers have no worse ones beside them, so that no reward model can be tried; see --scores"
-        )
-    return both
-
-
-def ranked(pairs: Sequence[Pair], rate: Rate) -> np.ndarray:
-    """[N] 1 where the better answer is rated higher, 0.5 where both are rated the same, 0 otherwise."""
-    better, worse = (
-        rate([(p.prompt, getattr(p, side)) for p in pairs]) for side in ("chosen", "rejected")
-    )
-    return win_or_tie(better - worse)
-
-
-def accuracy(run: FinishedRun, rate: Rate) -> tuple[float, list[float]]:
-    """Share of the test pairs whose better answer is rated higher (equal ones count half), and its interval."""
-    right = ranked(with_both(slice_of(run, "test"), run), rate)
-    return float(right.mean()), mean_interval(right, run.config.eval.bootstrap)
-
-
-def informative(bounds: Sequence[float]) -> bool:
-    """Whether an accuracy with this interval is told apart from one half."""
-    return not bounds[0] <= 0.5 <= bounds[1]
-
-
-def read_test_answers(run: FinishedRun) -> dict[tuple[int, str], list[Sample]]:
-    """The test answers of every agent after every round, on the disk."""
-    found = {}
-    for name in sorted(
-        n for n in run.metadata if n.startswith("eval/round") and n.endswith("_samples")
-    ):
-        t, _, agent = name[len("eval/round") : -len("_samples")].partition("_")
-        found[int(t), agent] = read_rows(run.stage(name).path / "samples.jsonl", Sample)
-    if not found:
-        raise UserError(f"{run.folder}: no agent has been measured yet")
-    return dict(sorted(found.items()))
-
-
-def outside(
-    file: Path, known: dict[tuple[int, str], set[str]]
-) -> dict[tuple[int, str], dict[str, list[float]]]:
-    """The scores of an external file by (round, agent) and prompt, of which there may be several; UserError for a line
-    that is no score, or one of nobody and nothing that is `known`."""
-    found: dict[tuple[int, str], dict] = {}
-    for number, row in enumerate(read_rows(file), 1):
-        t, agent, name, score = (
-            row.get(key) if isinstance(row, dict) else None
-            for key in ("round", "agent", "id", "score")
-        )
-        sound = (
-            type(t) is int and type(score) in (int, float) and abs(score) < 1e30
-        )  # nan is not, either
-        if not (sound and isinstance(agent, str) and isinstance(name, str)):
-            form = '{"id": text, "agent": text, "round": whole number, "score": number}'
-            raise UserError(f"{file}, line {number}: is no score; expected {form}")
-        if name not in known.get((t, agent), ()):
-            raise UserError(
-                f"{file}, line {number}: this run has no answer of {agent}, round {t}, to prompt {name}"
-            )
-        found.setdefault((t, agent), {}).setdefault(name, []).append(float(score))
-    return found
-
-
-def joined(run: FinishedRun, file: Path) -> list[dict]:
-    """Rows of the table from an external file, several scores of a prompt averaged; UserError if an answer has none."""
-    asked = {
-        key: {sample.id for sample in samples} for key, samples in read_test_answers(run).items()
-    }
-    scores, rows = outside(file, asked), []
-    for (t, agent), given in sorted(scores.items()):
-        if missing := asked[t, agent] - given.keys():
-            raise UserError(
-                f"{file}: has no score of {agent}, round {t}, for prompt {min(missing)}"
-            )
-        values = np.array([np.mean(given[name]) for name in sorted(given)])
-        rows.append(
-            {
-                "agent": agent,
-                "round": t,
-                "score": float(values.mean()),
-                "interval": mean_interval(values, run.config.eval.bootstrap),
-            }
-        )
-    if not rows:
-        raise UserError(f"{file}: holds no score")
-    return rows
+MAX_SCORE = 1e30  # what is larger would make no mean
+SHOWN_PROMPT = 60  # characters of a prompt in an error
 
 
 def run_reward(argv: Sequence[str]) -> dict:
-    """Rate every agent at every round; returns the accuracy on held-out pairs, and the rows."""
+    """The scores of every agent at every round, and the accuracy of what scores, as JSON."""
+    args = parse_command(argv)
+    run = read_run(args.run)
+    if args.scores:
+        return {
+            "model": str(args.scores),
+            "accuracy": None,
+            "informative": None,
+            "rows": join_scores(run, args.scores),
+        }
+
+    # What rates
+    own = OwnPairs()
+    if args.model:
+        model, weight = load_scorer(args.model)
+        rate = make_rater(model, weight, args.model, run)
+    else:
+        if args.pairs:
+            own = read_own_pairs(run, args.pairs)
+        rate = train_reward_model(run, own.pairs)
+
+    # How far it can be trusted, and what it says
+    draws = run.config.eval.bootstrap
+    wins = rank_pairs(complete_pairs(read_split(run, "test"), run), rate)
+    accuracy_interval = mean_interval(wins, draws)
+    rows = []
+    for (t, agent), samples in read_test_answers(run).items():
+        scores = rate([(sample.prompt, sample.response) for sample in samples])
+        score_by_prompt = scores.reshape(-1, run.config.eval.samples).mean(1)
+        rows.append(score_row(agent, t, score_by_prompt, draws))
+    return {
+        "model": str(args.model or "Bradley-Terry head on the strong base"),
+        "accuracy": float(wins.mean()),
+        "accuracy_interval": accuracy_interval,
+        "informative": is_informative(accuracy_interval),
+        "dropped": own.dropped,
+        "read": own.reports,
+        "rows": rows,
+    }
+
+
+def parse_command(argv: Sequence[str]) -> Namespace:
+    """The command line; UserError if it names more than one thing that rates."""
     parser = ArgParser(
         "eval.py reward", description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
@@ -257,65 +96,302 @@ def run_reward(argv: Sequence[str]) -> dict:
     parser.add_argument("--pairs")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--scores", type=Path)
-    words = parser.parse_args(argv)
-    run = read_run(words.run)
-    if sum(map(bool, (words.pairs, words.model, words.scores))) > 1:
+    args = parser.parse_args(argv)
+    sources = [source for source in (args.pairs, args.model, args.scores) if source]
+    if len(sources) > 1:
         raise UserError("expected one of --pairs, --model and --scores")
-    if words.scores:
-        return {
-            "model": str(words.scores),
-            "accuracy": None,
-            "informative": None,
-            "rows": joined(run, words.scores),
-        }
-    own, dropped, read = unseen(run, words.pairs) if words.pairs else ((), 0, [])
-    rate = (
-        rater(*load_scorer(words.model), words.model, run)
-        if words.model
-        else trained_here(run, own)
-    )
-    share, bounds_of_share = accuracy(run, rate)
-    rows = []
-    for (t, agent), samples in read_test_answers(run).items():
-        values = (
-            rate([(s.prompt, s.response) for s in samples])
-            .reshape(-1, run.config.eval.samples)
-            .mean(1)
-        )
-        bounds = mean_interval(values, run.config.eval.bootstrap)
-        rows.append({"agent": agent, "round": t, "score": float(values.mean()), "interval": bounds})
+    return args
+
+
+def score_row(agent: str, t: int, score_by_prompt: np.ndarray, draws: int) -> dict:
+    """A row of the table."""
     return {
-        "model": str(words.model or "Bradley-Terry head on the strong base"),
-        "accuracy": share,
-        "accuracy_interval": bounds_of_share,
-        "informative": informative(bounds_of_share),
-        "dropped": dropped,
-        "read": read,
-        "rows": rows,
+        "agent": agent,
+        "round": t,
+        "score": float(score_by_prompt.mean()),
+        "interval": mean_interval(score_by_prompt, draws),
     }
 
 
-def as_text(found: dict) -> str:
-    """The table for a terminal."""
-    lines = [
-        *found.get("read", ()),
-        f"reward model: {found['model']}"
-        + (
-            f"; {found['dropped']} pairs left out (over-long, or one answer)"
-            if found.get("dropped")
-            else ""
-        ),
-    ]
-    if found["accuracy"] is not None:
-        told = "" if found["informative"] else "; NOT INFORMATIVE: the interval includes one half"
-        lines.append(
-            f"held-out accuracy {bracketed([found['accuracy'], *found['accuracy_interval']])}{told}"
+def is_informative(accuracy_interval: Sequence[float]) -> bool:
+    """Whether an accuracy with this interval is told apart from one half."""
+    low, high = accuracy_interval
+    return not low <= 0.5 <= high
+
+
+# ---- a head on a model ------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def last_hidden(model, rows: Sequence[Tokens], max_tokens: int) -> Tensor:
+    """Hidden states of each row's last token, after the final norm, in fp32, (N, C).
+
+    Args:
+        max_tokens: of a forward pass, padding included.
+    """
+    device = next(model.parameters()).device
+    states = [None] * len(rows)
+    for group in plan_scoring([len(row.ids) for row in rows], max_tokens):
+        batch = collate([rows[i] for i in group], device)
+        hidden = model(batch.tokens)  # (B, T, C)
+        for position, i in enumerate(group):
+            last = len(rows[i].ids) - 1
+            states[i] = hidden[position, last].float().cpu()
+    return torch.stack(states)
+
+
+def fit_head(chosen: Tensor, rejected: Tensor, decay: float = 1e-2, steps: int = 100) -> Tensor:
+    """The weights of a Bradley-Terry head, (C,), by L-BFGS in fp64.
+
+    They minimise the mean of -log sigmoid(w · (chosen - rejected)) + decay / 2 · |w|² over pairs,
+    which is a convex problem.
+
+    Args:
+        chosen: hidden states of the better answers, (N, C).
+        rejected: those of the worse ones.
+    """
+    difference = (chosen - rejected).double()  # (N, C)
+    weight = torch.zeros(difference.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        margins = difference @ weight  # (N,)
+        penalty = decay / 2 * weight.square().sum()
+        loss = -torch.nn.functional.logsigmoid(margins).mean() + penalty
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach()
+
+
+def make_rater(model, weight: Tensor, folder: Path, run: FinishedRun) -> Rate:
+    """Scores texts by a head on a model's last hidden states.
+
+    Args:
+        weight: the head, (C,).
+        folder: where the model came from; its tokenizer lies there.
+    """
+    tokenizer = load_tokenizer(folder)
+    context = model.config.max_position_embeddings
+    max_tokens = run.config.run.max_tokens_per_batch
+
+    def rate(texts: Sequence[Text]) -> np.ndarray:
+        rows = []
+        for prompt, answer in texts:
+            rows.append(render(tokenizer, run.config.data.template, prompt, answer))
+        too_long = sum(len(row.ids) > context for row in rows)
+        if too_long:
+            raise UserError(
+                f"{folder}: {too_long} texts are longer than its context of {context} tokens"
+            )
+        hidden = last_hidden(model, rows, max_tokens).to(weight.dtype)
+        return (hidden @ weight).numpy()
+
+    return rate
+
+
+def train_reward_model(run: FinishedRun, own_pairs: Sequence[Pair] = ()) -> Rate:
+    """A Bradley-Terry head on the run's strong base.
+
+    Args:
+        own_pairs: what it is trained on; if empty, the true pairs of D1 and D2.
+    """
+    folder = strong_base(run)
+    pairs = own_pairs
+    if not pairs:
+        known = [*read_split(run, "d1"), *read_split(run, "d2")]
+        pairs = complete_pairs([pair for pair in known if "corrupted" not in pair.meta], run)
+    model = load_model(folder)
+    tokenizer = load_tokenizer(folder)
+    template = run.config.data.template
+    max_tokens = run.config.run.max_tokens_per_batch
+    chosen_rows = [render(tokenizer, template, pair.prompt, pair.chosen) for pair in pairs]
+    rejected_rows = [render(tokenizer, template, pair.prompt, pair.rejected) for pair in pairs]
+    chosen = last_hidden(model, chosen_rows, max_tokens)
+    rejected = last_hidden(model, rejected_rows, max_tokens)
+    return make_rater(model, fit_head(chosen, rejected), folder, run)
+
+
+def rank_pairs(pairs: Sequence[Pair], rate: Rate) -> np.ndarray:
+    """1 where the better answer is rated higher, 0.5 where both are rated the same, 0 elsewhere."""
+    better = rate([(pair.prompt, pair.chosen) for pair in pairs])
+    worse = rate([(pair.prompt, pair.rejected) for pair in pairs])
+    return win_or_tie(better - worse)
+
+
+# ---- what is read -----------------------------------------------------------------------------
+
+
+def strong_base(run: FinishedRun) -> Path:
+    """The folder of the run's strong base."""
+    given = run.config.model.student
+    return Path(given) if given else run.stage("bases/strong").path
+
+
+def read_split(run: FinishedRun, name: str) -> list[Pair]:
+    """The pairs of a run's split, "d1", "d2" or "test"."""
+    return read_rows(run.stage("data/slices").path / f"{name}.jsonl", Pair)
+
+
+def complete_pairs(pairs: Sequence[Pair], run: FinishedRun) -> list[Pair]:
+    """The pairs that have both answers; UserError if there is none."""
+    complete = [pair for pair in pairs if pair.chosen and pair.rejected]
+    if not complete:
+        raise UserError(
+            f"{run.folder}: its true answers have no worse ones beside them, so that no reward "
+            "model can be tried; see --scores"
         )
-    rows = [
-        [
-            f"{agent_label(row['agent'])}, round {row['round']}",
-            bracketed([row["score"], *row["interval"]]),
-        ]
-        for row in found["rows"]
-    ]
-    return "\n".join([*lines, aligned(["of the test answers", "mean score [95 %]"], rows)])
+    return complete
+
+
+def fitting_pairs(run: FinishedRun, pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs that have both answers, each within the context of the run's strong base."""
+    tokenizer = load_tokenizer(strong_base(run))
+    context = read_config(strong_base(run)).max_position_embeddings
+    fitting = []
+    for pair in pairs:
+        if not pair.rejected:
+            continue
+        lengths = []
+        for text in (pair.chosen, pair.rejected):
+            tokens = render(tokenizer, run.config.data.template, pair.prompt, text)
+            lengths.append(len(tokens.ids))
+        if max(lengths) <= context:
+            fitting.append(pair)
+    return fitting
+
+
+@dataclass(frozen=True, slots=True)
+class OwnPairs:
+    """Pairs from a file to train a reward model on."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    dropped: int = 0  # rows that do not fit the context, or have one answer
+    reports: list[str] = field(default_factory=list)  # what became of the rows, by file
+
+
+def read_own_pairs(run: FinishedRun, path: str) -> OwnPairs:
+    """The pairs of a file that a reward model can be trained on.
+
+    Raises:
+        UserError: no pair fits, or a prompt begins like one of the run's: what rates answers is to
+            know nothing of their prompts.
+    """
+    pairs, reports = read_data(path, run.config.data.preference_label, setting="--pairs")
+    first_turns = set()
+    for split in ("d1", "d2", "test"):
+        first_turns.update(first_turn(pair) for pair in read_split(run, split))
+    for pair in pairs:
+        if first_turn(pair) in first_turns:
+            raise UserError(
+                f"{path}: the prompt that begins with {first_turn(pair)[:SHOWN_PROMPT]!r} is one "
+                "of the run's; leave such rows out"
+            )
+    fitting = fitting_pairs(run, pairs)
+    if not fitting:
+        raise UserError(
+            f"{path}: no pair with two answers within the context of {strong_base(run)}"
+        )
+    lines = [f"{name}: {report}" for name, report in reports.items()]
+    return OwnPairs(fitting, len(pairs) - len(fitting), lines)
+
+
+def read_test_answers(run: FinishedRun) -> dict[AgentRound, list[Sample]]:
+    """The test answers of every agent after every round that are on the disk."""
+    answers = {}
+    for name in sorted(run.metadata):
+        if name.startswith("eval/round") and name.endswith("_samples"):
+            middle = name.removeprefix("eval/round").removesuffix("_samples")
+            t, _, agent = middle.partition("_")
+            answers[int(t), agent] = read_samples(run.stage(name))
+    if not answers:
+        raise UserError(f"{run.folder}: no agent has been measured yet")
+    return dict(sorted(answers.items()))
+
+
+# ---- scores from elsewhere --------------------------------------------------------------------
+
+
+def join_scores(run: FinishedRun, file: Path) -> list[dict]:
+    """Rows of the table from an external file, several scores of a prompt averaged.
+
+    Raises:
+        UserError: a line is no score of an answer of this run, or an answer has none.
+    """
+    ids_of = {}
+    for agent_round, samples in read_test_answers(run).items():
+        ids_of[agent_round] = {sample.id for sample in samples}
+    rows = []
+    for (t, agent), scores_of in sorted(read_scores(file, ids_of).items()):
+        missing = ids_of[t, agent] - scores_of.keys()
+        if missing:
+            raise UserError(
+                f"{file}: has no score of {agent}, round {t}, for prompt {min(missing)}"
+            )
+        means = np.array([np.mean(scores_of[prompt_id]) for prompt_id in sorted(scores_of)])
+        rows.append(score_row(agent, t, means, run.config.eval.bootstrap))
+    if not rows:
+        raise UserError(f"{file}: holds no score")
+    return rows
+
+
+def read_scores(
+    file: Path, ids_of: dict[AgentRound, set[str]]
+) -> dict[AgentRound, dict[str, list[float]]]:
+    """The scores in an external file, by (round, agent) and prompt id.
+
+    Args:
+        ids_of: the prompts that an agent answered after a round.
+
+    Raises:
+        UserError: a line is no score, or one of an answer that there is not.
+    """
+    scores: dict[AgentRound, dict[str, list[float]]] = {}
+    for number, row in enumerate(read_rows(file), 1):
+        place = f"{file}, line {number}"
+        if not is_score(row):
+            raise UserError(
+                f"{place}: is no score; expected "
+                '{"id": text, "agent": text, "round": whole number, "score": number}'
+            )
+        agent_round = (row["round"], row["agent"])
+        if row["id"] not in ids_of.get(agent_round, ()):
+            raise UserError(
+                f"{place}: this run has no answer of {row['agent']}, round {row['round']}, "
+                f"to prompt {row['id']}"
+            )
+        of_agent = scores.setdefault(agent_round, {})
+        of_agent.setdefault(row["id"], []).append(float(row["score"]))
+    return scores
+
+
+def is_score(row: dict) -> bool:
+    """Whether a line of an external file has what it must have."""
+    score = row.get("score")
+    if type(row.get("round")) is not int or type(score) not in (int, float):  # True is an int
+        return False
+    if not abs(score) < MAX_SCORE:  # nan is not, either
+        return False
+    return isinstance(row.get("agent"), str) and isinstance(row.get("id"), str)
+
+
+def format_rewards(result: dict) -> str:
+    """The table for a terminal."""
+    title = f"reward model: {result['model']}"
+    if result.get("dropped"):
+        title += f"; {result['dropped']} pairs left out (over-long, or one answer)"
+    lines = [*result.get("read", ()), title]
+    if result["accuracy"] is not None:
+        accuracy = bracketed([result["accuracy"], *result["accuracy_interval"]])
+        line = f"held-out accuracy {accuracy}"
+        if not result["informative"]:
+            line += "; NOT INFORMATIVE: the interval includes one half"
+        lines.append(line)
+    rows = []
+    for row in result["rows"]:
+        label = f"{agent_label(row['agent'])}, round {row['round']}"
+        rows.append([label, bracketed([row["score"], *row["interval"]])])
+    lines.append(aligned(["of the test answers", "mean score [95 %]"], rows))
+    return "\n".join(lines)

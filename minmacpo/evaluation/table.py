@@ -16,7 +16,7 @@ from minmacpo.core.scoring import win_or_tie
 from minmacpo.data.records import Sample
 from minmacpo.data.splits import TOO_FEW
 from minmacpo.data.text_metrics import distinct2, refuses, self_bleu
-from minmacpo.evaluation.bootstrap import mean_interval, proportion_interval, ratio_interval
+from minmacpo.evaluation.bootstrap import estimate_ratio, mean_interval, proportion_interval
 from minmacpo.evaluation.finished_run import (
     FinishedRun,
     agent_label,
@@ -218,7 +218,7 @@ def perplexity_interval(scores: Sequence[PromptScores], draws: int) -> list[floa
     logps = [score.logp for score in scores]
     tokens = [score.tokens for score in scores]
     prompts = [score.prompt_id for score in scores]
-    low, high = ratio_interval(logps, tokens, prompts, draws)
+    low, high = estimate_ratio(logps, tokens, prompts, draws).interval
     return [round(float(np.exp(-high)), 4), round(float(np.exp(-low)), 4)]
 
 
@@ -269,8 +269,8 @@ def add_pgr(run: FinishedRun, rows: list[dict]) -> None:
         if lowest_gap > 0:
             row["pgr"] = (row[measure] - start[measure]) / (ceiling[measure] - start[measure])
             gain_by_prompt = values_by_prompt(run, row) - values_of_start
-            interval = ratio_interval(gain_by_prompt, gap_by_prompt, prompts, draws)
-            row["pgr_interval"] = [round(bound, 4) for bound in interval]
+            estimate = estimate_ratio(gain_by_prompt, gap_by_prompt, prompts, draws)
+            row["pgr_interval"] = [round(bound, 4) for bound in estimate.interval]
 
 
 def values_by_prompt(run: FinishedRun, row: dict) -> np.ndarray:

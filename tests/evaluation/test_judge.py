@@ -109,7 +109,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(
         remote, "time", SimpleNamespace(sleep=waited.append, monotonic=time.monotonic)
     )
-    monkeypatch.setenv(remote.KEY, KEY)
+    monkeypatch.setenv(remote.API_KEY, KEY)
     return waited
 
 
@@ -245,9 +245,9 @@ def test_ctrl_c_does_not_wait_for_a_server_that_hangs(place, sides):
 
 @pytest.mark.parametrize("key", ["two words", "line\n", "clé"])
 def test_a_key_that_cannot_be_sent_is_refused(place, sides, monkeypatch, key):
-    monkeypatch.setenv(remote.KEY, key)
+    monkeypatch.setenv(remote.API_KEY, key)
     ended = invoke("eval", *sides, "--url=http://127.0.0.1:9/v1")
-    assert ended.code == 2 and remote.KEY in ended.err and key not in ended.err
+    assert ended.code == 2 and remote.API_KEY in ended.err and key not in ended.err
 
 
 def test_nobody_listens(place, sides, quick):
@@ -359,16 +359,16 @@ def test_further_answers_to_a_prompt_are_counted(place, sides, quick):
     )
 
 
-def test_a_local_model_judges(tiny, place):
+def test_a_local_model_judges(stub, place):
     ended = invoke(
         "eval",
         "judge",
-        tiny,
-        tiny / "eval/round0_student_samples",
+        stub,
+        stub / "eval/round0_student_samples",
         "--out=out",
         "--most=2",
         "--max_new_tokens=4",
-        f"--judge={tiny / 'bases/strong'}",
+        f"--judge={stub / 'bases/strong'}",
     )
     assert ended.code == 2 and ("context" in ended.err or "no pair has a verdict" in ended.err)
     assert not ended.err.startswith("Traceback")
@@ -466,13 +466,15 @@ def test_outcomes_by_hand():
         ("f", "ab", None),
         ("f", "ba", "second"),
     ]
-    found = judge.outcomes([{"id": i, "order": o, "verdict": v} for i, o, v in rows])
+    found = judge.win_by_prompt([{"id": i, "order": o, "verdict": v} for i, o, v in rows])
     assert found == {"a": 1.0, "b": 0.0, "c": 0.5, "d": 0.5, "e": 0.5}
 
 
 def test_verdicts_are_the_last_mark():
-    assert judge.verdict_of("[[A]] no, [[B]]") == "second" and judge.verdict_of("[[C]]") == "tie"
-    assert judge.verdict_of("[[D]] A is better") is None
+    assert (
+        judge.parse_verdict("[[A]] no, [[B]]") == "second" and judge.parse_verdict("[[C]]") == "tie"
+    )
+    assert judge.parse_verdict("[[D]] A is better") is None
 
 
 def test_length_control_recovers_what_made_the_verdicts(seed):
@@ -481,19 +483,19 @@ def test_length_control_recovers_what_made_the_verdicts(seed):
     longer = rng.normal(30, 20, 200_000)
     p = 1 / (1 + np.exp(-(-0.4 + 1.5 * longer / longer.std())))
     won = (rng.random(len(p)) < p).astype(float)
-    assert won.mean() > 0.75 and judge.controlled(won, longer) == pytest.approx(
+    assert won.mean() > 0.75 and judge.win_rate_at_equal_lengths(won, longer) == pytest.approx(
         1 / (1 + np.exp(0.4)), abs=0.05
     )
 
 
 def test_length_control_of_easy_cases():
     won = np.array([1.0, 0.5, 0.0, 1.0])
-    assert judge.controlled(won, np.zeros(4)) == won.mean()
-    assert judge.controlled(np.ones(50), np.arange(50.0)) > 0.9
+    assert judge.win_rate_at_equal_lengths(won, np.zeros(4)) == won.mean()
+    assert judge.win_rate_at_equal_lengths(np.ones(50), np.arange(50.0)) > 0.9
     length = np.array([-3.0, -2, -1, 1, 2, 3])
-    assert judge.controlled((length > 0).astype(float), length) == pytest.approx(0.5, abs=1e-6), (
-        "length decides all"
-    )
+    assert judge.win_rate_at_equal_lengths((length > 0).astype(float), length) == pytest.approx(
+        0.5, abs=1e-6
+    ), "length decides all"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from runs import invoke, rows_of
 from test_bad_input import check_sentence, tree
 
-from minmacpo.evaluation.bootstrap import ratio_interval
+from minmacpo.evaluation.bootstrap import estimate_ratio
 
 
 def measured(command, *words) -> dict:
@@ -142,9 +142,9 @@ def test_the_interval_covers_the_ratio_as_often_as_it_says():
         means = np.repeat(rng.normal(1, 0.5, 50), 4)
         size = rng.integers(1, 20, 200)
         tops = size * (means + rng.normal(0, 0.1, 200))
-        value = tops.sum() / size.sum()
-        low, high = ratio_interval(tops, size, [str(i // 4) for i in range(200)], 300)
-        assert low <= value <= high
+        found = estimate_ratio(tops, size, [str(i // 4) for i in range(200)], 300)
+        low, high = found.interval
+        assert low <= found.value <= high
         hits += low <= 1 <= high
     assert 0.88 <= hits / 200 <= 0.99
 

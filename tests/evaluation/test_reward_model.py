@@ -99,7 +99,8 @@ def test_the_head_trained_here_ranks_and_says_how_well(tiny):
 
 
 def test_an_accuracy_around_one_half_is_called_not_informative(tiny, monkeypatch):
-    monkeypatch.setattr(reward, "trained_here", lambda run, own: lambda texts: np.zeros(len(texts)))
+    rate_all_the_same = lambda texts: np.zeros(len(texts))
+    monkeypatch.setattr(reward, "train_reward_model", lambda run, own: rate_all_the_same)
     assert "NOT INFORMATIVE" in invoke("eval", "reward", tiny).out
 
 

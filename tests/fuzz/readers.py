@@ -5,7 +5,7 @@ import json
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -38,6 +38,8 @@ from minmacpo.evaluation import experiments, judge, report, table
 from minmacpo.evaluation import reward_model as reward
 from minmacpo.evaluation.finished_run import read_run, verify_once
 from minmacpo.evaluation.gold import mean_gold_by_prompt, right_fraction
+from minmacpo.evaluation.judge import JudgeCommand
+from minmacpo.evaluation.judge_sheet import AnswerPair, read_sheet, write_sheet
 from minmacpo.pipeline.run import check_folder, derive_seed, read_metrics
 from minmacpo.runtime.files import read_rows, write_json, write_rows
 
@@ -471,7 +473,7 @@ PAIRS = [
     Pair(f"id{i}", PROMPT, "a fox", "a dog", "student", "data", -1.0, None, {"n": i}, 0.5)
     for i in range(3)
 ]
-WORDS = Namespace(judge=None, model="m", url="u", workers=0, human=False, a="a", b="b")
+JUDGE = JudgeCommand(a=Path("a"), b=Path("b"), out=Path("out"), judge=Path("m"))
 
 
 def make_written(folder: Path) -> None:
@@ -482,9 +484,9 @@ def make_written(folder: Path) -> None:
     write_rows(
         folder / "texts.jsonl", [Example("id0", PROMPT, "a fox"), Example("id1", PROMPT, "")]
     )
-    pairs = [(sample, sample) for sample in SAMPLES]
-    judge.judge_all(Namespace(**vars(WORDS) | {"out": folder}), pairs, lambda question: "[[A]]")
-    judge.write_sheet(folder / "human.csv", pairs)
+    pairs = [AnswerPair(sample, sample) for sample in SAMPLES]
+    judge.judge_all(replace(JUDGE, out=folder), pairs, lambda question: "[[A]]")
+    write_sheet(folder / "human.csv", pairs)
     text = (folder / "human.csv").read_text().replace(",\n", ",1\n").replace(",\r\n", ",tie\r\n")
     (folder / "human.csv").write_text(text, newline="")
     write_rows(
@@ -500,37 +502,30 @@ def make_written(folder: Path) -> None:
 
 def read_written(folder: Path, name: str) -> None:
     """The file that was changed, by its reader."""
-    pairs = [(sample, sample) for sample in SAMPLES]
+    pairs = [AnswerPair(sample, sample) for sample in SAMPLES]
     match name:
         case "samples.jsonl":
             shutil.rmtree(folder / "out", ignore_errors=True)
-            words = Namespace(
-                **vars(WORDS)
-                | {"out": folder / "out", "a": folder / name, "b": folder / "b.jsonl", "most": 10}
+            command = replace(
+                JUDGE, out=folder / "out", a=folder / name, b=folder / "b.jsonl", most=10
             )
-            judged = judge.pairs_of(words)
-            judge.write_sheet(folder / "sheet", judged)
-            judge.judge_all(words, judged, lambda question: "[[A]]")
+            judged = judge.read_pairs(command)
+            write_sheet(folder / "sheet", judged)
+            judge.judge_all(command, judged, lambda question: "[[A]]")
         case "pairs.jsonl":
             as_rows = [forms.released(pair) for pair in read_rows(folder / name, Pair)]
             json.dumps(as_rows, ensure_ascii=False).encode()
         case "texts.jsonl":
             read_rows(folder / name, Example)
         case "verdicts.jsonl":
-            words = Namespace(**vars(WORDS) | {"out": folder})
-            judge.as_text(
-                judge.summary(
-                    words, pairs, judge.judge_all(words, pairs, lambda question: "no mark")
-                )
-            ).encode()
+            command = replace(JUDGE, out=folder)
+            verdicts = judge.judge_all(command, pairs, lambda question: "no mark")
+            judge.format_judgement(judge.summarize(command, pairs, verdicts)).encode()
         case "human.csv":
-            judge.summary(
-                Namespace(**vars(WORDS) | {"out": folder}),
-                pairs,
-                judge.read_sheet(folder / name, pairs),
-            )
+            verdicts = read_sheet(folder / name, pairs)
+            judge.summarize(replace(JUDGE, out=folder), pairs, verdicts)
         case "scores.jsonl":
-            reward.outside(folder / name, {(1, "student"): {"id0", "id1", "id2"}})
+            reward.read_scores(folder / name, {(1, "student"): {"id0", "id1", "id2"}})
         case "answers.jsonl":
             jobs = [(Example(sample.id, PROMPT, "", {"made": "x"}), 0) for sample in SAMPLES]
             with (folder / name).open("ab") as stream:

@@ -343,7 +343,7 @@ def test_a_key_that_the_server_sends_back_is_kept_nowhere(place, sides, quick): 
     )
     ended = invoke("eval", *sides, f"--url={server.url}", "--workers=1")
     assert ended.code == 0 and set(server.keys) == {f"Bearer {KEY}"}
-    assert f"${remote.KEY}" in (place / "out/verdicts.jsonl").read_text()
+    assert f"${remote.API_KEY}" in (place / "out/verdicts.jsonl").read_text()
     long = "x" * 180 + f" Authorization: Bearer {KEY}"  # cut within the key
     server.faults = [(401, long)]
     refused = invoke("eval", *sides[:-1], "--out=other", f"--url={server.url}", "--workers=1")
@@ -362,5 +362,5 @@ def test_a_key_that_the_server_sends_back_is_kept_nowhere(place, sides, quick): 
 )
 def test_an_address_with_a_password_is_refused_and_not_shown(place, sides, quick, url):  # noqa: F811
     ended = invoke("eval", *sides, "--url=" + url.format(KEY))
-    assert ended.code == 2 and ended.err.count("\n") == 1 and remote.KEY in ended.err
+    assert ended.code == 2 and ended.err.count("\n") == 1 and remote.API_KEY in ended.err
     no_key(place, ended)
