@@ -151,7 +151,7 @@ class Run:
         self.check_name(stage)
         if name == self.only:
             check_inputs(stage, inputs)
-        if self.planning or self.only in (None, name):
+        if self.strategy is StageLister or self.only in (None, name):
             self.ensure(stage, recipe, inputs, compute)
         return stage
 
@@ -195,11 +195,6 @@ class Run:
         declared = self.fingerprints.setdefault(stage.name, stage.fingerprint)
         if declared != stage.fingerprint:
             raise RuntimeError(f"{stage.name}: one name for two different stages")
-
-    @property
-    def planning(self) -> bool:
-        """Whether the stages are only listed so far."""
-        return self.strategy is StageLister
 
     # --- Beginning and ending
 
