@@ -352,8 +352,10 @@ def test_a_flipped_sign_of_the_margin_is_run(tmp_path):
     _, good = run()
     losses = tmp_path / "minmacpo/core/losses.py"
     text = losses.read_text()
-    assert "return chosen - rejected" in text
-    losses.write_text(text.replace("return chosen - rejected", "return rejected - chosen"))
+    right = "margin = logps.chosen_log_ratio - logps.rejected_log_ratio"
+    wrong = "margin = logps.rejected_log_ratio - logps.chosen_log_ratio"
+    assert right in text
+    losses.write_text(text.replace(right, wrong))
     said, flipped = run()
     assert "stages are computed anew: core/losses.py has changed since they were made" in said
     assert flipped != good
