@@ -1,8 +1,8 @@
 """Answers to a file of prompts, in a file that only grows: a killed program goes on where it was.
 
-Prompts are answered in fixed blocks of generate.batch rows, in their order. A block that a kill has torn is sampled
-again whole, with the same rows side by side, so that every number comes out the same; of its rows those are added
-that are not there yet.
+Prompts are answered in fixed blocks of generate.batch rows, in their order. A block that a kill has
+torn is sampled again whole, with the same rows side by side, so that every number comes out the
+same; of its rows those are added that are not there yet.
 """
 
 import json
@@ -24,13 +24,14 @@ from minmacpo.pipeline.run import derive_seed
 from minmacpo.pipeline.sample_stage import Request, Sampler
 from minmacpo.runtime.device import resolve_device, resolve_dtype
 from minmacpo.runtime.files import fingerprint, open_locked, sha256_file, to_jsonl, with_path
-from minmacpo.runtime.progress import Progress
-
-Job = tuple[Example, int]  # a prompt, and the number of the answer to it
+from minmacpo.runtime.progress import Progress, escape_control_chars
 
 
-def read_prompts(file: Path, config: Config) -> tuple[list[Pair], list[str]]:
-    """The prompts of a file's rows (any of forms.py, or lines of text), and a line for people on each file."""
+def read_prompts(file: Path, config: Config) -> list[Pair]:
+    """The prompts of a file's rows, of any form that data.path takes, or a prompt per line.
+
+    What was read and skipped is printed, a line for each file.
+    """
     data = config.data
     pairs, reports = read_data(
         str(file),
@@ -40,108 +41,158 @@ def read_prompts(file: Path, config: Config) -> tuple[list[Pair], list[str]]:
         setting="--prompts",
         plain_prompts=True,
     )
-    told = [f"{name}: {report}" for name, report in reports.items()]
-    return [replace(pair, chosen="", rejected="") for pair in pairs], told
+    for name, report in reports.items():
+        print(escape_control_chars(f"{name}: {report}"), flush=True)
+    return [replace(pair, chosen="", rejected="") for pair in pairs]
 
 
-def fit_prompts(
-    config: Config, loaded: LoadedModel, prompts: Sequence[Pair]
-) -> tuple[list[Example], str]:
-    """The prompts that leave room for an answer, and a sentence on the others; UserError if none is left."""
-    context, most = loaded.model.config.max_position_embeddings, config.generate.max_new_tokens
-    kept, reasons = truncate_pairs(config, loaded.tokenizer, prompts, context - most, context)
-    lost = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-    told = f"{lost}: with generate.max_new_tokens = {most} there is room for {max(context - most, 0)} tokens; see data.truncation_mode"
-    if not kept:
-        raise UserError(f"no prompt is left; {told}")
-    return [Example(pair.id, pair.prompt, "", pair.meta) for pair in kept], told if lost else ""
+def answer_file(
+    config: Config,
+    loaded: LoadedModel,
+    folder: Path,
+    base: Path,
+    pairs: Sequence[Pair],
+    answers: int,
+    out: Path,
+) -> None:
+    """Add to `out` the answers that are not there yet, and print how many there are.
+
+    Args:
+        folder: of the adapter, or of the base where there is none.
+        base: folder of its base.
+        pairs: whose prompts are answered.
+        answers: how many to each prompt.
+    """
+    prompts = fit_prompts(config, loaded, pairs)
+    identity = identify_answers(config, folder, base, prompts, answers)
+    requests = []
+    for prompt in prompts:
+        prompt = replace(prompt, meta=prompt.meta | {"made": identity})
+        requests += [Request(prompt, number) for number in range(answers)]
+
+    already = write_answers(config, loaded, str(folder), requests, out)
+    note = f" ({already} were there already)" if already else ""
+    print(f"{len(requests)} answers: {out}{note}")
 
 
-def agent_print(folder: Path, base: Path) -> str:
-    """What identifies an agent: 32 hex digits of its base, and of its adapter if it has one."""
-    if folder == base:
-        return model_fingerprint(base)
-    adapter = [
-        asdict(read_adapter_config(folder)[0]),
-        sha256_file(folder / "adapter_model.safetensors"),
-    ]
-    return fingerprint([model_fingerprint(base), adapter])
+def fit_prompts(config: Config, loaded: LoadedModel, pairs: Sequence[Pair]) -> list[Example]:
+    """The prompts that leave room for an answer; what happened to the others is printed.
+
+    Raises:
+        UserError: no prompt is left.
+    """
+    context = loaded.context
+    new_tokens = config.generate.max_new_tokens
+    room = context - new_tokens
+    fitting, reasons = truncate_pairs(config, loaded.tokenizer, pairs, room, context)
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    note = (
+        f"{counts}: with generate.max_new_tokens = {new_tokens} there is room for "
+        f"{max(room, 0)} tokens; see data.truncation_mode"
+    )
+    if not fitting:
+        raise UserError(f"no prompt is left; {note}")
+    if reasons:
+        print(escape_control_chars(note), flush=True)
+    return [Example(pair.id, pair.prompt, "", pair.meta) for pair in fitting]
 
 
-def marked(
-    config: Config, folder: Path, base: Path, prompts: Sequence[Example], count: int
-) -> list[Job]:
-    """`count` jobs for each prompt, each of which says in its meta["made"] what all of them depend on."""
-    depends = {
-        "agent": agent_print(folder, base),
+def identify_answers(
+    config: Config, folder: Path, base: Path, prompts: Sequence[Example], answers: int
+) -> str:
+    """A fingerprint of all that the answers to these prompts depend on."""
+    identity = {
+        "agent": identify_agent(folder, base),
         "generate": asdict(config.generate),
         "seed": config.run.seed,
         "template": config.data.template,
+        "quantize": config.model.quantize,
         "device": resolve_device(config.run.device),
         "dtype": str(resolve_dtype(config.run.dtype, config.run.device)),
         "prompts": [prompt.id for prompt in prompts],
-        "count": count,
+        "count": answers,
     }
-    form = config.model.quantize
-    made = fingerprint(depends | ({} if form == "none" else {"quantize": form}))
-    return [
-        (replace(prompt, meta=prompt.meta | {"made": made}), n)
-        for prompt in prompts
-        for n in range(count)
-    ]
+    return fingerprint(identity)
+
+
+def identify_agent(folder: Path, base: Path) -> str:
+    """A fingerprint of a base, and of its adapter if it has one."""
+    if folder == base:
+        return model_fingerprint(base)
+    lora, _ = read_adapter_config(folder)
+    adapter = [asdict(lora), sha256_file(folder / "adapter_model.safetensors")]
+    return fingerprint([model_fingerprint(base), adapter])
 
 
 def write_answers(
-    config: Config, loaded: LoadedModel, agent: str, jobs: Sequence[Job], out: Path
+    config: Config, loaded: LoadedModel, agent: str, requests: Sequence[Request], out: Path
 ) -> int:
-    """Add to `out` the answers that are not there yet; returns how many were. UserError if it holds anything but
-    answers to these jobs by the agent of this name, or if another process writes it."""
-    size, busy = (
-        config.generate.batch,
-        f"{out}: another process is writing it; wait for it, or give another --out",
-    )
+    """Add to `out` the answers that are not there yet; returns how many were.
+
+    Raises:
+        UserError: it holds anything but answers to these requests by the agent of this name, or
+            another process writes it.
+    """
     if out.exists() and not out.is_file():
         raise UserError(f"{out}: is no ordinary file, to which answers could be added")
-    with (
-        with_path(out),
-        open_locked(out, "ab", busy) as stream,
-    ):  # closing it writes once more what could not be written
-        sampler = Sampler(loaded, config.generate, agent, config.run.seed)
-        found = done = rows_there(out, agent, jobs, config.run.seed, stream)
-        with Progress("answers", len(jobs), "answer", done, None) as progress:
-            while done < len(jobs):
-                start = done - done % size
-                requests = [Request(*job) for job in jobs[start : start + size]]
-                rows = sampler(requests)[done - start :]
-                stream.write(to_jsonl(rows).encode())
+    busy = f"{out}: another process is writing it; wait for it, or give another --out"
+    sampler = Sampler(loaded, config.generate, agent, config.run.seed)
+    block_size = config.generate.batch
+
+    # with_path also covers the closing of the file, which writes what could not be written before
+    with with_path(out), open_locked(out, "ab", busy) as stream:
+        already = count_answers(out, agent, requests, config.run.seed, stream)
+        done = already
+        with Progress("answers", len(requests), "answer", done, None) as progress:
+            while done < len(requests):
+                start = done - done % block_size
+                block = sampler(requests[start : start + block_size])
+                missing = block[done - start :]
+                stream.write(to_jsonl(missing).encode())
                 stream.flush()
                 os.fsync(stream.fileno())
-                done += len(rows)
-                progress.step(len(rows))
-    return found
+                done += len(missing)
+                progress.step(len(missing))
+    return already
 
 
-def rows_there(out: Path, agent: str, jobs: Sequence[Job], seed: int, stream: BinaryIO) -> int:
-    """How many of the jobs' answers `out` holds; a last line torn by a kill is taken off through `stream`.
-    UserError if it holds something else."""
+def count_answers(
+    out: Path, agent: str, requests: Sequence[Request], seed: int, stream: BinaryIO
+) -> int:
+    """How many of the requests `out` answers already.
+
+    A last line that a kill has torn is taken off through `stream`.
+
+    Raises:
+        UserError: it holds something else.
+    """
     *lines, torn = out.read_bytes().split(b"\n")
-    if len(lines) + bool(torn) > len(jobs):
+    if len(lines) + bool(torn) > len(requests):
         raise UserError(
-            f"{out}: holds more than the {len(jobs)} answers asked for; give another --out"
+            f"{out}: holds more than the {len(requests)} answers asked for; give another --out"
         )
-    for number, (line, (example, count)) in enumerate(zip(lines, jobs, strict=False), 1):
-        try:
-            row = json.loads(line)
-            found = (row["id"], row["agent"], row["seed"], row["meta"]["made"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(
-                f"{out}, line {number}: is no answer of sample.py; give another --out"
-            ) from None
-        if found != (example.id, agent, derive_seed(seed, example.id, count), example.meta["made"]):
-            problem = "was made from other prompts, with other settings or another seed, or by another PATH"
-            raise UserError(f"{out}, line {number}: {problem}; give another --out")
-    begins = f'{{"id": "{jobs[len(lines)][0].id}"'.encode() if torn else b""
-    if not (begins.startswith(torn) or torn.startswith(begins)):
-        raise UserError(f"{out}: does not end as answers of sample.py do; give another --out")
+    for number, line in enumerate(lines, start=1):
+        check_answer(line, requests[number - 1], agent, seed, f"{out}, line {number}")
+
+    if torn:
+        beginning = f'{{"id": "{requests[len(lines)].prompt.id}"'.encode()
+        if not (beginning.startswith(torn) or torn.startswith(beginning)):
+            raise UserError(f"{out}: does not end as answers of sample.py do; give another --out")
     stream.truncate(sum(len(line) + 1 for line in lines))
     return len(lines)
+
+
+def check_answer(line: bytes, request: Request, agent: str, seed: int, where: str) -> None:
+    """Raise UserError unless the line answers the request, with these settings."""
+    prompt = request.prompt
+    try:
+        row = json.loads(line)
+        answer = (row["id"], row["agent"], row["seed"], row["meta"]["made"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{where}: is no answer of sample.py; give another --out") from None
+    expected_seed = derive_seed(seed, prompt.id, request.number)
+    if answer != (prompt.id, agent, expected_seed, prompt.meta["made"]):
+        raise UserError(
+            f"{where}: was made from other prompts, with other settings or another seed, or by "
+            "another PATH; give another --out"
+        )

@@ -1,7 +1,7 @@
-"""A dialogue in a terminal: an answer appears while it is sampled, and Ctrl-C ends it, not the program.
+"""A dialogue in a terminal: an answer appears while it is sampled, and Ctrl-C ends it.
 
-The same words with the same seed give the same dialogue: an answer's seed comes from the run's seed, the dialogue so
-far and how many answers were given before.
+The same words with the same seed give the same dialogue: an answer's seed comes from the run's
+seed, the dialogue so far, and how many answers were given before.
 """
 
 import contextlib
@@ -15,81 +15,122 @@ from minmacpo.pipeline.model_pool import LoadedModel
 from minmacpo.pipeline.sample_stage import Request, Sampler
 from minmacpo.runtime.progress import escape_control_chars
 
-CUT = " […]"  # behind an answer that is not whole, on the terminal and in the dialogue
+CUT_MARK = " […]"  # behind an answer that is not whole, on the terminal and in the dialogue
+COMMANDS = "/quit or Ctrl-D leaves, /reset begins a new dialogue"
 
 
-LEAVE = "/quit or Ctrl-D leaves, /reset begins a new dialogue"
+# ---- single answers
 
 
-def shown(loaded: LoadedModel, template: str, said: Sample) -> str:
+def print_answers(config: Config, loaded: LoadedModel, agent: str, prompt: str, count: int) -> None:
+    """Sample so many answers to one prompt, and print each as it comes, a batch at a time."""
+    messages = (Message("user", prompt),)
+    example = Example(example_id(messages), messages, "")
+    sampler = Sampler(loaded, config.generate, agent, config.run.seed)
+    batch_size = config.generate.batch
+    for start in range(0, count, batch_size):
+        numbers = range(start, min(start + batch_size, count))
+        answers = sampler([Request(example, number) for number in numbers])
+        for number, answer in zip(numbers, answers, strict=True):
+            prefix = f"[{number + 1}] " if count > 1 else ""
+            print(prefix + display_answer(loaded, answer))
+
+
+def display_answer(loaded: LoadedModel, answer: Sample) -> str:
     """An answer as a terminal may show it, marked where it is not whole."""
-    cut = said.finish == "length" and not starts_next_turn(loaded.tokenizer, template, said.tokens)
-    return escape_control_chars(said.response) + CUT * cut
+    text = escape_control_chars(answer.response)
+    whole = answer.finish == "stop" or starts_next_turn(
+        loaded.tokenizer, loaded.template, answer.tokens
+    )
+    return text if whole else text + CUT_MARK
 
 
-class Whole(Exception):
+# ---- a dialogue
+
+
+class StopGeneration(Exception):
     """The answer has come to its end; what the model would say after it is not waited for."""
 
 
-class Answer:
-    """An answer while it is sampled: its ids, and its text, which is printed as far as it cannot change any more."""
+class StreamedAnswer:
+    """An answer while it is sampled; its text is printed as far as it cannot change any more."""
 
-    def __init__(self, loaded: LoadedModel, template: str):
-        self.tokenizer, self.template, self.ids, self.shown = loaded.tokenizer, template, [], 0
-        self.stops = loaded.answer_end_ids()
+    def __init__(self, loaded: LoadedModel):
+        self.loaded = loaded
+        self.end_ids = loaded.answer_end_ids()
+        self.ids: list[int] = []
+        self.printed = 0  # characters
 
-    @property
-    def text(self) -> str:
-        return response_text(self.tokenizer, self.template, self.ids)
+    def text(self, whole: bool = True) -> str:
+        """The answer; unless it is whole, without characters that the next token may change."""
+        return response_text(self.loaded.tokenizer, self.loaded.template, self.ids, whole=whole)
 
-    def show(self, text: str) -> None:
+    def print_new(self, text: str) -> None:
         """Print what of `text` is not on the terminal yet."""
-        print(escape_control_chars(text[self.shown :]), end="", flush=True)
-        self.shown = max(self.shown, len(text))
+        print(escape_control_chars(text[self.printed :]), end="", flush=True)
+        self.printed = max(self.printed, len(text))
 
-    def take(self, tokens: list[int]) -> None:
-        """One more token; raises Whole if it is the last one, or if the base goes on with the human's next turn."""
+    def add_token(self, tokens: list[int]) -> None:
+        """Add the next token and print what it settles.
+
+        Args:
+            tokens: one, as one answer is sampled.
+
+        Raises:
+            StopGeneration: it ends the answer, or the base goes on with the human's next turn.
+        """
         self.ids += tokens
-        if tokens[0] in self.stops or starts_next_turn(self.tokenizer, self.template, self.ids):
-            raise Whole
-        self.show(response_text(self.tokenizer, self.template, self.ids, whole=False))
+        next_turn = starts_next_turn(self.loaded.tokenizer, self.loaded.template, self.ids)
+        if tokens[0] in self.end_ids or next_turn:
+            raise StopGeneration
+        self.print_new(self.text(whole=False))
 
 
 class Dialogue:
     """What was said so far, and who answers."""
 
-    def __init__(self, config: Config, loaded: LoadedModel, agent: str):
-        self.config, self.loaded, self.agent = config, loaded, agent
+    def __init__(self, config: Config, loaded: LoadedModel, agent: str, make_sampler=Sampler):
+        self.config = config
+        self.loaded = loaded
+        self.agent = agent
+        self.make_sampler = make_sampler
         self.messages: list[Message] = []
         self.answers = 0  # since the program began
 
     def reply(self, text: str) -> None:
-        """Answer a human turn and keep both. The dialogue stays as it was where nothing is answered, and where no
-        answer fits into the model's context any more (UserError)."""
-        prompt, template = (*self.messages, Message("user", text)), self.config.data.template
-        growing, cut = Answer(self.loaded, template), True
-        request = Request(Example(example_id(prompt), prompt, ""), self.answers)
-        sampler = Sampler(
+        """Answer a human turn and keep both; if nothing is answered, the dialogue stays as it was.
+
+        Raises:
+            UserError: no answer fits into the model's context any more.
+        """
+        prompt = (*self.messages, Message("user", text))
+        answer = StreamedAnswer(self.loaded)
+        sampler = self.make_sampler(
             self.loaded,
             self.config.generate,
             self.agent,
             self.config.run.seed,
-            on_token=growing.take,
+            on_token=answer.add_token,
         )
+        whole = False
         try:
-            sampler([request])
-        except Whole:
-            cut = False
+            sampler([Request(Example(example_id(prompt), prompt, ""), self.answers)])
+        except StopGeneration:
+            whole = True
         except KeyboardInterrupt:
             pass  # what was said until then is kept
         self.answers += 1
-        said = growing.text
-        growing.show(said)
-        print(CUT * cut if said else "(no answer; what you said is not kept)")
-        if said:
-            self.messages = [*prompt, Message("assistant", said + CUT * cut)]
 
-    def turn(self) -> bool:
+        response = answer.text()
+        if not response:
+            print("(no answer; what you said is not kept)")
+            return
+        answer.print_new(response)
+        mark = "" if whole else CUT_MARK
+        print(mark)
+        self.messages = [*prompt, Message("assistant", response + mark)]
+
+    def read_turn(self) -> bool:
         """Read a line from the terminal and do what it says; False: the person leaves."""
         try:
             line = input("> ").strip()
@@ -98,32 +139,37 @@ class Dialogue:
             return False
         except UnicodeDecodeError:
             raise UserError("that is no valid UTF-8") from None
+        if line == "/quit":
+            return False
         if line == "/reset":
             self.messages = []
-        elif re.fullmatch(r"/\w+", line) and line != "/quit":
-            print(f"{line} is unknown: {LEAVE}")
-        elif line and line != "/quit":
+        elif re.fullmatch(r"/\w+", line):
+            print(f"{line} is unknown: {COMMANDS}")
+        elif line:
             self.reply(line)
-        return line != "/quit"
+        return True
 
 
 def talk(config: Config, loaded: LoadedModel, agent: str) -> None:
     """Talk until the person leaves."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  input() then edits lines, and takes more than the 4,095 bytes of a bare terminal
+        # input() then edits lines, and takes more than the 4,095 bytes of a bare terminal
+        import readline  # noqa: F401
 
-    told, dialogue = config.generate, Dialogue(config, loaded, agent)
+    settings = config.generate
     print(
-        f"{agent}: template {config.data.template}, temperature {told.temperature:g}, top_k {told.top_k}, "
-        f"top_p {told.top_p:g}, max_new_tokens {told.max_new_tokens}, seed {config.run.seed}\n{LEAVE}; Ctrl-C ends an answer"
+        f"{agent}: template {loaded.template}, temperature {settings.temperature:g}, "
+        f"top_k {settings.top_k}, top_p {settings.top_p:g}, "
+        f"max_new_tokens {settings.max_new_tokens}, seed {config.run.seed}\n"
+        f"{COMMANDS}; Ctrl-C ends an answer"
     )
-    going = True
-    while going:
+    dialogue = Dialogue(config, loaded, agent)
+    talking = True
+    while talking:
         try:
-            going = dialogue.turn()
+            talking = dialogue.read_turn()
         except KeyboardInterrupt:
-            print(f"\n{LEAVE}")
+            print(f"\n{COMMANDS}")
         except UserError as error:
-            print(
-                f"{escape_control_chars(str(error))}: say less, or begin a new dialogue with /reset"
-            )
+            problem = escape_control_chars(str(error))
+            print(f"{problem}: say less, or begin a new dialogue with /reset")

@@ -69,6 +69,16 @@ def show_plan(run: Run, prepare: Callable[[], PreparedData]) -> None:
         print(f"WARNING: {escape_control_chars(warning)}", file=sys.stderr)
 
 
+def check_before_start(run: Run, prepare: Callable[[], PreparedData]) -> None:
+    """Raise UserError for bad data or too little memory, before there is a run folder."""
+    made_of_texts = [
+        stage for name, stage in run.plan.items() if name.startswith(("data/", "bases/"))
+    ]
+    if not all(stage.finished for stage in made_of_texts):
+        prepare()
+    check_memory(run, prepare)
+
+
 def check_memory(run: Run, prepare: Callable[[], PreparedData]) -> None:
     """Raise UserError if a stage needs more memory than there is, however rough the estimate.
 

@@ -13,7 +13,7 @@ from runs import copy_run, invoke, rows_of, spawn
 from test_bad_input import check_sentence, tree
 
 from minmacpo import UserError
-from minmacpo.cli.chat import CUT
+from minmacpo.cli.chat import CUT_MARK
 from minmacpo.runtime.files import open_locked
 from minmacpo.runtime.progress import escape_control_chars
 
@@ -75,7 +75,8 @@ def test_every_form_of_row(agent, place):
         (found,) = rows_of(place / f"{name}.out")
         assert (
             found["prompt"] == TURNS
-            and escape_control_chars(found["response"]) + CUT * (found["finish"] == "length") == one
+            and escape_control_chars(found["response"]) + CUT_MARK * (found["finish"] == "length")
+            == one
         ), name
 
 
@@ -104,7 +105,7 @@ def test_a_row_is_the_same_whatever_lies_beside_it(agent, place, file):
     alone = invoke("sample", agent, lines[4], "--n=2").out
     said = [found[lines[4], n] for n in (0, 1)]
     assert alone == "".join(
-        f"[{n}] {escape_control_chars(row[2])}{CUT * (row[5] == 'length')}\n"
+        f"[{n}] {escape_control_chars(row[2])}{CUT_MARK * (row[5] == 'length')}\n"
         for n, row in enumerate(said, 1)
     )
     assert rows_of(place / "out.jsonl")[0]["agent"] == str(agent)

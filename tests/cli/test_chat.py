@@ -15,14 +15,15 @@ import torch
 from runs import REPOSITORY, invoke
 from test_bad_input import check_sentence
 
+from minmacpo import UserError
 from minmacpo.cli import chat
 from minmacpo.config.schema import Config
 from minmacpo.core.checkpoint import load_model, save_weights
-from minmacpo.data.chat_template import TEMPLATES, render_prompt, response_text
-from minmacpo.data.records import Message
+from minmacpo.data.chat_template import render_prompt, response_text
+from minmacpo.data.records import Message, Sample
 from minmacpo.data.tokenizer import load_tokenizer
-from minmacpo.pipeline import model_pool as workshop
-from minmacpo.pipeline.model_pool import open_folder
+from minmacpo.pipeline.open_model import open_folder
+from minmacpo.pipeline.sample_stage import Sampler
 from minmacpo.runtime.progress import escape_control_chars
 
 
@@ -184,66 +185,73 @@ def test_no_terminal_no_chat(stub):
 # ---- what is said, without one ----------------------------------------------------------------
 
 
-def dialogue_of(stub, monkeypatch, ids, stop=None, **changes) -> chat.Dialogue:
-    """A dialogue whose model says `ids`, and then does what `stop` does."""
+def open_base(stub, template="turns", max_new_tokens=50):
+    """Settings and the stub's strong base, which speaks in this template."""
     config = Config()
     config = replace(
         config,
-        data=replace(config.data, template="turns", **changes),
-        generate=replace(config.generate, max_new_tokens=50),
+        data=replace(config.data, template=template),
+        generate=replace(config.generate, max_new_tokens=max_new_tokens),
     )
-
-    def answer(config, loaded, agent, jobs, seed, tell):
-        for i in ids:
-            tell([i])
-        if stop:
-            raise stop
-
-    monkeypatch.setattr(chat, "answer", answer)
-    return chat.Dialogue(config, open_folder(stub / "bases/strong", config)[0], "x")
+    return config, open_folder(stub / "bases/strong", config).loaded
 
 
-def test_a_dialogue_is_rendered_as_in_training(stub, monkeypatch, capsys):
-    asked, real = [], workshop.generate
-    monkeypatch.setattr(
-        workshop,
-        "generate",
-        lambda model, prompts, *rest: asked.append(prompts[0]) or real(model, prompts, *rest),
-    )
-    config = Config()
-    config = replace(
-        config,
-        data=replace(config.data, template="turns"),
-        generate=replace(config.generate, max_new_tokens=6),
-    )
-    dialogue = chat.Dialogue(config, open_folder(stub / "bases/strong", config)[0], "x")
+def scripted_dialogue(stub, text: str, then: BaseException | None = None) -> chat.Dialogue:
+    """A dialogue whose model says this text, and then raises that, if anything."""
+    config, loaded = open_base(stub)
+
+    def make_sampler(loaded, settings, agent, seed, on_token):
+        def sampler(requests):
+            for token in loaded.tokenizer.encode(text):
+                on_token([token])
+            if then is not None:
+                raise then
+
+        return sampler
+
+    return chat.Dialogue(config, loaded, "x", make_sampler)
+
+
+def test_a_dialogue_is_rendered_as_in_training(stub, capsys):
+    config, loaded = open_base(stub, max_new_tokens=6)
+    asked = []
+
+    class Recorder(Sampler):
+        def decode(self, prompts, seeds, batch_size):
+            asked.append(prompts[0])
+            return Sampler.decode(self, prompts, seeds, batch_size)
+
+    dialogue = chat.Dialogue(config, loaded, "x", Recorder)
     dialogue.reply("where is it ?")
-    kept = dialogue.messages
+    first_turn = dialogue.messages
     dialogue.reply("and now ?")
-    messages = [*kept, Message("user", "and now ?")]
-    assert [m.role for m in messages] == ["user", "assistant", "user"]
-    assert asked[1] == render_prompt(dialogue.loaded.tokenizer, "turns", messages)
-    assert escape_control_chars(kept[1].content) in capsys.readouterr().out
+
+    messages = [*first_turn, Message("user", "and now ?")]
+    assert [message.role for message in messages] == ["user", "assistant", "user"]
+    assert asked[1] == render_prompt(loaded.tokenizer, "turns", messages)
+    assert escape_control_chars(first_turn[1].content) in capsys.readouterr().out
 
 
-def test_pieces_of_characters_are_held_back(stub, monkeypatch, capsys):
+def test_pieces_of_characters_are_held_back(stub, capsys):
     text = "é 🙂 日本 ok"
-    dialogue = dialogue_of(stub, monkeypatch, [])
-    tokenizer = dialogue.loaded.tokenizer
-    ids, pieces = tokenizer.encode(text), []
-    growing = chat.Answer(dialogue.loaded, "turns")
-    for i in ids:
-        growing.take([i])
+    _, loaded = open_base(stub)
+    tokenizer = loaded.tokenizer
+    answer = chat.StreamedAnswer(loaded)
+    pieces = []
+    for token in tokenizer.encode(text):
+        answer.add_token([token])
         pieces.append(capsys.readouterr().out)
-    assert "".join(pieces) == text and len([piece for piece in pieces if piece]) > 3
-    assert "" in pieces and not any("�" in piece for piece in pieces)
-    with pytest.raises(chat.Whole):
-        growing.take([tokenizer.eos])
-    growing.ids = [
-        *tokenizer.encode("ab"),
-        *tokenizer.encode("🙂")[:-1],
-    ]  # an answer that ends amid a character
-    assert growing.text.startswith("ab") and "�" in growing.text
+    assert "".join(pieces) == text
+    assert len([piece for piece in pieces if piece]) > 3
+    assert "" in pieces
+    assert not any("�" in piece for piece in pieces)
+    with pytest.raises(chat.StopGeneration):
+        answer.add_token([tokenizer.eos])
+
+    # an answer that ends amid a character
+    answer.ids = [*tokenizer.encode("ab"), *tokenizer.encode("🙂")[:-1]]
+    assert answer.text().startswith("ab")
+    assert "�" in answer.text()
 
 
 @pytest.mark.parametrize("template", ["plain", "turns"])
@@ -264,68 +272,57 @@ def test_what_is_settled_stays(tokenizer, template):
         assert response_text(tokenizer, template, ids).startswith(shown)
 
 
-def test_a_base_that_speaks_for_the_human_is_stopped(stub, monkeypatch, capsys):
-    dialogue = dialogue_of(stub, monkeypatch, [])
-    tokenizer = dialogue.loaded.tokenizer
-    growing = chat.Answer(dialogue.loaded, "plain")
-    with pytest.raises(chat.Whole):
-        for i in tokenizer.encode("yes .\n\nHuman: and then ? what else"):
-            growing.take([i])
-    assert growing.text == "yes ." and capsys.readouterr().out == "yes ."
-    assert "plain" in TEMPLATES
+def test_a_base_that_speaks_for_the_human_is_stopped(stub, capsys):
+    _, loaded = open_base(stub, template="plain")
+    answer = chat.StreamedAnswer(loaded)
+    with pytest.raises(chat.StopGeneration):
+        for token in loaded.tokenizer.encode("yes .\n\nHuman: and then ? what else"):
+            answer.add_token([token])
+    assert answer.text() == "yes ."
+    assert capsys.readouterr().out == "yes ."
 
 
 @pytest.mark.parametrize(
-    ("stop", "mark"), [(KeyboardInterrupt(), chat.CUT), (chat.Whole(), ""), (None, chat.CUT)]
+    ("then", "mark"),
+    [(KeyboardInterrupt(), chat.CUT_MARK), (chat.StopGeneration(), ""), (None, chat.CUT_MARK)],
 )
-def test_a_cut_answer_is_kept_and_marked(stub, monkeypatch, capsys, stop, mark):
-    dialogue = dialogue_of(stub, monkeypatch, [], stop)
-    ids = dialogue.loaded.tokenizer.encode("it is so")
-    dialogue = dialogue_of(stub, monkeypatch, ids, stop)
+def test_a_cut_answer_is_kept_and_marked(stub, capsys, then, mark):
+    dialogue = scripted_dialogue(stub, "it is so", then)
     dialogue.reply("why ?")
     assert dialogue.messages == [Message("user", "why ?"), Message("assistant", "it is so" + mark)]
     assert capsys.readouterr().out.endswith(f"{mark}\n")
-    dialogue = dialogue_of(stub, monkeypatch, [], stop)
+
+    dialogue = scripted_dialogue(stub, "", then)
     dialogue.reply("why ?")
-    assert dialogue.messages == [] and "not kept" in capsys.readouterr().out
+    assert dialogue.messages == []
+    assert "not kept" in capsys.readouterr().out
 
 
 def test_a_full_context_is_said_and_nothing_is_forgotten(stub, capsys):
-    config = Config()
-    config = replace(
-        config,
-        data=replace(config.data, template="turns"),
-        generate=replace(config.generate, max_new_tokens=20),
-    )
-    dialogue, lengths = (
-        chat.Dialogue(config, open_folder(stub / "bases/strong", config)[0], "x"),
-        [],
-    )
-    with pytest.raises(workshop.UserError, match="room for 108"):
+    config, loaded = open_base(stub, max_new_tokens=20)
+    dialogue = chat.Dialogue(config, loaded, "x")
+    lengths = []
+    with pytest.raises(UserError, match="room for 108"):
         for _ in range(30):
             dialogue.reply("where is it now ?")
             lengths.append(len(dialogue.messages))
-    assert lengths and len(dialogue.messages) == lengths[-1] > 1
+    assert lengths
+    assert len(dialogue.messages) == lengths[-1] > 1
 
 
 EVIL = "a\x1b[2Jb\x07\x9b31m\rc\x7f\u202ed\te\nf 🙂‍🙂"
 
 
-def test_text_that_acts_on_a_terminal_is_made_inert(stub, monkeypatch, capsys):
+def test_text_that_acts_on_a_terminal_is_made_inert(stub, capsys):
     shown = escape_control_chars(EVIL)
-    assert (
-        shown == "a\\x1b[2Jb\\x07\\x9b31m\\rc\\x7f\\u202ed\te\nf 🙂‍🙂"
-        and escape_control_chars(shown) == shown
-    )
+    assert shown == "a\\x1b[2Jb\\x07\\x9b31m\\rc\\x7f\\u202ed\te\nf 🙂‍🙂"
+    assert escape_control_chars(shown) == shown
     assert escape_control_chars("\ud83d") == "\\ud83d"
-    dialogue = dialogue_of(stub, monkeypatch, [])
-    dialogue = dialogue_of(stub, monkeypatch, dialogue.loaded.tokenizer.encode(EVIL), chat.Whole())
+
+    dialogue = scripted_dialogue(stub, EVIL, chat.StopGeneration())
     dialogue.reply("x")
-    assert capsys.readouterr().out == shown + "\n" and dialogue.messages[1].content == EVIL
-    real = workshop.answer
-    monkeypatch.setattr(
-        workshop,
-        "answer",
-        lambda *args: [replace(said, response=EVIL, finish="stop") for said in real(*args)],
-    )
-    assert invoke("sample", stub / "round1/student_pos", "hello").out == shown + "\n"
+    assert capsys.readouterr().out == shown + "\n"
+    assert dialogue.messages[1].content == EVIL
+
+    answer = Sample("p1", (), EVIL, "stop", (5,), -1.0, 2.0, "x", 0, {})
+    assert chat.display_answer(dialogue.loaded, answer) == shown

@@ -29,7 +29,7 @@ from test_bad_input import HH, check_sentence, data_file, row, tree
 from transformers import LlamaForCausalLM
 
 from minmacpo import UserError
-from minmacpo.cli.chat import CUT
+from minmacpo.cli.chat import CUT_MARK
 from minmacpo.config.parse import resolve_checkpoint
 from minmacpo.config.schema import Config
 from minmacpo.core import checkpoint
@@ -77,9 +77,9 @@ def test_an_answer_that_was_cut_says_so(tiny, place):
         for more in ([], ["--generate.max_new_tokens=2"])
     )
     assert (
-        not whole.endswith(f"{CUT}\n")
-        and cut.endswith(f"{CUT}\n")
-        and whole.startswith(cut[: -len(CUT) - 1])
+        not whole.endswith(f"{CUT_MARK}\n")
+        and cut.endswith(f"{CUT_MARK}\n")
+        and whole.startswith(cut[: -len(CUT_MARK) - 1])
     )
 
 

@@ -41,6 +41,7 @@ from minmacpo.evaluation.gold import mean_gold_by_prompt, right_fraction
 from minmacpo.evaluation.judge import JudgeCommand
 from minmacpo.evaluation.judge_sheet import AnswerPair, read_sheet, write_sheet
 from minmacpo.pipeline.run import check_folder, derive_seed, read_metrics
+from minmacpo.pipeline.sample_stage import Request
 from minmacpo.runtime.files import read_rows, write_json, write_rows
 
 JSON = (m.structured, m.structured, m.raw)
@@ -527,9 +528,11 @@ def read_written(folder: Path, name: str) -> None:
         case "scores.jsonl":
             reward.read_scores(folder / name, {(1, "student"): {"id0", "id1", "id2"}})
         case "answers.jsonl":
-            jobs = [(Example(sample.id, PROMPT, "", {"made": "x"}), 0) for sample in SAMPLES]
+            requests = [
+                Request(Example(sample.id, PROMPT, "", {"made": "x"})) for sample in SAMPLES
+            ]
             with (folder / name).open("ab") as stream:
-                answers.rows_there(folder / name, "student", jobs, 0, stream)
+                answers.count_answers(folder / name, "student", requests, 0, stream)
 
 
 WRITTEN = [
