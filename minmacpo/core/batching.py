@@ -141,7 +141,8 @@ def should_pack(batches: Iterable[Sequence[Tokens]]) -> tuple[bool, str]:
     counts = token_counts(batches)
     padded = max(counts.padded, 1)
     packs = counts.padded - counts.computed >= MIN_SAVED * padded
-    line = f"padding is {1 - counts.real / padded:.1%} of {counts.padded:,} tokens in a pass over the rows"
+    padding = 1 - counts.real / padded
+    line = f"padding is {padding:.1%} of {counts.padded:,} tokens in a pass over the rows"
     if packs:
         saved = 1 - counts.computed / padded
         line += "; none of it and each common prompt once outside attention: "

@@ -1,7 +1,8 @@
 """Losses of supervised fine-tuning and of preference pairs, with the metrics that are logged.
 
 A preference loss is a function of `PairLogps`. To add one, write it, put it into PREFERENCE_LOSSES,
-and name it among the values of `dpo.loss` in config/schema.py: `--dpo.loss=NAME` then trains with it.
+and add its name and settings to LOSS_SETTINGS in config/schema.py: `--dpo.loss=NAME` then trains
+with it.
 
 Shapes: B pairs, in a batch of 2B rows (row 2i is chosen, row 2i + 1 rejected); N trained tokens.
 A log-probability of an answer is summed over its tokens, its end token included, in fp32, in nats.
@@ -72,7 +73,8 @@ def sigmoid_loss(
     Args:
         label_smoothing: assumed fraction of pairs whose preference is flipped.
         length_normalized: log-probabilities per token in place of summed ones.
-        length_penalty: added to the margin per token that chosen is longer (Park et al. 2024, R-DPO).
+        length_penalty: added to the margin per token by which the chosen answer is the longer one
+            (Park et al. 2024, R-DPO).
     """
     if length_normalized:
         logps = logps.per_token()
@@ -142,7 +144,10 @@ def implicit_rewards(logps: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class StepTotals:
-    """What a whole optimiser step holds: by it a micro-batch divides, so that all equal one batch."""
+    """What a whole optimiser step holds.
+
+    Every micro-batch divides by these, so that their gradients add up to those of one large batch.
+    """
 
     examples: int
     tokens: int  # trained ones
@@ -162,8 +167,8 @@ def sft_loss(logps: Tensor, tokens: int) -> Tensor:
 class SFTLoss:
     """Cross-entropy per trained token of the whole step.
 
-    With `confidence` > 0 a part of it is towards the model's own likeliest token; that part grows to
-    `confidence` over the first fifth of the steps (Burns et al. 2023, auxiliary confidence loss).
+    With `confidence` > 0 a part of it is towards the model's own likeliest token. That part grows
+    to `confidence` over the first fifth of the steps (Burns et al. 2023, auxiliary confidence loss).
     """
 
     compiled: bool = False

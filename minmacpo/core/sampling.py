@@ -1,11 +1,11 @@
 """Sampling: prompts are read in one prefill, then decoded side by side on a static cache.
 
 What a row samples depends on its own seed alone, whatever rows lie beside it: uniform numbers, one
-per new token, become tokens by the inverse of the cumulative distribution. When a row ends, the next
-prompt gets its place (continuous batching).
+per new token, become tokens by the inverse of the cumulative distribution. When a row ends, the
+next prompt gets its place (continuous batching).
 
-Shapes: B rows decoded side by side, N prompts in all, T tokens of a prompt, V vocabulary; n of the V
-tokens may be drawn.
+Shapes: B rows decoded side by side, N prompts in all, T tokens of a prompt, V vocabulary, of which
+n tokens may be drawn.
 """
 
 import math
@@ -86,8 +86,8 @@ def contrast(logits: Tensor, amateur_logits: Tensor) -> Tensor:
     """(B, V) logits that favour what `logits` finds likelier than the amateur model does.
 
     The log-probabilities plus their difference to the amateur's (O'Brien and Lewis 2023 with
-    beta = 1), among the tokens that have PLAUSIBLE of the likeliest one's probability (the constraint
-    of Li et al. 2023).
+    beta = 1), among the tokens that have PLAUSIBLE of the likeliest one's probability (the
+    constraint of Li et al. 2023).
     """
     logps = logits.float().log_softmax(-1)
     contrasted = 2 * logps - amateur_logits.float().log_softmax(-1)
@@ -176,8 +176,8 @@ def prefill(
 class Decoder:
     """The models with their caches, and one step of decoding.
 
-    On a GPU the kernels of a step are captured in a CUDA graph for as many steps as the shapes stay,
-    and replayed, which spares a launch of each.
+    On a GPU the kernels of a step are captured in a CUDA graph for as many steps as the shapes
+    stay, and replayed, which spares a launch of each.
     """
 
     captures = True  # until capturing has failed in this process
@@ -205,14 +205,14 @@ class Decoder:
             logits[number][rows] = new_logits[number]
 
     def step(self, token: Tensor, positions: Tensor, max_position: int) -> list[Tensor]:
-        """Every model's logits (B, V) after token (B,) at positions (B,), none past max_position."""
+        """Every model's logits (B, V) after token (B,) at positions (B,) up to max_position."""
         length = CACHE_STEP * (max_position // CACHE_STEP + 1)
         length = min(length, self.caches[0].length)
         if token.device.type != "cuda" or not (Decoder.captures and self.can_capture):
             return self.forward(token, positions, length)
-        if self.graph is None or self.graph_length != length:
-            if not self.capture(token, positions, length):
-                return self.forward(token, positions, length)
+        captured = self.graph is not None and self.graph_length == length
+        if not captured and not self.capture(token, positions, length):
+            return self.forward(token, positions, length)
         self.graph_token.copy_(token)
         self.graph_positions.copy_(positions)
         self.graph.replay()
@@ -259,11 +259,11 @@ class Decoder:
 
 
 class Scheduler:
-    """The prompts: B of N are decoded, others wait for a row, and all have what they sampled so far.
+    """Which of N prompts are decoded in the B rows, which wait, and what all have sampled so far.
 
     Of a row: `prompt` (B,) is the number of the prompt that is decoded there, `num_generated` (B,)
-    how many tokens it has, `running` (B,) whether it goes on. Nothing of it waits for a GPU but
-    `replace_finished`.
+    how many tokens it has, `running` (B,) whether it goes on. The CPU waits for a GPU only in
+    `should_look` and `replace_finished`.
     """
 
     def __init__(

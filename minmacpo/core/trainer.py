@@ -1,8 +1,9 @@
 """The one optimisation loop, for pre-training, SFT and preference losses.
 
 Nothing in it is random (there is no dropout, and batches are planned beforehand), so the state of a
-training is its parameters, AdamW's two moments and a step number: a training that was killed goes on
-to the same bits. It needs no run: `train(model, params, examples, loss, config)` works in a notebook.
+training is its parameters, AdamW's two moments and a step number: a training that was killed goes
+on to the same bits. It needs no run: `train(model, params, examples, loss, config)` works in a
+notebook (docs/core.md).
 """
 
 import contextlib
@@ -371,7 +372,7 @@ def memory_limit(hooks: TrainerHooks) -> MemoryLimit:
 
 
 class MetricLog:
-    """The metrics of the steps: copied from the device a few steps at a time, checked, and logged."""
+    """The metrics of the steps, which are copied from the device a few at a time, and checked."""
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ then does not depend on the gradient from above, which is one number per token. 
 of a chunk computes it at once: two head matmuls per token, nothing is recomputed, and nothing of
 vocabulary size is kept for the backward pass.
 
-Shapes: B rows of T tokens, N tokens whose log-probability is asked for, H hidden size, V vocabulary.
+Shapes: B rows of T tokens, N tokens whose log-probability is wanted, H hidden size, V vocabulary.
 The head's weight W is (V, H).
 """
 
@@ -69,8 +69,8 @@ def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Replace logits (N, V) by exp(logits - largest); returns (largest, sum of them), each (N, 1).
 
     Divided by their sum, what stands in `logits` afterwards are the probabilities. Both results are
-    at least fp32. On a CPU only FP32_CHUNK of narrower logits have a wide copy at a time; a compiler
-    makes no copy anyway.
+    at least fp32. On a CPU only FP32_CHUNK of narrower logits have a wide copy at a time; compiled
+    code makes no copy anyway.
     """
     eager_cpu = logits.device.type == "cpu" and not torch.compiler.is_compiling()
     narrow = logits.dtype.itemsize < 4
@@ -136,7 +136,7 @@ def chunk_logps_and_grad(
 
 
 def chunk_size(vocab: int, device: str = "cpu") -> int:
-    """Tokens of a chunk: as many as MAX_CPU_LOGITS allow on a CPU, in whole BLOCKs; at least one."""
+    """Tokens of a chunk; on a CPU as many as MAX_CPU_LOGITS allow, if possible in whole BLOCKs."""
     if device != "cpu":
         return CHUNK
     size = max(1, min(CHUNK, MAX_CPU_LOGITS // vocab))

@@ -45,7 +45,7 @@ def measured(model, params, batch, upstream):
 
 
 def worst(found, wanted) -> float:
-    """The largest difference of two lists of tensors, each against the largest value of its tensor."""
+    """The largest difference of two lists of tensors, relative to the largest value of each."""
     return max(
         ((a - b).abs().max() / (b.abs().max() + 1e-12)).item()
         for a, b in zip(found, wanted, strict=True)
@@ -55,7 +55,7 @@ def worst(found, wanted) -> float:
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("kind", MODELS)
 def test_shared_rows_equal_separate_ones_in_values_and_gradients(kind, whole, seed):
-    """Exactly in fp64; in fp32 to 1e-5 beyond the rounding that separate rows have themselves (with q/k norms up to 2e-5)."""
+    """Exactly in fp64; in fp32 to 1e-5 beyond the rounding that separate rows have themselves."""
     model = random_model(seed, **MODELS[kind])
     if not whole:
         attach_lora(model, Lora(targets=("q_proj", "k_proj", "v_proj", "down_proj")))
@@ -207,7 +207,7 @@ def test_a_plan_says_what_packing_saves(hooks_of, seed):  # noqa: F811
 
 
 def test_ten_adapters_and_batches_of_any_size_compile_the_loss_once(monkeypatch, seed):
-    """Dynamo's part of torch.compile, which decides on recompiling; the slot's tensors never change, only their values."""
+    """Dynamo decides on recompiling; the adapter's tensors never change, only their values."""
     import torch._dynamo.utils as dynamo
 
     @functools.cache

@@ -327,7 +327,7 @@ def test_noise_is_uniform_and_rows_are_uncorrelated():
     assert abs((centred[:, 1:] * centred[:, :-1]).mean()) < 5 / 12 / (4000 * 15) ** 0.5
 
 
-# ---- contrastive decoding -------------------------------------------------------------------------
+# ---- contrastive decoding -------------------------------------------------------------------
 
 
 def test_decoding_goes_on_where_nothing_can_be_captured(seed, monkeypatch, capsys):
@@ -387,7 +387,7 @@ def test_the_stream_of_a_capture_that_fails_at_its_end_is_left(seed, monkeypatch
 
 
 def test_contrast_by_hand():
-    """log p + (log p - log q) among tokens with at least a tenth of the likeliest one's probability."""
+    """log p + (log p - log q) among tokens with a tenth of the likeliest one's probability."""
     p, q = torch.tensor([[0.6, 0.3, 0.07, 0.03]]), torch.tensor([[0.7, 0.1, 0.1, 0.1]])
     found = contrast(p.log() + 3, q.log() - 2)[0]
     wanted = [2 * math.log(a) - math.log(b) for a, b in ((0.6, 0.7), (0.3, 0.1), (0.07, 0.1))]

@@ -48,7 +48,7 @@ ALL = Lora(
 
 @pytest.fixture
 def hooks_of(tmp_path) -> Callable[..., TrainerHooks]:
-    """Makes the hooks of a training with a folder of its own; the settings are those of TrainerHooks."""
+    """Makes the hooks of a training with a folder of its own; settings as in TrainerHooks."""
 
     def make(name: str = "run", **settings) -> TrainerHooks:
         folder = tmp_path / name
@@ -263,7 +263,7 @@ def preference_words(seed: int, count: int, equal: bool) -> list[dict[str, list[
 
 
 def trl_history(folder, adapter, out, rows, steps: int, lr: float, **settings) -> list[dict]:
-    """What TRL's DPOTrainer logs at every step, all `rows` in each, with the bare base as reference."""
+    """What TRL's DPOTrainer logs at every step, all `rows` in each; the reference is the base."""
     import datasets
     import peft
     import tokenizers
@@ -392,7 +392,7 @@ def test_dpo_training_equals_trl_step_by_step(beta, dpo, seed):
 
 
 def test_dpo_plus_sft_equals_trl(dpo, seed):
-    """TRL takes its SFT term per token of the batch, the paper per answer: equal for equal lengths."""
+    """TRL has its SFT term per token of the batch, the paper per answer: equal at one length."""
     settings = dict(beta=0.1, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.7])
     mine, theirs = dpo(
         preference_words(seed, 5, True), PreferenceLoss(0.1, 0.7), 4, 2e-3, **settings
@@ -404,7 +404,7 @@ def test_dpo_plus_sft_equals_trl(dpo, seed):
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 def test_ipo_training_equals_trl_step_by_step(beta, dpo, seed):
-    """Losses and gradients from log-probabilities per token, rewards from summed ones, as in TRL."""
+    """Losses and gradients from logps per token, rewards from summed ones, as in TRL."""
     loss = PreferenceLoss(beta, 0.0, loss_type="ipo")
     settings = dict(beta=beta, loss_type="ipo")
     mine, theirs = dpo(preference_words(seed, 7, False), loss, 6, 2e-3, **settings)
@@ -416,7 +416,7 @@ def test_ipo_training_equals_trl_step_by_step(beta, dpo, seed):
 
 
 def test_label_smoothing_by_two_losses_of_trl(dpo, seed):
-    """TRL has ours, ½-smoothed, only as parts: "robust" R = ((1 - s) L(D) - s L(-D)) / (1 - 2 s)."""
+    """TRL has ours only as parts: "robust" R = ((1 - s) L(D) - s L(-D)) / (1 - 2 s)."""
     rows = preference_words(seed, 6, False)
     _, plain = dpo(rows, PreferenceLoss(0.4, 0.0), 1, 1e-3, beta=0.4)
     mine, robust = dpo(
@@ -624,7 +624,7 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(whole, kind, hooks
 def test_a_kill_before_the_stage_is_sealed_loses_no_saved_step(
     save_every, moment, tmp_path, monkeypatch, seed
 ):
-    """The state lasts until the stage is whole; one saved after the last step is resumed to the same files."""
+    """The state lasts until the stage is whole; one of the last step gives the same files."""
     taken = []
 
     def compute(context: StageContext) -> dict:
