@@ -8,12 +8,14 @@ With the repository on PYTHONPATH:
 As under torchrun the store is the launcher's, a signal goes on to all ranks, and the first one that fails ends the others.
 """
 
+import contextlib
 import os
 import signal
 import socket
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import runs
@@ -25,18 +27,14 @@ from torch.distributed import TCPStore
 import minmacpo.evaluation.report
 import train
 from minmacpo import UserError
-from minmacpo.config.parse import parse
 from minmacpo.config.schema import Lora
 from minmacpo.core.lora import attach_lora, init_adapter
 from minmacpo.core.losses import PreferenceLoss, SFTLoss
 from minmacpo.core.sampling import SamplingParams, generate
 from minmacpo.core.scoring import score
-from minmacpo.core.trainer import OptimizerConfig, TrainExample, train_step
-from minmacpo.core.trainer import train as fit
+from minmacpo.core.trainer import OptimizerConfig, TrainerHooks, TrainExample, ignore, train_step
+from minmacpo.core.trainer import train as train_model
 from minmacpo.data.tokenizer import Tokens
-from minmacpo.pipeline.run import Run, StageContext
-from minmacpo.pipeline.trainer_hooks import trainer_hooks
-from minmacpo.runtime.device import resolve_device
 from minmacpo.runtime.distributed import meet
 from minmacpo.runtime.progress import Interrupted, run_main
 
@@ -69,38 +67,34 @@ def slotted(seed: int, dist):
 
 
 def together(seed: int, folder: str, name: str, kind: str, shards: bool, job):
-    """What `job` makes of (ranks, units, model, slot, objective, work), all ranks doing it."""
-    objective, sides = (SFTLoss(), 1) if kind == "sft" else (PreferenceLoss(0.1, 0.2), 2)
+    """What `job` makes of (dist, units, model, params, loss, hooks), all ranks doing it."""
+    loss = SFTLoss() if kind == "sft" else PreferenceLoss(0.1, 0.2)
+    rows_per_unit = 1 if kind == "sft" else 2
     with (dist := meet()).report_first_error():
-        config = parse(
-            [
-                "@tiny",
-                f"--run.root={folder}/{name}",
-                "--run.max_tokens_per_batch=120",
-                f"--parallel.shard={str(shards).lower()}",
-            ]
-        ).config
-        dist.connect(resolve_device(config.run.device), config.parallel.shard)
-        work = StageContext(
-            run := Run(config, dist=dist),
-            "part/stage",
-            Path(folder, name, "stage"),
-            seed,
-            together=True,
+        dist.connect("cpu", shard=shards)
+        hooks = TrainerHooks(
+            name="part/stage",
+            seed=seed,
+            max_tokens_per_batch=120,
+            state_file=Path(folder, name, "state/state.safetensors"),
+            log=ignore,
+            should_stop=lambda: dist.all_reduce_max(dist.signals.number or 0) > 0,
+            raise_if_stopped=dist.raise_if_stopped,
+            dist=dist,
         )
-        run.path, run.log_file = work.folder, sys.stderr
-        work.folder.mkdir(parents=True, exist_ok=True)
-        found = job(dist, rows_of(seed, 24, sides), *slotted(seed, dist), objective, work)
+        Path(folder, name).mkdir(exist_ok=True)
+        model, params = slotted(seed, dist)
+        found = job(dist, rows_of(seed, 24, rows_per_unit), model, params, loss, hooks)
     torch.save(found, Path(folder, f"{name}-{dist.rank}.pt"))
     return 0
 
 
-def toys(dist, units, model, params, objective, work) -> dict:
+def toys(dist, units, model, params, loss, hooks) -> dict:
     """A step's gradients, twenty steps, scores and samples."""
     groups, keep = [[*range(7)], [7, 8], [9], [10, 11, 12]], Keep(params)
-    metrics = train_step(model, params, units, groups, objective, keep, dist=dist)
+    metrics = train_step(model, params, units, groups, loss, keep, dist=dist)
     grads = torch.cat([grad.flatten() for grad in keep.grads])
-    adapter = twenty_steps(dist, units, model, params, objective, work)
+    adapter = twenty_steps(dist, units, model, params, loss, hooks)
     logps = score(model, [row for unit in units for row in unit.rows], 90, dist=dist)
     prompts, own = (
         [list(unit.rows[0].ids[:9]) for unit in units[:13]],
@@ -108,9 +102,10 @@ def toys(dist, units, model, params, objective, work) -> dict:
     )
 
     def answers(block):
-        return generate(
-            model, [prompts[i] for i in block], block, own, {2, 7, 11, 20, 33}, batch_size=2
-        )[0]
+        own_prompts = [prompts[i] for i in block]
+        stops = {2, 7, 11, 20, 33}
+        tokens, _ = generate(model, own_prompts, block, own, stops, batch_size=2, dist=dist)
+        return tokens
 
     samples = [
         ids
@@ -128,26 +123,29 @@ def toys(dist, units, model, params, objective, work) -> dict:
     }
 
 
-def twenty_steps(dist, units, model, params, objective, work):
-    """The slot after twenty steps of `fit`."""
-    fit(model, params, units, objective, OptimizerConfig(3e-3, 20, 8), trainer_hooks(work))
+def twenty_steps(dist, units, model, params, loss, hooks):
+    """The adapter after twenty steps of training."""
+    train_model(model, params, units, loss, OptimizerConfig(3e-3, 20, 8), hooks)
     return torch.cat([param.detach().flatten() for param in params])
 
 
-def stopped(dist, units, model, params, objective, work) -> int | None:
+def stopped(dist, units, model, params, loss, hooks) -> int | None:
     """The last rank alone is asked to stop after step 7; returns the step at which this one did."""
-    steps = []
 
-    def on_step():
-        steps.append(1)
-        if len(steps) == 7 and dist.rank == dist.world_size - 1:
-            dist.signals.number = signal.SIGTERM
+    class Steps:
+        done = 0
 
-    work.run.on_step = on_step
+        def step(self):
+            self.done += 1
+            if self.done == 7 and dist.rank == dist.world_size - 1:
+                dist.signals.number = signal.SIGTERM
+
+    steps = Steps()
+    hooks = replace(hooks, progress=lambda *_: contextlib.nullcontext(steps))
     try:
-        twenty_steps(dist, units, model, params, objective, work)
+        twenty_steps(dist, units, model, params, loss, hooks)
     except Interrupted:
-        return len(steps)
+        return steps.done
 
 
 def complaint(words: list[str]) -> None:

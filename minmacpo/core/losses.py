@@ -168,7 +168,8 @@ class SFTLoss:
     """Cross-entropy per trained token of the whole step.
 
     With `confidence` > 0 a part of it is towards the model's own likeliest token. That part grows
-    to `confidence` over the first fifth of the steps (Burns et al. 2023, auxiliary confidence loss).
+    to `confidence` over the first fifth of the steps: the auxiliary confidence loss of Burns et al.
+    2023.
     """
 
     compiled: bool = False

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minmacpo.core.model import CACHE_ALIGN, KVCache, Transformer
 from minmacpo.core.prepack import can_prepack, is_sharded, prepack
+from minmacpo.runtime.distributed import SINGLE_PROCESS, Distributed
 
 # Contrastive decoding may choose tokens with this fraction of the likeliest one's probability
 PLAUSIBLE = 0.1
@@ -226,6 +227,11 @@ class Decoder:
             logits.append(model.lm_head(hidden[:, 0]))  # (B, 1, H) -> (B, V)
         return logits
 
+    def idle_pass(self) -> None:
+        """A pass of which nothing is used: other ranks need this one's part of the weights."""
+        for model in self.models:
+            model(torch.zeros(1, 1, dtype=torch.long, device=model.lm_head.weight.device))
+
     def capture(self, token: Tensor, positions: Tensor, length: int) -> bool:
         """Capture a step of these shapes; False where that cannot be done, which is said once."""
         self.graph = None
@@ -373,6 +379,7 @@ def generate(
     amateur: Transformer | None = None,
     on_token: Callable[[list[int]], None] | None = None,
     batch_size: int | None = None,
+    dist: Distributed = SINGLE_PROCESS,
 ) -> tuple[list[list[int]], list[float]]:
     """New tokens and their summed log-probability for every prompt.
 
@@ -384,7 +391,11 @@ def generate(
             log-probabilities are then those of the contrast.
         on_token: gets the newest token of every row, step by step; what it raises ends it all.
         batch_size: prompts decoded side by side, None for all; the next gets a row that has ended.
+        dist: the ranks; where they share a model's weights all call this together, each with prompts
+            of its own, and make the same passes until all have finished.
     """
+    if is_sharded(model) and not dist.is_sharded:
+        raise ValueError("other ranks have a part of this model's weights: pass `dist`")
     device = next(model.parameters()).device
     batch_size = min(batch_size or len(prompts), len(prompts))
     scheduler = Scheduler(
@@ -410,7 +421,7 @@ def generate(
     del caches  # they would stay in memory beside those that `select_rows` makes of them
 
     # --- Token by token, until no row is left
-    while True:
+    while len(scheduler.prompt):
         next_logits = logits[0] if amateur is None else contrast(*logits)
         token, logp = pick_token(next_logits, params, scheduler.next_uniform())
         if on_token:
@@ -424,11 +435,38 @@ def generate(
                 token = token[rows]
                 decoder.select_rows(rows)
             if not len(scheduler.prompt):
-                return scheduler.results()
+                break
 
         # Rows of admitted prompts are decoded in vain once more: so the shapes stay
+        any_admits = any_rank_prefills(dist, bool(admitted))
         furthest = longest + min(scheduler.steps, params.max_new_tokens) - 1
         logits = decoder.step(token, scheduler.positions(), furthest)
         if admitted:
             rows = scheduler.admit(admitted)
             decoder.prefill_rows(rows, [prompts[number] for number in admitted], logits)
+        elif any_admits:
+            decoder.idle_pass()
+
+    if dist.is_sharded:
+        follow_until_all_finish(decoder, dist)
+    return scheduler.results()
+
+
+# What a rank tells the others before every step, where they share the weights of models
+FINISHED, DECODES, DECODES_AND_PREFILLS = range(3)
+
+
+def any_rank_prefills(dist: Distributed, prefills: bool) -> bool:
+    """Whether this rank or, where they share the weights of models, any rank admits prompts."""
+    if not dist.is_sharded:
+        return prefills
+    own = DECODES_AND_PREFILLS if prefills else DECODES
+    return dist.all_reduce_max(own) == DECODES_AND_PREFILLS
+
+
+def follow_until_all_finish(decoder: Decoder, dist: Distributed) -> None:
+    """Make the passes that other ranks make, until none of them has a row left."""
+    while (others := dist.all_reduce_max(FINISHED)) != FINISHED:
+        decoder.idle_pass()
+        if others == DECODES_AND_PREFILLS:
+            decoder.idle_pass()

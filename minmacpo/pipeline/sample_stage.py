@@ -23,6 +23,7 @@ from minmacpo.pipeline.artifacts import Policy, TextColumn
 from minmacpo.pipeline.model_pool import LoadedModel, ModelPool
 from minmacpo.pipeline.run import Run, Stage, StageContext, derive_seed
 from minmacpo.pipeline.stage_log import log_first_row
+from minmacpo.runtime.distributed import SINGLE_PROCESS, Distributed
 from minmacpo.runtime.files import JsonlView, finished_shards, write_rows, write_shard
 
 # A shard is sampled as one stream: when an answer ends, the next prompt of the shard takes its
@@ -72,6 +73,7 @@ def sample(
             agent=policy.name,
             seed=context.seed,
             contrast_model=contrast_model,
+            dist=context.dist,
         )
         texts = prompts.read()
         log_first_prompt(context, sampler.loaded, texts)
@@ -184,6 +186,7 @@ class Sampler:
         seed: of all samples; that of one is derived from it, the prompt's id and its number.
         contrast_model: decode away from what this model would say.
         on_token: gets the newest tokens of all running answers after every step.
+        dist: the ranks, of which each samples answers of its own.
     """
 
     loaded: LoadedModel
@@ -192,6 +195,7 @@ class Sampler:
     seed: int
     contrast_model: torch.nn.Module | None = None
     on_token: Callable[[list[int]], None] | None = None
+    dist: Distributed = SINGLE_PROCESS
 
     def __call__(
         self, requests: Sequence[Request], max_batch_size: int | None = None
@@ -246,6 +250,7 @@ class Sampler:
                 self.contrast_model,
                 self.on_token,
                 size,
+                self.dist,
             )
 
         # Of a sharded model the other ranks wait for this one's next pass: nothing is halved there

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +40,6 @@ class Distributed:
         )
         self.is_main, self.is_sharded, self.turns = rank == 0, False, 0
         self.ranks_per_device = 1  # how many ranks have the memory of this one's device
-        self.sharded, self.count, self.following = (
-            WeakValueDictionary(),
-            0,
-            False,
-        )  # models by number, in the order of loading
 
     def connect(self, device: str, shard: bool) -> None:
         """Open the ways on which tensors go; on GPUs each rank has its own. Collective.
@@ -131,11 +125,12 @@ class Distributed:
         for start in range(0, len(items), self.world_size):
             self.raise_if_stopped()
             wave = items[start : start + self.world_size]
-            found = do(wave[self.rank]) if self.rank < len(wave) else None
-            while (
-                number := self.all_reduce_max(0) if self.is_sharded else 0
-            ):  # others need this rank for a pass through their model
-                self.follow(number)
+            found = None
+            if self.rank < len(wave):
+                found = do(wave[self.rank])
+            elif self.is_sharded:
+                # Others need this rank's part of the weights in every pass, so it makes one too
+                do(wave[-1])
             yield from self.gather(found)[: len(wave)]
 
     def split_batches(self, groups: list[list[int]]) -> list[list[int]]:
@@ -178,24 +173,9 @@ class Distributed:
             model, mesh=mesh, ignored_params=outside
         )  # it holds nothing, and lets blocks be fetched ahead
         model.to(device)
-        self.count = number = self.count + 1
-        self.sharded[number] = model
-        model.register_forward_pre_hook(lambda *_: self.lead(number), prepend=True)
-        self.follow(
-            number
-        )  # a first pass in inference mode would make buffers that cannot be trained with
-
-    def lead(self, number: int) -> None:
-        """Say, before a pass through a sharded model, which one it is, to those who have no work of their own."""
-        if not self.following:
-            self.all_reduce_max(number)
-
-    def follow(self, number: int) -> None:
-        """A pass through a sharded model from which nothing is wanted but that all ranks do it. Collective."""
-        model, self.following = self.sharded[number], True
+        # A first pass in inference mode would make buffers that cannot be trained with
         with torch.no_grad():
-            model(torch.zeros(1, 1, dtype=torch.long, device=model.lm_head.weight.device))
-        self.following = False
+            model(torch.zeros(1, 1, dtype=torch.long, device=device))
 
     @contextlib.contextmanager
     def report_first_error(self) -> Iterator[None]:

@@ -151,7 +151,7 @@ def test_a_step_is_shared_out_whole_and_evenly(world, shards, seed):
     groups = [
         [next(units) for _ in range(rng.randrange(1, 12))] for _ in range(rng.randrange(1, 12))
     ]
-    shares = [as_rank(rank, world, shards).share(groups) for rank in range(world)]
+    shares = [as_rank(rank, world, shards).split_batches(groups) for rank in range(world)]
     assert sorted(unit for share in shares for group in share for unit in group) == sorted(
         unit for group in groups for unit in group
     )
