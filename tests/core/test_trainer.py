@@ -35,7 +35,7 @@ from minmacpo.core.trainer import (
     train_step,
 )
 from minmacpo.data.tokenizer import Tokens
-from minmacpo.pipeline import run as run_module
+from minmacpo.pipeline import stage_maker
 from minmacpo.pipeline.run import Run, StageContext
 from minmacpo.pipeline.trainer_hooks import trainer_hooks
 
@@ -657,7 +657,7 @@ def test_a_kill_before_the_stage_is_sealed_loses_no_saved_step(
     run = run_of("run")
     modules = {"write_rows": trainer_module, "save_tensors": sys.modules[__name__]}
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(modules.get(moment, run_module), moment, killed)
+        patch.setattr(modules.get(moment, stage_maker), moment, killed)
         stage(run)
     assert len(taken) == 17
     taken.clear()
