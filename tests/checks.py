@@ -224,7 +224,7 @@ def check_scores(run: Path) -> None:
         for teacher in teachers_of(run):
             texts = samples(run, f"round{t}/positives_{teacher}").values()
             rows = [row_of(base, row["prompt"], row["response"]) for row in texts]
-            found = rows_of(run / f"round{t}/scores_{teacher}/scores.jsonl")
+            found = rows_of(run / f"round{t}/scores_student/{teacher}.jsonl")
             wanted = scored(student, rows)
             assert [row["id"] for row in found] == [row["id"] for row in texts]
             assert_close([row["logp"] for row in found], wanted, f"round {t}, scores of {teacher}")
@@ -261,7 +261,7 @@ def check_filter(run: Path) -> None:
         values = [
             {
                 row["id"]: row["perplexity"]
-                for row in rows_of(run / f"round{t}/scores_{name}/scores.jsonl")
+                for row in rows_of(run / f"round{t}/scores_student/{name}.jsonl")
             }
             for name in names
         ]

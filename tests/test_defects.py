@@ -4,7 +4,6 @@ The defects are those of the issue's list. A run with a defect starts from the g
 bases, so that the defect alone is new; the checks are those that test_macpo.py makes of good runs.
 """
 
-import builtins
 import inspect
 import sys
 from collections.abc import Callable
@@ -23,10 +22,8 @@ from minmacpo.core.trainer import collate_examples
 from minmacpo.data import chat_template as templates
 from minmacpo.data.tokenizer import Tokens
 from minmacpo.evaluation import measure
-from minmacpo.method import macpo
-from minmacpo.method import selection as choose
-from minmacpo.pipeline import model_pool as workshop
-from minmacpo.pipeline import train_stage as stages
+from minmacpo.method import agents, macpo, selection
+from minmacpo.pipeline import train_stage
 from minmacpo.pipeline.run import Run
 
 
@@ -38,22 +35,21 @@ def everywhere(patch, good: Callable, bad: Callable) -> None:
 
 
 def filter_takes_the_highest(patch) -> None:
-    patch(
-        choose,
-        "min",
-        lambda *args, key=None: builtins.max(args[0], key=key) if key else builtins.min(*args),
-    )
+    def most_perplexing(candidates, rng):
+        return [min(candidates, key=lambda candidate: candidate.mean_logp)]
+
+    patch(selection, "RULES", selection.RULES | {"perplexity": most_perplexing})
 
 
 def sides_swapped(patch) -> None:
-    good = stages.TrainExample
+    good = train_stage.TrainExample
 
     def swapped(id, rows, reference_logps=None, weight=None):
         if reference_logps is not None:
             reference_logps = reference_logps[::-1]
         return good(id, rows[::-1], reference_logps, weight)
 
-    patch(stages, "TrainExample", swapped)
+    patch(train_stage, "TrainExample", swapped)
 
 
 def loss_prefers_the_rejected(patch) -> None:
@@ -94,65 +90,47 @@ def end_token_not_trained(patch) -> None:
 
 
 def reference_is_the_start(patch) -> None:
-    good_pairs, good_scores, good_prefer = macpo.pairs, macpo.score_texts, macpo.prefer
-
-    def before(session, name: str):
-        """The agent's adapter before this round."""
-        t, agent = int(name[5:].partition("/")[0]), name.rpartition("_")[2]
-        path = checks.latest(session.run.path, agent, t - 1)
-        return session.run.plan[str(path.relative_to(session.run.path))]
-
-    def pairs(session, name, base, offers, negatives, reference, *rest):
-        return good_pairs(session, name, base, offers, negatives, before(session, name), *rest)
-
-    def score_texts(session, name, base, adapter, texts, among=()):
-        return good_scores(
-            session, name, base, before(session, name) if "/reference_" in name else adapter, texts
-        )
-
-    def prefer(session, name, base, made, start, reference, *rest):
-        return good_prefer(session, name, base, made, start, start, *rest)
-
-    patch(macpo, "pairs", pairs)
-    patch(macpo, "score_texts", score_texts)
-    patch(macpo, "prefer", prefer)
+    patch(agents, "reference_policy", lambda agent, dpo: agent.policy)
 
 
 def teachers_given_the_filtered_answers(patch) -> None:
     patch(Run, "check_name", lambda run, stage: None)  # which would stop it at once
-    good, student = macpo.update, []
+    good = macpo.update_agent
+    students = []
+    all_teachers = []
 
-    def update(agent, t, others):
-        if agent.name == "student":
-            student[:] = agent, others
+    def update_agent(agent, t, others):
+        if agent.is_student:
+            students.append(agent)
+            all_teachers.append(others)
         else:
-            macpo.positives(student[0], t)  # sampled, but not used
-        return good(agent, t, student[1])
+            macpo.sample_positives(students[-1], t)  # sampled, but not used
+        return good(agent, t, all_teachers[-1])
 
-    patch(macpo, "update", update)
+    patch(macpo, "update_agent", update_agent)
 
 
 def negatives_sampled_anew(patch) -> None:
-    good = macpo.update
+    good = macpo.update_agent
 
-    def update(agent, t, others):
+    def update_agent(agent, t, others):
         if t > 1:
-            agent.cached = macpo.negatives(agent, t - 1)
+            agent.hard_negatives = macpo.sample_negatives(agent, t - 1)
         return good(agent, t, others)
 
-    patch(macpo, "update", update)
+    patch(macpo, "update_agent", update_agent)
 
 
 def student_answers_before_its_update(patch) -> None:
     patch(Run, "check_name", lambda run, stage: None)  # which would stop it at once
-    good = macpo.update
+    good = macpo.update_agent
 
-    def update(agent, t, others):
-        if agent.name == "student":
-            macpo.positives(agent, t)
+    def update_agent(agent, t, others):
+        if agent.is_student:
+            macpo.sample_positives(agent, t)
         return good(agent, t, others)
 
-    patch(macpo, "update", update)
+    patch(macpo, "update_agent", update_agent)
 
 
 def mean_of_means(patch) -> None:
@@ -176,45 +154,34 @@ def mean_of_means(patch) -> None:
 def first_teacher_left_in_the_slot(patch) -> None:
     good = measure.score_texts
 
-    def score_texts(session, name, base, adapter, texts):
+    def score_texts(run, models, name, policy, texts):
+        adapter = policy.adapter
         if adapter and adapter.name.endswith("/teacher2_pos"):
-            adapter = replace(adapter, path=adapter.path.parent / "teacher1_pos")
-        return good(session, name, base, adapter, texts)
+            wrong = replace(adapter, path=adapter.path.parent / "teacher1_pos")
+            policy = replace(policy, adapter=wrong)
+        return good(run, models, name, policy, texts)
 
     patch(measure, "score_texts", score_texts)
 
 
 def no_adapter_in_the_slot_of_the_scorer(patch) -> None:
-    good = stages.score_texts
-    patch(
-        macpo,
-        "score_texts",
-        lambda session, name, base, adapter, texts, among=(): good(
-            session, name, base, None, texts
-        ),
-    )
+    good = agents.score_texts
+
+    def score_texts(run, models, name, policy, texts):
+        return good(run, models, name, replace(policy, adapter=None), texts)
+
+    patch(agents, "score_texts", score_texts)
 
 
 def start_is_the_base(patch) -> None:
-    good = workshop.Session.use
+    good = train_stage.StartCheck.compute_metrics
 
-    def use(self, base, adapter):
-        loaded = good(self, base, adapter)
-        if adapter is not None and self.run.plan and fresh["prefer"]:
-            lora.disable_adapter(loaded.model)
-        return loaded
+    def compute_metrics(self, examples):
+        metrics = good(self, examples)
+        lora.disable_adapter(self.models.get_policy(self.start).model)
+        return metrics
 
-    fresh, good_prefer = {"prefer": False}, macpo.prefer
-
-    def prefer(*args):
-        fresh["prefer"] = True
-        try:
-            return good_prefer(*args)
-        finally:
-            fresh["prefer"] = False
-
-    patch(macpo, "prefer", prefer)
-    patch(workshop.Session, "use", use)
+    patch(train_stage.StartCheck, "compute_metrics", compute_metrics)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """What self-rewarding, RLAIF and RLCD ask, and the preferences they read from the replies."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 from runs import invoke, rows_of, stages_of, write_stub
@@ -9,6 +8,7 @@ from runs import invoke, rows_of, stages_of, write_stub
 from minmacpo.config.schema import Config, Feedback
 from minmacpo.data.records import Example, Message, Sample
 from minmacpo.method import ai_feedback as feedback
+from minmacpo.pipeline.artifacts import Score
 
 WORLD = Feedback(
     rubric="{prompt} {response} good ?",
@@ -24,10 +24,6 @@ def said(name: str, text: str, question: str = "q", **more) -> Sample:
     return Sample(
         name, (Message("user", question),), text, "stop", (3,), -1.0, 1.0, "student", 0, **more
     )
-
-
-def texts(*rows):
-    return SimpleNamespace(read=lambda: [*rows])
 
 
 def content(example: Example) -> str:
@@ -57,17 +53,17 @@ def test_every_speaker_has_a_name_and_a_tag_has_none():
         ("Score: 3/5", 3),
     ],
 )
-def test_points_are_the_last_verdict(reply, wanted):
-    assert feedback.points(reply, Config().feedback.verdicts) == wanted
+def test_the_score_is_the_last_verdict(reply, wanted):
+    assert feedback.parse_score(reply, Config().feedback.verdicts) == wanted
 
 
 def test_of_two_verdicts_at_one_place_the_longer_counts():
-    assert feedback.points("Score: 10", tuple(f"Score: {i}" for i in range(11))) == 10
+    assert feedback.parse_score("Score: 10", tuple(f"Score: {i}" for i in range(11))) == 10
 
 
 def test_judgements_ask_about_every_candidate():
-    groups = feedback.judgements(
-        WORLD, [said("a", "x"), said("a", "y"), said("b", "z {odd}", "q2")]
+    groups = feedback.rubric_questions(
+        WORLD.rubric, [said("a", "x"), said("a", "y"), said("b", "z {odd}", "q2")]
     )
     assert [[(e.id, content(e)) for e in group] for group in groups] == [
         [("a/0", "q x good ?"), ("a/1", "q y good ?")],
@@ -76,7 +72,7 @@ def test_judgements_ask_about_every_candidate():
 
 
 def test_the_best_mean_score_is_chosen_and_ties_and_failures_are_counted():
-    candidates = texts(
+    candidates = [
         said("a", "x"),
         said("a", "y"),
         said("a", "z"),
@@ -84,7 +80,7 @@ def test_the_best_mean_score_is_chosen_and_ties_and_failures_are_counted():
         said("b", "v"),
         said("c", "w"),
         said("c", "t"),
-    )
+    ]
     verdicts = {
         "a/0": ["bad .", "good ."],
         "a/1": ["good .", "good ."],
@@ -94,8 +90,8 @@ def test_the_best_mean_score_is_chosen_and_ties_and_failures_are_counted():
         "c/0": ["?"],
         "c/1": ["good ."],
     }
-    replies = texts(*(said(name, reply) for name, given in verdicts.items() for reply in given))
-    pairs, counts = feedback.by_score(WORLD, candidates, replies)
+    replies = [said(name, reply) for name, given in verdicts.items() for reply in given]
+    pairs, counts = feedback.prefer_highest_score(candidates, replies, WORLD.verdicts)
     assert [(p.chosen, p.rejected) if p else None for p in pairs] == [("y", "z"), None, None]
     assert counts == {"replies": 10, "parse_failures": 2}
 
@@ -104,13 +100,23 @@ def test_the_best_mean_score_is_chosen_and_ties_and_failures_are_counted():
 
 
 def test_comparisons_ask_each_option_in_both_orders():
-    (group,) = feedback.comparisons(WORLD, [said("a", "x"), said("a", "y")])
+    (group,) = feedback.comparison_questions(
+        WORLD.compare, WORLD.options, [said("a", "x"), said("a", "y")]
+    )
     assert [(e.id, content(e), e.response) for e in group] == [
         ("a/0", "q 1 x 2 y ?", "one"),
         ("a/1", "q 1 x 2 y ?", "two"),
         ("a/2", "q 1 y 2 x ?", "one"),
         ("a/3", "q 1 y 2 x ?", "two"),
     ]
+
+
+def test_log_probabilities_of_the_options_are_grouped_by_prompt():
+    (group,) = feedback.comparison_questions(
+        WORLD.compare, WORLD.options, [said("a", "x"), said("a", "y")]
+    )
+    scores = [Score(logp=-float(number), tokens=1) for number in range(4)]
+    assert feedback.option_logps(group, scores) == {"a": [0, -1, -2, -3]}
 
 
 def test_both_orders_are_averaged():
@@ -124,20 +130,14 @@ def test_both_orders_are_averaged():
     assert feedback.first_preferred([-5000, 0, 0, -5000]) == pytest.approx(0)
 
 
-def test_a_comparison_prefers_what_the_labeller_does(tmp_path):
-    from minmacpo.runtime.files import write_rows
-
+def test_a_comparison_prefers_what_the_labeller_does():
     logps = {"a": [-1, -2, -3, -1], "b": [-1, -2, -1, -9], "same": [-1, -2, -3, -1]}
-    write_rows(
-        tmp_path / "scores.jsonl",
-        [{"id": f"{n}/{i}", "logp": v} for n, four in logps.items() for i, v in enumerate(four)],
-    )
-    candidates = texts(
+    candidates = [
         *(said(n, t) for n in ("a", "b", "lost") for t in "xy"),
         said("same", "z"),
         said("same", "z"),
-    )
-    pairs, counts = feedback.by_comparison(candidates, SimpleNamespace(path=tmp_path))
+    ]
+    pairs, counts = feedback.prefer_likelier(candidates, logps)
     assert [(p.chosen, p.rejected) if p else None for p in pairs] == [
         ("x", "y"),
         ("y", "x"),
@@ -154,7 +154,7 @@ def test_tags_are_matched_drawn_by_prompt_and_opposite_in_earlier_turns():
     long = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
     rows = [Example(str(i), long, "") for i in range(40)]
     good, bad = (
-        [group[0].prompt for group in feedback.tagged(3, WORLD, rows, side)]
+        [group[0].prompt for group in feedback.add_tags(rows, WORLD, 3, side)]
         for side in (True, False)
     )
     pairs = {(g[-1].content, b[-1].content) for g, b in zip(good, bad, strict=True)}
@@ -166,15 +166,14 @@ def test_tags_are_matched_drawn_by_prompt_and_opposite_in_earlier_turns():
             == [m.role for m in b]
         )
         assert g[1].content == b[-1].content and b[1].content == g[-1].content
-    assert good == [group[0].prompt for group in feedback.tagged(3, WORLD, rows, True)]
+    assert good == [group[0].prompt for group in feedback.add_tags(rows, WORLD, 3, True)]
 
 
 def test_pairs_of_tags_have_the_prompt_without_them():
     asked = Example("a", (Message("user", "q"),), "truth", {"kind": "fact"})
-    good = texts(said("a", "yes"), said("b", "yes"))
-    pairs, _ = feedback.by_tag(
-        texts(asked, Example("b", asked.prompt, "")), good, texts(said("a", "no"))
-    )
+    good = [said("a", "yes"), said("b", "yes")]
+    prompts = [asked, Example("b", asked.prompt, "")]
+    pairs, _ = feedback.prefer_good_tag(prompts, good, bad=[said("a", "no")])
     assert pairs[1] is None and (pairs[0].prompt, pairs[0].chosen, pairs[0].rejected) == (
         asked.prompt,
         "yes",

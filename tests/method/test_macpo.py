@@ -1,9 +1,8 @@
-"""The algorithm: what must hold of the files of finished runs (method.md 2 and 4.2)."""
+"""The algorithm: what must hold of the files of finished runs."""
 
 import hashlib
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import checks
 import numpy as np
@@ -11,23 +10,19 @@ import pytest
 import torch
 from runs import copy_run, differences, rows_of, stages_of, train, write_stub
 
-from minmacpo import UserError
 from minmacpo.config.parse import parse
-from minmacpo.config.schema import Config, Macpo
 from minmacpo.core.checkpoint import load_tensors
 from minmacpo.data import synthetic as world
-from minmacpo.data.chat_template import render
-from minmacpo.data.records import Message, Pair, Sample
-from minmacpo.data.tokenizer import load_tokenizer
+from minmacpo.data.records import Message, Pair
 from minmacpo.evaluation.finished_run import read_run
 from minmacpo.evaluation.gold import gold_reward
 from minmacpo.evaluation.table import negative_rows, warnings
-from minmacpo.method import ai_feedback as feedback
-from minmacpo.method import macpo
-from minmacpo.method import selection as choose
-from minmacpo.pipeline import train_stage as stages
+from minmacpo.method import ai_feedback
+from minmacpo.method.negatives import TAIL_TEMPERATURE
+from minmacpo.pipeline.model_pool import ModelPool
 from minmacpo.pipeline.run import Run
-from minmacpo.runtime.files import read_rows, write_rows
+from minmacpo.pipeline.sample_stage import Sampler
+from minmacpo.runtime.files import read_rows
 
 
 @pytest.fixture(params=["tiny", "stub"])
@@ -112,7 +107,7 @@ def test_every_stage_of_the_algorithm_is_there_and_no_other(run):
             names |= {
                 f"round{t}/{part}_{agent}" for part in ("positives", "pairs", "reference")
             } | {f"round{t}/{agent}_pos"}
-            names |= {f"round{t}/scores_{agent}"} - {f"round{t}/scores_student"}
+    names |= {f"round{t}/scores_student" for t in checks.rounds_of(run)}
     assert {
         name for name in stages_of(run) if not name.startswith(("data", "bases", "eval"))
     } == names
@@ -171,8 +166,14 @@ def test_small_micro_batches_do_not_change_a_step(stub):
 
 
 def test_bases_are_the_same_bits_after_everything(stub, tmp_path, monkeypatch):
-    kept = []
-    monkeypatch.setattr(stages.Session, "__init__", remember(stages.Session.__init__, kept))
+    pools = []
+    good = ModelPool.__init__
+
+    def remember(self, *args, **kwargs):
+        pools.append(self)
+        good(self, *args, **kwargs)
+
+    monkeypatch.setattr(ModelPool, "__init__", remember)
     again = variant(stub, tmp_path)
     for name, notes in stages_of(again).items():
         if name.startswith("bases/"):
@@ -182,7 +183,7 @@ def test_bases_are_the_same_bits_after_everything(stub, tmp_path, monkeypatch):
                     == listed["sha256"]
                 )
                 assert (again / name / file).read_bytes() == (stub / name / file).read_bytes()
-    loaded = kept[-1].loaded
+    loaded = pools[-1].models
     assert len(loaded) == 3  # strong, weak1, weak2: all trained in this process
     files = [
         load_tensors(again / "bases" / name / "model.safetensors")[0]
@@ -198,14 +199,6 @@ def test_bases_are_the_same_bits_after_everything(stub, tmp_path, monkeypatch):
             memory.keys() == f.keys() and all(torch.equal(memory[k], f[k]) for k in f)
             for f in files
         )
-
-
-def remember(method, kept: list):
-    def wrapped(self, *args):
-        kept.append(self)
-        method(self, *args)
-
-    return wrapped
 
 
 # ---- other people's software ----------------------------------------------------------------
@@ -237,12 +230,12 @@ def test_other_references(stub, tmp_path, setting):
     """The student's reference may have found the perplexity already."""
     run = variant(stub, tmp_path, f"--dpo.reference={setting}")
     checks.check_reference(run)
-    heard = {
+    known = {
         t
         for t in checks.rounds_of(run)
-        if stages_of(run)[f"round{t}/pairs_student"]["settings"].get("heard")
+        if not stages_of(run)[f"round{t}/pairs_student"]["settings"]["scores_chosen"]
     }
-    assert heard == {t for t in checks.rounds_of(run) if t == 1 or setting == "previous"}
+    assert known == {t for t in checks.rounds_of(run) if t == 1 or setting == "previous"}
     margins = checks.margins_before_the_first_step(run)
     same = {f"round{t}/{a}_pos" for t, a in checks.updated(run) if t == 1 or setting == "previous"}
     assert max(abs(margins[name]) for name in same) < 1e-5
@@ -385,26 +378,32 @@ def test_without_controls(stub, tmp_path):
 # ---- answers that cannot be used ------------------------------------------------------------
 
 
+def change_answers(monkeypatch, change) -> None:
+    """Every sampled answer becomes what `change` makes of the sampler and the sample."""
+    good = Sampler.__call__
+
+    def sample_changed(self, *args):
+        return [replace(sample, response=change(self, sample)) for sample in good(self, *args)]
+
+    monkeypatch.setattr(Sampler, "__call__", sample_changed)
+
+
 def test_empty_and_equal_answers_are_left_out_and_counted(stub, tmp_path, monkeypatch):
-    real = stages.answer
+    def sometimes_nothing(sampler, sample):
+        agent = sample.agent
+        number = int(sample.id, 16)
+        text = sample.response
+        if agent.startswith("teacher") and number % 4 == 0:
+            text = ""  # nobody has an answer; also the teachers' own negatives
+        if agent == "teacher1" and number % 4 == 1:
+            text = ""
+        if agent in ("student", "student_neg") and number % 4 == 2:
+            text = "the same"
+        if agent == "student_neg" and number % 4 == 3:
+            text = ""
+        return text
 
-    def sometimes_nothing(config, loaded, agent, *rest):
-        made = real(config, loaded, agent, *rest)
-        for sample in made:
-            number = int(sample.id, 16)
-            text = sample.response
-            if agent.startswith("teacher") and number % 4 == 0:
-                text = ""  # nobody has an answer; also the teachers' own negatives
-            if agent == "teacher1" and number % 4 == 1:
-                text = ""
-            if agent in ("student", "student_neg") and number % 4 == 2:
-                text = "the same"
-            if agent == "student_neg" and number % 4 == 3:
-                text = ""
-            object.__setattr__(sample, "response", text)
-        return made
-
-    monkeypatch.setattr(stages, "answer", sometimes_nothing)
+    change_answers(monkeypatch, sometimes_nothing)
     run = variant(stub, tmp_path, "--world.d2=40", "--macpo.rounds=1")
     checks.check_order(run)
     checks.check_pairs_are_whole(run)
@@ -428,16 +427,10 @@ def test_empty_and_equal_answers_are_left_out_and_counted(stub, tmp_path, monkey
 
 
 def test_equal_negatives_are_dropped_counted_and_warned_of(stub, tmp_path, monkeypatch):
-    real = stages.answer
-
-    def parrots(config, loaded, agent, *rest):
-        made = real(config, loaded, agent, *rest)
-        for sample in made:
-            if int(sample.id, 16) % 2:
-                object.__setattr__(sample, "response", "the same")
-        return made
-
-    monkeypatch.setattr(stages, "answer", parrots)
+    change_answers(
+        monkeypatch,
+        lambda sampler, sample: "the same" if int(sample.id, 16) % 2 else sample.response,
+    )
     run = variant(stub, tmp_path, "--macpo.rounds=1")
     odd = sum(int(row["id"], 16) % 2 for row in rows_of(run / "data/slices/d2.jsonl"))
     for agent in checks.agents_of(run):
@@ -450,22 +443,16 @@ def test_equal_negatives_are_dropped_counted_and_warned_of(stub, tmp_path, monke
 
 def longer(monkeypatch, tokens: int, share: int) -> None:
     """Every `share`th prompt is answered at such length that prompt and answer have `tokens` tokens."""
-    real = stages.answer
 
-    def talkative(config, loaded, agent, *rest):
-        made = real(config, loaded, agent, *rest)
-        for sample in made:
-            text = "no " if agent.endswith("_neg") else "yes "
-            while len(render(loaded.tokenizer, "turns", sample.prompt, text).ids) < tokens:
-                text += "z"
-            object.__setattr__(
-                sample,
-                "response",
-                text if int(sample.id, 16) % share == 0 else sample.response or "x",
-            )
-        return made
+    def talkative(sampler, sample):
+        if int(sample.id, 16) % share:
+            return sample.response or "x"
+        text = "no " if sample.agent.endswith("_neg") else "yes "
+        while len(sampler.loaded.render(sample.prompt, text).ids) < tokens:
+            text += "z"
+        return text
 
-    monkeypatch.setattr(stages, "answer", talkative)
+    change_answers(monkeypatch, talkative)
 
 
 @pytest.mark.parametrize(("share", "warned"), [(2, True), (40, False)])
@@ -492,13 +479,14 @@ def test_a_text_longer_than_the_context_is_not_scored(stub, tmp_path, monkeypatc
     """It never wins the filter, and is counted; a pair that it is left in is dropped."""
     longer(monkeypatch, 150, 2)
     run = variant(stub, tmp_path, "--macpo.rounds=1", "--macpo.controls=false")
-    rows = rows_of(run / "round1/scores_teacher1/scores.jsonl")
+    rows = rows_of(run / "round1/scores_student/teacher1.jsonl")
     long = [row for row in rows if int(row["id"], 16) % 2 == 0]
     assert long and all(row["logp"] is None and row["perplexity"] > 1e29 for row in long)
     assert all(row["logp"] < 0 for row in rows if row not in long)
-    assert stages_of(run)["round1/scores_teacher1"]["counts"]["over_long"] == len(long)
+    both = 2 * len(long)  # teacher2's answers to these prompts are as long
+    assert stages_of(run)["round1/scores_student"]["counts"]["over_long"] == both
     assert (
-        f"WARNING: {len(long)} of {len(rows)} texts are longer than the context"
+        f"WARNING: {both} of {2 * len(rows)} texts are longer than the context"
         in (run / "log.txt").read_text()
     )
     assert not {row["id"] for row in rows_of(run / "round1/pairs_student/pairs.jsonl")} & {
@@ -507,20 +495,11 @@ def test_a_text_longer_than_the_context_is_not_scored(stub, tmp_path, monkeypatc
 
 
 def test_a_random_pick_counts_every_prompt(stub, tmp_path, monkeypatch):
-    real = stages.answer
+    def silent(sampler, sample):
+        quiet = {"teacher1": (0, 1), "teacher2": (0,)}.get(sample.agent, ())
+        return "" if int(sample.id, 16) % 4 in quiet else sample.response or "x"
 
-    def silent(config, loaded, agent, *rest, **more):
-        made = real(config, loaded, agent, *rest, **more)
-        for sample in made:
-            quiet = {"teacher1": (0, 1), "teacher2": (0,)}.get(agent, ())
-            object.__setattr__(
-                sample,
-                "response",
-                "" if int(sample.id, 16) % 4 in quiet else sample.response or "x",
-            )
-        return made
-
-    monkeypatch.setattr(stages, "answer", silent)
+    change_answers(monkeypatch, silent)
     run = variant(
         stub,
         tmp_path,
@@ -539,142 +518,6 @@ def test_a_random_pick_counts_every_prompt(stub, tmp_path, monkeypatch):
     checks.check_pairs_are_whole(run)
 
 
-def test_the_border_of_a_long_prompt_is_shown(stub, tmp_path):
-    """A row is shown around its mask, however far that is from the start."""
-    said, pieces = [], load_tokenizer(stub / "bases/strong")
-    work, loaded = SimpleNamespace(log=said.append), SimpleNamespace(tokenizer=pieces)
-    row = render(pieces, "turns", (Message("user", "where " * 300),), "here")
-    stages.show_first(work, loaded, "row", [row, row])
-    stages.show_first(work, loaded, "row", [])
-    assert (
-        said[0].startswith("first row: ")
-        and said[0].endswith("⟦here</s>⟧")
-        and 200 < len(said[0]) < 230
-    )
-    assert said[1:] == ["first row: none"]
-
-
-def shop_of(**settings) -> SimpleNamespace:
-    """What `select` looks at."""
-    return SimpleNamespace(config=Config(macpo=Macpo(**settings)))
-
-
-def source(folder, who: str, answers: str, **votes) -> choose.CandidateSet:
-    """Answers (one letter each; a blank is empty) with a value per answer and criterion."""
-    rows = [
-        Sample(str(i), (Message("user", "q"),), text.strip(), "stop", (3,), -1.0, 1.0, who, 0)
-        for i, text in enumerate(answers)
-    ]
-    (folder / who).mkdir()
-    write_rows(folder / who / "samples.jsonl", rows)
-    found = {}
-    for name, values in votes.items():
-        found[name.replace("_", "-")] = []
-        for number, (weight, column) in enumerate(values):
-            place = folder / f"{who}-{name}-{number}"
-            place.mkdir()
-            write_rows(
-                place / "scores.jsonl",
-                [{"logp": v if v is None else 2 * v, "tokens": 2} for v in column],
-            )
-            found[name.replace("_", "-")].append(
-                (weight, stages.Stage(place.name, place, place.name))
-            )
-    return choose.CandidateSet(who, choose.TextColumn(choose.Stage(who, folder / who, who)), found)
-
-
-def winners(session, sources, key=(), own=("", 0.0)) -> list[list[str]]:
-    return [
-        [who for who, _, _ in choices]
-        for choices in choose.select(session.config, choose.offered(sources), own, key)
-    ]
-
-
-def test_ties_go_to_the_first_teacher_and_empty_answers_never_win(tmp_path):
-    one = source(tmp_path, "a", "aa  a", perplexity=[(1, [-2, -3, -1, -1, -5])])
-    two = source(tmp_path, "b", "bbb b", perplexity=[(1, [-2, -2, -4, -1, -9])])
-    three = source(tmp_path, "c", "ccc  ", perplexity=[(1, [-1, -2, -3, -1, -2])])
-    assert winners(shop_of(), [one, two, three]) == [["c"], ["b"], ["c"], ["a"], ["a"]]
-
-
-def test_a_random_pick_is_seeded_even_and_never_empty(tmp_path):
-    sources = [
-        source(tmp_path, who, text * 300) for who, text in (("a", "a"), ("b", "b"), ("c", " "))
-    ]
-    session = shop_of(select=("random",))
-    one = winners(session, sources, ("student", "pairs", 1))
-    assert (
-        one
-        == winners(session, sources, ("student", "pairs", 1))
-        != winners(session, sources, ("student", "pairs", 2))
-    )
-    names = [who for (who,) in one]
-    assert set(names) == {"a", "b"} and 110 < names.count("a") < 190
-
-
-def test_all_takes_every_answer_that_is_one(tmp_path):
-    sources = [source(tmp_path, "a", "a a "), source(tmp_path, "b", "bb  ")]
-    assert winners(shop_of(select=("all",)), sources) == [["a", "b"], ["b"], ["a"], ["a"]]
-
-
-def test_several_criteria_win_by_the_sum_of_their_ranks(tmp_path):
-    """Distributed by hand. Prompt 0: a is 0 + 2, b 1 + 0, c 2 + 1. Prompt 1: a ties with c, the first wins."""
-    one = source(tmp_path, "a", "aa", perplexity=[(1, [-1, -1])], agreement=[(1, [-9, -3])])
-    two = source(
-        tmp_path,
-        "b",
-        "bb",
-        perplexity=[(1, [-2, -4])],
-        agreement=[(0.5, [-1, -9]), (0.5, [-2, -9])],
-    )
-    three = source(tmp_path, "c", "cc", perplexity=[(1, [-3, -3])], agreement=[(1, [-4, -1])])
-    both = ("perplexity", "agreement")
-    assert winners(shop_of(select=both), [one, two, three]) == [["b"], ["a"]]
-    assert winners(shop_of(select=("perplexity",)), [one, two, three]) == [["a"], ["a"]]
-    assert winners(shop_of(select=("agreement",)), [one, two, three]) == [["b"], ["c"]]
-
-
-def test_a_likelihood_ratio_is_of_mean_log_probabilities_and_a_text_too_long_never_wins(tmp_path):
-    one = source(
-        tmp_path, "a", "aaa", likelihood_ratio=[(1.0, [-1, -2, None]), (-1.0, [-5, -2, -1])]
-    )
-    two = source(tmp_path, "b", "bbb", likelihood_ratio=[(1.0, [-3, -2, -9]), (-1.0, [-8, -3, -1])])
-    assert [value["likelihood-ratio"] for value in one.values()] == [4.0, 0.0, float("-inf")]
-    assert [value["likelihood-ratio"] for value in two.values()] == [5.0, 1.0, -8.0]
-    assert winners(shop_of(select=("likelihood-ratio",)), [one, two]) == [["b"], ["b"], ["b"]]
-
-
-def test_a_share_of_the_prompts_is_one_s_own(tmp_path):
-    sources = [
-        source(tmp_path, who, who[0] * 400, perplexity=[(1, [value] * 400)])
-        for who, value in (("a", -1), ("me", -9))
-    ]
-    found = [who for (who,) in winners(shop_of(), sources, ("k",), ("me", 0.25))]
-    assert 60 < found.count("me") < 140 and found.count("a") == 400 - found.count("me")
-    assert found != [who for (who,) in winners(shop_of(), sources, ("other",), ("me", 0.25))]
-
-
-@pytest.mark.parametrize(
-    ("share", "kept"), [(1.0, [0, 1, 2, 3, 4]), (0.6, [0, 2, 4]), (0.2, [4]), (0.01, [4])]
-)
-def test_the_least_perplexing_share_is_kept(tmp_path, share, kept):
-    one = source(tmp_path, "a", "aaaaa", perplexity=[(1, [-2, -5, -1.5, -4, -1])])
-    chosen = choose.select(
-        shop_of().config, choose.offered([one]), ("", 0.0), ()
-    )  # read once, as it comes
-    assert [i for i, choices in enumerate(choose.keep_familiar(chosen, share)) if choices] == kept
-
-
-def test_weights_have_a_mean_of_one_and_keep_their_order():
-    made = [Pair(str(i), (), "a", "b", weight=w) for i, w in enumerate((0.1, 0.4, 0.7))]
-    assert [pair.weight for pair in choose.weighted(made)] == pytest.approx([0.25, 1.0, 1.75])
-    assert (
-        choose.weighted([Pair("x", (), "a", "b")])[0].weight is None and choose.weighted([]) == []
-    )
-    with pytest.raises(UserError, match="leaves every pair without a weight"):
-        choose.weighted([replace(pair, weight=0.0) for pair in made])
-
-
 # ---- settings beyond the paper ----------------------------------------------------------------
 
 BEYOND = {
@@ -682,6 +525,7 @@ BEYOND = {
     "likelihood-ratio": ["--macpo.select=likelihood-ratio"],
     "agreement": ["--macpo.select=agreement"],
     "two": ["--macpo.select=perplexity,agreement"],
+    "shortest": ["--macpo.select=shortest"],
     "answers": ["--macpo.answers=2"],
     "keep": ["--macpo.keep_fraction=0.5"],
     "keep by ratio": [
@@ -750,7 +594,7 @@ def test_negatives_are_whose_they_should_be(beyond):
         row["prompt"][-1] == {"role": "tag", "content": "a gossip speaks"} for row in asked.values()
     )
     notes = stages_of(beyond["tail"])
-    assert notes["round1/tail_student"]["settings"]["temperature"] == macpo.TAIL
+    assert notes["round1/tail_student"]["settings"]["temperature"] == TAIL_TEMPERATURE
     assert notes["round1/positives_student"]["settings"]["temperature"] == 0.7
 
 
@@ -862,15 +706,15 @@ def test_a_name_that_stands_for_two_stages_is_a_defect_that_shows(tmp_path):
 
 def test_a_prompt_without_a_negative_is_left_out_and_counted(stub, tmp_path, monkeypatch):
     """A tagged prompt can be too long for a base that has room for the plain one."""
-    real = feedback.tagged
+    good_tags = ai_feedback.add_tags
 
-    def longer(seed, settings, texts, good):
-        groups = real(seed, settings, texts, good)
+    def longer(*args):
+        groups = good_tags(*args)
         (first,) = groups[0]
         groups[0] = [replace(first, prompt=(Message("user", "long " * 200), *first.prompt[1:]))]
         return groups
 
-    monkeypatch.setattr(feedback, "tagged", longer)
+    monkeypatch.setattr(ai_feedback, "add_tags", longer)
     run = variant(
         stub, tmp_path, "--macpo.negatives=persona", "--macpo.controls=false", "--run.name=odd"
     )

@@ -13,7 +13,7 @@ from minmacpo.data import text_metrics as diversity
 from minmacpo.evaluation import compare, judge
 from minmacpo.evaluation.finished_run import read_run
 from minmacpo.evaluation.gold import gold_by_prompt
-from minmacpo.method import macpo, monitor
+from minmacpo.method import baselines, monitor
 
 HEALTHY = {"entropy": 0.2, "distinct2": 0.5, "cut": 0.0, "loops": 0.0, "surprise": 0.2, "same": 0.5}
 
@@ -86,7 +86,10 @@ def test_signs_are_those_of_the_files(tiny, tmp_path):
         "surprise",
         "similarity",
     }, "no mean of nothing"
-    assert monitor.signs(tiny, "student", 7) == {} and monitor.verdict(tiny, "student", 7) == ""
+    assert (
+        monitor.signs(tiny, "student", 7) == {}
+        and monitor.training_status(tiny, "student", 7) == ""
+    )
 
 
 def test_the_verdict_names_the_signature(tmp_path, monkeypatch):
@@ -94,15 +97,15 @@ def test_the_verdict_names_the_signature(tmp_path, monkeypatch):
         [HEALTHY, HEALTHY | {"loops": 0.9}, HEALTHY, HEALTHY | {"same": 0.95}, HEALTHY, HEALTHY]
     )
     monkeypatch.setattr(monitor, "signs", lambda *args: next(made))
-    assert monitor.verdict(tmp_path, "student", 1) == "collapsed (broken)"
-    assert monitor.verdict(tmp_path, "student", 1) == "converged"
-    assert monitor.verdict(tmp_path, "student", 1) == ""
+    assert monitor.training_status(tmp_path, "student", 1) == "collapsed (broken)"
+    assert monitor.training_status(tmp_path, "student", 1) == "converged"
+    assert monitor.training_status(tmp_path, "student", 1) == ""
 
 
 def test_the_verdict_needs_no_round_but_the_first_and_its_own(tmp_path, monkeypatch):
     known = {0: HEALTHY, 3: HEALTHY | {"loops": 0.9}}
     monkeypatch.setattr(monitor, "signs", lambda run, agent, t: known.get(t, {}))
-    assert [monitor.verdict(tmp_path, "student", t) for t in range(5)] == [
+    assert [monitor.training_status(tmp_path, "student", t) for t in range(5)] == [
         "",
         "",
         "",
@@ -123,7 +126,7 @@ def test_the_verdict_needs_no_round_but_the_first_and_its_own(tmp_path, monkeypa
 )
 def test_rounds_end_where_the_setting_says(stub, tmp_path, monkeypatch, method, stop, found, last):
     copy_run(stub, tmp_path / "runs", ("data", "bases"))
-    monkeypatch.setattr(macpo, "verdict", lambda run, agent, t: found if t == 1 else "")
+    monkeypatch.setattr(monitor, "training_status", lambda run, agent, t: found if t == 1 else "")
     words = [
         "--macpo.rounds=3",
         f"--macpo.stop={stop}",
@@ -150,9 +153,12 @@ def test_rolling_back_keeps_the_student_before_the_first_alarm(
     stub, tmp_path, monkeypatch, method, fell, kept
 ):
     copy_run(stub, tmp_path / "runs", ("data", "bases"))
-    monkeypatch.setattr(
-        macpo, "verdict", lambda run, agent, t: "collapsed (narrow)" if t == fell else "converged"
-    )
+
+    def status(run, agent, t):
+        return "collapsed (narrow)" if t == fell else "converged"
+
+    monkeypatch.setattr(monitor, "training_status", status)
+    monkeypatch.setattr(baselines, "training_status", status)
     words = [
         "--macpo.rounds=3",
         "--macpo.stop=rollback",
