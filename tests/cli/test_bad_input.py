@@ -16,7 +16,7 @@ from conftest import shared
 from runs import REPOSITORY, STUB, copy_run, invoke, stages_of, train, write_stub
 from safetensors.torch import load_file, save_file
 
-from minmacpo.pipeline import base_models as bases
+from minmacpo.pipeline import prepare_data
 
 
 def tree(folder: Path) -> dict[str, object]:
@@ -485,7 +485,7 @@ FILES = [
     "bases/weak1/config.json",
     "round0/student_pos/adapter_model.safetensors",
     "round0/weak_labels/samples.jsonl",
-    "round1/scores_teacher1/scores.jsonl",
+    "round1/scores_student/teacher1.jsonl",
     "round1/pairs_student/pairs.jsonl",
     "round2/teacher1_pos/metrics.jsonl",
     "eval/round2_student_samples/samples.jsonl",
@@ -677,5 +677,5 @@ def test_a_loss_that_is_not_finite_names_rows_and_writes_no_stage(stub, place, p
 
 
 def test_a_slice_is_never_empty(place, preset, monkeypatch):
-    monkeypatch.setattr(bases, "truncate_pair", lambda *args: None)
+    monkeypatch.setattr(prepare_data, "truncate_pair", lambda *args: None)
     assert "no row is left" in refused(place, preset)

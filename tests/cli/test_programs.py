@@ -44,7 +44,8 @@ from minmacpo.evaluation.gold import gold_by_prompt
 from minmacpo.evaluation.report import write_report
 from minmacpo.evaluation.table import make_table, warnings
 from minmacpo.pipeline import base_models as bases
-from minmacpo.pipeline import model_pool as workshop
+from minmacpo.pipeline import open_model, prepare_data
+from minmacpo.pipeline.sample_stage import Sampler
 
 
 def sample(*words):
@@ -145,12 +146,13 @@ def test_a_base_is_asked_in_the_template_it_has_read(stub, place, monkeypatch):
     folder = place / "strong"
     shutil.copytree(stub / "bases/strong", folder, copy_function=shutil.copyfile)
     asked = []
-    real = workshop.answer
-    monkeypatch.setattr(
-        workshop,
-        "answer",
-        lambda config, *rest: asked.append(config.data.template) or real(config, *rest),
-    )
+    good = Sampler.__call__
+
+    def recorded(self, *args):
+        asked.append(self.loaded.template)
+        return good(self, *args)
+
+    monkeypatch.setattr(Sampler, "__call__", recorded)
     sample(folder, "hello", "--generate.max_new_tokens=3")
     notes = json.loads((folder / "stage.json").read_text())
     notes["settings"]["template"] = "plain"
@@ -166,9 +168,9 @@ def test_an_adapter_of_no_run_speaks_as_its_base_has_read(stub, place):
     notes["settings"]["template"] = "plain"
     (run / "bases/strong/stage.json").write_text(json.dumps(notes))
     folder = run / "round1/student_pos"
-    assert workshop.open_folder(folder, Config())[2] == "turns"
+    assert open_model.open_folder(folder, Config()).template == "turns"
     (folder / "stage.json").unlink()
-    assert workshop.open_folder(folder, Config())[2] == "plain"
+    assert open_model.open_folder(folder, Config()).template == "plain"
 
 
 def test_a_run_stands_for_its_last_student(stub, place):
@@ -258,7 +260,7 @@ def settings_used(monkeypatch, *words):
         raise Kept(config)
 
     with monkeypatch.context() as patch:
-        patch.setattr(workshop, "open_folder", open_folder)
+        patch.setattr(open_model, "open_folder", open_folder)
         with pytest.raises(Kept) as caught:
             invoke("sample", *words)
     return caught.value.args[0]
@@ -376,9 +378,9 @@ def test_each_program_says_what_is_true_after_ctrl_c(stub, place, monkeypatch, c
         raise KeyboardInterrupt
 
     for module, name in (
-        (workshop, "open_folder"),
+        (open_model, "open_folder"),
         (table_module, "make_table"),
-        (bases, "given_tokenizers"),
+        (prepare_data, "given_tokenizers"),
     ):
         monkeypatch.setattr(module, name, interrupt)
     said = {

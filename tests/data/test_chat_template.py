@@ -8,7 +8,7 @@ from byte_pairs import NOTES, train_file
 from conftest import TEXTS, random_model, shared
 
 from minmacpo import UserError
-from minmacpo.config.schema import SETTINGS, Config, Data
+from minmacpo.config.schema import SETTINGS, Config, Data, Generate
 from minmacpo.core.checkpoint import save_model
 from minmacpo.data.chat_template import (
     ALPACA,
@@ -24,7 +24,8 @@ from minmacpo.data.chat_template import (
 )
 from minmacpo.data.records import Example, Message, example_id
 from minmacpo.data.tokenizer import Tokenizer, load_tokenizer, show_mask
-from minmacpo.pipeline import model_pool as workshop
+from minmacpo.pipeline import sample_stage
+from minmacpo.pipeline.model_pool import LoadedModel
 
 # ---- templates ------------------------------------------------------------------------------
 
@@ -476,23 +477,21 @@ def test_the_end_of_turn_stops_an_answer(tmp_path, seed, monkeypatch):
     path = model_of(tmp_path / "base", "smollm-2", seed)
     (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     config = Config(data=Data(template="llama-3"))
-    loaded = workshop.LoadedModel(path, config)
+    loaded = LoadedModel(path, config)
     eot = loaded.tokenizer.special["<|eot_id|>"]
-    assert eot not in loaded.stops
+    assert eot not in loaded.stop_token_ids
     found = []
 
     def generate(model, prompts, seeds, settings, stops, *more):
         found.append(stops)
         return [[*loaded.tokenizer.encode("sure"), eot]], [-1.0]
 
-    monkeypatch.setattr(workshop, "generate", generate)
+    monkeypatch.setattr(sample_stage, "generate", generate)
     prompt = (Message("user", "hi"),)
-    config = Config(data=Data(template="llama-3"), generate=type(config.generate)(max_new_tokens=8))
-    [sample] = workshop.answer(
-        config, loaded, "x", [(Example(example_id(prompt), prompt, ""), 0)], 0
-    )
+    sampler = sample_stage.Sampler(loaded, Generate(max_new_tokens=8), agent="x", seed=0)
+    [sample] = sampler([sample_stage.Request(Example(example_id(prompt), prompt, ""))])
     assert (
-        found == [loaded.stops | {eot}]
+        found == [loaded.stop_token_ids | {eot}]
         and sample.finish == "stop"
         and sample.tokens[-1] == eot
         and sample.response == "sure"

@@ -13,13 +13,13 @@ from runs import invoke, rows_of, stages_of, train, write_stub
 from test_bad_input import HH, ROWS, check_sentence, refused, tree
 from test_records import dialogue, row, write
 
-import train as train_program
 from minmacpo import UserError
 from minmacpo.config.parse import parse
 from minmacpo.data.formats import LoadReport, parse_row, read_data, read_file, released
 from minmacpo.data.readers import ROW_LIMIT, is_array, read_array
 from minmacpo.data.records import Message, Pair, Sample, example_id
 from minmacpo.data.splits import split_pairs
+from minmacpo.pipeline.prepare_data import identify_source
 
 Q, A, B = Message("user", "q"), Message("assistant", "a"), Message("assistant", "b")
 R, S = Message("user", "r"), Message("system", "s")
@@ -655,12 +655,19 @@ def test_long_rows_may_be_an_error(place):
 
 def test_what_a_run_reads_is_in_its_recipe(place):
     words = files(place)
-    told = train_program.source_of(parse(words[:1]).config)
-    assert told.keys() == {"shares", "max_examples", "seed", "files"}
+    told = identify_source(parse(words[:1]).config)
+    assert told.keys() == {
+        "shares",
+        "max_examples",
+        "preference_label",
+        "on_invalid_row",
+        "seed",
+        "files",
+    }
     more = [
         told,
         *(
-            train_program.source_of(parse([words[0], word]).config)
+            identify_source(parse([words[0], word]).config)
             for word in (
                 words[1],
                 words[2],

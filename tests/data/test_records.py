@@ -17,7 +17,7 @@ from minmacpo.data.formats import parse_row, read_data, split_dialogue
 from minmacpo.data.readers import find_files, read_lines
 from minmacpo.data.records import Example, Message, Pair, Sample, example_id
 from minmacpo.data.splits import SPLITS, split_pairs
-from minmacpo.pipeline import base_models as bases
+from minmacpo.pipeline import prepare_data
 from minmacpo.runtime.files import read_rows, write_rows
 
 USER, BOT = "user", "assistant"
@@ -460,7 +460,7 @@ def fitted(tokenizer, tmp_path, long: str, *pairs: Pair, prompt: int = 40, lengt
         "--model.teachers=a,b,c",
     ]
     config = parse(words).config
-    return bases.prepare_splits(config, {"d2": list(pairs)}, {}, [tokenizer], {}), config
+    return prepare_data.prepare_splits(config, {"d2": list(pairs)}, {}, [tokenizer], {}), config
 
 
 def pair_of(*turns: str, chosen: str = "yes", rejected: str = "no") -> Pair:
@@ -507,7 +507,9 @@ def test_prompt_and_answer_are_counted_to_the_token(tokenizer, template):
                 f"--data.max_length={most}",
                 f"--data.template={template}",
             ]
-            found = bases.truncate_pair(parse(["@tiny", *words]).config, pair, [tokenizer], reasons)
+            found = prepare_data.truncate_pair(
+                parse(["@tiny", *words]).config, pair, [tokenizer], reasons
+            )
             assert found == (pair if kept else None)
             assert reasons == (
                 {} if kept else {f"over-long {'prompt' if most_prompt < prompt else 'answer'}": 1}
@@ -546,7 +548,7 @@ def test_a_prompt_that_no_cut_makes_short_enough_is_dropped(tokenizer, tmp_path)
     config = fitted(tokenizer, tmp_path, "cut_prompt", pair_of("hi"))[1]
     marks, reasons = len(render_prompt(tokenizer, "plain", (Message(USER, ""),))), Counter()
     config = replace(config, data=replace(config.data, max_prompt_length=marks - 1))
-    assert bases.truncate_pair(config, pair_of(LONG), [tokenizer], reasons) is None
+    assert prepare_data.truncate_pair(config, pair_of(LONG), [tokenizer], reasons) is None
     assert reasons == {"over-long prompt": 1}
 
 
@@ -557,7 +559,7 @@ def test_a_system_message_stays_when_its_dialogue_is_cut():
     )
 
     def cut(most: int, *prompt: Message):
-        return bases.cut_prompt(
+        return prepare_data.cut_prompt(
             prompt, lambda messages: sum(len(m.content) for m in messages) <= most
         )
 
@@ -592,7 +594,7 @@ def test_prompts_that_a_cut_makes_equal_stand_in_one_slice(tokenizer, tmp_path):
         name: [pair_of(LONG + name, "old", "the last question"), pair_of("of " + name)]
         for name in ("d1", "d2", "test")
     }
-    found = bases.prepare_splits(config, long, {}, [tokenizer], {})
+    found = prepare_data.prepare_splits(config, long, {}, [tokenizer], {})
     assert [len(found.slices[name]) for name in long] == [2, 1, 1]
     assert found.counts["slices"]["test"] == {"rows": 1, "prompt cut": 1, "equal after the cut": 1}
 
@@ -633,7 +635,7 @@ def test_rows_outside_the_shares_are_counted(tokenizer, tmp_path):
         "--model.student=x",
         "--model.teachers=a",
     ]
-    found = bases.prepare_data(parse(words).config, [tokenizer])
+    found = prepare_data.prepare_data(parse(words).config, [tokenizer])
     assert found.counts["in no slice"] == 60 and found.counts["kept"] == 100
 
 
@@ -702,7 +704,7 @@ def test_the_shortest_context_among_the_tokenizers_decides(tokenizer, tmp_path):
 
     config = fitted(tokenizer, tmp_path, "drop", pair_of("hi"))[1]
     with pytest.raises(UserError, match="no row is left"):
-        bases.prepare_splits(
+        prepare_data.prepare_splits(
             config, {"d2": [pair_of("a question of twenty")]}, {}, [tokenizer, Wordy()], {}
         )
 
@@ -719,7 +721,7 @@ def test_weak_bases_read_shares_of_their_own(tokenizer, tmp_path):
             f"--model.teachers={'a,b'[: 2 * teachers - 1]}",
             "--data.template=plain",
         ]
-        return bases.prepare_data(parse(["@tiny", *words]).config, [tokenizer]).corpora
+        return prepare_data.prepare_data(parse(["@tiny", *words]).config, [tokenizer]).corpora
 
     parts = corpora(0.5)
     assert list(parts) == ["strong", "weak1", "weak2"] and len(parts["strong"]) == 2 * 208

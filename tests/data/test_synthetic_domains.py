@@ -9,13 +9,12 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-import train
 from minmacpo import UserError
 from minmacpo.config.parse import parse
 from minmacpo.config.schema import World
 from minmacpo.data import synthetic as world
 from minmacpo.data.synthetic_domains import ARITHMETIC, CODE, DOMAINS, INSTRUCTIONS, TOPICS, TOWN
-from minmacpo.pipeline import base_models as bases
+from minmacpo.pipeline import prepare_data
 
 OTHERS = ["arithmetic", "code", "instructions"]
 SUMS = {
@@ -41,7 +40,7 @@ def settings_of(domain: str, **more) -> World:
 @functools.cache
 def prepared(*words: str):
     """The texts of a run with these flags; made once, and not to be changed."""
-    return train.prepare(parse([*words]).config)
+    return prepare_data.prepare(parse([*words]).config)
 
 
 @pytest.fixture(params=OTHERS)
@@ -232,9 +231,9 @@ def test_the_strong_text_lacks_what_the_settings_say(share):
 
 def test_every_setting_of_the_world_is_in_the_fingerprint():
     usual = parse([]).config.world
-    assert train.source_of(parse([]).config)["world"] == asdict(usual)
+    assert prepare_data.identify_source(parse([]).config)["world"] == asdict(usual)
     for flag in ("--world.domain=code", "--world.remarks=2", "--world.strong_known=0.5"):
-        assert train.source_of(parse([flag]).config)["world"] != asdict(usual)
+        assert prepare_data.identify_source(parse([flag]).config)["world"] != asdict(usual)
 
 
 # ---- corrupted ground truth ----------------------------------------------------------------------
@@ -272,18 +271,18 @@ def test_a_share_of_the_ground_truth_is_corrupted(kind, share):
 def test_corruption_is_of_the_seed_and_a_single_row_has_no_other_label():
     config = parse(["--data.noise=0.5", "--data.noise_kind=label"]).config
     pairs = prepared().slices["d1"]
-    assert bases.corrupt(pairs, config) == bases.corrupt(pairs, config) != pairs
+    assert prepare_data.corrupt(pairs, config) == prepare_data.corrupt(pairs, config) != pairs
     other = replace(config, run=replace(config.run, seed=1))
-    assert bases.corrupt(pairs, config) != bases.corrupt(pairs, other)
+    assert prepare_data.corrupt(pairs, config) != prepare_data.corrupt(pairs, other)
     alone = replace(config, data=replace(config.data, noise=1.0))
-    assert bases.corrupt(pairs[:1], alone) == pairs[:1], "and is not said to be corrupted"
+    assert prepare_data.corrupt(pairs[:1], alone) == pairs[:1], "and is not said to be corrupted"
 
 
 def test_true_answers_that_no_sampled_one_can_be_as_long_as_are_counted():
     words = ["--world.remarks=3"]
     kept = prepared(*words, "--generate.max_new_tokens=48").counts
-    assert bases.LONGER not in prepared().counts and bases.LONGER not in kept
-    assert prepared(*words, "--generate.max_new_tokens=16").counts[bases.LONGER] > 300
+    assert prepare_data.LONGER not in prepared().counts and prepare_data.LONGER not in kept
+    assert prepared(*words, "--generate.max_new_tokens=16").counts[prepare_data.LONGER] > 300
 
 
 def test_an_empty_slice_of_a_world_names_the_worlds_settings():

@@ -278,7 +278,7 @@ def test_every_stage_shows_its_first_row_with_its_mask(stub):
         "round0/teacher1_pos",
         "round0/student_neg",
         "round0/weak_labels",
-        "round1/scores_teacher2",
+        "round1/scores_student",
         "round1/pairs_student",
         "round1/student_pos",
         "round2/positives_student",
@@ -534,7 +534,7 @@ FIRST = {f"round0/{a}_{p}" for a in ("teacher1", "teacher2", "student") for p in
         ),
         (
             "--macpo.hard_negatives=false",
-            GROUND | FIRST | {"round1/scores_teacher1", "round1/pairs_student"},
+            GROUND | FIRST | {"round1/scores_student", "round1/pairs_student"},
             {"round1/student_pos", "round1/positives_student", "round2/teacher2_pos"},
         ),
         (

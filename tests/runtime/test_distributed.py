@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 
 from minmacpo.cli.plan import Plan
 from minmacpo.config.parse import parse
-from minmacpo.pipeline import model_pool as workshop
+from minmacpo.pipeline import model_pool
 from minmacpo.pipeline.run import Run
 from minmacpo.runtime.distributed import Distributed
 
@@ -178,7 +178,7 @@ def test_a_base_that_is_given_up_is_gone_before_the_next_one_comes(monkeypatch):
     seen = []
 
     class LoadedModel:
-        def __init__(self, *_):
+        def __init__(self, *_, **more):
             self.itself, self.model = self, None
             assert all(known() is None for known in seen), "the last one is still there"
             seen.append(weakref.ref(self))
@@ -190,21 +190,16 @@ def test_a_base_that_is_given_up_is_gone_before_the_next_one_comes(monkeypatch):
         "read_config": lambda folder: None,
         "disable_adapter": lambda model: None,
     }.items():
-        monkeypatch.setattr(workshop, name, value)
-    config = parse(["@tiny"]).config
-    session = workshop.Session(SimpleNamespace(config=config, dist=Distributed()))
+        monkeypatch.setattr(model_pool, name, value)
+    pool = model_pool.ModelPool(parse(["@tiny"]).config)
     gc.disable()
     try:
         for name in ("a", "b", "c"):
-            session.use(
-                SimpleNamespace(
-                    name=name, stage=SimpleNamespace(fingerprint=name, path=Path(name))
-                ),
-                None,
-            )
+            stage = SimpleNamespace(fingerprint=name, path=Path(name))
+            pool.get(SimpleNamespace(name=name, stage=stage), adapter=None)
     finally:
         gc.enable()
-    assert len(seen) == 3 and len(session.loaded) == 1
+    assert len(seen) == 3 and len(pool.models) == 1
 
 
 def test_a_rank_of_a_sharded_base_is_planned_for_its_part(tmp_path):

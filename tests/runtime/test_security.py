@@ -20,8 +20,8 @@ from minmacpo.core.checkpoint import load_model
 from minmacpo.evaluation import remote_judge as remote
 from minmacpo.evaluation.html import document, grid, tag
 from minmacpo.evaluation.report import write_report
-from minmacpo.pipeline import model_pool as workshop
 from minmacpo.pipeline.run import Stage, verify
+from minmacpo.pipeline.sample_stage import Sampler
 from minmacpo.runtime import progress
 from minmacpo.runtime.files import describe, fingerprint
 
@@ -177,13 +177,13 @@ def test_every_acting_character_is_shown_as_its_escape():
 
 
 def test_answers_on_a_terminal_are_inert(stub, monkeypatch):
-    real = workshop.answer
+    good = Sampler.__call__
     for text in OUTPUTS:
-        monkeypatch.setattr(
-            workshop,
-            "answer",
-            lambda *a, text=text: [replace(said, response=text) for said in real(*a)],
-        )
+
+        def sampled(self, *args, text=text):
+            return [replace(said, response=text) for said in good(self, *args)]
+
+        monkeypatch.setattr(Sampler, "__call__", sampled)
         ended = invoke("sample", stub / "round1/student_pos", "hello")
         assert ended.code == 0 and not ({*ACTIVE} - {"\n"}) & {*ended.out}
 
