@@ -7,6 +7,7 @@ knows it once its name stands in config/schema.py.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from minmacpo.method import ai_feedback
 from minmacpo.method.agents import (
@@ -186,7 +187,7 @@ def self_rewarding(run: Run, models: ModelPool, setup: Setup) -> Iterator[AgentC
             name=f"round{t}/judge_questions",
             base=student.base,
             texts=candidates,
-            questions=lambda samples: ai_feedback.rubric_questions(settings.rubric, samples),
+            questions=partial(ai_feedback.rubric_questions, settings.rubric),
         )
         replies = sample(
             run,
@@ -222,9 +223,7 @@ def rlaif(run: Run, models: ModelPool, setup: Setup) -> Iterator[AgentCheckpoint
         name="round1/judge_questions",
         base=labeller,
         texts=candidates,
-        questions=lambda samples: ai_feedback.comparison_questions(
-            settings.compare, settings.options, samples
-        ),
+        questions=partial(ai_feedback.comparison_questions, settings.compare, settings.options),
         compare=True,
     )
     scores = score_texts(

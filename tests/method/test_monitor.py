@@ -1,4 +1,4 @@
-"""Signs of collapse that need no labels, what they are made of, and the rounds that macpo.stop ends."""
+"""Signs of collapse that need no labels, and the rounds that macpo.stop ends."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from minmacpo.data import text_metrics as diversity
 from minmacpo.evaluation import compare, judge
 from minmacpo.evaluation.finished_run import read_run
 from minmacpo.evaluation.gold import gold_by_prompt
-from minmacpo.method import baselines, monitor
+from minmacpo.method import monitor
 
 HEALTHY = {"entropy": 0.2, "distinct2": 0.5, "cut": 0.0, "loops": 0.0, "surprise": 0.2, "same": 0.5}
 
@@ -158,7 +158,6 @@ def test_rolling_back_keeps_the_student_before_the_first_alarm(
         return "collapsed (narrow)" if t == fell else "converged"
 
     monkeypatch.setattr(monitor, "training_status", status)
-    monkeypatch.setattr(baselines, "training_status", status)
     words = [
         "--macpo.rounds=3",
         "--macpo.stop=rollback",
