@@ -180,6 +180,7 @@ def read_answers(row: Mapping, preference_label: str) -> Sides:
     name = first_field(row, SINGLE_ANSWER_FIELDS)
     value = row[name]
     prompt = read_prompt(row)
+    # A list is of two answers, unless it holds the messages of one
     is_messages = isinstance(value, list) and any(isinstance(part, dict) for part in value)
     if is_messages or not isinstance(value, list):
         return with_answers(prompt, [(name, value)])
@@ -280,7 +281,7 @@ def parse_dialogue(value: object, name: str) -> tuple[Prompt, str | None]:
         *prompt, last = parse_messages(value, name)
         return tuple(prompt), last.content if last.role == "assistant" else None
 
-    parse_text(value, name)
+    parse_text(value, name)  # for its checks: the text is split as it is
     try:
         prompt, answer = split_dialogue(value)
     except ValueError as error:
@@ -295,6 +296,7 @@ def split_dialogue(text: str) -> tuple[Prompt, str]:
     "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: so?\n\nAssistant: yes" has three turns as its
     prompt, and "yes" as its answer. ValueError if the text is no such dialogue.
     """
+    # a human turn behind the last answer stays in it, as the files have it
     prompt_text, mark, answer = text.rpartition(HH_ANSWER)
     before, *parts = HH_TURN.split(prompt_text)  # speaker and content by turns
     if not mark or before.strip():
@@ -374,6 +376,7 @@ def parse_row(row: Mapping, preference_label: str = "better") -> tuple[Pair | No
     if len(sides.answers) == 2 and sides.answers[0] == sides.answers[1]:
         return None, "identical answers"
 
+    # a row may have one answer, or none
     chosen, rejected, *_ = [*sides.answers, "", ""]
     return Pair(example_id(prompt), prompt, chosen, rejected), "kept"
 
@@ -395,6 +398,7 @@ def check_fields(row: object, expected: Mapping[str, str]) -> dict[str, str]:
         if row.get(name) is not None:
             fields[name] = JSON_TYPES[type(row[name])]
 
+    # A file has rows of one form, null being as good as absent
     if expected:
         for name in expected | fields:
             kind = fields.get(name, "absent")
@@ -460,6 +464,7 @@ def read_file(
             report.add(number, "blank line")
             continue
         try:
+            # the rows of an array are values already
             row = item
             if report.unit == "line":
                 is_object = item.startswith("{")
@@ -507,12 +512,14 @@ def read_data(
     reports: dict[str, LoadReport] = {}
     occurrences = Counter()
     for index, file in enumerate(files):
+        # Files of one name, in two folders, are told apart by their paths
         name = display_name(file)
         if name in reports:
             is_one_of_two = bool(split_pair_paths(path))
             name = str(file if is_one_of_two else file.relative_to(path))
         reports[name] = LoadReport()
 
+        # Its part of max_rows; the first files get what the division leaves
         file_limit = None
         if max_rows is not None:
             file_limit = max_rows // len(files)
@@ -527,6 +534,7 @@ def read_data(
             max_rows=file_limit,
             plain_prompts=plain_prompts,
         )
+        # Rows with the same prompt get ids of their own
         for pair in usable:
             unique_id = example_id(pair.prompt, occurrences[pair.id])
             occurrences[pair.id] += 1

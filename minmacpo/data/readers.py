@@ -205,6 +205,7 @@ class ArrayText:
         self.stream = stream
         self.text = stream.read(BLOCK).lstrip().removeprefix("[")
         self.mark = ","
+        # an empty array has no value before its end
         if self.text.lstrip().startswith("]"):
             self.mark = "]"
             self.text = self.text.lstrip()[1:]

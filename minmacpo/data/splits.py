@@ -26,7 +26,7 @@ def first_turn(pair: Pair) -> str:
 
 def assign_splits(turns: Iterable[str], shares: Mapping[str, float], seed: str) -> dict[str, str]:
     """{first turn: split}: the turns in random order, of which each split gets its share."""
-    order = sorted(turns)
+    order = sorted(turns)  # so that the order of the rows does not matter
     random.Random(seed).shuffle(order)
 
     sizes = list(shares.values())
@@ -60,6 +60,7 @@ def join_sides(pairs: Sequence[Pair], path: str) -> tuple[list[Pair], int]:
             f"{path}: expected two files with usable rows, the good answers and the bad ones"
         )
 
+    # Which side a row is on is told by its file
     good_by_prompt: dict[tuple[Message, ...], list[Pair]] = defaultdict(list)
     bad_by_prompt: dict[tuple[Message, ...], list[Pair]] = defaultdict(list)
     for pair in pairs:
@@ -94,6 +95,7 @@ def split_pairs(
     own_files = own_files or {}
     split_of_turn = assign_first_turns(pairs, shares, seed, own_files)
 
+    # Every row goes to the split of its first turn, if it may stand there
     splits = {name: [] for name in SPLITS}
     left_out = Counter(d2=0, test=0)
     seen_prompts = set()
@@ -130,6 +132,7 @@ def assign_first_turns(
         for pair in own_files.get(name, ()):
             split_of_turn[first_turn(pair)] = name
 
+    # The other turns are divided among the splits without a file of their own
     free_turns = {first_turn(pair) for pair in pairs} - split_of_turn.keys()
     free_shares = {}
     for name, share in zip(SPLITS, shares, strict=True):
