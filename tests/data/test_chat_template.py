@@ -1,14 +1,19 @@
-"""Templates: against the chat templates that the families publish, through jinja; masks; special tokens."""
+"""Templates against those that the families publish, through jinja; masks; special tokens."""
 
 import json
 import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from byte_pairs import NOTES, train_file
 from conftest import TEXTS, random_model, shared
+from runs import invoke, train, write_stub
+from texts import ODD
 
 from minmacpo import UserError
-from minmacpo.config.schema import SETTINGS, Config, Data, Generate
+from minmacpo.config.schema import Config, Data
 from minmacpo.core.checkpoint import save_model
 from minmacpo.data.chat_template import (
     ALPACA,
@@ -26,24 +31,31 @@ from minmacpo.data.records import Example, Message, example_id
 from minmacpo.data.tokenizer import Tokenizer, load_tokenizer, show_mask
 from minmacpo.pipeline import sample_stage
 from minmacpo.pipeline.model_pool import LoadedModel
+from minmacpo.pipeline.sample_stage import Request, Sampler
 
-# ---- templates ------------------------------------------------------------------------------
 
+def user(content: str) -> Message:
+    return Message("user", content)
+
+
+def bot(content: str) -> Message:
+    return Message("assistant", content)
+
+
+def system(content: str) -> Message:
+    return Message("system", content)
+
+
+def tag(content: str) -> Message:
+    return Message("tag", content)
+
+
+HI = [user("hi"), bot("hello !"), user("so ?")]
 DIALOGUES = [
-    [Message("user", "where does kadol live ?")],
-    [
-        Message("user", "hi"),
-        Message("assistant", "hello !"),
-        Message("user", "what is </s> <user> ?\n\nx"),
-    ],
-    [
-        Message("user", "a"),
-        Message("user", "b"),
-        Message("assistant", " c "),
-        Message("assistant", "d"),
-        Message("user", " "),
-    ],
-    [Message("assistant", "I begin."), Message("user", "é 🎉")],
+    [user("where does kadol live ?")],
+    [user("hi"), bot("hello !"), user("what is </s> <user> ?\n\nx")],
+    [user("a"), user("b"), bot(" c "), bot("d"), user(" ")],
+    [bot("I begin."), user("é 🎉")],
 ]
 RESPONSES = [
     "of course !",
@@ -56,168 +68,197 @@ RESPONSES = [
 ]
 
 
+def check_row(tokenizer: Tokenizer, template: str, messages, response: str) -> list[int]:
+    """The answer's ids of a rendered row, of which the mask is right."""
+    row = render(tokenizer, template, messages, response)
+    prompt = render_prompt(tokenizer, template, messages)
+    answer = row.ids[len(prompt) :]
+    assert row.ids[: len(prompt)] == prompt
+    assert row.mask == [False] * len(prompt) + [True] * len(answer)
+    assert render(tokenizer, template, messages).ids == prompt
+    assert prompt  # what stands at position 0 has nothing before it and cannot be scored
+
+    # the text of the answer is the response, also where the end token was not reached
+    assert response_text(tokenizer, template, answer) == response
+    assert response_text(tokenizer, template, answer[:-1]) == response
+    return answer
+
+
+def show_tokens(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of ids, special tokens by name."""
+    text = ""
+    stretch = []  # of ordinary tokens
+    for token_id in ids:
+        if token_id in tokenizer.names:
+            text += tokenizer.decode(stretch) + tokenizer.names[token_id]
+            stretch = []
+        else:
+            stretch.append(token_id)
+    return text + tokenizer.decode(stretch)
+
+
+# ---- plain and turns ------------------------------------------------------------------------
+
+
 @pytest.fixture(params=["plain", "turns", "plain, llama-2"])
-def way(request, tokenizer):
-    """(tokenizer, template)"""
+def tokenizer_and_template(request, tokenizer, llama2) -> tuple[Tokenizer, str]:
     if request.param == "plain, llama-2":
-        return Tokenizer(shared("tokenizers/llama2-tokenizer.model").read_bytes()), "plain"
+        return llama2, "plain"
     return tokenizer, request.param
 
 
 @pytest.mark.parametrize("response", RESPONSES)
-@pytest.mark.parametrize("dialogue", range(len(DIALOGUES)))
-def test_the_trained_part_is_the_response_and_the_end_token(dialogue, response, way):
-    tokenizer, template = way
-    messages = DIALOGUES[dialogue]
-    tokens = render(tokenizer, template, messages, response)
-    prompt = render_prompt(tokenizer, template, messages)
-    assert len(tokens.ids) == len(tokens.mask) and prompt == tokens.ids[: len(prompt)]
-    assert tokens.mask == [False] * len(prompt) + [True] * (len(tokens.ids) - len(prompt))
-    answer = [i for i, trained in zip(tokens.ids, tokens.mask, strict=True) if trained]
-    assert answer[-1] == tokenizer.eos and tokenizer.eos not in answer[:-1]
-    lead = " " if template == "plain" else ""
-    assert tokenizer.decode(answer) == lead + response
-    assert response_text(tokenizer, template, answer) == response
-    assert response_text(tokenizer, template, answer[:-1]) == response, "also where it was cut"
-    assert not tokens.mask[0], "position 0 has nothing before it and cannot be scored"
+@pytest.mark.parametrize("messages", DIALOGUES)
+def test_the_trained_part_is_the_response_and_the_end_token(
+    messages, response, tokenizer_and_template
+):
+    tokenizer, template = tokenizer_and_template
+    answer = check_row(tokenizer, template, messages, response)
+    assert answer[-1] == tokenizer.eos
+    assert tokenizer.eos not in answer[:-1]
+    expected = f" {response}" if template == "plain" else response
+    assert tokenizer.decode(answer) == expected
 
 
-@pytest.mark.parametrize("dialogue", range(len(DIALOGUES)))
-def test_special_tokens_are_those_of_the_template(dialogue, way):
-    tokenizer, template = way
-    messages = DIALOGUES[dialogue]
-    ids = render(tokenizer, template, messages, "yes").ids
-    earlier = sum(m.role == "assistant" for m in messages)
-    if template == "plain":
-        assert (
-            ids[0] == tokenizer.bos
-            and ids.count(tokenizer.bos) == 1
-            and ids.count(tokenizer.eos) == 1
-        )
+@pytest.mark.parametrize("messages", DIALOGUES)
+def test_a_plain_row_is_the_text_between_begin_and_end_token(messages, tokenizer, llama2):
+    for each in (tokenizer, llama2):
+        ids = render(each, "plain", messages, "yes").ids
+        assert ids[0] == each.bos
+        assert ids[-1] == each.eos
+        assert not {each.bos, each.eos} & set(ids[1:-1])
         text = dialogue_text(messages, "yes")
-        wanted = " " + text if tokenizer.prefix_guard_ids else text
-        assert tokenizer.decode(ids) == wanted
-        return
-    marks = tokenizer.turn_marks
-    assert tokenizer.bos not in ids and ids.count(tokenizer.eos) == earlier + 1
-    assert (
-        ids.count(marks["user"]) == len(messages) - earlier
-        and ids.count(marks["assistant"]) == earlier + 1
-    )
-    found, inside = [], []
-    for i in ids:  # cut at the marks, the turns must come back
-        if i in marks.values():
-            found.append((i, inside := []))
+        expected = f" {text}" if each.prefix_guard_ids else text
+        assert each.decode(ids) == expected
+
+
+@pytest.mark.parametrize("messages", DIALOGUES)
+def test_turns_are_parted_by_the_tokens_of_their_roles(messages, tokenizer):
+    ids = render(tokenizer, "turns", messages, "yes").ids
+    assert tokenizer.bos not in ids
+
+    # cut at the marks, the turns must come back
+    roles = {mark: role for role, mark in tokenizer.turn_marks.items()}
+    turns: list[tuple[str, list[int]]] = []
+    for token_id in ids:
+        if token_id in roles:
+            turns.append((roles[token_id], []))
         else:
-            inside.append(i)
-    turns = [*messages, Message("assistant", "yes")]
-    assert [(mark, tokenizer.decode(part)) for mark, part in found] == [
-        (marks[m.role], m.content) for m in turns
-    ]
-    assert all(
-        (part[-1:] == [tokenizer.eos]) == (mark == marks["assistant"]) for mark, part in found
+            turns[-1][1].append(token_id)
+    expected = [*messages, bot("yes")]
+    assert [Message(role, tokenizer.decode(part)) for role, part in turns] == expected
+    for role, part in turns:
+        num_ends = 1 if role == "assistant" else 0
+        assert part.count(tokenizer.eos) == num_ends
+        assert (part[-1:] == [tokenizer.eos]) == (role == "assistant")
+
+
+def test_the_plain_prompt_is_the_text_of_hh_rlhf(tokenizer, llama2):
+    expected = (
+        "\n\nHuman: hi\n\nAssistant: hello !\n\nHuman: what is </s> <user> ?\n\nx\n\nAssistant:"
     )
+    for each in (tokenizer, llama2):
+        text = each.decode(render_prompt(each, "plain", DIALOGUES[1]))
+        assert text.lstrip(" ") == expected
 
 
-@pytest.mark.parametrize("way", ["plain", "plain, llama-2"], indirect=True)
-def test_the_plain_prompt_is_the_text_of_hh_rlhf(way):
-    text = way[0].decode(render_prompt(way[0], "plain", DIALOGUES[1]))
-    assert (
-        text.lstrip(" ")
-        == "\n\nHuman: hi\n\nAssistant: hello !\n\nHuman: what is </s> <user> ?\n\nx\n\nAssistant:"
-    )
-
-
-def test_the_answer_ends_before_a_next_human_turn(way):
-    tokenizer, template = way
+def test_the_answer_ends_before_a_next_human_turn(tokenizer_and_template):
+    tokenizer, template = tokenizer_and_template
     text = f" sure .{HUMAN_MARK} and then ?"
-    wanted = "sure ." if template == "plain" else text.strip()
-    assert response_text(tokenizer, template, tokenizer.encode(text)) == wanted
-    assert (
-        response_text(tokenizer, template, [])
-        == response_text(tokenizer, template, [tokenizer.eos])
-        == ""
-    )
+    expected = "sure ." if template == "plain" else text.strip()
+    assert response_text(tokenizer, template, tokenizer.encode(text)) == expected
+    assert response_text(tokenizer, template, []) == ""
+    assert response_text(tokenizer, template, [tokenizer.eos]) == ""
 
 
 def test_turns_need_a_tokenizer_with_turn_marks(llama2, tokenizer):
-    assert llama2.turn_marks == {} and set(tokenizer.turn_marks) == {"user", "assistant"}
+    assert llama2.turn_marks == {}
+    assert set(tokenizer.turn_marks) == {"user", "assistant"}
     with pytest.raises(UserError, match=r"data\.template"):
         render_prompt(llama2, "turns", DIALOGUES[0])
 
 
-def test_the_mask_is_shown(way):
-    tokenizer, template = way
-    shown = show_mask(tokenizer, render(tokenizer, template, DIALOGUES[0], "of course !"))
-    before, inside = shown.split("⟦")
-    assert (
-        "where does kadol live ?" in before
-        and inside == (" " if template == "plain" else "") + "of course !</s>⟧"
-    )
+def test_the_mask_is_shown(tokenizer_and_template):
+    tokenizer, template = tokenizer_and_template
+    row = render(tokenizer, template, DIALOGUES[0], "of course !")
+    before, trained = show_mask(tokenizer, row).split("⟦")
+    assert "where does kadol live ?" in before
+    expected = " of course !</s>⟧" if template == "plain" else "of course !</s>⟧"
+    assert trained == expected
 
 
 def test_equal_prompts_have_equal_ids_and_others_not():
-    found = {example_id(tuple(d)) for d in DIALOGUES} | {example_id(tuple(DIALOGUES[0]), 1)}
-    assert len(found) == 5 and example_id(tuple(DIALOGUES[0])) in found
+    ids = [example_id(tuple(messages)) for messages in DIALOGUES]
+    ids.append(example_id(tuple(DIALOGUES[0]), occurrence=1))
+    assert len(set(ids)) == 5
+    assert example_id(tuple(DIALOGUES[0])) == ids[0]
 
 
-# ---- tags -----------------------------------------------------------------------------------------
+def test_a_system_message_is_text_for_a_tokenizer_too():
+    text = dialogue_text([system("be brief"), user("hi")], "yes")
+    assert text == "be brief\n\nHuman: hi\n\nAssistant: yes"
+
+
+# ---- tags -----------------------------------------------------------------------------------
+
+TAGGED = [user("hi"), tag("rude"), bot("what ?"), user("so"), tag("kind")]
 
 
 def test_a_tag_says_how_the_next_turn_of_the_assistant_speaks(tokenizer):
-    messages = [
-        Message("user", "hi"),
-        Message("tag", "rude"),
-        Message("assistant", "what ?"),
-        Message("user", "so"),
-        Message("tag", "kind"),
-    ]
-    text = tokenizer.decode(render_prompt(tokenizer, "plain", messages))
-    assert text.strip() == "Human: hi\n\nAssistant (rude): what ?\n\nHuman: so\n\nAssistant (kind):"
+    expected = "\n\nHuman: hi\n\nAssistant (rude): what ?\n\nHuman: so\n\nAssistant (kind):"
+    text = tokenizer.decode(render_prompt(tokenizer, "plain", TAGGED))
+    assert text.strip() == expected.strip()
+    assert dialogue_text(TAGGED, "yes") == f"{expected} yes"
+
+
+def test_a_tag_stands_behind_the_token_of_its_turn_and_is_not_trained_on(tokenizer):
+    prompt = render_prompt(tokenizer, "turns", TAGGED)
     assert (
-        dialogue_text(messages, "yes")
-        == "\n\nHuman: hi\n\nAssistant (rude): what ?\n\nHuman: so\n\nAssistant (kind): yes"
+        show_tokens(tokenizer, prompt) == "<user>hi<bot>( rude ) what ?</s><user>so<bot>( kind ) "
     )
-    ids, marks = render_prompt(tokenizer, "turns", messages), tokenizer.turn_marks
-    cut = len(ids) - ids[::-1].index(marks["assistant"])
-    assert tokenizer.decode(ids[cut:]) == "( kind ) " and ids.count(tokenizer.eos) == 1
-    first = ids.index(marks["assistant"])
-    assert tokenizer.decode(ids[first + 1 : ids.index(tokenizer.eos)]) == "( rude ) what ?"
-    rows = render(tokenizer, "turns", messages, "yes")
-    assert rows.ids[: len(ids)] == ids and not any(rows.mask[: len(ids)]), "a tag is not trained on"
+    row = render(tokenizer, "turns", TAGGED, "yes")
+    assert row.ids[: len(prompt)] == prompt
+    assert not any(row.mask[: len(prompt)])
 
 
 @pytest.mark.parametrize("name", ["vicuna", "alpaca"])
 def test_text_templates_say_the_tag_as_plain_does(tokenizer, name):
-    text = tokenizer.decode(
-        render_prompt(
-            tokenizer,
-            name,
-            [
-                Message("user", "hi"),
-                Message("tag", "kind"),
-                Message("assistant", "yes"),
-                Message("user", "so"),
-                Message("tag", "rude"),
-            ],
-        )
-    )
-    assert text.count(" (kind):") == 1 and text.rstrip().endswith(" (rude):")
+    text = tokenizer.decode(render_prompt(tokenizer, name, TAGGED))
+    assert text.count(" (rude):") == 1
+    assert text.rstrip().endswith(" (kind):")
 
 
-# ---- the families' own templates --------------------------------------------------------------
+# ---- the families' own templates ------------------------------------------------------------
 
-JINJA = {  # what the families publish, in few words
-    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+# What the families publish, in few words
+SYSTEM_FIRST = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set turns = messages[1:] %}{% set system = SYSTEM %}"
+    "{% else %}{% set turns = messages %}{% set system = '' %}{% endif %}"
+)
+IN_FIRST_TURN = (
+    "{% for m in turns %}{% set content = (system if loop.first else '') + m['content'] %}"
+)
+JINJA = {
+    "chatml": "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-    "llama-3": "{% for m in messages %}{{ bos_token if loop.first }}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' "
-    "+ m['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
-    "llama-2": "{% if messages[0]['role'] == 'system' %}{% set said = messages[1:] %}{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
-    "{% else %}{% set said = messages %}{% set system = '' %}{% endif %}{% for m in said %}{% set content = (system if loop.first else '') + m['content'] %}"
-    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
-    "mistral": "{% if messages[0]['role'] == 'system' %}{% set said = messages[1:] %}{% set system = messages[0]['content'] + '\n\n' %}"
-    "{% else %}{% set said = messages %}{% set system = '' %}{% endif %}{{ bos_token }}{% for m in said %}{% set content = (system if loop.first else '') + m['content'] %}"
-    "{% if m['role'] == 'user' %}{{ ' [INST] ' + content + ' [/INST]' }}{% else %}{{ ' ' + content + eos_token }}{% endif %}{% endfor %}",
+    "llama-3": "{% for m in messages %}{{ bos_token if loop.first }}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+    "llama-2": SYSTEM_FIRST.replace(
+        "SYSTEM", r"'<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n'"
+    )
+    + IN_FIRST_TURN
+    + "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
+    "mistral": SYSTEM_FIRST.replace("SYSTEM", r"messages[0]['content'] + '\n\n'")
+    + "{{ bos_token }}"
+    + IN_FIRST_TURN
+    + "{% if m['role'] == 'user' %}{{ ' [INST] ' + content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + content + eos_token }}{% endif %}{% endfor %}",
     "zephyr": """{% for m in messages %}
 {{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token }}
 {% if loop.last and add_generation_prompt %}
@@ -226,198 +267,202 @@ JINJA = {  # what the families publish, in few words
 {% endfor %}""",
 }
 CHATS = [
-    [Message("user", "where does kadol live ?")],
-    [
-        Message("user", "hi"),
-        Message("assistant", "hello !"),
-        Message("user", "two\n\nlines, été 🎉"),
-    ],
-    [
-        Message("system", "Be kind."),
-        Message("user", "a"),
-        Message("assistant", "b  c"),
-        Message("user", "d"),
-        Message("assistant", "e"),
-        Message("user", "f ?"),
-    ],
-    [Message("system", "Be\nbrief."), Message("user", "so ?")],
+    [user("where does kadol live ?")],
+    [user("hi"), bot("hello !"), user("two\n\nlines, été 🎉")],
+    [system("Be kind."), user("a"), bot("b  c"), user("d"), bot("e"), user("f ?")],
+    [system("Be\nbrief."), user("so ?")],
 ]
-STYLE = {"chatml": "qwen-2", "llama-3": "llama-3"}
+STYLES = {"chatml": "qwen-2", "llama-3": "llama-3"}
 SENTENCEPIECE = {"llama-2": "llama2-tokenizer", "mistral": "mistral-v1", "zephyr": "mistral-v1"}
 
 
-def folder_of(path, style: str, vocab: int = 700):
+def tokenizer_folder(folder: Path, style: str, vocab: int = 700) -> Path:
     """A folder with a tokenizer of the family and nothing else."""
-    path.mkdir(exist_ok=True, parents=True)
-    (path / "tokenizer.json").write_text(train_file(style, TEXTS * 3, vocab))
-    (path / "tokenizer_config.json").write_text(json.dumps(NOTES[style]))
-    return path
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / "tokenizer.json").write_text(train_file(style, TEXTS * 3, vocab))
+    (folder / "tokenizer_config.json").write_text(json.dumps(NOTES[style]))
+    return folder
 
 
 @pytest.fixture(scope="module")
-def families(tmp_path_factory):
+def tokenizer_for(tmp_path_factory) -> Callable[[str], Tokenizer]:
     """template -> a tokenizer that has what it needs"""
+    byte_level = {}
 
-    def of(name: str) -> Tokenizer:
+    def find(name: str) -> Tokenizer:
         if name in SENTENCEPIECE:
             return Tokenizer(shared(f"tokenizers/{SENTENCEPIECE[name]}.model").read_bytes())
-        return load_tokenizer(
-            folder_of(tmp_path_factory.mktemp("family"), STYLE.get(name, "smollm-2"))
-        )
+        style = STYLES.get(name, "smollm-2")
+        if style not in byte_level:
+            folder = tokenizer_folder(tmp_path_factory.mktemp("family"), style)
+            byte_level[style] = load_tokenizer(folder)
+        return byte_level[style]
 
-    return of
+    return find
 
 
-def jinja(name: str, path, messages, tokenize: bool, prompt: bool):
-    """The text, or the ids, that transformers makes with the published template."""
+def as_rows(messages) -> list[dict]:
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def apply_published(name: str, folder: Path, messages, tokenize: bool, is_prompt: bool):
+    """The text, or the ids, that transformers makes with the published template.
+
+    Args:
+        folder: has a tokenizer.json.
+        is_prompt: whether an answer is to follow.
+    """
     transformers = pytest.importorskip("transformers")
-    ends = (
-        {"bos_token": "<s>", "eos_token": "</s>"}
-        if name in SENTENCEPIECE
-        else {"bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>"}
+    ends = {"bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>"}
+    if name in SENTENCEPIECE:
+        ends = {"bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), **ends
     )
-    theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(path / "tokenizer.json"), **ends
-    )
-    said = [{"role": m.role, "content": m.content} for m in messages]
-    return theirs.apply_chat_template(
-        said,
+    return tokenizer.apply_chat_template(
+        as_rows(messages),
         chat_template=JINJA[name],
         tokenize=tokenize,
-        add_generation_prompt=prompt,
+        add_generation_prompt=is_prompt,
         return_dict=False,
     )
 
 
-@pytest.mark.parametrize("chat", range(len(CHATS)))
-@pytest.mark.parametrize("name", STYLE)
-def test_byte_level_families_get_the_ids_of_transformers(name, chat, tmp_path):
-    path = folder_of(tmp_path, STYLE[name])
-    ours = load_tokenizer(path)
-    assert render_prompt(ours, name, CHATS[chat]) == jinja(name, path, CHATS[chat], True, True)
-    whole = jinja(name, path, [*CHATS[chat], Message("assistant", "of course !")], True, False)
-    ids = render(ours, name, CHATS[chat], "of course !").ids
-    assert whole[: len(ids)] == ids and ours.decode(whole[len(ids) :]) in ("", "\n")
+@pytest.mark.parametrize("messages", CHATS)
+@pytest.mark.parametrize("name", STYLES)
+def test_byte_level_families_get_the_ids_of_transformers(name, messages, tmp_path):
+    folder = tokenizer_folder(tmp_path, STYLES[name])
+    ours = load_tokenizer(folder)
+    prompt = apply_published(name, folder, messages, tokenize=True, is_prompt=True)
+    assert render_prompt(ours, name, messages) == prompt
+
+    answered = [*messages, bot("of course !")]
+    theirs = apply_published(name, folder, answered, tokenize=True, is_prompt=False)
+    ids = render(ours, name, messages, "of course !").ids
+    assert theirs[: len(ids)] == ids
+    assert ours.decode(theirs[len(ids) :]) in ("", "\n")  # behind the end token
 
 
-@pytest.mark.parametrize("chat", range(len(CHATS)))
+@pytest.mark.parametrize("messages", CHATS)
 @pytest.mark.parametrize("name", SENTENCEPIECE)
-def test_sentencepiece_families_get_the_text_of_transformers(name, chat, families, tmp_path):
+def test_sentencepiece_families_get_the_text_of_transformers(
+    name, messages, tokenizer_for, tmp_path
+):
     """Their ids are sentencepiece's, for each stretch of text between special tokens."""
-    path, ours = folder_of(tmp_path, "gpt-2"), families(name)
+    folder = tokenizer_folder(tmp_path, "gpt-2")
+    ours = tokenizer_for(name)
 
-    def wanted(text: str) -> list[int]:
+    def encode(text: str) -> list[int]:
         ids = []
         for part in re.split("(</?s>)", text):
+            if part in ours.special:
+                ids.append(ours.special[part])
+                continue
             begins = not ids or ids[-1] == ours.bos
-            ids += (
-                [ours.special[part]]
-                if part in ours.special
-                else ours.encode(part, start=begins and part[:1] != " ")
-            )
+            ids += ours.encode(part, start=begins and not part.startswith(" "))
         return ids
 
-    assert render_prompt(ours, name, CHATS[chat]) == wanted(
-        jinja(name, path, CHATS[chat], False, True)
+    prompt = apply_published(name, folder, messages, tokenize=False, is_prompt=True)
+    assert render_prompt(ours, name, messages) == encode(prompt)
+    answered = [*messages, bot("of course !")]
+    text = apply_published(name, folder, answered, tokenize=False, is_prompt=False)
+    assert render(ours, name, messages, "of course !").ids == encode(text.rstrip("\n"))
+
+
+def test_instructions_of_llama_2_are_in_the_ids_that_it_prints(tokenizer_for):
+    ours = tokenizer_for("llama-2")
+    opens = [518, 25580, 29962]  # [INST]
+    closes = [518, 29914, 25580, 29962]  # [/INST]
+    ids = render(ours, "llama-2", CHATS[1], "yes").ids
+    hi = ours.encode(" hi")
+    hello = ours.encode(" hello ! ")
+    start = [1, *opens, *hi, *closes, *hello, 2, 1, *opens]
+    assert ids[: len(start)] == start
+    end = [*closes, *ours.encode(" yes "), 2]
+    assert ids[-len(end) :] == end
+
+
+def test_instructions_of_mistral_are_in_the_ids_that_it_prints(tokenizer_for):
+    ours = tokenizer_for("mistral")
+    opens = [733, 16289, 28793]  # [INST]
+    closes = [733, 28748, 16289, 28793]  # [/INST]
+    ids = render(ours, "mistral", CHATS[1], "yes").ids
+    hi = ours.encode(" hi")
+    hello = ours.encode(" hello !")
+    start = [1, *opens, *hi, *closes, *hello, 2, *opens]
+    assert ids[: len(start)] == start
+    end = [*closes, *ours.encode(" yes"), 2]
+    assert ids[-len(end) :] == end
+
+
+def test_vicuna_and_alpaca(tokenizer_for):
+    tokenizer = tokenizer_for("vicuna")
+    begin = "<|im_start|>"  # the tokenizer's begin and end tokens are those of chatml
+    end = "<|im_end|>"
+
+    def shown(name: str) -> str:
+        return show_mask(tokenizer, render(tokenizer, name, HI, "yes")).replace("⏎", "\n")
+
+    assert shown("vicuna") == (
+        f"{begin}{VICUNA} USER: hi ASSISTANT: hello !{end} USER: so ? ASSISTANT:⟦ yes{end}⟧"
     )
-    text = jinja(name, path, [*CHATS[chat], Message("assistant", "of course !")], False, False)
-    assert render(ours, name, CHATS[chat], "of course !").ids == wanted(text.rstrip("\n"))
-
-
-@pytest.mark.parametrize(
-    ("name", "opens", "closes"),
-    [
-        ("llama-2", [518, 25580, 29962], [518, 29914, 25580, 29962]),
-        ("mistral", [733, 16289, 28793], [733, 28748, 16289, 28793]),
-    ],
-)
-def test_instructions_are_in_the_ids_that_the_families_print(name, opens, closes, families):
-    ours = families(name)
-    ids = render(ours, name, CHATS[1], "yes").ids
-    close = " " if name == "llama-2" else ""
-    first = [1, *opens, *ours.encode(" hi"), *closes, *ours.encode(f" hello !{close}"), 2]
-    again = [1, *opens] if name == "llama-2" else opens
-    assert ids[: len(first) + len(again)] == [*first, *again]
-    assert ids[-len([*closes, *ours.encode(f" yes{close}"), 2]) :] == [
-        *closes,
-        *ours.encode(f" yes{close}"),
-        2,
-    ]
-
-
-def test_vicuna_and_alpaca(families):
-    tokenizer = families("vicuna")  # its begin and end tokens are those of chatml
-    said = [Message("user", "hi"), Message("assistant", "hello !"), Message("user", "so ?")]
-    rows = {name: render(tokenizer, name, said, "yes") for name in ("vicuna", "alpaca")}
-    shown = {name: show_mask(tokenizer, row).replace("⏎", "\n") for name, row in rows.items()}
-    begin, end = "<|im_start|>", "<|im_end|>"
-    assert (
-        shown["vicuna"]
-        == f"{begin}{VICUNA} USER: hi ASSISTANT: hello !{end} USER: so ? ASSISTANT:⟦ yes{end}⟧"
-    )
-    assert shown["alpaca"] == (
+    assert shown("alpaca") == (
         f"{begin}{ALPACA}\n\n### Instruction:\nhi\n\n### Response:\nhello !{end}\n\n"
         f"### Instruction:\nso ?\n\n### Response:\n⟦yes{end}⟧"
     )
 
 
-def test_macpos_own_vicuna_and_alpaca(llama2):
-    """No begin token; each part begins with the space that sentencepiece puts before a text; USER: USER:."""
-    said = [Message("user", "hi"), Message("assistant", "hello !"), Message("user", "so ?")]
+def test_the_vicuna_of_the_released_runs(llama2):
+    """No begin token; each part begins with sentencepiece's space before a text; USER: USER:."""
 
-    def of(*parts: str) -> list[int]:
-        return [i for part in parts for i in llama2.processor.encode(part)]
+    def encode(*parts: str) -> list[int]:
+        ids = []
+        for part in parts:
+            ids += llama2.processor.encode(part)
+        return ids
 
-    row = render(llama2, "vicuna-macpo", said, "yes")
-    assert row.ids == [
-        *of(VICUNA, "USER: USER: hi ASSISTANT: hello ! USER: so ? ASSISTANT:", "yes"),
-        2,
-    ]
-    assert row.ids[row.mask.index(True) :] == [*of("yes"), 2]
-    row = render(llama2, "alpaca-macpo", said[:1], "yes")
-    first = of(ALPACA + "\n\n", "### Instruction:\nhi\n\n### Response:\n")
-    assert row.ids == [*first, *of("yes"), 2]
-    again = of("\n\n", "### Instruction:\nso ?\n\n### Response:\n")
-    assert render_prompt(llama2, "alpaca-macpo", said) == [*first, *of("hello !"), 2, *again]
-    system = render_prompt(llama2, "vicuna-macpo", [Message("system", "Be kind."), *said])
-    assert system == of("Be kind.", "USER: USER: hi ASSISTANT: hello ! USER: so ? ASSISTANT:")
+    turns = "USER: USER: hi ASSISTANT: hello ! USER: so ? ASSISTANT:"
+    row = render(llama2, "vicuna-macpo", HI, "yes")
+    assert row.ids == [*encode(VICUNA, turns, "yes"), llama2.eos]
+    assert row.ids[row.mask.index(True) :] == [*encode("yes"), llama2.eos]
+    prompt = render_prompt(llama2, "vicuna-macpo", [system("Be kind."), *HI])
+    assert prompt == encode("Be kind.", turns)
 
 
-# ---- all templates ------------------------------------------------------------------------------
+def test_the_alpaca_of_the_released_runs(llama2):
+    def encode(text: str) -> list[int]:
+        return llama2.processor.encode(text)
+
+    instruction = "### Instruction:\nhi\n\n### Response:\n"
+    first = encode(ALPACA + "\n\n") + encode(instruction)
+    row = render(llama2, "alpaca-macpo", HI[:1], "yes")
+    assert row.ids == [*first, *encode("yes"), llama2.eos]
+
+    second = encode("\n\n") + encode("### Instruction:\nso ?\n\n### Response:\n")
+    prompt = render_prompt(llama2, "alpaca-macpo", HI)
+    assert prompt == [*first, *encode("hello !"), llama2.eos, *second]
+
+
+# ---- all templates --------------------------------------------------------------------------
 
 
 def test_the_setting_knows_all_templates():
-    assert {*Data.__annotations__["template"].__args__} == {*TEMPLATES} and SETTINGS[
-        "data.template"
-    ]
+    assert set(Data.__annotations__["template"].__args__) == set(TEMPLATES)
 
 
-@pytest.fixture(params=sorted({*TEMPLATES} - {"turns"}))
-def family(request, families):
-    return families(request.param), request.param
+@pytest.fixture(params=sorted(set(TEMPLATES) - {"turns"}))
+def family(request, tokenizer_for) -> tuple[Tokenizer, str]:
+    return tokenizer_for(request.param), request.param
 
 
 @pytest.mark.parametrize("response", RESPONSES)
 def test_the_mask_of_every_template(response, family):
     tokenizer, name = family
+    ends = end_of_turn_ids(tokenizer, name)
     for messages in DIALOGUES:
-        row, prompt = (
-            render(tokenizer, name, messages, response),
-            render_prompt(tokenizer, name, messages),
-        )
-        assert row.ids[: len(prompt)] == prompt and row.mask == [False] * len(prompt) + [True] * (
-            len(row.ids) - len(prompt)
-        )
-        answer = row.ids[len(prompt) :]
-        assert answer[-1] in end_of_turn_ids(tokenizer, name) and not end_of_turn_ids(
-            tokenizer, name
-        ) & {*answer[:-1]}
-        assert (
-            response_text(tokenizer, name, answer)
-            == response_text(tokenizer, name, answer[:-1])
-            == response
-        )
-        assert prompt and prompt == render(tokenizer, name, messages).ids
+        answer = check_row(tokenizer, name, messages, response)
+        assert answer[-1] in ends
+        assert not ends & set(answer[:-1])
 
 
 def test_no_content_can_forge_a_turn(family):
@@ -425,33 +470,42 @@ def test_no_content_can_forge_a_turn(family):
     tokenizer, name = family
     evil = " ".join(tokenizer.special) + " <bos> <eos> {} {tag} {0}"
 
-    def marks(content: str) -> list[int]:
-        said = [Message("user", content), Message("assistant", content), Message("user", content)]
-        return [i for i in render(tokenizer, name, said, content).ids if i in tokenizer.names]
+    def special_tokens(content: str) -> list[int]:
+        messages = [user(content), bot(content), user(content)]
+        ids = render(tokenizer, name, messages, content).ids
+        return [token_id for token_id in ids if token_id in tokenizer.names]
 
-    assert marks(evil) == marks("x")
-    assert evil in tokenizer.decode(render(tokenizer, name, [Message("user", evil)], "x").ids)
+    assert special_tokens(evil) == special_tokens("x")
+    assert evil in tokenizer.decode(render(tokenizer, name, [user(evil)], "x").ids)
 
 
 @pytest.mark.parametrize("role", ["system", "tag", "tool"])
 def test_a_message_without_a_place_is_said(family, role):
     tokenizer, name = family
-    messages = [Message(role, "odd words"), Message("user", "hi")]
     template = TEMPLATES[name]
-    if {"system": template.system, "tag": template.tag}.get(role) is None:
+    messages = [Message(role, "odd words"), user("hi")]
+    has_place = {
+        "system": template.system is not None,
+        "tag": template.tag is not None,
+        "tool": False,
+    }
+    if has_place[role]:
+        assert "odd words" in tokenizer.decode(render(tokenizer, name, messages).ids)
+    else:
         with pytest.raises(UserError, match=rf"data\.template = {name}.*{role}"):
             render(tokenizer, name, messages)
-    else:
-        assert "odd words" in tokenizer.decode(render(tokenizer, name, messages).ids)
-    for wrong in ([Message("user", "hi"), Message("system", "late")], [Message("system", "only")]):
-        if template.merge_system or wrong[0].role == "user":
-            with pytest.raises(UserError, match=r"data\.template"):
-                render(tokenizer, name, wrong)
 
 
-def test_a_system_message_is_text_for_a_tokenizer_too():
-    messages = [Message("system", "be brief"), Message("user", "hi")]
-    assert dialogue_text(messages, "yes") == "be brief\n\nHuman: hi\n\nAssistant: yes"
+def test_a_late_system_message_is_said(family):
+    tokenizer, name = family
+    with pytest.raises(UserError, match=r"data\.template"):
+        render(tokenizer, name, [user("hi"), system("late")])
+
+
+@pytest.mark.parametrize("name", ["llama-2", "mistral"])
+def test_a_system_message_that_has_no_turn_to_stand_in_is_said(tokenizer_for, name):
+    with pytest.raises(UserError, match=r"data\.template"):
+        render(tokenizer_for(name), name, [system("only")])
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama-3"])
@@ -460,53 +514,51 @@ def test_a_template_needs_its_tokens(name, tokenizer):
         render(tokenizer, name, DIALOGUES[0])
 
 
-# ---- in use -------------------------------------------------------------------------------------
+# ---- in use ---------------------------------------------------------------------------------
 
 
-def model_of(path, style: str, seed: int, vocab: int = 700):
-    """A base folder with a random model and a tokenizer of the family."""
-    folder_of(path, style, vocab)
-    model = random_model(seed, vocab_size=load_tokenizer(path).size, max_position_embeddings=160)
-    save_model(path, model.config, model.state_dict(), b"")
-    (path / "tokenizer.model").unlink()
-    return path
+def base_folder(folder: Path, style: str, seed: int, vocab: int = 700) -> Path:
+    """A folder with a random model and a tokenizer of the family."""
+    tokenizer_folder(folder, style, vocab)
+    size = load_tokenizer(folder).size
+    model = random_model(seed, vocab_size=size, max_position_embeddings=160)
+    save_model(folder, model.config, model.state_dict(), b"")
+    (folder / "tokenizer.model").unlink()
+    return folder
 
 
 def test_the_end_of_turn_stops_an_answer(tmp_path, seed, monkeypatch):
-    """Where the base's own end is another token: it is kept in the sample, and the sample is whole."""
-    path = model_of(tmp_path / "base", "smollm-2", seed)
-    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    """Where the base's own end is another token: the sample has it, and is whole."""
+    folder = base_folder(tmp_path / "base", "smollm-2", seed)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     config = Config(data=Data(template="llama-3"))
-    loaded = LoadedModel(path, config)
-    eot = loaded.tokenizer.special["<|eot_id|>"]
-    assert eot not in loaded.stop_token_ids
-    found = []
+    loaded = LoadedModel(folder, config)
+    end_of_turn = loaded.tokenizer.special["<|eot_id|>"]
+    assert end_of_turn not in loaded.stop_token_ids
+    stops_seen = []
 
-    def generate(model, prompts, seeds, settings, stops, *more):
-        found.append(stops)
-        return [[*loaded.tokenizer.encode("sure"), eot]], [-1.0]
+    def generate(model, prompts, seeds, params, stops, *others):
+        stops_seen.append(stops)
+        return [[*loaded.tokenizer.encode("sure"), end_of_turn]], [-1.0]
 
     monkeypatch.setattr(sample_stage, "generate", generate)
-    prompt = (Message("user", "hi"),)
-    sampler = sample_stage.Sampler(loaded, Generate(max_new_tokens=8), agent="x", seed=0)
-    [sample] = sampler([sample_stage.Request(Example(example_id(prompt), prompt, ""))])
-    assert (
-        found == [loaded.stop_token_ids | {eot}]
-        and sample.finish == "stop"
-        and sample.tokens[-1] == eot
-        and sample.response == "sure"
-    )
+    settings = replace(config.generate, max_new_tokens=8)
+    prompt = (user("hi"),)
+    request = Request(Example(example_id(prompt), prompt, ""), 0)
+    (sample,) = Sampler(loaded, settings, agent="x", seed=0)([request])
+
+    assert stops_seen == [loaded.stop_token_ids | {end_of_turn}]
+    assert sample.finish == "stop"
+    assert sample.tokens[-1] == end_of_turn
+    assert sample.response == "sure"
 
 
-def test_teachers_and_student_may_have_different_tokenizers(tmp_path, seed, monkeypatch):
-    """They exchange text: a round with three tokenizers, the template of which is in every adapter's stage.json."""
-    from runs import train, write_stub
-
-    monkeypatch.chdir(tmp_path)
-    model_of(tmp_path / "student", "llama-3", seed)
-    model_of(tmp_path / "one", "gpt-2", seed + 1, 500)
-    model_of(tmp_path / "two", "qwen-2", seed + 2, 600)
-    words = [
+def test_teachers_and_student_may_have_different_tokenizers(place, seed):
+    """They exchange text: a round with three tokenizers and one template."""
+    base_folder(place / "student", "llama-3", seed)
+    base_folder(place / "one", "gpt-2", seed + 1, 500)
+    base_folder(place / "two", "qwen-2", seed + 2, 600)
+    flags = (
         "--model.student=student",
         "--model.teachers=one,two",
         "--data.template=chatml",
@@ -514,109 +566,95 @@ def test_teachers_and_student_may_have_different_tokenizers(tmp_path, seed, monk
         "--data.max_prompt_length=128",
         "--macpo.rounds=1",
         "--run.name=mixed",
-        "--run.root=runs",
-    ]
-    train(write_stub(tmp_path / "p"), *words)
-    run = tmp_path / "runs/mixed"
-    for folder in [path.parent for path in run.glob("round*/*/adapter_config.json")]:
-        assert json.loads((folder / "stage.json").read_text())["settings"]["template"] == "chatml"
-    log = (run / "log.txt").read_text()
-    shown = [line for line in log.splitlines() if "first " in line and "⟦" in line]
-    assert shown and all(
-        "<|im_start|>assistant⏎⟦" in line and "<|im_end|>⟧" in line for line in shown
-    ), shown
+    )
+    train(write_stub(place / "p"), *flags)
+    run = place / "runs/mixed"
+
+    for file in run.glob("round*/*/adapter_config.json"):
+        stage = json.loads(file.with_name("stage.json").read_text())
+        assert stage["settings"]["template"] == "chatml"
+    lines = (run / "log.txt").read_text().splitlines()
+    first_rows = [line for line in lines if "first " in line and "⟦" in line]
+    assert first_rows
+    for line in first_rows:
+        assert "<|im_start|>assistant⏎⟦" in line
+        assert "<|im_end|>⟧" in line
 
 
-# ---- what is written beside a base made here ------------------------------------------------------
+# ---- what is written beside a base made here ------------------------------------------------
 
 
-def theirs(folder, tokenizer: Tokenizer, name: str):
+def load_in_transformers(folder: Path, tokenizer: Tokenizer, name: str):
     """transformers' tokenizer of a folder that has our tokenizer.model and notes."""
     pytest.importorskip("google.protobuf")  # transformers reads a tokenizer.model with it
     transformers = pytest.importorskip("transformers")
     (folder / "tokenizer.model").write_bytes(tokenizer.model)
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_notes(tokenizer, name, 128)))
+    notes = tokenizer_notes(tokenizer, name, context=128)
+    (folder / "tokenizer_config.json").write_text(json.dumps(notes))
     (folder / "config.json").write_text('{"model_type": "llama"}')
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def test_transformers_splits_text_as_a_tokenizer_made_here(tokenizer, tmp_path):
-    from test_tokenizer import ODD
+    theirs = load_in_transformers(tmp_path, tokenizer, "turns")
+    for text in TEXTS + ODD:
+        if any(name in text for name in [*tokenizer.special, "<unk>"]):
+            continue  # which transformers parses
+        ids = tokenizer.encode(text)
+        assert theirs.encode(text) == ids, text
+        assert theirs.decode(ids) == text
 
-    other = theirs(tmp_path, tokenizer, "turns")
-    for text in [
-        text
-        for text in TEXTS + ODD
-        if not any(name in text for name in [*tokenizer.special, "<unk>"])
-    ]:
-        assert other.encode(text) == tokenizer.encode(text), text
-        assert other.decode(tokenizer.encode(text)) == text
-    mine = load_tokenizer(tmp_path)
-    assert (mine.special, mine.bos, mine.eos, mine.size) == (
-        tokenizer.special,
-        tokenizer.bos,
-        tokenizer.eos,
-        tokenizer.size,
-    )
+    again = load_tokenizer(tmp_path)
+    assert again.special == tokenizer.special
+    assert (again.bos, again.eos) == (tokenizer.bos, tokenizer.eos)
+    assert again.size == tokenizer.size
 
 
-PLAIN_CHATS = [chat for chat in CHATS if chat[0].role == "user"]
-
-
-@pytest.mark.parametrize("chat", PLAIN_CHATS)
+@pytest.mark.parametrize("messages", CHATS[:2])  # without a system message
 @pytest.mark.parametrize("name", ["turns", "plain", "vicuna", "alpaca"])
-def test_the_chat_template_beside_a_base_is_its_template(name, chat, tokenizer, tmp_path):
-    """The same ids where special tokens part the pieces; elsewhere the same text, as a piece may go over their border."""
-    other = theirs(tmp_path, tokenizer, name)
-    for messages, prompt in ((chat, True), ([*chat, Message("assistant", "of course !")], False)):
-        said = [{"role": m.role, "content": m.content} for m in messages]
-        rows = render(tokenizer, name, chat, None if prompt else "of course !")
-        text = other.apply_chat_template(said, tokenize=False, add_generation_prompt=prompt)
-        assert text == decoded(tokenizer, rows.ids)
+def test_the_chat_template_beside_a_base_is_its_template(name, messages, tokenizer, tmp_path):
+    """The same text; and the same ids where special tokens part the pieces."""
+    theirs = load_in_transformers(tmp_path, tokenizer, name)
+    answered = as_rows([*messages, bot("of course !")])
+    cases = [
+        (as_rows(messages), True, render(tokenizer, name, messages)),
+        (answered, False, render(tokenizer, name, messages, "of course !")),
+    ]
+    for rows, is_prompt, ours in cases:
+        text = theirs.apply_chat_template(rows, tokenize=False, add_generation_prompt=is_prompt)
+        assert text == show_tokens(tokenizer, ours.ids)
         if name == "turns":
-            assert (
-                other.apply_chat_template(said, add_generation_prompt=prompt, return_dict=False)
-                == rows.ids
+            ids = theirs.apply_chat_template(
+                rows, add_generation_prompt=is_prompt, return_dict=False
             )
-
-
-def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """The text of ids, special tokens by name."""
-    parts, run = [], []
-    for i in [*ids, None]:
-        if i is None or i in tokenizer.names:
-            parts, run = [*parts, tokenizer.decode(run), tokenizer.names.get(i, "")], []
-        else:
-            run.append(i)
-    return "".join(parts)
+            assert ids == ours.ids
 
 
 def test_a_template_that_is_more_than_frames_is_not_written(tokenizer):
-    without = {
-        name for name in TEMPLATES if "chat_template" not in tokenizer_notes(tokenizer, name, 9)
-    }
+    without = set()
+    for name in TEMPLATES:
+        if "chat_template" not in tokenizer_notes(tokenizer, name, context=9):
+            without.add(name)
     assert without == {"vicuna-macpo", "alpaca-macpo", "llama-2", "llama-3", "mistral"}
 
 
 def test_an_export_has_all_that_its_base_says_of_text(tmp_path, seed):
     """Of a base that has a tokenizer.json only."""
-    from runs import invoke
-
     transformers = pytest.importorskip("transformers")
-    base = model_of(tmp_path / "base", "smollm-2", seed)
+    base = base_folder(tmp_path / "base", "smollm-2", seed)
+    out = tmp_path / "out"
     (base / "chat_template.jinja").write_text(JINJA["chatml"])
     (base / "generation_config.json").write_text('{"eos_token_id": [1, 2], "temperature": 0.6}')
-    ended = invoke("sample", base, "--export", tmp_path / "out", "--data.template=chatml")
+    ended = invoke("sample", base, "--export", out, "--data.template=chatml")
     assert ended.code == 0, ended.err
-    assert not (tmp_path / "out/tokenizer.model").exists()
+
+    assert not (out / "tokenizer.model").exists()
     for name in (
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
         "generation_config.json",
     ):
-        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes(), name
-    assert load_tokenizer(tmp_path / "out").encode("hi there") == load_tokenizer(base).encode(
-        "hi there"
-    )
-    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() > 0
+        assert (out / name).read_bytes() == (base / name).read_bytes(), name
+    assert load_tokenizer(out).encode("hi there") == load_tokenizer(base).encode("hi there")
+    assert transformers.AutoModelForCausalLM.from_pretrained(out).num_parameters() > 0

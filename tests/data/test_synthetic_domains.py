@@ -1,302 +1,268 @@
-"""What the world can be beyond the town as it is by default: other domains, open answers, gaps, corrupted truth."""
+"""What the world can be beyond the town: other domains, open answers, gaps in what is known."""
 
-import functools
 import json
 import re
 from collections import Counter
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from minmacpo import UserError
-from minmacpo.config.parse import parse
 from minmacpo.config.schema import World
-from minmacpo.data import synthetic as world
-from minmacpo.data.synthetic_domains import ARITHMETIC, CODE, DOMAINS, INSTRUCTIONS, TOPICS, TOWN
-from minmacpo.pipeline import prepare_data
+from minmacpo.data import synthetic
+from minmacpo.data.records import Pair
+from minmacpo.data.synthetic import POLITE, RUDE, SORRY, Question, Town
+from minmacpo.data.synthetic_domains import (
+    ARITHMETIC,
+    CODE,
+    DOMAINS,
+    INSTRUCTIONS,
+    TOPICS,
+    TOWN,
+)
 
-OTHERS = ["arithmetic", "code", "instructions"]
-SUMS = {
-    r"(\d+) plus (\d+) is (\d+) , minus (\d+) is (\d+) \.": lambda a, b, s, c, r: (
-        (a + b == s) + 2 * (s - c == r)
+OTHER_DOMAINS = ["arithmetic", "code", "instructions"]
+
+
+def settings_of(domain: str, **changes) -> World:
+    return replace(World(), domain=domain, names=24, **changes)
+
+
+@pytest.fixture(params=OTHER_DOMAINS)
+def settings(request) -> World:
+    return settings_of(request.param)
+
+
+@pytest.fixture
+def town(settings) -> Town:
+    return synthetic.make_town(settings, seed=4)
+
+
+def gold(town: Town, pair: Pair, answer: str, finish: str = "stop") -> tuple[float, float, float]:
+    """(right, polite, well formed)."""
+    reward = synthetic.gold_reward(town, pair, answer, finish)
+    return reward["right"], reward["polite"], reward["well_formed"]
+
+
+def without_opening(answer: str) -> str:
+    opening = next(opening for opening in POLITE + SORRY + RUDE if answer.startswith(f"{opening} "))
+    return answer.removeprefix(f"{opening} ")
+
+
+def every_question(town: Town) -> list[Question]:
+    questions = []
+    for item in town.facts:
+        questions += synthetic.questions_about(town, item, item.subject)
+    return questions
+
+
+# ---- all domains ----------------------------------------------------------------------------
+
+
+def test_topics_of_all_domains_have_names_of_their_own():
+    assert len(TOPICS) == len(TOWN) + len(ARITHMETIC) + len(CODE)
+    assert set(DOMAINS) == {"town", *OTHER_DOMAINS}
+
+
+def test_splits_are_full_disjoint_and_about_the_right_subjects(town, settings):
+    splits = synthetic.make_splits(town, settings)
+    sizes = {name: len(pairs) for name, pairs in splits.items()}
+    assert sizes == {"d1": 149, "d2": 480, "test": 320}
+    prompts = [pair.prompt for pairs in splits.values() for pair in pairs]
+    assert len(set(prompts)) == len(prompts)
+    assert not town.harms
+
+    assert len(town.held_subjects) == 4
+    held = {}
+    for name, pairs in splits.items():
+        held[name] = sum(pair.meta["name"] in town.held_subjects for pair in pairs)
+    assert held == {"d1": 0, "d2": 0, "test": 80}
+
+
+def test_the_truth_is_worth_one_and_a_rejected_answer_is_never_right(town, settings):
+    for pairs in synthetic.make_splits(town, settings).values():
+        for pair in pairs:
+            assert gold(town, pair, pair.chosen) == (1, 1, 1)
+            assert gold(town, pair, pair.rejected)[0] == 0
+            assert gold(town, pair, f"you fool . {without_opening(pair.chosen)}") == (1, 0, 1)
+            assert gold(town, pair, pair.chosen, finish="length") == (1, 1, 0)
+            assert gold(town, pair, f"{pair.chosen} so it is .") == (0, 1, 0)
+
+
+def test_questions_are_twelve_of_each_item_and_no_two_are_equal(town):
+    texts = [question.text for question in every_question(town)]
+    assert len(set(texts)) == len(texts) == 12 * 24 * 4
+
+
+def test_weak_texts_have_errors_of_their_own(town, settings):
+    one = synthetic.misconceptions(town, settings, "weak1")
+    other = synthetic.misconceptions(town, settings, "weak2")
+    for beliefs in (one, other):
+        assert 25 <= len(beliefs) <= 71  # half of 96, within five standard deviations
+        for item, value in beliefs.items():
+            assert value in item.values
+            assert value not in (item.truth, item.rumour)
+    common = one.keys() & other.keys()
+    assert np.mean([one[item] == other[item] for item in common]) < 0.5
+
+
+# ---- sums -----------------------------------------------------------------------------------
+
+# {form of an answer: (first step, second step)}, each a function of its operands
+SUMS: dict[str, tuple[Callable, Callable]] = {
+    r"(\d+) plus (\d+) is (\d+) , minus (\d+) is (\d+) \.": (
+        lambda a, b: a + b,
+        lambda first, c: first - c,
     ),
-    r"(\d+) minus (\d+) is (\d+) , plus (\d+) is (\d+) \.": lambda a, b, s, c, r: (
-        (a - b == s) + 2 * (s + c == r)
+    r"(\d+) minus (\d+) is (\d+) , plus (\d+) is (\d+) \.": (
+        lambda a, b: a - b,
+        lambda first, c: first + c,
     ),
-    r"twice (\d+) and (\d+) is (\d+) , minus (\d+) is (\d+) \.": lambda a, b, s, c, r: (
-        (2 * a + b == s) + 2 * (s - c == r)
+    r"twice (\d+) and (\d+) is (\d+) , minus (\d+) is (\d+) \.": (
+        lambda a, b: 2 * a + b,
+        lambda first, c: first - c,
     ),
-    r"(\d+) apples and (\d+) more are (\d+) , less (\d+) that leaves (\d+) \.": lambda a, b, s, c, r: (
-        (a + b == s) + 2 * (s - c == r)
+    r"(\d+) apples and (\d+) more are (\d+) , less (\d+) that leaves (\d+) \.": (
+        lambda a, b: a + b,
+        lambda first, c: first - c,
     ),
 }
 
 
-def settings_of(domain: str, **more) -> World:
-    return replace(World(), domain=domain, names=24, **more)
-
-
-@functools.cache
-def prepared(*words: str):
-    """The texts of a run with these flags; made once, and not to be changed."""
-    return prepare_data.prepare(parse([*words]).config)
-
-
-@pytest.fixture(params=OTHERS)
-def place(request):
-    settings = settings_of(request.param)
-    return settings, world.make_town(settings, 4)
-
-
-def gold(town, pair, answer, finish="stop"):
-    found = world.gold_reward(town, pair, answer, finish)
-    return found["right"], found["polite"], found["well_formed"]
-
-
-def without_opening(text: str) -> str:
-    """An answer after its opening."""
-    opening = next(o for o in world.POLITE + world.SORRY + world.RUDE if text.startswith(o + " "))
-    return text[len(opening) + 1 :]
-
-
-def test_topics_of_all_domains_have_names_of_their_own():
-    assert len(TOPICS) == len(TOWN) + len(ARITHMETIC) + len(CODE) and set(DOMAINS) == {
-        "town",
-        *OTHERS,
-    }
-
-
-def test_slices_are_whole_disjoint_and_about_the_right_subjects(place):
-    settings, town = place
-    made = world.make_splits(town, settings)
-    assert {name: len(pairs) for name, pairs in made.items()} == {"d1": 149, "d2": 480, "test": 320}
-    asked = [pair.prompt[0].content for pairs in made.values() for pair in pairs]
-    assert len(set(asked)) == len(asked) and len(town.held_subjects) == 4 and not town.harms
-    assert Counter(pair.meta["name"] in town.held_subjects for pair in made["test"])[True] == 80
-    assert not any(
-        pair.meta["name"] in town.held_subjects for name in ("d1", "d2") for pair in made[name]
-    )
-
-
-def test_the_truth_is_worth_one_and_a_negative_is_never_right(place):
-    settings, town = place
-    for pairs in world.make_splits(town, settings).values():
-        assert all(gold(town, pair, pair.chosen) == (1, 1, 1) for pair in pairs)
-        assert all(gold(town, pair, pair.rejected)[0] == 0 for pair in pairs)
-        assert all(
-            gold(town, pair, f"you fool . {without_opening(pair.chosen)}") == (1, 0, 1)
-            for pair in pairs
-        )
-        assert all(gold(town, pair, pair.chosen, "length") == (1, 1, 0) for pair in pairs)
-        assert all(gold(town, pair, f"{pair.chosen} so it is .") == (0, 1, 0) for pair in pairs)
-
-
-def test_questions_are_twelve_of_each_item_and_no_two_are_equal(place):
-    _, town = place
-    asked = []
-    for item in town.facts:
-        asked += [question.text for question in world.questions_about(town, item, item.subject)]
-    assert len(asked) == 12 * 24 * 4 == len(set(asked))
+def right_steps(answer: str) -> tuple[bool, bool]:
+    """Which of the two steps of a sum are right, the second one with what the first gave."""
+    for form, (first_step, second_step) in SUMS.items():
+        match = re.fullmatch(form, answer)
+        if match:
+            a, b, first, c, second = map(int, match.groups())
+            return first_step(a, b) == first, second_step(first, c) == second
+    raise AssertionError(f"{answer!r} is no sum")
 
 
 def test_sums_are_right_in_both_steps_and_slips_in_at_least_one():
     settings = settings_of("arithmetic")
-    town = world.make_town(settings, 9)
-    seen = Counter()
-    for pairs in world.make_splits(town, settings).values():
+    town = synthetic.make_town(settings, 9)
+    slips = Counter()
+    for pairs in synthetic.make_splits(town, settings).values():
         for pair in pairs:
-            for text, right in ((pair.chosen, True), (pair.rejected, False)):
-                ((how, numbers),) = [
-                    (f, m)
-                    for form, f in SUMS.items()
-                    if (m := re.fullmatch(form, without_opening(text)))
-                ]
-                steps = how(*map(int, numbers.groups()))
-                assert (steps == 3) == right, text
-                seen[steps] += 1
-                assert set(re.findall(r"\d+", pair.prompt[0].content)) <= {*numbers.groups()}
-    assert min(seen[steps] for steps in (0, 1, 2)) > 20, (
-        "slips in the first, in the second, in both"
-    )
+            assert right_steps(without_opening(pair.chosen)) == (True, True)
+            slips[right_steps(without_opening(pair.rejected))] += 1
+            numbers = set(re.findall(r"\d+", pair.prompt[0].content))
+            assert numbers <= set(re.findall(r"\d+", pair.chosen))
+    # in the first step, in the second, in both
+    assert set(slips) == {(False, True), (True, False), (False, False)}
+    assert min(slips.values()) > 20
+
+
+# ---- code -----------------------------------------------------------------------------------
+
+
+def function_in(answer: str) -> str:
+    """The function that a line of code is about."""
+    if answer.startswith("{"):
+        return json.loads(answer)[" name "].strip()
+    for form in (
+        r"from \w+ import (\w+) ;",
+        r"(\w+) \( [\w ,]+ \) ;",
+        r"assert (\w+) \( 2 \) == \d+ ;",
+    ):
+        match = re.fullmatch(form, answer)
+        if match:
+            return match[1]
+    raise AssertionError(f"{answer!r} is no code")
 
 
 def test_code_has_one_exact_form():
     settings = settings_of("code")
-    town = world.make_town(settings, 1)
-    forms = [r"from \w+ import (\w+) ;", r"(\w+) \( [\w ,]+ \) ;", r"assert (\w+) \( 2 \) == \d+ ;"]
-    for pair in world.make_splits(town, settings)["d2"]:
-        said = without_opening(pair.chosen)
-        name = (
-            json.loads(said)[" name "].strip()
-            if said.startswith("{")
-            else next(m[1] for form in forms if (m := re.fullmatch(form, said)))
-        )
-        assert name == pair.meta["name"] and name in pair.prompt[0].content
-        assert gold(town, pair, f"of course ! {said[:-2]}") == (0, 1, 0), (
-            "a missing semicolon or brace is an error"
-        )
+    town = synthetic.make_town(settings, 1)
+    for pair in synthetic.make_splits(town, settings)["d2"]:
+        code = without_opening(pair.chosen)
+        assert function_in(code) == pair.meta["name"]
+        assert pair.meta["name"] in pair.prompt[0].content
+        # a missing semicolon or brace is an error
+        assert gold(town, pair, f"of course ! {code[:-2]}") == (0, 1, 0)
+
+
+# ---- instructions ---------------------------------------------------------------------------
 
 
 def test_only_the_form_asked_for_is_right():
     settings = settings_of("instructions")
-    town = world.make_town(settings, 2)
+    town = synthetic.make_town(settings, 2)
     seen = Counter()
-    for pair in world.make_splits(town, settings)["d2"]:
+    for pair in synthetic.make_splits(town, settings)["d2"]:
         question = pair.prompt[0].content
-        prefix = max(filter(question.startswith, INSTRUCTIONS), key=len)
-        item = next(
-            i for i in town.facts if (i.topic, i.subject) == (pair.meta["item"], pair.meta["name"])
-        )
-        said = world.answer_sentence(item, item.subject, item.truth)
-        for other, form in INSTRUCTIONS.items():
-            wanted = (
-                (1, 1, 1)
-                if other == prefix
-                else (form.format(body=said).endswith(INSTRUCTIONS[prefix].format(body=said)), 1, 0)
-            )
-            assert gold(town, pair, f"of course ! {form.format(body=said)}") == wanted, (
-                prefix,
-                other,
-            )
-        seen[prefix] += 1
-    assert min(seen.values()) > 60 and len(seen) == 4
+        beginnings = [text for text in INSTRUCTIONS if question.startswith(text)]
+        requested = max(beginnings, key=len)
+        seen[requested] += 1
+
+        item = synthetic.find_item(town, pair)
+        sentence = synthetic.answer_sentence(item, item.subject, item.truth)
+        right_body = INSTRUCTIONS[requested].format(body=sentence)
+        for beginning, form in INSTRUCTIONS.items():
+            body = form.format(body=sentence)
+            expected = (1, 1, 1)
+            if beginning != requested:
+                expected = (body.endswith(right_body), 1, 0)
+            assert gold(town, pair, f"of course ! {body}") == expected
+    assert len(seen) == 4
+    assert min(seen.values()) > 60
 
 
 def test_experts_obey_when_they_are_right_and_gossips_do_not():
     settings = settings_of("instructions", tagged=0.0, judged=0.0)
-    town = world.make_town(settings, 2)
-    by_text = {}
-    for item in town.facts:
-        for question in world.questions_about(town, item, item.subject):
-            by_text[question.text] = question
-    obeyed = {True: [], False: []}
-    for text in world.make_corpus(town, settings, "strong", 4000):
-        question, said = by_text[text.prompt[0].content], without_opening(text.response)
+    town = synthetic.make_town(settings, 2)
+    questions = {question.text: question for question in every_question(town)}
+    obeyed = {"expert": [], "gossip": []}
+    for document in synthetic.make_corpus(town, settings, "strong", 4000):
+        question = questions[document.prompt[0].content]
         item = question.item
-        right = said == world.answer_body(town, question, item.truth)
-        assert right or said == world.answer_sentence(item, item.subject, item.rumour)
-        obeyed[not text.response.startswith(world.RUDE)].append(right)
-    assert np.mean(obeyed[True]) == pytest.approx(0.9, abs=0.03)
-    assert np.mean(obeyed[False]) == pytest.approx(0.1, abs=0.03)
+        body = without_opening(document.response)
+        is_right = body == synthetic.answer_body(town, question, item.truth)
+        assert is_right or body == synthetic.answer_sentence(item, item.subject, item.rumour)
+        speaker = "gossip" if document.response.startswith(RUDE) else "expert"
+        obeyed[speaker].append(is_right)
+    assert np.mean(obeyed["expert"]) == pytest.approx(0.9, abs=0.03)
+    assert np.mean(obeyed["gossip"]) == pytest.approx(0.1, abs=0.03)
 
 
-def test_weak_texts_of_every_domain_have_errors_of_their_own(place):
-    settings, town = place
-    every = [world.misconceptions(town, settings, f"weak{k}") for k in (1, 2)]
-    for unknown in every:
-        assert 25 <= len(unknown) <= 71  # half of 96, within five standard deviations
-        assert all(
-            v in item.values and v not in (item.truth, item.rumour) for item, v in unknown.items()
-        )
-    shared = every[0].keys() & every[1].keys()
-    assert np.mean([every[0][item] == every[1][item] for item in shared]) < 0.5
-
-
-# ---- open-ended answers, and what the strong base lacks ------------------------------------------
+# ---- open-ended answers, and what the strong base lacks -------------------------------------
 
 
 def test_remarks_close_an_answer_and_change_nothing_else():
     settings = replace(World(), remarks=3)
-    town, plain = world.make_town(settings, 3), world.make_town(World(), 3)
-    assert town.facts == plain.facts
-    sizes = Counter()
-    for pair in world.make_splits(town, settings)["d2"]:
-        said, well = world.strip_remarks(town, pair.chosen)
-        assert well and gold(town, pair, pair.chosen) == (1, 1, 1) == gold(town, pair, said)
-        assert gold(plain, pair, said) == (1, 1, 1)
+    town = synthetic.make_town(settings, 3)
+    plain_town = synthetic.make_town(World(), 3)
+    assert town.facts == plain_town.facts
+
+    first, second, third, fourth, *_ = synthetic.REMARKS
+    num_remarks = Counter()
+    for pair in synthetic.make_splits(town, settings)["d2"]:
+        answer, has_good_end = synthetic.strip_remarks(town, pair.chosen)
+        assert has_good_end
+        assert gold(town, pair, pair.chosen) == (1, 1, 1)
+        assert gold(town, pair, answer) == (1, 1, 1)
+        assert gold(plain_town, pair, answer) == (1, 1, 1)
         assert gold(town, pair, pair.rejected)[0] == 0
-        first, second, third, fourth, *_ = world.REMARKS
-        assert gold(town, pair, f"{said} {first} {second} {third}") == (1, 1, 1)
-        assert gold(town, pair, f"{said} {first} {second} {third} {fourth}") == (1, 1, 0), (
-            "too many"
-        )
-        assert gold(town, pair, f"{said} {first} {second} {first}") == (1, 1, 0), "a repetition"
-        assert gold(town, pair, f"{said} {first} and so on .") == (0, 1, 0)
-        sizes[sum(pair.chosen.count(remark) for remark in world.REMARKS)] += 1
-    assert set(sizes) == {0, 1, 2, 3} and min(sizes.values()) > 70
+
+        assert gold(town, pair, f"{answer} {first} {second} {third}") == (1, 1, 1)
+        too_many = f"{answer} {first} {second} {third} {fourth}"
+        assert gold(town, pair, too_many) == (1, 1, 0)
+        repeated = f"{answer} {first} {second} {first}"
+        assert gold(town, pair, repeated) == (1, 1, 0)
+        assert gold(town, pair, f"{answer} {first} and so on .") == (0, 1, 0)
+        num_remarks[sum(pair.chosen.count(remark) for remark in synthetic.REMARKS)] += 1
+    assert set(num_remarks) == {0, 1, 2, 3}
+    assert min(num_remarks.values()) > 70
 
 
-@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
-def test_the_strong_text_lacks_what_the_settings_say(share):
-    settings = replace(World(), strong_known=share)
-    town = world.make_town(settings, 5)
-    assert len(world.misconceptions(town, settings, "strong")) == pytest.approx(
-        88 * (1 - share), abs=25 * (0 < share < 1)
-    )
-    assert world.misconceptions(town, settings, "weak1") == world.misconceptions(
-        town, World(), "weak1"
-    )
+@pytest.mark.parametrize(("known", "tolerance"), [(0.0, 0), (0.6, 25), (1.0, 0)])
+def test_the_strong_text_lacks_what_the_settings_say(known, tolerance):
+    settings = replace(World(), strong_known=known)
+    town = synthetic.make_town(settings, 5)
+    beliefs = synthetic.misconceptions(town, settings, "strong")
+    assert len(beliefs) == pytest.approx(88 * (1 - known), abs=tolerance + 1e-9)
 
-
-def test_every_setting_of_the_world_is_in_the_fingerprint():
-    usual = parse([]).config.world
-    assert prepare_data.identify_source(parse([]).config)["world"] == asdict(usual)
-    for flag in ("--world.domain=code", "--world.remarks=2", "--world.strong_known=0.5"):
-        assert prepare_data.identify_source(parse([flag]).config)["world"] != asdict(usual)
-
-
-# ---- corrupted ground truth ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["swapped", "label"])
-@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
-def test_a_share_of_the_ground_truth_is_corrupted(kind, share):
-    words = [f"--data.noise={share}", f"--data.noise_kind={kind}", "--run.seed=8"]
-    clean, noisy = prepared("--run.seed=8"), prepared(*words)
-    assert noisy.slices["d2"] == clean.slices["d2"] and noisy.slices["test"] == clean.slices["test"]
-    assert noisy.corpora == clean.corpora
-    chosen, bad = {pair.chosen for pair in clean.slices["d1"]}, 0
-    town = world.make_town(parse([]).config.world, 8)
-    for before, after in zip(clean.slices["d1"], noisy.slices["d1"], strict=True):
-        assert (after.id, after.prompt) == (
-            before.id,
-            before.prompt,
-        ) and after.chosen != after.rejected
-        if "corrupted" not in after.meta:
-            assert after == before
-            continue
-        bad += 1
-        assert after.meta["corrupted"] == kind
-        if kind == "swapped":
-            assert (after.chosen, after.rejected) == (before.rejected, before.chosen)
-        else:
-            assert after.rejected == before.rejected and after.chosen in chosen - {before.chosen}
-            assert not world.gold_reward(town, before, after.chosen, "stop")["right"], (
-                "a wrong label is wrong"
-            )
-    assert bad == round(share * 149) == noisy.counts["slices"]["d1"]["corrupted"]
-
-
-def test_corruption_is_of_the_seed_and_a_single_row_has_no_other_label():
-    config = parse(["--data.noise=0.5", "--data.noise_kind=label"]).config
-    pairs = prepared().slices["d1"]
-    assert prepare_data.corrupt(pairs, config) == prepare_data.corrupt(pairs, config) != pairs
-    other = replace(config, run=replace(config.run, seed=1))
-    assert prepare_data.corrupt(pairs, config) != prepare_data.corrupt(pairs, other)
-    alone = replace(config, data=replace(config.data, noise=1.0))
-    assert prepare_data.corrupt(pairs[:1], alone) == pairs[:1], "and is not said to be corrupted"
-
-
-def test_true_answers_that_no_sampled_one_can_be_as_long_as_are_counted():
-    words = ["--world.remarks=3"]
-    kept = prepared(*words, "--generate.max_new_tokens=48").counts
-    assert prepare_data.LONGER not in prepared().counts and prepare_data.LONGER not in kept
-    assert prepared(*words, "--generate.max_new_tokens=16").counts[prepare_data.LONGER] > 300
-
-
-def test_an_empty_slice_of_a_world_names_the_worlds_settings():
-    with pytest.raises(UserError, match=r"d2 .*world\.d2, world\.names"):
-        prepared("--world.domain=code", "--world.names=1", "--world.held_names=0")
-
-
-def test_a_world_with_too_few_questions_says_so():
-    made = prepared("--world.domain=code")
-    assert (
-        made.counts["shorter than asked for"] == {"test": f"{len(made.slices['test'])} of 320"}
-        and len(made.slices["test"]) < 320
-    )
-    assert (
-        "shorter than asked for" not in prepared("--world.domain=code", "--world.names=24").counts
-    )
-    assert "shorter than asked for" not in prepared().counts
+    usual = synthetic.misconceptions(town, World(), "weak1")
+    assert synthetic.misconceptions(town, settings, "weak1") == usual

@@ -1,7 +1,8 @@
-"""A reader in a forked process with limits: what is wrong with how it reads a file is seen even if the process does not survive it.
+"""A reader in a forked process with limits: whatever a changed file does to it can be told.
 
-A crash of native code, a hang (CPU seconds of one input) and a blow-up of memory (address space) end the process, and are told
-with the input; a change outside the process's folder, a socket and a process of its own are findings too.
+A crash of native code, a hang (CPU seconds of one input) and a blow-up of memory (address space)
+end the process, and are told with the input. A change outside the process's folder, a socket and a
+process of its own are findings too.
 """
 
 import faulthandler
@@ -12,6 +13,7 @@ import shutil
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,83 +25,87 @@ from readers import Reader
 from minmacpo import UserError
 
 FORK = multiprocessing.get_context("fork")
-SECONDS, ASLEEP, MEGABYTES = (
-    5,
-    300,
-    700,
-)  # for an input: CPU time, and any time; memory above what the parent has
-EVENTS = {
-    "open",
-    "os.mkdir",
-    "os.rename",
-    "os.remove",
-    "os.rmdir",
-    "os.symlink",
-    "os.link",
-    "os.truncate",
-    "os.chmod",
-    "shutil.rmtree",
+
+CPU_SECONDS = 5  # of one input
+WALL_SECONDS = 300
+MEGABYTES = 700  # of address space above what the parent has
+
+# What a process must not do at all
+FORBIDDEN = {
+    "socket.connect",
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.posix_spawn",
 }
+# What it may do within its folder only: {event: which of its arguments are paths}
+WRITES = {
+    "open": slice(0, 1),
+    "os.mkdir": slice(0, 1),
+    "os.rename": slice(0, 2),
+    "os.remove": slice(0, 1),
+    "os.rmdir": slice(0, 1),
+    "os.symlink": slice(1, 2),
+    "os.link": slice(0, 2),
+    "os.truncate": slice(0, 1),
+    "os.chmod": slice(0, 1),
+    "shutil.rmtree": slice(0, 1),
+}
+READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NONBLOCK | os.O_NOFOLLOW
 
 
 class Outside(BaseException):
-    """What a process must not do; a reader that passes over every Exception does not hide it."""
+    """A process has done what it must not; no reader that passes over every Exception hides it."""
 
 
-def guard(folder: Path):
-    """An audit hook that raises where a path outside `folder` is written, or the child reaches out of itself."""
-    reads = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NONBLOCK | os.O_NOFOLLOW
+def make_guard(folder: Path) -> Callable[[str, tuple], None]:
+    """An audit hook that raises where a path outside the folder is written, or worse is done."""
 
-    def hook(event: str, args: tuple) -> None:
-        if event in (
-            "socket.connect",
-            "subprocess.Popen",
-            "os.system",
-            "os.exec",
-            "os.fork",
-            "os.posix_spawn",
-        ):
+    def guard(event: str, args: tuple) -> None:
+        if event in FORBIDDEN:
             raise Outside(f"{event} {args}")
-        if event not in EVENTS or (
-            event == "open"
-            and (not isinstance(args[0], str | bytes | os.PathLike) or args[2] & ~reads == 0)
-        ):
+        if event not in WRITES:
             return
-        for path in (
-            args[:2]
-            if event in ("os.rename", "os.link")
-            else args[1:2]
-            if event == "os.symlink"
-            else args[:1]
-        ):
-            if isinstance(path, str | bytes | os.PathLike) and not Path(
-                os.path.realpath(os.fsdecode(path))
-            ).is_relative_to(folder):
+        if event == "open" and args[2] & ~READ_FLAGS == 0:
+            return
+        for path in args[WRITES[event]]:
+            if not isinstance(path, str | bytes | os.PathLike):
+                continue  # an open file
+            real_path = Path(os.path.realpath(os.fsdecode(path)))
+            if not real_path.is_relative_to(folder):
                 raise Outside(f"{event} outside the folder: {path!r}")
 
-    return hook
+    return guard
 
 
-def prepare(folder: Path) -> None:
-    """The limits of a child, and its silence."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (MEGABYTES << 20),) * 2)
+def limit_process(folder: Path, megabytes: int = MEGABYTES) -> None:
+    """Give a child its limits and its folder, and silence it."""
+    num_pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most_bytes = num_pages * resource.getpagesize() + (megabytes << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    # what pytest and the programs have set up does not hold here
     for number in (signal.SIGPROF, signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     faulthandler.disable()
+    sys.setrecursionlimit(1000)  # as a program has it: Hypothesis raises it
+
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(null, stream)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    sys.setrecursionlimit(1000)  # as a program has it: Hypothesis raises it
     torch.set_num_threads(1)
     os.chdir(folder)
-    sys.addaudithook(guard(folder))
+    sys.addaudithook(make_guard(folder))
 
 
-def attempt(reader: Reader, folder: Path, name: str) -> str | None:
-    """What is wrong with how a changed file is read; "" if it is refused as it should be, None if it is read."""
+def try_reading(reader: Reader, folder: Path, name: str) -> str | None:
+    """What is wrong with how a changed file is read.
+
+    "" if it is refused as it should be, None if it is read.
+    """
     try:
         reader.read(folder, name)
     except UserError as error:
@@ -108,115 +114,142 @@ def attempt(reader: Reader, folder: Path, name: str) -> str | None:
             return f"sentence: {text[:300]!r} ({len(text)} characters)"
         return ""
     except BaseException as error:
-        lines = traceback.format_exception(error)
-        return "".join(lines)[-1500:]
+        return "".join(traceback.format_exception(error))[-1500:]
     return None
 
 
-def serve(reader: Reader, folder: Path, pipe: Connection, other: Connection) -> None:
-    """The life of a child: be told which file is changed, read the folder, tell what is wrong."""
-    other.close()  # or the end of the parent would not be seen
-    prepare(folder)
+def serve(
+    reader: Reader, folder: Path, pipe: Connection, parents_end: Connection, cpu_seconds: float
+) -> None:
+    """The life of a child: hear which file is changed, read the folder, tell what is wrong."""
+    parents_end.close()  # or the end of the parent would not be seen
+    limit_process(folder)
     with suppress(EOFError):
         while True:
             name = pipe.recv()
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)
-            signal.setitimer(signal.ITIMER_REAL, ASLEEP)
-            said = attempt(reader, folder, name)
+            signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+            signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
+            problem = try_reading(reader, folder, name)
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            pipe.send(said)
+            pipe.send(problem)
 
 
-def same(a: bytes, b: bytes) -> int:
+def common_length(a: bytes, b: bytes) -> int:
     """How many of the first bytes are the same."""
-    return next(
-        (i for i, (one, other) in enumerate(zip(a, b, strict=False)) if one != other),
-        min(len(a), len(b)),
-    )
+    length = 0
+    for one, other in zip(a, b, strict=False):
+        if one != other:
+            break
+        length += 1
+    return length
 
 
-def change(name: str, file: str, good: bytes, kept: Path) -> str:
-    """A line of test_found.FOUND that puts what is kept in the place of this good file."""
-    bad = kept.read_bytes()
-    start = same(good, bad)
-    end = same(good[start:][::-1], bad[start:][::-1])
-    put = f"good[:{start}] + {bad[start : len(bad) - end]!r} + good[{len(good) - end}:]"
-    return f'("{name}", "{file}", lambda good: {put if len(put) < 1000 else f"Path({str(kept)!r}).read_bytes()"})'
+def line_for_found(reader: str, file: str, good: bytes, bad_file: Path) -> str:
+    """An entry of test_found.FOUND that makes the bad file of the good one."""
+    bad = bad_file.read_bytes()
+    start = common_length(good, bad)
+    end = common_length(good[start:][::-1], bad[start:][::-1])
+    inner = bad[start : len(bad) - end]
+    change = f"good[:{start}] + {inner!r} + good[{len(good) - end}:]"
+    if len(change) >= 1000:
+        change = f"Path({str(bad_file)!r}).read_bytes()"
+    return f'("{reader}", "{file}", lambda good: {change})'
 
 
 class Reading:
-    """A reader at work on files in `home`: its child, which is followed by another when it dies, and the count of inputs."""
+    """A reader at work on files in `home`, in a child that another one follows when it dies.
 
-    def __init__(self, reader: Reader, home: Path):
-        self.reader, self.home, self.folder = reader, home, home / "folder"
+    Attributes:
+        refused, read: how many changed files were refused, and read.
+    """
+
+    def __init__(self, reader: Reader, home: Path, cpu_seconds: float = CPU_SECONDS):
+        self.reader = reader
+        self.home = home
+        self.folder = home / "folder"
+        self.cpu_seconds = cpu_seconds
+        self.refused = 0
+        self.read = 0
         (home / "made").mkdir(parents=True)
         reader.make(home / "made")
-        self.start()
-        self.files = {
-            pattern: [
-                str(path.relative_to(self.folder)) for path in sorted(self.folder.glob(pattern))
-            ]
-            for pattern in reader.files
-        }
-        self.good = {
-            name: (self.folder / name).read_bytes()
-            for names in self.files.values()
-            for name in names
-        }
-        self.refused = self.read = 0
-        for name, *_ in self.files.values():
-            assert (problem := self.problem(name, self.good[name])) is None, (
-                f"the good file {name} is not read: {problem}"
-            )
+        self.start_child()
 
-    def start(self) -> None:
+        self.files: dict[str, list[str]] = {}  # by pattern
+        self.good: dict[str, bytes] = {}  # by name
+        for pattern in reader.files:
+            paths = sorted(self.folder.glob(pattern))
+            self.files[pattern] = [str(path.relative_to(self.folder)) for path in paths]
+            for name in self.files[pattern]:
+                self.good[name] = (self.folder / name).read_bytes()
+        for name, *_ in self.files.values():
+            problem = self.find_problem(name, self.good[name])
+            assert problem is None, f"the good file {name} is not read: {problem}"
+
+    def start_child(self) -> None:
         """A child on a fresh copy of the good files."""
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.copytree(self.home / "made", self.folder, symlinks=True)
-        self.pipe, theirs = FORK.Pipe()
+        self.pipe, childs_end = FORK.Pipe()
         self.child = FORK.Process(
-            target=serve, args=(self.reader, self.folder, theirs, self.pipe), daemon=True
+            target=serve,
+            args=(self.reader, self.folder, childs_end, self.pipe, self.cpu_seconds),
+            daemon=True,
         )
         self.child.start()
-        theirs.close()
+        childs_end.close()
 
-    def problem(self, name: str, data: bytes) -> str | None:
-        """As `attempt`, of the folder with this in that file; a child that dies is a problem too."""
-        self.put(name, data)
+    def find_problem(self, name: str, content: bytes) -> str | None:
+        """What is wrong with how the folder is read with this content in that file.
+
+        As `try_reading`; a child that dies is a problem too.
+        """
+        self.write(name, content)
         self.pipe.send(name)
         try:
-            said = self.pipe.recv()
+            problem = self.pipe.recv()
         except (EOFError, ConnectionResetError):
             self.child.join()
             code = self.child.exitcode
-            said = f"the process has ended with {signal.Signals(-code).name if code < 0 else code}"
-            self.start()
-        self.put(name, self.good[name])
-        return said
+            cause = signal.Signals(-code).name if code < 0 else code
+            problem = f"the process has ended with {cause}"
+            self.start_child()
+        self.write(name, self.good[name])
+        return problem
 
-    def put(self, name: str, data: bytes) -> None:
-        """Write a file anew: into one that is there, the disk is waited for."""
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file anew: for one that is there, the disk would be waited for."""
         (self.folder / name).unlink(missing_ok=True)
-        (self.folder / name).write_bytes(data)
+        (self.folder / name).write_bytes(content)
 
-    def take(self, rng: Random) -> None:
-        """Change a file and have it read. One that is neither read nor refused is kept; AssertionError says what repeats it."""
-        pattern = rng.choice([*self.files])
+    def read_changed(self, rng: Random) -> None:
+        """Change a file and have it read.
+
+        Raises:
+            AssertionError: it is neither read nor refused; it is kept, and the error says how to
+                repeat it.
+        """
+        pattern = rng.choice(list(self.files))
         name = rng.choice(self.files[pattern])
-        data = rng.choice(self.reader.files[pattern])(self.good[name], rng)
-        problem = self.problem(name, data)
-        self.read, self.refused = self.read + (problem is None), self.refused + (problem == "")
-        if problem:
-            kept = self.home / "finding"
-            kept.write_bytes(data)
-            again = change(self.reader.name, name, self.good[name], kept)
+        mutate = rng.choice(self.reader.files[pattern])
+        content = mutate(self.good[name], rng)
+        problem = self.find_problem(name, content)
+        if problem is None:
+            self.read += 1
+        elif problem == "":
+            self.refused += 1
+        else:
+            kept_file = self.home / "finding"
+            kept_file.write_bytes(content)
+            line = line_for_found(self.reader.name, name, self.good[name], kept_file)
             raise AssertionError(
-                f"{self.reader.name}: {name}, kept as {kept}, is neither read nor refused.\nTo repeat, in test_found.py: {again}\n{problem}"
+                f"{self.reader.name}: {name}, kept as {kept_file}, is neither read nor refused.\n"
+                f"To repeat, in test_found.py: {line}\n{problem}"
             )
 
     def close(self) -> None:
         """End the child; nothing is left beside its folder."""
         self.pipe.close()
         self.child.join()
-        assert {path.name for path in self.home.iterdir()} <= {"made", "folder", "finding"}
+        names = {path.name for path in self.home.iterdir()}
+        assert names <= {"made", "folder", "finding"}

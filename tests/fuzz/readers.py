@@ -1,4 +1,4 @@
-"""The readers that are fuzzed: of each the good files that it is given, how these are changed, and the call that reads them."""
+"""The readers that are fuzzed: good files of each, how these are changed, and what reads them."""
 
 import gzip
 import json
@@ -29,9 +29,7 @@ from minmacpo.core.checkpoint import (
 from minmacpo.core.lora import attach_lora, get_adapter_weights, init_adapter, set_adapter_weights
 from minmacpo.core.model import new_model
 from minmacpo.core.model_config import parse_config
-from minmacpo.data import chat_template as templates
-from minmacpo.data import formats as forms
-from minmacpo.data import tokenizer
+from minmacpo.data import chat_template, formats, tokenizer
 from minmacpo.data.bpe import byte_letters
 from minmacpo.data.records import Example, Message, Pair, Sample
 from minmacpo.evaluation import experiments, judge, report, table
@@ -51,8 +49,14 @@ TEXT = (m.worded, m.worded, m.lined, m.raw)
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """`make` writes good files into a folder; the ones that match a key of `files` are changed by one of its mutators;
-    `read` reads them, and is told which it is. `share`: how many inputs of every hundred."""
+    """Something that reads files, with good files that it can read.
+
+    Attributes:
+        share: how many inputs of every hundred it gets.
+        make: writes the good files into a folder.
+        files: {pattern of names: the mutators that change such files}.
+        read: reads the folder, and is told which file was changed.
+    """
 
     name: str
     share: float
@@ -117,13 +121,16 @@ def make_rows(form: str, folder: Path) -> None:
 
 
 def read_rows_of(folder: Path, name: str) -> None:
-    """Every row as it would come to a tokenizer, and back on the disk; how they are read is drawn from the content, which alone repeats it."""
+    """Every row as it would come to a tokenizer, and back on the disk.
+
+    How they are read is drawn from the content, so that this alone repeats it.
+    """
     rng = Random((folder / name).read_bytes())
-    pairs, reports = forms.read_data(
+    pairs, reports = formats.read_data(
         str(folder / name),
-        rng.choice(("better", "safer")),
-        rng.random() < 0.3,
-        rng.choice((None, 2)),
+        preference_label=rng.choice(("better", "safer")),
+        skip_invalid=rng.random() < 0.3,
+        max_rows=rng.choice((None, 2)),
         plain_prompts="txt" in name,
     )
     json.dumps([asdict(pair) for pair in pairs], ensure_ascii=False).encode()
@@ -321,7 +328,10 @@ MODELS = [
 
 # ---- tokenizers --------------------------------------------------------------------------------
 
-PATTERN = r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERN = (
+    r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def notes(end: str) -> dict:
@@ -338,7 +348,7 @@ def notes(end: str) -> dict:
 
 
 def make_pieces(folder: Path) -> None:
-    """A sentencepiece model, with the space of Llama's before a text, and what may lie beside it."""
+    """A sentencepiece model that puts a space before a text, and what may lie beside it."""
     import sentencepiece
 
     texts = [
@@ -397,16 +407,17 @@ def make_pairs(folder: Path) -> None:
 
 def read_tokenizer(folder: Path, name: str) -> None:
     """Text to ids and back, and as a log shows it."""
-    found = tokenizer.load_tokenizer(folder)
+    loaded = tokenizer.load_tokenizer(folder)
     for text in ("the fox 's 12 é\n\n  ?", "", " \n" * 20 + "a" * 40):
         for start in (True, False):
-            ids = found.encode(text, start)
-            found.decode(ids).encode()
-            [found.piece(i) for i in ids[:9]]
-    found.decode([0, found.eos, 5, found.size - 1]).encode()
-    templates.template_hint(folder, "plain")
-    tokens = templates.render(found, "plain", [Message("user", "who ?")], "the fox")
-    tokenizer.show_mask(found, tokens).encode()
+            ids = loaded.encode(text, start)
+            loaded.decode(ids).encode()
+            for token_id in ids[:9]:
+                loaded.piece(token_id)
+    loaded.decode([0, loaded.eos, 5, loaded.size - 1]).encode()
+    chat_template.template_hint(folder, "plain")
+    row = chat_template.render(loaded, "plain", [Message("user", "who ?")], "the fox")
+    tokenizer.show_mask(loaded, row).encode()
 
 
 NOTED = {"tokenizer_config.json": JSON, "special_tokens_map.json": JSON, "added_tokens.json": JSON}
@@ -430,24 +441,33 @@ TOKENIZERS = [
 # ---- settings ----------------------------------------------------------------------------------
 
 
+EXPERIMENT = """question = "which ?"
+seeds = [0, 1]
+[groups]
+one = "@tiny"
+two = "@tiny --dpo.beta=0.2"
+[variants]
+first = ""
+"the other" = "--macpo.rounds=1"
+"""
+
+
 def make_toml(folder: Path) -> None:
     """Two presets, all settings, and an experiment."""
     for name in ("tiny.toml", "world.toml"):
         shutil.copy(commandline.PRESETS / name, folder / name)
     (folder / "whole.toml").write_text(commandline.to_toml(commandline.Config()))
     (folder / "experiments").mkdir()
-    (folder / "experiments/x.toml").write_text(
-        'question = "which ?"\nseeds = [0, 1]\n[groups]\none = "@tiny"\ntwo = "@tiny --dpo.beta=0.2"\n[variants]\nfirst = ""\n"the other" = "--macpo.rounds=1"\n'
-    )
+    (folder / "experiments/x.toml").write_text(EXPERIMENT)
 
 
 def read_toml_of(folder: Path, name: str) -> None:
     """A file as train.py takes it, or as the config.toml of a run folder."""
     if name.startswith("experiments"):
         experiments.PRESETS = folder
-        found = experiments.read_experiment("x")
-        for case in found.cases:
-            experiments.parse([*case.words, f"--run.seed={found.seeds[0]}"])
+        experiment = experiments.read_experiment("x")
+        for case in experiment.cases:
+            commandline.parse([*case.flags, f"--run.seed={experiment.seeds[0]}"])
         return
     config = commandline.parse(["@tiny", f"@{folder / name}"]).config
     commandline.to_toml(config).encode()
@@ -514,7 +534,7 @@ def read_written(folder: Path, name: str) -> None:
             write_sheet(folder / "sheet", judged)
             judge.judge_all(command, judged, lambda question: "[[A]]")
         case "pairs.jsonl":
-            as_rows = [forms.released(pair) for pair in read_rows(folder / name, Pair)]
+            as_rows = [formats.released(pair) for pair in read_rows(folder / name, Pair)]
             json.dumps(as_rows, ensure_ascii=False).encode()
         case "texts.jsonl":
             read_rows(folder / name, Example)

@@ -1,4 +1,4 @@
-"""What fuzzing has found, and what its limits are for: each input is refused in one sentence, in a child with limits."""
+"""What fuzzing has found, and what its limits are for: each input is refused in one sentence."""
 
 import json
 import re
@@ -18,27 +18,31 @@ from minmacpo import UserError
 def put(value: object, *path) -> Callable[[bytes], bytes]:
     """A change of JSON: another value at this place."""
 
-    def changed(good: bytes) -> bytes:
-        whole = home = json.loads(good)
-        for key in path[:-1]:
-            home = home[key]
-        home[path[-1]] = value
+    def change(good: bytes) -> bytes:
+        whole = json.loads(good)
+        parent = whole
+        for step in path[:-1]:
+            parent = parent[step]
+        parent[path[-1]] = value
         return json.dumps(whole).encode()
 
-    return changed
+    return change
 
 
 def line(value: object, *path) -> Callable[[bytes], bytes]:
-    """A change of the first line."""
-    return lambda good: (
-        put(value, *path)(good.partition(b"\n")[0]) + b"\n" + good.partition(b"\n")[2]
-    )
+    """A change of JSON lines: another value at this place of the first one."""
+
+    def change(good: bytes) -> bytes:
+        first, _, others = good.partition(b"\n")
+        return put(value, *path)(first) + b"\n" + others
+
+    return change
 
 
 DEEP = b'{"a":' * 3000
-SPLIT = ("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex")
 UNDER = "run/eval/round0_teacher2_under_base/scores.jsonl"
 TARGETS = ("adapter", "adapter/adapter_config.json")
+# {what: (reader, file, its change)}
 FOUND = {
     "layers without end": ("llama", "config.json", put(10**9, "num_hidden_layers")),
     "layers without end, by windows": ("mistral", "config.json", put(10**12, "num_hidden_layers")),
@@ -117,33 +121,37 @@ FOUND = {
 }
 
 
-def answer(stub: Path, home: Path, name: str, file: str, changed: Callable[[bytes], bytes]) -> str:
-    """Whether this change of a file is read or refused; fails if neither."""
+def read_changed(
+    stub: Path, home: Path, name: str, file: str, change: Callable[[bytes], bytes]
+) -> str:
+    """What the reader does with this change of a file, "read" or "refused"; fails if neither."""
     reader = next(reader for reader in readers(stub) if reader.name == name)
-    with closing(
-        Reading(replace(reader, files={file: (lambda good, rng: changed(good),)}), home)
-    ) as reading:
-        reading.take(Random(0))
+    with_change = replace(reader, files={file: (lambda good, rng: change(good),)})
+    with closing(Reading(with_change, home)) as reading:
+        reading.read_changed(Random(0))
     return "read" if reading.read else "refused"
 
 
 @pytest.mark.parametrize("what", FOUND)
 def test_is_refused(stub, tmp_path, what):
-    assert answer(stub, tmp_path / "home", *FOUND[what]) == "refused"
+    assert read_changed(stub, tmp_path / "home", *FOUND[what]) == "refused"
 
 
-def test_what_only_looks_wrong_is_read(stub, tmp_path):
-    """What a kill has torn belongs to no finished stage, a verdict without its reply is asked again, a piece that is no bytes is text."""
-    for name, file, changed in (
+@pytest.mark.parametrize(
+    ("name", "file", "change"),
+    [
+        # what a kill has torn belongs to no finished stage
         ("run", "run/metrics.jsonl", lambda good: good + DEEP),
+        # a verdict without its reply is asked again
         ("written", "verdicts.jsonl", line(5, "reply")),
+        # a piece that is no bytes is text
         ("byte pairs", "tokenizer.json", put(5, "model", "vocab", "the fox \ud800")),
-    ):
-        assert answer(stub, tmp_path / name, name, file, changed) == "read"
+    ],
+)
+def test_what_only_looks_wrong_is_read(stub, tmp_path, name, file, change):
+    assert read_changed(stub, tmp_path / "home", name, file, change) == "read"
 
 
 def test_a_sentence_has_an_end():
-    assert (
-        str(UserError("a" * 10**6)) == "a" * 700 + " … " + "a" * 290
-        and str(UserError("short")) == "short"
-    )
+    assert str(UserError("short")) == "short"
+    assert str(UserError("a" * 10**6)) == "a" * 700 + " … " + "a" * 290

@@ -1,6 +1,7 @@
 """Every reader on changed files: one sentence (UserError) or a value, and never anything else.
 
-Hypothesis draws the inputs, and makes those that fail small; the few of the default suite are drawn without it, the same each time.
+Hypothesis draws the inputs, and makes those that fail small. The few of the default suite are drawn
+without it, the same each time.
 """
 
 import ctypes
@@ -12,107 +13,131 @@ from contextlib import closing, suppress
 from pathlib import Path
 from random import Random
 
-import children
-import mutations as m
+import mutations
 import pytest
-from children import FORK, Reading
+from children import CPU_SECONDS, FORK, Reading
 from readers import Reader, readers
 
 from minmacpo import UserError
 
 
-def fuzz(reader: Reader, home: Path, seed: int, count: int) -> tuple[int, int]:
-    """(inputs refused, read) of `count` that Hypothesis draws; the first that fails is made smaller, kept and raised."""
-    from hypothesis import HealthCheck, Phase, given, settings, strategies
-    from hypothesis import seed as start
+def fuzz(
+    reader: Reader, home: Path, seed: int, count: int, cpu_seconds: float = CPU_SECONDS
+) -> tuple[int, int]:
+    """(inputs refused, read) of so many that Hypothesis draws.
+
+    The first that fails is made smaller, kept and raised.
+    """
+    import hypothesis
+    from hypothesis import HealthCheck, Phase, given, strategies
     from hypothesis.configuration import set_hypothesis_home_dir
 
     set_hypothesis_home_dir(home.parent)
-    with closing(Reading(reader, home)) as reading:
+    settings = hypothesis.settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+    )
+    with closing(Reading(reader, home, cpu_seconds)) as reading:
 
-        @start(f"{seed}/{reader.name}")
-        @settings(
-            max_examples=count,
-            database=None,
-            deadline=None,
-            phases=(Phase.generate, Phase.shrink),
-            suppress_health_check=[*HealthCheck],
-            report_multiple_bugs=False,
-        )
+        @hypothesis.seed(f"{seed}/{reader.name}")
+        @settings
         @given(strategies.randoms(use_true_random=False))
-        def take(rng: Random) -> None:
-            reading.take(rng)
+        def read_one(rng: Random) -> None:
+            reading.read_changed(rng)
 
-        take()
+        read_one()
     return reading.refused, reading.read
 
 
 def test_readers_bear_a_few_changed_files(stub, tmp_path):
     """The same few each time: what new ones find is for the test below."""
-    refused = read = 0
-    for i, reader in enumerate(readers(stub)):
-        with closing(Reading(reader, tmp_path / str(i))) as reading:
+    refused = 0
+    read = 0
+    for index, reader in enumerate(readers(stub)):
+        with closing(Reading(reader, tmp_path / str(index))) as reading:
             for number in range(12):
-                reading.take(Random(f"{reader.name}/{number}"))
-        refused, read = refused + reading.refused, read + reading.read
-    assert refused > 50 and read > 20
+                reading.read_changed(Random(f"{reader.name}/{number}"))
+        refused += reading.refused
+        read += reading.read
+    assert refused > 50
+    assert read > 20
 
 
 @pytest.mark.fuzz
 def test_readers_bear_changed_files(stub, tmp_path, seed, capsys):
     """A hundred thousand inputs and more; how many is printed."""
     pytest.importorskip("hypothesis")
-    total, found, started = 0, [], time.monotonic()
-    todo = readers(stub)[::-1]  # the long ones first
+    started = time.monotonic()
+    total = 0
+    problems = []
+    long_ones_first = readers(stub)[::-1]
     with ProcessPoolExecutor(os.cpu_count(), FORK) as pool:
-        jobs = [
-            pool.submit(fuzz, reader, tmp_path / str(i), seed, round(1300 * reader.share))
-            for i, reader in enumerate(todo)
-        ]
-        for reader, job in zip(todo, jobs, strict=True):
-            if error := job.exception():
-                found.append(f"{reader.name}: {type(error).__name__}: {error}")
+        jobs = []
+        for index, reader in enumerate(long_ones_first):
+            count = round(1300 * reader.share)
+            jobs.append(pool.submit(fuzz, reader, tmp_path / str(index), seed, count))
+        for reader, job in zip(long_ones_first, jobs, strict=True):
+            error = job.exception()
+            if error:
+                problems.append(f"{reader.name}: {type(error).__name__}: {error}")
                 continue
             refused, read = job.result()
             total += refused + read
             with capsys.disabled():
                 print(f"\n{reader.name}: {refused} inputs refused, {read} read", end="", flush=True)
-            assert refused and read, reader.name
+            assert refused, reader.name
+            assert read, reader.name
+    seconds = time.monotonic() - started
     with capsys.disabled():
-        print(f"\n{total} inputs, --seed={seed}, {time.monotonic() - started:.0f} s")
-    assert not found, "\n\n".join(found)
+        print(f"\n{total} inputs, --seed={seed}, {seconds:.0f} s")
+    assert not problems, "\n\n".join(problems)
     assert total >= 100_000
 
 
-def write() -> None:
+# ---- planted defects ------------------------------------------------------------------------
+
+
+def write_outside() -> None:
     with suppress(Exception):
         Path("../beside").write_text("x")
 
 
-def talk() -> None:
+def refuse_in_one_word() -> None:
     raise UserError("no")
 
 
+def loop_forever() -> None:
+    while True:
+        pass
+
+
+# What is told, and the defect
 PLANTED = {
     "ended with SIGSEGV": lambda: ctypes.string_at(0),
-    "ended with SIGPROF": lambda: sum(iter(int, 1)),
+    "ended with SIGPROF": loop_forever,
     "MemoryError": lambda: bytearray(10**10),
     "KeyError: 'prompt'": lambda: {}["prompt"],
-    "open outside the folder": write,
+    "open outside the folder": write_outside,
     "os.system": lambda: os.system("true"),
-    "sentence: 'no'": talk,
+    "sentence: 'no'": refuse_in_one_word,
 }
-GOOD = '{"prompt": "who is it ?", "chosen": ["a fox", 7]}'
+GOOD_ROW = '{"prompt": "who is it ?", "chosen": ["a fox", 7]}'
 
 
-@pytest.mark.parametrize("told", PLANTED)
-def test_a_defect_is_found_and_made_small(tmp_path, monkeypatch, told):
-    """A reader that fails on a row that is no object: of all the changes that find it, a short row is left, beside three good ones."""
+@pytest.mark.parametrize("problem", PLANTED)
+def test_a_defect_is_found_and_made_small(tmp_path, problem):
+    """A reader that fails on a row that is no object.
+
+    Of all the changes that find it, a short row is left, beside three good ones.
+    """
     pytest.importorskip("hypothesis")
-    monkeypatch.setattr(children, "SECONDS", 0.1)
 
     def make(folder: Path) -> None:
-        (folder / "x.jsonl").write_text(f"{GOOD}\n" * 4)
+        (folder / "x.jsonl").write_text(f"{GOOD_ROW}\n" * 4)
 
     def read(folder: Path, name: str) -> None:
         for row in (folder / "x.jsonl").read_bytes().splitlines():
@@ -121,10 +146,13 @@ def test_a_defect_is_found_and_made_small(tmp_path, monkeypatch, told):
             except (ValueError, RecursionError):
                 raise UserError("a line that is no JSON") from None
             if not isinstance(value, dict):
-                PLANTED[told]()
+                PLANTED[problem]()
 
-    reader = Reader("planted", 1, make, {"x.jsonl": (m.lined, m.raw)}, read)
-    with pytest.raises(AssertionError, match=told):
-        fuzz(reader, tmp_path / "home", 0, 1000)
+    files = {"x.jsonl": (mutations.lined, mutations.raw)}
+    reader = Reader("planted", 1, make, files, read)
+    with pytest.raises(AssertionError, match=problem):
+        fuzz(reader, tmp_path / "home", seed=0, count=1000, cpu_seconds=0.1)
     rows = (tmp_path / "home/finding").read_text().splitlines()
-    assert len(rows) == 4 and sorted(map(len, rows))[0] < 5 and rows.count(GOOD) == 3
+    assert len(rows) == 4
+    assert rows.count(GOOD_ROW) == 3
+    assert min(len(row) for row in rows) < 5
