@@ -238,11 +238,14 @@ def test_answers_that_fill_free_places_are_those_of_blocks(quick):
     assert generate.refilled(quick, "fp32")["equal"] == "64 of 64 texts"
 
 
-def test_profiles_add_up(quick, monkeypatch):
+def test_the_profile_of_a_decode_step_is_told(quick, monkeypatch):
     monkeypatch.setattr(generate, "milliseconds", lambda call, times=20: call() is None or 1.0)
     text = generate.paragraph(generate.decode_profile(quick, "fp32"))
     assert text.startswith("One decode step (fp32, 16 rows, position 192)")
 
+
+@pytest.mark.slow
+def test_the_profile_of_a_training_step_adds_up(quick):
     row, note = profile.measure(quick, "fp32", trace=None)
     shares = [row["own"][part] for part in (*profile.PARTS, "the rest")]
     assert sum(shares) == pytest.approx(1, abs=0.01)
