@@ -29,9 +29,10 @@ import train
 from minmacpo import UserError
 from minmacpo.config.schema import Lora
 from minmacpo.core.lora import attach_lora, init_adapter
-from minmacpo.core.losses import PreferenceLoss, SFTLoss
+from minmacpo.core.losses import PreferenceLoss
 from minmacpo.core.sampling import SamplingParams, generate
 from minmacpo.core.scoring import score
+from minmacpo.core.sft_loss import SFTLoss
 from minmacpo.core.trainer import OptimizerConfig, TrainerHooks, TrainExample, ignore, train_step
 from minmacpo.core.trainer import train as train_model
 from minmacpo.data.tokenizer import Tokens

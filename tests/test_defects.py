@@ -18,12 +18,12 @@ from runs import copy_run, invoke, write_stub
 from minmacpo import UserError
 from minmacpo.core import losses, trainer
 from minmacpo.core.lora import disable_adapter
-from minmacpo.core.losses import StepTotals
+from minmacpo.core.sft_loss import StepTotals
 from minmacpo.data import chat_template
 from minmacpo.data.tokenizer import Tokens
 from minmacpo.evaluation import measure
 from minmacpo.method import agents, macpo, selection
-from minmacpo.pipeline import train_stage
+from minmacpo.pipeline import preference_stage
 from minmacpo.pipeline.model_pool import ModelPool
 from minmacpo.pipeline.run import Run
 
@@ -50,14 +50,14 @@ def filter_takes_the_highest(patch: Patch) -> None:
 
 
 def sides_swapped(patch: Patch) -> None:
-    good = train_stage.pair_example
+    good = preference_stage.pair_example
 
     def pair_example(loaded, pair):
         example = good(loaded, pair)
         rows = example.rows[::-1]
         return replace(example, rows=rows, reference_logps=example.reference_logps[::-1])
 
-    patch.setattr(train_stage, "pair_example", pair_example)
+    patch.setattr(preference_stage, "pair_example", pair_example)
 
 
 def reference_is_the_start(patch: Patch) -> None:

@@ -23,10 +23,11 @@ from minmacpo.core.lora import (
     lora_params,
     set_adapter_weights,
 )
-from minmacpo.core.losses import PreferenceLoss, SFTLoss
+from minmacpo.core.losses import PreferenceLoss
 from minmacpo.core.model import Transformer, new_model
 from minmacpo.core.model_config import ModelConfig
 from minmacpo.core.scoring import score
+from minmacpo.core.sft_loss import SFTLoss
 from minmacpo.core.trainer import TrainExample, train_step
 from minmacpo.data.tokenizer import Tokens
 

@@ -1,24 +1,23 @@
-"""Losses of supervised fine-tuning and of preference pairs, with the metrics that are logged.
+"""Losses of preference pairs, with the metrics that are logged.
 
 A preference loss is a function of `PairLogps`. To add one, write it, put it into PREFERENCE_LOSSES,
 and add its name and settings to LOSS_SETTINGS in config/schema.py: `--dpo.loss=NAME` then trains
 with it.
 
-Shapes: B pairs, in a batch of 2B rows (row 2i is chosen, row 2i + 1 rejected); N trained tokens.
+Shapes: B pairs, in a batch of 2B rows (row 2i is chosen, row 2i + 1 rejected).
 A log-probability of an answer is summed over its tokens, its end token included, in fp32, in nats.
 """
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minmacpo.core.batching import Batch
-from minmacpo.kernels.fused_logps import masked_logps, sequence_logps
+from minmacpo.core.sft_loss import LossOutput, StepTotals
+from minmacpo.kernels.fused_logps import sequence_logps
 
 # --- Losses on preference pairs
 
@@ -139,53 +138,7 @@ def implicit_rewards(logps: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
     return (beta * chosen).detach(), (beta * rejected).detach()
 
 
-# --- What is trained: a loss called on a batch of the step
-
-
-@dataclass(frozen=True, slots=True)
-class StepTotals:
-    """What a whole optimiser step holds.
-
-    Every micro-batch divides by these, so that their gradients add up to those of one large batch.
-    """
-
-    examples: int
-    tokens: int  # trained ones
-    progress: float = 1.0  # how much of the training is done before this step, 0 to 1
-
-
-# The loss of a micro-batch, and by name its part of each metric's mean over the step
-LossOutput = tuple[Tensor, dict[str, Tensor]]
-
-
-def sft_loss(logps: Tensor, tokens: int) -> Tensor:
-    """Cross-entropy (): minus the sum of logps (N,) over `tokens`, the step's trained tokens."""
-    return -logps.sum() / tokens
-
-
-@dataclass(frozen=True, slots=True)
-class SFTLoss:
-    """Cross-entropy per trained token of the whole step.
-
-    With `confidence` > 0 a part of it is towards the model's own likeliest token. That part grows
-    to `confidence` over the first fifth of the steps: the auxiliary confidence loss of Burns et al.
-    2023.
-    """
-
-    compiled: bool = False
-    confidence: float = 0.0
-    metric_names: ClassVar[tuple[str, ...]] = ("loss",)
-
-    def __call__(self, model, batch: Batch, totals: StepTotals) -> LossOutput:
-        confidence_weight = None
-        if self.confidence:
-            weight = self.confidence * min(1.0, totals.progress / 0.2)
-            confidence_weight = torch.tensor(weight, device=batch.tokens.device)
-        logps, _ = masked_logps(
-            model, batch.tokens, batch.mask, self.compiled, confidence_weight, batch.packed
-        )
-        loss = sft_loss(logps, totals.tokens)
-        return loss, {"loss": loss.detach()}
+# --- What is trained
 
 
 @dataclass(frozen=True, slots=True)

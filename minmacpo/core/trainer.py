@@ -29,7 +29,7 @@ from minmacpo.core.batching import (
     steps_per_epoch,
 )
 from minmacpo.core.checkpoint import load_state, save_state
-from minmacpo.core.losses import LossOutput, StepTotals
+from minmacpo.core.sft_loss import LossOutput, StepTotals
 from minmacpo.data.tokenizer import Tokens
 from minmacpo.runtime.device import peak_mb
 from minmacpo.runtime.distributed import SINGLE_PROCESS, Distributed

@@ -13,10 +13,11 @@ from minmacpo.method.pairs import PairInputs, build_pairs
 from minmacpo.method.selection import SCORES, CandidateSet, Selection
 from minmacpo.pipeline.artifacts import BaseModel, Policy, ScoreColumn, Setup, TextColumn
 from minmacpo.pipeline.model_pool import ModelPool
+from minmacpo.pipeline.preference_stage import DPOArgs, PreferenceData, train_dpo
 from minmacpo.pipeline.run import Run, Stage
 from minmacpo.pipeline.sample_stage import sample
 from minmacpo.pipeline.score_stage import score_texts
-from minmacpo.pipeline.train_stage import DPOArgs, PreferenceData, SFTArgs, train_dpo, train_sft
+from minmacpo.pipeline.train_stage import SFTArgs, train_sft
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from minmacpo import UserError
 from minmacpo.config.schema import Config
 from minmacpo.config.validate import parse_model_size
 from minmacpo.core.checkpoint import check_model_folder, save_model, weight_files
-from minmacpo.core.losses import SFTLoss
 from minmacpo.core.model import new_model
 from minmacpo.core.model_config import ModelConfig
+from minmacpo.core.sft_loss import SFTLoss
 from minmacpo.core.trainer import OptimizerConfig, TrainExample, train
 from minmacpo.data.chat_template import render, tokenizer_notes
 from minmacpo.data.records import Example

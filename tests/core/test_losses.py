@@ -16,16 +16,14 @@ from minmacpo.core.losses import (
     PREFERENCE_LOSSES,
     PairLogps,
     PreferenceLoss,
-    SFTLoss,
-    StepTotals,
     implicit_rewards,
     ipo_loss,
     loss_settings,
     requires_reference,
-    sft_loss,
     sigmoid_loss,
     simpo_loss,
 )
+from minmacpo.core.sft_loss import SFTLoss, StepTotals, sft_loss
 from minmacpo.kernels.fused_logps import sequence_logps
 
 # Values for the settings that a loss may have, other than their defaults

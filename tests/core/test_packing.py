@@ -12,8 +12,9 @@ from test_trainer import pairs as pair_units
 from minmacpo.config.schema import Lora
 from minmacpo.core.batching import TokenCounts, collate, plan_packed, should_pack, token_counts
 from minmacpo.core.lora import attach_lora, init_adapter, lora_params
-from minmacpo.core.losses import PreferenceLoss, SFTLoss
+from minmacpo.core.losses import PreferenceLoss
 from minmacpo.core.scoring import score
+from minmacpo.core.sft_loss import SFTLoss
 from minmacpo.core.trainer import OptimizerConfig, plan_packed_batches, train_step
 from minmacpo.data.tokenizer import Tokens
 from minmacpo.kernels import fused_logps

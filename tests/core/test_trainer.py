@@ -25,7 +25,8 @@ from minmacpo.core.lora import (
     lora_params,
     set_adapter_weights,
 )
-from minmacpo.core.losses import PREFERENCE_LOSSES, PreferenceLoss, SFTLoss
+from minmacpo.core.losses import PREFERENCE_LOSSES, PreferenceLoss
+from minmacpo.core.sft_loss import SFTLoss
 from minmacpo.core.trainer import (
     OptimizerConfig,
     TrainerHooks,

@@ -10,7 +10,7 @@ from minmacpo.config.schema import Lora
 from minmacpo.core.batching import Batch
 from minmacpo.core.checkpoint import load_tensors
 from minmacpo.core.lora import attach_lora, init_adapter
-from minmacpo.core.losses import SFTLoss, StepTotals
+from minmacpo.core.sft_loss import SFTLoss, StepTotals
 from minmacpo.evaluation import report
 from minmacpo.evaluation.finished_run import agent_label, read_run
 from minmacpo.evaluation.html import clip, escape

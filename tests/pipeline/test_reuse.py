@@ -11,7 +11,15 @@ import pytest
 from runs import REPOSITORY, copy_run, differences, invoke, stages_of, train, write_stub
 
 import minmacpo
-from minmacpo.pipeline import code_digest, prepare_data, sample_stage, score_stage, train_stage
+from minmacpo.pipeline import (
+    base_models,
+    code_digest,
+    preference_stage,
+    prepare_data,
+    sample_stage,
+    score_stage,
+    train_stage,
+)
 from minmacpo.pipeline.run_dir import SET_ASIDE_DIR
 from minmacpo.pipeline.stage_maker import write_notes
 
@@ -122,7 +130,9 @@ def test_imports_count_wherever_they_stand_but_those_for_type_checkers(package):
 @pytest.mark.parametrize(
     ("compute", "reaches", "not_reached"),
     [
-        (train_stage.train_dpo, ["core/losses.py", "core/trainer.py", "core/model.py"], []),
+        (preference_stage.train_dpo, ["core/losses.py", "core/trainer.py", "core/model.py"], []),
+        (train_stage.train_sft, ["core/sft_loss.py", "core/trainer.py"], ["core/losses.py"]),
+        (base_models.pretrain, ["core/sft_loss.py", "core/trainer.py"], ["core/losses.py"]),
         (sample_stage.sample, ["core/sampling.py"], ["core/losses.py", "core/trainer.py"]),
         (score_stage.score_texts, ["core/scoring.py"], ["core/losses.py", "core/sampling.py"]),
         (prepare_data.prepare, ["data/synthetic.py", "data/formats.py"], ["core/model.py"]),
@@ -152,15 +162,17 @@ def test_a_function_that_a_stage_was_given_counts(package):
 # --- Planted edits, before a finished run
 
 
-def test_an_edited_loss_redoes_the_trainings_and_what_follows(package, finished):
+def test_an_edited_loss_redoes_the_trainings_on_pairs_and_what_follows(package, finished):
     run, words = finished
     package.plant("core/losses.py")
 
     unfinished, said = plan_of(*words)
 
-    trained = {name for name, notes in stages_of(run).items() if "steps" in notes["counts"]}
-    assert trained <= unfinished
-    assert "data/slices" not in unfinished and "bases/tokenizer" not in unfinished
+    kinds = {name: notes["kind"].partition("/")[0] for name, notes in stages_of(run).items()}
+    assert {name for name, kind in kinds.items() if kind == "prefer"} <= unfinished
+    assert "round2/positives_student" in unfinished, "it follows from such a training"
+    assert not {name for name, kind in kinds.items() if kind == "pretrain"} & unfinished
+    assert not {name for name in unfinished if name.startswith("round0/")}
     numbers = f"{len(unfinished)} of {len(stages_of(run))} stages"
     changed = "core/losses.py has changed since they were made"
     assert f"{numbers} are computed anew: {changed}" in said

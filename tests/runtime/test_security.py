@@ -10,12 +10,12 @@ from html.parser import HTMLParser
 
 import pytest
 from runs import copy_run, invoke, train, write_stub
-from test_chat import dialogue_of
+from test_chat import scripted_dialogue
 from test_judge import KEY, Server, quick, sides  # noqa: F401  fixtures
 from test_programs import WORDS
 
 from minmacpo import UserError
-from minmacpo.cli.chat import Whole
+from minmacpo.cli.chat import StopGeneration
 from minmacpo.core.checkpoint import load_model
 from minmacpo.evaluation import remote_judge as remote
 from minmacpo.evaluation.html import document, grid, tag
@@ -169,7 +169,7 @@ def test_a_page_may_load_and_run_nothing(stub):
 
 
 def test_every_acting_character_is_shown_as_its_escape():
-    shown = progress.inert("".join(map(chr, (*range(0x3000), 0xD800, 0x1F642))))
+    shown = progress.escape_control_chars("".join(map(chr, (*range(0x3000), 0xD800, 0x1F642))))
     assert not {*ACTIVE} & {*shown} and {"\t", "\n", "é", "א", "🙂"} <= {*shown}
     assert not [
         c for c in map(chr, range(0xA0)) if c in shown and not c.isprintable() and c not in "\t\n"
@@ -188,17 +188,14 @@ def test_answers_on_a_terminal_are_inert(stub, monkeypatch):
         assert ended.code == 0 and not ({*ACTIVE} - {"\n"}) & {*ended.out}
 
 
-def test_a_streamed_answer_is_inert_where_tokens_part_a_character(stub, monkeypatch, capsys):
-    dialogue, text = (
-        dialogue_of(stub, monkeypatch, []),
-        "a\x1b]52;c;eA==\x07b\x9b2Jc\u202ed\x85e\u2066f",
-    )
+def test_a_streamed_answer_is_inert_where_tokens_part_a_character(stub, capsys):
+    text = "a\x1b]52;c;eA==\x07b\x9b2Jc\u202ed\x85e\u2066f"
+    dialogue = scripted_dialogue(stub, text, StopGeneration())
     ids = dialogue.loaded.tokenizer.encode(text)
     assert len(ids) > len(text)  # several tokens to a character
-    dialogue = dialogue_of(stub, monkeypatch, ids, Whole())
     dialogue.reply("x")
-    assert capsys.readouterr().out == progress.inert(text) + "\n" and not {*ACTIVE} & {
-        *progress.inert(text)
+    assert capsys.readouterr().out == progress.escape_control_chars(text) + "\n" and not {*ACTIVE} & {
+        *progress.escape_control_chars(text)
     }
 
 
