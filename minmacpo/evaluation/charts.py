@@ -252,7 +252,7 @@ def draw_line(
     parts = []
 
     # The band of the intervals
-    if points[0].interval and not is_level:
+    if not is_level and all(point.interval for point in points):
         upper = [(plot.x(point.x), plot.y(point.interval[1])) for point in points]
         lower = [(plot.x(point.x), plot.y(point.interval[0])) for point in points]
         parts.append(polyline([*upper, *reversed(lower)], "band"))

@@ -45,10 +45,7 @@ def variant_measures(runs: RunOfSeed, first: GoldOfSeed) -> dict:
         first: the student of the first variant of the same group.
     """
     tables = [make_table(run) for run in runs.values()]
-    student_rows = []
-    for table in tables:
-        student_rows.append([row for row in table["rows"] if row["agent"] == "student"])
-    last_rows = [rows[-1] for rows in student_rows]
+    students = [student_rows(table) for table in tables]
     return (
         {"seeds": list(runs)}
         | student_gold(runs, first)
@@ -56,14 +53,29 @@ def variant_measures(runs: RunOfSeed, first: GoldOfSeed) -> dict:
         | {
             "teachers": mean_gold(gold_of_seed(runs, "teachers")),
             "lengths": [
-                float(np.mean([rows[0]["length"] for rows in student_rows])),
-                float(np.mean([row["length"] for row in last_rows])),
+                float(np.mean([rows[0]["length"] for rows in students])),
+                float(np.mean([rows[-1]["length"] for rows in students])),
             ],
-            "pgr": mean_or_none([row["pgr"] for row in last_rows if "pgr" in row]),
+            "pgr": last_pgr(tables),
         }
         | last_filter(tables)
         | mean_cost(tables)
     )
+
+
+def student_rows(table: dict) -> list[dict]:
+    """The rows of the student in a run's table, in the order of its rounds."""
+    return [row for row in table["rows"] if row["agent"] == "student"]
+
+
+def last_pgr(tables: Sequence[dict]) -> float | None:
+    """The mean PGR of the last students; None where one is not known, or there is none."""
+    values = []
+    for table in tables:
+        last = student_rows(table)[-1]
+        if "pgr" in last:  # a run without a ceiling has none
+            values.append(last["pgr"])
+    return mean_or_none(values)
 
 
 def student_gold(runs: RunOfSeed, first: GoldOfSeed) -> dict:

@@ -1,4 +1,4 @@
-"""The pairwise judge: against a real HTTP server with faults, by a local model, by people; and its statistics."""
+"""The pairwise judge: a real HTTP server with faults, a local model, people; and its statistics."""
 
 import csv
 import json
@@ -32,19 +32,17 @@ def good_reply(body: dict) -> str:
 
 
 class Server(ThreadingHTTPServer):
-    """Chat completions; `faults` are taken one per request, from the front, before it answers well."""
+    """Chat completions; each of the `faults` is for one request, before it answers well."""
 
     daemon_threads = True
 
     def __init__(self, faults=(), reply=good_reply):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.faults, self.reply, self.asked, self.keys, self.lock = (
-            [*faults],
-            reply,
-            [],
-            [],
-            threading.Lock(),
-        )
+        self.faults = [*faults]
+        self.reply = reply
+        self.asked = []  # (path, body) of every request
+        self.keys = []  # the Authorization header of each
+        self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def handle_error(self, *where):
@@ -374,7 +372,7 @@ def test_a_local_model_judges(stub, place):
     assert not ended.err.startswith("Traceback")
 
 
-# ---- people ----------------------------------------------------------------------------------------
+# ---- people -----------------------------------------------------------------------------------
 
 
 def test_people_fill_a_blind_sheet(place, sides):
@@ -448,7 +446,7 @@ def test_a_sheet_counts_for_the_answers_that_it_shows(place, sides):
     assert changed.code == 2 and "id4" in changed.err and "not those of A and B" in changed.err
 
 
-# ---- statistics --------------------------------------------------------------------------------------
+# ---- statistics -------------------------------------------------------------------------------
 
 
 def test_outcomes_by_hand():
@@ -478,7 +476,7 @@ def test_verdicts_are_the_last_mark():
 
 
 def test_length_control_recovers_what_made_the_verdicts(seed):
-    """Verdicts drawn from a logistic model of known intercept; in numbers a Newton fit cannot miss by much."""
+    """So many verdicts, drawn from a known logistic model, that a fit cannot miss it by much."""
     rng = np.random.default_rng(seed)
     longer = rng.normal(30, 20, 200_000)
     p = 1 / (1 + np.exp(-(-0.4 + 1.5 * longer / longer.std())))

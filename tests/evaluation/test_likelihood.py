@@ -1,4 +1,4 @@
-"""eval.py ppl and accuracy: the numbers of transformers and PEFT on the same ids, and what becomes of every row."""
+"""eval.py ppl and accuracy: the numbers of transformers and PEFT, and what becomes of every row."""
 
 import json
 

@@ -12,7 +12,6 @@ from conftest import far, random_model
 from runs import invoke, rows_of
 
 from minmacpo.core.checkpoint import load_scorer
-from minmacpo.data.records import Pair
 from minmacpo.data.tokenizer import Tokens
 from minmacpo.evaluation import reward_model as reward
 from minmacpo.evaluation.finished_run import read_run
@@ -21,7 +20,7 @@ from minmacpo.runtime.files import write_rows
 
 @pytest.fixture
 def classifier(tmp_path, tiny, seed):
-    """A random one-label Llama classifier, written by transformers, with the tokenizer of the tiny run."""
+    """A random one-label Llama classifier of transformers, with the tokenizer of the tiny run."""
     import transformers
 
     config = transformers.LlamaConfig(
@@ -99,7 +98,9 @@ def test_the_head_trained_here_ranks_and_says_how_well(tiny):
 
 
 def test_an_accuracy_around_one_half_is_called_not_informative(tiny, monkeypatch):
-    rate_all_the_same = lambda texts: np.zeros(len(texts))
+    def rate_all_the_same(texts):
+        return np.zeros(len(texts))
+
     monkeypatch.setattr(reward, "train_reward_model", lambda run, own: rate_all_the_same)
     assert "NOT INFORMATIVE" in invoke("eval", "reward", tiny).out
 
@@ -180,11 +181,12 @@ def test_a_score_that_is_none_names_its_line(tiny, tmp_path, change):
 
 
 def test_true_answers_without_worse_ones_are_no_test_of_a_reward_model(tiny, monkeypatch):
-    read = reward.read_rows
-    alone = lambda file, kind=None: (
-        [replace(p, rejected="") for p in read(file, kind)] if kind is Pair else read(file, kind)
-    )
-    monkeypatch.setattr(reward, "read_rows", alone)
+    read_split = reward.read_split
+
+    def without_rejected(run, name):
+        return [replace(pair, rejected="") for pair in read_split(run, name)]
+
+    monkeypatch.setattr(reward, "read_split", without_rejected)
     ended = invoke("eval", "reward", tiny)
     assert ended.code == 2 and "no worse ones" in ended.err
 
