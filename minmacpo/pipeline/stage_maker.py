@@ -203,7 +203,9 @@ class StageMaker:
         notes["files"] = {file.name: describe(file) for file in files}
         self.commit(context, declared.stage, notes)
 
-        words = ", ".join(show_count(name, count) for name, count in measured["counts"].items())
+        # what did not happen is in stage.json alone: a line is to fit the terminal
+        counts = {name: count for name, count in measured["counts"].items() if count}
+        words = ", ".join(show_count(name, count) for name, count in counts.items())
         label = self.run.label(declared.stage.name)
         self.run.log(f"{label}  {measured['seconds']:.1f} s  {words}")
         self.run.report_progress()
