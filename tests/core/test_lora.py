@@ -1,4 +1,4 @@
-"""The slot against PEFT: the same files, the same logits, the same gradients, the same start."""
+"""Adapters against PEFT: the same files, the same logits, the same gradients, the same start."""
 
 import json
 import math
@@ -8,7 +8,6 @@ import torch
 from conftest import far, logits_of, random_model
 
 from minmacpo import UserError
-from minmacpo.config.schema import Lora
 from minmacpo.core.checkpoint import (
     export_merged,
     load_adapter,
@@ -19,6 +18,8 @@ from minmacpo.core.checkpoint import (
 )
 from minmacpo.core.lora import (
     PEFT_PREFIX,
+    TARGET_MODULES,
+    LoraConfig,
     attach_lora,
     disable_adapter,
     get_adapter_weights,
@@ -28,27 +29,25 @@ from minmacpo.core.lora import (
     set_adapter_weights,
 )
 
-ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SETTINGS = {
-    "paper": Lora(),
-    "all layers": Lora(r=3, alpha=7.0, targets=ALL),
-    "wide": Lora(r=16, alpha=4.0, targets=("down_proj",)),
-    "rank one": Lora(r=1, alpha=1.5, targets=("o_proj", "k_proj")),
+    "paper": LoraConfig(),
+    "all layers": LoraConfig(r=3, alpha=7.0, targets=TARGET_MODULES),
+    "wide": LoraConfig(r=16, alpha=4.0, targets=("down_proj",)),
+    "rank one": LoraConfig(r=1, alpha=1.5, targets=("o_proj", "k_proj")),
 }
 
 
 @pytest.fixture(params=SETTINGS)
-def settings(request) -> Lora:
+def settings(request) -> LoraConfig:
     return SETTINGS[request.param]
 
 
 def fill(model, seed: int, scale: float = 0.1) -> dict[str, torch.Tensor]:
-    """A random adapter (B too) in the model's slot; returns it."""
+    """Put a random adapter, B too, into the model; returns it."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = {
-        key: scale * torch.randn(t.shape, generator=generator)
-        for key, t in get_adapter_weights(model).items()
-    }
+    tensors = {}
+    for key, tensor in get_adapter_weights(model).items():
+        tensors[key] = scale * torch.randn(tensor.shape, generator=generator)
     set_adapter_weights(model, tensors)
     return tensors
 
@@ -61,80 +60,92 @@ def tokens_for(model) -> torch.Tensor:
 
 
 def test_peft_reads_our_adapter_folder(settings, model_folder, tmp_path, seed):
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
     ours = load_model(model_folder)
     tokens = tokens_for(ours)
-    plain = logits_of(ours, tokens)
+    base_logits = logits_of(ours, tokens)
     params = attach_lora(ours, settings)
     save_adapter(tmp_path, fill(ours, seed), settings, "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True).eval()
-    a, b = logits_of(ours, tokens), theirs(tokens).logits
-    assert far(a, plain) > 0.01 and far(a, b) <= 1e-5
-    direction = torch.randn_like(a) / a.numel() ** 0.5
-    a.backward(direction)
-    b.backward(direction)
-    wanted = {
-        name.replace(".default", ""): p for name, p in theirs.named_parameters() if p.requires_grad
-    }
-    assert wanted.keys() == lora_params(ours).keys() and len(params) == len(wanted)
+
+    our_logits = logits_of(ours, tokens)
+    their_logits = theirs(tokens).logits
+
+    assert far(our_logits, base_logits) > 0.01
+    assert far(our_logits, their_logits) <= 1e-5
+    upstream = torch.randn_like(our_logits) / our_logits.numel() ** 0.5
+    our_logits.backward(upstream)
+    their_logits.backward(upstream)
+    their_params = {}
+    for name, param in theirs.named_parameters():
+        if param.requires_grad:
+            their_params[name.replace(".default", "")] = param
+    assert lora_params(ours).keys() == their_params.keys()
+    assert len(params) == len(their_params)
     for key, param in lora_params(ours).items():
-        assert far(param.grad, wanted[key].grad) <= 1e-5 * (
-            1 + wanted[key].grad.abs().max().item()
-        ), key
+        grad = their_params[key].grad
+        assert far(param.grad, grad) <= 1e-5 * (1 + grad.abs().max().item()), key
         assert param.grad.abs().max() > 0, key
-    assert all(p.grad is None for n, p in ours.named_parameters() if ".lora_" not in n)
+    for name, param in ours.named_parameters():
+        assert ".lora_" in name or param.grad is None, name
 
 
 def test_we_read_an_adapter_folder_of_peft(settings, model_folder, tmp_path, seed):
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
     base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
-    config = peft.LoraConfig(
+    alpha = round(settings.alpha / 2)
+    peft_config = peft.LoraConfig(
         r=settings.r,
-        lora_alpha=round(settings.alpha / 2),
+        lora_alpha=alpha,
         target_modules=list(settings.targets),
         task_type="CAUSAL_LM",
         lora_dropout=0.1,
         init_lora_weights=False,
     )
-    theirs = peft.get_peft_model(base, config).eval()
+    theirs = peft.get_peft_model(base, peft_config).eval()
     theirs.save_pretrained(tmp_path)
-    found, named = read_adapter_config(tmp_path)
-    assert (found.r, found.alpha, set(found.targets)) == (
-        settings.r,
-        round(settings.alpha / 2),
-        set(settings.targets),
-    )
-    assert named == str(model_folder)
+
+    config, base_path = read_adapter_config(tmp_path)
+
+    assert (config.r, config.alpha) == (settings.r, alpha)
+    assert set(config.targets) == set(settings.targets)
+    assert base_path == str(model_folder)
     ours = load_model(model_folder)
     tokens = tokens_for(ours)
-    plain = logits_of(ours, tokens)
-    attach_lora(ours, found)
+    base_logits = logits_of(ours, tokens)
+    attach_lora(ours, config)
     set_adapter_weights(ours, load_adapter(tmp_path))
-    assert far(logits_of(ours, tokens), plain) > 0.001
+    assert far(logits_of(ours, tokens), base_logits) > 0.001
     logits = theirs(tokens).logits  # random B makes them large: 1e-5 of their size
     assert far(logits_of(ours, tokens), logits) <= 1e-5 * max(1, float(logits.detach().abs().max()))
 
 
 def test_a_fresh_adapter_starts_as_pefts_does(model_folder, seed):
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
     base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
     config = peft.LoraConfig(r=64, lora_alpha=64, target_modules=["q_proj", "down_proj"])
     theirs = peft.get_peft_model_state_dict(peft.get_peft_model(base, config))
-    ours = load_model(model_folder)
-    attach_lora(ours, Lora(r=64, alpha=64, targets=("q_proj", "down_proj")))
-    init_adapter(ours, seed)
-    mine = get_adapter_weights(ours)
-    assert mine.keys() == theirs.keys()
-    for key, tensor in mine.items():
-        if "lora_B" in key:
-            assert not tensor.any() and not theirs[key].any()
-        else:  # uniform in ± 1 / sqrt(in): the same range and spread
+    model = load_model(model_folder)
+    attach_lora(model, LoraConfig(r=64, alpha=64, targets=("q_proj", "down_proj")))
+
+    init_adapter(model, seed)
+
+    ours = get_adapter_weights(model)
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        for tensor in (ours[key], theirs[key]):
+            if "lora_B" in key:
+                assert not tensor.any()
+                continue
+            # uniform between -1 / sqrt(in) and 1 / sqrt(in): the same range and spread
             bound = tensor.shape[1] ** -0.5
-            for found in (tensor, theirs[key]):
-                assert 0.95 * bound < found.abs().max() <= bound
-                assert abs(found.std().item() / (bound / math.sqrt(3)) - 1) < 0.1
-                assert abs(found.mean().item()) < 5 * bound / found.numel() ** 0.5
+            assert 0.95 * bound < tensor.abs().max() <= bound
+            assert abs(tensor.std().item() / (bound / math.sqrt(3)) - 1) < 0.1
+            assert abs(tensor.mean().item()) < 5 * bound / tensor.numel() ** 0.5
 
 
 # ---- merging --------------------------------------------------------------------------------
@@ -177,7 +188,7 @@ def test_an_exported_folder_loads_in_transformers(settings, model_folder, tmp_pa
 
 
 def test_an_export_keeps_how_to_talk_to_the_base(model_folder, tmp_path, tokenizer, seed):
-    """Several stop ids, sampling settings and the chat template are the base's, not made up from config.json."""
+    """Stop ids, sampling settings and the chat template are the base's own."""
     generation = {
         "bos_token_id": 1,
         "eos_token_id": [2, 7, 9],
@@ -196,7 +207,7 @@ def test_an_export_keeps_how_to_talk_to_the_base(model_folder, tmp_path, tokeniz
     for name, text in written.items():
         (model_folder / name).write_text(text)
     model = load_model(model_folder)
-    attach_lora(model, Lora())
+    attach_lora(model, LoraConfig())
     fill(model, seed)
     export_merged(model, model_folder, tmp_path / "merged")
     assert {name: (tmp_path / "merged" / name).read_text() for name in written} == written
@@ -211,18 +222,19 @@ def test_an_export_keeps_how_to_talk_to_the_base(model_folder, tmp_path, tokeniz
 
 def test_merging_in_bf16_rounds_once(seed):
     model = random_model(seed).to(torch.bfloat16)
-    attach_lora(model, Lora())
+    attach_lora(model, LoraConfig())
     fill(model, seed)
     layer = model.model.layers[0].self_attn.q_proj
-    exact = (
-        layer.base.weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
-    )
+    delta = layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    exact = layer.base.weight.double() + delta
+
     merged = merged_weights(model)["model.layers.0.self_attn.q_proj.weight"]
+
     assert merged.dtype == torch.bfloat16
     assert ((merged.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()
 
 
-# ---- the slot -------------------------------------------------------------------------------
+# ---- LoRA parameters ----------------------------------------------------------------------------
 
 
 def test_a_zero_b_is_the_base_exactly(settings, seed):
@@ -242,68 +254,75 @@ def test_a_zero_b_is_the_base_exactly(settings, seed):
 def test_reading_is_a_copy_and_writing_keeps_the_tensors(settings, seed):
     model = random_model(seed)
     attach_lora(model, settings)
-    places = {key: p.data_ptr() for key, p in lora_params(model).items()}
+    addresses = {key: param.data_ptr() for key, param in lora_params(model).items()}
     tensors = fill(model, seed)
+
     copy = get_adapter_weights(model)
     init_adapter(model, seed)
-    assert all(torch.equal(copy[key], tensors[key]) for key in tensors)
+    for key, tensor in tensors.items():
+        assert torch.equal(copy[key], tensor), key
+
     set_adapter_weights(model, copy)
     copy[next(iter(copy))].zero_()
-    assert all(torch.equal(p, tensors[key]) for key, p in lora_params(model).items())
-    assert places == {key: p.data_ptr() for key, p in lora_params(model).items()}, (
-        "the optimiser would train another tensor"
-    )
+    for key, param in lora_params(model).items():
+        assert torch.equal(param, tensors[key]), key
+        assert param.data_ptr() == addresses[key], "the optimiser would train another tensor"
 
 
 def test_a_fresh_adapter_depends_on_its_seed_alone(settings, seed):
-    found = []
-    for number, (weights, own) in enumerate([(seed, 11), (seed + 1, 11), (seed, 12)]):
-        model = random_model(weights)
+    def fresh(model_seed: int, adapter_seed: int, torch_seed: int) -> dict[str, torch.Tensor]:
+        model = random_model(model_seed)
         attach_lora(model, settings)
-        fill(model, number)
-        torch.manual_seed(number)
-        init_adapter(model, own)
-        found.append(get_adapter_weights(model))
-    same, other = found[0], found[2]
-    assert all(torch.equal(same[key], found[1][key]) for key in same)
-    assert all(torch.equal(same[key], other[key]) != key.endswith("lora_A.weight") for key in same)
-    first, *rest = (key for key in same if "lora_A" in key)
-    wanted = torch.empty(same[first].shape)
-    torch.nn.init.kaiming_uniform_(
-        wanted, a=math.sqrt(5), generator=torch.Generator().manual_seed(11)
-    )
-    assert torch.equal(same[first], wanted)
-    assert not any(torch.equal(same[first], same[key]) for key in rest), (
-        "every layer has numbers of its own"
-    )
+        fill(model, torch_seed)
+        torch.manual_seed(torch_seed)
+        init_adapter(model, adapter_seed)
+        return get_adapter_weights(model)
+
+    first = fresh(seed, 11, torch_seed=0)
+    again = fresh(seed + 1, 11, torch_seed=1)
+    other = fresh(seed, 12, torch_seed=2)
+
+    for key, tensor in first.items():
+        assert torch.equal(tensor, again[key]), key
+        assert torch.equal(tensor, other[key]) == key.endswith("lora_B.weight"), key
+    # the first A is the generator's first numbers, and every other layer has numbers of its own
+    first_key, *rest = (key for key in first if "lora_A" in key)
+    expected = torch.empty(first[first_key].shape)
+    generator = torch.Generator().manual_seed(11)
+    torch.nn.init.kaiming_uniform_(expected, a=math.sqrt(5), generator=generator)
+    assert torch.equal(first[first_key], expected)
+    assert not any(torch.equal(first[first_key], first[key]) for key in rest)
 
 
-def test_training_the_slot_leaves_the_base_bit_identical(settings, seed):
+def test_training_leaves_the_base_bit_identical(settings, seed):
     model = random_model(seed)
-    before = {name: p.clone() for name, p in model.named_parameters()}
+    before = {name: param.clone() for name, param in model.named_parameters()}
     params = attach_lora(model, settings)
     init_adapter(model, seed)
     fresh = get_adapter_weights(model)
     optimizer = torch.optim.AdamW(params, lr=0.1, weight_decay=0.1)
     tokens = tokens_for(model)
+
     for _ in range(3):
         logits_of(model, tokens).logsumexp(-1).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    after = {
-        name.replace(".base.", "."): p
-        for name, p in model.named_parameters()
-        if ".lora_" not in name
-    }
+
+    after = {}
+    for name, param in model.named_parameters():
+        if ".lora_" not in name:
+            after[name.replace(".base.", ".")] = param
     assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert not any(p.requires_grad for p in after.values())
-    assert all(not torch.equal(p, fresh[key]) for key, p in lora_params(model).items())
+    for name, param in after.items():
+        assert torch.equal(param, before[name]), name
+        assert not param.requires_grad, name
+    for key, param in lora_params(model).items():
+        assert not torch.equal(param, fresh[key]), key
 
 
-def test_the_slot_is_fp32_beside_a_bf16_base(seed):
+def test_adapters_are_fp32_beside_a_bf16_base(seed):
     model = random_model(seed).to(torch.bfloat16)
-    params = attach_lora(model, Lora())
+    params = attach_lora(model, LoraConfig())
     fill(model, seed)
     assert {p.dtype for p in params} == {torch.float32}
     hidden = model(tokens_for(model))
@@ -313,7 +332,7 @@ def test_the_slot_is_fp32_beside_a_bf16_base(seed):
 
 def test_the_keys_are_pefts(seed):
     model = random_model(seed, num_hidden_layers=1)
-    params = attach_lora(model, Lora(r=2, alpha=3.0, targets=("v_proj", "q_proj")))
+    params = attach_lora(model, LoraConfig(r=2, alpha=3.0, targets=("v_proj", "q_proj")))
     stem = f"{PEFT_PREFIX}model.layers.0.self_attn"
     wanted = [
         f"{stem}.{layer}.lora_{side}.weight" for layer in ("q_proj", "v_proj") for side in "AB"
@@ -328,63 +347,85 @@ def test_the_keys_are_pefts(seed):
 )
 def test_a_target_that_is_no_linear_layer_is_refused(targets, seed):
     with pytest.raises(UserError, match=r"lora\.targets"):
-        attach_lora(random_model(seed), Lora(targets=targets))
+        attach_lora(random_model(seed), LoraConfig(targets=targets))
 
 
-def test_what_does_not_fit_the_slot_is_refused(seed):
+@pytest.mark.parametrize(
+    ("problem", "says"),
+    [
+        ("missing", "lacks"),
+        ("one too many", "unexpected"),
+        ("transposed", "expected ["),
+        ("of a lower rank", "expected ["),
+        ("nan", "values that are not finite"),
+        ("infinite", "values that are not finite"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(problem, says, seed):
     model = random_model(seed)
-    attach_lora(model, Lora())
-    good = fill(model, seed)
-    key = sorted(good)[1]
-    cases = {
-        "lacks": {k: v for k, v in good.items() if k != key},
-        "unexpected": good | {key + "_": good[key]},
-        "expected": good | {key: good[key].T},
-        "expected [": good | {key: good[key][:, :1]},
-        "not finite": good
-        | {
-            key: good[key]
-            .clone()
-            .index_put_((torch.tensor(0), torch.tensor(0)), torch.tensor(float("nan")))
-        },
-        "values that are not finite": good | {key: good[key] / 0},
-    }
-    for word, tensors in cases.items():
-        with pytest.raises(UserError) as caught:
-            set_adapter_weights(model, tensors, "runs/x/adapter")
-        text = str(caught.value)
-        assert (
-            word in text
-            and key in text
-            and text.startswith("runs/x/adapter: ")
-            and "\n" not in text
-        )
+    attach_lora(model, LoraConfig())
+    tensors = fill(model, seed)
+    key = sorted(tensors)[1]
+    good = tensors.pop(key)
+    if problem == "one too many":
+        tensors[key] = good
+        tensors[key + "_"] = good
+    elif problem == "transposed":
+        tensors[key] = good.T
+    elif problem == "of a lower rank":
+        tensors[key] = good[:, :1]
+    elif problem == "nan":
+        tensors[key] = good.clone()
+        tensors[key][0, 0] = float("nan")
+    elif problem == "infinite":
+        tensors[key] = good / 0
+
+    with pytest.raises(UserError) as caught:
+        set_adapter_weights(model, tensors, "runs/x/adapter")
+
+    text = str(caught.value)
+    assert text.startswith("runs/x/adapter: ") and "\n" not in text
+    assert says in text and key in text
+
+
+def test_an_empty_adapter_is_refused(seed):
+    model = random_model(seed)
+    attach_lora(model, LoraConfig())
     with pytest.raises(UserError):
         set_adapter_weights(model, {})
 
 
-def test_a_slot_fits_around_any_frozen_linear_module(seed):
-    """Such as a quantised one, whose weight is no parameter: it needs in_features, out_features and a forward."""
+class LinearWithoutParameters(torch.nn.Module):
+    """A frozen linear whose weight is no parameter, as a quantised one is."""
 
-    class Held(torch.nn.Module):
-        def __init__(self, linear):
-            super().__init__()
-            self.in_features, self.out_features = linear.in_features, linear.out_features
-            self.register_buffer("values", linear.weight.detach().clone())
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.register_buffer("values", linear.weight.detach().clone())
 
-        def forward(self, x):
-            return x @ self.values.T
+    def forward(self, x):
+        return x @ self.values.T
 
-    tokens, answers = torch.randint(0, 61, (2, 7)), []
-    for held in (False, True):
-        model = random_model(seed)
-        for block in model.model["layers"] if held else ():
-            block.self_attn.q_proj = Held(block.self_attn.q_proj)
-        params = attach_lora(model, Lora(3, 6, ("q_proj",)))
+
+def test_an_adapter_fits_around_any_frozen_linear_module(seed):
+    """It needs in_features, out_features and a forward."""
+    tokens = torch.randint(0, 61, (2, 7))
+
+    def logits_and_gradients(model) -> list[torch.Tensor]:
+        params = attach_lora(model, LoraConfig(3, 6, ("q_proj",)))
         init_adapter(model, seed)
         with torch.no_grad():
             for param in params:
                 param.add_(0.1)
         model(tokens).sum().backward()
-        answers.append([model(tokens).detach(), *(param.grad for param in params)])
-    assert all(far(a, b) < 1e-4 for a, b in zip(*answers, strict=True)) and len(answers[0]) == 5
+        return [model(tokens).detach(), *(param.grad for param in params)]
+
+    other = random_model(seed)
+    for block in other.model["layers"]:
+        block.self_attn.q_proj = LinearWithoutParameters(block.self_attn.q_proj)
+
+    expected = logits_and_gradients(random_model(seed))
+    assert len(expected) == 5  # A and B of two layers
+    for result, exact in zip(logits_and_gradients(other), expected, strict=True):
+        assert far(result, exact) < 1e-4
