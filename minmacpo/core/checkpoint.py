@@ -146,6 +146,7 @@ def weight_files(folder: Path) -> list[Path]:
             )
         raise UserError(f"{folder}: {problem}")
 
+    # An index comes with the weights from anywhere, so its names are not trusted
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: expected a weight_map of file names")
@@ -281,6 +282,7 @@ def assemble(
     quantization: str = "none",
 ) -> Transformer:
     """The model of these tensors, each of which is checked; a tied head may be stored too."""
+    # On meta no memory is taken before every tensor is known to fit
     with torch.device("meta"):
         model = Transformer(config)
     head = stored.pop(HEAD, None) if config.tie_word_embeddings else None
@@ -291,6 +293,7 @@ def assemble(
     if quantization == "none":
         weights = read_weights(stored, device, dtype)
     else:
+        # Empty quantised linears first: they say how each weight is to be stored
         quantize_linears(model, quantization)
         weights = read_quantized_weights(model, stored, device, dtype)
     check_finite(folder, weights)
@@ -300,6 +303,7 @@ def assemble(
         )
     if config.tie_word_embeddings:
         weights[HEAD] = weights[EMBEDDING]
+    # Assigned, not copied; what was one tensor is two parameters then, and tied again
     model.load_state_dict(weights, assign=True)
     model.tie_head()
     return model.eval()

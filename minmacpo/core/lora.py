@@ -60,6 +60,7 @@ def attach_lora(model: nn.Module, config: LoraConfig) -> list[nn.Parameter]:
     Raises:
         UserError: a target matches no linear of the blocks.
     """
+    # Freeze first: the new parameters of the slots are the only ones that learn
     model.requires_grad_(False)
     linears = {}
     for name, module in model.named_modules():
@@ -116,6 +117,7 @@ def set_adapter_weights(
         UserError: a key is missing or unexpected, or a tensor has another shape or is not finite.
     """
     params = lora_params(model)
+    # Keys that only one of the two has; the first in order is named
     for key in sorted(params.keys() ^ tensors.keys()):
         problem = "lacks" if key in params else "has an unexpected key"
         raise UserError(
@@ -160,10 +162,12 @@ def disable_adapter(model: nn.Module) -> None:
 @torch.no_grad()
 def merged_weights(model: nn.Module) -> dict[str, Tensor]:
     """All weights under Hugging Face's names, the adapter merged in fp32 and cast back."""
+    # The base's weights, without the slots around its linears
     weights = {}
     for name, tensor in model.state_dict().items():
         if ".lora_" not in name:
             weights[name.replace(".base.", ".")] = tensor
+    # Those of adapted linears, replaced by the sum
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLinear):
             base = layer.base.weight

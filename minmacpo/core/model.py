@@ -292,11 +292,13 @@ class Attention(nn.Module):
         k = self.split_heads(self.k_proj(x))  # (B, G, T, D)
         v = self.split_heads(self.v_proj(x))  # (B, G, T, D)
 
+        # rotary positions after the norm, as in Qwen3
         q = query_rope.rotate(self.q_norm(q))
         k = rope.rotate(self.k_norm(k))
 
         if cache is not None:
             k, v = cache.update(k, v)  # (B, G, S, D) when decoding
+        # attention is done on whole rows, with every prompt in its place
         if packed is not None:
             q = unpack(q, query_packed)  # (1, H, M, D) -> (B, H, T, D)
             k = unpack(k, packed)  # (1, G, N, D) -> (B, G, T, D)

@@ -161,7 +161,7 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     for name, value in raw.items():
         check_field(name, value, model_type, where)
 
-    # transformers' defaults, those of the family, then what the file says
+    # What the file says stands over the family's defaults, and those over transformers'
     values = {"rms_norm_eps": 1e-6, "max_position_embeddings": raw.get("max_sequence_length")}
     values |= family.defaults
     values |= raw
@@ -215,6 +215,7 @@ def unsupported(where: str, name: str, value, expected: str) -> UserError:
 
 def complete_sizes(values: dict, where: str) -> None:
     """Fill in the sizes that follow from others; UserError where they do not fit each other."""
+    # Sizes that every file must have; layers first, before anything is made of each
     check_size(values, "num_hidden_layers", MAX_LAYERS, where)
     hidden = check_size(values, "hidden_size", MAX_WIDTH, where)
     heads = check_size(values, "num_attention_heads", MAX_WIDTH, where)
@@ -222,6 +223,7 @@ def complete_sizes(values: dict, where: str) -> None:
         check_size(values, name, MAX_WIDTH, where)
     check_size(values, "max_position_embeddings", MAX_NUMBER, where)
 
+    # Without grouping, every query head has keys and values of its own
     if values.get("num_key_value_heads") is None:
         values["num_key_value_heads"] = heads
     kv_heads = check_size(values, "num_key_value_heads", MAX_WIDTH, where)
@@ -344,6 +346,7 @@ def parse_rope(raw: dict, where: str) -> tuple[float, RopeScaling]:
     if not isinstance(rope, dict):
         raise unsupported(where, source, rope, "only an object")
 
+    # Its fields must be known for its type
     rope_type = parse_rope_type(rope, f"{where}: {source}")
     known = ROPE_TYPES[rope_type]
     for name in sorted(rope):
@@ -353,6 +356,7 @@ def parse_rope(raw: dict, where: str) -> tuple[float, RopeScaling]:
             )
     check_field("partial_rotary_factor", rope.get("partial_rotary_factor"), "llama", where)
 
+    # Their values must be there, and of a meaning
     scaling_fields = {entry.name for entry in fields(RopeScaling)}
     given = {}
     for name in known.required + known.optional:
@@ -412,6 +416,7 @@ def parse_windows(values: dict, family: Family, where: str) -> tuple[int | None,
     if window is not None and (type(window) is not int or window < 1):
         raise unsupported(where, "sliding_window", window, "only a positive number or null")
 
+    # Which layers have it
     sliding = sliding_layers(values, window is not None, where)
     if not any(sliding):
         return ()

@@ -154,6 +154,7 @@ class Nf4Linear(QuantizedLinear):
 
     @staticmethod
     def quantize(weight: Tensor) -> dict[str, Tensor]:
+        """{"codes", "scale"} of a weight, chunk by chunk."""
         levels = nf4_levels()
         borders = (levels[1:] + levels[:-1]).to(weight.device) / 2  # between neighbours
         blocks = nf4_blocks(weight.numel())
@@ -171,7 +172,7 @@ class Nf4Linear(QuantizedLinear):
             chunk_scale.copy_(ceil_bf16(block.abs().amax(1)))
             divisor = chunk_scale.float().clamp(min=SMALLEST_SCALE)[:, None]
             nearest = torch.bucketize(block / divisor, borders, out_int32=True)
-            nearest = nearest.view(-1).to(torch.uint8)
+            nearest = nearest.view(-1).to(torch.uint8)  # numbers of levels, 0 to 15
             torch.bitwise_or(nearest[::2], nearest[1::2] << 4, out=chunk_codes)
         return {"codes": codes, "scale": scale}
 
@@ -183,6 +184,7 @@ class Nf4Linear(QuantizedLinear):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in), in fp32 or bf16."""
+        # one look-up gives both weights of a byte
         pairs = nf4_value_pairs(dtype, self.codes.device)
         values = pairs.index_select(0, self.codes.int()).view(dtype)  # (blocks * 64,)
         values.view(-1, NF4_BLOCK).mul_(self.scale[:, None])
