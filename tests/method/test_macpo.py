@@ -8,7 +8,7 @@ import checks
 import numpy as np
 import pytest
 import torch
-from runs import copy_run, differences, rows_of, stages_of, train, write_stub
+from runs import differences, new_variant, rows_of, stages_of, train, write_stub
 
 from minmacpo.config.parse import parse
 from minmacpo.core.checkpoint import load_tensors
@@ -31,12 +31,13 @@ def run(request):
 
 
 def variant(stub, tmp_path, *words: str):
-    """A finished run of the stub preset with other settings, on the bases of the good one."""
-    copy_run(stub, tmp_path / "runs", ("data", "bases"))
-    train(
-        write_stub(tmp_path, "x"), f"--run.root={tmp_path / 'runs'}", "--run.name=variant", *words
-    )
-    return tmp_path / "runs" / "variant"
+    """A finished run with other settings; what they leave as it is comes from the good run."""
+    return new_variant(stub, tmp_path / "runs", *words)
+
+
+def variant_anew(stub, tmp_path, *words: str):
+    """The same for a test that changes how something is computed: only data and bases are taken."""
+    return new_variant(stub, tmp_path / "runs", *words, parts=("data", "bases"))
 
 
 # ---- invariants -----------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def test_bases_are_the_same_bits_after_everything(stub, tmp_path, monkeypatch):
         good(self, *args, **kwargs)
 
     monkeypatch.setattr(ModelPool, "__init__", remember)
-    again = variant(stub, tmp_path)
+    again = variant_anew(stub, tmp_path)
     for name, notes in stages_of(again).items():
         if name.startswith("bases/"):
             for file, listed in notes["files"].items():
@@ -404,7 +405,7 @@ def test_empty_and_equal_answers_are_left_out_and_counted(stub, tmp_path, monkey
         return text
 
     change_answers(monkeypatch, sometimes_nothing)
-    run = variant(stub, tmp_path, "--world.d2=40", "--macpo.rounds=1")
+    run = variant_anew(stub, tmp_path, "--world.d2=40", "--macpo.rounds=1")
     checks.check_order(run)
     checks.check_pairs_are_whole(run)
     checks.check_filter(run)
@@ -431,7 +432,7 @@ def test_equal_negatives_are_dropped_counted_and_warned_of(stub, tmp_path, monke
         monkeypatch,
         lambda sampler, sample: "the same" if int(sample.id, 16) % 2 else sample.response,
     )
-    run = variant(stub, tmp_path, "--macpo.rounds=1")
+    run = variant_anew(stub, tmp_path, "--macpo.rounds=1")
     odd = sum(int(row["id"], 16) % 2 for row in rows_of(run / "data/slices/d2.jsonl"))
     for agent in checks.agents_of(run):
         counts = stages_of(run)[f"round1/pairs_{agent}"]["counts"]
@@ -461,7 +462,9 @@ def test_over_long_answers_are_dropped_counted_and_warned_of(
 ):
     """Longer than data.max_length, yet within the model's context."""
     longer(monkeypatch, 100, share)
-    run = variant(stub, tmp_path, "--world.d2=40", "--macpo.rounds=1", "--macpo.controls=false")
+    run = variant_anew(
+        stub, tmp_path, "--world.d2=40", "--macpo.rounds=1", "--macpo.controls=false"
+    )
     long = sum(int(row["id"], 16) % share == 0 for row in rows_of(run / "data/slices/d2.jsonl"))
     lines = (run / "log.txt").read_text().splitlines()
     for name in ("round0/student_pos", "round1/pairs_student", "round1/pairs_teacher1"):
@@ -478,7 +481,7 @@ def test_over_long_answers_are_dropped_counted_and_warned_of(
 def test_a_text_longer_than_the_context_is_not_scored(stub, tmp_path, monkeypatch):
     """It never wins the filter, and is counted; a pair that it is left in is dropped."""
     longer(monkeypatch, 150, 2)
-    run = variant(stub, tmp_path, "--macpo.rounds=1", "--macpo.controls=false")
+    run = variant_anew(stub, tmp_path, "--macpo.rounds=1", "--macpo.controls=false")
     rows = rows_of(run / "round1/scores_student/teacher1.jsonl")
     long = [row for row in rows if int(row["id"], 16) % 2 == 0]
     assert long and all(row["logp"] is None and row["perplexity"] > 1e29 for row in long)
@@ -500,7 +503,7 @@ def test_a_random_pick_counts_every_prompt(stub, tmp_path, monkeypatch):
         return "" if int(sample.id, 16) % 4 in quiet else sample.response or "x"
 
     change_answers(monkeypatch, silent)
-    run = variant(
+    run = variant_anew(
         stub,
         tmp_path,
         "--macpo.select=random",
@@ -715,15 +718,13 @@ def test_a_prompt_without_a_negative_is_left_out_and_counted(stub, tmp_path, mon
         return groups
 
     monkeypatch.setattr(ai_feedback, "add_tags", longer)
-    run = variant(
-        stub, tmp_path, "--macpo.negatives=persona", "--macpo.controls=false", "--run.name=odd"
-    )
-    for name, notes in stages_of(run).items():
-        if "/pairs_" in name:
-            counts = notes["counts"]
-            assert counts["no_negative"] == 1
-            lost = sum(
-                counts[key]
-                for key in ("all_empty", "negative_empty", "negative_equal", "over_long")
-            )
-            assert counts["pairs"] + lost + 1 == 12
+    run = variant_anew(stub, tmp_path, "--macpo.negatives=persona", "--macpo.controls=false")
+    all_counts = [notes["counts"] for name, notes in stages_of(run).items() if "/pairs_" in name]
+    assert all_counts
+    for counts in all_counts:
+        assert counts["no_negative"] == 1
+        dropped = sum(
+            counts[reason]
+            for reason in ("all_empty", "negative_empty", "negative_equal", "over_long")
+        )
+        assert counts["pairs"] + dropped + 1 == 12

@@ -5,6 +5,7 @@ import math
 import random
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from runs import copy_run, rows_of, stages_of, train, write_stub
@@ -114,9 +115,36 @@ def test_the_verdict_needs_no_round_but_the_first_and_its_own(tmp_path, monkeypa
     ]
 
 
+METHODS = ["macpo", "spin", "self-rewarding", "confident"]
+
+
+@pytest.fixture(scope="module")
+def three_rounds(stub, tmp_path_factory) -> Path:
+    """A root with a run of three rounds of every method, whose stages other runs there take."""
+    root = tmp_path_factory.mktemp("monitor") / "runs"
+    copy_run(stub, root)
+    for method in METHODS:
+        start(root, f"full-{method}", method, "none")
+    return root
+
+
+def start(root: Path, name: str, method: str, stop: str) -> Path:
+    """A run of three rounds that macpo.stop may end earlier."""
+    train(
+        write_stub(root.parent),
+        f"--run.root={root}",
+        f"--run.name={name}",
+        "--macpo.rounds=3",
+        f"--macpo.stop={stop}",
+        "--macpo.controls=false",
+        f"--method={method}",
+    )
+    return root / name
+
+
 @pytest.mark.parametrize("method", ["macpo", "spin"])
 @pytest.mark.parametrize(
-    "stop,found,last",
+    ("stop", "status", "last"),
     [
         ("collapsed", "collapsed (broken)", 1),
         ("collapsed", "converged", 3),
@@ -124,75 +152,64 @@ def test_the_verdict_needs_no_round_but_the_first_and_its_own(tmp_path, monkeypa
         ("none", "collapsed (x)", 3),
     ],
 )
-def test_rounds_end_where_the_setting_says(stub, tmp_path, monkeypatch, method, stop, found, last):
-    copy_run(stub, tmp_path / "runs", ("data", "bases"))
-    monkeypatch.setattr(monitor, "training_status", lambda run, agent, t: found if t == 1 else "")
-    words = [
-        "--macpo.rounds=3",
-        f"--macpo.stop={stop}",
-        "--macpo.controls=false",
-        f"--method={method}",
-    ]
-    train(write_stub(tmp_path, "x"), f"--run.root={tmp_path / 'runs'}", "--run.name=it", *words)
-    run = tmp_path / "runs/it"
-    done = {
-        int(name[5])
-        for name in stages_of(run)
-        if name.startswith("round") and name.endswith("student_pos")
-    }
-    assert max(done) == last and (run / "eval/table.json").is_file()
-    assert (f"{found} in round 1" in (run / "log.txt").read_text()) == (last == 1)
+def test_rounds_end_where_the_setting_says(three_rounds, monkeypatch, method, stop, status, last):
+    name = f"{method}-{stop}-{status}"
+    monkeypatch.setattr(monitor, "training_status", lambda run, agent, t: status if t == 1 else "")
+    run = start(three_rounds, name, method, stop)
+
+    updates = []
+    for stage in stages_of(run):
+        if stage.startswith("round") and stage.endswith("student_pos"):
+            updates.append(int(stage[5]))
+    assert max(updates) == last
+    assert (run / "eval/table.json").is_file()
+    assert (f"{status} in round 1" in (run / "log.txt").read_text()) == (last == 1)
+
     stages = stages_of(run)
-    train(write_stub(tmp_path, "x"), f"--run.root={tmp_path / 'runs'}", "--run.name=it", *words)
+    start(three_rounds, name, method, stop)
     assert stages_of(run) == stages, "a second start stops at the same place"
 
 
 @pytest.mark.parametrize("method", ["macpo", "self-rewarding", "confident"])
-@pytest.mark.parametrize("fell,kept", [(2, 1), (1, 0), (None, 3)])
+@pytest.mark.parametrize(("alarm", "kept"), [(2, 1), (1, 0), (None, 3)])
 def test_rolling_back_keeps_the_student_before_the_first_alarm(
-    stub, tmp_path, monkeypatch, method, fell, kept
+    three_rounds, monkeypatch, method, alarm, kept
 ):
-    copy_run(stub, tmp_path / "runs", ("data", "bases"))
-
     def status(run, agent, t):
-        return "collapsed (narrow)" if t == fell else "converged"
+        return "collapsed (narrow)" if t == alarm else "converged"
 
+    if method == "confident":
+        kept = 3  # it has no rounds between 0 and 3
+    name = f"{method}-rollback-{alarm}"
     monkeypatch.setattr(monitor, "training_status", status)
-    words = [
-        "--macpo.rounds=3",
-        "--macpo.stop=rollback",
-        "--macpo.controls=false",
-        f"--method={method}",
-    ]
-    train(write_stub(tmp_path, "x"), f"--run.root={tmp_path / 'runs'}", "--run.name=it", *words)
-    run, kept = (
-        tmp_path / "runs/it",
-        3 if method == "confident" else kept,
-    )  # it has no rounds between 0 and 3
-    wanted, found = (
-        run / name / "adapter_model.safetensors"
-        for name in (f"round{kept}/student_pos", "final/student_pos")
-    )
-    assert found.read_bytes() == wanted.read_bytes()
+    run = start(three_rounds, name, method, "rollback")
+
+    # The adapter is the earlier student's, and so are its answers and its row of the table
+    kept_adapter = run / "final/student_pos/adapter_model.safetensors"
+    student_adapter = run / f"round{kept}/student_pos/adapter_model.safetensors"
+    assert kept_adapter.read_bytes() == student_adapter.read_bytes()
     assert stages_of(run)["final/student_pos"]["counts"] == {"kept": f"round{kept}/student_pos"}
     rows = json.loads((run / "eval/table.json").read_bytes())["rows"]
     assert [row["round"] for row in rows if row["agent"] == "kept"] == [kept]
-    mine, theirs = (
-        {k: v for k, v in row.items() if k not in ("agent", "label")}
+    kept_row, student_row = (
+        {key: value for key, value in row.items() if key not in ("agent", "label")}
         for row in rows
         if (row["agent"], row["round"]) in (("kept", kept), ("student", kept))
     )
-    assert mine == theirs, "the same adapter gives the same answers"
-    past = read_run(run)
-    assert past.last_student() == ("kept", kept)
-    assert (compare.last_gold(past)["student"] == gold_by_prompt(past, "student", kept)).all()
+    assert kept_row == student_row, "the same adapter gives the same answers"
+
+    # All who read a finished run take the student that was kept
+    finished = read_run(run)
+    assert finished.last_student() == ("kept", kept)
+    kept_gold = compare.last_gold(finished)["student"]
+    assert (kept_gold == gold_by_prompt(finished, "student", kept)).all()
     assert judge.read_answers(run) == judge.read_answers(run / f"eval/round{kept}_kept_samples")
-    assert (f"back to round {kept}" in (run / "log.txt").read_text()) == (
-        fell is not None and method != "confident"
-    )
+    rolled_back = f"back to round {kept}" in (run / "log.txt").read_text()
+    assert rolled_back == (alarm is not None and method != "confident")
     assert "student kept by the monitor" in (run / "report.html").read_text()
+
     stages = stages_of(run)
-    train(write_stub(tmp_path, "x"), f"--run.root={tmp_path / 'runs'}", "--run.name=it", *words)
+    start(three_rounds, name, method, "rollback")
     assert stages_of(run) == stages, "a second start keeps the same"
 
 
