@@ -30,7 +30,7 @@ from transformers import LlamaForCausalLM
 
 from minmacpo import UserError
 from minmacpo.cli.chat import CUT_MARK
-from minmacpo.config.parse import resolve_checkpoint
+from minmacpo.config.parse import agent_settings, resolve_checkpoint
 from minmacpo.config.schema import Config
 from minmacpo.core import checkpoint
 from minmacpo.data import synthetic as world
@@ -45,7 +45,7 @@ from minmacpo.evaluation.report import write_report
 from minmacpo.evaluation.table import make_table, warnings
 from minmacpo.pipeline import base_models as bases
 from minmacpo.pipeline import open_model, prepare_data
-from minmacpo.pipeline.sample_stage import Sampler
+from minmacpo.pipeline.open_model import open_agent
 
 
 def sample(*words):
@@ -141,25 +141,22 @@ def test_a_moved_run_still_answers(stub, place):
     assert sample(place / "elsewhere/stub/round1/teacher1_pos", "hello") is not None
 
 
-def test_a_base_is_asked_in_the_template_it_has_read(stub, place, monkeypatch):
+def test_a_base_is_asked_in_the_template_it_has_read(stub, place):
     """Not in that of its tokenizer, which always has the marks of turns."""
     folder = place / "strong"
     shutil.copytree(stub / "bases/strong", folder, copy_function=shutil.copyfile)
-    asked = []
-    good = Sampler.__call__
 
-    def recorded(self, *args):
-        asked.append(self.loaded.template)
-        return good(self, *args)
+    def template(flags):
+        config, loaded, _ = open_agent(folder, agent_settings(folder, flags), flags)
+        assert config.data.template == loaded.template
+        return loaded.template
 
-    monkeypatch.setattr(Sampler, "__call__", recorded)
-    sample(folder, "hello", "--generate.max_new_tokens=3")
+    assert template({}) == "turns"
     notes = json.loads((folder / "stage.json").read_text())
     notes["settings"]["template"] = "plain"
     (folder / "stage.json").write_text(json.dumps(notes))
-    sample(folder, "hello", "--generate.max_new_tokens=3")
-    sample(folder, "hello", "--generate.max_new_tokens=3", "--data.template=turns")
-    assert asked == ["turns", "plain", "turns"]
+    assert template({}) == "plain"
+    assert template({"data.template": "turns"}) == "turns"
 
 
 def test_an_adapter_of_no_run_speaks_as_its_base_has_read(stub, place):
@@ -351,7 +348,7 @@ def test_a_killed_export_leaves_nothing_under_its_name(stub, place):
     """A process of its own, killed while the weights are being written; the same words then work."""
     code = (
         "import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0]));"
-        "from minmacpo import checkpoint; checkpoint.save_tensors = lambda *args: os.kill(os.getpid(), 9);"
+        "from minmacpo.core import checkpoint; checkpoint.save_tensors = lambda *args: os.kill(os.getpid(), 9);"
         "import sample; sample.main(sys.argv[1:])"
     )
     words = [str(REPOSITORY / "sample.py"), str(stub / "round1/student_pos"), "--export", "merged"]
@@ -503,60 +500,51 @@ def test_the_table_again_from_the_disk(stub, tmp_path):
     assert found == json.loads((stub / "eval/table.json").read_text()) and tree(stub) == before
 
 
-def test_runs_side_by_side(stub, tmp_path):
-    copy_run(stub, tmp_path / "runs")
-    words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}"]
-    for more in (
-        ["--macpo.mutual_positives=false"],
-        ["--run.seed=1"],
-        ["--macpo.mutual_positives=false", "--run.seed=1"],
-    ):
+SMALL_RUN = ("--macpo.teachers=1", "--macpo.rounds=1", "--macpo.controls=false")
+
+
+def test_runs_side_by_side(tmp_path):
+    words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", *SMALL_RUN]
+    own_positives = "--macpo.mutual_positives=false"
+    for more in ([], [own_positives], ["--run.seed=1"], [own_positives, "--run.seed=1"]):
         train(*words, *more)
     runs = sorted((tmp_path / "runs").iterdir())
     assert len(runs) == 4
+
     rows = json.loads(invoke("eval", "compare", *runs, "--json").out)
-    assert [row["method"] for row in rows] == ["stub", "stub-mutual=false"] and all(
-        row["seeds"] == [0, 1] for row in rows
-    )
-    tables = {run.name: json.loads(invoke("eval", run, "--json").out) for run in runs}
-
-    def last(name: str) -> float:
-        return next(
-            r["gold"] for r in tables[name]["rows"] if r["agent"] == "student" and r["round"] == 2
-        )
-
-    wanted = [
-        np.mean([last(name), last(f"{name}-seed=1")]) for name in ("stub", "stub-mutual=false")
+    names = [
+        "stub-macpo.teachers=1-rounds=1-controls=false",
+        "stub-macpo.teachers=1-rounds=1-mutual_positives=false-controls=false",
     ]
-    assert [row["student"] for row in rows] == pytest.approx(wanted)
-    assert rows[1]["student_difference"] == pytest.approx(wanted[1] - wanted[0])
+    assert [row["method"] for row in rows] == names
+    assert all(row["seeds"] == [0, 1] for row in rows)
+
+    # each number is the mean over the seeds of what the runs themselves say
+    for compared in rows:
+        for t in (0, 1):
+            golds = []
+            for name in (compared["method"], f"{compared['method']}-seed=1"):
+                run = read_run(tmp_path / "runs" / name)
+                golds.append(gold_by_prompt(run, "student", t).mean())
+            assert compared["by_round"][str(t)] == pytest.approx(np.mean(golds))
+        assert compared["student"] == pytest.approx(compared["by_round"]["1"])
+    difference = rows[1]["student"] - rows[0]["student"]
+    assert rows[1]["student_difference"] == pytest.approx(difference)
     low, high = rows[1]["student_interval"]
     assert low <= rows[1]["student_difference"] <= high
-    assert "stub-mutual=false" in invoke("eval", "compare", *runs).out
+    assert names[1] in invoke("eval", "compare", *runs).out
+
     page = tmp_path / "side.html"
     assert invoke("eval", "compare", *runs, f"--page={page}").code == 0
     text = page.read_text()
-    assert (
-        all(row["method"] in text and f"{row['student']:.3f}" in text for row in rows)
-        and "<svg" in text
-        and "$" not in text
-    )
-    for entry in rows:
-        for t in ("0", "1", "2"):
-            found = [
-                gold_by_prompt(read_run(run), "student", int(t)).mean()
-                for run in runs
-                if run.name.removesuffix("-seed=1") == entry["method"]
-            ]
-            assert entry["by_round"][t] == pytest.approx(np.mean(found))
-    assert (
-        "not overwritten" in invoke("eval", "compare", *runs, f"--page={page}").err
-        and page.read_text() == text
-    )
-    assert (
-        invoke("eval", "compare", *runs, "--page=").code == 2
-        and invoke("eval", stub, "--page=x").code == 2
-    )
+    assert all(row["method"] in text and f"{row['student']:.3f}" in text for row in rows)
+    assert "<svg" in text
+    assert "$" not in text
+    again = invoke("eval", "compare", *runs, f"--page={page}")
+    assert "not overwritten" in again.err
+    assert page.read_text() == text
+    assert invoke("eval", "compare", *runs, "--page=").code == 2
+    assert invoke("eval", runs[0], "--page=x").code == 2
 
 
 @pytest.mark.parametrize(
@@ -754,27 +742,25 @@ def test_a_damaged_file_is_not_evaluated(stub, place, name):
         write_report(run)
 
 
-def test_a_folder_made_anew_is_read_anew(stub, place):
+def test_a_folder_made_anew_is_read_anew(place):
     """One process, one path, two runs after each other: table and page are those of the second."""
-    words = [
-        write_stub(place / "p"),
-        f"--run.root={place / 'runs'}",
-        "--run.name=x",
-        "--macpo.controls=false",
-    ]
-    tables, run = [], place / "runs/x"
+    run = place / "runs/x"
+    words = [write_stub(place / "p"), f"--run.root={place / 'runs'}", "--run.name=x", *SMALL_RUN]
+    tables = []
     for seed in (0, 1):
+        shutil.rmtree(run, ignore_errors=True)
         train(*words, f"--run.seed={seed}")
         tables.append(json.loads(invoke("eval", run, "--json").out))
-        alone, _ = spawn("eval", str(run), "--json").communicate(timeout=60)
-        assert tables[-1] == json.loads(alone)  # a process that has seen no other run says the same
-        prompts = [
-            html.escape(r["prompt"][-1]["content"]) for r in rows_of(run / "data/slices/d2.jsonl")
-        ]
         page = (run / "report.html").read_text()
-        assert sum(f">{prompt}</h3>" in page for prompt in prompts) == page.count("<article>") == 5
-        shutil.rmtree(run)
+        shown = 0
+        for pair in rows_of(run / "data/slices/d2.jsonl"):
+            prompt = html.escape(pair["prompt"][-1]["content"])
+            shown += f">{prompt}</h3>" in page
+        assert shown == page.count("<article>") == 5
     assert tables[0]["rows"] != tables[1]["rows"]
+    # a process that has seen no other run says the same
+    alone, _ = spawn("eval", str(run), "--json").communicate(timeout=60)
+    assert tables[1] == json.loads(alone)
 
 
 def test_a_stage_that_is_being_written_is_none(stub, place):
@@ -907,7 +893,7 @@ def test_a_run_on_files_of_dialogues(place):
     assert again.strip() in out and out.endswith(again)
 
 
-def test_changed_files_are_another_run(place):
+def test_what_depends_on_changed_files_is_computed_anew(place):
     words = [
         write_stub(place / "p"),
         *WORDS,
@@ -917,13 +903,12 @@ def test_changed_files_are_another_run(place):
         "--macpo.controls=false",
     ]
     train(*words)
+    before = stages_of(place / "runs/hh")
     data_file(place / "hh", row("new"), name="three.jsonl")
-    before = tree(place)
-    ended = invoke("train", *words)
-    check_sentence(ended.code, ended.err)
-    assert "data/slices" in ended.err and {
-        k: v for k, v in tree(place).items() if not k.endswith("env.json")
-    } == {k: v for k, v in before.items() if not k.endswith("env.json")}
+    assert "computed anew" in train(*words).out
+    after = stages_of(place / "runs/hh")
+    assert before.keys() == after.keys()
+    assert before["data/slices"]["fingerprint"] != after["data/slices"]["fingerprint"]
 
 
 def test_two_given_teachers_on_dialogues(place):
