@@ -97,6 +97,7 @@ class Plan:
         return self.workloads[name]
 
     def find_workload(self, name: str) -> Workload | None:
+        """What a stage computes with a model, by its kind; None if it needs none."""
         kind = self.kind(name)
         if kind == "pretrain":
             return self.pretrain(name)

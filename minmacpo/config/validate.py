@@ -67,6 +67,7 @@ def check_bounds(config: Config) -> None:
 
 
 def check_world(config: Config, checker: Checker) -> None:
+    """What the synthetic world asks of its settings together."""
     world = config.world
     checker.require(
         world.tagged + world.judged <= 1,
@@ -79,6 +80,7 @@ def check_world(config: Config, checker: Checker) -> None:
 
 
 def check_data(data: Data, checker: Checker) -> None:
+    """Shares, limits of length, and files that go together."""
     checker.require(
         shares_are_valid(data),
         "data.shares",
@@ -109,6 +111,7 @@ def shares_are_valid(data: Data) -> bool:
 
 
 def check_models(config: Config, checker: Checker) -> None:
+    """Adapters, given models and their quantisation."""
     targets = set(config.lora.targets)
     checker.require(
         targets and targets <= set(LINEARS), "lora.targets", f"some of {', '.join(LINEARS)}"
@@ -132,6 +135,7 @@ def check_models(config: Config, checker: Checker) -> None:
 
 
 def check_generation(config: Config, checker: Checker) -> None:
+    """Sampling settings that go together."""
     checker.require(
         not 0 < config.generate.temperature < 1e-3,
         "generate.temperature",
@@ -140,6 +144,7 @@ def check_generation(config: Config, checker: Checker) -> None:
 
 
 def check_method(config: Config, checker: Checker) -> None:
+    """What the method uses of [macpo], and what it would leave unused."""
     # what the other methods use of [macpo]
     macpo = config.macpo
     shared = Macpo(
@@ -158,6 +163,7 @@ def check_method(config: Config, checker: Checker) -> None:
 
 
 def check_macpo(macpo: Macpo, checker: Checker) -> None:
+    """Rules of selection, negatives and rounds that go together."""
     rules = set(macpo.select)
     checker.require(
         rules and len(rules) == len(macpo.select) and (len(rules) == 1 or rules <= RANKING_RULES),
@@ -190,6 +196,7 @@ def check_macpo(macpo: Macpo, checker: Checker) -> None:
 
 
 def check_feedback(feedback: Feedback, checker: Checker) -> None:
+    """Texts of AI feedback: their placeholders and verdicts."""
     checker.require(
         placeholders(feedback.rubric) == {"prompt", "response"},
         "feedback.rubric",
@@ -219,6 +226,7 @@ def check_feedback(feedback: Feedback, checker: Checker) -> None:
 
 
 def check_run_name(name: str | None, checker: Checker) -> None:
+    """The name of the run is that of a folder."""
     plain = name is None or not ("/" in name or "\\" in name or name in (".", ".."))
     checker.require(plain, "run.name", "a plain folder name")
 

@@ -95,7 +95,7 @@ def test_ids_are_those_of_the_package(both, seed):
         check_text(*both, only_settled(text))
 
 
-@pytest.mark.parametrize("rows", [80, pytest.param(1250, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rows", [20, pytest.param(1250, marks=pytest.mark.slow)])  # of every file
 def test_ids_of_real_dialogues(both, rows):
     """Of each file so many rows; the long form takes a quarter of a minute per tokenizer."""
     for file in find_files(str(shared("data/hh-rlhf"))):
