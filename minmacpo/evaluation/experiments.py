@@ -34,7 +34,7 @@ from minmacpo.evaluation.experiment_results import (
 from minmacpo.evaluation.finished_run import read_run
 from minmacpo.pipeline.run import FINISHED
 from minmacpo.pipeline.run_dir import check_folder
-from minmacpo.runtime.distributed import launched
+from minmacpo.runtime.distributed import launched_world_size
 from minmacpo.runtime.files import read_json, write_atomic, write_json
 from minmacpo.runtime.progress import Signals
 
@@ -104,7 +104,7 @@ def run_experiment(argv: Sequence[str], program: str) -> int:
     Returns:
         The exit code.
     """
-    if launched() > 1:
+    if launched_world_size() > 1:
         raise UserError(
             "an experiment is many runs, each in a process of its own; start it without torchrun"
         )

@@ -1,7 +1,7 @@
-"""Files that are whole or absent: atomic writes, JSON lines, hashes.
+"""Files that are whole or absent: atomic writes, locks, JSON lines, digests.
 
-All files but those that only grow (log.txt, metrics.jsonl, verdicts.jsonl, the answers of answers.py) are written here: under a temporary name
-in the same folder, flushed to the disk, and renamed; a kill leaves the old file, or the new one.
+A file is written under a temporary name in its own folder, flushed to the disk and renamed, so that
+a kill leaves the old file or the new one. Only logs that grow line by line are written elsewhere.
 """
 
 import contextlib
@@ -17,11 +17,148 @@ import typing
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
 from minmacpo import UserError
+
+INDEXED_EVERY = 16  # lines of a JsonlView; it keeps the position of the first: half a byte a line
+
+
+# --- Writing
+
+
+def write_atomic(path: Path, content: str | bytes | Iterable[str | bytes]) -> None:
+    """Write a file whole, or leave it as it was; on a full disk the temporary is removed.
+
+    Args:
+        content: the text or bytes, or parts of it that are made one after the other.
+    """
+    parts = [content] if isinstance(content, str | bytes) else content
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with with_path(path):
+            with temporary.open("wb") as stream:
+                for part in parts:
+                    stream.write(part.encode() if isinstance(part, str) else part)
+                stream.flush()
+                os.fsync(stream.fileno())
+            replace_fsync(temporary, path)
+    except BaseException:  # Ctrl-C as well
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def replace_fsync(source: Path, target: Path) -> None:
+    """Rename a file or folder and flush that to the disk, so that it survives a power cut."""
+    os.replace(source, target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+@contextlib.contextmanager
+def with_path(path: Path) -> Iterator[None]:
+    """Let an OSError raised within say that it is about `path`; a failed write does not say so."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_dir(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when it is whole; what a kill has left is removed.
+
+    Raises:
+        UserError: another process is making the same folder.
+    """
+    home = target.with_name(f".{target.name}.partial")
+    home.mkdir(parents=True, exist_ok=True)
+    busy = f"{target}: another process is writing it; wait for it, or give another folder"
+    with open_locked(home / "lock", "w", busy):
+        try:
+            shutil.rmtree(home / "whole", ignore_errors=True)
+            yield home / "whole"
+            replace_fsync(home / "whole", target)
+        finally:
+            shutil.rmtree(home, ignore_errors=True)
+
+
+def write_json(path: Path, value) -> None:
+    """Write a value as indented JSON, atomically."""
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_rows(path: Path, rows: Iterable) -> None:
+    """Write dicts or dataclasses as .jsonl, atomically; one row is in memory at a time."""
+    write_atomic(path, (to_jsonl([row]) for row in rows))
+
+
+def to_jsonl(rows: Iterable) -> str:
+    """Dicts or dataclasses as the text of a .jsonl file."""
+    lines = [json.dumps(row, ensure_ascii=False, default=asdict) + "\n" for row in rows]
+    return "".join(lines)
+
+
+# --- Locks and links
+
+
+def open_locked(path: Path, mode: str, busy: str | None, shared: bool = False) -> IO:
+    """Open a file that is locked while it is open; the kernel lets go however the process ends.
+
+    Where the file system knows no locks, that is said on stderr, and the file is opened all the
+    same.
+
+    Args:
+        busy: the error's sentence if another process has the lock; None: wait for it.
+        shared: lock the file only against those who do not share it.
+
+    Raises:
+        UserError: another process has the lock.
+    """
+    stream = path.open(mode, encoding=None if "b" in mode else "utf-8")
+    operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    if busy is not None:
+        operation |= fcntl.LOCK_NB
+    try:
+        fcntl.flock(stream, operation)
+    except BlockingIOError:
+        stream.close()
+        raise UserError(busy) from None
+    except OSError as error:
+        if busy is not None:
+            print(
+                f"no lock here ({error.strerror}): start no second process on {path}",
+                file=sys.stderr,
+            )
+    return stream
+
+
+def check_links(folder: Path) -> None:
+    """Raise UserError for what no run makes: links, pipes and the like.
+
+    A link could lead out of the folder, and a pipe could be waited for for ever.
+    """
+    for home, folders, files in os.walk(folder):
+        for name in folders + files:
+            path = Path(home, name)
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:  # another process has removed it
+                continue
+            if stat.S_ISLNK(mode):
+                raise UserError(
+                    f"{path}: is a link, which no run folder has; put what it stands for in its "
+                    "place, or delete it"
+                )
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise UserError(f"{path}: is neither a file nor a folder; delete it")
+
+
+# --- Records in lines of JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,155 +238,66 @@ def convert(field: FieldType, value):
     return value
 
 
-EVERY = 16  # lines of which one place is remembered: half a byte a line
-
-
-def replace_fsync(source: Path, target: Path) -> None:
-    """Rename a file or folder to its place, and flush that to the disk, so that it survives a power cut."""
-    os.replace(source, target)
-    handle = os.open(target.parent, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def open_locked(path: Path, mode: str, busy: str | None, shared: bool = False) -> IO:
-    """The file in `mode`, locked while it is open: the kernel lets go of it however the process ends. UserError with the
-    sentence `busy` if another process has it, None: waits for that one; does without a lock, and says so, where the file
-    system knows none. `shared`: locked only against those who do not share it."""
-    stream = path.open(mode, encoding=None if "b" in mode else "utf-8")
-    try:
-        fcntl.flock(
-            stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if busy else 0)
-        )
-    except BlockingIOError:
-        stream.close()
-        raise UserError(busy) from None
-    except OSError as error:
-        if busy:
-            print(
-                f"no lock here ({error.strerror}): start no second process on {path}",
-                file=sys.stderr,
-            )
-    return stream
-
-
-def check_links(folder: Path) -> None:
-    """UserError for what no run makes: a link, which could lead out of the folder, or a pipe and the like, which may be waited for."""
-    for path in (Path(home, name) for home, *names in os.walk(folder) for name in chain(*names)):
-        with contextlib.suppress(FileNotFoundError):  # another process has removed it
-            mode = path.lstat().st_mode
-            if stat.S_ISLNK(mode):
-                raise UserError(
-                    f"{path}: is a link, which no run folder has; put what it stands for in its place, or delete it"
-                )
-            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-                raise UserError(f"{path}: is neither a file nor a folder; delete it")
-
-
-@contextlib.contextmanager
-def with_path(path: Path) -> Iterator[None]:
-    """An OSError raised within says that it is about `path`: a failed write does not say where."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = str(path)
-        raise
-
-
-def write_atomic(path: Path, content: str | bytes | Iterable) -> None:
-    """Write `path` whole, or leave it as it was, from a text, bytes, or one of them after the other; the temporary is removed if
-    the disk is full."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with with_path(path):
-            with temporary.open("wb") as stream:
-                for part in [content] if isinstance(content, str | bytes) else content:
-                    stream.write(part.encode() if isinstance(part, str) else part)
-                stream.flush()
-                os.fsync(stream.fileno())
-            replace_fsync(temporary, path)
-    except BaseException:  # a full disk, Ctrl-C
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def atomic_dir(target: Path) -> Iterator[Path]:
-    """A name for a folder that becomes `target` when it is whole; what a kill has left of one is removed. UserError if
-    another process makes it."""
-    place = target.with_name(f".{target.name}.partial")
-    place.mkdir(parents=True, exist_ok=True)
-    with open_locked(
-        place / "lock",
-        "w",
-        f"{target}: another process is writing it; wait for it, or give another folder",
-    ):
-        try:
-            shutil.rmtree(place / "whole", ignore_errors=True)
-            yield place / "whole"
-            replace_fsync(place / "whole", target)
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
-
-
-def write_json(path: Path, value) -> None:
-    """`value` as indented JSON, atomically."""
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_rows(path: Path, rows: Iterable) -> None:
-    """Dicts, or records of data.py, as .jsonl, atomically; of rows that are made one by one no two are in memory."""
-    write_atomic(path, (to_jsonl([row]) for row in rows))
-
-
-def to_jsonl(rows: Iterable) -> str:
-    """Dicts, or records of data.py, as the text of a .jsonl file."""
-    return "".join(json.dumps(row, ensure_ascii=False, default=asdict) + "\n" for row in rows)
+# --- Reading
 
 
 def read_json(path: Path) -> dict:
     """The object in a .json file; UserError where it is missing, broken, or something else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise UserError(f"{path}: is damaged; expected an object")
-    return found
+    return value
 
 
-def read_rows(path: Path, kind: type = dict) -> list:
-    """The records of class `kind` in a .jsonl file (only \\n ends a line); UserError where one is broken."""
-    return list(iter_rows(path, kind))
+def read_rows(path: Path, record_type: type = dict) -> list:
+    """All records of a .jsonl file; UserError, with the line's number, where one is broken."""
+    return list(iter_rows(path, record_type))
 
 
-def iter_rows(path: Path, kind: type = dict) -> Iterator:
-    """The records that `read_rows` reads, one by one."""
-    number = 0
+def iter_rows(path: Path, record_type: type = dict) -> Iterator:
+    """The records of a .jsonl file one by one; only \\n ends a line."""
     try:
         with path.open("rb") as stream:
-            for number, line in enumerate(stream, 1):  # noqa: B007
-                yield from_json(kind, line.decode())
-    except (OSError, UnicodeDecodeError) as error:
+            for number, line in enumerate(stream, start=1):
+                yield parse_row(path, number, line, record_type)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def parse_row(path: Path, number: int, line: bytes, record_type: type):
+    """The record in one line of a file; whatever is wrong with it becomes one sentence."""
+    try:
+        return from_json(record_type, line.decode())
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        what = "JSON" if kind is dict else kind.__name__
-        raise UserError(f"{path}, line {number}: is no {what}; the file is damaged") from None
+        name = "JSON" if record_type is dict else record_type.__name__
+        raise UserError(f"{path}, line {number}: is no {name}; the file is damaged") from None
 
 
 class JsonlView(Sequence):
-    """The records of a .jsonl file as a list that is read where it is looked at: what it holds is one place in EVERY lines.
-    `change`: what is made of a record."""
+    """The records of a .jsonl file as a list whose items are read where they are looked at."""
 
-    def __init__(self, path: Path, kind: type = dict, change: Callable = lambda row: row):
-        self.path, self.kind, self.change = path, kind, change
-        self.places, self.count, place = array("q"), 0, 0
+    def __init__(self, path: Path, record_type: type = dict, change: Callable | None = None):
+        """Args:
+        change: makes something else of every record.
+        """
+        self.path = path
+        self.record_type = record_type
+        self.change = change
+        self.count = 0
+        self.positions = array("q")  # bytes before every INDEXED_EVERY-th line
+        position = 0
         try:
             with path.open("rb") as stream:
                 for line in stream:
-                    if self.count % EVERY == 0:
-                        self.places.append(place)
-                    self.count, place = self.count + 1, place + len(line)
+                    if self.count % INDEXED_EVERY == 0:
+                        self.positions.append(position)
+                    self.count += 1
+                    position += len(line)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error})") from None
 
@@ -257,7 +305,8 @@ class JsonlView(Sequence):
         return self.count
 
     def __iter__(self) -> Iterator:
-        return map(self.change, iter_rows(self.path, self.kind))
+        rows = iter_rows(self.path, self.record_type)
+        return rows if self.change is None else map(self.change, rows)
 
     def __getitem__(self, index: int):
         """The record of that number from 0; IndexError if there is none."""
@@ -265,19 +314,22 @@ class JsonlView(Sequence):
             raise IndexError(index)
         try:
             with self.path.open("rb") as stream:
-                stream.seek(self.places[index // EVERY])
-                line = next(islice(stream, index % EVERY, None), b"")
-            return self.change(from_json(self.kind, line.decode()))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(
-                f"{self.path}, line {index + 1}: cannot be read any more; the file has been damaged"
-            ) from None
+                stream.seek(self.positions[index // INDEXED_EVERY])
+                line = next(islice(stream, index % INDEXED_EVERY, None), b"")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read any more ({error})") from None
+        row = parse_row(self.path, index + 1, line, self.record_type)
+        return row if self.change is None else self.change(row)
 
 
 def batched(rows: Iterable, size: int) -> Iterator[list]:
     """The rows in lists of `size` of them, the last with what is left."""
     rest = iter(rows)
-    return iter(lambda: list(islice(rest, size)), [])
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+# --- Digests
 
 
 def describe(path: Path) -> dict:
@@ -291,29 +343,36 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def fingerprint(value) -> str:
+    """32 hex digits that stand for a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+# --- Shards of an unfinished stage
+
+
 def write_shard(folder: Path, number: int, rows: Iterable) -> Path:
-    """The file with a block of samples, named after what is in it and where: no stage.json tells whether it is undamaged."""
+    """Write a part of the samples of an unfinished stage.
+
+    No stage.json tells yet whether the file is undamaged, so its name holds a digest of its content
+    and of the folder, which is named after all that the stage depends on.
+    """
     text = to_jsonl(rows).encode()
-    file = folder / f"block{number}-{block_sum(folder, text)}.jsonl"
+    file = folder / f"block{number}-{shard_digest(folder, text)}.jsonl"
     write_atomic(file, text)
     return file
 
 
-def block_sum(folder: Path, text: bytes) -> str:
-    """Hex digest of a block of the unfinished stage in this folder, which is named after all that the stage depends on."""
+def shard_digest(folder: Path, text: bytes) -> str:
+    """Hex digest of a shard's content and of the unfinished stage that it belongs to."""
     return hashlib.sha256(f"{folder.name}\n".encode() + text).hexdigest()
 
 
 def finished_shards(folder: Path) -> dict[int, Path]:
     """The undamaged files that `write_shard` wrote, by number."""
-    files = (
-        file
-        for file in folder.glob("block*-*.jsonl")
-        if file.is_file() and file.stem.endswith(f"-{block_sum(folder, file.read_bytes())}")
-    )
-    return {int(file.stem.removeprefix("block").partition("-")[0]): file for file in files}
-
-
-def fingerprint(value) -> str:
-    """32 hex digits that stand for a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+    shards = {}
+    for file in folder.glob("block*-*.jsonl"):
+        number, _, digest = file.stem.removeprefix("block").partition("-")
+        if file.is_file() and digest == shard_digest(folder, file.read_bytes()):
+            shards[int(number)] = file
+    return shards

@@ -1,7 +1,8 @@
 """What a person sees while a program runs, how a person stops it, and how it ends.
 
-On a terminal a tqdm bar with rate and time left; elsewhere a plain line every ten seconds. Ctrl-C,
-SIGTERM and SIGHUP only raise a flag, which long loops look at between two steps, after saving.
+On a terminal a stage has a bar with rate and time left, elsewhere a plain line every ten seconds.
+Ctrl-C, SIGTERM and SIGHUP only raise a flag, at which long loops look between two steps, after
+saving.
 """
 
 import os
@@ -14,40 +15,58 @@ from tqdm import tqdm
 
 from minmacpo import UserError
 
-
-def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns with two spaces between them: the first one starts, the others end at one place."""
-    first, *widths = (max(map(len, column)) for column in zip(head, *rows, strict=True))
-    lines = (
-        "  ".join([f"{name:{first}}", *map(str.rjust, cells, widths)])
-        for name, *cells in [head, *rows]
-    )
-    return "\n".join(map(str.rstrip, lines))
-
-
-def gigabytes(size: int) -> str:
-    """Bytes: 12 MB, 3.45 GB."""
-    return f"{size / 2**30:.2f} GB" if size >= 2**30 else f"{size / 2**20:.0f} MB"
-
-
-def thousands(count: float) -> str:
-    """A count in three digits: 12, 3.4k, 56M."""
-    for unit in ("", "k", "M", "G"):
-        if count < 999.5 or unit == "G":
-            return f"{count:.3g}{unit}"
-        count /= 1000
-
-
 RESUMES = "all finished work is saved. The same command line goes on from here."
+PLAIN_EVERY = 10.0  # seconds between two lines where there is no terminal
 
-
-# Control characters but line break and tab, marks that turn the direction of text or end its line, half surrogate pairs.
-ACTIVE = re.compile(
+# Control characters but line break and tab, marks that turn the direction of text or end its line,
+# half surrogate pairs
+CONTROL_CHARS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
-PLAIN_EVERY = 10.0  # seconds between two lines where there is no terminal
+# --- Text
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in columns two spaces apart; the first stands to the left, the others to the right."""
+    table = [list(head), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for first, *cells in table:
+        parts = [first.ljust(widths[0])]
+        for cell, width in zip(cells, widths[1:], strict=True):
+            parts.append(cell.rjust(width))
+        lines.append("  ".join(parts).rstrip())
+    return "\n".join(lines)
+
+
+def gigabytes(size: int) -> str:
+    """Bytes as text: 12 MB, 3.45 GB."""
+    if size >= 2**30:
+        return f"{size / 2**30:.2f} GB"
+    return f"{size / 2**20:.0f} MB"
+
+
+def thousands(count: float) -> str:
+    """A count in three digits: 12, 3.4k, 56M."""
+    for unit in ("", "k", "M"):
+        if count < 999.5:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g}G"
+
+
+def escape_control_chars(text: str) -> str:
+    """Text as a terminal or a page may show it: characters that would act stand as escapes."""
+
+    def escape(match: re.Match) -> str:
+        return ascii(match[0])[1:-1]  # without its quotes
+
+    return CONTROL_CHARS.sub(escape, text)
+
+
+# --- Signals
 
 
 class Interrupted(Exception):
@@ -62,17 +81,19 @@ class Signals:
     """Remembers the first SIGINT, SIGTERM or SIGHUP; a second one acts at once."""
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    number: int | None = None
+
+    def __init__(self):
+        self.number: int | None = None
 
     def install(self) -> None:
         """Take over these signals for the rest of the process."""
         for number in self.numbers:
-            if (
-                number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-            ):  # nohup ignores it
-                signal.signal(number, self._note)
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup has it ignored
+            signal.signal(number, self.remember)
 
-    def _note(self, number, frame) -> None:
+    def remember(self, number: int, frame) -> None:
+        """The handler: note the first signal, act on the second."""
         if self.number is not None:
             raise Interrupted(number)
         self.number = number
@@ -81,6 +102,9 @@ class Signals:
         """Raise Interrupted if a signal has come."""
         if self.number is not None:
             raise Interrupted(self.number)
+
+
+# --- The bar
 
 
 class Progress(tqdm):
@@ -95,9 +119,15 @@ class Progress(tqdm):
         on_step: Callable[[], None] | None,
         shown: bool = True,
     ):
-        self.on_step, self.plain = on_step, not sys.stderr.isatty()
-        plain = {"mininterval": PLAIN_EVERY, "delay": PLAIN_EVERY, "ncols": 0}
-        train_args = plain if self.plain else {"dynamic_ncols": True}
+        """Args:
+        done: how many of `total` units are finished already.
+        on_step: called after every step, for the profiler.
+        """
+        self.on_step = on_step
+        self.plain = not sys.stderr.isatty()
+        options = {"dynamic_ncols": True}
+        if self.plain:
+            options = {"mininterval": PLAIN_EVERY, "delay": PLAIN_EVERY, "ncols": 0}
         super().__init__(
             total=total,
             desc=escape_control_chars(label),
@@ -105,14 +135,14 @@ class Progress(tqdm):
             initial=done,
             leave=False,
             disable=not shown,
-            **train_args,
+            **options,
         )
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Show the bar, or print it as a line of its own."""
         if not self.plain:
             super().display(msg, pos)
-        elif msg != "":
+        elif msg != "":  # tqdm clears its bar with an empty text
             print(msg or self, file=sys.stderr, flush=True)
 
     def step(self, count: int = 1) -> None:
@@ -122,51 +152,56 @@ class Progress(tqdm):
             self.on_step()
 
 
-def escape_control_chars(text: str) -> str:
-    """Text as a terminal or a page may show it: what would act on the terminal, or on the text around it, stands there
-    as its escape."""
-    return ACTIVE.sub(lambda found: ascii(found[0])[1:-1], text)
+# --- How a program ends
 
 
 def short_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory is short: Python's error, torch's of a GPU, or that of an allocator of a CPU."""
-    named = (
-        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    )  # torch's, which is not loaded here
-    return named or "can't allocate memory" in str(error) or "bad_alloc" in str(error)
+    """Whether an error says that memory is short, as Python, torch or a CPU's allocator say it."""
+    if isinstance(error, MemoryError):
+        return True
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; torch is not imported here
+        return True
+    return "can't allocate memory" in str(error) or "bad_alloc" in str(error)
 
 
 def run_main(main: Callable[[list[str]], int | None], after_stop: str = RESUMES) -> int:
-    """Run `main` on the command line; returns the exit code, 2 after one clear sentence, 130 after Ctrl-C;
-    `after_stop` is what is true then."""
+    """Run a program's `main` on the command line and return its exit code.
+
+    The code is 2 after one clear sentence on stderr, 130 after Ctrl-C.
+
+    Args:
+        after_stop: what is true when the program was stopped.
+    """
     try:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()  # a reader that has gone is noticed here, not when Python exits
         return code
     except UserError as error:
-        print(f"error: {escape_control_chars(str(error))}", file=sys.stderr)
-        return 2
+        return complain(str(error))
     except BrokenPipeError:
+        # Python would complain once more when it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 128 + signal.SIGPIPE
     except OSError as error:
-        print(
-            escape_control_chars(f"error: {error.filename or 'a file'}: {error.strerror or error}"),
-            file=sys.stderr,
-        )
-        return 2
+        return complain(f"{error.filename or 'a file'}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
         if not short_of_memory(error):
             raise
-        print(f"error: out of memory; {after_stop}", file=sys.stderr)
-        return 2
-    except (Interrupted, KeyboardInterrupt) as stopped:
-        for listening in (
-            number for number in Signals.numbers if callable(signal.getsignal(number))
-        ):
-            signal.signal(
-                listening, signal.SIG_DFL
-            )  # one more would be raised where nobody catches it
-        number = getattr(stopped, "number", 2)
+        return complain(f"out of memory; {after_stop}")
+    except (Interrupted, KeyboardInterrupt) as error:
+        restore_signals()
         print(f"\nstopped; {after_stop}", file=sys.stderr)
-        return 128 + number
+        return 128 + getattr(error, "number", signal.SIGINT)
+
+
+def complain(sentence: str) -> int:
+    """Print an error; returns the exit code for it."""
+    print(f"error: {escape_control_chars(sentence)}", file=sys.stderr)
+    return 2
+
+
+def restore_signals() -> None:
+    """Let signals act as usual: one more would be raised where nobody catches it."""
+    for number in Signals.numbers:
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)

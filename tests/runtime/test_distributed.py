@@ -1,4 +1,4 @@
-"""Several ranks against one: gradients, training, scores, samples and whole runs; and how ranks end together."""
+"""Several ranks against one: gradients, training, scores, samples, whole runs, and how they end."""
 
 import contextlib
 import gc
@@ -13,7 +13,6 @@ import sys
 import time
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,7 +33,8 @@ from safetensors.torch import load_file
 from minmacpo.cli.plan import Plan
 from minmacpo.config.parse import parse
 from minmacpo.pipeline import model_pool
-from minmacpo.pipeline.run import Run
+from minmacpo.pipeline.artifacts import BaseModel
+from minmacpo.pipeline.run import Run, Stage
 from minmacpo.runtime.distributed import Distributed
 
 CASES = ["1-pairs-replicate", "2-pairs-replicate", "2-pairs-shard", "a-2-4", "complaint-2"]
@@ -136,70 +136,93 @@ def test_two_and_four_ranks_replicated_and_sharded_equal_one(tmp_path, seed):
     check_toys(toys(tmp_path, seed, MORE))
 
 
-def as_rank(rank: int, world: int, shards: bool) -> Distributed:
+def as_rank(rank: int, world_size: int, is_sharded: bool) -> Distributed:
     """A rank that is asked what it would do, with nobody beside it."""
-    ranks = Distributed(rank=rank, world=world)
-    ranks.is_sharded = shards
-    return ranks
+    dist = Distributed(rank=rank, world_size=world_size)
+    dist.is_sharded = is_sharded
+    return dist
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("shards", [False, True])
-def test_a_step_is_shared_out_whole_and_evenly(world, shards, seed):
-    """Every unit once; ranks differ by a unit of each micro-batch that is cut; sharded, by no pass at all."""
-    rng, units = random.Random(seed), iter(range(10**6))
-    groups = [
-        [next(units) for _ in range(rng.randrange(1, 12))] for _ in range(rng.randrange(1, 12))
-    ]
-    shares = [as_rank(rank, world, shards).split_batches(groups) for rank in range(world)]
-    assert sorted(unit for share in shares for group in share for unit in group) == sorted(
-        unit for group in groups for unit in group
-    )
-    assert all(group in groups for share in shares for group in share[: len(groups) // world])
-    counts = [len(share) for share in shares]
-    assert max(counts) == counts[0] and (
-        min(counts) == counts[0] if shards else all(group for share in shares for group in share)
-    )
-    assert world > 1 or shares[0] == groups
+def random_batches(seed: int) -> list[list[int]]:
+    """Up to 11 micro-batches of up to 11 examples, numbered through."""
+    rng = random.Random(seed)
+    batches = []
+    first = 0
+    for _ in range(rng.randrange(1, 12)):
+        size = rng.randrange(1, 12)
+        batches.append(list(range(first, first + size)))
+        first += size
+    return batches
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_step_is_divided_evenly(world_size, is_sharded, seed):
+    """Every example once; ranks differ by the parts of what cannot be dealt out whole."""
+    batches = random_batches(seed)
+    ranks = [as_rank(rank, world_size, is_sharded) for rank in range(world_size)]
+
+    local = [dist.split_batches(batches) for dist in ranks]
+
+    trained = sorted(number for of_rank in local for batch in of_rank for number in batch)
+    assert trained == sorted(number for batch in batches for number in batch)
+    for of_rank in local:
+        assert all(batch in batches for batch in of_rank[: len(batches) // world_size])
+    passes = [len(of_rank) for of_rank in local]
+    if is_sharded:
+        assert len(set(passes)) == 1, "all ranks make equally many passes"
+    else:
+        assert max(passes) == passes[0] and all(batch for of_rank in local for batch in of_rank)
+    if world_size == 1:
+        assert local[0] == batches
 
 
 def test_without_torchrun_nothing_is_distributed():
     """One process does all by itself, and an ordinary start does not even look for others."""
-    code = (
-        "import sys, torch; before = {m for m in sys.modules if 'distributed' in m}; import train, minmacpo.parallel as p, minmacpo.report; "
-        "r = p.meet(); assert r.world == 1 and r.first(dict) == {} and r.agree(7) == 7 and list(r.each([1, 2], str)) == ['1', '2']; "
-        "new = {m for m in sys.modules if 'distributed' in m} - before; assert not new, new"
-    )
+    code = """
+import sys, torch
+before = {name for name in sys.modules if "distributed" in name}
+import train, minmacpo.evaluation.report
+from minmacpo.runtime.distributed import meet
+dist = meet()
+assert dist.world_size == 1
+assert dist.run_on_main(dict) == {} and dist.all_reduce_max(7) == 7
+assert list(dist.parallel_map([1, 2], str)) == ["1", "2"]
+new = {name for name in sys.modules if "distributed" in name} - before
+assert new <= {"minmacpo.runtime.distributed"}, new
+"""
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=60)
 
 
-def test_a_base_that_is_given_up_is_gone_before_the_next_one_comes(monkeypatch):
+def test_a_base_that_leaves_the_pool_is_gone_before_the_next_one_comes(monkeypatch):
     """Also one that refers to itself, as a sharded model does."""
-    seen = []
+    loaded = []
 
-    class LoadedModel:
-        def __init__(self, *_, **more):
-            self.itself, self.model = self, None
-            assert all(known() is None for known in seen), "the last one is still there"
-            seen.append(weakref.ref(self))
+    class SelfReferring:
+        def __init__(self, *args, **kwargs):
+            assert all(reference() is None for reference in loaded), "the last one is still there"
+            self.itself = self
+            self.model = None
+            loaded.append(weakref.ref(self))
 
-    for name, value in {
-        "LoadedModel": LoadedModel,
+    replacements = {
+        "LoadedModel": SelfReferring,
         "free_bytes": lambda device: 0,
-        "weight_bytes": lambda *_: 1,
+        "weight_bytes": lambda *args: 1,
         "read_config": lambda folder: None,
         "disable_adapter": lambda model: None,
-    }.items():
+    }
+    for name, value in replacements.items():
         monkeypatch.setattr(model_pool, name, value)
     pool = model_pool.ModelPool(parse(["@tiny"]).config)
     gc.disable()
     try:
         for name in ("a", "b", "c"):
-            stage = SimpleNamespace(fingerprint=name, path=Path(name))
-            pool.get(SimpleNamespace(name=name, stage=stage), adapter=None)
+            stage = Stage(name, Path(name), fingerprint=name, external=True)
+            pool.get(BaseModel(name, stage), adapter=None)
     finally:
         gc.enable()
-    assert len(seen) == 3 and len(pool.models) == 1
+    assert len(loaded) == 3 and len(pool.models) == 1
 
 
 def test_a_rank_of_a_sharded_base_is_planned_for_its_part(tmp_path):
@@ -236,7 +259,7 @@ def check_same(run: Path, one: Path) -> None:
                 assert [row["tokens"] for row in rows_of(a)] == [
                     row["tokens"] for row in rows_of(b)
                 ], name
-            elif file == "scores.jsonl":
+            elif mine[name]["kind"].startswith("score/"):
                 assert [row["logp"] for row in rows_of(a)] == pytest.approx(
                     [row["logp"] for row in rows_of(b)], rel=1e-3
                 )

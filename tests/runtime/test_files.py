@@ -5,10 +5,10 @@ import random
 import pytest
 
 from minmacpo import UserError
-from minmacpo.runtime.files import EVERY, JsonlView, batched, read_rows, write_rows
+from minmacpo.runtime.files import INDEXED_EVERY, JsonlView, batched, read_rows, write_rows
 
 
-@pytest.mark.parametrize("count", [0, 1, EVERY, 5 * EVERY + 3])
+@pytest.mark.parametrize("count", [0, 1, INDEXED_EVERY, 5 * INDEXED_EVERY + 3])
 def test_a_view_has_the_rows_of_its_file(count, tmp_path, seed):
     rng = random.Random(seed)
     rows = [{"i": i, "text": "\u00e9\u2028\n" * rng.randrange(5)} for i in range(count)]
