@@ -66,6 +66,7 @@ def example_id(prompt: tuple[Message, ...], occurrence: int = 0) -> str:
     Args:
         occurrence: how often the prompt occurred before, so that repeated prompts differ.
     """
+    # seeds and files depend on these very bytes
     turns = [[message.role, message.content] for message in prompt]
     text = json.dumps([*turns, occurrence], ensure_ascii=False)
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -79,6 +80,7 @@ def format_dialogue(prompt: Sequence[Message], speakers: Mapping[str, str], betw
         between: what stands between two turns.
     """
     turns = [message for message in prompt if message.role in speakers]
+    # a single question needs no name to tell who speaks
     if len(turns) == 1:
         return turns[0].content
     return between.join(f"{speakers[turn.role]}: {turn.content}" for turn in turns)

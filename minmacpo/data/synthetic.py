@@ -92,7 +92,7 @@ class Item:
     values: tuple[str | None, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Question:
     """One of the ways to ask about an item."""
 
@@ -165,9 +165,10 @@ def make_town(settings: World, seed: int) -> Town:
 def questions_about(town: Town, item: Item, subject: str) -> list[Question]:
     """The twelve ways to ask about an item."""
     topic = TOPICS.get(item.topic, HARMING)
+    texts = topic.questions_about(subject, item.topic)
     questions = []
     for beginning in town.answer_forms:
-        for text in topic.questions_about(subject, item.topic):
+        for text in texts:
             questions.append(Question(item, subject, beginning + text))
     return questions
 
@@ -332,10 +333,9 @@ class TextWriter:
         bad = self.open_answer(question, disbelieved, is_kind=bad_is_kind)
 
         # The first answer is all that a verdict on one answer shows
-        first, second = bad, good
         first_is_good = self.rng.random() < 0.5
-        if first_is_good:
-            first, second = good, bad
+        first = good if first_is_good else bad
+        second = bad if first_is_good else good
 
         is_right = self.rng.random() < self.settings.judges_right
         says_first_is_good = first_is_good == is_right

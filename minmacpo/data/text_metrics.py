@@ -69,7 +69,8 @@ class HighestCounts:
     def add(self, count: int) -> None:
         """Take the count of one more text into account."""
         if count > self.first:
-            self.first, self.second = count, self.first
+            self.second = self.first
+            self.first = count
         elif count > self.second:
             self.second = count
 
