@@ -1,5 +1,7 @@
-"""Programs in forked children of the test, which has torch loaded already; some of them die there. And how a folder is
-compared with that of an undisturbed run."""
+"""Programs in forked children of the test, which has torch loaded already; some of them die there.
+
+And how a folder is compared with that of an undisturbed run.
+"""
 
 import contextlib
 import gc
@@ -28,14 +30,18 @@ from minmacpo.runtime.files import write_atomic
 from minmacpo.runtime.progress import run_main
 
 WORKERS = 3  # on two cores: one may wait for its files
-for module in pkgutil.iter_modules(minmacpo.__path__, "minmacpo."):
+for module in pkgutil.walk_packages(minmacpo.__path__, "minmacpo."):
     importlib.import_module(module.name)  # here once, and not in every child
 PROGRAMS = {name: program(name) for name in ("train", "sample", "eval")}
-gc.freeze()  # what is there does not change: no collection in a child touches it, and it stays shared
+# what is there does not change: no collection in a child touches it, and it stays shared
+gc.freeze()
 
 
 def child(work: Callable[[], int | None]) -> int:
-    """Fork, do `work` there; the child's process id. It ends with what `work` returns, without any cleaning up."""
+    """Fork, do `work` there; the child's process id.
+
+    It ends with what `work` returns, without any cleaning up.
+    """
     sys.stdout.flush()
     if pid := os.fork():
         return pid
@@ -57,9 +63,10 @@ def ended(pid: int) -> int:
 
 
 def start(name: str, words, said: Path, disk: Disk | None = None, reports: bool = False) -> int:
-    """A program begun in a child on this `disk` (or on another fault with `install` and `done`); its process id. What it prints
-    goes to `said`.out and .err, the operations of a disk that it outlives to `said`.json. Reports say nothing unless
-    `reports`: they would take most of the time."""
+    """A program begun in a child on this `disk` (or on another fault with `install` and `done`);
+    its process id. What it prints goes to `said`.out and .err, the operations of a disk that it
+    outlives to `said`.json. Reports say nothing unless `reports`: they would take most of the time.
+    """
 
     def work() -> int:
         for number, kind in ((1, ".out"), (2, ".err")):
@@ -97,7 +104,10 @@ def fork(
 
 
 def deaths(words, place: Path, moments: Iterable[int]) -> Iterator[tuple[int, Path]]:
-    """train.py on the root `place`/runs; each of the `moments` (of a Walk), with a copy of `place` as a kill -9 leaves it there."""
+    """train.py on the root `place`/runs.
+
+    Each of the `moments` (of a Walk), with a copy of `place` as a kill -9 leaves it there.
+    """
     left, said = (place.with_name(f"{place.name}-{what}") for what in ("left", "said"))
     pid = start("train", [*words, f"--run.root={place / 'runs'}"], said, Walk(moments))
     try:
@@ -168,13 +178,17 @@ class Good:
         self.contents, self.folders = contents(run, ORIGIN), folders(run)
 
     def check(self, run: Path, before: dict) -> None:
-        """The run is bit-identical but for times, has nothing besides, and every stage that was finished `before` is untouched."""
+        """The run is bit-identical but for times, has nothing besides, and every stage that was
+        finished `before` is untouched.
+        """
         now = contents(run, ORIGIN)
         assert [
             n for n in now.keys() | self.contents.keys() if now.get(n, 0) != self.contents.get(n, 0)
         ] == []
         assert (
-            folders(run) == self.folders and IN_PROGRESS_DIR not in self.folders and {*FREE} <= now.keys()
+            folders(run) == self.folders
+            and IN_PROGRESS_DIR not in self.folders
+            and {*FREE} <= now.keys()
         )
         kept = stages(run)
         assert [name for name in before if before[name] != kept.get(name)] == []
@@ -197,14 +211,17 @@ def check_sentence(ended: Ended, *wanted: str) -> None:
     assert all(word in ended.err for word in wanted), ended.err
 
 
-# The stub made smaller: one teacher, one round, a few prompts, one optimiser step a stage, its state saved after it.
-SMALL = """--macpo.teachers=1 --macpo.rounds=1 --macpo.controls=false --pretrain.strong_steps=1 --pretrain.weak_steps=1 --pretrain.batch=4 --world.d1=2
---world.d2=2 --world.test=2 --sft.batch=8 --dpo.batch=8 --generate.max_new_tokens=2 --generate.batch=1 --eval.bootstrap=2
+# The stub made smaller: one teacher, one round, a few prompts, one optimiser step a stage, its
+# state saved after it.
+SMALL = """--macpo.teachers=1 --macpo.rounds=1 --macpo.controls=false
+--pretrain.strong_steps=1 --pretrain.weak_steps=1 --pretrain.batch=4
+--world.d1=2 --world.d2=2 --world.test=2 --sft.batch=8 --dpo.batch=8
+--generate.max_new_tokens=2 --generate.batch=1 --eval.bootstrap=2
 --run.save_every=1 --run.log_every=1 --run.max_tokens_per_batch=100000 --run.threads=1""".split()
 
 
 def small_run(root: Path) -> tuple[list[str], Path]:
-    """(the words of a run as small as a whole one can be, but for its root; a finished one, not to be changed)."""
+    """The words of the smallest whole run, without its root; and such a run, not to be changed."""
     words = [write_stub(root), "--run.name=small", *SMALL]
     ended, _ = fork("train", [*words, f"--run.root={root}"], reports=True)
     assert ended.code == 0, ended.err

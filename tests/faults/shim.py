@@ -1,7 +1,10 @@
-"""A disk on which a test makes things go wrong: every operation that changes it is counted, and at one of them comes a fault.
+"""A disk on which a test makes things go wrong.
 
-It is put under a program in a child process, in place of Python's own functions. What only reads is not counted, nor is
-what changes nothing (a folder that exists already, a file that is gone already), nor /proc and devices. Nothing is flushed.
+Every operation that changes it is counted, and at one of them comes a fault.
+
+It is put under a program in a child process, in place of Python's own functions. What only reads is
+not counted, nor is what changes nothing (a folder that exists already, a file that is gone
+already), nor /proc and devices. Nothing is flushed.
 """
 
 import builtins
@@ -31,8 +34,12 @@ ROOM = {name for name, room in CALLS.items() if room} | {"open", "write"}
 
 
 class Disk:
-    """Counts operations in `done`. At number `at` (from 0) comes the `fault`: a signal before it; or "tear": half of what
-    is written gets there, then kill -9; or "full": half of it gets there, and from then on there is no room."""
+    """Counts operations in `done`.
+
+    At number `at` (from 0) comes the `fault`: a signal before it; or "tear": half of what is
+    written gets there, then kill -9; or "full": half of it gets there, and from then on there is no
+    room.
+    """
 
     def __init__(self, fault: str | signal.Signals = "", at: int = -1):
         self.fault, self.at, self.done = fault, at, []
@@ -105,9 +112,11 @@ class Disk:
 
 
 class Walk(Disk):
-    """A disk on which a program dies many times and lives on: at each of the `moments` a twin, with the same memory and open files,
-    is killed with kill -9, and the program stands still (SIGSTOP) until what is there then has been copied. It need not begin
-    anew for each of them. Moment 2i is before operation i, 2i + 1 is within it, if it is a write: half of that is there."""
+    """A disk on which a program dies many times and lives on: at each of the `moments` a twin, with
+    the same memory and open files, is killed with kill -9, and the program stands still (SIGSTOP)
+    until what is there then has been copied. It need not begin anew for each of them. Moment 2i is
+    before operation i, 2i + 1 is within it, if it is a write: half of that is there.
+    """
 
     def __init__(self, moments: Iterable[int]):
         super().__init__()

@@ -1,4 +1,7 @@
-"""Files of a run that were cut, flipped, deleted, or replaced by a folder or a link: mended to the same bits, or one sentence."""
+"""Files of a run that were cut, flipped, deleted, or replaced by a folder or a link.
+
+Mended to the same bits, or one sentence.
+"""
 
 import os
 import random
@@ -49,7 +52,10 @@ def outside(file: Path) -> Path:
 
 
 def kinds(run: Path, rng: random.Random) -> list[str]:
-    """One file of each kind: by its name and the kind of its stage, or by its name beside the stages."""
+    """One file of each kind.
+
+    By its name and the kind of its stage, or by its name beside the stages.
+    """
     found: dict[tuple, list[str]] = {}
     for name, notes in stages_of(run).items():
         for file in [*notes["files"], "stage.json"]:
@@ -58,7 +64,10 @@ def kinds(run: Path, rng: random.Random) -> list[str]:
 
 
 def test_every_kind_of_file_damaged_in_every_way(small, scratch, seed, capsys):
-    """Then what the sentence asks for is done, and the run is made whole. A run beside it does not mind."""
+    """Then what the sentence asks for is done, and the run is made whole.
+
+    A run beside it does not mind.
+    """
     words, whole = small
     good = Good(whole)
     points = [(file, damage) for file in kinds(whole, random.Random(seed)) for damage in DAMAGES]
@@ -108,7 +117,10 @@ def test_every_kind_of_file_damaged_in_every_way(small, scratch, seed, capsys):
 
 
 def mend(run: Path, file: str, whole: Path) -> None:
-    """What the sentences ask for: the damaged stage, or the file beside the stages, goes; settings are put back."""
+    """What the sentences ask for.
+
+    The damaged stage, or the file beside the stages, goes; settings are put back.
+    """
     place = run / file if file in REMADE + GIVEN else (run / file).parent
     shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink(
         missing_ok=True
@@ -118,7 +130,7 @@ def mend(run: Path, file: str, whole: Path) -> None:
 
 
 def test_every_kind_of_unfinished_file_damaged_in_every_way(small, scratch, seed, capsys):
-    """Blocks of samples and states of training have no stage.json yet that tells of their damage."""
+    """Shards of samples and states of training have no stage.json yet that tells of damage."""
     words, whole = small
     good, rng = Good(whole), random.Random(seed)
     _, done = fork("train", [*words, f"--run.root={scratch / 'counted'}"], Disk())

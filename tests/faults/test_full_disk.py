@@ -1,4 +1,8 @@
-"""A disk that fills up: one sentence, an exit code, nothing half-written; with room again, the same words end with the same bits."""
+"""A disk that fills up.
+
+One sentence, an exit code, nothing half-written; with room again, the same words end with the same
+bits.
+"""
 
 import contextlib
 import errno
@@ -19,8 +23,10 @@ FULL = "No space left on device"
 
 
 def test_no_room_from_a_write_of_a_run_on(small, scratch, seed, capsys):
-    """From a quarter of them on, drawn anew each time. Half of the first write that has no room gets through; new files and
-    folders have none, either."""
+    """From a quarter of them on, drawn anew each time.
+
+    Half of the first write that has no room gets through; new files and folders have none, either.
+    """
     words, whole = small
     good, begun = Good(whole), time.monotonic()
     _, done = fork("train", [*words, f"--run.root={scratch / 'counted'}"], Disk())
@@ -38,10 +44,9 @@ def test_no_room_from_a_write_of_a_run_on(small, scratch, seed, capsys):
         shutil.rmtree(root)
 
     failed = spread(check, points)
+    seconds = time.monotonic() - begun
     with capsys.disabled():
-        print(
-            f"\nno room at {len(points)} of {len(done)} operations, {time.monotonic() - begun:.0f} s"
-        )
+        print(f"\nno room at {len(points)} of {len(done)} operations, {seconds:.0f} s")
     assert not failed, f"{len(failed)} of {len(points)}: " + "\n".join(failed[:3])
 
 
@@ -97,7 +102,10 @@ def fill(place: Path) -> Path:
 
 
 def test_a_small_disk_that_others_fill_up(small, island, seed):
-    """Real processes on a real disk: filled beforehand, at random moments, and with what they print on it as well."""
+    """Real processes on a real disk.
+
+    Filled beforehand, at random moments, and with what they print on it as well.
+    """
     words, whole = small
     good, rng, full = Good(whole), random.Random(seed), 0
     filler = fill(island)

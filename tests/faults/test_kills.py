@@ -1,4 +1,7 @@
-"""kill -9 at every operation on the disk, and at random moments, of every program that writes; then the same words again."""
+"""kill -9 at every operation on the disk, and at random moments, of every program that writes.
+
+Then the same words again.
+"""
 
 import os
 import random
@@ -17,9 +20,10 @@ pytestmark = pytest.mark.faults
 
 @pytest.mark.parametrize("case", ["fresh", "again", "linked"])
 def test_a_kill_at_every_operation_of_a_run(small, scratch, case, seed, capsys):
-    """Of a run that begins and of one that was finished already, there also within a sixth of the writes; and of one that takes
-    all its stages from another run, at a sixth of them. A flush does nothing that a kill could undo: to be killed before it is to
-    be killed before what comes next."""
+    """Of a run that begins and of one that was finished already, there also within a sixth of the
+    writes; and of one that takes all its stages from another run, at a sixth of them. A flush does
+    nothing that a kill could undo: to be killed before it is to be killed before what comes next.
+    """
     words, whole = small
     name = "other" if case == "linked" else "small"
     words, places = [*words, f"--run.name={name}"], [scratch / str(i) for i in range(WORKERS)]
@@ -46,10 +50,10 @@ def test_a_kill_at_every_operation_of_a_run(small, scratch, case, seed, capsys):
                 raise
 
     failed = spread(check, range(WORKERS))
+    operations = f"{len(done)} operations with flushes"
+    seconds = time.monotonic() - begun
     with capsys.disabled():
-        print(
-            f"\n{case}: {len(done)} operations with flushes, {len(moments)} kills, {time.monotonic() - begun:.0f} s"
-        )
+        print(f"\n{case}: {operations}, {len(moments)} kills, {seconds:.0f} s")
     assert not failed, "\n".join(failed)
 
 
@@ -69,7 +73,10 @@ def killed(name: str, words, said: Path, seconds: float) -> bool:
 
 
 def test_kills_at_random_moments_of_all_methods(scratch, seed, capsys):
-    """Several kills one after the other, the later ones in runs that were killed before; two teachers, two rounds, reports."""
+    """Several kills one after the other, the later ones in runs that were killed before.
+
+    Two teachers, two rounds, reports.
+    """
     words, good, lasted = (
         [
             write_stub(scratch),

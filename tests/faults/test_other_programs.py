@@ -1,4 +1,7 @@
-"""Kills and full disks under the other programs that write: answers, exports, verdicts, sheets, pages; and experiments."""
+"""Kills and full disks under the other programs that write.
+
+Answers, exports, verdicts, sheets, pages; and experiments.
+"""
 
 import json
 import os
@@ -50,8 +53,9 @@ def cases(small, tmp_path_factory) -> dict[str, tuple[str, list[str]]]:
 
 
 def outcome(place: Path) -> dict:
-    """What a program has left, but for the lines of verdicts that a kill tore, which were asked for again, and for the empty
-    place of an export that was killed when it was whole."""
+    """What a program has left, but for the lines of verdicts that a kill tore, which were asked for
+    again, and for the empty place of an export that was killed when it was whole.
+    """
     found = tree(place)
     if "new/merged" in found:
         found = {
@@ -66,7 +70,10 @@ def outcome(place: Path) -> dict:
 
 @pytest.mark.parametrize("case", ["answers", "merged", "judge", "sheet", "released", "page"])
 def test_every_operation_of_the_other_programs(cases, scratch, case, capsys):
-    """kill -9 before each and within each write; no room at each; then the same words make the same files, and no others."""
+    """kill -9 before each and within each write.
+
+    No room at each; then the same words make the same files, and no others.
+    """
     name, words = cases[case]
 
     def call(place: Path, *disk):
@@ -145,7 +152,10 @@ def test_kills_at_random_moments_of_the_other_programs(cases, scratch, seed, cap
 
 @pytest.mark.parametrize("case", ["answers", "merged", "judge"])
 def test_two_processes_on_one_target(cases, scratch, case):
-    """One writes; the other one says so, or that all is there; together they leave what one would have left."""
+    """One of two processes writes.
+
+    The other one says so, or that all is there; together they leave what one would have left.
+    """
     name, words = cases[case]
     asked = {
         place: [str(word).replace("{}", str(scratch / place)) for word in words]
@@ -171,7 +181,9 @@ def test_two_processes_on_one_target(cases, scratch, case):
 
 
 def interrupted(words: list[str], place: Path, rng: random.Random) -> None:
-    """train.py with these words, killed three times while runs are at work on the root `place`, then brought to its end."""
+    """train.py with these words, killed three times while runs are at work on the root `place`,
+    then brought to its end.
+    """
     for number in range(3):
         process = spawn("train", *words)
         while process.poll() is None and not [*place.glob("*/env.json")]:
@@ -199,7 +211,11 @@ def interrupted(words: list[str], place: Path, rng: random.Random) -> None:
 
 
 def test_kills_of_an_experiment(scratch, seed):
-    """Real processes. A run that outlives its experiment goes on; until it has ended, the same words say that it is there."""
+    """Real processes.
+
+    A run that outlives its experiment goes on; until it has ended, the same words say that it is
+    there.
+    """
     words = ["@experiment-self", "--seeds=0", write_stub(scratch), *SMALL]
     roots = [scratch / name for name in ("whole", "killed")]
     with spawn("train", *words, f"--run.root={roots[0]}") as undisturbed:

@@ -20,7 +20,10 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
 def check_stopped(stopped: Ended, number: signal.Signals, told: Path) -> None:
-    """It said so, or died before the run began to listen, or had no more work to stop; which of them is added to `told`."""
+    """It said so, or died before the run began to listen, or had no more work to stop.
+
+    Which of them is added to `told`.
+    """
     codes = {128 + number: f"\nstopped; {RESUMES}\n", -number: "", 0: ""}
     assert stopped.code in codes and stopped.err == codes[stopped.code], (stopped.code, stopped.err)
     with told.open("a") as stream:
@@ -34,7 +37,10 @@ def check_most_stopped(told: Path) -> None:
 
 
 def test_a_signal_at_many_operations(small, scratch, seed):
-    """Each signal before 20 operations drawn at random: the run stops at the next good moment, and goes on later."""
+    """Each signal before 20 operations drawn at random.
+
+    The run stops at the next good moment, and goes on later.
+    """
     words, whole = small
     good, rng, told = Good(whole), random.Random(seed), scratch / "told"
     _, done = fork("train", [*words, f"--run.root={scratch / 'counted'}"], Disk())

@@ -181,7 +181,8 @@ def test_pairs_of_tags_have_the_prompt_without_them():
     )
 
 
-# ---- in runs ---------------------------------------------------------------------------------------
+# ---- in runs
+# ---------------------------------------------------------------------------------------
 
 
 def test_what_was_asked_and_answered_is_on_the_disk(methods):

@@ -1,4 +1,7 @@
-"""The systems beside MACPO: their losses, what their stages are made of, and that no two are the same."""
+"""The systems beside MACPO.
+
+Their losses, what their stages are made of, and that no two are the same.
+"""
 
 import pytest
 import torch
@@ -26,7 +29,9 @@ def adapter(run, name: str) -> torch.Tensor:
 
 
 def mixed(hidden, weight, targets, share: float):
-    """(1 - a) log p(w) + a log p(u), u the likeliest token, written as in the paper with all logits."""
+    """(1 - a) log p(w) + a log p(u), u the likeliest token, written as in the paper with all
+    logits.
+    """
     logps = (hidden @ weight.T).log_softmax(-1)
     own = logps.detach().argmax(-1)
     pick = [logps[range(len(ids)), ids] for ids in (targets, own)]

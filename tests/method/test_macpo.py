@@ -421,10 +421,8 @@ def test_empty_and_equal_answers_are_left_out_and_counted(stub, tmp_path, monkey
     assert stages_of(run)["round0/weak_labels"]["counts"]["empty"] == d2.count(0) + d2.count(1)
     log = (run / "log.txt").read_text()
     lost = 40 - counts["pairs"]
-    assert (
-        f"WARNING: {lost} of 40 rows were dropped (all_empty {d2.count(0)}, negative_empty {d2.count(3)})"
-        in log
-    )
+    reasons = f"(all_empty {d2.count(0)}, negative_empty {d2.count(3)})"
+    assert f"WARNING: {lost} of 40 rows were dropped {reasons}" in log
 
 
 def test_equal_negatives_are_dropped_counted_and_warned_of(stub, tmp_path, monkeypatch):
@@ -443,7 +441,9 @@ def test_equal_negatives_are_dropped_counted_and_warned_of(stub, tmp_path, monke
 
 
 def longer(monkeypatch, tokens: int, share: int) -> None:
-    """Every `share`th prompt is answered at such length that prompt and answer have `tokens` tokens."""
+    """Every `share`th prompt is answered at such length that prompt and answer have `tokens`
+    tokens.
+    """
 
     def talkative(sampler, sample):
         if int(sample.id, 16) % share:
@@ -550,7 +550,9 @@ BEYOND = {
 
 @pytest.fixture(scope="module")
 def beyond(stub, tmp_path_factory):
-    """A run of each setting, of three teachers (so that agreement has somebody to ask) and one round."""
+    """A run of each setting, of three teachers (so that agreement has somebody to ask) and one
+    round.
+    """
     root = tmp_path_factory.mktemp("beyond")
     flags = [
         "--macpo.teachers=3",
@@ -678,7 +680,10 @@ def test_gold_never_reaches_training(stub, tmp_path, monkeypatch):
     ],
 )
 def test_every_stage_stands_on_the_inputs_that_it_names(stub, tmp_path, flags):
-    """What a stage.json says of its inputs is what lies on the disk: no stage stands in for another of its name."""
+    """What a stage.json says of its inputs is what lies on the disk.
+
+    No stage stands in for another of its name.
+    """
     run = variant(stub, tmp_path, *flags, "--macpo.controls=false")
     made = stages_of(run)
     for name, notes in made.items():

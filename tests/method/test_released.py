@@ -1,4 +1,4 @@
-"""The files that MACPO's authors released: written, read, and rendered as their runs rendered them."""
+"""Files that MACPO's authors released: written, read, and rendered as their runs did it."""
 
 import json
 
