@@ -191,7 +191,7 @@ def chart(lines: dict[str, Sequence[Point]], unit: str, size: ChartSize) -> Html
     name_heights = spread(last_heights, 12, plot.bottom)
     numbers = {name: number for number, name in enumerate(lines)}
     for name in sorted(lines, key=lambda name: name == "student"):  # the student is on top
-        label = agent_label(name)
+        label = clip_name(agent_label(name), size)
         if size.kind:  # the main chart has room for the last number
             label += f" {lines[name][-1].y:.3f}"
         parts.append(
@@ -212,6 +212,14 @@ def chart(lines: dict[str, Sequence[Point]], unit: str, size: ChartSize) -> Html
         aria_label=spoken(lines),
         class_=size.kind,
     )
+
+
+def clip_name(name: str, size: ChartSize) -> str:
+    """A name that fits beside the plot, with the number that the main chart puts behind it."""
+    most = (size.label_width - 8) // 7  # characters are about 7 pixels wide
+    if size.kind:
+        most -= len(" 0.000")
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def axes(

@@ -10,7 +10,14 @@ from minmacpo.evaluation.finished_run import FinishedRun
 from minmacpo.evaluation.gold import gold_by_prompt
 from minmacpo.evaluation.html import document, grid, tag
 from minmacpo.evaluation.table import make_table
-from minmacpo.evaluation.text_tables import NOTHING, bracketed, percent
+from minmacpo.evaluation.text_tables import (
+    NOTHING,
+    TextTable,
+    bracketed,
+    fit_width,
+    left_out_note,
+    percent,
+)
 from minmacpo.runtime.progress import aligned
 
 HEAD = (
@@ -223,8 +230,12 @@ def result_cells(row: dict) -> list[str]:
 
 
 def format_results(results: dict) -> str:
-    """The table for a terminal."""
-    return aligned(HEAD, [result_cells(row) for row in results["variants"]])
+    """The table for a terminal; a line says what it leaves out."""
+    table = TextTable(list(HEAD), [result_cells(row) for row in results["variants"]])
+    narrow = fit_width(table, HEAD[1:])
+    left_out = [heading for heading in HEAD if heading not in narrow.head]
+    text = aligned(narrow.head, narrow.rows)
+    return f"{text}\n\n{left_out_note(left_out)}" if left_out else text
 
 
 def experiment_page(results: dict) -> str:

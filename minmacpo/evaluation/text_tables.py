@@ -187,8 +187,7 @@ def format_table(table: dict) -> str:
 
     lines = ["\n\n".join(parts)]
     if left_out:
-        note = f"The report has also: {', '.join(left_out)}."
-        lines.append("\n" + textwrap.fill(note, TERMINAL_WIDTH))
+        lines.append("\n" + left_out_note(left_out))
     lines += [f"WARNING: {warning}" for warning in table["warnings"]]
     return "\n".join(lines)
 
@@ -217,6 +216,11 @@ def fit_width(table: TextTable, order: Sequence[str]) -> TextTable:
             narrow.append(column)
     head, *rows = (list(cells) for cells in zip(*narrow, strict=True))
     return TextTable(head, rows)
+
+
+def left_out_note(headings: Sequence[str]) -> str:
+    """A sentence about columns that a terminal has no room for."""
+    return textwrap.fill(f"The report has also: {', '.join(headings)}.", TERMINAL_WIDTH)
 
 
 def clip_label(label: str) -> str:

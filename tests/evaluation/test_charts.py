@@ -32,3 +32,12 @@ def test_hovering_tells_a_number_with_its_interval():
 
 def test_a_figure_without_points_is_nothing():
     assert figure("Gold", "", {"student": []}) == ""
+
+
+def test_a_long_name_does_not_leave_a_narrow_page():
+    name = "world-mutual_positives=false-rounds=10"
+    drawn = figure("Gold", "", {name: [Point(0, 0.5), Point(1, 0.625)]}, is_main=True)
+
+    wide, narrow = re.findall('class="name">(.*?)<', drawn)
+    assert wide == f"{name} 0.625"
+    assert narrow == "world-mut… 0.625"
