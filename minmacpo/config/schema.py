@@ -43,7 +43,7 @@ TEMPLATES = (
 SELECTION_RULES = ("perplexity", "random", "all", "shortest", "likelihood-ratio", "agreement")
 NEGATIVES = ("agent", "other", "previous", "persona", "tail", "contrastive")
 QUANTIZATIONS = ("none", "int8", "nf4")
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # The losses of preference pairs, each with the settings of [dpo] that it uses beside beta and
 # sft_weight, which all use; core/losses.py has their functions

@@ -9,9 +9,9 @@ import string
 from minmacpo import UserError
 from minmacpo.config.schema import (
     BOUNDS,
-    LINEARS,
     LOSS_SETTINGS,
     SETTINGS,
+    TARGET_MODULES,
     Config,
     Data,
     Dpo,
@@ -114,7 +114,9 @@ def check_models(config: Config, checker: Checker) -> None:
     """Adapters, given models and their quantisation."""
     targets = set(config.lora.targets)
     checker.require(
-        targets and targets <= set(LINEARS), "lora.targets", f"some of {', '.join(LINEARS)}"
+        targets and targets <= set(TARGET_MODULES),
+        "lora.targets",
+        f"some of {', '.join(TARGET_MODULES)}",
     )
     model = config.model
     teachers = config.macpo.teachers

@@ -170,9 +170,9 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     check_numbers(values, where)
     biases = parse_flags(values, ("attention_bias", "mlp_bias"), where)
 
-    given = {name: values[name] for name in COMMON_FIELDS if name in values}
+    common = {name: values[name] for name in COMMON_FIELDS if name in values}
     return ModelConfig(
-        **given,
+        **common,
         hidden_act=values.get("hidden_act", "silu"),
         qkv_bias=biases["attention_bias"] or family.qkv_bias,
         o_bias=biases["attention_bias"],
@@ -348,9 +348,9 @@ def parse_rope(raw: dict, where: str) -> tuple[float, RopeScaling]:
 
     # Its fields must be known for its type
     rope_type = parse_rope_type(rope, f"{where}: {source}")
-    known = ROPE_TYPES[rope_type]
+    fields_of_type = ROPE_TYPES[rope_type]
     for name in sorted(rope):
-        if name not in ROPE_COMMON_FIELDS | {*known.required, *known.optional}:
+        if name not in ROPE_COMMON_FIELDS | {*fields_of_type.required, *fields_of_type.optional}:
             raise UserError(
                 f"{where}: {source} has the field {name!r}, which is not understood for {rope_type}"
             )
@@ -358,13 +358,13 @@ def parse_rope(raw: dict, where: str) -> tuple[float, RopeScaling]:
 
     # Their values must be there, and of a meaning
     scaling_fields = {entry.name for entry in fields(RopeScaling)}
-    given = {}
-    for name in known.required + known.optional:
+    scaling_values = {}
+    for name in fields_of_type.required + fields_of_type.optional:
         if rope.get(name) is not None and name in scaling_fields:
-            given[name] = check_rope_value(name, rope[name], f"{where}: {source}")
-        elif name in known.required:
+            scaling_values[name] = check_rope_value(name, rope[name], f"{where}: {source}")
+        elif name in fields_of_type.required:
             raise UserError(f"{where}: {source} of type {rope_type} lacks {name}")
-    scaling = RopeScaling(rope_type, **given)
+    scaling = RopeScaling(rope_type, **scaling_values)
     if scaling.low_freq_factor >= scaling.high_freq_factor:
         raise UserError(f"{where}: {source} has low_freq_factor at or above high_freq_factor")
     if scaling.beta_slow > scaling.beta_fast:

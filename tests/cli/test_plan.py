@@ -21,7 +21,7 @@ from minmacpo.cli.dry_run import find_memory_problem
 from minmacpo.cli.memory_estimate import MemoryEstimate, PassSize, estimate_memory
 from minmacpo.cli.plan import Plan, largest_pass
 from minmacpo.config.parse import parse
-from minmacpo.config.schema import LINEARS, Generate, Lora
+from minmacpo.config.schema import TARGET_MODULES, Generate, Lora
 from minmacpo.core.checkpoint import weight_bytes
 from minmacpo.core.lora import attach_lora
 from minmacpo.core.sampling import generate
@@ -59,7 +59,7 @@ def test_the_estimate_is_good_to_about_a_third(kind, seed):
     for number in range(seed, seed + 4):
         rng = random.Random(number)
         config = random_shape(rng)
-        lora = Lora(4, 8, rng.choice([("q_proj", "v_proj"), LINEARS]))
+        lora = Lora(4, 8, rng.choice([("q_proj", "v_proj"), TARGET_MODULES]))
         rows = rng.choice([4, 16])
         length = rng.choice([90, 200])
         model = random_model(

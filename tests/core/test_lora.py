@@ -8,6 +8,7 @@ import torch
 from conftest import far, logits_of, random_model
 
 from minmacpo import UserError
+from minmacpo.config import schema
 from minmacpo.core.checkpoint import (
     export_merged,
     load_adapter,
@@ -429,3 +430,10 @@ def test_an_adapter_fits_around_any_frozen_linear_module(seed):
     assert len(expected) == 5  # A and B of two layers
     for result, exact in zip(logits_and_gradients(other), expected, strict=True):
         assert far(result, exact) < 1e-4
+
+
+def test_the_settings_of_a_run_are_those_of_an_adapter():
+    """config and core may not import each other, and say the same."""
+    settings = schema.Lora()
+    assert LoraConfig(settings.r, settings.alpha, settings.targets) == LoraConfig()
+    assert schema.TARGET_MODULES == TARGET_MODULES
