@@ -139,7 +139,7 @@ def latest(run: Path, agent: str, t: int) -> Path:
 
 
 def check_order(run: Path) -> None:
-    """All files about D2 have its prompts in its order; pairs may leave some out, and count them."""
+    """All files about D2 have its prompts in its order; pairs leave some out, and count them."""
     d2 = [(row["id"], row["prompt"]) for row in rows_of(run / "data/slices/d2.jsonl")]
     files = [f for f in run.glob("round*/*/samples.jsonl")]
     assert len(files) > 5
@@ -217,7 +217,7 @@ def check_samples(run: Path, name: str, agent: str, adapter: Path) -> None:
 
 
 def check_scores(run: Path) -> None:
-    """The filter's scores are perplexities under π_S^(t-1); test answers are scored under their agent."""
+    """The filter's scores are perplexities under the student before its update."""
     base = base_of(run, "student")
     for t in rounds_of(run):
         student = peft_model(base, run / f"round{t - 1}/student_pos")
@@ -254,7 +254,7 @@ def check_evaluation(run: Path) -> None:
 
 
 def check_filter(run: Path) -> None:
-    """The student's chosen answer is the least perplexing of the teachers'; ties: the first; empty: never."""
+    """The student learns the teachers' least perplexing answer, the first of equals; never none."""
     for t in rounds_of(run):
         names = teachers_of(run)
         answers = [samples(run, f"round{t}/positives_{name}") for name in names]
@@ -412,7 +412,7 @@ def check_negative_teacher(run: Path, teacher: str) -> None:
 def retrain(
     run: Path, name: str, base: Path, start: Path, lengths, loss, lr: float, steps: int, batch: int
 ) -> None:
-    """AdamW on whole batches, cosine to zero, clipped at 1, from `start`; compared with adapter `name`."""
+    """The adapter `name` is `start` after AdamW on whole batches, cosine to zero, clipped at 1."""
     notes = stages_of(run)[name]
     assert notes["counts"]["steps"] == steps and notes["counts"]["rows"] == len(lengths)
     model = peft_model(base, start, trainable=True)
@@ -442,7 +442,7 @@ def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def check_accumulation(run: Path) -> None:
-    """Steps of several micro-batches are those of the whole batch (SFT: per token, DPO: per pair)."""
+    """Steps of several micro-batches are those of the whole batch, by tokens or by pairs."""
     settings = json.loads((run / "round1/student_pos/stage.json").read_bytes())["settings"]
     assert settings["max_tokens_per_batch"] < 200  # so small that a step has several
     check_negative_student(run)
@@ -450,7 +450,7 @@ def check_accumulation(run: Path) -> None:
 
 
 def check_adapters_work(run: Path) -> None:
-    """Every adapter folder loads in PEFT on the base that it names, changes it, and gives finite logits."""
+    """Every adapter loads in PEFT on the base that it names, changes it; logits are finite."""
     folders = sorted(file.parent for file in run.glob("*/*/adapter_config.json"))
     assert len(folders) >= 2 * len(agents_of(run)) + len(updated(run))
     for folder in folders:
