@@ -197,7 +197,7 @@ def test_equal_rows_without_prompts_in_common_are_left_as_they_are(seed):
 
 def test_a_plan_says_what_packing_saves(hooks_of, seed):  # noqa: F811
     said = []
-    hooks = hooks_of(log=said.append)
+    hooks = hooks_of(log_detail=said.append)
     config = OptimizerConfig(1e-2, 3, 4)
     assert plan_packed_batches(pair_units(seed, 12), config, hooks, "cpu").packed
     assert said[0].startswith("padding is ") and "saved)" in said[0]
