@@ -64,6 +64,7 @@ def answer_file(
         answers: how many to each prompt.
     """
     prompts = fit_prompts(config, loaded, pairs)
+    # Every answer says in its meta["made"] what it depends on, so that others are not mixed with it
     identity = identify_answers(config, folder, base, prompts, answers)
     requests = []
     for prompt in prompts:
@@ -145,6 +146,7 @@ def write_answers(
         done = already
         with Progress("answers", len(requests), "answer", done, None) as progress:
             while done < len(requests):
+                # The whole block of the first missing answer, as it was begun before a kill
                 start = done - done % block_size
                 block = sampler(requests[start : start + block_size])
                 missing = block[done - start :]
@@ -166,7 +168,7 @@ def count_answers(
     Raises:
         UserError: it holds something else.
     """
-    *lines, torn = out.read_bytes().split(b"\n")
+    *lines, torn = out.read_bytes().split(b"\n")  # what follows the last line end
     if len(lines) + bool(torn) > len(requests):
         raise UserError(
             f"{out}: holds more than the {len(requests)} answers asked for; give another --out"

@@ -31,6 +31,8 @@ def show_plan(run: Run, prepare: Callable[[], PreparedData]) -> None:
     plan = Plan(run, prepared)
     if plan.device != "cpu":
         process = 0  # it takes none of the device's memory
+
+    # --- A line for each stage, and what all of them come to
     total_tokens = 0
     most_memory = 0
     most_memory_stage = ""
@@ -49,6 +51,7 @@ def show_plan(run: Run, prepare: Callable[[], PreparedData]) -> None:
                 most_memory, most_memory_stage = memory, name
         lines.append(f"{number:4} {name:32} {stage.kind:12} {'; '.join(notes)}".rstrip())
 
+    # --- Settings, rows, stages
     print(escape_control_chars(to_toml(run.config)))
     for name, count in prepared.counts.items():
         print(f"{name}: {count}")
@@ -61,6 +64,7 @@ def show_plan(run: Run, prepare: Callable[[], PreparedData]) -> None:
     for line in run.reuse_lines():
         print(escape_control_chars(line), flush=True)
 
+    # --- What is odd, or will not work; on stderr
     warnings = hints(run) + few_rows(run.config, prepared)
     memory_problem = find_memory_problem(plan, free_memory(plan))
     if memory_problem is not None:
@@ -84,7 +88,7 @@ def check_memory(run: Run, prepare: Callable[[], PreparedData]) -> None:
 
     The texts are read only where rows as long as the settings allow would not fit.
     """
-    plan = Plan(run, prepared=None)
+    plan = Plan(run, prepared=None)  # texts as long as the settings allow
     free = free_memory(plan)
     if find_memory_problem(plan, free) is None:
         return
@@ -122,6 +126,8 @@ def advice(plan: Plan, name: str, memory: MemoryEstimate) -> str:
         "cache": memory.cache,
     }
     largest = max(parts, key=parts.get)
+
+    # What holds the base as it is, and what would make it smaller
     if largest == "weights":
         changes = []
         if plan.dtype == torch.float32 and plan.kind(name) != "pretrain":
@@ -130,6 +136,8 @@ def advice(plan: Plan, name: str, memory: MemoryEstimate) -> str:
             changes.append("--model.quantize=int8 or nf4 (of teachers: --model.quantize_teachers)")
         changes.append("a smaller base")
         return f"most of it are weights: take {', or '.join(changes)}"
+
+    # Fewer texts side by side; where that is one already, a shorter one
     if largest == "cache" or plan.kind(name) == "sample":
         return f"lower generate.batch = {config.generate.batch}"
     if plan.workload(name).largest_pass.rows > 1:

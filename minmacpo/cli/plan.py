@@ -92,7 +92,7 @@ class Plan:
 
     def workload(self, name: str) -> Workload | None:
         """What the stage does; None for one that works without a model."""
-        if name not in self.workloads:
+        if name not in self.workloads:  # a stage may be asked about several times
             self.workloads[name] = self.find_workload(name)
         return self.workloads[name]
 
@@ -250,7 +250,7 @@ class Plan:
         if settings["texts"][0] not in PRODUCERS:  # answers of the data
             longest = self.config.data.max_length
             return TextLengths(texts.prompts, [longest] * count, exact=False)
-        if "all" in settings.get("select", ()):
+        if "all" in settings["select"]:
             count *= len(settings["names"]) * self.config.macpo.answers
         times = count // max(len(texts.prompts), 1)
         longest = self.config.generate.max_new_tokens

@@ -1,4 +1,4 @@
-"""Bad input: one clear sentence on stderr, exit code 2, no traceback, nothing half-written, no new folder."""
+"""Bad input: one clear sentence on stderr, exit code 2, nothing half-written, no new folder."""
 
 import errno
 import gzip
@@ -122,7 +122,10 @@ def test_as_a_process_too(place):
 
 @pytest.mark.parametrize("program", ["train", "sample", "eval"])
 def test_an_old_python_is_told_so(place, program):
-    code = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); sys.version_info, sys.version = (3, 10, 2), '3.10.2 (main)'; import {program}"
+    code = (
+        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); sys.version_info = (3, 10, 2); "
+        f"sys.version = '3.10.2 (main)'; import {program}"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=place)
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
     assert "needs Python 3.11 or newer" in done.stderr and "this is 3.10.2. Make" in done.stderr
@@ -565,7 +568,7 @@ def test_a_damaged_config_toml(kept, text):
 
 
 def refused_quietly(run: Path, *words) -> str:
-    """As `refused`, but files at the top of the run (environment, log) may have been written anew."""
+    """As `refused`, but files at the top of the run (environment, log) may be new."""
     before = {p: p.stat().st_mtime_ns for p in run.glob("*/*/*")}
     ended = invoke("train", *words)
     check_sentence(ended.code, ended.err)

@@ -1,4 +1,4 @@
-"""sample.py --prompts: every form of row, files that a kill leaves, and rows that depend on nothing but themselves."""
+"""sample.py --prompts: every form of row, files that a kill leaves, and rows on their own."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""sample.py in a terminal: streaming, several turns, Ctrl-C, and text of a model that would act on the terminal."""
+"""sample.py in a terminal: streaming, several turns, Ctrl-C, and text that acts on a terminal."""
 
 import contextlib
 import os

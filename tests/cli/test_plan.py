@@ -155,8 +155,10 @@ def count(text: str) -> float:
     "method", ["macpo", "self-rewarding", "dpo-truth", "rlaif", "rlcd", "confident"]
 )
 def test_tokens_are_those_of_the_run(method, tiny, methods, tmp_path):
-    """Those of unknown answers are no more than said where models write words: those of the stub write broken bytes,
-    which are more tokens when they are read again."""
+    """Those of unknown answers are no more than said, where models write words.
+
+    Those of the stub write broken bytes, which are more tokens when they are read again.
+    """
     done, preset = (tiny, "@tiny") if method == "macpo" else (methods[method], write_stub(tmp_path))
     lines = planned(
         train(preset, f"--run.root={tmp_path / 'none'}", f"--method={method}", "--dry_run").out
@@ -178,7 +180,7 @@ def test_tokens_are_those_of_the_run(method, tiny, methods, tmp_path):
 
 
 def test_what_is_on_the_disk_is_read(tiny, tmp_path):
-    """The tokens of a stage whose inputs are finished are those that it went through, sampled answers among them."""
+    """The tokens of a stage whose inputs are finished are those that it went through."""
     run, names = (
         copy_run(tiny, tmp_path / "runs"),
         ["round0/student_pos", "round0/student_neg", "round1/teacher2_pos"],
@@ -323,7 +325,7 @@ LLAMA_7B = {
 
 
 def hollow(folder, raw: dict, tokenizer: bytes):
-    """A checkpoint of that shape in bf16: config.json, tokenizer, the header of its weights, and a hole behind it."""
+    """A checkpoint of that shape in bf16, whose weights are a header with a hole behind it."""
     from minmacpo.core.model import Transformer
     from minmacpo.core.model_config import parse_config
 
@@ -374,7 +376,10 @@ def test_a_dry_run_reads_no_weight_of_a_7b_base(tmp_path):
         "--dry_run",
     ]
     # not ru_maxrss: a new process takes that over from the one that started it, which may be large
-    code = "import sys, train; from minmacpo.runtime.device import peak_mb; sys.exit(train.main(sys.argv[1:]) or print('peak', round(peak_mb())))"
+    code = (
+        "import sys, train; from minmacpo.runtime.device import peak_mb; "
+        "sys.exit(train.main(sys.argv[1:]) or print('peak', round(peak_mb())))"
+    )
     ended = subprocess.run(
         [sys.executable, "-c", code, *words], cwd=REPO, capture_output=True, text=True, timeout=120
     )
@@ -418,7 +423,7 @@ def test_another_chat_template_of_a_base_is_said(text, kind, place, tmp_path):
 
 
 def test_the_hint_is_given_by_every_program(stub, tmp_path):
-    """By a dry run, in the log of a run, and where a base is asked; of our own bases there is nothing to say."""
+    """By a dry run, in the log of a run, and where a base is asked; not of bases made here."""
     shutil.copytree(stub / "bases/strong", base := tmp_path / "base")
     (base / "stage.json").unlink()
     words = [

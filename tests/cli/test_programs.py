@@ -1,4 +1,4 @@
-"""sample.py and eval.py on finished runs; train.py on files of dialogues; the table against the files."""
+"""sample.py and eval.py on finished runs; train.py on files; the table against the files."""
 
 import html
 import json
@@ -345,10 +345,11 @@ def test_an_export_is_whole_or_absent(stub, place, monkeypatch, stop):
 
 
 def test_a_killed_export_leaves_nothing_under_its_name(stub, place):
-    """A process of its own, killed while the weights are being written; the same words then work."""
+    """A process of its own, killed while it writes the weights; the same words then work."""
     code = (
         "import os, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0]));"
-        "from minmacpo.core import checkpoint; checkpoint.save_tensors = lambda *args: os.kill(os.getpid(), 9);"
+        "from minmacpo.core import checkpoint;"
+        "checkpoint.save_tensors = lambda *args: os.kill(os.getpid(), 9);"
         "import sample; sample.main(sys.argv[1:])"
     )
     words = [str(REPOSITORY / "sample.py"), str(stub / "round1/student_pos"), "--export", "merged"]
@@ -835,7 +836,10 @@ def hh_files(place: Path) -> Path:
             row(f"{name} {i}", f"answer {i} is long", f"reply {i * 7} is not") for i in range(count)
         ]
         for i in range(0, count, 5):
-            deep = f"\n\nHuman: {name} deep {i}\n\nAssistant: well\n\nHuman: and then {i} ?\n\nAssistant: "
+            deep = (
+                f"\n\nHuman: {name} deep {i}\n\nAssistant: well\n\nHuman: and then {i} ?"
+                "\n\nAssistant: "
+            )
             rows.append(json.dumps({"chosen": deep + "good", "rejected": deep + "bad"}))
         rows += [row("odd", "same", "same"), row("odd", ""), row("far", "x " * 900)]
         data_file(place / "hh", *rows, name=f"{name}.jsonl.gz")

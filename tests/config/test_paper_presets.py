@@ -10,7 +10,9 @@ from minmacpo.config.parse import parse
 from minmacpo.config.schema import flatten
 from minmacpo.core.trainer import OptimizerConfig
 
-SCRIPTS = {  # from the released training scripts; "framework": its defaults in the pinned versions, where they are silent
+# From the released training scripts; "framework": its defaults in the pinned versions, where the
+# scripts are silent
+SCRIPTS = {
     "run.seed": (42, "framework"),
     "run.dtype": ("bfloat16", "scripts, SFT"),
     "data.max_length": (1024, "framework"),
