@@ -229,6 +229,7 @@ def score_candidates(
     """
     scores = required_scores(agent.config.macpo, several=len(sources) > 1)
 
+    # All sources' answers are scored in one stage, since they share their prompts
     learner_scores = {}
     if "perplexity" in scores:
         learner_scores = score_under_learner(agent, t, answers)
@@ -238,33 +239,35 @@ def score_candidates(
         candidate_set = CandidateSet(
             source.name, answers[source.name], learner_scores.get(source.name)
         )
+        # A teacher has one other side, the student: nothing else that could be asked
         if agent.is_student and "likelihood-ratio" in scores:
-            candidate_set = replace(
-                candidate_set,
-                positive_scores=score_one(
-                    source.policy, agent, f"round{t}/good_{source.name}", candidate_set.answers
-                ),
-                negative_scores=score_one(
-                    source.negative_policy,
-                    agent,
-                    f"round{t}/bad_{source.name}",
-                    candidate_set.answers,
-                ),
-            )
+            candidate_set = add_likelihoods(candidate_set, t, source)
         if agent.is_student and "agreement" in scores:
             peers = [other for other in others if other is not source]
-            peer_scores = [
-                score_one(
-                    peer.policy,
-                    agent,
-                    f"round{t}/agreement_{peer.name}_{source.name}",
-                    candidate_set.answers,
-                )
-                for peer in peers
-            ]
-            candidate_set = replace(candidate_set, peer_scores=tuple(peer_scores))
+            candidate_set = add_agreement(candidate_set, t, peers)
         candidates.append(candidate_set)
     return candidates
+
+
+def add_likelihoods(candidate_set: CandidateSet, t: int, source: Agent) -> CandidateSet:
+    """The candidates with their scores under their own source's two adapters."""
+    answers = candidate_set.answers
+    return replace(
+        candidate_set,
+        positive_scores=score_one(source, source.policy, f"round{t}/good_{source.name}", answers),
+        negative_scores=score_one(
+            source, source.negative_policy, f"round{t}/bad_{source.name}", answers
+        ),
+    )
+
+
+def add_agreement(candidate_set: CandidateSet, t: int, peers: Sequence[Agent]) -> CandidateSet:
+    """The candidates with their scores under the other teachers, never under their author."""
+    scores = []
+    for peer in peers:
+        name = f"round{t}/agreement_{peer.name}_{candidate_set.source}"
+        scores.append(score_one(peer, peer.policy, name, candidate_set.answers))
+    return replace(candidate_set, peer_scores=tuple(scores))
 
 
 def required_scores(macpo: Macpo, several: bool) -> set[str]:
@@ -274,7 +277,7 @@ def required_scores(macpo: Macpo, several: bool) -> set[str]:
         several: whether there are several sources.
     """
     scores = set()
-    if several or macpo.answers > 1:
+    if several or macpo.answers > 1:  # else there is one candidate, which is chosen unseen
         scores |= set(macpo.select) & SCORES.keys()
     if macpo.keep_fraction < 1:
         scores.add("perplexity")
@@ -293,8 +296,8 @@ def score_under_learner(
     return {source: ScoreColumn(stage, f"{source}.jsonl") for source in answers}
 
 
-def score_one(policy: Policy, agent: Agent, name: str, texts: TextColumn) -> ScoreColumn:
-    """The scores of one column of texts under a policy."""
+def score_one(agent: Agent, policy: Policy, name: str, texts: TextColumn) -> ScoreColumn:
+    """The scores of one column of texts under one of an agent's policies."""
     return ScoreColumn(score_texts(agent.run, agent.models, name, policy, {"scores": texts}))
 
 
@@ -317,10 +320,15 @@ def learn_preferences(
         dpo: the settings of the loss; None: those of the run.
     """
     args = agent.dpo_args if dpo is None else replace(agent.dpo_args, dpo=dpo)
+
+    # --- Log-probabilities of the rejected answers under the reference, if the loss has one. Hard
+    #     negatives stay the same over the rounds, so with a fixed reference they are scored once
     reference = reference_policy(agent, args.dpo)
     rejected_scores = None
     if reference is not None:
-        rejected_scores = score_one(reference, agent, f"round{t}/reference_{agent.name}", rejected)
+        rejected_scores = score_one(agent, reference, f"round{t}/reference_{agent.name}", rejected)
+
+    # --- Pairs: select, join, drop what is unusable, score the chosen answers
     pairs = build_pairs(
         agent.run,
         agent.models,
@@ -335,6 +343,8 @@ def learn_preferences(
         ),
         seed_key=(agent.name, "pairs", t),
     )
+
+    # --- The positive adapter continues on them
     adapter = train_dpo(
         agent.run,
         agent.models,
@@ -352,9 +362,9 @@ def reference_policy(agent: Agent, dpo: Dpo) -> Policy | None:
     if not requires_reference(dpo.loss):
         return None
     policies = {
-        "base": agent.bare_base,  # adapter off, as in the released scripts
-        "init": agent.initial_policy,
-        "previous": agent.policy,
+        "base": agent.bare_base,  # adapter off, as in the released scripts, in every round
+        "init": agent.initial_policy,  # the usual DPO: where preference learning began
+        "previous": agent.policy,  # iterative DPO: the agent before this round
     }
     return policies[dpo.reference]
 

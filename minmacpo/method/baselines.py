@@ -180,6 +180,7 @@ def self_rewarding(run: Run, models: ModelPool, setup: Setup) -> Iterator[AgentC
     settings = run.config.feedback
     dpo = replace(run.config.dpo, reference="previous", sft_weight=0.0)
     for t in rounds(run):
+        # --- Several answers to each prompt, and a question to the student about each of them
         candidates = sample_candidates(student, t, settings.candidates)
         requests = ai_feedback.ask(
             run,
@@ -189,6 +190,8 @@ def self_rewarding(run: Run, models: ModelPool, setup: Setup) -> Iterator[AgentC
             texts=candidates,
             questions=partial(ai_feedback.rubric_questions, settings.rubric),
         )
+
+        # --- Its verdicts, and the pairs of the best and the worst answer
         replies = sample(
             run,
             models,
@@ -201,6 +204,8 @@ def self_rewarding(run: Run, models: ModelPool, setup: Setup) -> Iterator[AgentC
         chosen, rejected = ai_feedback.label_by_scores(
             run, f"round{t}/preferences", candidates, TextColumn(replies)
         )
+
+        # --- Learn from them
         preferred = CandidateSet("preferred", chosen)
         learn_preferences(student, t, [preferred], rejected, dpo=dpo)
         yield student.checkpoint(t)
@@ -214,6 +219,8 @@ def rlaif(run: Run, models: ModelPool, setup: Setup) -> Iterator[AgentCheckpoint
     """
     begun = start(run, models, setup)
     yield from begun.checkpoints
+
+    # --- Two answers to each prompt, and both options in both orders
     settings = run.config.feedback
     labeller = setup.base_models["weak1"]
     candidates = sample_candidates(begun.student, 1, answers=2)
@@ -226,6 +233,8 @@ def rlaif(run: Run, models: ModelPool, setup: Setup) -> Iterator[AgentCheckpoint
         questions=partial(ai_feedback.comparison_questions, settings.compare, settings.options),
         compare=True,
     )
+
+    # --- How likely the labeller finds each option
     scores = score_texts(
         run, models, "round1/judgements", Policy("weak1", labeller), {"scores": requests}
     )
@@ -242,6 +251,8 @@ def rlcd(run: Run, models: ModelPool, setup: Setup) -> Iterator[AgentCheckpoint]
     """
     begun = start(run, models, setup)
     yield from begun.checkpoints
+
+    # --- The speaker answers every prompt under both tags
     speaker = setup.base_models["weak1"]
     prompts = begun.student.prompts
     answers = {}
@@ -263,6 +274,8 @@ def rlcd(run: Run, models: ModelPool, setup: Setup) -> Iterator[AgentCheckpoint]
             seed_key=("weak1", tag),
         )
         answers[tag] = TextColumn(stage)
+
+    # --- Chosen is what it says under the good one; the tags are gone
     chosen, rejected = ai_feedback.label_by_tag(
         run, "round1/preferences", prompts, good=answers["good"], bad=answers["bad"]
     )

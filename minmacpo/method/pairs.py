@@ -138,6 +138,7 @@ def build_pairs(
                 pass
             return {}
 
+        # Pairs are written as they come. Weights need the mean of all, so those are written twice
         file = context.folder / "pairs.jsonl"
         write_rows(file, pairs)
         if inputs.selection.pair_weighting == "agreement":
@@ -233,12 +234,17 @@ def complete_pairs(
     """
     for chunk in batched(drafts, CHUNK):
         context.raise_if_stopped()
+        # --- 5: token rows; drop what is unusable
         chunk = [tokenize(draft, loaded, inputs.reference_is_learner) for draft in chunk]
         usable = drop_unusable(chunk, loaded.max_length, counts)
         if usable and not counts["pairs"]:
             log_first_row(context, loaded, "chosen", usable[0].chosen_row)
+
+        # --- 6: what the reference has not scored yet
         if inputs.reference is not None:
             usable = add_reference_logps(usable, context, loaded, budget)
+
+        # --- 7: the records that are written
         counts["pairs"] += len(usable)
         for draft in usable:
             counts["tokens"] += sum(draft.chosen_row.mask)
@@ -250,6 +256,7 @@ def tokenize(draft: PairDraft, loaded: LoadedModel, reference_is_learner: bool) 
     """The draft with both rows, and with the chosen answer's log-probability where it is known."""
     prompt = draft.chosen.answer.prompt
     chosen_row = loaded.render(prompt, draft.chosen.response)
+    # The same texts under the same policy: the score that decided the selection is the reference's
     logp = None
     if reference_is_learner and draft.chosen.mean_logp is not None:
         logp = draft.chosen.mean_logp * sum(chosen_row.mask)

@@ -97,9 +97,9 @@ def choose(
 ) -> list[Candidate]:
     """What is learned from of the answers to one prompt; an empty one only where all are empty."""
     answered = [candidate for candidate in candidates if candidate.response]
-    if not answered:
+    if not answered:  # the pair will be dropped and counted
         return [candidates[0]]
-    if len(answered) == 1:
+    if len(answered) == 1:  # then no stage may have computed a score
         return answered
     if len(rules) == 1:
         return RULES[rules[0]](answered, rng)
@@ -249,6 +249,7 @@ def select(
     for candidates in group_by_prompt(sources):
         prompt_id = candidates[0].prompt_id
         rng = random.Random(repr((seed, *seed_key, prompt_id)))
+        # One draw for every prompt, so that adding a source changes no other prompt's choice
         if 0 < selection.self_fraction < 1:
             own_turn = rng.random() < selection.self_fraction
             candidates = [

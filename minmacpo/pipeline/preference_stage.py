@@ -94,6 +94,7 @@ def train_dpo(
     """The stage with an adapter that continues `start` on preference pairs: DPO + weight * SFT."""
 
     def train_adapter(context: StageContext) -> dict:
+        # --- Pairs as token rows
         loaded = models.get_policy(start)
         examples = [
             pair_example(loaded, pair) for pair in iter_rows(pairs.stage.path / "pairs.jsonl", Pair)
@@ -103,10 +104,13 @@ def train_dpo(
         log_first_row(context, loaded, "rejected", first[1])
         context.log_detail(describe_reference(args.dpo, pairs.reference))
 
+        # --- The schedule, the loss, and which pairs go into which step
         schedule = args.optimizer_config(len(examples))
         loss = args.loss(should_compile(models, loaded, examples, schedule))
         hooks = trainer_hooks(context)
         plan = plan_packed_batches(examples, schedule, hooks, models.device)
+
+        # --- Check the first batch, then train
         check = StartCheck(context, models, start, pairs.reference, loss, plan.packed)
         first_batch = [examples[i] for i in plan.steps[0][0]] if plan.steps else []
         counts = train(

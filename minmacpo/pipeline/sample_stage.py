@@ -64,9 +64,10 @@ def sample(
         settings = replace(settings, temperature=temperature)
 
     def write_samples(context: StageContext) -> dict:
-        contrast_model = None
+        contrast_model = None  # a second model in memory, since both adapters are at work
         if contrast_adapter is not None:
             contrast_model = models.get(policy.base, contrast_adapter, copy="contrast").model
+        # --- The models, and the first prompt as they read it
         sampler = Sampler(
             loaded=models.get_policy(policy),
             settings=settings,
@@ -78,6 +79,7 @@ def sample(
         texts = prompts.read()
         log_first_prompt(context, sampler.loaded, texts)
 
+        # --- Short prompts first, so that those side by side need little padding
         order = order_by_length(sampler.loaded, texts, answers)
         shard_size = settings.batch * BATCHES_PER_SHARD
         shards = [order[start : start + shard_size] for start in range(0, len(order), shard_size)]
@@ -86,6 +88,7 @@ def sample(
             requests = [Request(texts[i // answers], i % answers) for i in shard.tolist()]
             return [asdict(answer) for answer in sampler(requests, settings.batch)]
 
+        # --- Sample, and merge the shards into the prompts' order
         files = sample_shards(context, shards, sample_shard)
         if not context.dist.is_main:
             return {}

@@ -86,6 +86,7 @@ def score_columns(
     chunks = [batched(column, SCORING_CHUNK) for column in columns.values()]
     with context.progress(total, "text") as progress:
         for parts in zip_longest(*chunks, fillvalue=()):
+            # --- The next texts of every column, side by side so that they share prompts
             rows = []  # of all columns
             owners = []  # for each row, the column's list of scores
             for file, part in zip(columns, parts, strict=True):
@@ -93,6 +94,7 @@ def score_columns(
                     rows.append(loaded.render(text.prompt, text.response))
                     owners.append(scores[file])
 
+            # --- Score those that the model can read whole
             fitting = [row for row in rows if len(row.ids) <= loaded.context]
             logps = iter(
                 score(
@@ -106,6 +108,8 @@ def score_columns(
                     packed=True,
                 )
             )
+
+            # --- Every score back to its column
             for row, owner in zip(rows, owners, strict=True):
                 logp = next(logps) if len(row.ids) <= loaded.context else None
                 owner.append(Score(logp=logp, tokens=sum(row.mask)))

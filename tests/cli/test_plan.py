@@ -387,7 +387,7 @@ def test_a_dry_run_reads_no_weight_of_a_7b_base(tmp_path):
     lines = planned(ended.stdout.rpartition("peak")[0])
     assert int(ended.stdout.split()[-1]) < 700, "in MB"
     assert (
-        Counter(kind for kind, _ in lines.values())["prefer/1"] == 3 * 4
+        Counter(kind for kind, _ in lines.values())["prefer/2"] == 3 * 4
         and not (tmp_path / "runs").exists()
     )
     assert 13 < float(re.search(r"([\d.]+) GB$", lines["round3/student_pos"][1])[1]) < 30

@@ -733,3 +733,20 @@ def test_a_prompt_without_a_negative_is_left_out_and_counted(stub, tmp_path, mon
             for reason in ("all_empty", "negative_empty", "negative_equal", "over_long")
         )
         assert counts["pairs"] + dropped + 1 == 12
+
+
+# ---- losses without a reference ---------------------------------------------------------------
+
+
+def test_a_loss_without_a_reference_scores_and_stores_none(stub, tmp_path):
+    run = variant(stub, tmp_path, "--dpo.loss=simpo", "--macpo.rounds=1", "--macpo.controls=false")
+
+    assert not [name for name in stages_of(run) if "/reference_" in name]
+    for agent in checks.agents_of(run):
+        pairs = checks.pairs(run, 1, agent)
+        assert pairs
+        assert all(pair["ref_chosen_logps"] is None for pair in pairs)
+        assert all(pair["ref_rejected_logps"] is None for pair in pairs)
+    log = (run / "log.txt").read_text()
+    assert "the loss needs no reference policy" in log and "reference policy:" not in log
+    assert "margin before the first step" in log  # its own, without a reference
