@@ -1,11 +1,13 @@
-"""Distributed for tests, as torchrun starts them but forked after the imports, so that two or four cost little more than one.
+"""Ranks for tests: as torchrun starts them, but forked after the imports, which saves time.
 
 With the repository on PYTHONPATH:
 
     python tests/ranks.py WORLD WORDS...      train.py on so many ranks
-    python tests/ranks.py toys FOLDER SEED CASE...      what small models do (see all_toys), saved in FOLDER
+    python tests/ranks.py toys FOLDER SEED CASE...
+        what small models do (see all_toys), saved in FOLDER
 
-As under torchrun the store is the launcher's, a signal goes on to all ranks, and the first one that fails ends the others.
+As under torchrun the store is the launcher's, a signal goes on to all ranks, and the first one that
+fails ends the others.
 """
 
 import contextlib
@@ -150,7 +152,9 @@ def stopped(dist, units, model, params, loss, hooks) -> int | None:
 
 
 def complaint(words: list[str]) -> None:
-    """The last rank alone finds that something is wrong, while the others wait for what it should send."""
+    """The last rank alone finds that something is wrong, while the others wait for what it should
+    send.
+    """
     with (dist := meet()).report_first_error():
         dist.connect("cpu", shard=False)
 
@@ -163,7 +167,9 @@ def complaint(words: list[str]) -> None:
 
 
 def all_toys(folder: str, seed: int, cases: list[str]) -> int:
-    """Cases such as 2-pairs-shard; or a-2-4: two ranks stop, four go on from there; or complaint-2, which must fail."""
+    """Cases such as 2-pairs-shard; or a-2-4: two ranks stop, four go on from there; or complaint-2,
+    which must fail.
+    """
     torch.set_num_threads(1)
     failed = 0
     for case in cases:

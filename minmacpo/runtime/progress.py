@@ -29,7 +29,7 @@ CONTROL_CHARS = re.compile(
 
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in columns two spaces apart; the first stands to the left, the others to the right."""
+    """A table in columns; the first is aligned to the left, the others to the right."""
     table = [list(head), *map(list, rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []

@@ -240,7 +240,9 @@ def test_the_first_run_prints_its_stages_in_the_order_of_the_plan(tmp_path, stub
 
 
 def test_every_stage_shows_its_first_row_with_its_mask(stub):
-    """In the log, before the line that ends the stage; one that was taken from elsewhere renders nothing."""
+    """In the log, before the line that ends the stage; one that was taken from elsewhere renders
+    nothing.
+    """
     wanted = {
         "pretrain": ["row"],
         "sft": ["row"],
@@ -704,7 +706,9 @@ class PowerCut(BaseException):
 
 
 def cut_power(patch, after: int) -> None:
-    """At the `after`-th flush, rename or removal from now, half of it happens and then nothing more."""
+    """At the `after`-th flush, rename or removal from now, half of it happens and then nothing
+    more.
+    """
     left = [after]
     names = ("fsync", "replace", "unlink")
     good = {name: getattr(os, name) for name in names}
@@ -729,7 +733,9 @@ def cut_power(patch, after: int) -> None:
 
 
 def test_a_cut_at_any_file_operation_is_resumed_to_the_same_bits(stub, tmp_path, seed):
-    """A run that is cut again and again, at a random one of its next file operations, ends as if it had not been."""
+    """A run that is cut again and again, at a random one of its next file operations, ends as if it
+    had not been.
+    """
     rng = random.Random(seed)
     words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", "--macpo.rounds=2"]
     cuts, code = 0, None
@@ -764,7 +770,9 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 
 def test_kills_and_signals_at_random_moments(stub, tmp_path, seed):
-    """kill -9, Ctrl-C and SIGTERM; then the run goes on to the same bits. The fault suite has many more."""
+    """kill -9, Ctrl-C and SIGTERM; then the run goes on to the same bits. The fault suite has many
+    more.
+    """
     rng = random.Random(seed)
     words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}"]
     notes, run = stages_of(stub), tmp_path / "runs/stub"
@@ -1063,7 +1071,9 @@ def test_a_second_process_is_shut_out_and_a_kill_lets_it_in(tmp_path, stub):
 
 
 def test_a_run_that_another_process_began_meanwhile_is_looked_at_again(tmp_path):
-    """Between the first look at the folder and the lock, somebody may have put another configuration there."""
+    """Between the first look at the folder and the lock, somebody may have put another
+    configuration there.
+    """
     words = [
         write_stub(tmp_path),
         f"--run.root={tmp_path / 'runs'}",
@@ -1123,7 +1133,9 @@ def test_peaks_of_a_gpu_are_recorded(monkeypatch):
 
 
 def test_the_estimate_of_the_disk_is_near_what_a_run_writes(stub):
-    """Not less than all stages hold, and not many times more; nothing but the fixed part when all are there."""
+    """Not less than all stages hold, and not many times more; nothing but the fixed part when all
+    are there.
+    """
     config = parse([f"@{stub / 'config.toml'}"]).config
     made = [note for note in stages_of(stub).values() if "linked_from" not in note]
     written = sum(file["size"] for note in made for file in note["files"].values())

@@ -17,9 +17,9 @@ def test_kernels_for_sizes_that_do_not_come_again_are_few(monkeypatch):
 
 
 def test_what_is_free_is_no_more_than_a_container_may_take(monkeypatch):
-    """The limits of a control group and of those around it count, less what is used there.
-
-    Files that can be dropped are not counted as used."""
+    """The limits of a control group and of those around it count, less what is used, but for files
+    that can be dropped.
+    """
     told = {
         "meminfo": "MemAvailable:   8000 kB",
         "self/cgroup": "9:name=systemd:/\n0::/pod/inner\n",

@@ -127,7 +127,9 @@ def check_toys(found: dict) -> None:
 
 
 def test_ranks_equal_one(tmp_path, seed):
-    """Gradients of a step, twenty steps, scores and samples; stopped together, and gone on with by another number; one complaint."""
+    """Gradients of a step, twenty steps, scores and samples; stopped together, and gone on with by
+    another number; one complaint.
+    """
     check_toys(toys(tmp_path, seed, CASES))
 
 
@@ -242,7 +244,9 @@ def test_a_rank_of_a_sharded_base_is_planned_for_its_part(tmp_path):
 
 
 def check_same(run: Path, one: Path) -> None:
-    """The run has the stages of the other, with the same texts, and adapters that differ by rounding at most."""
+    """The run has the stages of the other, with the same texts, and adapters that differ by
+    rounding at most.
+    """
     mine, theirs = stages_of(run), stages_of(one)
     assert mine.keys() == theirs.keys()
     for name in mine:
@@ -455,7 +459,7 @@ def test_every_method_on_two_ranks(tmp_path, methods, method):
 @pytest.mark.slow
 @pytest.mark.parametrize("draw", range(8))
 def test_killed_and_stopped_at_any_moment(tmp_path, stub, seed, draw):
-    """One message, no traceback, no rank left, and the next start ends with what one process makes."""
+    """One message, no traceback, no rank left; the next start ends with what one process makes."""
     words, run, rng = (
         [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}"],
         tmp_path / "runs/stub",

@@ -1,4 +1,6 @@
-"""Hostile models, servers and folders: nothing they say acts on a terminal or a page, and no secret is kept."""
+"""Hostile models, servers and folders: nothing they say acts on a terminal or a page, and no secret
+is kept.
+"""
 
 import json
 import os
@@ -28,9 +30,11 @@ from minmacpo.runtime.files import describe, fingerprint
 BIDI = "\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 ACTIVE = "\x00\x07\x08\r\x1b\x7f\x85\x9b\x9d" + BIDI + "\ud800"
 MARKUP = (
-    "</style></title></div></td><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
-    "\" onmouseover=\"x\" ' autofocus onfocus='document.title=1' <svg onload=document.title='owned'><iframe src=javascript:1>"
-    "$name ${style} &lt;b&gt;<base href=//evil><meta http-equiv=refresh content=0;url=//evil><!-- ]]>"
+    "</style></title></div></td><script>document.title='owned'</script>"
+    '<img src=x onerror="document.title=\'owned\'">" onmouseover="x" '
+    "' autofocus onfocus='document.title=1' <svg onload=document.title='owned'>"
+    "<iframe src=javascript:1>$name ${style} &lt;b&gt;<base href=//evil>"
+    "<meta http-equiv=refresh content=0;url=//evil><!-- ]]>"
 )
 OUTPUTS = [
     MARKUP,
@@ -78,7 +82,9 @@ class Elements(HTMLParser):
 
 
 def check_inert(shown: str) -> None:
-    """No element, attribute or acting character of OUTPUTS is in a page's DOM, and no script has run."""
+    """No element, attribute or acting character of OUTPUTS is in a page's DOM, and no script has
+    run.
+    """
     found = Elements(shown).found
     names, keys = Counter(name for name, _ in found), {key for _, words in found for key in words}
     assert (
@@ -98,8 +104,9 @@ def test_the_browser_would_have_run_the_hostile_text(tmp_path):
 
 
 def hostile_run(stub, place):
-    """A copy of a finished run whose samples and pairs all are hostile, their hashes and checksums in order. Half of a
-    surrogate pair is none of it: no file with one is read."""
+    """A copy of a finished run whose samples and pairs all are hostile, their hashes and checksums
+    in order. Half of a surrogate pair is none of it: no file with one is read.
+    """
     run, texts = copy_run(stub, place), [text.replace("\ud800", "") for text in OUTPUTS]
     for file in run.glob("*/*/stage.json"):
         for name in ("samples.jsonl", "pairs.jsonl", "d2.jsonl"):
@@ -165,7 +172,7 @@ def test_a_page_may_load_and_run_nothing(stub):
     )
 
 
-# ---- terminals -------------------------------------------------------------------------------------
+# ---- terminals ----------
 
 
 def test_every_acting_character_is_shown_as_its_escape():
@@ -194,9 +201,9 @@ def test_a_streamed_answer_is_inert_where_tokens_part_a_character(stub, capsys):
     ids = dialogue.loaded.tokenizer.encode(text)
     assert len(ids) > len(text)  # several tokens to a character
     dialogue.reply("x")
-    assert capsys.readouterr().out == progress.escape_control_chars(text) + "\n" and not {*ACTIVE} & {
-        *progress.escape_control_chars(text)
-    }
+    assert capsys.readouterr().out == progress.escape_control_chars(text) + "\n" and not {
+        *ACTIVE
+    } & {*progress.escape_control_chars(text)}
 
 
 def test_errors_logs_tables_and_labels_are_inert(place, stub, monkeypatch, capsys):
@@ -208,7 +215,7 @@ def test_errors_logs_tables_and_labels_are_inert(place, stub, monkeypatch, capsy
     def misses(argv):
         raise FileNotFoundError(2, "no such file", evil)
 
-    assert progress.call(fails) == progress.call(misses) == 2
+    assert progress.run_main(fails) == progress.run_main(misses) == 2
     bar = progress.Progress(evil, 1, "step", 0, None)
     print(bar.desc)
     bar.close()
@@ -246,7 +253,7 @@ def test_the_log_and_the_table_of_hostile_file_names_are_inert(place):
     assert not {*ACTIVE} & {*told} and "\\x1b" in told
 
 
-# ---- folders ---------------------------------------------------------------------------------------
+# ---- folders ----------
 
 
 @pytest.mark.parametrize(
@@ -324,7 +331,7 @@ def test_a_malicious_pickle_is_not_read(stub, place):
     assert not (place / "exploded").exists()
 
 
-# ---- secrets ---------------------------------------------------------------------------------------
+# ---- secrets ----------
 
 
 def no_key(place, *ended) -> None:
