@@ -27,6 +27,7 @@ from minmacpo.pipeline.sample_stage import Sampler
 from minmacpo.runtime import progress
 from minmacpo.runtime.files import describe, fingerprint
 
+PAPER = "https://arxiv.org/abs/2410.07672"
 BIDI = "\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 ACTIVE = "\x00\x07\x08\r\x1b\x7f\x85\x9b\x9d" + BIDI + "\ud800"
 MARKUP = (
@@ -82,17 +83,18 @@ class Elements(HTMLParser):
 
 
 def check_inert(shown: str) -> None:
-    """No element, attribute or acting character of OUTPUTS is in a page's DOM, and no script has
-    run.
-    """
-    found = Elements(shown).found
-    names, keys = Counter(name for name, _ in found), {key for _, words in found for key in words}
-    assert (
-        not {"script", "img", "iframe", "base"} & {*names}
-        and names["style"] == 1
-        and names["meta"] == 3
-    )
-    assert not [key for key in keys if key.startswith("on") or key in ("autofocus", "src", "href")]
+    """No element, attribute or acting character of OUTPUTS is in a page, and no script has run."""
+    elements = Elements(shown).found
+    names = Counter(name for name, _ in elements)
+    assert not {"script", "img", "iframe", "base"} & names.keys()
+    assert names["style"] == 1 and names["meta"] == 3
+
+    for _, attributes in elements:
+        assert not {"autofocus", "src"} & attributes.keys()
+        assert not [key for key in attributes if key.startswith("on")]
+        # The page's own link, and nobody else's
+        assert attributes.get("href", PAPER) == PAPER
+
     assert "<title>owned" not in shown and not {*ACTIVE} & {*shown}
     assert "\\u202e" in shown and "\\x1b" in shown and "&lt;script&gt;" in shown
 
