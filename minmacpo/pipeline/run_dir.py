@@ -109,7 +109,8 @@ def finished_stages(run: Path) -> Iterator[tuple[Path, dict]]:
     for pattern in ("[!.]*/*/stage.json", f"{SET_ASIDE_DIR}/*/stage.json"):
         for file in sorted(run.glob(pattern)):
             notes = read_notes_leniently(file)
-            if "fingerprint" in notes:
+            # a damaged one is no stage of another version: `check_notes` tells the user of it
+            if is_intact(notes):
                 yield file.parent, notes
 
 
@@ -135,11 +136,18 @@ def check_whole(folder: Path) -> dict:
 def check_notes(folder: Path) -> dict:
     """A finished stage's stage.json; UserError if it is damaged."""
     notes = read_json(folder / "stage.json")
-    if notes.pop("checksum", None) != fingerprint(notes):
+    if not is_intact(notes):
         raise UserError(
             f"{folder / 'stage.json'}: is damaged; delete the folder {folder} and start again"
         )
+    del notes["checksum"]
     return notes
+
+
+def is_intact(notes: dict) -> bool:
+    """Whether a stage.json is as it was written, by its own checksum."""
+    content = {name: value for name, value in notes.items() if name != "checksum"}
+    return "checksum" in notes and notes["checksum"] == fingerprint(content)
 
 
 def is_undamaged(folder: Path, name: str, recorded: dict) -> bool:
