@@ -391,8 +391,8 @@ def generate(
             log-probabilities are then those of the contrast.
         on_token: gets the newest token of every row, step by step; what it raises ends it all.
         batch_size: prompts decoded side by side, None for all; the next gets a row that has ended.
-        dist: the ranks; where they share a model's weights all call this together, each with its own
-            prompts, and make the same passes until all have finished.
+        dist: the ranks; where they share a model's weights all call this together, each with its
+            own prompts, and make the same passes until all have finished.
     """
     if is_sharded(model) and not dist.is_sharded:
         raise ValueError("other ranks have a part of this model's weights: pass `dist`")
