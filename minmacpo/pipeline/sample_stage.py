@@ -95,7 +95,7 @@ def sample(
         counts = {"answers": len(order), "tokens": 0, "hit_length": 0, "empty": 0}
         merged = count_samples(merge_shards(files, order, shard_size), counts)
         write_rows(context.folder / "samples.jsonl", merged)
-        for file in files:
+        for file in context.folder.glob("block*.jsonl"):  # damaged ones, of a kill, as well
             file.unlink()
         return counts
 
