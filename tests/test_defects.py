@@ -81,7 +81,7 @@ def loss_prefers_the_rejected(patch: Patch) -> None:
         )
         return good(swapped, *args, **settings)
 
-    patch.setitem(losses.PREFERENCE_LOSSES, "sigmoid", (sigmoid_loss, True))
+    patch.setitem(losses.PREFERENCE_LOSSES, "sigmoid", losses.LossKind(sigmoid_loss, "DPO"))
 
 
 def patch_rows(patch: Patch, change: Callable[[Tokens], Tokens]) -> None:

@@ -10,6 +10,7 @@ from minmacpo import UserError
 from minmacpo.config.schema import (
     BOUNDS,
     LOSS_SETTINGS,
+    SELECTION_RULES,
     SETTINGS,
     TARGET_MODULES,
     Config,
@@ -23,6 +24,10 @@ from minmacpo.config.schema import (
 
 # Rules of selection that rank the candidates of a prompt, so that several of them can be added up
 RANKING_RULES = {"perplexity", "likelihood-ratio", "agreement"}
+
+
+# Rules of macpo.select that look at scores which the student's candidates alone have
+STUDENT_RULES = {"likelihood-ratio", "agreement"}
 
 
 def check(config: Config) -> None:
@@ -184,10 +189,11 @@ def check_macpo(macpo: Macpo, checker: Checker) -> None:
         "at least 2 where other teachers are to agree",
     )
     own_positives = macpo.self_fraction or not macpo.mutual_positives
+    free_rules = [rule for rule in SELECTION_RULES if rule not in STUDENT_RULES]
     checker.require(
-        not own_positives or macpo.answers == 1 or rules - {"likelihood-ratio", "agreement"},
+        not own_positives or macpo.answers == 1 or rules - STUDENT_RULES,
         "macpo.select",
-        "perplexity, random, all, shortest or a list with perplexity where teachers choose among "
+        f"{', '.join(free_rules)} or a list with perplexity where teachers choose among "
         "several answers of their own",
     )
     checker.require(

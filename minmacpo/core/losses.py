@@ -97,30 +97,40 @@ def simpo_loss(logps: PairLogps, beta: float, target_margin: float) -> Tensor:
     return -F.logsigmoid(beta * margin - target_margin)
 
 
-# A loss is added here: (its function, whether it needs the reference policy's log-probabilities)
-PREFERENCE_LOSSES: dict[str, tuple[Callable[..., Tensor], bool]] = {
-    "sigmoid": (sigmoid_loss, True),
-    "ipo": (ipo_loss, True),
-    "simpo": (simpo_loss, False),
+@dataclass(frozen=True, slots=True)
+class LossKind:
+    """A preference loss as the rest of the code knows it.
+
+    Attributes:
+        title: the loss as the literature calls it, for logs, plans and reports.
+        requires_reference: whether the reference policy's log-probabilities must be scored.
+        rewards_per_token: whether the logged rewards are of log-probabilities per token.
+    """
+
+    function: Callable[..., Tensor]
+    title: str
+    requires_reference: bool = True
+    rewards_per_token: bool = False
+
+
+# A loss is added here
+PREFERENCE_LOSSES: dict[str, LossKind] = {
+    "sigmoid": LossKind(sigmoid_loss, "DPO"),
+    "ipo": LossKind(ipo_loss, "IPO"),
+    "simpo": LossKind(simpo_loss, "SimPO", requires_reference=False, rewards_per_token=True),
 }
 
 
 def requires_reference(loss_type: str) -> bool:
     """Whether the loss compares the policy with a reference; if not, none need be scored."""
-    _, needed = PREFERENCE_LOSSES[loss_type]
-    return needed
+    return PREFERENCE_LOSSES[loss_type].requires_reference
 
 
 def loss_settings(loss_type: str) -> tuple[str, ...]:
     """The settings that the loss uses: the names of its function's parameters after `logps`."""
-    function, _ = PREFERENCE_LOSSES[loss_type]
+    function = PREFERENCE_LOSSES[loss_type].function
     _, *names = inspect.signature(function).parameters
     return tuple(names)
-
-
-def loss_title(loss_type: str) -> str:
-    """The loss as the literature calls it, for logs and plans."""
-    return "DPO" if loss_type == "sigmoid" else loss_type.upper()
 
 
 def implicit_rewards(logps: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
@@ -189,9 +199,9 @@ class PreferenceLoss:
         logps = self.pair_logps(model, batch)
 
         # --- The preference term and the SFT term of every pair
-        function, _ = PREFERENCE_LOSSES[self.loss_type]
+        kind = PREFERENCE_LOSSES[self.loss_type]
         settings = {name: getattr(self, name) for name in loss_settings(self.loss_type)}
-        preference = function(logps, **settings)  # (B,)
+        preference = kind.function(logps, **settings)  # (B,)
         sft = -logps.policy_chosen / logps.chosen_lengths  # (B,)
 
         # --- Their sum, as a mean over the pairs of the whole step
@@ -201,7 +211,7 @@ class PreferenceLoss:
         loss = combined.sum() / totals.examples
 
         # --- This batch's part of the metrics' means over the step
-        per_token = self.length_normalized or not self.requires_reference
+        per_token = self.length_normalized or kind.rewards_per_token
         rewarded = logps.per_token() if per_token else logps
         chosen_rewards, rejected_rewards = implicit_rewards(rewarded, self.beta)
         of_pairs = {

@@ -188,7 +188,8 @@ def check_field(name: str, value, model_type: str, where: str) -> None:
     if name in SUPPORTED_VALUES:
         supported = SUPPORTED_VALUES[name]
         if value not in supported:
-            raise unsupported(where, name, value, f"only {supported[-1]!r}")
+            named = [repr(option) for option in supported if option is not None]
+            raise unsupported(where, name, value, f"only {' or '.join(named)}")
         return
     if name in COMMON_FIELDS or name in ROPE_FIELDS or name in IGNORED_FIELDS:
         return

@@ -457,7 +457,7 @@ FINISHED, DECODES, DECODES_AND_PREFILLS = range(3)
 
 
 def any_rank_prefills(dist: Distributed, prefills: bool) -> bool:
-    """Whether this rank or, where they share the weights of models, any rank admits prompts."""
+    """Whether a prompt is read in this step: by this rank or, of a sharded model, by any."""
     if not dist.is_sharded:
         return prefills
     own = DECODES_AND_PREFILLS if prefills else DECODES

@@ -173,7 +173,7 @@ def collate_examples(
     batch = collate([row for example in examples for row in example.rows], device, packed)
     reference_logps = None
     weights = None
-    if examples[0].reference_logps:
+    if examples[0].reference_logps is not None:
         reference_logps = torch.tensor([example.reference_logps for example in examples])
         reference_logps = reference_logps.to(device, non_blocking=True)  # (B, 2)
     if examples[0].weight is not None:
@@ -237,7 +237,7 @@ def train_step(
             loss_value, metrics = loss(model, batch, totals)
             if group:
                 loss_value.backward()
-                total = total + torch.stack(list(metrics.values()))
+                total = total + torch.stack([metrics[name] for name in loss.metric_names])
             else:
                 (0 * loss_value).backward()
         return total

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from minmacpo.config.parse import to_toml
 from minmacpo.config.schema import Config
-from minmacpo.core.losses import requires_reference
+from minmacpo.core.losses import PREFERENCE_LOSSES
 from minmacpo.data.records import Pair, Sample
 from minmacpo.evaluation.charts import Point, figure
 from minmacpo.evaluation.finished_run import (
@@ -50,8 +50,6 @@ CURVES = {  # measure: title and note of its chart
     "perplexity": ("Perplexity of true answers", "per token"),
 }
 
-LOSS_NAMES = {"sigmoid": "DPO", "ipo": "IPO", "simpo": "SimPO"}  # values of dpo.loss
-
 CURVE_POINTS = 100  # of a training curve, about
 SHOWN_PROMPTS = 5
 
@@ -70,9 +68,10 @@ class TrainingChart:
 def training_charts(config: Config) -> list[TrainingChart]:
     """The charts of the report's section on training, in the words of the loss that is used."""
     in_rounds = ("round[1-9]*/*_pos",)
-    loss_name = LOSS_NAMES.get(config.dpo.loss, config.dpo.loss)
+    loss = PREFERENCE_LOSSES[config.dpo.loss]
+    loss_name = loss.title
     margin_note = "of chosen over rejected answers, β · nats"
-    if requires_reference(config.dpo.loss):
+    if loss.requires_reference:
         margin_note += " above the reference policy"
     return [
         TrainingChart(

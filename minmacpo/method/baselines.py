@@ -231,7 +231,7 @@ def rlaif(run: Run, models: ModelPool, setup: Setup) -> Iterator[AgentCheckpoint
         base=labeller,
         texts=candidates,
         questions=partial(ai_feedback.comparison_questions, settings.compare, settings.options),
-        compare=True,
+        compare=True,  # tells the stage from one that asks something else about these texts
     )
 
     # --- How likely the labeller finds each option

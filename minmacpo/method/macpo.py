@@ -10,6 +10,10 @@ killed run continues where it stopped.
     D1     prompts with a good and a bad answer: the ground truth, which only the teachers see
     Q      prompts without answers
     t      the round, 1 ... R; round 0 is the initialisation
+
+The comments number its parts. I1, I2: the teachers' positive and negative adapters; I3 to I5: the
+student's, from the first teacher's answers; I6: hard negatives. R1: the teachers answer; R2: one
+answer is selected per prompt; R3: the student learns; R4: it answers; R5: the teachers learn.
 """
 
 from collections.abc import Iterator, Sequence

@@ -95,7 +95,7 @@ class PairInputs:
 
     @property
     def scores_chosen(self) -> bool:
-        """Whether chosen answers must be scored: there is a reference, and it has not done so."""
+        """Whether there is a reference that has not scored the chosen answers yet."""
         if self.reference is None:
             return False
         is_scored = all(source.learner_scores is not None for source in self.candidates)

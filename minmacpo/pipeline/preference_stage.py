@@ -7,7 +7,7 @@ import torch
 from minmacpo import UserError
 from minmacpo.config.schema import Dpo
 from minmacpo.core.batching import MemoryLimit, steps_per_epoch
-from minmacpo.core.losses import PreferenceLoss, loss_title
+from minmacpo.core.losses import PREFERENCE_LOSSES, PreferenceLoss
 from minmacpo.core.sft_loss import StepTotals
 from minmacpo.core.trainer import (
     OptimizerConfig,
@@ -126,7 +126,7 @@ def train_dpo(
         save_trained_adapter(context, start, loaded, schedule)
         return counts
 
-    term = f"{loss_title(args.dpo.loss)} + SFT" if args.use_dpo else "SFT term only"
+    term = f"{PREFERENCE_LOSSES[args.dpo.loss].title} + SFT" if args.use_dpo else "SFT term only"
     inputs = [start.base.stage, pairs.stage, start.adapter]
     if pairs.reference is not None:
         inputs.append(pairs.reference.adapter)
@@ -147,7 +147,7 @@ def pair_example(loaded: LoadedModel, pair: Pair) -> TrainExample:
     """A pair as token rows, chosen and rejected, with what the loss needs to know of it."""
     chosen = loaded.render(pair.prompt, pair.chosen)
     rejected = loaded.render(pair.prompt, pair.rejected)
-    reference_logps = ()  # of a loss that needs no reference
+    reference_logps = None  # of a loss that needs no reference
     if pair.ref_chosen_logps is not None:
         reference_logps = (pair.ref_chosen_logps, pair.ref_rejected_logps)
     return TrainExample(pair.id, (chosen, rejected), reference_logps, pair.weight)

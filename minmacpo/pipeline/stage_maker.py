@@ -54,7 +54,7 @@ class Declared:
     recipe: dict  # kind, settings, seed, inputs and code: what the fingerprint covers
     inputs: Sequence[Stage]
     compute: Callable[[StageContext], dict]
-    changes: Changes  # since an earlier stage of its name or settings was made
+    changes: Changes | None  # since an earlier stage of its name or settings was made, if any
 
     @property
     def is_of_other_code(self) -> bool:

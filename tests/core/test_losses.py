@@ -88,7 +88,7 @@ def test_the_command_line_knows_every_loss_and_the_settings_that_it_uses():
 
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
 def test_a_loss_raises_the_chosen_answer_and_lowers_the_rejected(name, seed):
-    function, _ = PREFERENCE_LOSSES[name]
+    function = PREFERENCE_LOSSES[name].function
     settings = {setting: OTHER_SETTINGS[setting] for setting in loss_settings(name)}
     settings |= {"label_smoothing": 0.0} if "label_smoothing" in settings else {}
     pair = pair_logps(-10.0, -10.0, -10.0, -10.0, lengths=(5, 5))
@@ -104,7 +104,8 @@ def test_a_loss_raises_the_chosen_answer_and_lowers_the_rejected(name, seed):
 
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
 def test_a_loss_without_a_reference_does_not_look_at_one(name, seed):
-    function, needs_reference = PREFERENCE_LOSSES[name]
+    function = PREFERENCE_LOSSES[name].function
+    needs_reference = PREFERENCE_LOSSES[name].requires_reference
     settings = {setting: OTHER_SETTINGS[setting] for setting in loss_settings(name)}
     pairs = random_pairs(5)
     policy_only = PairLogps(
@@ -202,7 +203,7 @@ def test_a_constant_on_both_sides_changes_nothing(seed):
 
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
 def test_a_loss_stays_finite_at_huge_margins(name):
-    function, _ = PREFERENCE_LOSSES[name]
+    function = PREFERENCE_LOSSES[name].function
     settings = {setting: OTHER_SETTINGS[setting] for setting in loss_settings(name)}
     chosen = torch.tensor([1e5, -1e5], requires_grad=True)
     rejected = torch.tensor([-1e5, 1e5], requires_grad=True)
@@ -314,7 +315,7 @@ def test_simpo_of_a_batch_equals_trl_from_full_logits(seed):
 
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
 def test_gradcheck(name, seed):
-    function, _ = PREFERENCE_LOSSES[name]
+    function = PREFERENCE_LOSSES[name].function
     settings = {setting: OTHER_SETTINGS[setting] for setting in loss_settings(name)}
     pairs = random_pairs(6)
 
