@@ -345,9 +345,20 @@ def to_toml(config: Config) -> str:
     return "\n".join(lines)
 
 
+def override_by_run(config: Config, values: dict[str, object], file: Path) -> Config:
+    """`override` by what a run's config.toml holds; UserError where another version wrote it."""
+    try:
+        return override(config, values, str(file))
+    except UserError as error:
+        raise UserError(
+            f"{error} (another version of minmacpo made this run, and this one does not read its "
+            "settings; make it anew under another --run.name)"
+        ) from None
+
+
 def read_settings(file: Path) -> Config:
     """The settings in the config.toml of a run; UserError where they are no run's."""
-    config = override(Config(), read_toml(file), str(file))
+    config = override_by_run(Config(), read_toml(file), file)
     try:
         check(config)
     except UserError as error:
@@ -433,7 +444,7 @@ def agent_settings(folder: Path, flags: dict[str, str]) -> Config:
     values["model.context"] = 10**9
     values["data.max_prompt_length"] = 1
     values["data.max_examples"] = "none"
-    config = override(Config(), values, str(run_settings))
+    config = override_by_run(Config(), values, run_settings)
     config = override(config, flags, "command line")
     check(config)
     return config
