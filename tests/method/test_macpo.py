@@ -229,7 +229,7 @@ def test_bases_load_in_transformers_without_a_word(run, caplog):
 @pytest.mark.parametrize("setting", ["init", "previous"])
 def test_other_references(stub, tmp_path, setting):
     """The student's reference may have found the perplexity already."""
-    run = variant(stub, tmp_path, f"--dpo.reference={setting}")
+    run = variant(stub, tmp_path, f"--dpo.reference={setting}", "--macpo.controls=false")
     checks.check_reference(run)
     known = {
         t
@@ -248,7 +248,7 @@ def test_margins_before_the_first_step_are_not_zero_against_the_base(stub):
 
 
 def test_one_teacher_needs_no_scores(stub, tmp_path):
-    run = variant(stub, tmp_path, "--macpo.teachers=1")
+    run = variant(stub, tmp_path, "--macpo.teachers=1", "--macpo.controls=false")
     assert not list(run.glob("round*/scores_*")) and not (run / "bases/weak2").exists()
     for t in checks.rounds_of(run):
         said = checks.samples(run, f"round{t}/positives_teacher1")
@@ -273,7 +273,14 @@ def test_three_teachers_repeat_the_bases(stub, tmp_path):
 
 
 def test_a_random_pick_needs_no_scores_and_takes_every_teacher(stub, tmp_path):
-    run = variant(stub, tmp_path, "--macpo.select=random", "--world.d2=40", "--macpo.rounds=2")
+    run = variant(
+        stub,
+        tmp_path,
+        "--macpo.select=random",
+        "--world.d2=40",
+        "--macpo.rounds=2",
+        "--macpo.controls=false",
+    )
     assert not list(run.glob("round*/scores_*"))
     checks.check_pairs_are_whole(run)
     chosen = [[p["chosen_by"] for p in checks.pairs(run, t, "student")] for t in (1, 2)]
@@ -283,7 +290,7 @@ def test_a_random_pick_needs_no_scores_and_takes_every_teacher(stub, tmp_path):
 
 
 def test_without_hard_negatives_only_the_sft_term_trains(stub, tmp_path):
-    run = variant(stub, tmp_path, "--macpo.hard_negatives=false")
+    run = variant(stub, tmp_path, "--macpo.hard_negatives=false", "--macpo.controls=false")
     for t, agent in ((1, "student"), (2, "teacher1")):
         checks.check_prefer(run, t, agent)
     assert all(name in stages_of(run) for name in ("round1/pairs_student", "round2/teacher2_pos"))
@@ -297,7 +304,7 @@ def test_without_hard_negatives_only_the_sft_term_trains(stub, tmp_path):
 
 
 def test_frozen_teachers_stay_and_are_sampled_anew(stub, tmp_path):
-    run = variant(stub, tmp_path, "--macpo.update_teachers=false")
+    run = variant(stub, tmp_path, "--macpo.update_teachers=false", "--macpo.controls=false")
     assert not list(run.glob("round[1-9]/teacher*")) and not list(
         run.glob("round[1-9]/pairs_teacher*")
     )
@@ -320,7 +327,7 @@ def test_frozen_teachers_stay_and_are_sampled_anew(stub, tmp_path):
 
 
 def test_without_mutual_positives_everybody_learns_its_own_fresh_answers(stub, tmp_path):
-    run = variant(stub, tmp_path, "--macpo.mutual_positives=false")
+    run = variant(stub, tmp_path, "--macpo.mutual_positives=false", "--macpo.controls=false")
     assert not list(run.glob("round*/scores_*"))
     for t, agent in checks.updated(run):
         said = checks.samples(run, f"round{t}/positives_{agent}")
@@ -336,7 +343,7 @@ def test_without_mutual_positives_everybody_learns_its_own_fresh_answers(stub, t
 
 
 def test_refreshed_negatives(stub, tmp_path):
-    run = variant(stub, tmp_path, "--macpo.refresh_negatives=true")
+    run = variant(stub, tmp_path, "--macpo.refresh_negatives=true", "--macpo.controls=false")
     for agent in checks.agents_of(run):
         first, second = (checks.pairs(run, t, agent) for t in (1, 2))
         fresh = checks.samples(run, f"round1/negatives_{agent}")
@@ -405,7 +412,9 @@ def test_empty_and_equal_answers_are_left_out_and_counted(stub, tmp_path, monkey
         return text
 
     change_answers(monkeypatch, sometimes_nothing)
-    run = variant_anew(stub, tmp_path, "--world.d2=40", "--macpo.rounds=1")
+    run = variant_anew(
+        stub, tmp_path, "--world.d2=40", "--macpo.rounds=1", "--macpo.controls=false"
+    )
     checks.check_order(run)
     checks.check_pairs_are_whole(run)
     checks.check_filter(run)
@@ -430,7 +439,7 @@ def test_equal_negatives_are_dropped_counted_and_warned_of(stub, tmp_path, monke
         monkeypatch,
         lambda sampler, sample: "the same" if int(sample.id, 16) % 2 else sample.response,
     )
-    run = variant_anew(stub, tmp_path, "--macpo.rounds=1")
+    run = variant_anew(stub, tmp_path, "--macpo.rounds=1", "--macpo.controls=false")
     odd = sum(int(row["id"], 16) % 2 for row in rows_of(run / "data/slices/d2.jsonl"))
     for agent in checks.agents_of(run):
         counts = stages_of(run)[f"round1/pairs_{agent}"]["counts"]
