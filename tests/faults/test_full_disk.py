@@ -5,11 +5,9 @@ bits.
 """
 
 import contextlib
-import errno
 import random
 import shutil
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
@@ -48,33 +46,6 @@ def test_no_room_from_a_write_of_a_run_on(small, scratch, seed, capsys):
     with capsys.disabled():
         print(f"\nno room at {len(points)} of {len(done)} operations, {seconds:.0f} s")
     assert not failed, f"{len(failed)} of {len(points)}: " + "\n".join(failed[:3])
-
-
-class Nameless:
-    """Files without a name have no room."""
-
-    done = ()
-
-    def install(self) -> None:
-        real = tempfile.TemporaryFile
-
-        def full(**options):
-            file = real(**options)
-            file.write = lambda data: (_ for _ in ()).throw(OSError(errno.ENOSPC, FULL))
-            return file
-
-        tempfile.TemporaryFile = full
-
-
-def test_no_room_for_what_lies_in_no_file_yet(small, scratch):
-    """Scores that wait for their rows: the sentence names the disk."""
-    words, whole = small
-    check_sentence(
-        fork("train", [*words, f"--run.root={scratch}"], Nameless())[0], f"error: {scratch}", FULL
-    )
-    there = stages(scratch / "small")
-    assert fork("train", [*words, f"--run.root={scratch}"])[0].code == 0
-    Good(whole).check(scratch / "small", there)
 
 
 @pytest.fixture
