@@ -25,6 +25,7 @@ from shim import Disk, Walk
 
 import minmacpo
 from minmacpo.evaluation import report
+from minmacpo.pipeline import code_digest
 from minmacpo.pipeline.run_dir import IN_PROGRESS_DIR
 from minmacpo.runtime.files import write_atomic
 from minmacpo.runtime.progress import run_main
@@ -32,6 +33,10 @@ from minmacpo.runtime.progress import run_main
 WORKERS = 3  # on two cores: one may wait for its files
 for module in pkgutil.walk_packages(minmacpo.__path__, "minmacpo."):
     importlib.import_module(module.name)  # here once, and not in every child
+for file in code_digest.PACKAGE.rglob("*.py"):  # so are the digests of the code
+    source = file.relative_to(code_digest.PACKAGE).as_posix()
+    code_digest.imported_modules(source)
+    code_digest.module_digest(source)
 PROGRAMS = {name: program(name) for name in ("train", "sample", "eval")}
 # what is there does not change: no collection in a child touches it, and it stays shared
 gc.freeze()
