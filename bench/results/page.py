@@ -282,7 +282,7 @@ def hh_section(counts_of: dict[str, dict], table: str, cost: list[dict]) -> str:
     """A run on HH-RLHF files: what the reader counted, the table, the cost.
 
     Args:
-        counts_of: {file or slice: {reason: rows}}.
+        counts_of: {file or split: {reason: rows}}.
     """
     rows = []
     for name, counts in counts_of.items():
@@ -293,7 +293,7 @@ def hh_section(counts_of: dict[str, dict], table: str, cost: list[dict]) -> str:
             "`python train.py @hh --data.path=FOLDER`; tiny bases made from a part of the same "
             "files, so this shows the code on real dialogues, not what MACPO does to a 7B model. "
             "Learning rates were not tuned.\n",
-            markdown_table(["file or slice", "rows"], rows),
+            markdown_table(["file or split", "rows"], rows),
             f"```\n{table}\n```\n",
             cost_table(cost),
         ]
@@ -345,7 +345,7 @@ def collect_hh(folder: str) -> None:
         if "/corpus_" in name:
             documents[name.removeprefix("data/corpus_")] = note["counts"]["documents"]
 
-    counts_of = counts["rows"] | counts["slices"]
+    counts_of = counts["rows"] | counts["splits"]
     counts_of["repeated prompts left out"] = counts["repeated prompts left out"]
     counts_of["d0, documents"] = documents
     table = make_table(run)

@@ -2,8 +2,8 @@
 
     python -m bench.results.real --helpful=FILE --harmless=FILE [--pku=FILE] [--alpaca=FILE]
 
-FILEs (or folders) are HH-RLHF's, PKU-SafeRLHF's and Alpaca's as published. They are split once into
-five slices each, disjoint by first human turn: text to pre-train on, D1, D2, test, and pairs for
+FILEs (or folders) are HH-RLHF's, PKU-SafeRLHF's and Alpaca's as published. Each is dealt once into
+five splits, disjoint by first human turn: text to pre-train on, D1, D2, test, and pairs for
 the reward models, which nothing else sees. Bases are made of the first, then every run of
 bench/results/real.toml is an ordinary run of train.py. A call ends before 9 minutes and the same
 command goes on where it was, until it says that nothing is left; files need be named once only.
@@ -45,7 +45,7 @@ STOPPED = (143, -15)  # exit codes of a process that was asked to end
 
 
 def split(plan: Plan, files: dict[str, str]) -> None:
-    """Write data/SOURCE/SLICE.jsonl and split.json.
+    """Write data/SOURCE/SPLIT.jsonl and split.json.
 
     Raises:
         UserError: an earlier call split other files.
@@ -71,7 +71,7 @@ def split(plan: Plan, files: dict[str, str]) -> None:
     most = {} if plan.full else plan.settings["most"]
     parts = divide(pairs, plan.settings["shares"], most)
     for (source, part), rows in parts.items():
-        file = plan.slice_path(source, part)
+        file = plan.split_path(source, part)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_rows(file, map(row_of, rows))
 
@@ -86,21 +86,21 @@ def split(plan: Plan, files: dict[str, str]) -> None:
 def divide(
     pairs_of: dict[str, list[Pair]], shares: dict[str, Sequence[float]], most: dict[str, int]
 ) -> dict[tuple[str, str], list[Pair]]:
-    """{(source, slice): pairs}.
+    """{(source, split): pairs}.
 
-    A first human turn that occurs in several sources goes to one slice in all; D2 and test have a
+    A first human turn that occurs in several sources goes to one split in all; D2 and test have a
     prompt once.
 
     Args:
         pairs_of: the pairs of every source.
         shares: of the first human turns of a source, in the order of PARTS.
-        most: rows of a slice at most.
+        most: rows of a split at most.
     """
-    slice_of_turn: dict[str, str] = {}
+    split_of_turn: dict[str, str] = {}
     for source, pairs in pairs_of.items():
-        turns = {first_turn(pair) for pair in pairs} - slice_of_turn.keys()
+        turns = {first_turn(pair) for pair in pairs} - split_of_turn.keys()
         share_of_part = dict(zip(PARTS, shares[source], strict=True))
-        slice_of_turn |= assign_splits(turns, share_of_part, f"real/{source}")
+        split_of_turn |= assign_splits(turns, share_of_part, f"real/{source}")
 
     parts: dict[tuple[str, str], list[Pair]] = {}
     prompts = set()
@@ -108,7 +108,7 @@ def divide(
         for part in PARTS:
             parts[source, part] = []
         for pair in pairs:
-            part = slice_of_turn.get(first_turn(pair))
+            part = split_of_turn.get(first_turn(pair))
             is_repeated = part in ("d2", "test") and pair.prompt in prompts
             if part and not is_repeated:
                 parts[source, part].append(pair)
@@ -123,12 +123,12 @@ def divide(
 
 
 def check_disjoint(parts: dict[tuple[str, str], list[Pair]]) -> None:
-    """No first human turn stands in two slices, of whatever sources."""
-    slice_of_turn: dict[str, str] = {}
+    """No first human turn stands in two splits, of whatever sources."""
+    split_of_turn: dict[str, str] = {}
     for (_, part), pairs in parts.items():
         for pair in pairs:
-            owner = slice_of_turn.setdefault(first_turn(pair), part)
-            assert owner == part, "two slices have a first human turn in common"
+            owner = split_of_turn.setdefault(first_turn(pair), part)
+            assert owner == part, "two splits have a first human turn in common"
 
 
 def row_of(pair: Pair) -> dict:
@@ -148,7 +148,7 @@ def texts_of(plan: Plan, seed: int, base: str) -> list[Example]:
     for source in plan.counts()["files"]:
         share = plan.settings["texts"][base][source]
         rng = random.Random(f"{seed}/{base}/{source}")
-        pairs, _ = read_data(str(plan.slice_path(source, "pretrain")))
+        pairs, _ = read_data(str(plan.split_path(source, "pretrain")))
         for pair in pairs:
             if rng.random() >= share:
                 continue

@@ -28,14 +28,14 @@ def section(results: dict, finding: str) -> str:
     """
     parts = ["## Real files\n", introduction(results), finding]
 
-    parts.append("First human turns are in one slice each:\n")
+    parts.append("First human turns are in one split each:\n")
     rows = []
     for source, counts in results["split"]["rows"].items():
         rows.append([source, *(str(counts[part]) for part in PARTS)])
     parts.append(markdown_table(["rows of", *PARTS], rows))
 
-    if results["slices"]:
-        parts.append(slices_table(results["slices"]))
+    if results["splits"]:
+        parts.append(splits_table(results["splits"]))
     if results["bases"]:
         parts.append(bases_table(results["bases"]))
     for name, experiment in results["experiments"].items():
@@ -61,13 +61,13 @@ def introduction(results: dict) -> str:
     )
 
 
-def slices_table(slices_of_group: dict[str, dict]) -> str:
-    """What became of the rows of every slice, by group of runs."""
+def splits_table(splits_of_group: dict[str, dict]) -> str:
+    """What became of the rows of every split, by group of runs."""
     rows = []
-    for group, slices in slices_of_group.items():
+    for group, splits in splits_of_group.items():
         row = [group]
         for part in ("d1", "d2", "test"):
-            row.append(", ".join(f"{reason} {count}" for reason, count in slices[part].items()))
+            row.append(", ".join(f"{reason} {count}" for reason, count in splits[part].items()))
         rows.append(row)
     return markdown_table(["used by", "d1", "d2", "test"], rows)
 

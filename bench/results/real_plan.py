@@ -12,7 +12,7 @@ from minmacpo.evaluation.experiments import Case, cases_of
 from minmacpo.runtime.files import read_json
 
 HERE = Path(__file__).parent
-PARTS = ("pretrain", "d1", "d2", "test", "reward")  # the slices of a source
+PARTS = ("pretrain", "d1", "d2", "test", "reward")  # the splits of a source
 SOURCES = ("helpful", "harmless", "pku", "alpaca")
 
 
@@ -44,7 +44,7 @@ class Plan:
 
     def missing(self, case: Case) -> set[str]:
         """The sources that a case needs and that were not given."""
-        needed = {source for source, _ in slices_of(case.flags).values()}
+        needed = {source for source, _ in splits_of(case.flags).values()}
         return needed - set(self.counts()["files"])
 
     def run_path(self, run: str) -> Path:
@@ -55,8 +55,8 @@ class Plan:
         """The folder of the run that makes the bases of a seed."""
         return self.run_path(f"bases-seed={seed}")
 
-    def slice_path(self, source: str, part: str) -> Path:
-        """The file of a slice of a source."""
+    def split_path(self, source: str, part: str) -> Path:
+        """The file of a split of a source."""
         return self.root / "data" / source / f"{part}.jsonl"
 
     def rating_path(self, run: str) -> Path:
@@ -81,12 +81,12 @@ class Plan:
 
     def words_of(self, case: Case, seed: int) -> list[str]:
         """The flags of a case, with the folders of its data and bases."""
-        slices = slices_of(case.flags)
+        splits = splits_of(case.flags)
         data = []
-        for name, (source, part) in slices.items():
-            data.append(f"{name}={self.slice_path(source, part)}")
+        for name, (source, part) in splits.items():
+            data.append(f"{name}={self.split_path(source, part)}")
 
-        others = [word for word in case.flags if word.partition("=")[0] not in slices]
+        others = [word for word in case.flags if word.partition("=")[0] not in splits]
         teachers = 3
         for word in others:
             if word.startswith("--macpo.teachers="):
@@ -113,20 +113,20 @@ def read_plan(root: Path, full: bool) -> Plan:
     return Plan(root, full, tomllib.loads((HERE / "real.toml").read_text("utf-8")))
 
 
-def slices_of(words: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """{setting: (source, slice)} of the data that the words of a case name."""
-    slices = {}
+def splits_of(words: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """{setting: (source, split)} of the data that the words of a case name."""
+    splits = {}
     for word in words:
         if word.startswith(("--data.path=", "--data.d2=", "--data.test=")):
             name, value = word.split("=", 1)
             source, part = value.split("/")
-            slices[name] = (source, part)
-    return slices
+            splits[name] = (source, part)
+    return splits
 
 
 def run_name(case: Case, seed: int) -> str:
     """The name of a run: its sources, then what it sets."""
-    parts = list(dict.fromkeys(source for source, _ in slices_of(case.flags).values()))
+    parts = list(dict.fromkeys(source for source, _ in splits_of(case.flags).values()))
     for word in case.flags:
         if not word.startswith("--data.") or "noise" in word:
             parts.append(re.sub(r"^--(\w+\.)?", "", word))

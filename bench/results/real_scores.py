@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.results.real_plan import Plan, run_name, slices_of
+from bench.results.real_plan import Plan, run_name, splits_of
 from bench.results.store import PLACE
 from minmacpo.core.scoring import win_or_tie
 from minmacpo.data.formats import read_data
@@ -45,14 +45,14 @@ class RewardModel:
 def train_reward_model(plan: Plan, source: str, run: FinishedRun) -> RewardModel:
     """A reward model of a source on the run's strong base.
 
-    It learns from the slice that nothing else sees, and is tried on the pairs of D2 and test.
+    It learns from the split that nothing else sees, and is tried on the pairs of D2 and test.
     """
-    own = read_own_pairs(run, str(plan.slice_path(source, "reward")))
+    own = read_own_pairs(run, str(plan.split_path(source, "reward")))
     rate = train_head(run, own.pairs)
 
     pairs = []
     for part in ("d2", "test"):
-        rows, _ = read_data(str(plan.slice_path(source, part)))
+        rows, _ = read_data(str(plan.split_path(source, part)))
         pairs += rows
     held_out = fitting_pairs(run, pairs)
     shared = {pair.prompt for pair in held_out} & {pair.prompt for pair in own.pairs}
@@ -103,7 +103,7 @@ def rated_by(plan: Plan, case: Case) -> str:
 
     That of its test's source, or of its teachers' where that one has no pairs.
     """
-    sources = slices_of(case.flags)
+    sources = splits_of(case.flags)
     tested = sources["--data.test"][0]
     if plan.counts()["rows"][tested]["reward"]:
         return tested
@@ -258,14 +258,14 @@ def collect(plan: Plan, seeds: Sequence[int]) -> None:
     for seed in seeds:
         rate(plan, seed)
 
-    slices: dict[str, dict] = {}
+    splits: dict[str, dict] = {}
     spent: dict[str, float] = {}
     commits = set()
     for seed in seeds:
         for name, case in plan.runs(seed).items():
             run = finished_runs(plan, case, [seed]).get(seed)
             if run:
-                slices.setdefault(case.group, run.metadata["data/slices"]["counts"]["slices"])
+                splits.setdefault(case.group, run.metadata["data/slices"]["counts"]["splits"])
                 computed = [note for note in run.metadata.values() if "linked_from" not in note]
                 spent[name] = sum(note["cpu_seconds"] for note in computed)
                 commits |= {note["commit"] for note in computed}
@@ -286,7 +286,7 @@ def collect(plan: Plan, seeds: Sequence[int]) -> None:
         "full": plan.full,
         "commits": sorted(commits),
         "split": {name: plan.counts()[name] for name in ("read", "rows")},
-        "slices": slices,
+        "splits": splits,
         "bases": bases,
         "spent": spent,
         "experiments": experiments,

@@ -80,12 +80,12 @@ def run_stages(root: Path, count: int) -> None:
     policy = Policy("a", external_base(run.config, "strong", root / "base"))
     run.begin()
 
-    def write_slices(context: StageContext) -> dict:
+    def write_splits(context: StageContext) -> dict:
         write_rows(context.folder / "d2.jsonl", prompts(count))
         return {"rows": count}
 
-    slices = run.stage("data/slices", "slices/2", {"count": count}, [], write_slices)
-    queries = TextColumn(slices, "d2.jsonl", "chosen")
+    splits = run.stage("data/slices", "slices/2", {"count": count}, [], write_splits)
+    queries = TextColumn(splits, "d2.jsonl", "chosen")
     samples = {}
     scores = {}
     for source in ("a", "b", "bad"):

@@ -147,7 +147,7 @@ def advice(plan: Plan, name: str, memory: MemoryEstimate) -> str:
 
 def few_rows(config: Config, prepared: PreparedData) -> list[str]:
     """A warning where the test split is too small for its numbers to mean anything."""
-    count = len(prepared.slices["test"])
+    count = len(prepared.splits["test"])
     if config.data.path is None or count >= TOO_FEW:
         return []
     return [

@@ -214,7 +214,7 @@ class Plan:
         if self.prepared is None:
             return self.longest_texts()
         texts = []
-        for pair in self.prepared.slices[split]:
+        for pair in self.prepared.splits[split]:
             answer = "" if column == "prompt" else getattr(pair, column)
             texts.append(Example(pair.id, pair.prompt, answer or ""))
         return self.count_tokens(texts, (split, column), base)

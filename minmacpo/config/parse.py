@@ -54,7 +54,7 @@ presets: @hh, @hh-real, @paper-hh-helpful, @paper-hh-harmless, @paper-pku, @tiny
 torchrun --nproc-per-node=N train.py ... does any of this (but an experiment) on N processes;
     see [parallel]
 experiments: a file each in minmacpo/config/presets/experiments; finished runs are not redone
---dry_run   read the data, print settings, row counts, slices and the stages with their tokens and
+--dry_run   read the data, print settings, row counts, splits and the stages with their tokens and
             memory; write nothing
 --stage     compute this one stage only; the stages it needs must be finished, others may be
             computed beside it

@@ -89,13 +89,13 @@ def check_data(data: Data, checker: Checker) -> None:
     checker.require(
         shares_are_valid(data),
         "data.shares",
-        "four shares (D0, D1, D2, test) that sum to at most 1, above 0 where a slice has no own "
+        "four shares (D0, D1, D2, test) that sum to at most 1, above 0 where a split has no own "
         "file",
     )
     checker.require(
         data.path is not None or not data.files,
         "data.path",
-        "a file or folder where a slice has its own file",
+        "a file or folder where a split has its own file",
     )
     checker.require(
         data.max_prompt_length < data.max_length,

@@ -105,7 +105,7 @@ def split_pairs(
         if name is None:
             return  # the shares sum to less than one
         if name in own_files and name != source:
-            left_out["first turn of another slice"] += 1
+            left_out["first turn of another split"] += 1
         elif name in UNIQUE_PROMPTS and pair.prompt in seen_prompts:
             left_out[name] += 1
         else:

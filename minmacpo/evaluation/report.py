@@ -320,9 +320,9 @@ def sample_rows(run: FinishedRun, ids: tuple[str, ...]) -> dict[str, list[list[o
 
 
 @functools.cache
-def spaced_prompts(slices: Stage) -> list[Pair]:
+def spaced_prompts(splits: Stage) -> list[Pair]:
     """Training prompts, evenly spaced, with their true answers."""
-    pairs = read_rows(slices.path / "d2.jsonl", Pair)
+    pairs = read_rows(splits.path / "d2.jsonl", Pair)
     step = max(1, len(pairs) // SHOWN_PROMPTS)
     return pairs[::step][:SHOWN_PROMPTS]
 

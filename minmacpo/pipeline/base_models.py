@@ -22,7 +22,7 @@ from minmacpo.pipeline.prepare_data import (
     base_names,
     corpus_stage,
     model_dirs,
-    slices_stage,
+    splits_stage,
     tokenizer_stage,
 )
 from minmacpo.pipeline.run import Run, Stage, StageContext, derive_seed
@@ -43,7 +43,7 @@ def setup_stages(run: Run, source: dict, prepared: Callable[[], PreparedData]) -
         for name, folder in model_dirs(run.config).items()
     }
     fingerprints = [base.stage.fingerprint for base in base_models.values()]
-    slices = slices_stage(run, source, prepared, fingerprints)
+    splits = splits_stage(run, source, prepared, fingerprints)
 
     missing = [name for name in base_names(run.config) if name not in base_models]
     if missing:
@@ -51,7 +51,7 @@ def setup_stages(run: Run, source: dict, prepared: Callable[[], PreparedData]) -
         for name in missing:
             corpus = corpus_stage(run, name, source, prepared)
             base_models[name] = pretrained_base(run, name, tokenizer, corpus)
-    return Setup(slices, base_models)
+    return Setup(splits, base_models)
 
 
 # --- Bases that the user gives

@@ -38,13 +38,13 @@ class PreparedData:
     """The texts of a run in memory.
 
     Attributes:
-        slices: the pairs of d1, d2 and test.
+        splits: the pairs of d1, d2 and test.
         corpora: the documents that each base is pre-trained on (D0), by base.
         tokenizer: a sentencepiece model, where bases are made here.
         counts: what stage.json says of the rows that were read, dropped and cut.
     """
 
-    slices: dict[str, list[Pair]]
+    splits: dict[str, list[Pair]]
     corpora: dict[str, list[Example]]
     tokenizer: bytes | None
     counts: dict
@@ -111,9 +111,9 @@ def prepare_world(config: Config, given: Sequence[Tokenizer]) -> PreparedData:
         steps = config.pretrain.strong_steps if name == "strong" else config.pretrain.weak_steps
         documents = steps * config.pretrain.batch
         corpora[name] = synthetic.make_corpus(town, config.world, name, documents)
-    slices = synthetic.make_splits(town, config.world)
-    counts = synthetic.shortfalls(slices, config.world)
-    return prepare_splits(config, slices, corpora, given, counts)
+    splits = synthetic.make_splits(town, config.world)
+    counts = synthetic.shortfalls(splits, config.world)
+    return prepare_splits(config, splits, corpora, given, counts)
 
 
 def prepare_data(config: Config, given: Sequence[Tokenizer]) -> PreparedData:
@@ -147,12 +147,12 @@ def prepare_data(config: Config, given: Sequence[Tokenizer]) -> PreparedData:
 
     # --- Deal the rows to the splits
     shared_pairs = pairs.pop("path")
-    slices, repeated = split_pairs(shared_pairs, data.shares, config.run.seed, pairs)
-    used = sum(len(rows) for rows in slices.values())
+    splits, repeated = split_pairs(shared_pairs, data.shares, config.run.seed, pairs)
+    used = sum(len(rows) for rows in splits.values())
 
     # --- The text to pre-train on
     documents = []
-    for pair in slices.pop("d0"):
+    for pair in splits.pop("d0"):
         for text in (pair.chosen, pair.rejected):
             if text:
                 documents.append(Example(pair.id, pair.prompt, text, pair.meta))
@@ -167,13 +167,13 @@ def prepare_data(config: Config, given: Sequence[Tokenizer]) -> PreparedData:
         "rows": {name: dict(report.counts) for name, report in reports.items()},
         "kept": total,
         "repeated prompts left out": repeated,
-        "in no slice": total - used - sum(repeated.values()),
+        "in no split": total - used - sum(repeated.values()),
     }
     if without_other_side:
         counts["d1 answers without their other side"] = without_other_side
     for name, report in reports.items():
         counts[f"read {name}"] = str(report)
-    return prepare_splits(config, slices, corpora, given, counts)
+    return prepare_splits(config, splits, corpora, given, counts)
 
 
 # --- Making the texts fit
@@ -181,7 +181,7 @@ def prepare_data(config: Config, given: Sequence[Tokenizer]) -> PreparedData:
 
 def prepare_splits(
     config: Config,
-    slices: Mapping[str, Sequence[Pair]],
+    splits: Mapping[str, Sequence[Pair]],
     corpora: dict[str, list[Example]],
     given: Sequence[Tokenizer],
     counts: dict,
@@ -205,7 +205,7 @@ def prepare_splits(
     fitted: dict[str, list[Pair]] = {}
     sizes = {}
     prompts: set[tuple[Message, ...]] = set()  # of all splits so far
-    for name, pairs in slices.items():
+    for name, pairs in splits.items():
         fitted[name], reasons = fit_split(config, name, pairs, tokenizers, prompts)
         if name == "d1" and config.data.noise:
             fitted[name] = corrupt(fitted[name], config)
@@ -214,7 +214,7 @@ def prepare_splits(
     check_disjoint(fitted)
     check_truth(config, fitted)
 
-    counts["slices"] = sizes
+    counts["splits"] = sizes
     counts["d0"] = {name: len(documents) for name, documents in corpora.items()}
     longer = count_longer(config, fitted, tokenizers)
     if longer:
@@ -284,7 +284,7 @@ def why_empty(config: Config, name: str, reasons: Mapping[str, int]) -> str:
     """The sentence on a split that no row is left for."""
     lost = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
     if not lost:
-        lost = "too few rows, or their prompts are in another slice"
+        lost = "too few rows, or their prompts are in another split"
     if config.data.path:
         settings = f"data.{name}, data.shares, data.max_prompt_length, data.truncation_mode"
     else:
@@ -298,16 +298,16 @@ def why_empty(config: Config, name: str, reasons: Mapping[str, int]) -> str:
     return sentence
 
 
-def check_disjoint(slices: Mapping[str, Sequence[Pair]]) -> None:
+def check_disjoint(splits: Mapping[str, Sequence[Pair]]) -> None:
     """Assert that no prompt stands in two splits."""
     prompts: set[tuple[Message, ...]] = set()
-    for pairs in slices.values():
+    for pairs in splits.values():
         own = {pair.prompt for pair in pairs}
-        assert not own & prompts, "two slices have a prompt in common"
+        assert not own & prompts, "two splits have a prompt in common"
         prompts |= own
 
 
-def check_truth(config: Config, slices: Mapping[str, Sequence[Pair]]) -> None:
+def check_truth(config: Config, splits: Mapping[str, Sequence[Pair]]) -> None:
     """Raise UserError where D2 lacks the answers that the ceiling or the method trains on."""
     if config.run.method == "dpo-truth":
         side = "rejected"
@@ -315,7 +315,7 @@ def check_truth(config: Config, slices: Mapping[str, Sequence[Pair]]) -> None:
         side = "chosen"
     else:
         return
-    if not any(getattr(pair, side) for pair in slices.get("d2", ())):
+    if not any(getattr(pair, side) for pair in splits.get("d2", ())):
         raise UserError(
             f"no row of d2 has a {side} answer, on which the ceiling or the method trains; give a "
             "data.d2 that has them, or set macpo.controls=false (and another method)"
@@ -323,11 +323,11 @@ def check_truth(config: Config, slices: Mapping[str, Sequence[Pair]]) -> None:
 
 
 def count_longer(
-    config: Config, slices: Mapping[str, Iterable[Pair]], tokenizers: Sequence[Tokenizer]
+    config: Config, splits: Mapping[str, Iterable[Pair]], tokenizers: Sequence[Tokenizer]
 ) -> int:
     """How many true answers are longer than any that can be sampled."""
     longer = 0
-    for pairs in slices.values():
+    for pairs in splits.values():
         for pair in pairs:
             if pair.chosen:
                 _, answer = max_token_counts(config, tokenizers, pair.prompt, [pair.chosen])
@@ -499,7 +499,7 @@ def cut_prompt(
 # --- The stages that write the texts
 
 
-def slices_stage(
+def splits_stage(
     run: Run, source: dict, prepared: Callable[[], PreparedData], base_fingerprints: list[str]
 ) -> Stage:
     """The stage with d1.jsonl, d2.jsonl and test.jsonl, and the ids of their rows.
@@ -511,7 +511,7 @@ def slices_stage(
     """
     data = run.config.data
 
-    def write_slices(context: StageContext) -> dict:
+    def write_splits(context: StageContext) -> dict:
         counts = prepared().counts
         if SHORTFALLS in counts:
             sizes = ", ".join(f"{name} {size}" for name, size in counts[SHORTFALLS].items())
@@ -521,7 +521,7 @@ def slices_stage(
                 f"WARNING: {LONGER}, so that no sampled one can be like them: {counts[LONGER]}"
             )
         ids = {}
-        for name, pairs in prepared().slices.items():
+        for name, pairs in prepared().splits.items():
             write_rows(context.folder / f"{name}.jsonl", pairs)
             ids[name] = [pair.id for pair in pairs]
         write_json(context.folder / "split.json", ids)
@@ -543,7 +543,7 @@ def slices_stage(
             "given": base_fingerprints,
         },
         inputs=[],
-        compute=write_slices,
+        compute=write_splits,
         seed_key=("data",),
     )
 

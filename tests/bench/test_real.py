@@ -133,15 +133,15 @@ def parts_on_disk(root: Path) -> dict[tuple[str, str], list[Pair]]:
     return parts
 
 
-def test_slices_share_no_first_turn_and_split_json_counts_them(files, tmp_path):
+def test_splits_share_no_first_turn_and_split_json_counts_them(files, tmp_path):
     plan = real_plan.read_plan(tmp_path / "root", False)
     real.split(plan, files)
     parts = parts_on_disk(plan.root)
 
-    slice_of_turn = {}
+    split_of_turn = {}
     for (_, part), pairs in parts.items():
         for pair in pairs:
-            assert slice_of_turn.setdefault(first_turn(pair), part) == part
+            assert split_of_turn.setdefault(first_turn(pair), part) == part
     assert {part for _, part in parts} == set(real_plan.PARTS)
 
     counts = plan.counts()["rows"]
@@ -152,7 +152,7 @@ def test_slices_share_no_first_turn_and_split_json_counts_them(files, tmp_path):
     assert counts["alpaca"]["reward"] == 0
 
 
-def test_a_turn_that_two_sources_have_goes_to_one_slice():
+def test_a_turn_that_two_sources_have_goes_to_one_split():
     def pairs(source: str) -> list[Pair]:
         rows = []
         for i in range(100):
@@ -172,7 +172,7 @@ def test_a_turn_that_two_sources_have_goes_to_one_slice():
             assert turns_of_b == turns_of_a
 
 
-def test_a_turn_in_two_slices_is_caught():
+def test_a_turn_in_two_splits_is_caught():
     pair = Pair("a", (Message("user", "why"),), "so", "no")
 
     with pytest.raises(AssertionError, match="in common"):
@@ -410,7 +410,7 @@ def test_end_to_end_between_calls(files, tmp_path, monkeypatch, capsys):
     assert "MACPO" in text
     assert "Alpaca: MACPO" in text
     assert "nan" not in text
-    check_reward_slice(root)
+    check_reward_split(root)
 
 
 def check_collected(collected: dict, main_run: Path) -> None:
@@ -447,8 +447,8 @@ def check_collected(collected: dict, main_run: Path) -> None:
     assert bases["strong"]["counts"]["rows"] > bases["weak1"]["counts"]["rows"]
 
 
-def check_reward_slice(root: Path) -> None:
-    """No prompt on which a reward model learned is in any slice or text of any run."""
+def check_reward_split(root: Path) -> None:
+    """No prompt on which a reward model learned is in any split or text of any run."""
     learned = set()
     for (_, part), pairs in parts_on_disk(root).items():
         if part == "reward":

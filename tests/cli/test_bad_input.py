@@ -170,7 +170,7 @@ def test_repeated_prompts_are_counted(place, preset):
     counts = stages_of(run)["data/slices"]["counts"]
     left_out = counts["repeated prompts left out"]
     assert (
-        left_out == {name: counts["slices"][name]["rows"] for name in ("d2", "test")}
+        left_out == {name: counts["splits"][name]["rows"] for name in ("d2", "test")}
         and left_out["d2"] > 5
     )
     assert f"\nrepeated prompts left out: {left_out}\n" in plan
@@ -679,6 +679,6 @@ def test_a_loss_that_is_not_finite_names_rows_and_writes_no_stage(stub, place, p
     assert not (place / "runs/x/round0/teacher1_pos").exists()
 
 
-def test_a_slice_is_never_empty(place, preset, monkeypatch):
+def test_a_split_is_never_empty(place, preset, monkeypatch):
     monkeypatch.setattr(prepare_data, "truncate_pair", lambda *args: None)
     assert "no row is left" in refused(place, preset)

@@ -866,8 +866,8 @@ def test_a_run_on_files_of_dialogues(place):
             np.isfinite(entry[k])
             for k in ("perplexity", "perplexity_char", "accuracy", "length", "distinct2")
         )
-    slices = {name: rows_of(run / f"data/slices/{name}.jsonl") for name in ("d1", "d2", "test")}
-    first = {name: {r["prompt"][0]["content"] for r in part} for name, part in slices.items()}
+    splits = {name: rows_of(run / f"data/slices/{name}.jsonl") for name in ("d1", "d2", "test")}
+    first = {name: {r["prompt"][0]["content"] for r in part} for name, part in splits.items()}
     assert (
         not first["d1"] & first["d2"]
         and not first["d2"] & first["test"]
@@ -880,7 +880,7 @@ def test_a_run_on_files_of_dialogues(place):
         "identical answers": 1,
         "empty answer": 1,
     }
-    assert len(rows_of(run / "data/slices/d2.jsonl")) == counts["slices"]["d2"]["rows"]
+    assert len(rows_of(run / "data/slices/d2.jsonl")) == counts["splits"]["d2"]["rows"]
     texts = [
         r["prompt"][0]["content"] + r["response"]
         for r in rows_of(run / "data/corpus_strong/texts.jsonl")

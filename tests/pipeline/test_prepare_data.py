@@ -38,7 +38,7 @@ def config_for(truncation_mode: str, max_prompt_length: int = 40, max_length: in
 def prepare_d2(config, tokenizer, *pairs: Pair) -> tuple[list[Pair], dict[str, int]]:
     """The D2 that is made of these pairs, and what is counted of it."""
     prepared = prepare_data.prepare_splits(config, {"d2": list(pairs)}, {}, [tokenizer], {})
-    return prepared.slices["d2"], prepared.counts["slices"]["d2"]
+    return prepared.splits["d2"], prepared.counts["splits"]["d2"]
 
 
 # ---- over-long rows -------------------------------------------------------------------------
@@ -158,9 +158,9 @@ def test_prompts_that_a_cut_makes_equal_stand_in_one_split(tokenizer):
             make_pair("of " + name),
         ]
     prepared = prepare_data.prepare_splits(config_for("cut_prompt"), splits, {}, [tokenizer], {})
-    sizes = {name: len(pairs) for name, pairs in prepared.slices.items()}
+    sizes = {name: len(pairs) for name, pairs in prepared.splits.items()}
     assert sizes == {"d1": 2, "d2": 1, "test": 1}
-    counts = prepared.counts["slices"]["test"]
+    counts = prepared.counts["splits"]["test"]
     assert counts == {"rows": 1, "prompt cut": 1, "equal after the cut": 1}
 
 
@@ -231,7 +231,7 @@ def test_rows_outside_the_shares_are_counted(tokenizer, tmp_path):
     models = ("--model.student=x", "--model.teachers=a")
     config = parse(["@tiny", *flags, *models]).config
     counts = prepare_data.prepare_data(config, [tokenizer]).counts
-    assert counts["in no slice"] == 60
+    assert counts["in no split"] == 60
     assert counts["kept"] == 100
 
 
@@ -311,7 +311,7 @@ def test_a_run_on_files_for_each_split(place):
         assert [row["id"] for row in rows] == ids[name]
 
     counts = stages_of(run)["data/slices"]["counts"]
-    left_out = {"d2": 0, "test": 0, "first turn of another slice": 2}
+    left_out = {"d2": 0, "test": 0, "first turn of another split": 2}
     assert counts["repeated prompts left out"] == left_out
     report = counts["read test test"]
     assert report.startswith("instruction: text, output: text; 8 rows, 8 kept")
@@ -332,7 +332,7 @@ def test_a_run_on_files_for_each_split(place):
         (["--data.d1={}/test.json.gz"], "no row is left for d1"),
         (
             ["--data.test={}/d2.jsonl"],
-            "no row is left for d2 (too few rows, or their prompts are in another slice)",
+            "no row is left for d2 (too few rows, or their prompts are in another split)",
         ),
         (
             ["--data.test={}/d2.jsonl", "--data.d2={}/test.json.gz"],
@@ -403,14 +403,14 @@ def test_every_setting_of_the_world_is_in_the_recipe():
 def test_a_share_of_the_ground_truth_is_corrupted(kind, noise):
     clean = prepared("--run.seed=8")
     noisy = prepared(f"--data.noise={noise}", f"--data.noise_kind={kind}", "--run.seed=8")
-    assert noisy.slices["d2"] == clean.slices["d2"]
-    assert noisy.slices["test"] == clean.slices["test"]
+    assert noisy.splits["d2"] == clean.splits["d2"]
+    assert noisy.splits["test"] == clean.splits["test"]
     assert noisy.corpora == clean.corpora
 
     town = synthetic.make_town(parse([]).config.world, 8)
-    every_chosen = {pair.chosen for pair in clean.slices["d1"]}
+    every_chosen = {pair.chosen for pair in clean.splits["d1"]}
     num_corrupted = 0
-    for before, after in zip(clean.slices["d1"], noisy.slices["d1"], strict=True):
+    for before, after in zip(clean.splits["d1"], noisy.splits["d1"], strict=True):
         assert (after.id, after.prompt) == (before.id, before.prompt)
         assert after.chosen != after.rejected
         if "corrupted" not in after.meta:
@@ -426,12 +426,12 @@ def test_a_share_of_the_ground_truth_is_corrupted(kind, noise):
             # a wrong label is wrong
             assert synthetic.gold_reward(town, before, after.chosen, "stop")["right"] == 0
     assert num_corrupted == round(noise * 149)
-    assert num_corrupted == noisy.counts["slices"]["d1"]["corrupted"]
+    assert num_corrupted == noisy.counts["splits"]["d1"]["corrupted"]
 
 
 def test_corruption_is_of_the_seed_and_a_single_row_has_no_other_label():
     config = parse(["--data.noise=0.5", "--data.noise_kind=label"]).config
-    pairs = prepared().slices["d1"]
+    pairs = prepared().splits["d1"]
     corrupted = prepare_data.corrupt(pairs, config)
     assert corrupted != pairs
     assert prepare_data.corrupt(pairs, config) == corrupted
@@ -459,7 +459,7 @@ def test_an_empty_split_of_a_world_names_the_worlds_settings():
 
 def test_a_world_with_too_few_questions_says_so():
     short = prepared("--world.domain=code")
-    size = len(short.slices["test"])
+    size = len(short.splits["test"])
     assert size < 320
     assert short.counts["shorter than asked for"] == {"test": f"{size} of 320"}
 

@@ -462,7 +462,7 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch):
     words = [write_stub(tmp_path / "presets"), f"--run.root={tmp_path / 'runs'}"]
     out = train(*words, "--dry_run").out
     assert [p.name for p in tmp_path.iterdir()] == ["presets"]
-    settings, _, rest = out.partition("\nslices:")
+    settings, _, rest = out.partition("\nsplits:")
     assert (
         tomllib.loads(settings.partition("[run]")[1] + settings.partition("[run]")[2])["dpo"][
             "batch"
@@ -588,7 +588,7 @@ def test_a_variant_pays_only_for_what_differs(beside, word, equal, own):
     assert {row["stage"] for row in rows_of(variant / "metrics.jsonl")} == steps
 
 
-def test_slices_say_the_same_whatever_the_number_of_teachers(tmp_path):
+def test_splits_say_the_same_whatever_the_number_of_teachers(tmp_path):
     """Their fingerprint does not depend on it, so a sibling links them: no count in them may."""
     notes = []
     for teachers in (1, 3):
