@@ -1,25 +1,20 @@
-"""Questions to a model behind an OpenAI-compatible URL: many side by side, and what can go wrong.
+"""Questions to a model behind an OpenAI-compatible URL, and what can go wrong with them."""
 
-Nothing here waits for a thread: whoever presses Ctrl-C leaves at once, whatever a server does.
-"""
-
-import contextlib
 import json
 import os
 import re
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from http.client import HTTPException
-from queue import SimpleQueue
 from urllib.parse import urlsplit
 
 from minmacpo import UserError
+from minmacpo.evaluation.asking import call_within
 from minmacpo.runtime.progress import escape_control_chars
 
 API_KEY = "OPENAI_API_KEY"  # the environment variable that holds the key
@@ -31,7 +26,19 @@ MAX_REPLY_BYTES = 1 << 24
 SECRET_LENGTH = 8  # a shorter key is no secret, but a local server's dummy
 SHOWN_WORDS = 200  # characters of a server's words
 
-Ask = Callable[[str], str]  # from a question to the reply
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a judge has said; `problem` says why it is no verdict, whatever it holds."""
+
+    text: str
+    problem: str = ""
+    is_refused: bool = False  # the server has not taken the question
+
+
+Ask = Callable[[str], Reply]
+
+CUT = "cut at the limit of new tokens"  # the problem of a reply that --max_new_tokens has cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,26 +120,79 @@ def is_address(url: str) -> bool:
 # ---- one question -----------------------------------------------------------------------------
 
 
-def over_http(server: Server) -> Ask:
-    """Asks a server for chat completions, greedily.
+@dataclass(frozen=True, slots=True)
+class RequestForm:
+    """What a request names: some servers know no `max_tokens`, or take no temperature but 1."""
+
+    limit_field: str = "max_tokens"
+    temperature: float | None = 0.0  # None: it is left to the server
+
+    def adapted(self, complaint: "Complaint") -> "RequestForm":
+        """The form that a server asks for with its complaint; the same one if it is about else."""
+        text = complaint.message.lower()
+        about_limit = complaint.parameter == "max_tokens" or "max_tokens" in text
+        unknown = "unsupported" in complaint.code or re.search(UNKNOWN_PARAMETER, text)
+        if "max_completion_tokens" in text or (about_limit and unknown):
+            return replace(self, limit_field="max_completion_tokens")
+        if complaint.parameter == "temperature" or "temperature" in text:
+            # greedy first, then what the server does by itself, then what all servers take
+            return replace(self, temperature=None if self.temperature == 0 else 1.0)
+        return self
+
+    def __str__(self) -> str:
+        if self.temperature is None:
+            return f"{self.limit_field} and no temperature"
+        return f"{self.limit_field} and temperature {self.temperature:g}"
+
+
+# What servers call a parameter that they do not take
+UNKNOWN_PARAMETER = "not support|unsupported|unknown|unrecognized|unexpected|not permitted|extra"
+
+
+@dataclass(frozen=True, slots=True)
+class Complaint:
+    """What a server says of a request that it does not answer."""
+
+    status: int
+    message: str
+    parameter: str = ""  # of the request that it is about, where the server names one
+    code: str = ""
+
+    def __str__(self) -> str:
+        return on_one_line(f"{self.status}: {self.message}")
+
+
+class RemoteJudge:
+    """Asks a server for chat completions, greedily if it lets one; threads may share it.
 
     What may pass (429, 5xx, a broken reply, a hang, a lost connection) is tried again after 1, 2,
-    4 ... seconds, or what Retry-After says, at most the timeout. The function returned raises
-    UserError when the attempts are spent, and at once for what no attempt can mend, such as a wrong
-    key or an unknown model.
+    4 ... seconds, or what Retry-After says, at most the timeout. A call raises UserError when the
+    attempts are spent, and at once for what no attempt can mend, such as a wrong key or an unknown
+    model.
     """
 
-    def ask(question: str) -> str:
+    def __init__(self, server: Server):
+        self.server = server
+        self.form = RequestForm()
+        self.lock = threading.Lock()
+
+    def __call__(self, question: str) -> Reply:
         """The reply to one question."""
+        server = self.server
         problem = ""
-        for attempt in range(server.attempts):
+        attempt = 0
+        while attempt < server.attempts:
+            form = self.form
             try:
-                return ask_once(server, question)
+                return self.ask_once(question, form)
+            except WrongForm as refusal:
+                self.adapt(form, refusal.complaint)
+                continue  # another form is no further attempt: there are six of them
             except AttemptFailed as failure:
                 problem = str(failure)
                 pause = 2.0**attempt if failure.pause is None else failure.pause
-            is_last = attempt + 1 == server.attempts
-            if not is_last:
+            attempt += 1
+            if attempt < server.attempts:
                 time.sleep(min(pause, server.timeout))
         plural = "s" if server.attempts > 1 else ""
         raise UserError(
@@ -140,129 +200,189 @@ def over_http(server: Server) -> Ask:
             f"({on_one_line(problem)}); what was judged is kept"
         )
 
-    return ask
+    def adapt(self, form: RequestForm, complaint: Complaint) -> None:
+        """Ask in another form from now on, and say so once."""
+        with self.lock:
+            if self.form != form:
+                return  # another thread has been told the same
+            self.form = form.adapted(complaint)
+            print(
+                f"{self.server.address}: asked with {self.form} from now on ({complaint})",
+                file=sys.stderr,
+            )
+
+    def ask_once(self, question: str, form: RequestForm) -> Reply:
+        """The reply of one attempt.
+
+        Raises:
+            WrongForm: the server wants another form of request.
+            AttemptFailed: another attempt may succeed.
+            UserError: none will.
+        """
+        server = self.server
+        request = make_request(server, question, form)
+        try:
+            answer = call_within(server.timeout, lambda: fetch(request, server.timeout))
+        except (OSError, HTTPException) as error:
+            problem = str(getattr(error, "reason", error)) or type(error).__name__
+            raise AttemptFailed(problem) from None
+
+        complaint = read_complaint(answer)
+        if complaint is None:
+            return read_reply(answer.body)
+        if complaint.status in QUESTION_REFUSED:
+            if form.adapted(complaint) != form:
+                raise WrongForm(complaint)
+            return Reply("", f"refused ({complaint})", is_refused=True)
+        if complaint.status != 429 and complaint.status < 500:
+            raise UserError(
+                f"{server.address}: answers {complaint}; see --url, --model and ${API_KEY}"
+            )
+        raise AttemptFailed(f"it answers {complaint}", answer.retry_after)
 
 
-def ask_once(server: Server, question: str) -> str:
-    """The reply of one attempt.
+class WrongForm(Exception):
+    """A server takes a request only in another form."""
 
-    Raises:
-        AttemptFailed: another attempt may succeed.
-        UserError: none will.
-    """
-    request = make_request(server, question)
-    try:
-        body = call_within(server.timeout, lambda: fetch(request, server.timeout))
-        reply = json.loads(body)["choices"][0]["message"]["content"]
-    except urllib.error.HTTPError as error:
-        return refusal_or_raise(server, error)
-    except (OSError, HTTPException) as error:
-        problem = str(getattr(error, "reason", error)) or type(error).__name__
-        raise AttemptFailed(problem) from None
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        raise AttemptFailed("the reply is no chat completion") from None
-    if not isinstance(reply, str):
-        raise AttemptFailed("the reply holds no text")
-    return hide_key(reply)
+    def __init__(self, complaint: Complaint):
+        super().__init__(str(complaint))
+        self.complaint = complaint
 
 
-def make_request(server: Server, question: str) -> urllib.request.Request:
+def make_request(server: Server, question: str, form: RequestForm) -> urllib.request.Request:
     """The request for one chat completion."""
     headers = {"Content-Type": "application/json"}
     key = os.environ.get(API_KEY)
     if key:
         headers["Authorization"] = f"Bearer {key}"
-    body = {
-        "model": server.model,
-        "messages": [{"role": "user", "content": question}],
-        "temperature": 0,
-        "max_tokens": server.max_new_tokens,
-    }
+    body = {"model": server.model, "messages": [{"role": "user", "content": question}]}
+    if form.temperature is not None:
+        body["temperature"] = form.temperature
+    body[form.limit_field] = server.max_new_tokens
     return urllib.request.Request(server.address, json.dumps(body).encode(), headers)
 
 
-def refusal_or_raise(server: Server, error: urllib.error.HTTPError) -> str:
-    """What stands for the reply to a question that a server refused; raises for other errors."""
-    if error.code in QUESTION_REFUSED:
-        return f"{error.code}: {hide_key(error.reason)}"
-    if error.code != 429 and error.code < 500:
-        raise UserError(
-            f"{server.address}: answers {error.code} ({on_one_line(error.reason)}); "
-            f"see --url, --model and ${API_KEY}"
-        ) from None
-    wait = error.headers.get("Retry-After", "")
-    pause = float(wait) if re.fullmatch(r"[0-9]{1,9}", wait) else None
-    raise AttemptFailed(f"it answers {error.code}", pause) from None
+# ---- what comes back --------------------------------------------------------------------------
 
 
-def fetch(request: urllib.request.Request, seconds: float, most: int = MAX_REPLY_BYTES) -> bytes:
-    """The body of the reply; OSError if it is too long, or pauses for so many seconds."""
-    with OPENER.open(request, timeout=seconds) as answer:
-        body = answer.read(most + 1)
-    if len(body) > most:
-        raise OSError("the reply is endless")
-    return body
+@dataclass(frozen=True, slots=True)
+class HttpAnswer:
+    """The answer to a request, whatever its status."""
+
+    status: int
+    reason: str
+    body: bytes
+    retry_after: float | None = None  # seconds
 
 
-# ---- many questions side by side --------------------------------------------------------------
-
-
-def call_in_thread(function: Callable[[], object]) -> Future:
-    """Calls a function in a thread that nobody waits for when the program ends."""
-    future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def call_within(seconds: float, function: Callable[[], object]):
-    """What a function returns; OSError if that takes longer, as a reply byte by byte does."""
+def fetch(
+    request: urllib.request.Request, seconds: float, most: int = MAX_REPLY_BYTES
+) -> HttpAnswer:
+    """The answer to a request; OSError if it is too long, or pauses for so many seconds."""
     try:
-        return call_in_thread(function).result(seconds)
-    except TimeoutError:
-        raise OSError("timed out") from None
+        stream = OPENER.open(request, timeout=seconds)
+    except urllib.error.HTTPError as error:
+        stream = error
+    with stream:
+        body = stream.read(most + 1)
+        if len(body) > most:
+            raise OSError("the reply is endless")
+        return HttpAnswer(stream.status, stream.reason, body, read_pause(stream.headers))
 
 
-def ask_all(ask: Ask, jobs: Sequence[tuple], workers: int) -> Iterator[tuple]:
-    """(key, reply) of all jobs, which are (key, question), as the replies come.
+def read_pause(headers: Mapping[str, str]) -> float | None:
+    """The seconds that a server asks to wait, if it says so."""
+    text = headers.get("Retry-After", "")
+    return float(text) if re.fullmatch(r"[0-9]{1,9}", text) else None
 
-    The first error ends the asking; so does whoever stops listening.
 
-    Args:
-        workers: how many questions are asked side by side; 0: one after the other, in this thread.
+def read_json_object(body: bytes) -> dict:
+    """The JSON object of a body; an empty one if it is none."""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_complaint(answer: HttpAnswer) -> Complaint | None:
+    """What a server complains of; None for an answer that is no complaint.
+
+    Servers say it in several ways, some of them with the status 200:
+    {"error": {"message": "...", "param": "...", "code": 402}}, {"error": "..."},
+    {"object": "error", "message": "...", "code": 400}, {"detail": "..."},
+    {"choices": [{"error": {...}}]}.
     """
-    if not workers:
-        for key, question in jobs:
-            yield key, ask(question)
-        return
+    content = read_json_object(answer.body)
+    error = content.get("error") or choice_error(content)
+    if error is None and content.get("object") == "error":
+        error = content
+    is_error = answer.status >= 300
+    if not error and not is_error:
+        return None
 
-    waiting = deque(jobs)
-    replies = SimpleQueue()
+    details = error if isinstance(error, dict) else {}
+    message = details.get("message") or error or content.get("message") or content.get("detail")
+    if not message:
+        message = answer.reason or "without a reason"
+    code = details.get("code") or details.get("type") or ""
+    status = answer.status
+    if not is_error:
+        # an error sent as a success: its own number counts, and one without may pass
+        has_number = type(code) is int and 300 <= code < 600
+        status = code if has_number else 500
+    return Complaint(
+        status=status,
+        message=message if isinstance(message, str) else json.dumps(message),
+        parameter=str(details.get("param") or ""),
+        code=str(code),
+    )
 
-    def work() -> None:
-        """Ask what is waiting, until nothing is, or a question fails."""
-        with contextlib.suppress(IndexError):  # nothing is waiting
-            while True:
-                key, question = waiting.popleft()
-                try:
-                    replies.put((key, ask(question), None))
-                except Exception as error:
-                    replies.put((key, "", error))
-                    return
 
-    for _ in range(workers):
-        call_in_thread(work)
-    try:
-        for _ in jobs:
-            key, reply, error = replies.get()
-            if error:
-                raise error
-            yield key, reply
-    finally:
-        waiting.clear()
+def choice_error(content: dict) -> object | None:
+    """The error of the first choice, where one failed while it was written."""
+    choice = first_choice(content)
+    return choice.get("error") or None
+
+
+def first_choice(content: dict) -> dict:
+    """The first choice of a chat completion; an empty one if there is none."""
+    choices = content.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        return {}
+    return choices[0]
+
+
+def read_reply(body: bytes) -> Reply:
+    """The reply of a chat completion; AttemptFailed if it is none.
+
+    A reply that the limit has cut, or a filter, may quote a verdict on its way to another one.
+    """
+    choice = first_choice(read_json_object(body))
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        raise AttemptFailed("the reply is no chat completion")
+    text = message_text(message.get("content"))
+    if choice.get("finish_reason") == "length":
+        return Reply(hide_key(text or ""), CUT)
+    if choice.get("finish_reason") == "content_filter":
+        return Reply(hide_key(text or ""), "cut by a filter of the server")
+    if isinstance(message.get("refusal"), str) and not text:
+        return Reply(hide_key(message["refusal"]), "the model refuses to judge")
+    if text is None:
+        raise AttemptFailed("the reply holds no text")
+    return Reply(hide_key(text))
+
+
+def message_text(content: object) -> str | None:
+    """The text of a message's content, which may be a list of parts; None if it has none."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return None
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else None
+        if isinstance(text, str):
+            texts.append(text)
+    return "".join(texts) if texts else None

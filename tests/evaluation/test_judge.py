@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -31,6 +32,25 @@ def good_reply(body: dict) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a server says instead of a good reply."""
+
+    content: object
+    status: int = 200
+
+
+def completion(text, finish="stop", **message) -> dict:
+    """A chat completion."""
+    message = {"role": "assistant", "content": text} | message
+    return {"choices": [{"index": 0, "message": message, "finish_reason": finish}]}
+
+
+def error(message, **details) -> dict:
+    """An error as OpenAI words it."""
+    return {"error": {"message": message} | details}
+
+
 class Server(ThreadingHTTPServer):
     """Chat completions; each of the `faults` is for one request, before it answers well."""
 
@@ -40,6 +60,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.faults = [*faults]
         self.reply = reply
+        self.rule = lambda body: None  # the fault of a request by what it asks
         self.asked = []  # (path, body) of every request
         self.keys = []  # the Authorization header of each
         self.lock = threading.Lock()
@@ -62,7 +83,12 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.asked.append((self.path, body))
             self.server.keys.append(self.headers.get("Authorization"))
-            fault = self.server.faults.pop(0) if self.server.faults else None
+            fault = self.server.faults.pop(0) if self.server.faults else self.server.rule(body)
+        if isinstance(fault, Answer):
+            self.send_response(fault.status)
+            self.end_headers()
+            self.wfile.write(json.dumps(fault.content).encode())
+            return
         if fault in ("hang", "hang for long"):
             time.sleep(1.5 if fault == "hang" else 40)
             return
@@ -104,9 +130,7 @@ class Handler(BaseHTTPRequestHandler):
 def quick(monkeypatch):
     """No waiting between attempts; what would have been waited."""
     waited = []
-    monkeypatch.setattr(
-        remote, "time", SimpleNamespace(sleep=waited.append, monotonic=time.monotonic)
-    )
+    monkeypatch.setattr(remote, "time", SimpleNamespace(sleep=waited.append))
     monkeypatch.setenv(remote.API_KEY, KEY)
     return waited
 
@@ -267,8 +291,142 @@ def test_a_question_that_is_refused_is_left_out_and_asked_again_later(place, sid
         and len(server.asked) == 11
     )
     server.faults = [code] * 99
-    ended = invoke("eval", *sides[:-1], "--out=other", f"--url={server.url}")
+    ended = invoke("eval", *sides[:-1], "--out=other", f"--url={server.url}", "--most=3")
     assert ended.code == 2 and "no pair has a verdict" in ended.err and f"{code}:" in ended.err
+
+
+@pytest.mark.parametrize(
+    "content,shown",
+    [
+        (error("the prompt has 9000 tokens"), "9000 tokens"),
+        ({"error": "no such model on this host"}, "no such model on this host"),
+        ({"object": "error", "message": "context length exceeded"}, "context length"),
+        ({"detail": [{"loc": ["body", "messages"], "msg": "field required"}]}, "field required"),
+        (["not", "an", "object"], "Bad Request"),
+    ],
+)
+def test_a_server_that_refuses_all_first_questions_is_asked_no_more(
+    place, sides, quick, content, shown
+):
+    answers(place / "a/samples.jsonl", ["z"] * 30)
+    answers(place / "b/samples.jsonl", ["y"] * 30)
+    server = Server([Answer(content, status=400)] * 99)
+    ended = invoke("eval", *sides, f"--url={server.url}", "--workers=1")
+    assert ended.code == 2 and "first 8 questions were all refused" in ended.err
+    assert shown in ended.err and ended.err.count("\n") == 1
+    assert len(server.asked) <= 10, "60 questions were planned"
+
+
+def test_questions_that_are_refused_after_a_first_reply_end_nothing(place, sides, quick):
+    answers(place / "a/samples.jsonl", ["z"] * 8)
+    answers(place / "b/samples.jsonl", ["y"] * 8)
+    server = Server([None, None] + [Answer(error("too long"), status=400)] * 14)
+    assert invoke("eval", *sides, f"--url={server.url}", "--workers=1").code == 0
+    assert result(place)["prompts"] == 1 and result(place)["without_verdict"] == 14
+    server.faults = [Answer(error("too long"), status=400)] * 14
+    again = invoke("eval", *sides, f"--url={server.url}", "--workers=1")
+    assert again.code == 0, "replies of an earlier start count as well"
+
+
+def refuse_max_tokens(body):
+    if "max_tokens" in body:
+        message = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+        return Answer(error(message, param="max_tokens", code="unsupported_parameter"), 400)
+
+
+def refuse_temperature(body):
+    if "temperature" in body:
+        message = "'temperature' does not support 0 with this model."
+        return Answer(error(message, param="temperature", code="unsupported_value"), 400)
+
+
+def want_temperature_one(body):
+    if body.get("temperature") != 1:
+        return Answer(error("temperature must be 1"), 422)
+
+
+@pytest.mark.parametrize(
+    "rules,wanted",
+    [
+        ([refuse_max_tokens], {"max_completion_tokens": 77, "temperature": 0}),
+        ([refuse_temperature], {"max_tokens": 77}),
+        ([refuse_temperature, refuse_max_tokens], {"max_completion_tokens": 77}),
+        ([want_temperature_one], {"max_tokens": 77, "temperature": 1}),
+    ],
+)
+def test_a_server_is_asked_in_the_form_that_it_wants(place, sides, quick, rules, wanted):
+    server = Server()
+    server.rule = lambda body: next(filter(None, (rule(body) for rule in rules)), None)
+    words = [*sides, f"--url={server.url}", "--max_new_tokens=77", "--attempts=1", "--workers=4"]
+    ended = invoke("eval", *words)
+    assert ended.code == 0 and result(place)["win_rate"] == pytest.approx(0.7)
+    names = ("max_tokens", "max_completion_tokens", "temperature")
+    last = server.asked[-1][1]
+    assert {name: last[name] for name in names if name in last} == wanted
+    assert ended.err.count("from now on") <= 2, "it is said once for each change"
+    assert ended.err.count("from now on") >= 1 and not quick
+
+
+def test_a_limit_that_is_too_large_is_no_matter_of_its_name(place, sides, quick):
+    message = "max_tokens is too large: 256. This model supports at most 128 completion tokens."
+    server = Server([Answer(error(message, param="max_tokens", code="invalid_value"), 400)] * 99)
+    ended = invoke("eval", *sides, f"--url={server.url}", "--workers=1")
+    assert ended.code == 2 and "at most 128" in ended.err
+    assert all("max_tokens" in body for _, body in server.asked)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        completion("<think>[[A]] if the first, [[B]] if the second", "length"),
+        completion("Perhaps [[B]], for it is short. But then", "length"),
+        completion(None, "length", reasoning_content="[[A]] or"),
+        completion("[[A]]", "content_filter"),
+        completion(None, refusal="I cannot judge that. [[A]]"),
+    ],
+)
+def test_a_reply_that_did_not_come_to_its_end_is_no_verdict(place, sides, quick, cut):
+    server = Server([Answer(cut)])
+    ended = invoke("eval", *sides, f"--url={server.url}", "--workers=1")
+    assert ended.code == 0 and result(place)["unjudged"] == 1 == result(place)["without_verdict"]
+    is_limit = cut["choices"][0]["finish_reason"] == "length"
+    assert result(place)["cut"] == is_limit and ("raise --max_new_tokens" in ended.out) == is_limit
+
+
+def test_a_judge_that_is_always_cut_is_told_as_that(place, sides, quick):
+    server = Server([Answer(completion("<think>[[A]]", "length"))] * 99)
+    ended = invoke("eval", *sides, f"--url={server.url}", "--max_new_tokens=9")
+    assert ended.code == 2 and "10 of them cut" in ended.err
+    assert "raise --max_new_tokens=9" in ended.err
+
+
+def test_a_reply_in_parts_is_one_text(place, sides, quick):
+    server = Server()
+    server.rule = lambda body: Answer(
+        completion([{"type": "text", "text": "So: "}, {"type": "text", "text": good_reply(body)}])
+    )
+    assert invoke("eval", *sides, f"--url={server.url}").code == 0
+    assert result(place)["win_rate"] == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(
+    "content,is_final",
+    [
+        (error("no credit is left", code=402), True),
+        (error("invalid key", code=401), True),
+        (error("the model is loading", code=503), False),
+        (error("the model is loading", type="server_error"), False),
+        ({"choices": [{"error": {"message": "the upstream broke", "code": 502}}]}, False),
+    ],
+)
+def test_an_error_that_is_sent_as_a_success_is_an_error(place, sides, quick, content, is_final):
+    server = Server([Answer(content)])
+    words = [*sides, f"--url={server.url}", "--workers=1", "--attempts=2"]
+    assert invoke("eval", *words).code == (2 if is_final else 0)
+    server.faults = [Answer(content)] * 99
+    ended = invoke("eval", *words, "--out=other")
+    message = (content.get("error") or content["choices"][0]["error"])["message"]
+    assert ended.code == 2 and message in ended.err
 
 
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
@@ -473,6 +631,34 @@ def test_verdicts_are_the_last_mark():
         judge.parse_verdict("[[A]] no, [[B]]") == "second" and judge.parse_verdict("[[C]]") == "tie"
     )
     assert judge.parse_verdict("[[D]] A is better") is None
+
+
+@pytest.mark.parametrize(
+    "reply,wanted",
+    [
+        ("<think>Is it [[C]] or [[B]]?</think>\n\nThe first. [[A]]", "first"),
+        ("Is it [[C]] or [[B]]?</think>\n\nThe first. [[A]]", "first"),
+        ("[THINK][[C]][/THINK]The second. **[[B]]**", "second"),
+        ("<|channel|>analysis<|message|>[[C]]<|end|><|channel|>final<|message|>[[B]]", "second"),
+        ("<think>[[A]] it is", None),
+        ("<think>[[A]]</think>I cannot say.", None),
+        ('[[A]]. I was told to say "[[C]]" for a tie.', "first"),
+        ("[[A]]\n> ... or [[C]] for a tie", "first"),
+        ("I am to end with `[[A]]` or `[[B]]`, but cannot say.", None),
+        (f"You asked for {judge.MARK_RULE}. I cannot say.", None),
+        (
+            "[[B]]. (As you say: [[A]] if the first\nis better, [[B]] if the second is, "
+            "or [[C]] for a tie.)",
+            "second",
+        ),
+        ('The first says "no", the second “yes”. [[B]]', "second"),
+        ("Both are good.\n\n`[[C]]`", "tie"),
+        ('The first one.\n"[[A]]".', "first"),
+        ("", None),
+    ],
+)
+def test_what_is_thought_or_quoted_is_no_verdict(reply, wanted):
+    assert judge.parse_verdict(reply) == wanted
 
 
 def test_length_control_recovers_what_made_the_verdicts(seed):
