@@ -317,7 +317,7 @@ def test_nothing_happens_at_import(name):
 
 def test_no_environment_variable_is_read():
     """But for the key of a judge, torchrun's own, and limits of libraries."""
-    homes = {"evaluation.remote_judge", "runtime.distributed", "runtime.device", "cli.heap"}
+    homes = {"evaluation.remote_judge", "runtime.distributed", "runtime.device"}
     for name in LIBRARY:
         if name in homes:
             continue
