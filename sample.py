@@ -1,7 +1,9 @@
-"""Ask a base or an adapter.
+r"""Ask a base or an adapter.
 
 python sample.py PATH                             talk in a terminal: /reset, /quit; Ctrl-C ends an
                                                   answer
+python sample.py PATH < FILE                      the lines are the turns of a dialogue; each gets
+                                                  its answer on one line, line breaks as \n
 python sample.py PATH PROMPT [--n=4]              one answer, or several
 python sample.py PATH --prompts FILE --out FILE   answers as JSON lines; the same words go on after
                                                   a kill
@@ -15,6 +17,7 @@ dtype, threads); --model.quantize=; --data.KEY= (template, preference_label, on_
 truncation_mode, max_examples).
 """
 
+import io
 import sys
 from argparse import RawTextHelpFormatter
 from dataclasses import dataclass
@@ -63,7 +66,7 @@ def main(argv: list[str]) -> int:
     config = agent_settings(folder, command.flags)
 
     from minmacpo.cli.batch_sampling import answer_file, read_prompts
-    from minmacpo.cli.chat import print_answers, talk
+    from minmacpo.cli.chat import answer_lines, print_answers, talk
     from minmacpo.pipeline.open_model import open_agent
 
     pairs = read_prompts(command.prompts, config) if command.prompts else []
@@ -75,7 +78,11 @@ def main(argv: list[str]) -> int:
     elif command.prompt:
         print_answers(config, loaded, str(folder), command.prompt, command.answers)
     elif not command.export:
-        talk(config, loaded, str(folder))
+        stdin = sys.stdin or io.StringIO()  # None where it was closed
+        if stdin.isatty():
+            talk(config, loaded, str(folder))
+        else:
+            answer_lines(config, loaded, str(folder), stdin)
     return 0
 
 
@@ -109,13 +116,12 @@ def parse_command(argv: list[str]) -> SampleCommand:
         raise UserError("PROMPT is empty")
     two_tasks = words.prompt is not None and words.prompts is not None
     half_a_task = (words.prompts is None) != (words.out is None)
-    answers_something = words.prompt is not None or words.prompts is not None
-    has_task = answers_something or words.export is not None or sys.stdin.isatty()
-    if words.path is None or two_tasks or half_a_task or not has_task:
+    if words.path is None or two_tasks or half_a_task:
         raise UserError(
-            "expected PATH and PROMPT, --prompts FILE with --out FILE, or --export DIR (--help); "
-            "PATH alone in a terminal"
+            "expected PATH, and PROMPT, --prompts FILE with --out FILE, or --export DIR (--help); "
+            "PATH alone talks in a terminal, or answers the lines of standard input"
         )
+    answers_something = words.prompt is not None or words.prompts is not None
     if int(words.n) > 1 and not answers_something:
         raise UserError("--n is for a PROMPT or --prompts")
     if words.export is not None and words.export.exists():

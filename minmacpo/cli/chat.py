@@ -1,11 +1,14 @@
 """A dialogue in a terminal: an answer appears while it is sampled, and Ctrl-C ends it.
 
+Lines that come from a file or another program are a dialogue too: each gets its answer on one line.
+
 The same words with the same seed give the same dialogue: an answer's seed comes from the run's
 seed, the dialogue so far, and how many answers were given before.
 """
 
 import contextlib
 import re
+from collections.abc import Iterable
 
 from minmacpo import UserError
 from minmacpo.config.schema import Config
@@ -53,10 +56,14 @@ class StopGeneration(Exception):
 
 
 class StreamedAnswer:
-    """An answer while it is sampled; its text is printed as far as it cannot change any more."""
+    """An answer while it is sampled; its text is printed as far as it cannot change any more.
 
-    def __init__(self, loaded: LoadedModel):
+    Where `is_shown` is false, nothing is printed.
+    """
+
+    def __init__(self, loaded: LoadedModel, is_shown: bool = True):
         self.loaded = loaded
+        self.is_shown = is_shown
         self.end_ids = loaded.answer_end_ids()
         self.ids: list[int] = []
         self.printed = 0  # characters
@@ -83,13 +90,15 @@ class StreamedAnswer:
         next_turn = starts_next_turn(self.loaded.tokenizer, self.loaded.template, self.ids)
         if tokens[0] in self.end_ids or next_turn:
             raise StopGeneration
-        self.print_new(self.text(whole=False))
+        if self.is_shown:
+            self.print_new(self.text(whole=False))
 
 
 class Dialogue:
     """What was said so far, and who answers."""
 
     def __init__(self, config: Config, loaded: LoadedModel, agent: str, make_sampler=Sampler):
+        self.is_streamed = True  # answers appear while they are sampled, and Ctrl-C ends one
         self.config = config
         self.loaded = loaded
         self.agent = agent
@@ -104,7 +113,7 @@ class Dialogue:
             UserError: no answer fits into the model's context any more.
         """
         prompt = (*self.messages, Message("user", text))
-        answer = StreamedAnswer(self.loaded)
+        answer = StreamedAnswer(self.loaded, self.is_streamed)
         sampler = self.make_sampler(
             self.loaded,
             self.config.generate,
@@ -118,27 +127,36 @@ class Dialogue:
         except StopGeneration:
             whole = True
         except KeyboardInterrupt:
-            pass  # what was said until then is kept
+            if not self.is_streamed:
+                raise
+            # what was said until then is kept
         self.answers += 1
 
         response = answer.text()
         if not response:
             print("(no answer; what you said is not kept)")
             return
-        answer.print_new(response)
         mark = "" if whole else CUT_MARK
-        print(mark)
+        if self.is_streamed:
+            answer.print_new(response)
+            print(mark)
+        else:
+            print(on_one_line(response + mark), flush=True)
         self.messages = [*prompt, Message("assistant", response + mark)]
 
     def read_turn(self) -> bool:
         """Read a line from the terminal and do what it says; False: the person leaves."""
         try:
-            line = input("> ").strip()
+            line = input("> ")
         except EOFError:
             print()
             return False
         except UnicodeDecodeError:
             raise UserError("that is no valid UTF-8") from None
+        return self.take_line(line.strip())
+
+    def take_line(self, line: str) -> bool:
+        """Answer a line, or do the command that it is; False: the person leaves."""
         if line == "/quit":
             return False
         if line == "/reset":
@@ -148,6 +166,39 @@ class Dialogue:
         elif line:
             self.reply(line)
         return True
+
+
+def on_one_line(text: str) -> str:
+    r"""The text with its line breaks as \n, and without what would act on a terminal."""
+    lines = text.split("\n")
+    return "\\n".join(escape_control_chars(line) for line in lines)
+
+
+def answer_lines(config: Config, loaded: LoadedModel, agent: str, lines: Iterable[str]) -> None:
+    """Answer the lines of a file or another program, as the turns of a dialogue.
+
+    Raises:
+        UserError: there is no line, one is no UTF-8, or the dialogue no longer fits the context.
+    """
+    dialogue = Dialogue(config, loaded, agent)
+    dialogue.is_streamed = False
+    number = 0
+    try:
+        for line in lines:
+            number += 1
+            if not dialogue.take_line(line.strip()):
+                return
+    except UnicodeDecodeError:
+        raise UserError("standard input is no valid UTF-8") from None
+    except UserError as error:
+        raise UserError(
+            f"standard input, line {number}: {error}; a line /reset begins a new dialogue"
+        ) from None
+    if number == 0:
+        raise UserError(
+            "standard input has no line to answer; give PROMPT, --prompts FILE with --out FILE, "
+            "or --export DIR, or start it in a terminal (--help)"
+        )
 
 
 def talk(config: Config, loaded: LoadedModel, agent: str) -> None:

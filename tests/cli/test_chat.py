@@ -1,18 +1,20 @@
 """sample.py in a terminal: streaming, several turns, Ctrl-C, and text that acts on a terminal."""
 
 import contextlib
+import io
 import os
 import pty
 import re
 import select
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
 
 import pytest
 import torch
-from runs import REPOSITORY, invoke
+from runs import REPOSITORY, invoke, spawn
 from test_bad_input import check_sentence
 
 from minmacpo import UserError
@@ -176,10 +178,61 @@ def test_a_killed_chat_leaves_nothing(endless, terminal, place):
     assert one.end() == -signal.SIGKILL and sorted(place.rglob("*")) == before
 
 
-def test_no_terminal_no_chat(stub):
+def say(monkeypatch, *lines: str) -> None:
+    """Let these lines be what standard input holds."""
+    text = "".join(line + "\n" for line in lines)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+
+def test_lines_that_are_piped_get_an_answer_each(stub, monkeypatch):
+    folder = stub / "bases/strong"
+    words = ["--generate.max_new_tokens=6", "--data.template=turns"]
+    say(monkeypatch, "where is it ?", "", "and now ?", "/reset", "where is it ?", "/quit", "more")
+    ended = invoke("sample", folder, *words)
+    answers = ended.out.splitlines()
+    assert ended.code == 0 and len(answers) == 3, ended.err
+    say(monkeypatch, "where is it ?", "and now ?")
+    again = invoke("sample", folder, *words)
+    assert again.out.splitlines() == answers[:2], "the same words give the same dialogue"
+
+
+def test_a_process_answers_what_another_one_writes(stub):
+    words = [stub / "bases/strong", "--generate.max_new_tokens=4", "--data.template=turns"]
+    with spawn("sample", *words, stdin=subprocess.PIPE) as process:
+        out, err = process.communicate("hi\nwho ?\n")
+    assert process.returncode == 0 and out.count("\n") == 2, err
+
+
+def test_an_answer_of_several_lines_is_piped_as_one(stub, capsys):
+    dialogue = scripted_dialogue(stub, "one\ntwo\x1b[31m")
+    dialogue.is_streamed = False
+    dialogue.take_line("hi")
+    shown = capsys.readouterr().out
+    assert shown.startswith("one\\ntwo") and shown.count("\n") == 1 and "\x1b" not in shown
+    assert dialogue.messages[1].content.startswith("one\ntwo"), "the model sees the line break"
+
+
+@pytest.mark.parametrize("piped", [io.StringIO(""), None])
+def test_standard_input_without_a_line_is_told(stub, monkeypatch, piped):
+    monkeypatch.setattr(sys, "stdin", piped)
     ended = invoke("sample", stub / "round1/student_pos")
     check_sentence(ended.code, ended.err)
-    assert "terminal" in ended.err
+    assert "no line to answer" in ended.err and "terminal" in ended.err
+
+
+def test_a_piped_dialogue_that_fills_the_context_names_its_line(stub, monkeypatch):
+    say(monkeypatch, "hi", "word " * 400)
+    ended = invoke("sample", stub / "bases/strong", "--generate.max_new_tokens=4")
+    check_sentence(ended.code, ended.err)
+    assert "line 2" in ended.err and "context" in ended.err
+
+
+def test_piped_bytes_that_are_no_text_are_refused(stub, monkeypatch):
+    raw = io.BytesIO(b"hi\n\xff\xfe\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(raw, encoding="utf-8"))
+    ended = invoke("sample", stub / "bases/strong", "--generate.max_new_tokens=4")
+    check_sentence(ended.code, ended.err)
+    assert "UTF-8" in ended.err
 
 
 # ---- what is said, without one ----------------------------------------------------------------
