@@ -400,7 +400,6 @@ def test_each_program_says_what_is_true_after_ctrl_c(stub, place, monkeypatch, c
     ("words", "says"),
     [
         ([], "PATH"),
-        (["RUN/round1/student_pos"], "PROMPT"),
         (["nowhere", "hello"], "nowhere"),
         (["EMPTY", "hello"], "no student of this run is finished"),
         (["RUN/round1/student_pos", ""], "PROMPT is empty"),
