@@ -1,11 +1,5 @@
 """Ranks for tests: as torchrun starts them, but forked after the imports, which saves time.
 
-With the repository on PYTHONPATH:
-
-    python tests/ranks.py WORLD WORDS...      train.py on so many ranks
-    python tests/ranks.py toys FOLDER SEED CASE...
-        what small models do (see all_toys), saved in FOLDER
-
 As under torchrun the store is the launcher's, a signal goes on to all ranks, and the first one that
 fails ends the others.
 """
@@ -20,14 +14,11 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-import runs
 import torch
 import torch.distributed.fsdp
 from conftest import Keep, random_model
 from torch.distributed import TCPStore
 
-import minmacpo.evaluation.report
-import train
 from minmacpo import UserError
 from minmacpo.config.schema import Lora
 from minmacpo.core.lora import attach_lora, init_adapter
@@ -40,6 +31,9 @@ from minmacpo.core.trainer import train as train_model
 from minmacpo.data.tokenizer import Tokens
 from minmacpo.runtime.distributed import meet
 from minmacpo.runtime.progress import Interrupted, run_main
+
+STEPS = 10  # of a training
+LAST_STEP = 7  # after which the ranks are asked to stop, where they are
 
 
 def rows_of(seed: int, units: int, sides: int) -> list[TrainExample]:
@@ -93,16 +87,15 @@ def together(seed: int, folder: str, name: str, kind: str, shards: bool, job):
 
 
 def toys(dist, units, model, params, loss, hooks) -> dict:
-    """A step's gradients, twenty steps, scores and samples."""
-    groups, keep = [[*range(7)], [7, 8], [9], [10, 11, 12]], Keep(params)
+    """A step's gradients, a training, scores and samples."""
+    groups = [[*range(7)], [7, 8], [9], [10, 11, 12]]
+    keep = Keep(params)
     metrics = train_step(model, params, units, groups, loss, keep, dist=dist)
     grads = torch.cat([grad.flatten() for grad in keep.grads])
-    adapter = twenty_steps(dist, units, model, params, loss, hooks)
+    adapter = train_adapter(dist, units, model, params, loss, hooks)
     logps = score(model, [row for unit in units for row in unit.rows], 90, dist=dist)
-    prompts, own = (
-        [list(unit.rows[0].ids[:9]) for unit in units[:13]],
-        SamplingParams(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=40),
-    )
+    prompts = [list(unit.rows[0].ids[:9]) for unit in units[:9]]
+    own = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=30)
 
     def answers(block):
         own_prompts = [prompts[i] for i in block]
@@ -110,11 +103,9 @@ def toys(dist, units, model, params, loss, hooks) -> dict:
         tokens, _ = generate(model, own_prompts, block, own, stops, batch_size=2, dist=dist)
         return tokens
 
-    samples = [
-        ids
-        for block in dist.parallel_map([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12]], answers)
-        for ids in block
-    ]
+    samples = []
+    for answers_of_block in dist.parallel_map([[0, 1, 2, 3], [4, 5, 6, 7], [8]], answers):
+        samples += answers_of_block
     held = sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters())
     return {
         "values": torch.stack(list(metrics.values())).tolist(),
@@ -126,27 +117,27 @@ def toys(dist, units, model, params, loss, hooks) -> dict:
     }
 
 
-def twenty_steps(dist, units, model, params, loss, hooks):
-    """The adapter after twenty steps of training."""
-    train_model(model, params, units, loss, OptimizerConfig(3e-3, 20, 8), hooks)
+def train_adapter(dist, units, model, params, loss, hooks):
+    """The adapter after all steps of a training."""
+    train_model(model, params, units, loss, OptimizerConfig(3e-3, STEPS, 8), hooks)
     return torch.cat([param.detach().flatten() for param in params])
 
 
 def stopped(dist, units, model, params, loss, hooks) -> int | None:
-    """The last rank alone is asked to stop after step 7; returns the step at which this one did."""
+    """The last rank alone is asked to stop after LAST_STEP; returns where this one did."""
 
     class Steps:
         done = 0
 
         def step(self):
             self.done += 1
-            if self.done == 7 and dist.rank == dist.world_size - 1:
+            if self.done == LAST_STEP and dist.rank == dist.world_size - 1:
                 dist.signals.number = signal.SIGTERM
 
     steps = Steps()
     hooks = replace(hooks, progress=lambda *_: contextlib.nullcontext(steps))
     try:
-        twenty_steps(dist, units, model, params, loss, hooks)
+        train_adapter(dist, units, model, params, loss, hooks)
     except Interrupted:
         return steps.done
 
@@ -182,7 +173,7 @@ def all_toys(folder: str, seed: int, cases: list[str]) -> int:
                 lambda c=case, r=rest: together(seed, folder, c, r[0], r[1] == "shard", toys),
             )
         for world, job in (
-            zip(map(int, rest), (stopped, twenty_steps), strict=True)
+            zip(map(int, rest), (stopped, train_adapter), strict=True)
             if len(rest) == 2 and not name.isdecimal()
             else ()
         ):
@@ -206,7 +197,6 @@ def start(rank: int, world: int, port: int, job) -> int:
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    os.fsync = lambda handle: None
     code = 1
     try:
         code = job()
@@ -246,11 +236,3 @@ def launch(world: int, job) -> int:
         signal.signal(number, handler)
     del store
     return int(failed)
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "toys":
-        sys.exit(all_toys(sys.argv[2], int(sys.argv[3]), sys.argv[4:]))
-    minmacpo.evaluation.report.write_report = runs.last_report
-    world, sys.argv = int(sys.argv[1]), ["train.py", *sys.argv[2:]]
-    sys.exit(launch(world, lambda: run_main(train.main)))

@@ -12,6 +12,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,6 +165,81 @@ def spawn(name: str, *words, **options) -> subprocess.Popen:
     return subprocess.Popen(command, **pipes | options)
 
 
+class Fork:
+    """Some work in a forked child of this process, where torch is loaded already.
+
+    It is a process of its own like that of `spawn`, with the same methods, but begins at once. As
+    in `invoke` no file is flushed to the disk, and reports before the last are left out.
+    """
+
+    def __init__(self, work: Callable[[], int]):
+        self.files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self.end_with(work)
+
+    def end_with(self, work: Callable[[], int]) -> None:
+        """Do the work and end with its exit code: what the child does."""
+        code = 70
+        try:
+            for number, file in enumerate(self.files, 1):
+                os.dup2(file.fileno(), number)
+            sys.stdout = os.fdopen(1, "w", closefd=False)
+            sys.stderr = os.fdopen(2, "w", closefd=False)
+            report.write_report = last_report
+            os.fsync = do_not_flush
+            code = work()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        """The exit code, minus the signal that killed it; None while it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float = 120) -> tuple[str, str]:
+        """(stdout, stderr) of the program, which must end within so many seconds."""
+        limit = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > limit:
+                self.kill()
+                raise TimeoutError(f"a program did not end within {timeout} s")
+            time.sleep(0.005)
+        return self.printed(0), self.printed(1)
+
+    def printed(self, index: int) -> str:
+        """What has been printed so far: on stdout (0) or stderr (1)."""
+        handle = self.files[index].fileno()
+        return os.pread(handle, os.fstat(handle).st_size, 0).decode()
+
+
+def fork(name: str, *words) -> Fork:
+    """A program in a forked child."""
+
+    def work() -> int:
+        sys.argv = [f"{name}.py", *map(str, words)]
+        return run_main(program(name))
+
+    return Fork(work)
+
+
 def new_run(root: Path, name: str) -> Path:
     """A finished run of the stub preset, or of a packaged one, with all its stages."""
     preset = write_stub(root) if name == "stub" else f"@{name}"
@@ -192,6 +271,18 @@ def copy_run(source: Path, root: Path, parts: tuple[str, ...] = ()) -> Path:
     for part in parts:
         shutil.copytree(source / part, target / part)
     return target
+
+
+def begin_run(source: Path, root: Path) -> Path:
+    """A copy of a finished run that has its texts and bases only, as if it had stopped there."""
+    parts = ("data", "bases")
+    run = copy_run(source, root, parts)
+    shutil.copy(source / "config.toml", run)
+    with open(run / "metrics.jsonl", "w", encoding="utf-8") as metrics:
+        for row in rows_of(source / "metrics.jsonl"):
+            if row["stage"].startswith(parts):
+                metrics.write(json.dumps(row) + "\n")
+    return run
 
 
 # ---- comparing ------------------------------------------------------------------------------

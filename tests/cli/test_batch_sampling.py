@@ -5,11 +5,10 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
-from runs import copy_run, invoke, rows_of, spawn
+from runs import copy_run, fork, invoke, rows_of
 from test_bad_input import check_sentence, tree
 
 from minmacpo import UserError
@@ -150,12 +149,12 @@ def test_a_torn_file_ends_as_if_nothing_had_happened(agent, place, file):
 
 def test_killed_again_and_again(agent, place, file):
     """A process of its own, killed at moments that nobody chose."""
-    file.write_text("".join(f"where is it {i} ?\n" for i in range(120)))
+    file.write_text("".join(f"where is it {i} ?\n" for i in range(60)))
     words = (agent, f"--prompts={file}", "--generate.batch=2", "--generate.max_new_tokens=40")
     assert invoke("sample", *words, "--out=whole.jsonl").code == 0
     out, sizes = place / "out.jsonl", [0]
     for _ in range(2):
-        process = spawn("sample", *words, "--out=out.jsonl", stderr=subprocess.DEVNULL)
+        process = fork("sample", *words, "--out=out.jsonl")
         end = time.monotonic() + 60
         while (
             process.poll() is None

@@ -1,5 +1,6 @@
 """sample.py in a terminal: streaming, several turns, Ctrl-C, and text that acts on a terminal."""
 
+import builtins
 import contextlib
 import io
 import os
@@ -123,7 +124,7 @@ def endless(stub, place):
 # ---- a terminal ------------------------------------------------------------------------------
 
 
-def test_a_dialogue(tiny, terminal):
+def test_a_dialogue(tiny, terminal, monkeypatch):
     agent = tiny / "round2/student_pos"
     one = terminal(agent)
     assert "template turns" in one.until(r"(?m)^> ")
@@ -141,15 +142,19 @@ def test_a_dialogue(tiny, terminal):
     assert "/quit" in one.interrupt()
     one.type("\x04")
     assert one.end() == 0
-    again = terminal(tiny)  # the run itself: its last student
-    again.until(r"(?m)^> ")
-    assert [again.ask(question), again.ask("and where does it live ?")] == [first, second]
-    again.type("/quit\n")
-    assert again.end() == 0
+
+    # Once more, of the run itself: its last student
+    typed = iter([question, "and where does it live ?", "/quit"])
+    monkeypatch.setattr(builtins, "input", lambda mark: next(typed))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    again = invoke("sample", tiny)
+    assert again.code == 0
+    assert again.out.endswith(f"\n{first}\n{second}\n")
 
 
-def test_ctrl_c_ends_an_answer_while_it_streams(endless, terminal):
+def test_ctrl_c_ends_an_answer_while_it_streams_and_a_kill_leaves_nothing(endless, terminal, place):
     folder, settings = endless
+    before = sorted(place.rglob("*"))
     one = terminal(folder, *settings)
     one.until(r"(?m)^> ")
     one.type("hello\n")
@@ -162,20 +167,10 @@ def test_ctrl_c_ends_an_answer_while_it_streams(endless, terminal):
     assert "/quit" in one.interrupt()
     one.type("again\n")
     one.until(r"again\n\S")
-    one.type("\x03")
-    one.until(r"(?m)^> ")
-    one.type("\x04")
-    assert one.end() == 0 and "Traceback" not in one.seen
-
-
-def test_a_killed_chat_leaves_nothing(endless, terminal, place):
-    before = sorted(place.rglob("*"))
-    one = terminal(endless[0], *endless[1])
-    one.until(r"(?m)^> ")
-    one.type("hello\n")
-    one.until(r"hello\n\S")
     os.kill(one.pid, signal.SIGKILL)
-    assert one.end() == -signal.SIGKILL and sorted(place.rglob("*")) == before
+    assert one.end() == -signal.SIGKILL
+    assert "Traceback" not in one.seen
+    assert sorted(place.rglob("*")) == before
 
 
 def say(monkeypatch, *lines: str) -> None:

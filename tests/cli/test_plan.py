@@ -56,7 +56,7 @@ def peak_of_a_pass(kind, model, rows, length, scored) -> int:
 
 @pytest.mark.parametrize("kind", ["pretrain", "train", "score", "sample"])
 def test_the_estimate_is_good_to_about_a_third(kind, seed):
-    for number in range(seed, seed + 4):
+    for number in range(seed, seed + 2):
         rng = random.Random(number)
         config = random_shape(rng)
         lora = Lora(4, 8, rng.choice([("q_proj", "v_proj"), TARGET_MODULES]))

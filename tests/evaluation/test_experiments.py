@@ -135,7 +135,8 @@ def test_a_file_that_would_mix_up_the_cases_is_refused(place, text, wanted):
     assert ended.code == 2 and wanted in ended.err
 
 
-def test_a_failing_run_ends_the_experiment_with_its_sentence(place):
+def test_a_failing_run_ends_the_experiment_with_its_sentence(stub, place):
+    copy_run(stub, place / "runs", ("data", "bases"))
     ended = invoke(
         "train", "@experiment-self", "--seeds=0", write_stub(place), "--sft.student_lr=1e30"
     )
@@ -295,8 +296,9 @@ def test_a_run_that_lost_a_stage_is_made_whole(finished):
     "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
 )
 def test_a_signal_reaches_the_run_once_and_the_experiment_goes_on_afterwards(
-    tmp_path, place, number
+    stub, tmp_path, place, number
 ):
+    copy_run(stub, place / "runs", ("data", "bases"))
     words = ["@experiment-self", "--seeds=0", write_stub(tmp_path), "--sft.teacher_epochs=9999"]
     heard = lambda: signal.signal(number, signal.SIG_DFL)  # noqa: E731 (nohup would have it ignored)
     process = spawn("train", *words, cwd=place, start_new_session=True, preexec_fn=heard)

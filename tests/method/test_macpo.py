@@ -8,7 +8,7 @@ import checks
 import numpy as np
 import pytest
 import torch
-from runs import differences, new_variant, rows_of, stages_of, train, write_stub
+from runs import copy_run, differences, new_variant, rows_of, stages_of, train, write_stub
 
 from minmacpo.config.parse import parse
 from minmacpo.core.checkpoint import load_tensors
@@ -23,6 +23,7 @@ from minmacpo.pipeline.model_pool import ModelPool
 from minmacpo.pipeline.run import Run
 from minmacpo.pipeline.sample_stage import Sampler
 from minmacpo.runtime.files import read_rows
+from train import run_all
 
 
 @pytest.fixture(params=["tiny", "stub"])
@@ -38,6 +39,14 @@ def variant(stub, tmp_path, *words: str):
 def variant_anew(stub, tmp_path, *words: str):
     """The same for a test that changes how something is computed: only data and bases are taken."""
     return new_variant(stub, tmp_path / "runs", *words, parts=("data", "bases"))
+
+
+def check_inputs_are_those_on_the_disk(run) -> None:
+    """What every stage.json says of its inputs is what lies there."""
+    made = stages_of(run)
+    for name, notes in made.items():
+        for source, fingerprint in notes["inputs"].items():
+            assert made[source]["fingerprint"] == fingerprint, (name, source)
 
 
 # ---- invariants -----------------------------------------------------------------------------
@@ -278,7 +287,7 @@ def test_a_random_pick_needs_no_scores_and_takes_every_teacher(stub, tmp_path):
         tmp_path,
         "--macpo.select=random",
         "--world.d2=40",
-        "--macpo.rounds=2",
+        "--macpo.update_teachers=false",
         "--macpo.controls=false",
     )
     assert not list(run.glob("round*/scores_*"))
@@ -328,6 +337,7 @@ def test_frozen_teachers_stay_and_are_sampled_anew(stub, tmp_path):
 
 def test_without_mutual_positives_everybody_learns_its_own_fresh_answers(stub, tmp_path):
     run = variant(stub, tmp_path, "--macpo.mutual_positives=false", "--macpo.controls=false")
+    check_inputs_are_those_on_the_disk(run)
     assert not list(run.glob("round*/scores_*"))
     for t, agent in checks.updated(run):
         said = checks.samples(run, f"round{t}/positives_{agent}")
@@ -344,6 +354,7 @@ def test_without_mutual_positives_everybody_learns_its_own_fresh_answers(stub, t
 
 def test_refreshed_negatives(stub, tmp_path):
     run = variant(stub, tmp_path, "--macpo.refresh_negatives=true", "--macpo.controls=false")
+    check_inputs_are_those_on_the_disk(run)
     for agent in checks.agents_of(run):
         first, second = (checks.pairs(run, t, agent) for t in (1, 2))
         fresh = checks.samples(run, f"round1/negatives_{agent}")
@@ -518,6 +529,7 @@ def test_a_random_pick_counts_every_prompt(stub, tmp_path, monkeypatch):
         "--macpo.select=random",
         "--world.d2=40",
         "--macpo.rounds=1",
+        "--macpo.update_teachers=false",
         "--macpo.controls=false",
     )
     kinds = [int(row["id"], 16) % 4 for row in rows_of(run / "data/slices/d2.jsonl")]
@@ -559,13 +571,16 @@ BEYOND = {
 
 @pytest.fixture(scope="module")
 def beyond(stub, tmp_path_factory):
-    """A run of each setting, of three teachers (so that agreement has somebody to ask) and one
-    round.
+    """A run of each setting, of three teachers (so that agreement has somebody to ask).
+
+    They have one round, in which the student alone learns.
     """
     root = tmp_path_factory.mktemp("beyond")
+    copy_run(stub, root / "runs")
     flags = [
         "--macpo.teachers=3",
         "--macpo.rounds=1",
+        "--macpo.update_teachers=false",
         "--macpo.controls=false",
         "--sft.student_epochs=2",
     ]
@@ -609,17 +624,17 @@ def test_negatives_are_whose_they_should_be(beyond):
     )
     notes = stages_of(beyond["tail"])
     assert notes["round1/tail_student"]["settings"]["temperature"] == TAIL_TEMPERATURE
-    assert notes["round1/positives_student"]["settings"]["temperature"] == 0.7
+    assert notes["round1/positives_teacher1"]["settings"]["temperature"] == 0.7
 
 
 def test_the_table_judges_the_negatives_that_were_rejected(beyond):
     run = read_run(beyond["previous"])
-    for row in negative_rows(run):
-        rejected = read_rows(run.stage(f"round1/pairs_{row['agent']}").path / "pairs.jsonl", Pair)
-        right = np.mean(
-            [gold_reward(run.config, pair, pair.rejected)["right"] for pair in rejected]
-        )
-        assert row["wrong"] == pytest.approx(1 - right) and row["rejected"]
+    student, *teachers = negative_rows(run)
+    pairs = read_rows(run.stage("round1/pairs_student").path / "pairs.jsonl", Pair)
+    right = [gold_reward(run.config, pair, pair.rejected)["right"] for pair in pairs]
+    assert student["wrong"] == pytest.approx(1 - np.mean(right))
+    assert student["rejected"]
+    assert [row["wrong"] for row in teachers] == [None] * 3, "they learned from no pairs"
     assert (
         "rejected answers of round 1"
         in warnings([{"agent": "a", "wrong": 0.1, "equal": [], "rejected": True}])[0]
@@ -688,21 +703,34 @@ def test_gold_never_reaches_training(stub, tmp_path, monkeypatch):
         ["--macpo.negatives=contrastive"],
     ],
 )
-def test_every_stage_stands_on_the_inputs_that_it_names(stub, tmp_path, flags):
-    """What a stage.json says of its inputs is what lies on the disk.
+def test_no_stage_stands_in_for_another_of_its_name(tmp_path, flags):
+    """Listing the stages would raise; what each stands on is listed before it."""
+    words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", *flags]
+    run = Run(parse(words).config)
+    run_all(run, {}, None)
 
-    No stage stands in for another of its name.
-    """
+    listed = set()
+    for name, (_, inputs) in run.recipes.items():
+        for source in inputs:
+            assert run.plan[source.name].fingerprint == source.fingerprint
+            assert source.name in listed, (name, source.name)
+        listed.add(name)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--macpo.negatives=previous"], ["--macpo.self_fraction=0.25", "--macpo.negatives=tail"]],
+)
+def test_every_stage_stands_on_the_inputs_that_it_names(stub, tmp_path, flags):
+    """Also with negatives that a round takes from the last one, or that it samples itself."""
     run = variant(stub, tmp_path, *flags, "--macpo.controls=false")
-    made = stages_of(run)
-    for name, notes in made.items():
-        for source, fingerprint in notes.get("inputs", {}).items():
-            assert made[source]["fingerprint"] == fingerprint, (name, source)
+    check_inputs_are_those_on_the_disk(run)
 
 
 def test_with_own_positives_mixed_in_teachers_learn_from_the_updated_student(stub, tmp_path):
     run = variant(stub, tmp_path, "--macpo.self_fraction=0.5", "--macpo.controls=false")
     made = stages_of(run)
+    check_inputs_are_those_on_the_disk(run)
     assert "round0/student_pos" in made["round1/own_student"]["inputs"]
     assert "round1/student_pos" in made["round1/positives_student"]["inputs"]
     assert {"round1/own_student", "round1/positives_teacher1"} <= made["round1/pairs_student"][

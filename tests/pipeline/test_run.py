@@ -20,9 +20,12 @@ import pytest
 import torch
 from runs import (
     FREE,
+    Fork,
+    begin_run,
     contents,
     copy_run,
     differences,
+    fork,
     inodes,
     invoke,
     rows_of,
@@ -737,7 +740,7 @@ def test_a_cut_at_any_file_operation_is_resumed_to_the_same_bits(stub, tmp_path,
     had not been.
     """
     rng = random.Random(seed)
-    words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", "--macpo.rounds=2"]
+    words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}"]
     cuts, code = 0, None
     while code is None:
         assert cuts < 200
@@ -762,7 +765,7 @@ def quick(words) -> int:
         return invoke("train", *words, whole=True).code
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
+def wait_for(path: Path, process: subprocess.Popen | Fork) -> None:
     """Until `path` exists, or the process has ended."""
     limit = time.monotonic() + 120
     while not path.exists() and process.poll() is None and time.monotonic() < limit:
@@ -781,7 +784,7 @@ def test_kills_and_signals_at_random_moments(stub, tmp_path, seed):
     kinds = rng.sample([signal.SIGKILL, signal.SIGINT, signal.SIGTERM], 3)
     for number in kinds:
         left = [name for name in order if not (run / name).exists()]
-        process = spawn("train", *words)
+        process = fork("train", *words)
         wait_for(run / rng.choice(left[: max(1, len(left) // 4)]), process)
         time.sleep(rng.random() * 0.05)
         process.send_signal(number)
@@ -1049,7 +1052,8 @@ def test_a_linked_stage_has_every_line_of_metrics(mine):
 
 def test_a_second_process_is_shut_out_and_a_kill_lets_it_in(tmp_path, stub):
     words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}"]
-    run, first = tmp_path / "runs/stub", spawn("train", *words)
+    run = begin_run(stub, tmp_path / "runs")
+    first = fork("train", *words)
     try:
         wait_for(run / "round0/teacher1_pos", first)
         first.send_signal(signal.SIGSTOP)

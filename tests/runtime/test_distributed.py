@@ -2,11 +2,9 @@
 
 import contextlib
 import gc
-import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +13,17 @@ import weakref
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from runs import (
     METHODS,
     REPOSITORY,
-    copy_run,
+    Fork,
+    begin_run,
     differences,
+    fork,
     invoke,
+    program,
     rows_of,
     spawn,
     stages_of,
@@ -36,8 +38,9 @@ from minmacpo.pipeline import model_pool
 from minmacpo.pipeline.artifacts import BaseModel
 from minmacpo.pipeline.run import Run, Stage
 from minmacpo.runtime.distributed import Distributed
+from minmacpo.runtime.progress import run_main
 
-CASES = ["1-pairs-replicate", "2-pairs-replicate", "2-pairs-shard", "a-2-4", "complaint-2"]
+CASES = ["1-pairs-replicate", "2-pairs-replicate", "2-pairs-shard", "a-2-1", "complaint-2"]
 MORE = [
     "1-sft-replicate",
     "1-pairs-replicate",
@@ -47,20 +50,30 @@ MORE = [
     "4-pairs-shard",
     "a-4-1",
     "b-4-2",
+    "c-2-4",
     "complaint-4",
 ]
 
 
-def launch(*words, **options) -> subprocess.Popen:
-    """tests/ranks.py as a process."""
-    command = [sys.executable, str(REPOSITORY / "tests/ranks.py"), *map(str, words)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(
-        command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, **pipes | options
-    )
+def launch(world_size: int, *words) -> Fork:
+    """train.py on so many ranks."""
+
+    def work() -> int:
+        sys.argv = ["train.py", *map(str, words)]
+        return ranks.launch(world_size, lambda: run_main(program("train")))
+
+    return Fork(work)
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+def ranks_of(process: Fork) -> list[int]:
+    """The process ids of the ranks, which their launcher prints first."""
+    while not (line := re.match(r"ranks(.*)\n", process.printed(0))):
+        assert process.poll() is None, process.printed(1)
+        time.sleep(0.01)
+    return [int(number) for number in line[1].split()]
+
+
+def finish(process: subprocess.Popen | Fork) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a process that must end within two minutes."""
     try:
         out, err = process.communicate(timeout=120)
@@ -69,7 +82,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def wait_for(path: Path, process: subprocess.Popen, seconds: float = 60) -> None:
+def wait_for(path: Path, process: subprocess.Popen | Fork, seconds: float = 60) -> None:
     """Until a path is there."""
     end = time.monotonic() + seconds
     while not path.exists():
@@ -79,7 +92,7 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 60) -> None
 
 def toys(folder: Path, seed: int, cases: list[str]) -> dict:
     """{case: what each rank has found} of small models, see ranks.all_toys."""
-    code, _, err = finish(launch("toys", folder, seed, *cases))
+    code, _, err = finish(Fork(lambda: ranks.all_toys(str(folder), seed, cases)))
     assert code == 0, err
     assert (
         err.count("error:")
@@ -95,25 +108,27 @@ def toys(folder: Path, seed: int, cases: list[str]) -> dict:
 
 def check_toys(found: dict) -> None:
     """Every case equals one rank."""
-    for case, ranks in found.items():
+    for case, results in found.items():
         world, kind, mode = case.split("-") if case[0].isdecimal() else (None, None, None)
         if case.startswith("stopped"):
-            assert len({*ranks}) == 1 and ranks[0] in (7, 8), "all ranks stop after the same step"
-        if case.startswith("twenty_steps"):
+            assert len({*results}) == 1 and results[0] in (ranks.LAST_STEP, ranks.LAST_STEP + 1), (
+                "all ranks stop after the same step"
+            )
+        if case.startswith("train_adapter"):
             assert all(
                 (each - found["1-pairs-replicate"][0]["adapter"]).abs().max() <= 1e-5
-                for each in ranks
+                for each in results
             )
         if world in (None, "1"):
             continue
         one = found[f"1-{kind}-replicate"][0]
-        assert len(ranks) == int(world)
-        for each in ranks:
+        assert len(results) == int(world)
+        for each in results:
             assert (each["grads"] - one["grads"]).norm() <= 1e-6 * one["grads"].norm() and one[
                 "grads"
             ].norm() > 0
             assert (
-                torch.equal(each["adapter"], ranks[0]["adapter"])
+                torch.equal(each["adapter"], results[0]["adapter"])
                 and (each["adapter"] - one["adapter"]).abs().max() <= 1e-5
             )
             assert each["values"] == pytest.approx(one["values"], rel=1e-5, abs=1e-6)
@@ -127,7 +142,7 @@ def check_toys(found: dict) -> None:
 
 
 def test_ranks_equal_one(tmp_path, seed):
-    """Gradients of a step, twenty steps, scores and samples; stopped together, and gone on with by
+    """Gradients of a step, a training, scores and samples; stopped together, and gone on with by
     another number; one complaint.
     """
     check_toys(toys(tmp_path, seed, CASES))
@@ -278,7 +293,8 @@ def lines_of_ours(err: str) -> list[str]:
 
 
 def test_a_run_is_stopped_by_a_signal_then_by_a_kill_and_goes_on_with_any_number(tmp_path, stub):
-    words, run = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}"], tmp_path / "runs/stub"
+    words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}"]
+    run = begin_run(stub, tmp_path / "runs")
     process = launch(2, *words)
     wait_for(run / "round0/teacher1_pos", process)
     process.send_signal(signal.SIGTERM)
@@ -287,9 +303,9 @@ def test_a_run_is_stopped_by_a_signal_then_by_a_kill_and_goes_on_with_any_number
     before = {name: notes["ranks"] for name, notes in stages_of(run).items() if "ranks" in notes}
     assert before and {*before.values()} == {2}
     process = launch(2, *words)
-    ranks = re.match(r"ranks (\d+) (\d+)", process.stdout.readline())
-    wait_for(run / "round1/teacher1_pos", process)
-    os.kill(int(ranks[2]), signal.SIGKILL)
+    last_rank = ranks_of(process)[-1]
+    wait_for(run / "round0/student_pos", process)
+    os.kill(last_rank, signal.SIGKILL)
     code, _, err = finish(process)
     assert code and len(lines_of_ours(err)) == 1, err
     train(*words)
@@ -302,24 +318,12 @@ def test_a_run_is_stopped_by_a_signal_then_by_a_kill_and_goes_on_with_any_number
 # ---- several processes, each at a stage of its own ----------------------------------------------
 
 
-def begun(stub: Path, root: Path) -> Path:
-    """A copy of the finished run that has its texts and bases only."""
-    run = copy_run(stub, root / "runs", ("data", "bases"))
-    shutil.copy(stub / "config.toml", run)
-    rows = [
-        row
-        for row in rows_of(stub / "metrics.jsonl")
-        if row["stage"].startswith(("data/", "bases/"))
-    ]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return run
-
-
 def test_two_processes_compute_two_stages_of_one_run_at_once_and_never_the_same(tmp_path, stub):
     """A run of all stages keeps out of their way, and they out of its."""
-    words, run = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}"], begun(stub, tmp_path)
+    words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}"]
+    run = begin_run(stub, tmp_path / "runs")
     names = ["round0/teacher1_pos", "round0/teacher2_pos"]
-    first = spawn("train", *words, f"--stage={names[0]}")
+    first = fork("train", *words, f"--stage={names[0]}")
     try:
         wait_for(run / ".partial" / stages_of(stub)[names[0]]["fingerprint"], first)
         first.send_signal(signal.SIGSTOP)
@@ -354,10 +358,8 @@ def test_two_processes_compute_two_stages_of_one_run_at_once_and_never_the_same(
 
 @pytest.mark.slow
 def test_a_stage_that_was_killed_leaves_no_lock(tmp_path, stub):
-    words, run = (
-        [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", "--stage=round0/teacher1_pos"],
-        begun(stub, tmp_path),
-    )
+    words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}", "--stage=round0/teacher1_pos"]
+    run = begin_run(stub, tmp_path / "runs")
     first = spawn("train", *words)
     wait_for(run / ".partial" / stages_of(stub)["round0/teacher1_pos"]["fingerprint"], first)
     first.kill()
@@ -369,7 +371,8 @@ def test_a_stage_that_was_killed_leaves_no_lock(tmp_path, stub):
 @pytest.mark.slow
 def test_many_processes_at_once(tmp_path, stub):
     """Each at its own stage, all writing log, metrics and report of one run."""
-    words, run = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}"], begun(stub, tmp_path)
+    words = [write_stub(tmp_path), f"--run.root={tmp_path / 'runs'}"]
+    run = begin_run(stub, tmp_path / "runs")
     for names in (
         ["round0/teacher1_pos", "round0/teacher2_pos", "controls/ceiling"],
         [
@@ -466,17 +469,17 @@ def test_killed_and_stopped_at_any_moment(tmp_path, stub, seed, draw):
         random.Random(seed),
     )
     process = launch(2, *words)
-    ranks = [int(pid) for pid in process.stdout.readline().split()[1:]]
+    pids = ranks_of(process)
     wait_for(run / "config.toml", process)
     time.sleep(rng.uniform(0, 1.5))
     with contextlib.suppress(ProcessLookupError):
         if rng.random() < 0.5:
-            os.kill(rng.choice(ranks), signal.SIGKILL)
+            os.kill(rng.choice(pids), signal.SIGKILL)
         else:
             process.send_signal(rng.choice([signal.SIGTERM, signal.SIGINT]))
     code, _, err = finish(process)
     assert len(lines_of_ours(err)) == (code != 0), err
-    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     code, _, err = finish(launch(rng.choice([1, 2, 4]), *words))
     assert code == 0, err
     check_same(run, stub)
