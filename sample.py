@@ -92,8 +92,8 @@ def export(model, base: Path, target: Path) -> None:
     from minmacpo.runtime.files import atomic_dir
 
     with atomic_dir(target) as folder:
-        export_merged(model, base, folder)
-    print(f"merged model: {target}")
+        dtype = export_merged(model, base, folder)
+    print(f"merged model: {target} (in {dtype}, as its base)")
 
 
 def parse_command(argv: list[str]) -> SampleCommand:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minmacpo import UserError
-from minmacpo.core.lora import TARGET_MODULES, LoraConfig, merged_weights
+from minmacpo.core.lora import MERGE_INSTEAD, TARGET_MODULES, LoraConfig, merge_adapter
 from minmacpo.core.model import Transformer
 from minmacpo.core.model_config import COMMON_FIELDS, ModelConfig, parse_config
 from minmacpo.data.tokenizer import FILES, Tokenizer, load_tokenizer
@@ -28,6 +28,23 @@ from minmacpo.runtime.files import read_json, write_atomic, write_json
 
 # The dtypes of weights, by their names in a safetensors file
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class UnreadKind:
+    """A kind of file in which models are kept, and which is not read."""
+
+    what: str
+    remedy: str
+
+
+PICKLE = UnreadKind("a pickle", "load it with transformers and save it again with save_pretrained")
+UNREAD_KINDS = {
+    ".gguf": UnreadKind("made for llama.cpp", "give the safetensors folder that it was made from"),
+    ".bin": PICKLE,
+    ".pt": PICKLE,
+    ".pth": PICKLE,
+}
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -113,18 +130,32 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{folder}: {why_no_folder(folder)}")
     file = folder / "config.json"
     if not file.exists():
-        raise UserError(f"{folder}: has no config.json, so it is no model folder")
+        raise UserError(
+            f"{folder}: has no config.json, so it is no model folder{why_unread(folder)}"
+        )
     return parse_config(read_json(file), str(file))
 
 
 def why_no_folder(path: Path | str) -> str:
     """What to do where there is no model folder, as the end of a sentence."""
     if Path(path).is_file():
-        return "is a file, where a model folder is expected"
+        kind = UNREAD_KINDS.get(Path(path).suffix)
+        if kind:
+            return f"is {kind.what}, which is not read: {kind.remedy}"
+        return "is a file, where a model folder is expected; give the folder that it lies in"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         command = f"hf download {path} --local-dir {path}"
         return f"is no folder; if it is a model of the hub, get it with: {command}"
     return "is no folder; download the model first and give its path"
+
+
+def why_unread(folder: Path) -> str:
+    """The end of a sentence on a folder without safetensors: which other weights it has."""
+    suffixes = {file.suffix for file in folder.iterdir()}
+    for suffix, kind in UNREAD_KINDS.items():
+        if suffix in suffixes:
+            return f"; its {suffix} file is {kind.what}, which is not read: {kind.remedy}"
+    return ""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -138,13 +169,7 @@ def weight_files(folder: Path) -> list[Path]:
     if single.exists():
         return [single]
     if not index.exists():
-        problem = "has no model.safetensors"
-        if any(folder.glob("*.bin")):
-            problem += (
-                "; its .bin files are pickles, which are not read: "
-                "save it again with save_pretrained"
-            )
-        raise UserError(f"{folder}: {problem}")
+        raise UserError(f"{folder}: has no model.safetensors{why_unread(folder)}")
 
     # An index comes with the weights from anywhere, so its names are not trusted
     weight_map = read_json(index).get("weight_map")
@@ -281,11 +306,16 @@ def assemble(
     dtype: torch.dtype = torch.float32,
     quantization: str = "none",
 ) -> Transformer:
-    """The model of these tensors, each of which is checked; a tied head may be stored too."""
+    """The model of these tensors, each of which is checked.
+
+    A tied embedding may be stored as the embedding, as the head, or as both.
+    """
     # On meta no memory is taken before every tensor is known to fit
     with torch.device("meta"):
         model = Transformer(config)
     head = stored.pop(HEAD, None) if config.tie_word_embeddings else None
+    if head is not None:
+        stored.setdefault(EMBEDDING, head)
     check_stored(folder, model, stored)
     if torch.device(device).type == "meta":
         return model.eval()
@@ -353,7 +383,7 @@ def read_weights(
             mappings[path] = stack.enter_context(open_safetensors(path))
         for name, tensor in stored.items():
             if torch.device(device).type == "cpu" and FLOATS[tensor.dtype] == dtype:
-                weights[name] = mappings[tensor.file].get_tensor(name)
+                weights[name] = mappings[tensor.file].get_tensor(tensor.name)
             else:
                 weights[name] = tensor.read().to(device, dtype)
     return weights
@@ -383,11 +413,17 @@ def check_model_folder(folder: Path) -> tuple[ModelConfig, Tokenizer]:
 
 
 def check_sizes(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """UserError where the tokenizer has ids that the model has no row for."""
+    """UserError where a text can have ids that the model has no row for.
+
+    Llama 2's folders have a token <pad> without a row, which nothing uses. From here on the
+    tokenizer does not know such tokens, so that a template which needs one says that it is missing.
+    """
+    tokenizer.forget_special_from(config.vocab_size)
     if tokenizer.size > config.vocab_size:
         raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.size} pieces, "
-            f"the model only {config.vocab_size} rows"
+            f"{folder}: the tokenizer has {tokenizer.size} pieces, the model only "
+            f"{config.vocab_size} rows, and none for {tokenizer.piece(tokenizer.size - 1)!r}: "
+            "take the tokenizer that the model was trained with"
         )
 
 
@@ -434,11 +470,14 @@ def save_model(
     save_weights(folder, config, weights)
 
 
-def export_merged(model: Transformer, base: Path, folder: Path) -> None:
-    """Write a base with its adapter merged in as one model folder.
+def export_merged(model: Transformer, base: Path, folder: Path) -> str:
+    """Write a base with its adapter merged in as one model folder; returns its dtype's name.
+
+    The adapter is added to the weights as they are stored, in fp32, and every tensor keeps its
+    dtype, whatever the model was loaded in.
 
     Args:
-        base: the base's folder, of which all but weights and dtype is copied.
+        base: the base's folder, of which all but the weights is copied.
         folder: is made.
 
     Raises:
@@ -450,16 +489,14 @@ def export_merged(model: Transformer, base: Path, folder: Path) -> None:
             "merge with --model.quantize=none"
         )
     folder.mkdir(parents=True)
-    weights = merged_weights(model)
-    description = read_json(base / "config.json")
-    dtype_field = "dtype" if "dtype" in description else "torch_dtype"
-    description[dtype_field] = dtype_name(weights)
-    write_json(folder / "config.json", description)
+    stored = {name: tensor.read() for name, tensor in stored_weights(base).items()}
+    weights = merge_adapter(model, stored)
     write_generation_config(folder, model.config)
-    for name in TALKING_FILES:
+    for name in ("config.json", *TALKING_FILES):
         if (base / name).is_file():
             write_atomic(folder / name, (base / name).read_bytes())
-    save_weights(folder, model.config, weights)
+    save_tensors(folder / "model.safetensors", weights)
+    return dtype_name(weights)
 
 
 def dtype_name(weights: dict[str, Tensor]) -> str:
@@ -607,7 +644,7 @@ def check_plain_lora(raw: dict, file: Path) -> None:
 
 def not_plain_lora(file: Path, name: str, value) -> str:
     """The sentence for a setting that is not supported."""
-    return f"{file}: {name} = {value!r:.60} is not supported; only plain LoRA is read"
+    return f"{file}: {name} = {value!r:.60} is not supported; {MERGE_INSTEAD}"
 
 
 def parse_targets(targets, file: Path) -> tuple[str, ...]:

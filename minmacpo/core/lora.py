@@ -16,6 +16,11 @@ from minmacpo import UserError
 
 PEFT_PREFIX = "base_model.model."
 
+# What to do with an adapter that is more than LoRA
+MERGE_INSTEAD = (
+    "only plain LoRA is read: merge it in PEFT (merge_and_unload), and give the merged folder"
+)
+
 # The linears of a block, which target_modules = "all-linear" stands for
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -114,9 +119,11 @@ def set_adapter_weights(
         where: the adapter's folder, with which an error begins.
 
     Raises:
-        UserError: a key is missing or unexpected, or a tensor has another shape or is not finite.
+        UserError: a key is missing or unexpected, or a tensor has another shape or is not finite,
+            or is a weight beside the adapter that is not the base's own.
     """
     params = lora_params(model)
+    tensors = without_base_weights(model, tensors, where)
     # Keys that only one of the two has; the first in order is named
     for key in sorted(params.keys() ^ tensors.keys()):
         problem = "lacks" if key in params else "has an unexpected key"
@@ -133,6 +140,37 @@ def set_adapter_weights(
         if not torch.isfinite(tensor).all():
             raise UserError(f"{where}: {key} holds values that are not finite")
         param.copy_(tensor)
+
+
+def without_base_weights(
+    model: nn.Module, tensors: dict[str, Tensor], where: str
+) -> dict[str, Tensor]:
+    """The tensors without the base's own weights, which PEFT can save beside an adapter.
+
+    Raises:
+        UserError: what is beside the adapter is not exactly a weight of the base.
+    """
+    base_weights = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        base_weights[name.replace(".base.", ".")] = param
+
+    adapter = {}
+    for key, tensor in tensors.items():
+        if ".lora_" in key:
+            adapter[key] = tensor
+            continue
+        name = key.removeprefix(PEFT_PREFIX)
+        weight = base_weights.get(name)
+        if weight is None:
+            problem = "which is neither LoRA nor a weight of the base"
+        elif tensor.shape != weight.shape:
+            problem = f"of shape {list(tensor.shape)}, and the base has {list(weight.shape)}"
+        elif not torch.equal(tensor.to(weight.device, weight.dtype), weight):
+            problem = "with other values than the base has"
+        else:
+            continue
+        raise UserError(f"{where}: holds {name} beside the adapter, {problem}; {MERGE_INSTEAD}")
+    return adapter
 
 
 @torch.no_grad()
@@ -160,17 +198,16 @@ def disable_adapter(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def merged_weights(model: nn.Module) -> dict[str, Tensor]:
-    """All weights under Hugging Face's names, the adapter merged in fp32 and cast back."""
-    # The base's weights, without the slots around its linears
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        if ".lora_" not in name:
-            weights[name.replace(".base.", ".")] = tensor
-    # Those of adapted linears, replaced by the sum
+def merge_adapter(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The base's weights with the model's adapter added, in fp32, and cast back.
+
+    Args:
+        weights: of the model's base under Hugging Face's names, in whatever dtype.
+    """
+    merged = dict(weights)
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLinear):
-            base = layer.base.weight
+            base = weights[f"{name}.weight"]
             delta = layer.scaling * (layer.lora_B.float() @ layer.lora_A.float())
-            weights[f"{name}.weight"] = (base.float() + delta).to(base.dtype)
-    return weights
+            merged[f"{name}.weight"] = (base.float() + delta.to(base.device)).to(base.dtype)
+    return merged

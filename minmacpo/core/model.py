@@ -239,6 +239,17 @@ def new_norm(config: ModelConfig, size: int) -> nn.Module:
     return RMSNorm(size, config.rms_norm_eps)
 
 
+class Embedding(nn.Embedding):
+    """The rows of tokens, (...) -> (..., C).
+
+    It starts uninitialised: weights come from a file or from `new_model`, and what nn.Embedding
+    would draw on the meta device needs torch's compiler, which takes a second to import.
+    """
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
@@ -384,7 +395,7 @@ class Transformer(nn.Module):
         self.config = config
         self.model = nn.ModuleDict(
             {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
                 "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
                 "norm": new_norm(config, config.hidden_size),
             }

@@ -97,6 +97,21 @@ class Tokenizer:
         if all(mark in self.special for mark in TURN_MARKS.values()):
             self.turn_marks = {role: self.special[mark] for role, mark in TURN_MARKS.items()}
 
+    def forget_special_from(self, rows: int) -> None:
+        """Forget the special tokens with ids from `rows` on, for which a model has no row.
+
+        Begin and end token stay, and so does all that a text can become.
+        """
+        forgotten = {token_id for token_id in self.names if token_id >= rows}
+        forgotten -= {self.bos, self.eos}
+        for token_id in forgotten:
+            del self.names[token_id]
+        self.special = {
+            name: token_id for name, token_id in self.special.items() if token_id in self.names
+        }
+        pieces = set(range(self.num_pieces)) - forgotten
+        self.size = 1 + max(pieces | self.names.keys())
+
     def end_id(self, end: str, token: str | int, where: str) -> int:
         """The id of a begin or end token that is given by name or id."""
         token_id = self.special.get(token, token)

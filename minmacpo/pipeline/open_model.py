@@ -8,7 +8,7 @@ from pathlib import Path
 from minmacpo import UserError
 from minmacpo.config.parse import override
 from minmacpo.config.schema import Config
-from minmacpo.core.checkpoint import load_adapter, read_adapter_config, why_no_folder
+from minmacpo.core.checkpoint import load_adapter, read_adapter_config, why_no_folder, why_unread
 from minmacpo.core.lora import set_adapter_weights
 from minmacpo.data.chat_template import template_hint
 from minmacpo.data.tokenizer import Tokenizer
@@ -71,6 +71,7 @@ def open_folder(folder: Path, config: Config) -> OpenedFolder:
     if not (folder / "config.json").exists():
         raise UserError(
             f"{folder}: is no model: it has neither config.json nor adapter_config.json"
+            f"{why_unread(folder)}"
         )
     check_stage(folder)
     loaded = LoadedModel(folder, config, config.model.quantize)

@@ -5,11 +5,13 @@ import gc
 import json
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import far, logits_of, random_model
+from conftest import REPO, far, logits_of, random_model
 from safetensors.torch import load_file, save_file
 
 from minmacpo import UserError
@@ -242,7 +244,36 @@ def test_a_tokenizer_that_is_missing_broken_or_too_big(model_folder):
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(seed, tmp_path, tokenizer_bytes):
     model = random_model(seed, vocab_size=399)
     save_model(tmp_path, model.config, model.state_dict(), tokenizer_bytes)
-    refused(lambda: check_model_folder(tmp_path), tmp_path, "400", "399")
+    refused(lambda: check_model_folder(tmp_path), tmp_path, "400", "399", "trained with")
+
+
+PAD = {"content": "<pad>", "special": True}
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("added_tokens.json", {"<pad>": 400}),
+        ("added_tokens.json", {"<pad>": 400, "<img>": 407}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"400": PAD}, "pad_token": "<pad>"}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1": {"content": "<s>"}, "400": PAD}}),
+    ],
+)
+def test_special_tokens_without_a_row_are_no_hindrance(file, content, model_folder, tokenizer):
+    """Llama 2's <pad> is one; nothing uses it, and a template that would finds no such token."""
+    (model_folder / file).write_text(json.dumps(content))
+    config, checked = check_model_folder(model_folder)
+    assert checked.size == config.vocab_size == 400
+    assert checked.special == tokenizer.special
+    assert checked.encode("a <pad> b") == tokenizer.encode("a <pad> b")
+    assert checked.decode([*checked.encode("a b"), 400]) == "a b"
+
+
+@pytest.mark.parametrize("end", ["bos", "eos"])
+def test_a_begin_or_end_token_without_a_row_is_refused(end, model_folder):
+    added = {"added_tokens_decoder": {"400": PAD}, f"{end}_token": "<pad>"}
+    (model_folder / "tokenizer_config.json").write_text(json.dumps(added))
+    refused(lambda: check_model_folder(model_folder), "401 pieces", "400 rows", "<pad>")
 
 
 @pytest.mark.parametrize(
@@ -271,19 +302,24 @@ def test_stop_ids_are_those_of_all_three_files(
 # ---- damaged and hostile folders ----------------------------------------------------------------
 
 
-@pytest.fixture
-def sharded_folder(model_folder):
-    """The folder with its weights in three files, and their index."""
-    tensors = load_file(model_folder / "model.safetensors")
-    (model_folder / "model.safetensors").unlink()
+def write_shards(folder: Path) -> None:
+    """Divide the weights of a folder among three files, with their index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
     weight_map = {}
     for number, name in enumerate(sorted(tensors)):
         weight_map[name] = f"model-{number % 3 + 1:05}-of-00003.safetensors"
     for file in set(weight_map.values()):
         part = {name: tensors[name] for name in tensors if weight_map[name] == file}
-        save_file(part, model_folder / file, {"format": "pt"})
+        save_file(part, folder / file, {"format": "pt"})
     index = {"metadata": {}, "weight_map": weight_map}
-    (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture
+def sharded_folder(model_folder):
+    """The folder with its weights in three files, and their index."""
+    write_shards(model_folder)
     assert load_model(model_folder)
     return model_folder
 
@@ -379,6 +415,32 @@ def test_a_tied_head_may_be_stored_but_not_differ(model_folder):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_tied_embedding_may_be_stored_as_the_head_alone(sharded, seed, tmp_path, tokenizer_bytes):
+    transformers = pytest.importorskip("transformers")
+    model = random_model(seed, vocab_size=400, tie_word_embeddings=True)
+    save_model(tmp_path, model.config, model.state_dict(), tokenizer_bytes)
+
+    def rename(tensors):
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    edit_tensors(tmp_path / "model.safetensors", rename)
+    if sharded:
+        write_shards(tmp_path)
+
+    again = load_model(tmp_path)
+    assert_same_weights(again.state_dict(), model.state_dict())
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    quantized = load_model(tmp_path, dtype=torch.bfloat16, quantization="int8")
+    assert torch.equal(quantized.lm_head.weight, model.lm_head.weight.bfloat16())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(theirs.lm_head.weight, again.lm_head.weight)
+
+    # the head of a model that is not tied is no embedding
+    edit_json(tmp_path / "config.json", tie_word_embeddings=False)
+    refused(lambda: load_model(tmp_path), "lacks tensor model.embed_tokens.weight")
+
+
 def test_what_is_no_weight_file(model_folder):
     file = model_folder / "model.safetensors"
     name = "model.norm.weight"
@@ -434,7 +496,38 @@ def test_a_name_of_the_hub_is_answered_with_the_command(tmp_path, monkeypatch):
     assert "hf " not in refused(lambda: load_model(tmp_path / "nowhere"), "is no folder")
 
     (tmp_path / "file").write_text("x")
-    refused(lambda: load_model(tmp_path / "file"), "is a file")
+    refused(lambda: load_model(tmp_path / "file"), "is a file", "give the folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "remedy"),
+    [
+        ("llama-2-7b.Q4_K_M.gguf", "llama.cpp", "safetensors"),
+        ("pytorch_model.bin", "pickle", "save_pretrained"),
+        ("pytorch_model-00001-of-00002.bin", "pickle", "save_pretrained"),
+        ("consolidated.00.pth", "pickle", "save_pretrained"),
+        ("model.pt", "pickle", "save_pretrained"),
+    ],
+)
+def test_weights_of_other_kinds_are_named_with_the_remedy(name, what, remedy, model_folder):
+    (model_folder / "model.safetensors").rename(model_folder / name)
+
+    for path in (model_folder / name, model_folder):
+        refused(lambda path=path: load_model(path), path, Path(name).suffix, what, remedy)
+    (model_folder / "config.json").unlink()
+    refused(lambda: load_model(model_folder), "config.json", Path(name).suffix, what, remedy)
+
+
+def test_loading_a_model_leaves_torchs_compiler_alone(model_folder):
+    """Its import takes a second and 78 MiB."""
+    code = (
+        "import sys; from pathlib import Path; from minmacpo.core.checkpoint import load_model; "
+        f"load_model(Path({str(model_folder)!r})); print('torch._dynamo' in sys.modules)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPO
+    )
+    assert ended.stdout == "False\n"
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import far, logits_of, random_model
+from safetensors.torch import load_file, save_file
 
 from minmacpo import UserError
 from minmacpo.config import schema
@@ -26,7 +27,7 @@ from minmacpo.core.lora import (
     get_adapter_weights,
     init_adapter,
     lora_params,
-    merged_weights,
+    merge_adapter,
     set_adapter_weights,
 )
 
@@ -158,7 +159,7 @@ def test_merged_weights_equal_the_slot(settings, tied, seed):
     plain = {k: v.clone() for k, v in model.state_dict().items()}
     attach_lora(model, settings)
     fill(model, seed)
-    merged = merged_weights(model)
+    merged = merge_adapter(model, plain)
     assert merged.keys() == plain.keys()
     for name, weight in merged.items():
         assert torch.equal(weight, plain[name]) != (name.split(".")[-2] in settings.targets), name
@@ -221,15 +222,43 @@ def test_an_export_keeps_how_to_talk_to_the_base(model_folder, tmp_path, tokeniz
     assert json.loads((tmp_path / "plain/generation_config.json").read_text()) == ends
 
 
-def test_merging_in_bf16_rounds_once(seed):
-    model = random_model(seed).to(torch.bfloat16)
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("loaded", [torch.bfloat16, torch.float32])
+def test_an_export_has_its_bases_dtype_whatever_it_was_loaded_in(
+    stored, loaded, model_folder, tmp_path, seed
+):
+    file = model_folder / "model.safetensors"
+    weights = {name: weight.to(stored) for name, weight in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    model = load_model(model_folder, dtype=loaded)
     attach_lora(model, LoraConfig())
     fill(model, seed)
-    layer = model.model.layers[0].self_attn.q_proj
+
+    dtype = export_merged(model, model_folder, tmp_path / "merged")
+
+    assert dtype == str(stored).removeprefix("torch.")
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    assert merged.keys() == weights.keys()
+    for name, weight in merged.items():
+        assert weight.dtype == stored
+        exact = weights[name].float()
+        if name.split(".")[-2] in LoraConfig().targets:
+            layer = model.get_submodule(name.removesuffix(".weight"))
+            exact = exact + layer.scaling * layer.lora_B @ layer.lora_A
+        assert torch.equal(weight, exact.to(stored)), name
+
+
+def test_merging_in_bf16_rounds_once(seed):
+    model = random_model(seed).to(torch.bfloat16)
+    stored = model.state_dict()
+    attach_lora(model, LoraConfig())
+    fill(model, seed)
+    name = "model.layers.0.self_attn.q_proj"
+    layer = model.get_submodule(name)
     delta = layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
     exact = layer.base.weight.double() + delta
 
-    merged = merged_weights(model)["model.layers.0.self_attn.q_proj.weight"]
+    merged = merge_adapter(model, stored)[f"{name}.weight"]
 
     assert merged.dtype == torch.bfloat16
     assert ((merged.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()
@@ -387,6 +416,63 @@ def test_an_adapter_that_does_not_fit_is_refused(problem, says, seed):
     text = str(caught.value)
     assert text.startswith("runs/x/adapter: ") and "\n" not in text
     assert says in text and key in text
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bases_own_weights_beside_an_adapter_change_nothing(tied, dtype, seed):
+    """PEFT saves embedding and head too where it cannot tell whether they are the base's."""
+    model = random_model(seed, tie_word_embeddings=tied)
+    beside = {}
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+        beside[PEFT_PREFIX + name] = model.get_parameter(name).clone()
+    name = "model.layers.1.self_attn.q_proj.weight"  # within a LoraLinear
+    beside[PEFT_PREFIX + name] = model.get_parameter(name).clone()
+    model.to(dtype)
+    attach_lora(model, LoraConfig())
+    tensors = fill(model, seed)
+    init_adapter(model, seed)
+
+    set_adapter_weights(model, tensors | beside)
+
+    for key, tensor in get_adapter_weights(model).items():
+        assert torch.equal(tensor, tensors[key])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("model.embed_tokens.weight", lambda weight: weight + 1e-3, "other values"),
+        ("lm_head.weight", lambda weight: weight * 2, "other values"),
+        ("model.norm.weight", lambda weight: -weight, "other values"),
+        ("model.embed_tokens.weight", lambda weight: weight[:-1], "shape [60, 24]"),
+        ("lm_head.weight", lambda weight: torch.cat((weight, weight[:3])), "shape [64, 24]"),
+    ],
+)
+def test_other_weights_beside_an_adapter_are_named(name, change, says, seed):
+    """A trained or resized embedding: the adapter is for this base, but LoRA is not all of it."""
+    model = random_model(seed)
+    attach_lora(model, LoraConfig())
+    tensors = fill(model, seed)
+    before = get_adapter_weights(model)
+    tensors[PEFT_PREFIX + name] = change(model.get_parameter(name).detach())
+
+    with pytest.raises(UserError) as caught:
+        set_adapter_weights(model, tensors, "runs/x/adapter")
+
+    text = str(caught.value)
+    assert text.startswith(f"runs/x/adapter: holds {name} beside the adapter, ")
+    assert says in text and "merge_and_unload" in text and "another base" not in text
+    for key, tensor in get_adapter_weights(model).items():
+        assert torch.equal(tensor, before[key])
+
+
+def test_what_is_neither_adapter_nor_base_is_named(seed):
+    model = random_model(seed)
+    attach_lora(model, LoraConfig())
+    bias = {f"{PEFT_PREFIX}model.layers.0.self_attn.q_proj.bias": torch.ones(40)}
+    with pytest.raises(UserError, match=r"q_proj\.bias beside the adapter, which is neither"):
+        set_adapter_weights(model, fill(model, seed) | bias)
 
 
 def test_an_empty_adapter_is_refused(seed):
