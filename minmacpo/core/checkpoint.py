@@ -275,12 +275,22 @@ def load_model(
     return assemble(folder, config, stored, device=device, dtype=dtype, quantization=quantization)
 
 
-def load_scorer(folder: Path) -> tuple[Transformer, Tensor]:
-    """A reward model: the Transformer, and the weight (C,) of its head.
+@dataclass(frozen=True, slots=True)
+class SequenceClassifier:
+    """A reward model of transformers: a Transformer and a head with one label.
 
-    Its score is the weight times the last token's hidden state. UserError unless the folder holds
-    a sequence classifier with one label.
+    The score of a text is `head` times the hidden state of its last token that is not padding.
     """
+
+    model: Transformer
+    head: Tensor  # (C,), fp32
+    pad_token_id: int | None  # None: no token counts as padding
+
+
+def load_classifier(
+    folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> SequenceClassifier:
+    """The sequence classifier of a folder; UserError unless it holds one with one label."""
     config = read_config(folder)
     stored = stored_weights(folder)
     score = stored.pop("score.weight", None)
@@ -292,9 +302,15 @@ def load_scorer(folder: Path) -> tuple[Transformer, Tensor]:
     weight = score.read()[0].float()
     if not weight.isfinite().all():
         raise UserError(f"{folder}: score.weight holds values that are not finite")
+    pad_token_id = read_json(folder / "config.json").get("pad_token_id")
+    if pad_token_id is not None and type(pad_token_id) is not int:
+        raise UserError(
+            f"{folder / 'config.json'}: pad_token_id is {pad_token_id!r}; expected a whole number"
+        )
     # there is no language head: with a tied one no tensor is missing, and it is not used
     tied = replace(config, tie_word_embeddings=True)
-    return assemble(folder, tied, stored), weight
+    model = assemble(folder, tied, stored, device=device, dtype=dtype)
+    return SequenceClassifier(model, weight, pad_token_id)
 
 
 def assemble(

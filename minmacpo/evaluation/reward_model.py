@@ -4,7 +4,8 @@ python eval.py reward RUN                   a Bradley-Terry head on the run's st
                                             on its true pairs
 python eval.py reward RUN --pairs=FILE      the same, trained on pairs that the run has not seen
 python eval.py reward RUN --model=FOLDER    a sequence classifier with one label, of any family in
-                                            the README
+                                            docs/models.md; --template=NAME says how dialogues are
+                                            written for it (default: as its folder says)
 python eval.py reward RUN --scores=FILE     {"id", "agent", "round", "score"} lines, joined by
                                             prompt id
 
@@ -24,16 +25,18 @@ from torch import Tensor
 from minmacpo import UserError
 from minmacpo.config.parse import ArgParser
 from minmacpo.core.batching import collate, plan_scoring
-from minmacpo.core.checkpoint import load_model, load_scorer, read_config
+from minmacpo.core.checkpoint import load_classifier, load_model, read_config
 from minmacpo.core.scoring import win_or_tie
-from minmacpo.data.chat_template import render
+from minmacpo.data.chat_template import TEMPLATES, render
 from minmacpo.data.formats import read_data
 from minmacpo.data.records import Message, Pair, Sample
 from minmacpo.data.splits import first_turn
-from minmacpo.data.tokenizer import Tokens, load_tokenizer
+from minmacpo.data.tokenizer import Tokenizer, Tokens, load_tokenizer
 from minmacpo.evaluation.bootstrap import mean_interval
 from minmacpo.evaluation.finished_run import FinishedRun, agent_label, read_run, read_samples
 from minmacpo.evaluation.text_tables import bracketed
+from minmacpo.pipeline.open_model import default_chat_template
+from minmacpo.runtime.device import resolve_device, resolve_dtype
 from minmacpo.runtime.files import read_rows
 from minmacpo.runtime.progress import aligned
 
@@ -60,8 +63,7 @@ def run_reward(argv: Sequence[str]) -> dict:
     # What rates
     own = OwnPairs()
     if args.model:
-        model, weight = load_scorer(args.model)
-        rate = make_rater(model, weight, args.model, run)
+        rate = load_rater(args.model, run, args.template)
     else:
         if args.pairs:
             own = read_own_pairs(run, args.pairs)
@@ -95,11 +97,17 @@ def parse_command(argv: Sequence[str]) -> Namespace:
     parser.add_argument("run", type=Path)
     parser.add_argument("--pairs")
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--template")
     parser.add_argument("--scores", type=Path)
     args = parser.parse_args(argv)
     sources = [source for source in (args.pairs, args.model, args.scores) if source]
     if len(sources) > 1:
         raise UserError("expected one of --pairs, --model and --scores")
+    if args.template and not args.model:
+        raise UserError("--template is for --model; others use the run's data.template")
+    if args.template and args.template not in TEMPLATES:
+        names = ", ".join(TEMPLATES)
+        raise UserError(f"--template={args.template}: expected one of {names}")
     return args
 
 
@@ -123,21 +131,33 @@ def is_informative(accuracy_interval: Sequence[float]) -> bool:
 
 
 @torch.inference_mode()
-def last_hidden(model, rows: Sequence[Tokens], max_tokens: int) -> Tensor:
+def last_hidden(
+    model, rows: Sequence[Tokens], max_tokens: int, pad_token_id: int | None = None
+) -> Tensor:
     """Hidden states of each row's last token, after the final norm, in fp32, (N, C).
 
     Args:
         max_tokens: of a forward pass, padding included.
+        pad_token_id: a token that is not counted as the last one, though the row ends with it:
+            models whose padding is their end token were trained to be read one token before it.
     """
     device = next(model.parameters()).device
     states = [None] * len(rows)
     for group in plan_scoring([len(row.ids) for row in rows], max_tokens):
         batch = collate([rows[i] for i in group], device)
         hidden = model(batch.tokens)  # (B, T, C)
-        for position, i in enumerate(group):
-            last = len(rows[i].ids) - 1
-            states[i] = hidden[position, last].float().cpu()
+        for place, i in enumerate(group):
+            last = last_position(rows[i].ids, pad_token_id)
+            states[i] = hidden[place, last].float().cpu()
     return torch.stack(states)
+
+
+def last_position(ids: Sequence[int], pad_token_id: int | None) -> int:
+    """The position of the last token that is not padding; 0 where there is none."""
+    for position in reversed(range(len(ids))):
+        if ids[position] != pad_token_id:
+            return position
+    return 0
 
 
 def fit_head(chosen: Tensor, rejected: Tensor, decay: float = 1e-2, steps: int = 100) -> Tensor:
@@ -166,33 +186,54 @@ def fit_head(chosen: Tensor, rejected: Tensor, decay: float = 1e-2, steps: int =
     return weight.detach()
 
 
-def make_rater(model, weight: Tensor, folder: Path, run: FinishedRun) -> Rate:
-    """Scores texts by a head on a model's last hidden states.
+@dataclass(frozen=True, slots=True)
+class Rater:
+    """Scores texts by a head on a model's last hidden states."""
 
-    Args:
-        weight: the head, (C,).
-        folder: where the model came from; its tokenizer lies there.
-    """
-    tokenizer = load_tokenizer(folder)
-    context = model.config.max_position_embeddings
-    max_tokens = run.config.run.max_tokens_per_batch
+    folder: Path  # where the model came from, for errors
+    model: torch.nn.Module
+    head: Tensor  # (C,)
+    tokenizer: Tokenizer
+    template: str
+    max_tokens: int  # of a forward pass, padding included
+    pad_token_id: int | None = None
 
-    def rate(texts: Sequence[Text]) -> np.ndarray:
-        rows = []
-        for prompt, answer in texts:
-            rows.append(render(tokenizer, run.config.data.template, prompt, answer))
+    def __call__(self, texts: Sequence[Text]) -> np.ndarray:
+        """The scores of prompts with an answer each, (N,)."""
+        rows = [render(self.tokenizer, self.template, prompt, answer) for prompt, answer in texts]
+        context = self.model.config.max_position_embeddings
         too_long = sum(len(row.ids) > context for row in rows)
         if too_long:
             raise UserError(
-                f"{folder}: {too_long} texts are longer than its context of {context} tokens"
+                f"{self.folder}: {too_long} texts are longer than its context of {context} tokens"
             )
-        hidden = last_hidden(model, rows, max_tokens).to(weight.dtype)
-        return (hidden @ weight).numpy()
-
-    return rate
+        hidden = last_hidden(self.model, rows, self.max_tokens, self.pad_token_id)
+        return (hidden.to(self.head.dtype) @ self.head).numpy()
 
 
-def train_reward_model(run: FinishedRun, own_pairs: Sequence[Pair] = ()) -> Rate:
+def load_rater(folder: Path, run: FinishedRun, template: str | None) -> Rater:
+    """A Hugging Face classifier, on the device and in the dtype of the run's settings.
+
+    Args:
+        template: how dialogues are written for it; None: as its folder says.
+    """
+    settings = run.config.run
+    device = resolve_device(settings.device)
+    dtype = resolve_dtype(settings.dtype, device)
+    classifier = load_classifier(folder, device, dtype)
+    tokenizer = load_tokenizer(folder)
+    return Rater(
+        folder=folder,
+        model=classifier.model,
+        head=classifier.head,
+        tokenizer=tokenizer,
+        template=default_chat_template(folder, tokenizer, template),
+        max_tokens=settings.max_tokens_per_batch,
+        pad_token_id=classifier.pad_token_id,
+    )
+
+
+def train_reward_model(run: FinishedRun, own_pairs: Sequence[Pair] = ()) -> Rater:
     """A Bradley-Terry head on the run's strong base.
 
     Args:
@@ -203,15 +244,25 @@ def train_reward_model(run: FinishedRun, own_pairs: Sequence[Pair] = ()) -> Rate
     if not pairs:
         known = [*read_split(run, "d1"), *read_split(run, "d2")]
         pairs = complete_pairs([pair for pair in known if "corrupted" not in pair.meta], run)
-    model = load_model(folder)
+    settings = run.config.run
+    device = resolve_device(settings.device)
+    model = load_model(folder, device=device, dtype=resolve_dtype(settings.dtype, device))
     tokenizer = load_tokenizer(folder)
     template = run.config.data.template
-    max_tokens = run.config.run.max_tokens_per_batch
+    max_tokens = settings.max_tokens_per_batch
+
     chosen_rows = [render(tokenizer, template, pair.prompt, pair.chosen) for pair in pairs]
     rejected_rows = [render(tokenizer, template, pair.prompt, pair.rejected) for pair in pairs]
     chosen = last_hidden(model, chosen_rows, max_tokens)
     rejected = last_hidden(model, rejected_rows, max_tokens)
-    return make_rater(model, fit_head(chosen, rejected), folder, run)
+    return Rater(
+        folder=folder,
+        model=model,
+        head=fit_head(chosen, rejected),
+        tokenizer=tokenizer,
+        template=template,
+        max_tokens=max_tokens,
+    )
 
 
 def rank_pairs(pairs: Sequence[Pair], rate: Rate) -> np.ndarray:

@@ -8,22 +8,28 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import far, random_model
 from runs import invoke, rows_of
 
-from minmacpo.core.checkpoint import load_scorer
+from minmacpo.core.checkpoint import load_classifier
 from minmacpo.data.tokenizer import Tokens
 from minmacpo.evaluation import reward_model as reward
 from minmacpo.evaluation.finished_run import read_run
 from minmacpo.runtime.files import write_rows
 
 
-@pytest.fixture
-def classifier(tmp_path, tiny, seed):
-    """A random one-label Llama classifier of transformers, with the tokenizer of the tiny run."""
-    import transformers
+def save_classifier(folder, config, seed, tokenizer_file, dtype=torch.float32):
+    """A random one-label classifier of transformers in a folder, with this tokenizer."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForSequenceClassification.from_config(config).to(dtype).eval()
+    model.save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    return model
 
-    config = transformers.LlamaConfig(
+
+def llama_config(**settings):
+    return transformers.LlamaConfig(
         vocab_size=480,
         hidden_size=24,
         intermediate_size=40,
@@ -31,28 +37,120 @@ def classifier(tmp_path, tiny, seed):
         num_attention_heads=4,
         num_key_value_heads=2,
         num_labels=1,
-        pad_token_id=0,
         max_position_embeddings=128,
+        **{"pad_token_id": 0} | settings,
     )
+
+
+def qwen3_config(**settings):
+    """Skywork-Reward-V2-Qwen3-0.6B's config.json, smaller."""
+    sizes = {
+        "vocab_size": 480,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "pad_token_id": 2,
+        "eos_token_id": 2,
+        "bos_token_id": None,
+    }
+    return transformers.Qwen3Config(
+        architectures=["Qwen3ForSequenceClassification"],
+        attention_bias=False,
+        hidden_act="silu",
+        rms_norm_eps=1e-6,
+        rope_theta=1000000,
+        tie_word_embeddings=True,
+        num_labels=1,
+        **sizes | settings,
+    )
+
+
+@pytest.fixture
+def classifier(tmp_path, tiny, seed):
     folder = tmp_path / "classifier"
-    torch.manual_seed(seed)
-    model = transformers.LlamaForSequenceClassification(config).eval()
-    model.save_pretrained(folder)
-    (folder / "tokenizer.model").write_bytes(
-        (tiny / "bases/tokenizer/tokenizer.model").read_bytes()
-    )
+    model = save_classifier(folder, llama_config(), seed, tiny / "bases/tokenizer/tokenizer.model")
     return folder, model
 
 
-def test_scores_equal_those_of_transformers(classifier, seed):
-    folder, oracle = classifier
-    model, weight = load_scorer(folder)
+@pytest.mark.parametrize("pad", [0, 2, None])
+@pytest.mark.parametrize("make_config", [llama_config, qwen3_config])
+def test_scores_equal_those_of_transformers(tmp_path, tiny, seed, make_config, pad):
+    """Padding may be the end token, and stand at the end of a text or amid it."""
+    folder = tmp_path / "classifier"
+    oracle = save_classifier(
+        folder, make_config(pad_token_id=pad), seed, tiny / "bases/tokenizer/tokenizer.model"
+    )
+    classifier = load_classifier(folder)
     rng = np.random.default_rng(seed)
     rows = [rng.integers(3, 480, n).tolist() for n in (1, 7, 30, 12)]
-    mine = reward.last_hidden(model, [Tokens(ids, [True] * len(ids)) for ids in rows], 40) @ weight
+    rows += [[*rows[1], 2], [*rows[2][:5], 2, *rows[2][5:], 2], [*rows[3], 2, 2], [2, 2], [2]]
+    tokens = [Tokens(ids, [True] * len(ids)) for ids in rows]
+    hidden = reward.last_hidden(classifier.model, tokens, 40, classifier.pad_token_id)
     with torch.no_grad():
         wanted = torch.cat([oracle(torch.tensor([ids])).logits[0] for ids in rows])
-    assert far(mine, wanted) < 1e-5
+    assert classifier.pad_token_id == pad
+    assert far(hidden @ classifier.head, wanted) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_classifier_of_a_published_size_scores_as_transformers(tmp_path, tiny, seed):
+    """Skywork-Reward-V2-Qwen3-0.6B's shape, 596M parameters, stored in bf16, read in fp32."""
+    folder = tmp_path / "classifier"
+    config = qwen3_config(
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        pad_token_id=151643,
+        eos_token_id=151645,
+    )
+    tokenizer_file = tiny / "bases/tokenizer/tokenizer.model"
+    oracle = save_classifier(folder, config, seed, tokenizer_file, torch.bfloat16).float()
+    classifier = load_classifier(folder)
+    rng = np.random.default_rng(seed)
+    rows = [[*rng.integers(0, 151643, n).tolist(), 151645, 198, 151643] for n in (3, 60)]
+    tokens = [Tokens(ids, [True] * len(ids)) for ids in rows]
+    hidden = reward.last_hidden(classifier.model, tokens, 999, classifier.pad_token_id)
+    with torch.no_grad():
+        wanted = torch.cat([oracle(torch.tensor([ids])).logits[0] for ids in rows])
+    assert far(hidden @ classifier.head, wanted) < 1e-4
+
+
+def test_a_classifier_runs_as_the_run_says(classifier, tiny):
+    run = read_run(tiny)
+    settings = replace(run.config.run, dtype="bfloat16")
+    run = replace(run, config=replace(run.config, run=settings))
+    rater = reward.load_rater(classifier[0], run, template=None)
+    assert next(rater.model.parameters()).dtype == torch.bfloat16
+    assert rater.max_tokens == settings.max_tokens_per_batch
+
+
+def test_a_classifier_is_asked_in_its_own_template(classifier, tiny):
+    folder = classifier[0]
+    own = invoke("eval", "reward", tiny, f"--model={folder}", "--json")
+    other = invoke("eval", "reward", tiny, f"--model={folder}", "--template=plain", "--json")
+    assert own.code == 0 == other.code
+    assert json.loads(own.out)["rows"] != json.loads(other.out)["rows"]
+    wrong = invoke("eval", "reward", tiny, f"--model={folder}", "--template=plane")
+    assert wrong.code == 2 and "--template=plane" in wrong.err and "plain" in wrong.err
+    alone = invoke("eval", "reward", tiny, "--template=plain")
+    assert alone.code == 2 and "--model" in alone.err
+
+
+def test_a_padding_token_that_is_no_id_is_told(classifier, tiny):
+    config_file = classifier[0] / "config.json"
+    config = json.loads(config_file.read_text()) | {"pad_token_id": "</s>"}
+    config_file.write_text(json.dumps(config))
+    ended = invoke("eval", "reward", tiny, f"--model={classifier[0]}")
+    assert ended.code == 2 and "pad_token_id" in ended.err
 
 
 def test_a_classifier_rates_a_run(classifier, tiny):
