@@ -113,7 +113,9 @@ def test_a_classifier_of_a_published_size_scores_as_transformers(tmp_path, tiny,
         eos_token_id=151645,
     )
     tokenizer_file = tiny / "bases/tokenizer/tokenizer.model"
-    oracle = save_classifier(folder, config, seed, tokenizer_file, torch.bfloat16).float()
+    save_classifier(folder, config, seed, tokenizer_file, torch.bfloat16)
+    read = transformers.AutoModelForSequenceClassification.from_pretrained
+    oracle = read(folder, dtype=torch.float32).eval()
     classifier = load_classifier(folder)
     rng = np.random.default_rng(seed)
     rows = [[*rng.integers(0, 151643, n).tolist(), 151645, 198, 151643] for n in (3, 60)]
