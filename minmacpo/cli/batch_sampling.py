@@ -7,6 +7,7 @@ same; of its rows those are added that are not there yet.
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import BinaryIO
 from minmacpo import UserError
 from minmacpo.config.schema import Config
 from minmacpo.core.checkpoint import read_adapter_config
-from minmacpo.data.formats import read_data
+from minmacpo.data.formats import column_warnings, read_data
 from minmacpo.data.records import Example, Pair
 from minmacpo.pipeline.base_models import model_fingerprint
 from minmacpo.pipeline.model_pool import LoadedModel
@@ -43,6 +44,8 @@ def read_prompts(file: Path, config: Config) -> list[Pair]:
     )
     for name, report in reports.items():
         print(escape_control_chars(f"{name}: {report}"), flush=True)
+    for warning in column_warnings(reports):
+        print(f"WARNING: {escape_control_chars(warning)}", file=sys.stderr)
     return [replace(pair, chosen="", rejected="") for pair in pairs]
 
 

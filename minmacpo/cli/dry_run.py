@@ -65,7 +65,7 @@ def show_plan(run: Run, prepare: Callable[[], PreparedData]) -> None:
         print(escape_control_chars(line), flush=True)
 
     # --- What is odd, or will not work; on stderr
-    warnings = hints(run) + few_rows(run.config, prepared)
+    warnings = hints(run) + prepared.warnings + few_rows(run.config, prepared)
     memory_problem = find_memory_problem(plan, free_memory(plan))
     if memory_problem is not None:
         warnings.append(memory_problem)

@@ -2,7 +2,7 @@
 
 Reading is strict: the first row of a file says which fields its rows have. A row with other fields,
 or one that cannot be read, is an error with file and line, unless such rows are to be skipped. What
-can be read but not used is counted by reason. Text is taken without the white space around it.
+can be read but not used is counted by reason, and so are columns that are not read (columns.py).
 
 To add a format, write a function from a row to `Sides`, put it into FORMATS, and say in
 `format_name` which fields it has.
@@ -11,13 +11,44 @@ To add a format, write a function from a row to `Sides`, put it into FORMATS, an
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
 from minmacpo import UserError
+from minmacpo.data.columns import (
+    ANSWER_FIELDS,
+    CHOSEN_FIELDS,
+    DIALOGUE_FIELDS,
+    LABEL_FIELDS,
+    LABELLED_FIELDS,
+    PROMPT_FIELDS,
+    REJECTED_FIELDS,
+    SYSTEM_FIELDS,
+    Row,
+    add_context,
+    contradicts_scores,
+    ends_untrained,
+    first_field,
+    response_list,
+    take_label,
+    take_scored_answers,
+    unread_columns,
+    untrained_turns,
+)
+from minmacpo.data.dialogues import (
+    InvalidRow,
+    Prompt,
+    describe_type,
+    is_marked,
+    merge_prompts,
+    parse_answer,
+    parse_dialogue,
+    parse_messages,
+    parse_text,
+)
 from minmacpo.data.readers import (
     ENDINGS,
     find_files,
@@ -26,23 +57,26 @@ from minmacpo.data.readers import (
     read_lines,
     split_pair_paths,
 )
-from minmacpo.data.records import Message, Pair, Sample, example_id, format_dialogue
-
-Prompt = tuple[Message, ...]
-
-# The fields that are looked at; the first that a row has is taken.
-PROMPT_FIELDS = ("prompt", "conversations", "messages", "instruction")
-SINGLE_ANSWER_FIELDS = ("response_1", "response", "completion", "output")
-ANSWER_FIELDS = ("chosen", "rejected", "response_0", *SINGLE_ANSWER_FIELDS)
+from minmacpo.data.records import Pair, Sample, example_id, format_dialogue
 
 # A row has all fields of at least one of these.
 REQUIRED_FIELDS = (
     {"prompt"},
     {"conversations"},
+    {"conversation"},
     {"messages"},
     {"instruction", "output"},
+    {"instruction", "response"},
+    {"instruction", "completion"},
+    {"question", "response"},
+    {"query", "response"},
     {"chosen", "rejected"},
+    {"chosen_messages", "rejected_messages"},
 )
+
+# What becomes of bad answers, as it is counted.
+JOINED = "bad answers joined with a good one to their prompt"
+LEFT_ALONE = "bad answers without a good one to their prompt, which alone is used"
 
 UNDERSTOOD = (
     'understood are "chosen" and "rejected" dialogues (HH-RLHF, or lists of messages); '
@@ -51,54 +85,40 @@ UNDERSTOOD = (
     '"instruction" with "output" (Alpaca)'
 )
 
-HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-HH_ANSWER = "\n\nAssistant:"
-
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-
-JSON_TYPES = {
-    str: "text",
-    list: "a list",
-    dict: "an object",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    type(None): "null",
-}
-
-
-class InvalidRow(Exception):
-    """A row that cannot be read.
-
-    Attributes:
-        reason: in a few words, as it is counted.
-        details: what stands there, and what was expected.
-    """
-
-    def __init__(self, reason: str, details: str):
-        super().__init__(reason, details)
-        self.reason = reason
-        self.details = details
-
 
 @dataclass(slots=True)
 class Sides:
     """What a row holds.
 
     Attributes:
-        prompts: the prompt, as often as the row has it; a usable row has the same each time.
         answers: none, one, or two with the better one first; None for a dialogue that ends with a
             human turn.
+        stated: the prompt in a column of its own; empty if there is none.
+        repeated: the turns before each answer, of those answers that are dialogues.
+        is_labelled: whether a label may say that the only answer is a bad one.
     """
 
-    prompts: list[Prompt]
     answers: list[str | None]
+    stated: Prompt = ()
+    repeated: list[Prompt] = field(default_factory=list)
+    is_labelled: bool = False
+
+
+@dataclass(slots=True)
+class ParsedRow:
+    """What became of a row.
+
+    Attributes:
+        pair: None if the row cannot be used. A bad answer alone is its `rejected`.
+        reason: "kept", or why the row cannot be used.
+        unread: columns that hold something and are not used.
+        label: whether the only answer is a good one; None if the row does not say it.
+    """
+
+    pair: Pair | None
+    reason: str
+    unread: list[str] = field(default_factory=list)
+    label: bool | None = None
 
 
 @dataclass(slots=True)
@@ -108,6 +128,8 @@ class LoadReport:
     fields: dict[str, str] = field(default_factory=dict)  # {field: type of its value}
     counts: Counter = field(default_factory=lambda: Counter(read=0, kept=0))
     first: dict[str, int] = field(default_factory=dict)  # {reason to drop a row: first row}
+    unread: Counter = field(default_factory=Counter)  # {column that is not used: rows}
+    joined: Counter = field(default_factory=Counter)  # {what became of labelled answers: rows}
     unit: str = "line"  # or "row", of an array
 
     def add(self, number: int, reason: str) -> None:
@@ -126,259 +148,274 @@ class LoadReport:
         ]
         for reason, number in self.first.items():
             parts.append(f"{self.counts[reason]} {reason} (first in {self.unit} {number})")
+        for what, count in self.joined.items():
+            parts.append(f"{count} {what}")
+        if self.unread:
+            parts.append(f"not used: {list_columns(self.unread)}")
         return "; ".join(parts)
+
+
+def list_columns(unread: Mapping[str, int]) -> str:
+    """ "'tools' (in 12 rows)": the columns that are not used, the first ten of them."""
+    shown = [f"{ascii(name)[:60]} (in {count} rows)" for name, count in unread.items()]
+    if len(shown) > 10:
+        shown = [*shown[:10], f"and {len(shown) - 10} more"]
+    return ", ".join(shown)
+
+
+def column_warnings(reports: Mapping[str, LoadReport]) -> list[str]:
+    """One sentence for each file with columns that are not used."""
+    sentences = []
+    for name, report in reports.items():
+        if report.unread:
+            sentences.append(
+                f"{name}: columns that are not used: {list_columns(report.unread)}; docs/data.md "
+                "says which are"
+            )
+    return sentences
 
 
 # ---- the formats ----------------------------------------------------------------------------
 
 
-def read_dialogues(row: Mapping, preference_label: str) -> Sides:
+def read_dialogues(row: Row, preference_label: str) -> Sides:
     r"""Two dialogues that differ in their last answer: HH-RLHF, or lists of messages.
 
     {"chosen": "\n\nHuman: hi\n\nAssistant: hello", "rejected": "\n\nHuman: hi\n\nAssistant: go"}
     """
-    sides = Sides([], [])
-    for name in ("chosen", "rejected"):
-        prompt, answer = parse_dialogue(row[name], name)
-        sides.prompts.append(prompt)
+    sides = Sides([])
+    for names in (CHOSEN_FIELDS, REJECTED_FIELDS):
+        name = row.first(names)
+        turns_before, answer = parse_dialogue(row.take(name), name)
+        sides.repeated.append(turns_before)
         sides.answers.append(answer)
     return sides
 
 
-def read_preference(row: Mapping, preference_label: str) -> Sides:
+def read_preference(row: Row, preference_label: str) -> Sides:
     """A prompt with a chosen answer, and mostly a rejected one.
 
     {"prompt": "hi", "chosen": "hello", "rejected": "go away"}
+    {"messages": [... , {"role": "assistant", "content": "hello"}], "rejected_response": "go away"}
     """
-    names = ("chosen", "rejected")
-    answers = [(name, row[name]) for name in names if row.get(name) is not None]
-    return with_answers(read_prompt(row), answers)
+    prompt = read_prompt(row)
+    chosen_name = row.first((*CHOSEN_FIELDS, *ANSWER_FIELDS))
+    names = [name for name in (chosen_name, row.first(REJECTED_FIELDS)) if name]
+    sides = with_answers(row, prompt, [(name, row.take(name)) for name in names])
+    if len(prompt) > 1 and prompt[-1].role == "assistant":
+        # The dialogue's last turn is the chosen answer, said again or only there
+        if chosen_name is None:
+            sides.answers.insert(0, prompt[-1].content)
+        if sides.answers[0] == prompt[-1].content:
+            sides.stated = prompt[:-1]
+    return sides
 
 
-def read_labelled_responses(row: Mapping, preference_label: str) -> Sides:
+def read_labelled_responses(row: Row, preference_label: str) -> Sides:
     """Two responses and labels that say which is the better, and which the safer one: PKU-SafeRLHF.
 
     {"prompt": "hi", "response_0": "go away", "response_1": "hello",
      "better_response_id": 1, "safer_response_id": 1}
     """
     label = f"{preference_label}_response_id"
-    better = row.get(label)
+    better = row.take(label)
+    row.read |= {"better_response_id", "safer_response_id"}
     if type(better) is not int or better not in (0, 1):
         raise InvalidRow(
             "no label", f"{label!r} is {better!a:.80} instead of 0 or 1; see data.preference_label"
         )
     names = (f"response_{better}", f"response_{1 - better}")
-    return with_answers(read_prompt(row), [(name, row.get(name)) for name in names])
+    return with_answers(row, read_prompt(row), [(name, row.take(name)) for name in names])
 
 
-def read_answers(row: Mapping, preference_label: str) -> Sides:
+def read_scored_answers(row: Row, preference_label: str) -> Sides:
+    """Several answers with scores or ranks: the best one and the worst.
+
+    {"prompt": "hi", "responses": ["go away", "hello"], "scores": [1, 4]}
+    {"prompt": "hi", "answers": [{"answer": "hello", "rank": 1}, {"answer": "go away", "rank": 2}]}
+    """
+    name = response_list(row)
+    answers = take_scored_answers(row, name)
+    best = max(answers, key=lambda answer: answer.quality)
+    worst = min(answers, key=lambda answer: answer.quality)
+    if best.quality == worst.quality:
+        worst = best  # they are then counted as identical answers
+    return with_answers(row, read_prompt(row), [(name, best.value), (name, worst.value)])
+
+
+def read_answers(row: Row, preference_label: str) -> Sides:
     """A prompt with one answer, or with a list of a better and a worse one.
 
     {"prompt": "hi", "response": ["hello", "go away"]}
+    {"prompt": "hi", "completion": "hello", "label": true}                  (TRL, unpaired)
     {"instruction": "Say hi.", "input": "in French", "output": "salut"}     (Alpaca)
     """
-    name = first_field(row, SINGLE_ANSWER_FIELDS)
-    value = row[name]
+    name = row.first(ANSWER_FIELDS)
+    value = row.take(name)
     prompt = read_prompt(row)
     # A list is of two answers, unless it holds the messages of one
     is_messages = isinstance(value, list) and any(isinstance(part, dict) for part in value)
     if is_messages or not isinstance(value, list):
-        return with_answers(prompt, [(name, value)])
+        sides = with_answers(row, prompt, [(name, value)])
+        sides.is_labelled = True
+        return sides
     if len(value) != 2:
         raise InvalidRow(
             "no pair", f"{name!r} holds {len(value)} texts instead of a better and a worse one"
         )
-    return with_answers(prompt, [(name, answer) for answer in value])
+    label_name = row.first(LABEL_FIELDS)
+    if label_name is not None:
+        raise InvalidRow(
+            "unknown label",
+            f"{label_name!r} stands beside the two answers of {name!r}, of which the first is "
+            'taken for the better; give them as "chosen" and "rejected"',
+        )
+    return with_answers(row, prompt, [(name, answer) for answer in value])
 
 
-def read_conversation(row: Mapping, preference_label: str) -> Sides:
+def read_conversation(row: Row, preference_label: str) -> Sides:
     """A dialogue, of which the last turn is the answer if the assistant speaks it.
 
     {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
     {"messages": [{"role": "user", "content": "hi"}]}
+    {"prompt": "hi", "messages": [...]}             (the prompt is one of the dialogue's turns)
     """
-    messages = read_prompt(row)
-    if messages[-1].role == "assistant":
-        return Sides([messages[:-1]], [messages[-1].content])
-    return Sides([messages], [])
+    name = row.first(DIALOGUE_FIELDS)
+    if name is None:
+        messages = read_prompt(row)
+        stated = ()
+    else:
+        messages = parse_messages(row.take(name), name)
+        stated = read_prompt(row)
+    if messages[-1].role != "assistant":
+        return Sides([], stated, [messages])
+    sides = Sides([messages[-1].content], stated, [messages[:-1]], is_labelled=True)
+    if stated == messages:
+        sides.stated = ()
+    return sides
 
 
-FORMATS: dict[str, Callable[[Mapping, str], Sides]] = {
+FORMATS: dict[str, Callable[[Row, str], Sides]] = {
     "dialogues": read_dialogues,
     "preference": read_preference,
     "labelled responses": read_labelled_responses,
+    "scored answers": read_scored_answers,
     "answers": read_answers,
     "conversation": read_conversation,
 }
 
 
-def format_name(row: Mapping) -> str:
+def format_name(row: Row) -> str:
     """Which of FORMATS a row has, by its fields; a field that is null counts as absent."""
-    if first_field(row, PROMPT_FIELDS) is None:
+    if row.first(PROMPT_FIELDS) is None:
         return "dialogues"
-    if row.get("response_0") is not None:
+    if row.first(LABELLED_FIELDS):
         return "labelled responses"
-    if row.get("chosen") is not None:
+    if row.first((*CHOSEN_FIELDS, *REJECTED_FIELDS)):
         return "preference"
-    if first_field(row, SINGLE_ANSWER_FIELDS):
+    if response_list(row):
+        return "scored answers"
+    if row.first(ANSWER_FIELDS):
         return "answers"
     return "conversation"
-
-
-def first_field(row: Mapping, names: tuple[str, ...]) -> str | None:
-    """The first of these fields that the row has."""
-    return next((name for name in names if row.get(name) is not None), None)
 
 
 # ---- parts of a row -------------------------------------------------------------------------
 
 
-def read_prompt(row: Mapping) -> Prompt:
-    """The messages before the answer; of Alpaca the instruction with its input."""
-    name = first_field(row, PROMPT_FIELDS)
-    prompt = parse_messages(row[name], name)
+def read_prompt(row: Row) -> Prompt:
+    """The messages in the prompt's column; of Alpaca the instruction with its input."""
+    name = row.first(PROMPT_FIELDS)
+    prompt = parse_messages(row.take(name), name)
     if name != "instruction":
         return prompt
 
-    for unread in ("history", "system"):
-        if row.get(unread):
+    # Alpaca's text for a dialogue with a system message is nowhere fixed
+    for unread in (*SYSTEM_FIELDS, "history"):
+        if row.fields.get(unread):
             raise InvalidRow(
                 "form not recognised",
                 f'{unread!r} beside "instruction" is not read; use "messages"',
             )
-    more = parse_text(row.get("input") or "", "input")
+
+    # Dolly calls the input "context"
+    input_name = "input"
+    if not row.fields.get("input") and isinstance(row.fields.get("context"), str):
+        input_name = "context"
+    more = parse_text(row.take(input_name) or "", input_name)
     if more:
-        return (Message("user", f"{prompt[0].content}\n\n{more}"),)
+        last = prompt[-1]
+        return (*prompt[:-1], replace(last, content=f"{last.content}\n\n{more}"))
     return prompt
 
 
-def with_answers(prompt: Prompt, answers: Sequence[tuple[str, object]]) -> Sides:
+def with_answers(row: Row, prompt: Prompt, answers: Sequence[tuple[str, object]]) -> Sides:
     """The prompt with its answers, the better one first, each a text or the dialogue's last turns.
 
     Args:
         answers: (field, value) of each.
     """
-    sides = Sides([prompt], [])
+    stated = row.fields.get(row.first(PROMPT_FIELDS))
+    is_marked_prompt = isinstance(stated, str) and is_marked(stated)
+    sides = Sides([], prompt)
     for name, value in answers:
-        if isinstance(value, str):
-            sides.answers.append(parse_text(value, name))
-            continue
-        turns_before, answer = parse_dialogue(value, name)
-        if turns_before:  # some files say the prompt again, as ultrafeedback_binarized does
-            sides.prompts.append(turns_before)
+        turns_before, answer = parse_answer(value, name, prompt, is_marked_prompt)
+        if turns_before:
+            sides.repeated.append(turns_before)
         sides.answers.append(answer)
     return sides
-
-
-def parse_dialogue(value: object, name: str) -> tuple[Prompt, str | None]:
-    """(prompt, last answer) of a dialogue; the answer is None if a human turn is the last.
-
-    Args:
-        value: a text of the HH-RLHF kind, or messages.
-        name: of the field, for error messages; so in the functions below.
-    """
-    if not isinstance(value, str):
-        *prompt, last = parse_messages(value, name)
-        return tuple(prompt), last.content if last.role == "assistant" else None
-
-    parse_text(value, name)  # for its checks: the text is split as it is
-    try:
-        prompt, answer = split_dialogue(value)
-    except ValueError as error:
-        raise InvalidRow("no dialogue", f"{name!r} is {error}") from None
-    ends_with_human = HH_TURN.findall(value)[-1] == "Human"
-    return prompt, None if ends_with_human else answer
-
-
-def split_dialogue(text: str) -> tuple[Prompt, str]:
-    r"""(prompt, last answer) of an HH-RLHF dialogue, which is cut at its last assistant turn.
-
-    "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: so?\n\nAssistant: yes" has three turns as its
-    prompt, and "yes" as its answer. ValueError if the text is no such dialogue.
-    """
-    # a human turn behind the last answer stays in it, as the files have it
-    prompt_text, mark, answer = text.rpartition(HH_ANSWER)
-    before, *parts = HH_TURN.split(prompt_text)  # speaker and content by turns
-    if not mark or before.strip():
-        raise ValueError(r'no dialogue of "\n\nHuman: …" and "\n\nAssistant: …" turns')
-    turns = []
-    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
-        turns.append(Message(ROLES[speaker.lower()], content.strip()))
-    return tuple(turns), answer.strip()
-
-
-def parse_messages(value: object, name: str) -> Prompt:
-    """The messages of a list of {"role", "content"} or {"from", "value"}.
-
-    A single such message, or a text as one human turn, will do too. Only an assistant's turn at the
-    end may be empty.
-    """
-    if isinstance(value, str):
-        value = [{"role": "user", "content": value}]
-    if not isinstance(value, list):
-        value = [value]
-    messages = tuple(parse_message(turn, name) for turn in value)
-
-    if not messages:
-        raise InvalidRow("empty turn", f"{name!r} holds no turn")
-    for number, message in enumerate(messages, start=1):
-        may_be_empty = number == len(messages) and message.role == "assistant"
-        if not message.content and not may_be_empty:
-            raise InvalidRow("empty turn", f"{name!r} holds an empty turn")
-    return messages
-
-
-def parse_message(turn: object, name: str) -> Message:
-    """One message, of either kind."""
-    if not isinstance(turn, dict):
-        raise InvalidRow(
-            "no message", f"{name!r} holds {JSON_TYPES[type(turn)]} where a message should be"
-        )
-    role = turn.get("role", turn.get("from"))
-    content = turn.get("content", turn.get("value"))
-    if not isinstance(role, str) or role not in ROLES:
-        raise InvalidRow(
-            "unknown role", f"{name!r} holds a turn of {role!a:.80}; known are {', '.join(ROLES)}"
-        )
-    return Message(ROLES[role], parse_text(content, f"{name}: {role}"))
-
-
-def parse_text(value: object, name: str) -> str:
-    """A text without the white space around it."""
-    if not isinstance(value, str):
-        raise InvalidRow("no text", f"{name!r} is {JSON_TYPES[type(value)]}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InvalidRow("no valid text", f"{name!r} holds half a surrogate pair") from None
-    return value.strip()
 
 
 # ---- rows -----------------------------------------------------------------------------------
 
 
-def parse_row(row: Mapping, preference_label: str = "better") -> tuple[Pair | None, str]:
-    """(pair, "kept"), or (None, why the row cannot be used); InvalidRow if it cannot be read.
+def parse_row(fields: Mapping, preference_label: str = "better") -> ParsedRow:
+    """What becomes of a row; InvalidRow if it cannot be read.
 
     Args:
         preference_label: which label of PKU-SafeRLHF decides, "better" or "safer".
     """
+    row = Row(fields)
     sides = FORMATS[format_name(row)](row, preference_label)
-    prompt = sides.prompts[0]
-    if len(set(sides.prompts)) > 1:
-        return None, "prompts differ"
-    if not prompt or prompt[-1].role != "user" or not prompt[-1].content:
-        return None, "no human turn before the answer"
-    if None in sides.answers:
-        return None, "human turn at the end"
-    if "" in sides.answers:
-        return None, "empty answer"
-    if len(sides.answers) == 2 and sides.answers[0] == sides.answers[1]:
-        return None, "identical answers"
+    label = take_label(row) if sides.is_labelled else None
+    prompt = merge_prompts(sides.stated, sides.repeated)
+    if prompt is not None:
+        prompt = add_context(row, prompt)
+
+    reason = why_unusable(row, prompt, sides.answers)
+    if reason is not None:
+        return ParsedRow(None, reason)
 
     # a row may have one answer, or none
     chosen, rejected, *_ = [*sides.answers, "", ""]
-    return Pair(example_id(prompt), prompt, chosen, rejected), "kept"
+    if label is False:
+        chosen, rejected = "", chosen
+    meta = {}
+    untrained = untrained_turns(row, prompt)
+    if untrained:
+        meta["untrained_turns"] = untrained
+    pair = Pair(example_id(prompt), prompt, chosen, rejected, meta=meta)
+    return ParsedRow(pair, "kept", unread_columns(row, prompt, sides.answers), label)
+
+
+def why_unusable(row: Row, prompt: Prompt | None, answers: Sequence[str | None]) -> str | None:
+    """The reason why a row that can be read cannot be used; None if it can."""
+    two_answers = len(answers) == 2
+    if prompt is None:
+        return "prompts differ"
+    if not prompt or prompt[-1].role != "user" or not prompt[-1].content:
+        return "no human turn before the answer"
+    if None in answers:
+        return "human turn at the end"
+    if "" in answers:
+        return "empty answer"
+    if two_answers and answers[0] == answers[1]:
+        return "identical answers"
+    if two_answers and contradicts_scores(row):
+        return "rejected answer scored above the chosen one"
+    if ends_untrained(row):
+        return "weight 0"
+    return None
 
 
 def check_fields(row: object, expected: Mapping[str, str]) -> dict[str, str]:
@@ -391,12 +428,8 @@ def check_fields(row: object, expected: Mapping[str, str]) -> dict[str, str]:
         InvalidRow: the row is no object, has other fields than expected, or lacks some.
     """
     if not isinstance(row, dict):
-        raise InvalidRow("no object", f"it is {JSON_TYPES[type(row)]}; {UNDERSTOOD}")
-
-    fields = {}
-    for name in PROMPT_FIELDS + ANSWER_FIELDS:
-        if row.get(name) is not None:
-            fields[name] = JSON_TYPES[type(row[name])]
+        raise InvalidRow("no object", f"it is {describe_type(row)}; {UNDERSTOOD}")
+    fields = {name: describe_type(row[name]) for name in decisive_fields(row)}
 
     # A file has rows of one form, null being as good as absent
     if expected:
@@ -409,15 +442,49 @@ def check_fields(row: object, expected: Mapping[str, str]) -> dict[str, str]:
                     f"{name!r} is {kind}, and {expected_kind} in the rows before; "
                     "a file has one form",
                 )
-
-    has_required = any(required <= fields.keys() for required in REQUIRED_FIELDS)
-    only_rejected = "rejected" in fields and "chosen" not in fields
-    if not has_required or only_rejected:
+    if not has_known_form(row, fields):
         names = ", ".join(ascii(name) for name in row)
         raise InvalidRow(
             "form not recognised", f"its keys are {names[:200] or 'none'}; {UNDERSTOOD}"
         )
     return fields
+
+
+def decisive_fields(row: Mapping) -> list[str]:
+    """The columns that say which form a row has, and what its answers are worth."""
+    names = []
+    prompt_name = first_field(row, PROMPT_FIELDS)
+    if prompt_name is not None:
+        names.append(prompt_name)
+    dialogue_name = first_field(row, DIALOGUE_FIELDS)
+    if dialogue_name not in (None, prompt_name):
+        names.append(dialogue_name)
+    for candidates in (CHOSEN_FIELDS, REJECTED_FIELDS):
+        name = first_field(row, candidates)
+        if name is not None:
+            names.append(name)
+    answer_names = [name for name in LABELLED_FIELDS + ANSWER_FIELDS if row.get(name) is not None]
+    scored_name = response_list(Row(row))
+    if scored_name is not None and scored_name not in answer_names:
+        answer_names.append(scored_name)
+    has_one_answer = len(answer_names) == 1 or dialogue_name is not None
+    if has_one_answer and not any(name in names for name in CHOSEN_FIELDS + REJECTED_FIELDS):
+        answer_names += [name for name in LABEL_FIELDS if row.get(name) is not None]
+    return names + answer_names
+
+
+def has_known_form(row: Mapping, fields: Mapping[str, str]) -> bool:
+    """Whether a row has all that one of the forms needs."""
+    known = any(required <= fields.keys() for required in REQUIRED_FIELDS)
+    has_prompt = first_field(row, PROMPT_FIELDS) is not None
+    has_two_sides = first_field(row, CHOSEN_FIELDS) and first_field(row, REJECTED_FIELDS)
+    is_scored = response_list(Row(row)) is not None
+    if has_prompt and (has_two_sides or is_scored):
+        known = True
+    # what is rejected needs an answer that is better
+    has_better = first_field(row, (*CHOSEN_FIELDS, *ANSWER_FIELDS, *DIALOGUE_FIELDS)) is not None
+    only_rejected = first_field(row, REJECTED_FIELDS) is not None and not has_better
+    return known and not only_rejected
 
 
 def parse_line(line: str) -> object:
@@ -447,7 +514,7 @@ def read_file(
     skip_invalid: bool,
     max_rows: int | None,
     plain_prompts: bool = False,
-) -> Iterator[Pair]:
+) -> Iterator[ParsedRow]:
     """The usable ones of the first `max_rows` rows, one at a time; the report is filled.
 
     Args:
@@ -472,17 +539,17 @@ def read_file(
                     is_jsonl = is_object
                 row = parse_line(item) if is_jsonl or is_object else {"prompt": item}
             fields = check_fields(row, expected=report.fields)
-            pair, reason = parse_row(row, preference_label)
+            parsed = parse_row(row, preference_label)
             report.fields = fields  # of a row that can be read
         except InvalidRow as error:
             if not skip_invalid:
                 where = f"{file}, {report.unit} {number}"
                 raise UserError(f"{where}: {error.reason}: {error.details}") from None
-            pair = None
-            reason = f"skipped ({error.reason})"
-        report.add(number, reason)
-        if pair is not None:
-            yield pair
+            parsed = ParsedRow(None, f"skipped ({error.reason})")
+        report.add(number, parsed.reason)
+        report.unread.update(parsed.unread)
+        if parsed.pair is not None:
+            yield parsed
 
 
 def read_data(
@@ -508,7 +575,7 @@ def read_data(
         UserError: a row cannot be read, and is not to be skipped; or no row is left.
     """
     files = find_files(path, setting)
-    pairs = []
+    rows: list[ParsedRow] = []
     reports: dict[str, LoadReport] = {}
     occurrences = Counter()
     for index, file in enumerate(files):
@@ -535,14 +602,65 @@ def read_data(
             plain_prompts=plain_prompts,
         )
         # Rows with the same prompt get ids of their own
-        for pair in usable:
+        for row in usable:
+            pair = row.pair
             unique_id = example_id(pair.prompt, occurrences[pair.id])
             occurrences[pair.id] += 1
-            pairs.append(replace(pair, id=unique_id, meta={"file": name}))
+            row.pair = replace(pair, id=unique_id, meta={"file": name} | pair.meta)
+            rows.append(row)
+    if split_pair_paths(path):
+        check_unlabelled(rows, path)
+    pairs = join_labelled(rows, reports)
     if not pairs:
         counts = "; ".join(f"{name}: {report}" for name, report in reports.items())
         raise UserError(f"{setting}: no usable row in {path} ({counts[:400]})")
     return pairs, reports
+
+
+def check_unlabelled(rows: Sequence[ParsedRow], path: str) -> None:
+    """UserError for a label in "GOOD,BAD", where the file says which answers are good."""
+    for row in rows:
+        if row.label is not None:
+            raise UserError(
+                f"{path}: answers in {row.pair.meta['file']} have labels, and the files are to say "
+                "which are good; give one file with the answers of both kinds"
+            )
+
+
+def join_labelled(rows: Sequence[ParsedRow], reports: Mapping[str, LoadReport]) -> list[Pair]:
+    """The pairs of all rows; a bad answer goes to a good one to the same prompt, in order.
+
+    Of a bad answer that is left alone the prompt is kept, without an answer. The reports count what
+    became of the bad ones.
+    """
+    bad_by_prompt: dict[Prompt, list[ParsedRow]] = defaultdict(list)
+    for row in rows:
+        if row.label is False:
+            bad_by_prompt[row.pair.prompt].append(row)
+
+    # A good answer takes the first bad one that differs from it
+    joined = set()  # ids of Python objects: rows may be equal
+    pairs: list[Pair] = []
+    for row in rows:
+        pair = row.pair
+        candidates = bad_by_prompt.get(pair.prompt, []) if row.label else []
+        for index, bad in enumerate(candidates):
+            if bad.pair.rejected != pair.chosen:
+                joined.add(id(candidates.pop(index)))
+                pair = replace(pair, rejected=bad.pair.rejected)
+                break
+        pairs.append(pair)
+
+    usable = []
+    for row, pair in zip(rows, pairs, strict=True):
+        if row.label is False:
+            was_joined = id(row) in joined
+            reports[pair.meta["file"]].joined[JOINED if was_joined else LEFT_ALONE] += 1
+            if was_joined:
+                continue
+            pair = replace(pair, rejected="")
+        usable.append(pair)
+    return usable
 
 
 def display_name(file: Path) -> str:

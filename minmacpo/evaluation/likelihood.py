@@ -29,7 +29,7 @@ from minmacpo.core.batching import scoring_tokens
 from minmacpo.core.lora import disable_adapter
 from minmacpo.core.scoring import perplexity, score, win_or_tie
 from minmacpo.data.chat_template import render
-from minmacpo.data.formats import LoadReport, read_data
+from minmacpo.data.formats import LoadReport, column_warnings, read_data
 from minmacpo.data.records import Pair, example_id
 from minmacpo.data.splits import TOO_FEW
 from minmacpo.data.tokenizer import Tokens, show_mask
@@ -88,6 +88,8 @@ def run_likelihood(command: str, argv: Sequence[str]) -> dict:
         max_rows=config.data.max_examples,
         setting="FILE",
     )
+    for warning in column_warnings(reports):
+        print(f"WARNING: {escape_control_chars(warning)}", file=sys.stderr)
     config, loaded, base = open_agent(folder, config, flags)
     needs_rejected = command == "accuracy"
     pairs, counts = fit_pairs(config, loaded, pairs, reports.values(), needs_rejected)
@@ -137,6 +139,14 @@ def fit_pairs(
     if not needs_rejected:
         complete = [replace(pair, rejected="") for pair in complete]
     limit = loaded.max_length
+    if not complete:
+        expected = "eval.py ppl measures answers"
+        if needs_rejected:
+            expected = "eval.py accuracy compares two answers to a prompt, eval.py ppl measures one"
+        raise UserError(
+            f"no row is left to measure: none of the {len(pairs)} usable rows has a {needed} "
+            f"answer; {expected}"
+        )
     fitting, reasons = truncate_pairs(config, loaded.tokenizer, complete, limit, limit)
 
     counts = Counter()

@@ -7,14 +7,14 @@ nothing behind. The stages at the end write them.
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from minmacpo import UserError
 from minmacpo.config.schema import Config
 from minmacpo.data import synthetic
 from minmacpo.data.chat_template import dialogue_text, render
-from minmacpo.data.formats import read_data
+from minmacpo.data.formats import column_warnings, read_data
 from minmacpo.data.readers import find_files, split_pair_paths
 from minmacpo.data.records import Example, Message, Pair
 from minmacpo.data.splits import join_sides, split_pairs
@@ -42,12 +42,14 @@ class PreparedData:
         corpora: the documents that each base is pre-trained on (D0), by base.
         tokenizer: a sentencepiece model, where bases are made here.
         counts: what stage.json says of the rows that were read, dropped and cut.
+        warnings: sentences on what is odd about the files.
     """
 
     splits: dict[str, list[Pair]]
     corpora: dict[str, list[Example]]
     tokenizer: bytes | None
     counts: dict
+    warnings: list[str] = field(default_factory=list)
 
 
 def base_names(config: Config) -> list[str]:
@@ -173,7 +175,9 @@ def prepare_data(config: Config, given: Sequence[Tokenizer]) -> PreparedData:
         counts["d1 answers without their other side"] = without_other_side
     for name, report in reports.items():
         counts[f"read {name}"] = str(report)
-    return prepare_splits(config, splits, corpora, given, counts)
+    prepared = prepare_splits(config, splits, corpora, given, counts)
+    prepared.warnings += column_warnings(reports)
+    return prepared
 
 
 # --- Making the texts fit
@@ -520,6 +524,8 @@ def splits_stage(
             context.log(
                 f"WARNING: {LONGER}, so that no sampled one can be like them: {counts[LONGER]}"
             )
+        for warning in prepared().warnings:
+            context.log(f"WARNING: {warning}")
         ids = {}
         for name, pairs in prepared().splits.items():
             write_rows(context.folder / f"{name}.jsonl", pairs)

@@ -11,7 +11,8 @@ from test_bad_input import HH, ROWS, check_sentence, refused, tree
 from texts import hh_dialogue, hh_row, write_lines
 
 from minmacpo import UserError
-from minmacpo.data.formats import parse_row, read_data, released, split_dialogue
+from minmacpo.data.dialogues import split_dialogue
+from minmacpo.data.formats import parse_row, read_data, released
 from minmacpo.data.readers import find_files, read_lines
 from minmacpo.data.records import Message, Pair, Sample, example_id
 from minmacpo.data.splits import split_pairs
@@ -102,8 +103,9 @@ def test_no_dialogue(text):
     ],
 )
 def test_why_a_row_is_used_or_not(chosen, rejected, reason):
-    pair, found_reason = parse_row({"chosen": chosen, "rejected": rejected})
-    assert found_reason == reason
+    parsed = parse_row({"chosen": chosen, "rejected": rejected})
+    pair = parsed.pair
+    assert parsed.reason == reason
     if reason == "kept":
         assert (pair.prompt, pair.chosen) == split_dialogue(chosen)
         assert (pair.prompt, pair.rejected) == split_dialogue(rejected)
@@ -294,7 +296,8 @@ UNUSABLE = {
 @pytest.mark.parametrize("reason", UNUSABLE)
 def test_rows_that_cannot_be_used_are_counted(tmp_path, reason):
     for values in UNUSABLE[reason]:
-        assert parse_row(values) == (None, reason)
+        parsed = parse_row(values)
+        assert (parsed.pair, parsed.reason) == (None, reason)
         file = write_lines(tmp_path / "x.jsonl", json.dumps(values), json.dumps(values))
         with pytest.raises(UserError, match=f"no usable row .*2 {reason} .first in line 1"):
             read_data(str(file))
@@ -500,7 +503,7 @@ def test_every_real_pair_is_the_text_of_its_row():
     for file in find_files(folder):
         for _, line in read_lines(file):
             row = json.loads(line)
-            if parse_row(row)[0] is None:
+            if parse_row(row).pair is None:
                 continue
             pair = next(pairs)
             prompt = "".join(f"\n\n{speakers[turn.role]}: {turn.content}" for turn in pair.prompt)
@@ -569,7 +572,7 @@ def test_records_in_the_shape_of_the_released_files():
 
     # read again, the dialogue is one human turn
     prompt = (Message("user", instruction),)
-    again, _ = parse_row(released(pair))
+    again = parse_row(released(pair)).pair
     assert again == Pair(example_id(prompt), prompt, "yes", "no")
 
 
