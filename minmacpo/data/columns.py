@@ -94,6 +94,9 @@ HARMLESS = {
 ASSISTANTS = {name for name, role in ROLES.items() if role == "assistant"}
 HARMLESS_NAMES = {name for names in HARMLESS.values() for name in names}
 
+# One score of two cannot contradict anything.
+HARMLESS_NAMES |= {name for names in SCORE_PAIRS for name in names}
+
 # Of PKU-SafeRLHF: labels that data.preference_label does not name, hashes, and who wrote what
 HARMLESS_BEGINNINGS = ("response_0_", "response_1_", "is_response_0_", "is_response_1_")
 

@@ -216,6 +216,124 @@ FORMATS = {
     "prompts": ({"prompt": "q"}, (Q,), "", ""),
     "prompts, messages": ({"messages": as_messages(Q, A, R)}, (Q, A, R), "", ""),
     "prompts, list": ({"prompt": as_messages(SYSTEM, Q), "chosen": None}, (SYSTEM, Q), "", ""),
+    "HH-RLHF, prompt column": (
+        {
+            "prompt": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:",
+            "response": " yes",
+            "chosen": " yes",
+            "rejected": " no",
+        },
+        (Q, A, R),
+        "yes",
+        "no",
+    ),
+    "Alpaca, marked dialogue": (
+        {"instruction": "Human: q\n\nAssistant: a\n\nHuman: r", "output": "yes"},
+        (Q, A, R),
+        "yes",
+        "",
+    ),
+    "prompt as first turn": (
+        {
+            "prompt": "q",
+            "chosen": as_messages(SYSTEM, Q, A, R, YES),
+            "rejected": as_messages(SYSTEM, Q, A, R, NO),
+        },
+        (SYSTEM, Q, A, R),
+        "yes",
+        "no",
+    ),
+    "system column": (
+        {"system": " s", "prompt": "q", "chosen": "yes", "rejected": "no"},
+        (SYSTEM, Q),
+        "yes",
+        "no",
+    ),
+    "system column, ShareGPT": (
+        {"system": "s", "conversations": as_share_gpt(Q, YES)},
+        (SYSTEM, Q),
+        "yes",
+        "",
+    ),
+    "history column": (
+        {"history": [["q", "a"]], "query": "r", "response": "yes", "system": "s"},
+        (SYSTEM, Q, A, R),
+        "yes",
+        "",
+    ),
+    "OpenOrca": (
+        {"id": 7, "system_prompt": "s", "question": "q", "response": "yes"},
+        (SYSTEM, Q),
+        "yes",
+        "",
+    ),
+    "Orca pairs": (
+        {"system": "", "question": "q", "chosen": "yes", "rejected": "no"},
+        (Q,),
+        "yes",
+        "no",
+    ),
+    "Dolly": (
+        {"instruction": "q", "context": "more", "response": "yes", "category": "qa"},
+        (Message("user", "q\n\nmore"),),
+        "yes",
+        "",
+    ),
+    "prompt and messages": (  # as in ultrachat_200k and no_robots
+        {"prompt": "q", "prompt_id": "x", "messages": as_messages(SYSTEM, Q, YES)},
+        (SYSTEM, Q),
+        "yes",
+        "",
+    ),
+    "rejected response": (
+        {"messages": as_messages(Q, YES), "rejected_response": "no"},
+        (Q,),
+        "yes",
+        "no",
+    ),
+    "UltraFeedback": (
+        {
+            "instruction": "q",
+            "completions": [
+                {"response": "no", "overall_score": "1"},
+                {"response": "maybe", "overall_score": 2.5},
+                {"response": "yes", "overall_score": 4},
+            ],
+        },
+        (Q,),
+        "yes",
+        "no",
+    ),
+    "scored responses": (
+        {"prompt": "q", "responses": ["no", "yes"], "scores": [-1, 0.5]},
+        (Q,),
+        "yes",
+        "no",
+    ),
+    "Nectar": (
+        {
+            "prompt": "\n\nHuman: q\n\nAssistant: ",
+            "answers": [{"answer": "no", "rank": 2.0}, {"answer": "yes", "rank": 1.0}],
+            "turns": 1,
+        },
+        (Q,),
+        "yes",
+        "no",
+    ),
+    "good answer": ({"prompt": "q", "completion": "yes", "label": True}, (Q,), "yes", ""),
+    "bad answer": ({"prompt": "q", "completion": "no", "label": False}, (Q,), "", ""),
+    "untrained earlier turn": (
+        {
+            "messages": [
+                *as_messages(Q),
+                {"role": "assistant", "content": "a", "weight": 0},
+                *as_messages(R, YES),
+            ]
+        },
+        (Q, A, R),
+        "yes",
+        "",
+    ),
 }
 
 
@@ -233,8 +351,11 @@ def test_every_format_is_known_by_its_fields(tmp_path, name, file_name):
     file = write_lines(tmp_path / file_name, contents[file_name])
     pairs, reports = read_data(str(file))
 
-    first = Pair(example_id(prompt), prompt, chosen, rejected, meta={"file": "x"})
-    second = Pair(example_id(prompt, 1), prompt, chosen, rejected, meta={"file": "x"})
+    meta = {"file": "x"}
+    if name == "untrained earlier turn":
+        meta["untrained_turns"] = [1]
+    first = Pair(example_id(prompt), prompt, chosen, rejected, meta=meta)
+    second = Pair(example_id(prompt, 1), prompt, chosen, rejected, meta=meta)
     assert pairs == [first, second]
 
     assert list(reports) == ["x"]
@@ -243,6 +364,7 @@ def test_every_format_is_known_by_its_fields(tmp_path, name, file_name):
     if file_name == "x.jsonl.gz":
         expected = {"read": 3, "kept": 2, "blank line": 1}
     assert report.counts == expected
+    assert not report.unread
     assert report.fields.keys() <= values.keys()
     assert str(report).startswith(f"{next(iter(report.fields))}: ")
     assert "\n" not in str(report)
@@ -266,10 +388,14 @@ def test_files_of_a_folder_may_differ_in_format(tmp_path):
 
 # ---- rows that cannot be used ---------------------------------------------------------------
 
+GOOD = {"prompt": "q", "chosen": "a", "rejected": "b"}
 UNUSABLE = {
     "prompts differ": [
         {"chosen": as_messages(Q, A), "rejected": as_messages(R, B)},
         {"prompt": "q", "chosen": as_messages(R, A), "rejected": as_messages(R, B)},
+        {"chosen": as_messages(Q, A, R, YES), "rejected": as_messages(R, NO)},
+        {"prompt": "q", "messages": as_messages(R, A)},
+        {"prompt": "q", "chosen": hh_dialogue("r", "a"), "rejected": hh_dialogue("r", "b")},
     ],
     "no human turn before the answer": [
         {"messages": as_messages(A)},
@@ -289,6 +415,16 @@ UNUSABLE = {
         {"instruction": "q", "input": "", "output": ["a", "a "]},
         {"prompt": "q", "chosen": "a", "rejected": "a"},
         {"chosen": as_messages(Q, A), "rejected": as_messages(Q, A)},
+        {"prompt": "q", "responses": ["a", "b", "c"], "scores": [2, 2, 2]},
+    ],
+    "rejected answer scored above the chosen one": [
+        GOOD | {"score_chosen": 1, "score_rejected": 1.5},
+        GOOD | {"chosen_score": "2", "rejected_score": "10"},
+    ],
+    "weight 0": [
+        {"messages": [*as_messages(Q), {"role": "assistant", "content": "a", "weight": 0}]},
+        {"conversations": [*as_share_gpt(Q), {"from": "gpt", "value": "a", "train": False}]},
+        {"prompt": "q", "response": "a", "weight": 0},
     ],
 }
 
@@ -305,7 +441,6 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path, reason):
 
 # ---- rows that cannot be read ---------------------------------------------------------------
 
-GOOD = {"prompt": "q", "chosen": "a", "rejected": "b"}
 # As the second row of a file
 INVALID = {
     "not valid JSON": ["{", '{"prompt": "q"', "{'prompt': 'q'}", "[" * 100_000],
@@ -365,6 +500,37 @@ INVALID_FIRST = {
         ({"messages": [{"role": "x" * 1000, "content": "x"}]}, "xxx"),
         ({"messages": [{"role": "tag", "content": "x"}]}, "tag"),
     ],
+    "tool call": [
+        (
+            {
+                "messages": [
+                    *as_messages(Q),
+                    {"role": "assistant", "content": "", "tool_calls": [1]},
+                ]
+            },
+            "'tool_calls'",
+        ),
+        ({"messages": [{"role": "assistant", "content": "x", "function_call": {"a": 1}}]}, "call"),
+    ],
+    "two system messages": [
+        ({"system": "be kind", "messages": as_messages(SYSTEM, Q)}, "'be kind'"),
+        ({"system": "s", "system_prompt": "t", "prompt": "q"}, "leave one"),
+    ],
+    "history not read": [
+        ({"prompt": "q", "history": "we talked"}, "[question, answer] pairs"),
+        ({"prompt": "q", "history": [["q"]]}, "[question, answer] pairs"),
+        ({"prompt": "q", "history": {"q": "a"}}, "an object"),
+    ],
+    "unknown label": [
+        ({"prompt": "q", "completion": "a", "label": "meh"}, "'meh'"),
+        ({"prompt": "q", "completion": "a", "label": 3}, "rename the column"),
+        ({"prompt": "q", "response": ["a", "b"], "label": 1}, "beside the two answers"),
+        ({"prompt": "q", "response": "a", "label": 1, "kto_tag": False}, "contradict"),
+    ],
+    "no score": [
+        ({"prompt": "q", "responses": ["a", "b"], "scores": [1, "N/A"]}, "'N/A'"),
+        (GOOD | {"score_chosen": True, "score_rejected": 1}, "'score_chosen'"),
+    ],
     "no message": [
         ({"messages": ["q", "a"]}, "text"),
         ({"prompt": 7}, "a number"),
@@ -390,6 +556,7 @@ INVALID_FIRST = {
         ({"prompt": "q", "response_0": "a", "response_1": "b"}, "data.preference_label"),
         ({"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": True}, "True"),
         ({"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": -1}, "-1"),
+        ({"prompt": "q", "response_1": "b"}, "None"),
     ],
     "no pair": [
         ({"prompt": "q", "response": ["a"]}, "1 texts"),
