@@ -92,10 +92,9 @@ HARMLESS = {
     "is what chosen and rejected were picked from": ("all_generated_responses", "all_rm_scores"),
 }  # fmt: skip
 ASSISTANTS = {name for name, role in ROLES.items() if role == "assistant"}
-HARMLESS_NAMES = {name for names in HARMLESS.values() for name in names}
-
-# One score of two cannot contradict anything.
-HARMLESS_NAMES |= {name for names in SCORE_PAIRS for name in names}
+# One score of two cannot contradict anything
+LONE_SCORES = {name for names in SCORE_PAIRS for name in names}
+HARMLESS_NAMES = LONE_SCORES | {name for names in HARMLESS.values() for name in names}
 
 # Of PKU-SafeRLHF: labels that data.preference_label does not name, hashes, and who wrote what
 HARMLESS_BEGINNINGS = ("response_0_", "response_1_", "is_response_0_", "is_response_1_")

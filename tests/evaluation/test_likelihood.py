@@ -109,7 +109,8 @@ def test_rows_without_what_is_needed_are_counted(stub, place):
     assert measured("ppl", agent, "one.jsonl")["rows"] == {"read": 1, "kept": 1}
     ended = invoke("eval", "accuracy", agent, "one.jsonl")
     check_sentence(ended.code, ended.err)
-    assert "1 without rejected answer" in ended.err
+    assert "none of the 1 usable rows has a rejected answer" in ended.err
+    assert "max_length" not in ended.err
 
 
 def test_labels_of_pku_and_limits_of_length(stub, place):
