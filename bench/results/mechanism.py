@@ -32,14 +32,13 @@ def samples_of(run: FinishedRun, stage: str) -> list[Sample]:
 
 def answers_of(run: FinishedRun, t: int, agents: list[str]) -> dict[str, list[Sample]]:
     """{"positives of A", "negatives of A": samples} of round t, as far as they are on the disk."""
-    stages = {}
-    for agent in agents:
-        stages[f"positives of {agent}"] = f"round{t}/positives_{agent}"
-    for agent in agents:
-        stages[f"negatives of {agent}"] = f"round0/negatives_{agent}"
-    return {
-        label: samples_of(run, stage) for label, stage in stages.items() if stage in run.metadata
-    }
+    answers = {}
+    for kind, at_round in (("positives", t), ("negatives", 0)):
+        for agent in agents:
+            stage = f"round{at_round}/{kind}_{agent}"
+            if stage in run.metadata:
+                answers[f"{kind} of {agent}"] = samples_of(run, stage)
+    return answers
 
 
 def perplexity_matrix(run: FinishedRun, t: int) -> dict[str, dict[str, float]]:
@@ -49,8 +48,10 @@ def perplexity_matrix(run: FinishedRun, t: int) -> dict[str, dict[str, float]]:
     template = run.config.data.template
     matrix: dict[str, dict[str, float]] = {label: {} for label in answers}
     for agent in agents:
-        last_update = max(i for i in range(t) if f"round{i}/{agent}_pos" in run.metadata)
-        adapter = run.stage(f"round{last_update}/{agent}_pos").path
+        for i in range(t):
+            if f"round{i}/{agent}_pos" in run.metadata:
+                last_update = f"round{i}/{agent}_pos"
+        adapter = run.stage(last_update).path
         loaded = open_folder(adapter, run.config).loaded
         for label, samples in answers.items():
             rows = []
@@ -66,22 +67,25 @@ def perplexity_matrix(run: FinishedRun, t: int) -> dict[str, dict[str, float]]:
 
 def teachers_right(run: FinishedRun, t: int) -> dict[str, float]:
     """Shares of prompts by how many of the teachers are right in round t."""
-    right = []
+    right_of_teacher = []
     for teacher in run.teachers:
-        samples = samples_of(run, f"round{t}/positives_{teacher}")
-        right.append([gold_reward(run.config, s, s.response)["right"] for s in samples])
-    counts = np.sum(right, 0)
-    some = (counts > 0) & (counts < len(right))
-    return {
-        "none": float(np.mean(counts == 0)),
-        "all": float(np.mean(counts == len(right))),
-        "some but not all": float(np.mean(some)),
-    }
+        right = []
+        for sample in samples_of(run, f"round{t}/positives_{teacher}"):
+            right.append(gold_reward(run.config, sample, sample.response)["right"])
+        right_of_teacher.append(right)
+    counts = np.sum(right_of_teacher, 0)
+    none = float(np.mean(counts == 0))
+    all_of_them = float(np.mean(counts == len(run.teachers)))
+    some = (counts > 0) & (counts < len(run.teachers))
+    return {"none": none, "all": all_of_them, "some but not all": float(np.mean(some))}
 
 
 def mean_of(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     """The mean of every value of rows with the same names."""
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    means = {}
+    for name in rows[0]:
+        means[name] = float(np.mean([row[name] for row in rows]))
+    return means
 
 
 def main(words: list[str]) -> int:
@@ -90,7 +94,7 @@ def main(words: list[str]) -> int:
         command = "python -m bench.results.mechanism RUN RUN"
         raise UserError(f"expected finished runs of the built-in world: {command}")
 
-    runs = [read_run(word) for word in words]
+    runs = list(map(read_run, words))
     rounds = {}
     for t in range(1, runs[0].config.macpo.rounds + 1):
         matrices = [perplexity_matrix(run, t) for run in runs]

@@ -10,11 +10,12 @@ world.
 """
 
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.markdown import markdown_table
+from bench.markdown import formatted, markdown_table, named_values, round_names
 from bench.results import real_page
 from bench.results.store import PLACE, read_result
 from minmacpo import UserError
@@ -49,7 +50,9 @@ def page() -> str:
     """RESULTS.md."""
     written = tomllib.loads((PLACE / "findings.toml").read_text("utf-8"))
     findings = written["findings"]
-    claims = [[claim["says"], claim["verdict"], claim["why"]] for claim in written["claims"]]
+    claims = []
+    for claim in written["claims"]:
+        claims.append([claim["says"], claim["verdict"], claim["why"]])
     parts = [INTRO, "## What the paper says, and what holds here\n"]
     parts.append(markdown_table(["claim", "in this world", "why"], claims))
 
@@ -85,7 +88,7 @@ def experiment_section(result: dict, finding: str) -> str:
     """Question, table, student by round where there are many, and what was found."""
     variants = result["variants"]
     name = result["name"]
-    seeds = ",".join(str(seed) for seed in result["seeds"])
+    seeds = ",".join(map(str, result["seeds"]))
     command = f"`python train.py @experiment-{name} --seeds={seeds}`"
     parts = [f"## {name}\n", f"*{result['question']}* {command}\n", f"{cost_of(variants)}\n"]
     if any(row.get("group") for row in variants):
@@ -93,10 +96,12 @@ def experiment_section(result: dict, finding: str) -> str:
 
     parts += [markdown_table(HEAD, map(result_cells, variants)), finding + "\n"]
     longest = max(len(row["by_round"]) for row in variants)
-    rounds = ["student", *(f"r{t}" for t in range(longest))]
+    rounds = ["student", *round_names(longest)]
     parts.append(curves_table(rounds, variants, "by_round"))
     if len(result["seeds"]) > 2:
-        labels = ["last round", *(f"seed {seed}" for seed in result["seeds"])]
+        labels = ["last round"]
+        for seed in result["seeds"]:
+            labels.append(f"seed {seed}")
         parts.append(curves_table(labels, variants, "by_seed"))
     return "\n".join(parts)
 
@@ -105,7 +110,7 @@ def curves_table(head: list[str], variants: list[dict], measure: str) -> str:
     """A list of numbers of every variant."""
     rows = []
     for row in variants:
-        rows.append([row["name"], *(f"{value:.3f}" for value in row[measure])])
+        rows.append([row["name"], *formatted(row[measure], ".3f")])
     return markdown_table(head, rows)
 
 
@@ -120,9 +125,13 @@ def cost_of(variants: list[dict]) -> str:
     if shared_are_known:
         how = "beside stages that other runs had made"
 
-    runs = sum(len(row["seeds"]) for row in variants)
-    seconds = sum(row[measure] * len(row["seeds"]) for row in variants)
-    seeds = ", ".join(str(seed) for seed in variants[0]["seeds"])
+    runs = 0
+    seconds = 0.0
+    for row in variants:
+        count = len(row["seeds"])
+        runs += count
+        seconds += row[measure] * count
+    seeds = ", ".join(map(str, variants[0]["seeds"]))
     return f"Seeds {seeds}; {runs} runs, {seconds:,.0f} CPU seconds ({how})."
 
 
@@ -138,24 +147,41 @@ def interval(values: list[float]) -> str:
     """A difference with its interval, nothing where there is nothing to tell."""
     if not any(values):
         return ""
-    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*values)
+    return difference_text(values)
+
+
+def difference_text(values: list[float]) -> str:
+    """A difference with its interval."""
+    difference, low, high = values
+    return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def kept_text(row: dict) -> str:
     """The student that rolling back keeps, where an alarm was raised."""
-    return f"{row['kept']:.3f}" if any(row["alarms"]) else ""
+    if not any(row["alarms"]):
+        return ""
+    return f"{row['kept']:.3f}"
 
 
 def pgr_text(row: dict) -> str:
-    return "" if row["pgr"] is None else f"{row['pgr']:.2f}"
+    """The performance gap recovered, where it is known."""
+    if row["pgr"] is None:
+        return ""
+    return f"{row['pgr']:.2f}"
 
 
 def right_text(row: dict) -> str:
-    return "" if row["offered"] is None else f"{row['right']:.0%} / {row['offered']:.0%}"
+    """How often the chosen answer is right, and how often any answer was."""
+    if row["offered"] is None:
+        return ""
+    return f"{row['right']:.0%} / {row['offered']:.0%}"
 
 
 def different_text(row: dict) -> str:
-    return "" if row["different"] is None else f"{row['different']:.0%}"
+    """How many of the answers to a prompt differ, where there are several."""
+    if row["different"] is None:
+        return ""
+    return f"{row['different']:.0%}"
 
 
 FIGURES = {
@@ -187,18 +213,22 @@ SHOWN = {
 
 def crossed_tables(name: str, rows: list[dict]) -> list[str]:
     """Variants against groups, a table for each figure of the experiment."""
-    groups = list(dict.fromkeys(row["group"] for row in rows))
-    variants = list(dict.fromkeys(row["name"] for row in rows))
-    row_at = {(row["group"], row["name"]): row for row in rows}
+    row_at = {}
+    groups = {}  # used as an ordered set, like the next
+    variants = {}
+    for row in rows:
+        row_at[row["group"], row["name"]] = row
+        groups[row["group"]] = None
+        variants[row["name"]] = None
 
     tables = []
     for label in SHOWN.get(name, FIGURES):
         figure = FIGURES[label]
         lines = []
         for variant in variants:
-            line = [figure.text(row_at[group, variant]) for group in groups]
-            if any(line):
-                lines.append([variant, *line])
+            texts = [figure.text(row_at[group, variant]) for group in groups]
+            if any(texts):
+                lines.append([variant, *texts])
         tables.append(markdown_table([figure.title, *groups], lines))
     return tables
 
@@ -219,14 +249,20 @@ def monitor_section(experiments: list[dict]) -> str:
     counted = set()
     for result in experiments:
         for row in result["variants"]:
-            for i, seed in enumerate(row["seeds"]):
-                if (row["flags"], seed) in counted:
+            outcomes = zip(row["seeds"], row["alarms"], row["collapsed"], strict=True)
+            for seed, alarm, has_collapsed in outcomes:
+                run = (row["flags"], seed)
+                if run in counted:
                     continue  # the same run in two experiments
-                counted.add((row["flags"], seed))
-                column = 0 if row["alarms"][i] is not None else 2
-                if not row["collapsed"][i]:
+                counted.add(run)
+                column = 0
+                if alarm is None:
+                    column += 2
+                if not has_collapsed:
                     column += 1
-                label = "seeds 0 and 1" if seed in (0, 1) else "other seeds"
+                label = "other seeds"
+                if seed in (0, 1):
+                    label = "seeds 0 and 1"
                 counts[label][column] += 1
 
     rows = []
@@ -244,36 +280,38 @@ def mechanism_section(result: dict, finding: str) -> str:
         f"mean of {runs} (`python -m bench.results.mechanism RUN RUN`).\n",
     ]
     for t, measured in result["rounds"].items():
-        policies = list(next(iter(measured["perplexity"].values())))
         rows = []
-        for label, row in measured["perplexity"].items():
-            rows.append([label, *(f"{row[policy]:.3f}" for policy in policies)])
-        head = [f"round {t}: answers", *(f"under {policy}" for policy in policies)]
+        for label, perplexity_under in measured["perplexity"].items():
+            policies = list(perplexity_under)
+            rows.append([label, *formatted(perplexity_under.values(), ".3f")])
+        head = [f"round {t}: answers"]
+        for policy in policies:
+            head.append(f"under {policy}")
         parts.append(markdown_table(head, rows))
 
-        shares = [f"{label} {share:.0%}" for label, share in measured["teachers right"].items()]
-        parts.append(f"Prompts by how many teachers are right: {', '.join(shares)}.\n")
+        shares = named_values(measured["teachers right"], ".0%")
+        parts.append(f"Prompts by how many teachers are right: {shares}.\n")
     return "\n".join([*parts, finding + "\n"])
 
 
 def cost_table(stages: list[dict]) -> str:
     """CPU seconds by kind of stage of one run, the most expensive kind first."""
-    stages_of_kind: dict[str, list[dict]] = {}
+    seconds: dict[str, float] = {}
+    tokens = Counter()
+    counts = Counter()
+    total = 0.0
+    peak = 0
     for stage in stages:
         kind = stage["kind"].partition("/")[0]
-        stages_of_kind.setdefault(kind, []).append(stage)
-
-    def seconds(kind: str) -> float:
-        return sum(stage["cpu_seconds"] for stage in stages_of_kind[kind])
+        seconds[kind] = seconds.get(kind, 0.0) + stage["cpu_seconds"]
+        tokens[kind] += stage["tokens"] or 0
+        counts[kind] += 1
+        total += stage["cpu_seconds"]
+        peak = max(peak, stage["peak_mb"])
 
     rows = []
-    for kind in sorted(stages_of_kind, key=seconds, reverse=True):
-        tokens = sum(stage["tokens"] or 0 for stage in stages_of_kind[kind])
-        count = str(len(stages_of_kind[kind]))
-        rows.append([kind, count, f"{seconds(kind):.1f}", f"{tokens:,}"])
-
-    total = sum(stage["cpu_seconds"] for stage in stages)
-    peak = max(stage["peak_mb"] for stage in stages)
+    for kind in sorted(seconds, key=seconds.get, reverse=True):
+        rows.append([kind, str(counts[kind]), f"{seconds[kind]:.1f}", f"{tokens[kind]:,}"])
     rows.append(["**all**", str(len(stages)), f"**{total:.0f}**", f"peak {peak} MB"])
     return markdown_table(["kind of stage", "stages", "CPU seconds", "tokens"], rows)
 
@@ -286,7 +324,7 @@ def hh_section(counts_of: dict[str, dict], table: str, cost: list[dict]) -> str:
     """
     rows = []
     for name, counts in counts_of.items():
-        rows.append([name, ", ".join(f"{reason} {count}" for reason, count in counts.items())])
+        rows.append([name, named_values(counts)])
     return "\n".join(
         [
             "## HH-RLHF: both official test files as one mixture\n",
@@ -370,9 +408,10 @@ def readme_table() -> str:
     teachers = f"**{first['teachers']:.3f}** {start}"
     rows = [[f"**{first['name']}**", f"**{first['student']:.3f}**", "", teachers]]
     for row in [*main_rows[1:], *ablations[1:]]:
-        has_teachers = "--method" not in row["flags"]
-        teachers = f"{row['teachers']:.3f}" if has_teachers else ""
-        difference = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["difference"])
+        teachers = ""
+        if "--method" not in row["flags"]:
+            teachers = f"{row['teachers']:.3f}"
+        difference = difference_text(row["difference"])
         rows.append([row["name"], f"{row['student']:.3f}", difference, teachers])
     head = ["", "student after round 3", "MACPO − it", "teachers after round 3"]
     return markdown_table(head, rows)

@@ -52,7 +52,9 @@ def split(plan: Plan, files: dict[str, str]) -> None:
     """
     checksums = {}
     for source, path in files.items():
-        checksums[source] = [[f.name, sha256_file(f)] for f in find_files(path, source)]
+        checksums[source] = []
+        for file in find_files(path, source):
+            checksums[source].append([file.name, sha256_file(file)])
 
     note = plan.root / "data/split.json"
     if note.is_file():
@@ -78,8 +80,12 @@ def split(plan: Plan, files: dict[str, str]) -> None:
     read = {}
     counts = {}
     for source in files:
-        read[source] = {file: str(report) for file, report in reports[source].items()}
-        counts[source] = {part: len(parts[source, part]) for part in PARTS}
+        read[source] = {}
+        for file, report in reports[source].items():
+            read[source][file] = str(report)
+        counts[source] = {}
+        for part in PARTS:
+            counts[source][part] = len(parts[source, part])
     write_json(note, {"files": checksums, "read": read, "rows": counts})
 
 
@@ -190,7 +196,9 @@ def make_bases(plan: Plan, seed: int) -> None:
     summary = {}
     for base, model in models.items():
         notes = model.stage.notes()
-        summary[base] = {name: notes[name] for name in ("counts", "cpu_seconds", "commit")}
+        summary[base] = {}
+        for name in ("counts", "cpu_seconds", "commit"):
+            summary[base][name] = notes[name]
     write_json(run.path / "bases.json", summary)
 
 
@@ -226,7 +234,7 @@ def jobs(plan: Plan, seeds: Sequence[int]) -> Iterator[Job]:
             command = [sys.executable, train, *plan.words_of(case, seed)]
             yield Job(name, command, (plan.run_path(name) / FINISHED,))
 
-        ratings = tuple(plan.rating_path(name) for name in runs)
+        ratings = tuple(map(plan.rating_path, runs))
         yield Job(f"ratings, seed {seed}", [*this_program, f"--rate={seed}"], ratings)
 
 

@@ -1,6 +1,6 @@
 """The section of RESULTS.md on real dialogues."""
 
-from bench.markdown import markdown_table
+from bench.markdown import formatted, markdown_table, named_values, round_names
 from bench.results.real_plan import PARTS
 from bench.results.store import read_result
 from minmacpo.evaluation.reward_model import is_informative
@@ -31,7 +31,10 @@ def section(results: dict, finding: str) -> str:
     parts.append("First human turns are in one split each:\n")
     rows = []
     for source, counts in results["split"]["rows"].items():
-        rows.append([source, *(str(counts[part]) for part in PARTS)])
+        row = [source]
+        for part in PARTS:
+            row.append(str(counts[part]))
+        rows.append(row)
     parts.append(markdown_table(["rows of", *PARTS], rows))
 
     if results["splits"]:
@@ -50,7 +53,8 @@ def introduction(results: dict) -> str:
     commits = ", ".join(results["commits"]) or "none"
     cost = sum(results["spent"].values())
     for bases in results["bases"].values():
-        cost += sum(base["cpu_seconds"] for base in bases.values())
+        for base in bases.values():
+            cost += base["cpu_seconds"]
     return (
         "`python -m bench.results.real --helpful=FILE --harmless=FILE --pku=FILE --alpaca=FILE` "
         f"(sizes: `minmacpo/config/presets/hh-real.toml{full}`; experiments: "
@@ -67,7 +71,7 @@ def splits_table(splits_of_group: dict[str, dict]) -> str:
     for group, splits in splits_of_group.items():
         row = [group]
         for part in ("d1", "d2", "test"):
-            row.append(", ".join(f"{reason} {count}" for reason, count in splits[part].items()))
+            row.append(named_values(splits[part]))
         rows.append(row)
     return markdown_table(["used by", "d1", "d2", "test"], rows)
 
@@ -77,14 +81,16 @@ def bases_table(bases_of_seed: dict[str, dict]) -> str:
     rows = []
     for base, notes in next(iter(bases_of_seed.values())).items():
         counts = notes["counts"]
-        losses = [bases[base]["counts"]["loss"] for bases in bases_of_seed.values()]
+        losses = []
+        for bases in bases_of_seed.values():
+            losses.append(bases[base]["counts"]["loss"])
         rows.append(
             [
                 base,
                 f"{counts['parameters']:,}",
                 f"{counts['rows']:,}",
                 f"{counts['tokens']:,}",
-                " / ".join(f"{loss:.2f}" for loss in losses),
+                " / ".join(formatted(losses, ".2f")),
             ]
         )
     head = ["base", "parameters", "documents", "tokens trained on", "last loss, by seed"]
@@ -100,8 +106,12 @@ def experiment_text(name: str, experiment: dict) -> str:
             reason = f"no file of {', '.join(experiment['missing'])} was given"
         return f"{head}\nNot measured: {reason}.\n"
 
-    students = [row for row in experiment["rows"] if "by_round" in row]
-    finished = sum(len(row["seeds"]) for row in students)
+    students = []
+    finished = 0
+    for row in experiment["rows"]:
+        if "by_round" in row:
+            students.append(row)
+            finished += len(row["seeds"])
     progress = ""
     if finished < experiment["wanted"]:
         progress = f"{finished} of {experiment['wanted']} runs are finished.\n"
@@ -123,10 +133,13 @@ def curves_table(students: list[dict]) -> str:
         for measure, digits, values in curves:
             line = [f"{label}, {measure}"]
             for value in values:
-                line.append("" if value is None else format(value, digits))
+                text = ""
+                if value is not None:
+                    text = format(value, digits)
+                line.append(text)
             empty = longest + 1 - len(line)
             lines.append(line + [""] * empty)
-    return markdown_table(["by round", *(f"r{t}" for t in range(longest))], lines)
+    return markdown_table(["by round", *round_names(longest)], lines)
 
 
 def cells(world: dict, row: dict) -> list[str]:
@@ -144,7 +157,7 @@ def cells(world: dict, row: dict) -> list[str]:
     return [
         f"{row['group']}: {row['name']}",
         str(len(row["seeds"])),
-        " / ".join(f"{value:.1f}" for value in row["perplexity"]),
+        " / ".join(formatted(row["perplexity"], ".1f")),
         nats,
         bracketed(row["prefers"]),
         wins,

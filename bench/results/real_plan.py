@@ -44,8 +44,7 @@ class Plan:
 
     def missing(self, case: Case) -> set[str]:
         """The sources that a case needs and that were not given."""
-        needed = {source for source, _ in splits_of(case.flags).values()}
-        return needed - set(self.counts()["files"])
+        return set(sources_of(case.flags)) - set(self.counts()["files"])
 
     def run_path(self, run: str) -> Path:
         """The folder of a run."""
@@ -86,15 +85,20 @@ class Plan:
         for name, (source, part) in splits.items():
             data.append(f"{name}={self.split_path(source, part)}")
 
-        others = [word for word in case.flags if word.partition("=")[0] not in splits]
+        others = []
         teachers = 3
-        for word in others:
-            if word.startswith("--macpo.teachers="):
-                teachers = int(word.partition("=")[2])
+        for word in case.flags:
+            setting, _, value = word.partition("=")
+            if setting in splits:
+                continue
+            others.append(word)
+            if setting == "--macpo.teachers":
+                teachers = int(value)
 
         bases = self.bases_path(seed) / "bases"
-        weak = ",".join(str(bases / f"weak{k + 1}") for k in range(teachers))
-        models = [f"--model.student={bases / 'strong'}", f"--model.teachers={weak}"]
+        weak_bases = [f"{bases}/weak{k + 1}" for k in range(teachers)]
+        student = f"--model.student={bases / 'strong'}"
+        models = [student, f"--model.teachers={','.join(weak_bases)}"]
         words = [*data, "--data.shares=0,1,0,0", *models, *others]
         return self.words(seed, run_name(case, seed), words)
 
@@ -124,9 +128,18 @@ def splits_of(words: Sequence[str]) -> dict[str, tuple[str, str]]:
     return splits
 
 
+def sources_of(words: Sequence[str]) -> list[str]:
+    """The sources that the words of a case name, each once."""
+    sources = []
+    for source, _ in splits_of(words).values():
+        if source not in sources:
+            sources.append(source)
+    return sources
+
+
 def run_name(case: Case, seed: int) -> str:
     """The name of a run: its sources, then what it sets."""
-    parts = list(dict.fromkeys(source for source, _ in splits_of(case.flags).values()))
+    parts = sources_of(case.flags)
     for word in case.flags:
         if not word.startswith("--data.") or "noise" in word:
             parts.append(re.sub(r"^--(\w+\.)?", "", word))

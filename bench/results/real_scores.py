@@ -55,8 +55,9 @@ def train_reward_model(plan: Plan, source: str, run: FinishedRun) -> RewardModel
         rows, _ = read_data(str(plan.split_path(source, part)))
         pairs += rows
     held_out = fitting_pairs(run, pairs)
-    shared = {pair.prompt for pair in held_out} & {pair.prompt for pair in own.pairs}
-    assert not shared, "a reward model is tried on what it has seen"
+    seen = {pair.prompt for pair in own.pairs}
+    for pair in held_out:
+        assert pair.prompt not in seen, "a reward model is tried on what it has seen"
 
     facts = {
         "source": source,
@@ -92,7 +93,8 @@ def rate_answers(run: FinishedRun, rate: Rate) -> dict[str, dict[str, list[float
     scores: dict[str, dict] = {agent: {} for agent in RATED}
     for (t, agent), samples in read_test_answers(run).items():
         if agent in RATED:
-            values = rate([(sample.prompt, sample.response) for sample in samples])
+            answers = [(sample.prompt, sample.response) for sample in samples]
+            values = rate(answers)
             means = values.reshape(-1, run.config.eval.samples).mean(1)
             scores[agent][str(t)] = means.round(5).tolist()
     return scores
@@ -136,9 +138,14 @@ def arrays(run: FinishedRun, rating: dict, agent: str, t: int) -> Arrays:
             margins.append(better_than_base - worse_than_base)
 
     lengths = np.array([len(sample.response) for sample in read_test_answers(run)[t, agent]])
+    logps = []
+    tokens = []
+    for row in truth:
+        logps.append(row["logp"])
+        tokens.append(row["tokens"])
     return {
-        "logp": np.array([row["logp"] for row in truth]),
-        "tokens": np.array([row["tokens"] for row in truth]),
+        "logp": np.array(logps),
+        "tokens": np.array(tokens),
         "prefers": win_or_tie(margins),
         "score": np.array(rating["scores"][agent][str(t)]),
         "length": lengths.reshape(-1, run.config.eval.samples).mean(1),
@@ -154,43 +161,48 @@ def summary(agent: Sequence[Arrays], naive: Sequence[Arrays]) -> dict:
     nats = []
     won = []
     gains = []
+    preferences = []
+    lengths = []
     for measured, start in zip(agent, naive, strict=True):
         tokens = measured["tokens"]
         perplexities.append(float(np.exp(-measured["logp"].sum() / tokens.sum())))
         nats.append((start["logp"] - measured["logp"]) / tokens.mean())
         won.append(win_by_prompt(measured["score"], start["score"]))
         gains.append(measured["score"] - start["score"])
+        preferences.append(measured["prefers"])
+        lengths.append(measured["length"].mean())
     return {
         "perplexity": perplexities,
         "nats": mean_with_interval(nats),
-        "prefers": mean_with_interval([measured["prefers"] for measured in agent]),
+        "prefers": mean_with_interval(preferences),
         "wins": mean_with_interval(won),
         "score": mean_with_interval(gains),
-        "length": float(np.mean([measured["length"].mean() for measured in agent])),
+        "length": float(np.mean(lengths)),
     }
 
 
 def row_of(plan: Plan, case: Case, runs: dict[int, FinishedRun], agent: str, label: str) -> dict:
     """What an agent of one case came to at its last round; "naive" is the student's round 0."""
-    ratings = {seed: read_json(plan.rating_path(run_name(case, seed))) for seed in runs}
-    rounds = next(iter(runs.values())).config.macpo.rounds
-
     naive = []
     measured = []
+    judged_right = []
     for seed, run in runs.items():
-        start = arrays(run, ratings[seed], "student", 0)
+        rating = read_json(plan.rating_path(run_name(case, seed)))
+        judged_right.append(np.array(rating["right"]))
+        start = arrays(run, rating, "student", 0)
         naive.append(start)
         if agent == "naive":
             measured.append(start)
         else:
-            measured.append(arrays(run, ratings[seed], agent, rounds))
+            last = run.config.macpo.rounds
+            measured.append(arrays(run, rating, agent, last))
 
     row = {
         "group": case.group,
         "name": label,
         "seeds": list(runs),
-        "judge": next(iter(ratings.values()))["source"],
-        "trust": mean_with_interval([np.array(rating["right"]) for rating in ratings.values()]),
+        "judge": rating["source"],
+        "trust": mean_with_interval(judged_right),
     }
     row |= summary(measured, naive)
     if agent == "student":
@@ -266,9 +278,11 @@ def collect(plan: Plan, seeds: Sequence[int]) -> None:
             run = finished_runs(plan, case, [seed]).get(seed)
             if run:
                 splits.setdefault(case.group, run.metadata["data/slices"]["counts"]["splits"])
-                computed = [note for note in run.metadata.values() if "linked_from" not in note]
-                spent[name] = sum(note["cpu_seconds"] for note in computed)
-                commits |= {note["commit"] for note in computed}
+                spent[name] = 0
+                for note in run.metadata.values():
+                    if "linked_from" not in note:
+                        spent[name] += note["cpu_seconds"]
+                        commits.add(note["commit"])
 
     bases = {}
     for seed in seeds:

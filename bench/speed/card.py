@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from bench.speed.peers import BETA, LR, joined
+from bench.speed.peers import BETA, LR, joined, random_ids
 from bench.speed.timing import clocked, spread, write_bench
 from minmacpo.core.lora import disable_adapter, set_adapter_weights
 from minmacpo.core.losses import PreferenceLoss
@@ -59,7 +59,7 @@ class CardBench:
         for row in new_rows:
             if self.name.endswith("-tiny"):
                 row.pop("target", None)
-            shape = "x".join(str(side) for side in self.size["shape"])
+            shape = "x".join(map(str, self.size["shape"]))
             self.rows.append({"shape": shape, "dtype": "bf16"} | row)
         write_bench(self.name, self.title, self.rows)
 
@@ -74,7 +74,11 @@ class CardBench:
         """Which part of a ceiling `amount` of work per call is, from the call's wall seconds."""
         median, low, high = own["wall_s"]
         limit = self.ceiling(ceiling)
-        return [float(f"{amount / seconds / limit:.3g}") for seconds in (median, high, low)]
+        shares = []
+        for seconds in (median, high, low):
+            share = amount / seconds / limit
+            shares.append(float(f"{share:.3g}"))
+        return shares
 
     def score(self, texts: Sequence[Tokens], packed: bool = False) -> list[float]:
         """Summed log-probabilities of texts under the model as it stands."""
@@ -82,9 +86,11 @@ class CardBench:
 
     def dpo_step(self, rows: list[dict]) -> Callable[[], float]:
         """One step of DPO with stored reference log-probabilities; it returns the loss."""
-        pairs = [(joined(row, "chosen"), joined(row, "rejected")) for row in rows]
+        pairs = []
         texts = []
-        for pair in pairs:
+        for row in rows:
+            pair = (joined(row, "chosen"), joined(row, "rejected"))
+            pairs.append(pair)
             texts += pair
 
         disable_adapter(self.model)
@@ -141,13 +147,9 @@ def random_answers(rng, vocab: int, prompts: int, half: int) -> list[Tokens]:
     """Three answers to each of so many prompts; prompt and answer have `half` tokens each."""
     rows = []
     for _ in range(prompts):
-        prompt = random_ids(rng, vocab, half)
+        prompt = random_ids(rng, half, vocab)
         for _ in range(3):
             mask = [False] * half + [True] * half
-            rows.append(Tokens(prompt + random_ids(rng, vocab, half), mask))
+            answer = random_ids(rng, half, vocab)
+            rows.append(Tokens(prompt + answer, mask))
     return rows
-
-
-def random_ids(rng, vocab: int, count: int) -> list[int]:
-    """So many ids, none of them of the three special tokens."""
-    return [rng.randrange(3, vocab) for _ in range(count)]

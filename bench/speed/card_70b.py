@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from bench.speed.card import SCORING_TOKENS, CardBench, ceilings, random_answers, random_ids
-from bench.speed.peers import make_rows, random_slot
+from bench.speed.card import SCORING_TOKENS, CardBench, ceilings, random_answers
+from bench.speed.peers import config_of, make_rows, random_ids, random_slot
 from bench.speed.timing import alternate
 from minmacpo.cli.memory_estimate import PassSize, estimate_memory
 from minmacpo.config.schema import Generate, Lora
@@ -28,6 +28,7 @@ TITLE = (
     "a DPO-LoRA step on a pair of 1,024 tokens a side, scoring, sampling."
 )
 SHAPE = (8192, 80, 64, 8, 28672, 32_000)  # width, layers, heads, key heads, MLP, vocabulary
+POSITIONS = 4096
 # half: tokens of a prompt, and of an answer
 LARGE = {
     "shape": SHAPE,
@@ -51,21 +52,6 @@ TINY = {
 }
 # Scales with which random codes are weights of standard deviation 0.02
 SCALES = {"int8": 0.02 / 73, "nf4": 0.02 / 0.5}
-
-
-def config_of(shape: tuple[int, ...]) -> ModelConfig:
-    """The ModelConfig of a shape."""
-    width, layers, heads, key_heads, mlp, vocab = shape
-    return ModelConfig(
-        vocab_size=vocab,
-        hidden_size=width,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        head_dim=width // heads,
-        max_position_embeddings=4096,
-    )
 
 
 # ---- the estimate of memory -----------------------------------------------------------------
@@ -102,7 +88,7 @@ def estimated_gb(size: PassSize, config: ModelConfig, quantization: str) -> floa
 def show_plan() -> None:
     """Print what is needed at the large shape, for two vocabularies."""
     for vocab in (32_000, 128_256):
-        config = config_of((*SHAPE[:-1], vocab))
+        config = config_of((*SHAPE[:-1], vocab), POSITIONS)
         for work, size in largest_passes(LARGE).items():
             parts = []
             for quantization in ("none", *QUANTIZED_LINEARS):
@@ -123,8 +109,10 @@ def random_model(config: ModelConfig, quantization: str, device: str) -> Transfo
     model.to_empty(device=device)
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
-            lowest, beyond = (-127, 128) if quantization == "int8" else (0, 256)
-            module.codes.random_(lowest, beyond)
+            if quantization == "int8":
+                module.codes.random_(-127, 128)
+            else:
+                module.codes.random_(0, 256)
             module.scale.fill_(SCALES[quantization])
         for weight in module.parameters(recurse=False):
             if weight.dim() == 1:  # of a norm
@@ -138,8 +126,11 @@ def block_weights(config: ModelConfig) -> int:
     """How many weights the linear layers of all blocks have."""
     with torch.device("meta"):
         model = Transformer(config)
-    linears = [weight for weight in model.model.layers.parameters() if weight.dim() == 2]
-    return sum(weight.numel() for weight in linears)
+    count = 0
+    for weight in model.model.layers.parameters():
+        if weight.dim() == 2:
+            count += weight.numel()
+    return count
 
 
 class Large(CardBench):
@@ -152,7 +143,7 @@ class Large(CardBench):
         self.size = size
         self.quantization = quantization
         self.name = "large-tiny" if size is TINY else "large"
-        self.config = config_of(size["shape"])
+        self.config = config_of(size["shape"], POSITIONS)
 
         torch.manual_seed(0)
         self.model = random_model(self.config, quantization, self.device)
@@ -200,8 +191,16 @@ def scoring(bench: Large) -> list[dict]:
     half = bench.size["half"]
     texts = bench.size["texts"]
     rows = random_answers(random.Random(0), bench.config.vocab_size, texts, half)
-    row = bench.row("scoring", lambda: bench.score(rows, packed=True), 2 * half * len(rows))
-    flops = 2 * bench.body * texts * 4 * half + 2 * bench.head * len(rows) * half
+
+    def call() -> list[float]:
+        return bench.score(rows, packed=True)
+
+    tokens = 2 * half * len(rows)
+    row = bench.row("scoring", call, tokens)
+    # A prompt is computed once for its three answers
+    body_flops = 2 * bench.body * texts * 4 * half
+    head_flops = 2 * bench.head * len(rows) * half
+    flops = body_flops + head_flops
     row["ratio_share"] = bench.share_of("matmul_flops", flops, row["own"])
     return [row]
 
@@ -223,7 +222,7 @@ def sampling(bench: Large) -> Iterator[dict]:
 
     for batch in bench.size["rows"]:
         rng = random.Random(batch)
-        prompts = [random_ids(rng, config.vocab_size, half) for _ in range(batch)]
+        prompts = [random_ids(rng, half, config.vocab_size) for _ in range(batch)]
 
         def call(prompts=prompts):
             return generate(bench.model, prompts, range(len(prompts)), settings, set())

@@ -7,15 +7,23 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
-from bench.speed.card import CardBench, ceilings, random_answers, random_ids
+from bench.speed.card import CardBench, ceilings, random_answers
 from bench.speed.generate import by_transformers
-from bench.speed.peers import BETA, LR, make_rows, random_slot, step_of, word_tokenizer
+from bench.speed.peers import (
+    config_of,
+    make_rows,
+    random_ids,
+    random_slot,
+    step_of,
+    trl_trainer,
+)
 from bench.speed.score import by_transformers as score_by_transformers
-from bench.speed.timing import INSTALL, alternate, missing, spread
-from minmacpo.config.schema import Generate, Lora
+from bench.speed.timing import INSTALL, alternate, largest_difference, missing, spread
+from minmacpo.config.schema import Generate
 from minmacpo.core.lora import disable_adapter, get_adapter_weights, set_adapter_weights
 from minmacpo.core.model import Transformer
 from minmacpo.core.model_config import ModelConfig
@@ -58,23 +66,17 @@ class Bench(CardBench):
         self.name = "gpu-tiny" if tiny else "gpu"
         self.size = TINY if tiny else LARGE
         width, layers, heads, mlp, vocab = self.size["shape"]
-        self.config = ModelConfig(
-            vocab_size=vocab,
-            hidden_size=width,
-            intermediate_size=mlp,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            head_dim=width // heads,
-            max_position_embeddings=2048,
-        )
+        self.config = config_of((width, layers, heads, heads, mlp, vocab))
 
         torch.manual_seed(0)
         self.model = random_model(self.config, self.device)
         self.plain = dict(self.model.state_dict())
         self.params = random_slot(self.model)
         self.adapter = get_adapter_weights(self.model)
-        self.body = sum(t.numel() for name, t in self.plain.items() if "layers" in name)
+        self.body = 0
+        for name, weight in self.plain.items():
+            if "layers" in name:
+                self.body += weight.numel()
         self.head = self.plain["lm_head.weight"].numel()
 
     def timed(self, own: Callable, peer: Callable | None, peaks: bool = False) -> dict:
@@ -115,15 +117,15 @@ def peer_model(bench: Bench):
     """transformers' model on this project's tensors, without adapter."""
     import transformers
 
-    width, layers, heads, mlp, vocab = bench.size["shape"]
+    own = bench.config
     config = transformers.LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=width,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=2048,
-        rms_norm_eps=bench.config.rms_norm_eps,
+        vocab_size=own.vocab_size,
+        hidden_size=own.hidden_size,
+        intermediate_size=own.intermediate_size,
+        num_hidden_layers=own.num_hidden_layers,
+        num_attention_heads=own.num_attention_heads,
+        max_position_embeddings=own.max_position_embeddings,
+        rms_norm_eps=own.rms_norm_eps,
     )
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
@@ -139,42 +141,8 @@ def peer_model(bench: Bench):
 
 def trl_dpo(bench: Bench, rows: list[dict], folder: str, liger: bool) -> Callable[[], float]:
     """The same step of TRL on PEFT, with Liger's loss if wanted."""
-    import datasets
-    import peft
-    import trl
-
-    texts = []
-    for row in rows:
-        texts.append({side: "".join(f" w{i}" for i in ids if i != 2) for side, ids in row.items()})
-    arguments = trl.DPOConfig(
-        output_dir=folder,
-        per_device_train_batch_size=len(rows),
-        max_steps=1,
-        learning_rate=LR,
-        weight_decay=0.0,
-        beta=BETA,
-        max_length=None,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        bf16=True,
-        use_cpu=bench.device == "cpu",
-        disable_tqdm=True,
-        use_liger_kernel=liger,
-    )
-    lora = peft.LoraConfig(
-        r=Lora().r,
-        lora_alpha=Lora().alpha,
-        target_modules=list(Lora().targets),
-        task_type="CAUSAL_LM",
-    )
-    trainer = trl.DPOTrainer(
-        peer_model(bench),
-        args=arguments,
-        train_dataset=datasets.Dataset.from_list(texts),
-        processing_class=word_tokenizer(),
-        peft_config=lora,
-    )
+    settings = {"bf16": True, "use_liger_kernel": liger}
+    trainer = trl_trainer(peer_model(bench), rows, Path(folder), "dpo", settings)
     return step_of(trainer, bench.adapter)
 
 
@@ -244,7 +212,10 @@ def sampling(bench: Bench) -> Iterator[dict]:
     peer_settings = {"do_sample": True, "temperature": 0.95, "top_k": 50, "top_p": 0.7}
     if bench.device == "cuda":
         peer_settings["cache_implementation"] = "static"
-    weights = sum(t.nbytes for name, t in bench.plain.items() if "embed" not in name)
+    weights = 0
+    for name, weight in bench.plain.items():
+        if "embed" not in name:
+            weights += weight.nbytes
 
     disable_adapter(bench.model)
     for batch in bench.size["rows"]:
@@ -276,7 +247,7 @@ def random_prompts(bench: Bench, count: int) -> list[list[int]]:
     """So many prompts of random ids."""
     rng = random.Random(0)
     length = bench.size["tokens"]
-    return [random_ids(rng, bench.config.vocab_size, length) for _ in range(count)]
+    return [random_ids(rng, length, bench.config.vocab_size) for _ in range(count)]
 
 
 def scoring(bench: Bench) -> list[dict]:
@@ -302,15 +273,16 @@ def scoring(bench: Bench) -> list[dict]:
         "note": lacks,
     }
     if peer:
-        differences = [abs(a - b) / abs(b) for a, b in zip(own(), by_peer(), strict=True)]
-        worst = max(differences)
+        worst = largest_difference(own(), by_peer())
         row["equal"] = f"scores within {worst:.1g} (relative)"
         if worst > 0.01:
             raise ValueError(f"the scores differ by {worst:.2g} (relative)")
 
     row |= bench.timed(own, by_peer if peer else None)
     # A prompt is computed once for its three answers
-    flops = 2 * bench.body * prompts * 4 * half + 2 * bench.head * len(rows) * half
+    body_flops = 2 * bench.body * prompts * 4 * half
+    head_flops = 2 * bench.head * len(rows) * half
+    flops = body_flops + head_flops
     row["ratio_share"] = bench.share_of("matmul_flops", flops, row["own"])
     set_adapter_weights(bench.model, bench.adapter)
     return [row]

@@ -59,8 +59,10 @@ def distance_of_tables(old: Path, new: Path) -> str:
     new_table = table_of(new)
     distances = []
     for measure in ("gold", "perplexity"):
-        differences = [abs(row[measure] - new_table[at][measure]) for at, row in old_table.items()]
-        distances.append(max(differences))
+        largest = 0.0
+        for at, row in old_table.items():
+            largest = max(largest, abs(row[measure] - new_table[at][measure]))
+        distances.append(largest)
     rows = f"{len(old_table)} rows of the table"
     return f"{rows}: gold reward within {distances[0]:.1g}, perplexity within {distances[1]:.1g}"
 

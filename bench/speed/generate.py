@@ -14,8 +14,25 @@ from pathlib import Path
 
 import torch
 
-from bench.speed.peers import DTYPES, VOCAB, make_folder, make_rows, own_model, read_dtypes
-from bench.speed.timing import PLACE, alternate, clocked, missing, spread, write_bench
+from bench.markdown import named_values
+from bench.speed.peers import (
+    VOCAB,
+    load_with_adapter,
+    make_folder,
+    make_rows,
+    own_model,
+    random_ids,
+    read_dtypes,
+)
+from bench.speed.timing import (
+    PLACE,
+    alternate,
+    clocked,
+    count_equal,
+    missing,
+    spread,
+    write_bench,
+)
 from minmacpo.config.schema import Generate
 from minmacpo.core.prepack import can_prepack, prepack
 from minmacpo.core.sampling import generate, pick_token
@@ -51,16 +68,6 @@ WAYS = {
 # ---- the peer -------------------------------------------------------------------------------
 
 
-def peer_model(folder: Path, dtype: str):
-    """transformers' model with the adapter merged."""
-    import peft
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=DTYPES[dtype])
-    return peft.PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().eval()
-
-
 def by_transformers(model, prompts: list[list[int]], new: int, **settings) -> list[list[int]]:
     """`new` further tokens of every prompt; no token ends one, so that both sides do the same."""
     tokens = torch.tensor(prompts)
@@ -78,10 +85,11 @@ def by_transformers(model, prompts: list[list[int]], new: int, **settings) -> li
 @torch.inference_mode()
 def largest_gap(model, prompts: list[list[int]], texts: list[list[int]]) -> float:
     """How far the logits of chosen tokens are behind the best ones of the peer's model, at most."""
-    rows = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+    answers = torch.tensor(texts)  # (B, T)
+    rows = torch.cat([torch.tensor(prompts), answers], dim=1)
     start = len(prompts[0]) - 1
-    logits = model(torch.tensor(rows)).logits[:, start:-1].float()  # (B, T, V)
-    chosen = logits.gather(-1, torch.tensor(texts)[..., None])[..., 0]  # (B, T)
+    logits = model(rows).logits[:, start:-1].float()  # (B, T, V)
+    chosen = logits.gather(-1, answers[..., None])[..., 0]  # (B, T)
     return (logits.amax(-1) - chosen).max().item()
 
 
@@ -96,7 +104,7 @@ def compare_greedy(model, peer, prompts: list[list[int]], dtype: str) -> str:
     tolerance = 1e-3 if dtype == "fp32" else 0.25
     if gap > tolerance:
         raise SystemExit(f"{dtype}: a greedy token is {gap:.3g} behind the peer's best")
-    equal = sum(a == b for a, b in zip(own_texts, peer_texts, strict=True))
+    equal = count_equal(own_texts, peer_texts)
     texts = f"{equal} of {len(own_texts)} greedy texts"
     return f"{texts}; every own token within {gap:.1g} of the peer's best logit"
 
@@ -124,7 +132,7 @@ def compare(folder: Path, dtype: str, work: str, lacks: str) -> dict:
     if lacks:
         return row | alternate(own, None)
 
-    peer = peer_model(folder, dtype)
+    peer = load_with_adapter(folder, dtype).merge_and_unload().eval()
     row["equal"] = compare_greedy(model, peer, prompts, dtype)
 
     def with_dynamic_cache():
@@ -136,10 +144,14 @@ def compare(folder: Path, dtype: str, work: str, lacks: str) -> dict:
 
     _, dynamic = clocked(with_dynamic_cache)
     _, static = clocked(with_static_cache)
-    faster = "static" if static < dynamic else "dynamic"
+    faster = "dynamic"
+    by_peer = with_dynamic_cache
+    if static < dynamic:
+        faster = "static"
+        by_peer = with_static_cache
     costs = f"{dynamic:.3g} s dynamic, {static:.3g} s static"
     row["note"] = f"the peer's cache: {faster} ({costs})"
-    return row | alternate(own, with_static_cache if static < dynamic else with_dynamic_cache)
+    return row | alternate(own, by_peer)
 
 
 def refilled(folder: Path, dtype: str) -> dict:
@@ -154,7 +166,7 @@ def refilled(folder: Path, dtype: str) -> dict:
     prompts = []
     for _ in range(count):
         length = rng.randrange(PROMPT // 4, PROMPT + 1)
-        prompts.append([rng.randrange(3, VOCAB) for _ in range(length)])
+        prompts.append(random_ids(rng, length, VOCAB))
     prompts.sort(key=len)
     # Weights are random: so an answer has 60 tokens on average, of at most 128
     stops = set(range(0, VOCAB, 60))
@@ -171,7 +183,7 @@ def refilled(folder: Path, dtype: str) -> dict:
             texts += block
         return texts
 
-    equal = sum(a == b for a, b in zip(own(), in_blocks(), strict=True))
+    equal = count_equal(own(), in_blocks())
     least = count if dtype == "fp32" else 1
     if equal < least:
         raise SystemExit(f"{dtype}: {equal} of {count} texts are equal")
@@ -243,8 +255,9 @@ def decode_profile(folder: Path, dtype: str) -> dict:
 
     large = torch.ones(2**26)
     bandwidth = large.nbytes / milliseconds(large.sum, 1)  # bytes per millisecond
-    weights = sum(param.nbytes for param in model.parameters())
-    weights -= model.model.embed_tokens.weight.nbytes
+    weights = -model.model.embed_tokens.weight.nbytes
+    for param in model.parameters():
+        weights += param.nbytes
 
     times = {
         "floor: one read of weights and cache": (weights + cache.data.nbytes) / bandwidth,
@@ -271,7 +284,7 @@ def paragraph(profile: dict) -> str:
     times = dict(profile["ms"])
     floor = times.pop("floor: one read of weights and cache")
     whole = times.pop("whole step")
-    parts = ", ".join(f"{name} {value:.2f}" for name, value in times.items())
+    parts = named_values(times, ".2f")
     return (
         f"One decode step ({profile['dtype']}, {ROWS} rows, position {MIDDLE}): "
         f"{whole:.2f} ms of CPU, of which {parts}. One read of {profile['weights_mb']:.1f} MB of "

@@ -27,8 +27,8 @@ from bench.speed.peers import (
     own_model,
     read_dtypes,
 )
-from bench.speed.timing import alternate, missing, write_bench
-from bench.speed.trl_macpo import Pair, Texts
+from bench.speed.timing import alternate, count_equal, missing, write_bench
+from bench.speed.trl_macpo import Pair, Texts, mean_losses
 from minmacpo.config.schema import Generate
 from minmacpo.core.losses import PreferenceLoss
 from minmacpo.core.sampling import generate
@@ -70,27 +70,9 @@ def logps_of(model, rows: Sequence[Tokens]) -> list[float]:
 
 
 def perplexities(model, prompts: Texts, texts: Texts) -> list[float]:
-    """Mean negative log-probability per token of every text, in which perplexity is monotone."""
-    rows = [tokens_of(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-    logps = logps_of(model, rows)
-    return [-logp / len(text) for logp, text in zip(logps, texts, strict=True)]
-
-
-def choose(perplexities_of: list[list[float]], offered: list[Texts]) -> Texts:
-    """Of every prompt the answer with the lowest perplexity.
-
-    Args:
-        perplexities_of: by source, of every prompt's answer.
-        offered: by source, an answer to every prompt.
-    """
-    chosen = []
-    for i in range(len(offered[0])):
-        candidates = []
-        for values, texts in zip(perplexities_of, offered, strict=True):
-            candidates.append((values[i], texts[i]))
-        _, best = min(candidates)
-        chosen.append(best)
-    return chosen
+    """Mean negative log-probability per token of every text."""
+    rows = list(map(tokens_of, prompts, texts))
+    return mean_losses(logps_of(model, rows), texts)
 
 
 def learn(
@@ -104,17 +86,20 @@ def learn(
         chosen_logps: the chosen texts' log-probabilities under it, where they are known from
             choosing them.
     """
-    texts = []
+    chosen_rows = []
+    rejected_rows = []
     for prompt, chosen, rejected in pairs:
-        texts.append((tokens_of(prompt, chosen), tokens_of(prompt, rejected)))
-    rejected_logps = logps_of(model, [rejected for _, rejected in texts])
+        chosen_rows.append(tokens_of(prompt, chosen))
+        rejected_rows.append(tokens_of(prompt, rejected))
+    rejected_logps = logps_of(model, rejected_rows)
     if chosen_logps is None:
-        chosen_logps = logps_of(model, [chosen for chosen, _ in texts])
+        chosen_logps = logps_of(model, chosen_rows)
 
     examples = []
-    for i, pair in enumerate(texts):
+    for i in range(len(pairs)):
+        rows = (chosen_rows[i], rejected_rows[i])
         references = (chosen_logps[i], rejected_logps[i])
-        examples.append(TrainExample(str(i), pair, references))
+        examples.append(TrainExample(str(i), rows, references))
 
     loss = PreferenceLoss(BETA, trl_macpo.SFT_WEIGHT)
     optimizer = torch.optim.AdamW(params, LR, weight_decay=0.0, fused=True)
@@ -132,9 +117,14 @@ def macpo_round(folder: Path, prompts: Texts, negatives: dict[str, Texts], dtype
     student, student_params = agents[STUDENT]
 
     # The student learns from the teachers
-    offered = [sample(agents[name][0], prompts, 0) for name in TEACHERS]
-    perplexities_of = [perplexities(student, prompts, texts) for texts in offered]
-    chosen = choose(perplexities_of, offered)
+    offered = []
+    perplexities_of = []
+    for name in TEACHERS:
+        teacher, _ = agents[name]
+        answers = sample(teacher, prompts, 0)
+        offered.append(answers)
+        perplexities_of.append(perplexities(student, prompts, answers))
+    chosen = trl_macpo.choose(perplexities_of, offered)
     chosen_logps = []
     for i, text in enumerate(chosen):
         best = min(values[i] for values in perplexities_of)
@@ -159,19 +149,32 @@ def check_same_method(folder: Path, prompts: Texts, negatives: dict[str, Texts],
     first loss; ends the benchmark otherwise.
     """
     model, params = own_model(folder / STUDENT, dtype)
-    offered = [sample(own_model(folder / name, dtype)[0], prompts, 0) for name in TEACHERS]
-    own_chosen = choose([perplexities(model, prompts, texts) for texts in offered], offered)
     peer = trl_macpo.load(folder / STUDENT, dtype)
-    peer_values = [trl_macpo.perplexities(peer, prompts, texts) for texts in offered]
-    peer_chosen = choose(peer_values, offered)
-    agreed = sum(a == b for a, b in zip(own_chosen, peer_chosen, strict=True))
 
+    # The answers that both choose
+    offered = []
+    own_values = []
+    peer_values = []
+    for name in TEACHERS:
+        teacher, _ = own_model(folder / name, dtype)
+        answers = sample(teacher, prompts, 0)
+        offered.append(answers)
+        own_values.append(perplexities(model, prompts, answers))
+        peer_values.append(trl_macpo.perplexities(peer, prompts, answers))
+    own_chosen = trl_macpo.choose(own_values, offered)
+    peer_chosen = trl_macpo.choose(peer_values, offered)
+    agreed = count_equal(own_chosen, peer_chosen)
+
+    # The first loss of both
     pairs = list(zip(prompts, own_chosen, negatives[STUDENT], strict=True))[:BATCH]
-    loss = learn(model, params, pairs)[0]
-    peer_loss = trl_macpo.learn(peer, folder / "trl", pairs, dtype, BATCH)[0]
+    loss, *_ = learn(model, params, pairs)
+    peer_loss, *_ = trl_macpo.learn(peer, folder / "trl", pairs, dtype, BATCH)
 
-    most_other_choices = 2 if dtype == "bf16" else 0
-    tolerance = 1e-3 if dtype == "fp32" else 0.02
+    most_other_choices = 0
+    tolerance = 1e-3
+    if dtype == "bf16":
+        most_other_choices = 2
+        tolerance = 0.02
     differs = abs(loss - peer_loss) > tolerance * peer_loss
     choices = f"{agreed} of {len(prompts)}"
     if differs or agreed < len(prompts) - most_other_choices:
@@ -184,7 +187,9 @@ def compare(folder: Path, dtype: str, lacks: str) -> dict:
     """The row, timed after both sides were found to do the same."""
     rows = make_rows(PROMPTS, PROMPT, NEW, AGENTS)
     prompts = [row["prompt"] for row in rows]
-    negatives = {name: [row[name] for row in rows] for name in AGENTS}
+    negatives = {}
+    for name in AGENTS:
+        negatives[name] = [row[name] for row in rows]
     row = {
         "work": "a MACPO round",
         "shape": "15M",

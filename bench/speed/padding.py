@@ -7,9 +7,10 @@ training and scoring plan by default (16 pairs or 32 answers per step, micro-bat
 tokens), of rows of at most 1,024 tokens.
 """
 
+import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench.speed.timing import read_words, write_bench
@@ -43,11 +44,24 @@ def padding_row(work: str, groups: Sequence[Sequence[Tokens]], note: str) -> dic
     return {"work": work, "own": own, "peer_values": {}, "note": note}
 
 
+def longest(rows: Sequence[Tokens]) -> int:
+    """The length of the longest row."""
+    return max(len(row.ids) for row in rows)
+
+
+def grouped(rows: Sequence[Tokens], groups: Iterable[Sequence[int]]) -> list[list[Tokens]]:
+    """The rows of every group of indices."""
+    result = []
+    for group in groups:
+        result.append([rows[i] for i in group])
+    return result
+
+
 def training_groups(
     examples: Sequence[Sequence[Tokens]], batch: int, budget: int
 ) -> list[list[Tokens]]:
     """The micro-batches of one epoch; an example is one row, or a pair of rows."""
-    lengths = [max(len(row.ids) for row in example) for example in examples]
+    lengths = list(map(longest, examples))
     steps = math.ceil(len(examples) / batch)
     groups = []
     for step in plan_steps(lengths, batch, steps, 0, budget, MAX_LENGTH_RATIO):
@@ -68,24 +82,21 @@ def main(data: str, model: str) -> None:
     pairs = []
     too_long = 0
     for pair in read_data(data, skip_invalid=True, setting="data")[0]:
-        rows = [
-            render(tokenizer, "plain", pair.prompt, text) for text in (pair.chosen, pair.rejected)
-        ]
-        if max(len(row.ids) for row in rows) > config.data.max_length:
+        rows = []
+        for text in (pair.chosen, pair.rejected):
+            rows.append(render(tokenizer, "plain", pair.prompt, text))
+        if longest(rows) > config.data.max_length:
             too_long += 1
         else:
             pairs.append(rows)
-    texts = [row for rows in pairs for row in rows]
+    texts = list(itertools.chain.from_iterable(pairs))
     left_out = f"{too_long} of more than {config.data.max_length} tokens left out"
 
     dpo_groups = training_groups(pairs, config.dpo.batch, budget // 2)
     sft_groups = training_groups([rows[:1] for rows in pairs], config.sft.batch, budget)
-    sorted_groups = []
-    for group in plan_scoring([len(row.ids) for row in texts], budget):
-        sorted_groups.append([texts[i] for i in group])
-    packed_groups = []
-    for group in plan_packed(texts, budget):
-        packed_groups.append([texts[i] for i in group])
+    lengths = [len(text.ids) for text in texts]
+    sorted_groups = grouped(texts, plan_scoring(lengths, budget))
+    packed_groups = grouped(texts, plan_packed(texts, budget))
 
     table = [
         padding_row("DPO pairs", dpo_groups, f"{len(pairs)} pairs, {left_out}"),

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.markdown import markdown_table
+from bench.markdown import markdown_table, named_values
 from bench.speed.timing import PLACE, figures, read_words
 from minmacpo.runtime.files import write_atomic
 
@@ -94,7 +94,7 @@ def page(place: Path) -> str:
 
     head = ["work", "peer", "target", "measured", "", "by"]
     targets = markdown_table(head, target_rows(benches))
-    sections = [bench_section(bench) for bench in benches]
+    sections = map(bench_section, benches)
     return "\n".join([INTRO, "## Targets\n", targets, *sections])
 
 
@@ -139,7 +139,8 @@ def cell(ratio: list[float] | None, sign: str = "×") -> str:
     """A ratio with its range; nothing where there is none."""
     if ratio is None:
         return ""
-    return f"{ratio[0]:.2f}{sign} ({ratio[1]:.2f}-{ratio[2]:.2f})"
+    median, low, high = ratio
+    return f"{median:.2f}{sign} ({low:.2f}-{high:.2f})"
 
 
 # ---- one benchmark --------------------------------------------------------------------------
@@ -152,17 +153,18 @@ COLUMNS = (
 
 def bench_section(bench: dict) -> str:
     """One benchmark: what and where, its table, its notes and pictures."""
-    facts = [f"{name.replace('_', ' ')} {value}" for name, value in bench["machine"].items()]
-    packages = [f"{name} {version}" for name, version in bench["versions"].items()]
-    where = f"{', '.join(facts)}; {', '.join(packages)}."
+    facts = {}
+    for name, value in bench["machine"].items():
+        facts[name.replace("_", " ")] = value
+    where = f"{named_values(facts)}; {named_values(bench['versions'])}."
 
     # Columns in which no row has anything are left out
-    table = [cells(row) for row in bench["rows"]]
-    used = [i for i in range(len(COLUMNS)) if any(row[i] for row in table)]
-    head = [COLUMNS[i] for i in used]
-    shown = []
-    for row in table:
-        shown.append([row[i] for i in used])
+    table = list(map(cells, bench["rows"]))
+    columns = []
+    for head, *values in zip(COLUMNS, *table, strict=True):
+        if any(values):
+            columns.append((head, *values))
+    head, *shown = zip(*columns, strict=True)
 
     parts = [
         f"## {bench['bench']}\n",
@@ -179,9 +181,13 @@ def bench_section(bench: dict) -> str:
 
 def cells(row: dict) -> list[str]:
     """A row in the order of COLUMNS."""
-    texts = [row.get(name) or "" for name in ("work", "shape", "dtype", "peer")]
-    texts += [cell(row.get(f"ratio_{label}")) for label in ("cpu", "wall", "memory")]
-    texts += [figures(row.get(side) or {}) for side in ("own", "peer_values")]
+    texts = []
+    for name in ("work", "shape", "dtype", "peer"):
+        texts.append(row.get(name) or "")
+    for label in ("cpu", "wall", "memory"):
+        texts.append(cell(row.get(f"ratio_{label}")))
+    for side in ("own", "peer_values"):
+        texts.append(figures(row.get(side) or {}))
     texts += [row.get("equal", ""), row.get("note", "")]
     return texts
 

@@ -3,9 +3,10 @@
 python -m bench.speed.peers FOLDER SHAPE        writes such a folder
 """
 
+import itertools
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -56,19 +57,30 @@ def read_dtypes() -> list[str]:
     return read_words(DTYPES) or usual_dtypes()
 
 
-def make_folder(folder: Path, size: str, seed: int = 0) -> None:
-    """Write folder/base, random weights, and folder/adapter, whose B is not zero."""
-    width, layers, heads, mlp = parse_model_size(SHAPES[size])
-    config = ModelConfig(
-        vocab_size=VOCAB,
+def config_of(shape: Sequence[int], positions: int = 2048) -> ModelConfig:
+    """The ModelConfig of a shape: width, layers, heads, key heads, width of the MLP, vocabulary."""
+    width, layers, heads, key_heads, mlp, vocab = shape
+    return ModelConfig(
+        vocab_size=vocab,
         hidden_size=width,
         intermediate_size=mlp,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads,
+        num_key_value_heads=key_heads,
         head_dim=width // heads,
-        max_position_embeddings=2048,
+        max_position_embeddings=positions,
     )
+
+
+def random_ids(rng: random.Random, count: int, vocab: int) -> list[int]:
+    """So many ids, none of them of the three special tokens."""
+    return [rng.randrange(3, vocab) for _ in range(count)]
+
+
+def make_folder(folder: Path, size: str, seed: int = 0) -> None:
+    """Write folder/base, random weights, and folder/adapter, whose B is not zero."""
+    width, layers, heads, mlp = parse_model_size(SHAPES[size])
+    config = config_of((width, layers, heads, heads, mlp, VOCAB))
     model = new_model(config, seed)
     for name in ("base", "adapter"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -93,15 +105,11 @@ def make_rows(
 ) -> list[Row]:
     """`count` prompts of so many tokens, an answer of so many under each of `names`."""
     rng = random.Random(seed)
-
-    def random_ids(size: int) -> list[int]:
-        return [rng.randrange(3, VOCAB) for _ in range(size)]
-
     rows = []
     for _ in range(count):
-        row = {"prompt": random_ids(prompt)}
+        row = {"prompt": random_ids(rng, prompt, VOCAB)}
         for name in names:
-            row[name] = [*random_ids(answer - 1), 2]
+            row[name] = [*random_ids(rng, answer - 1, VOCAB), 2]
         rows.append(row)
     return rows
 
@@ -141,7 +149,7 @@ def own_step(
     def examples_with_reference() -> list[TrainExample]:
         adapter = get_adapter_weights(model)
         disable_adapter(model)
-        flat = [text for answers in texts for text in answers]
+        flat = list(itertools.chain.from_iterable(texts))
         logps = score(model, flat, SCORING_TOKENS, packed=True, log=lambda line: None)
         set_adapter_weights(model, adapter)
         examples = []
@@ -198,18 +206,40 @@ def as_words(ids: list[int]) -> str:
     return "".join(f" w{i}" for i in ids if i != 2)
 
 
-def trl_trainer(folder: Path, rows: list[Row], dtype: str, kind: str, settings: dict):
-    """TRL's trainer as its documentation sets it up with PEFT: a base, and a LoraConfig."""
-    import datasets
-    import peft
+def words_of_row(row: Row) -> dict[str, str]:
+    """A row as TRL reads it."""
+    return {name: as_words(ids) for name, ids in row.items()}
+
+
+def load_base(folder: Path, dtype: str):
+    """The folder's base as transformers loads it."""
     import transformers
-    import trl
 
     transformers.utils.logging.set_verbosity_error()
-    texts = []
-    for row in rows:
-        texts.append({name: as_words(ids) for name, ids in row.items()})
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=DTYPES[dtype])
+    return transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=DTYPES[dtype])
+
+
+def load_with_adapter(folder: Path, dtype: str, trainable: bool = False):
+    """The folder's base with its adapter, as PEFT loads it."""
+    import peft
+
+    base = load_base(folder, dtype)
+    return peft.PeftModel.from_pretrained(base, folder / "adapter", is_trainable=trainable)
+
+
+def trl_trainer(model, rows: list[Row], folder: Path, kind: str, settings: dict):
+    """TRL's trainer as its documentation sets it up with PEFT: a base, and a LoraConfig.
+
+    Args:
+        model: the base, of transformers.
+        folder: where the trainer may write.
+        settings: of its configuration, beside the usual ones.
+    """
+    import datasets
+    import peft
+    import trl
+
+    texts = [words_of_row(row) for row in rows]
     if kind == "dpo":
         config_class, trainer_class = trl.DPOConfig, trl.DPOTrainer
         settings = {"beta": BETA} | settings
@@ -218,7 +248,7 @@ def trl_trainer(folder: Path, rows: list[Row], dtype: str, kind: str, settings: 
         settings = {"completion_only_loss": True} | settings
 
     arguments = config_class(
-        output_dir=str(folder / "trl"),
+        output_dir=str(folder),
         per_device_train_batch_size=len(rows),
         max_steps=1,
         learning_rate=LR,
@@ -227,7 +257,6 @@ def trl_trainer(folder: Path, rows: list[Row], dtype: str, kind: str, settings: 
         save_strategy="no",
         logging_strategy="no",
         use_cpu=not torch.cuda.is_available(),
-        bf16=dtype == "bf16",
         disable_tqdm=True,
         max_length=None,
         **settings,
@@ -236,7 +265,7 @@ def trl_trainer(folder: Path, rows: list[Row], dtype: str, kind: str, settings: 
         r=LORA.r, lora_alpha=LORA.alpha, target_modules=list(LORA.targets), task_type="CAUSAL_LM"
     )
     return trainer_class(
-        base,
+        model,
         args=arguments,
         train_dataset=datasets.Dataset.from_list(texts),
         processing_class=word_tokenizer(),
@@ -248,7 +277,9 @@ def trl_step(
     folder: Path, rows: list[Row], dtype: str, kind: str = "dpo", **settings
 ) -> tuple[Step, float]:
     """(One optimiser step of TRL, the loss before it): forward, backward, clip, AdamW."""
-    trainer = trl_trainer(folder, rows, dtype, kind, settings)
+    settings["bf16"] = dtype == "bf16"
+    base = load_base(folder, dtype)
+    trainer = trl_trainer(base, rows, folder / "trl", kind, settings)
     step = step_of(trainer, load_adapter(folder / "adapter"))
     return step, step()
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench.markdown import named_values
 from bench.speed.peers import (
     ANSWERS,
     DTYPES,
@@ -119,7 +120,7 @@ def measure(folder: Path, dtype: str, trace: str | None) -> tuple[dict, str]:
         "own": {"cpu_s": round(seconds, 3), "floor_s": round(floor, 3)} | shares,
         "peer_values": {},
     }
-    parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    parts = named_values(shares, ".0%")
     note = (
         f"**{dtype}**: {seconds:.2f} CPU seconds; {parts}. "
         f"The floor is {flops.total / 1e9:.0f} GFLOP (base {flops.base / 1e9:.0f}, "

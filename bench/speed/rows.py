@@ -110,7 +110,10 @@ def run_stages(root: Path, count: int) -> None:
     peaks = []
     sampled = [texts.stage for texts in samples.values()]
     for stages in (sampled, list(scores.values()), [pairs]):
-        peaks.append(max(stage.notes()["peak_mb"] for stage in stages))
+        peak = 0
+        for stage in stages:
+            peak = max(peak, stage.notes()["peak_mb"])
+        peaks.append(peak)
     print(*peaks)
 
 
@@ -121,7 +124,8 @@ def main(counts: list[int]) -> None:
         with tempfile.TemporaryDirectory() as root:
             command = [sys.executable, "-m", "bench.speed.rows", "--one", root, str(count)]
             ended = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks = [int(word) for word in ended.stdout.splitlines()[-1].split()]
+        last_line = ended.stdout.splitlines()[-1]
+        peaks = list(map(int, last_line.split()))
         if first_peaks is None:
             first_peaks = peaks
         parts = []
@@ -138,4 +142,4 @@ if __name__ == "__main__":
         for word in words:
             if not word.isdecimal():
                 sys.exit(f"{__doc__}\nerror: {word} is no number of prompts")
-        main([int(word) for word in words] or [10_000, 100_000, 1_000_000])
+        main(list(map(int, words)) or [10_000, 100_000, 1_000_000])

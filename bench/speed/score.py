@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 
 from bench.speed.peers import (
-    DTYPES,
     SCORING_TOKENS,
     VOCAB,
+    load_with_adapter,
     make_folder,
     own_model,
+    random_ids,
     read_dtypes,
 )
-from bench.speed.timing import alternate, missing, write_bench
+from bench.speed.timing import alternate, largest_difference, missing, write_bench
 from minmacpo.core.scoring import score
 from minmacpo.data.tokenizer import Tokens
 
@@ -34,9 +35,9 @@ def candidates(answers: int, seed: int = 0) -> list[Tokens]:
     rng = random.Random(seed)
     rows = []
     for _ in range(16):
-        prompt = [rng.randrange(3, VOCAB) for _ in range(128)]
+        prompt = random_ids(rng, 128, VOCAB)
         for _ in range(answers):
-            answer = [rng.randrange(3, VOCAB) for _ in range(rng.randrange(32, 129))]
+            answer = random_ids(rng, rng.randrange(32, 129), VOCAB)
             rows.append(Tokens(prompt + answer, [False] * 128 + [True] * len(answer)))
     return rows
 
@@ -48,7 +49,7 @@ def by_transformers(model, rows: list[Tokens], size: int = 8) -> list[float]:
     logps = [0.0] * len(rows)
     for start in range(0, len(rows), size):
         group = order[start : start + size]
-        width = max(len(rows[i].ids) for i in group)
+        width = len(rows[group[-1]].ids)  # the longest of the group
         tokens = torch.zeros(len(group), width, dtype=torch.long)  # (B, T)
         attended = torch.zeros(len(group), width, dtype=torch.long)  # (B, T)
         labels = torch.full((len(group), width), -100)  # (B, T)
@@ -65,16 +66,6 @@ def by_transformers(model, rows: list[Tokens], size: int = 8) -> list[float]:
         for i, loss in zip(group, losses.sum(1).tolist(), strict=True):
             logps[i] = -loss
     return logps
-
-
-def peer_model(folder: Path, dtype: str):
-    """transformers' model with the adapter, as PEFT loads it."""
-    import peft
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=DTYPES[dtype])
-    return peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
 
 
 def compare(folder: Path, dtype: str, answers: int, lacks: str) -> dict:
@@ -96,13 +87,12 @@ def compare(folder: Path, dtype: str, answers: int, lacks: str) -> dict:
     if lacks:
         return row | alternate(own, None, times=7)
 
-    oracle = peer_model(folder, dtype)
+    oracle = load_with_adapter(folder, dtype).eval()
 
     def peer() -> list[float]:
         return by_transformers(oracle, rows)
 
-    differences = [abs(a - b) / abs(b) for a, b in zip(own(), peer(), strict=True)]
-    worst = max(differences)
+    worst = largest_difference(own(), peer())
     tolerance = 1e-5 if dtype == "fp32" else 2e-3
     if worst > tolerance:
         raise SystemExit(f"{dtype}: the scores differ by {worst:.2g} (relative)")

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -35,7 +35,27 @@ Spread = list[float]  # median, lowest, highest
 def spread(values: Sequence[float]) -> Spread:
     """[median, lowest, highest], of four digits each."""
     figures = (statistics.median(values), min(values), max(values))
-    return [float(f"{value:.4g}") for value in figures]
+    return [four_digits(value) for value in figures]
+
+
+def four_digits(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def count_equal(own: Iterable, peer: Iterable) -> int:
+    """In how many places two lists of the same length have the same."""
+    count = 0
+    for a, b in zip(own, peer, strict=True):
+        count += a == b
+    return count
+
+
+def largest_difference(own: Sequence[float], peer: Sequence[float]) -> float:
+    """How far a number is from the peer's at most, as a share of that one."""
+    worst = 0.0
+    for a, b in zip(own, peer, strict=True):
+        worst = max(worst, abs(a - b) / abs(b))
+    return worst
 
 
 def clocked(call: Callable[[], object]) -> tuple[float, float]:
@@ -72,19 +92,21 @@ def alternate(own: Callable, peer: Callable | None, times: int = 5, warm: bool =
 
     row = {"ratio_cpu": None, "ratio_wall": None, "own": summary(own_times), "peer_values": {}}
     if peer is not None:
-        pairs = list(zip(own_times, peer_times, strict=True))
-        row["ratio_wall"] = spread([peer[0] / own[0] for own, peer in pairs])
-        row["ratio_cpu"] = spread([peer[1] / own[1] for own, peer in pairs])
+        wall_ratios = []
+        cpu_ratios = []
+        for (own_wall, own_cpu), (peer_wall, peer_cpu) in zip(own_times, peer_times, strict=True):
+            wall_ratios.append(peer_wall / own_wall)
+            cpu_ratios.append(peer_cpu / own_cpu)
+        row["ratio_wall"] = spread(wall_ratios)
+        row["ratio_cpu"] = spread(cpu_ratios)
         row["peer_values"] = summary(peer_times)
     return row
 
 
 def summary(times: Sequence[tuple[float, float]]) -> dict[str, Spread]:
     """Medians and ranges of what `clocked` gave for several calls."""
-    return {
-        "wall_s": spread([wall for wall, _ in times]),
-        "cpu_s": spread([cpu for _, cpu in times]),
-    }
+    walls, cpus = zip(*times, strict=True)
+    return {"wall_s": spread(walls), "cpu_s": spread(cpus)}
 
 
 def run_alone(*words: str, times: int = 1) -> list[dict]:
@@ -188,8 +210,9 @@ def write_bench(name: str, title: str, rows: Sequence[dict], keep: bool = False,
     else:
         measured = {row_key(row) for row in rows}
         kept_rows = []
-        if keep:
-            kept_rows = [row for row in old_rows if row_key(row) not in measured]
+        for row in old_rows:
+            if keep and row_key(row) not in measured:
+                kept_rows.append(row)
         content = {
             "bench": name,
             "title": title,
@@ -224,17 +247,21 @@ def row_key(row: dict) -> tuple:
 
 def row_text(row: dict) -> str:
     """One row as the terminal shows it."""
-    names = [row["work"], row.get("shape"), row.get("dtype"), row.get("peer")]
-    parts = [" · ".join(name for name in names if name) + ":"]
+    names = (row["work"], row.get("shape"), row.get("dtype"), row.get("peer"))
+    parts = [" · ".join(filter(None, names)) + ":"]
     for label in ("cpu", "wall", "memory"):
         ratio = row.get(f"ratio_{label}")
         if ratio:
-            parts.append(f"{label} x{ratio[0]:.2f} ({ratio[1]:.2f}-{ratio[2]:.2f})")
-    for side, values in (("own", row.get("own")), ("peer", row.get("peer_values"))):
-        if values:
-            parts.append(f"{side} {figures(values)}")
-    parts += [row.get("equal", ""), row.get("note", "")]
-    return "  ".join(part for part in parts if part)
+            median, low, high = ratio
+            parts.append(f"{label} x{median:.2f} ({low:.2f}-{high:.2f})")
+    if row.get("own"):
+        parts.append(f"own {figures(row['own'])}")
+    if row.get("peer_values"):
+        parts.append(f"peer {figures(row['peer_values'])}")
+    for remark in (row.get("equal"), row.get("note")):
+        if remark:
+            parts.append(remark)
+    return "  ".join(parts)
 
 
 def figures(values: dict) -> str:
@@ -245,7 +272,8 @@ def figures(values: dict) -> str:
 def figure(value) -> str:
     """A number, or a median with its range."""
     if isinstance(value, list):
-        return f"{value[0]:.4g} ({value[1]:.4g}-{value[2]:.4g})"
+        median, low, high = value
+        return f"{median:.4g} ({low:.4g}-{high:.4g})"
     if isinstance(value, float):
         return f"{value:,.4g}"
     if isinstance(value, int):

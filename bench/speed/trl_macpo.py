@@ -6,9 +6,9 @@ Each is used as its documentation shows.
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from bench.speed.peers import BETA, DTYPES, LR, as_words, word_tokenizer
+from bench.speed.peers import BETA, LR, joined, load_with_adapter, word_tokenizer, words_of_row
+from bench.speed.score import by_transformers
 
 SFT_WEIGHT = 0.2
 
@@ -18,12 +18,7 @@ Pair = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
 
 def load(folder: Path, dtype: str):
     """An agent: base and adapter, ready to sample and to train."""
-    import peft
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=DTYPES[dtype])
-    return peft.PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
+    return load_with_adapter(folder, dtype, trainable=True)
 
 
 @torch.no_grad()
@@ -43,39 +38,49 @@ def sample(model, prompts: Texts, new: int) -> Texts:
         pad_token_id=0,
     )
     answers = rows[:, tokens.shape[1] :].tolist()
-    return [whole([token for token in answer if token]) for answer in answers]
+    texts = []
+    for answer in answers:
+        unpadded = list(filter(None, answer))
+        texts.append(whole(unpadded))
+    return texts
 
 
 def whole(text: list[int]) -> list[int]:
     """A sampled answer with its end token; ids that are no words become one that is."""
-    words = [token if token > 2 else 3 for token in text if token != 2]
+    words = [max(token, 3) for token in text if token != 2]
     return [*words, 2]
 
 
-@torch.no_grad()
 def perplexities(model, prompts: Texts, texts: Texts, size: int = 8) -> list[float]:
     """Mean negative log-probability per token, in batches of `size` sorted by length."""
-    rows = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    values = [0.0] * len(texts)
+    rows = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        rows.append(joined({"prompt": prompt, "text": text}, "text"))
     model.eval()
-    for start in range(0, len(order), size):
-        group = order[start : start + size]
-        width = max(len(rows[i]) for i in group)
-        tokens = torch.zeros(len(group), width, dtype=torch.long)  # (B, T)
-        labels = torch.full((len(group), width), -100)  # (B, T)
-        for number, i in enumerate(group):
-            end = len(rows[i])
-            tokens[number, :end] = torch.tensor(rows[i])
-            labels[number, len(prompts[i]) : end] = torch.tensor(texts[i])
+    logps = by_transformers(model, rows, size)
+    return mean_losses(logps, texts)
 
-        attended = (tokens > 0).long()
-        output = model(input_ids=tokens, attention_mask=attended, use_cache=False)
-        logits = output.logits[:, :-1].float()  # (B, T - 1, V)
-        losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
-        for i, loss in zip(group, losses.sum(1).tolist(), strict=True):
-            values[i] = loss / len(texts[i])
-    return values
+
+def mean_losses(logps: list[float], texts: Texts) -> list[float]:
+    """Mean negative log-probabilities per token, in which perplexity is monotone."""
+    return [-logp / len(text) for logp, text in zip(logps, texts, strict=True)]
+
+
+def choose(perplexities_of: list[list[float]], offered: list[Texts]) -> Texts:
+    """Of every prompt the answer with the lowest perplexity.
+
+    Args:
+        perplexities_of: by source, of every prompt's answer.
+        offered: by source, an answer to every prompt.
+    """
+    chosen = []
+    for i in range(len(offered[0])):
+        candidates = []
+        for values, texts in zip(perplexities_of, offered, strict=True):
+            candidates.append((values[i], texts[i]))
+        _, best = min(candidates)
+        chosen.append(best)
+    return chosen
 
 
 def learn(model, folder: Path, pairs: list[Pair], dtype: str, batch: int) -> list[float]:
@@ -89,7 +94,7 @@ def learn(model, folder: Path, pairs: list[Pair], dtype: str, batch: int) -> lis
     rows = []
     for prompt, chosen, rejected in pairs:
         row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-        rows.append({name: as_words(ids) for name, ids in row.items()})
+        rows.append(words_of_row(row))
     arguments = trl.DPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=batch,
@@ -138,15 +143,13 @@ def macpo_round(
     student_name, *teachers = agents
     student = agents[student_name]
 
-    offered = [sample(agents[name], prompts, new) for name in teachers]
-    values_of = [perplexities(student, prompts, texts) for texts in offered]
-    chosen = []
-    for i in range(len(prompts)):
-        candidates = []
-        for values, texts in zip(values_of, offered, strict=True):
-            candidates.append((values[i], texts[i]))
-        _, best = min(candidates)
-        chosen.append(best)
+    offered = []
+    values_of = []
+    for name in teachers:
+        answers = sample(agents[name], prompts, new)
+        offered.append(answers)
+        values_of.append(perplexities(student, prompts, answers))
+    chosen = choose(values_of, offered)
     pairs = list(zip(prompts, chosen, negatives[student_name], strict=True))
     learn(student, folder / "trl", pairs, dtype, batch)
 

@@ -128,7 +128,7 @@ def test_what_grows_runs_and_is_plotted(make, assets, monkeypatch):
 def test_the_least_perplexing_answer_of_each_prompt_is_chosen():
     offered = [[[5, 2], [6, 2]], [[7, 2], [8, 2]]]
 
-    assert macpo.choose([[1.0, 4.0], [2.0, 3.0]], offered) == [[5, 2], [8, 2]]
+    assert trl_macpo.choose([[1.0, 4.0], [2.0, 3.0]], offered) == [[5, 2], [8, 2]]
 
 
 def test_a_text_of_the_peer_is_ended_and_never_empty():
