@@ -5,12 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-# The patterns that split a text into words, from the files of Llama 3 and Qwen 2
-LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN_2 = LLAMA_3.replace("{1,3}", "")
+from minmacpo.data.pre_tokenizers import KNOWN, PreTokenizer
+
 SPECIAL = [
     "<|endoftext|>",
     "<|begin_of_text|>",
@@ -20,7 +16,8 @@ SPECIAL = [
     "<|im_start|>",
     "<|im_end|>",
 ]
-STYLES = ["gpt-2", "smollm-2", "qwen-2", "llama-3"]
+# {"smollm-2": the known way in which SmolLM 2 cuts texts into words}
+STYLES = {known.name.lower().replace(" ", "-"): known for known in KNOWN}
 NOTES = {  # tokenizer_config.json
     "gpt-2": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
     "smollm-2": {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"},
@@ -32,29 +29,44 @@ NOTES = {  # tokenizer_config.json
 }
 
 
+def pre_tokenizer_json(known: PreTokenizer) -> dict:
+    """The pre_tokenizer of a tokenizer.json, as published files have it."""
+    steps = []
+    for step in known.steps:
+        extra = {"trim_offsets": True} if step["type"] == "ByteLevel" else {}
+        steps.append(step | extra)
+    if len(steps) == 1:
+        return steps[0]
+    return {"type": "Sequence", "pretokenizers": steps}
+
+
+def empty_file(pre_tokenizer: dict | None, **model) -> str:
+    """The content of a tokenizer.json without vocabulary."""
+    file = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "BPE", "vocab": {}, "merges": []} | model,
+    }
+    return json.dumps(file)
+
+
 def train_file(style: str, texts: list[str], vocab: int = 700) -> str:
     """The content of a tokenizer.json in the style of a family; skips without the package."""
     tokenizers = pytest.importorskip("tokenizers")
-    splitters = tokenizers.pre_tokenizers
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=style == "llama-3"))
-
-    # How a text is split into words, as in the family's own files
-    uses_gpt2_pattern = style in ("gpt-2", "smollm-2")
-    steps = [splitters.ByteLevel(add_prefix_space=False, use_regex=uses_gpt2_pattern)]
-    if style == "smollm-2":
-        steps.insert(0, splitters.Digits(individual_digits=True))
-    elif style == "llama-3":
-        steps.insert(0, splitters.Split(tokenizers.Regex(LLAMA_3), "isolated"))
-    elif style == "qwen-2":
-        steps.insert(0, splitters.Split(tokenizers.Regex(QWEN_2), "isolated"))
-    tokenizer.pre_tokenizer = steps[0] if len(steps) == 1 else splitters.Sequence(steps)
-
-    if style == "qwen-2":
+    content = empty_file(pre_tokenizer_json(STYLES[style]), ignore_merges=style == "llama-3")
+    tokenizer = tokenizers.Tokenizer.from_str(content)
+    if style.startswith("qwen"):
         tokenizer.normalizer = tokenizers.normalizers.NFC()
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab,
-        initial_alphabet=splitters.ByteLevel.alphabet(),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=SPECIAL,
         show_progress=False,
     )

@@ -32,6 +32,7 @@ KNOWN: set[tuple[str, str]] = set()
 
 PROGRAMS = ["train", "sample", "eval"]
 THIRD_PARTY = {"torch", "safetensors", "sentencepiece", "numpy", "tqdm"}
+OPTIONAL = {"tokenizers": "data.tokenizer_json"}  # imported where they are used, by one module
 NETWORK = {"urllib", "http", "socket", "requests", "ssl", "ftplib"}
 PICKLES = {"pickle", "marshal", "shelve", "dill"}
 CODE_FROM_DATA = {
@@ -203,11 +204,18 @@ def test_what_trains_does_not_know_the_rules_of_the_synthetic_world():
 def test_third_party_imports_are_the_five():
     used = set()
     for name in LIBRARY:
-        used |= foreign_packages(name)
+        used |= foreign_packages(name) - OPTIONAL.keys()
     requirements = (REPO / "requirements.txt").read_text().split()
 
     assert used <= THIRD_PARTY
     assert {line.split("=")[0] for line in requirements} == THIRD_PARTY
+
+
+def test_optional_packages_are_imported_by_one_module_within_a_function():
+    for package, home in OPTIONAL.items():
+        assert users_of(package) == {home}
+        code = f"import sys, minmacpo.{home}; print({package!r} in sys.modules)"
+        assert run_python(code).strip() == "False"
 
 
 def test_libraries_have_one_home():
@@ -245,7 +253,7 @@ def test_settings_and_data_need_no_torch():
 def test_settings_and_the_world_need_no_package_at_all():
     for name in FILES:
         if room_of(name) in ("config", "data") and name != "data.tokenizer":
-            assert not foreign_packages(name), name
+            assert not foreign_packages(name) - OPTIONAL.keys(), name
 
 
 def test_help_needs_no_torch():

@@ -12,7 +12,8 @@ from pathlib import Path
 import sentencepiece
 
 from minmacpo import UserError
-from minmacpo.data.bpe import MALFORMED, BytePairs, check_ids
+from minmacpo.data.bpe import MALFORMED, check_ids
+from minmacpo.data.tokenizer_json import read_tokenizer_json
 from minmacpo.runtime.files import read_json
 
 # Special tokens of the tokenizers trained here: each stands before a turn of that role.
@@ -40,11 +41,12 @@ class Tokens:
 
 
 class Tokenizer:
-    """A sentencepiece model or a byte-level BPE.
+    """A sentencepiece model, or what a tokenizer.json describes.
 
     Attributes:
         model: the content of the tokenizer.model or tokenizer.json.
-        processor: what does the work, sentencepiece's or a BytePairs.
+        processor: what does the work: sentencepiece's, a BytePairs or a PackageTokenizer.
+        where: the path of its file.
         special: {name: id} of all tokens that no text becomes.
         names: {id: name} of them.
         bos, eos: ids of begin and end; bos is -1 where there is none.
@@ -63,7 +65,7 @@ class Tokenizer:
 
         Args:
             model: the content of its file.
-            where: the path of its file; one that ends with .json holds a byte-level BPE.
+            where: the path of its file; one that ends with .json is read as a tokenizer.json.
             added_tokens: {name: id} of tokens that the file does not have.
             ends: name or id of "bos" and "eos", where they are not those of the file.
 
@@ -71,10 +73,12 @@ class Tokenizer:
             UserError: the file is damaged or not supported, or no end token is known.
         """
         self.model = model
+        self.where = where
+        self.is_sentencepiece = not where.endswith(".json")
         self.bos = -1
         self.eos = -1
-        if where.endswith(".json"):
-            self.read_byte_pairs(where)
+        if not self.is_sentencepiece:
+            self.read_json(where)
         else:
             self.read_sentencepiece(where)
 
@@ -121,9 +125,9 @@ class Tokenizer:
             )
         return token_id
 
-    def read_byte_pairs(self, where: str) -> None:
+    def read_json(self, where: str) -> None:
         """Take over a tokenizer.json; begin and end are in no field of it."""
-        self.processor = BytePairs(self.model, where)
+        self.processor = read_tokenizer_json(self.model, where)
         self.num_pieces = self.processor.size
         self.special = dict(self.processor.added_tokens)
         self.prefix_guard_ids = []
@@ -157,6 +161,8 @@ class Tokenizer:
         """
         guard_ids = [] if start else self.prefix_guard_ids
         try:
+            if not self.is_sentencepiece:
+                return self.processor.encode(text, start)
             if guard_ids:
                 return self.processor.encode("\n" + text)[len(guard_ids) :]
             return self.processor.encode(text)
@@ -172,12 +178,18 @@ class Tokenizer:
         text = self.processor.decode(self.prefix_guard_ids + known_ids)
         return text[1:] if self.prefix_guard_ids else text
 
+    def count_left_out(self, texts: Iterable[str]) -> int:
+        """How many characters of the texts have no token and leave no trace in the ids."""
+        if self.is_sentencepiece:
+            return 0  # has a token for what is unknown
+        return sum(map(self.processor.count_left_out, texts))
+
     def piece(self, token_id: int) -> str:
         """A token as a log shows it, a special one by its name."""
         if token_id in self.names:
             text = self.names[token_id]
-        elif isinstance(self.processor, BytePairs):
-            text = self.processor.decode([token_id])
+        elif not self.is_sentencepiece:
+            text = self.processor.piece(token_id)
         else:
             text = self.processor.id_to_piece(token_id).replace("<0x0A>", "⏎")
         shown = text.translate(AS_SHOWN)

@@ -35,10 +35,8 @@ def tag(name: str, *children: object, **attributes: object) -> Html:
     for key, value in attributes.items():
         if value is None:
             continue
-        # Python has no names with hyphens, and keeps the word class for itself
-        attribute = key.rstrip("_").replace("_", "-")
         text = f"{value:.1f}" if isinstance(value, float) else escape(value)
-        opening += f' {attribute}="{text}"'
+        opening += f' {key.rstrip("_").replace("_", "-")}="{text}"'
     content = "".join(escape(child) for child in children)
     return Html(f"<{opening}>{content}</{name}>")
 
@@ -51,8 +49,7 @@ def grid(head: Sequence[object], rows: Iterable[Sequence[object]], kind: str = "
     """
     body = []
     for row in rows:
-        cells = [tag("td", value) for value in row]
-        body.append(tag("tr", *cells))
+        body.append(tag("tr", *(tag("td", value) for value in row)))
     if not body:
         return Html()
     headings = [tag("th", heading, scope="col") for heading in head]

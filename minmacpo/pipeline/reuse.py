@@ -212,20 +212,17 @@ def changed_modules(before: dict[str, str], now: dict[str, str]) -> tuple[str, .
 
 
 def changed_settings(before: dict, now: dict) -> list[str]:
-    """One phrase for every setting that differs: "the setting beta has changed from 0.1 to 0.2"."""
+    """One phrase for every setting that differs: "beta has changed from 0.1 to 0.2"."""
     phrases = []
     for key in sorted(before.keys() | now.keys()):
         if key not in before:
-            phrases.append(f"the setting {key} has been added ({shortened(now[key])})")
+            phrases.append(f"{key} has been added ({shortened(now[key])})")
         elif key not in now:
-            phrases.append(f"the setting {key} has been removed ({shortened(before[key])})")
+            phrases.append(f"{key} has been removed ({shortened(before[key])})")
         elif before[key] != now[key]:
-            old = shortened(before[key])
-            new = shortened(now[key])
-            phrase = f"the setting {key} has changed"
-            if old != new:  # long values may differ in what is not shown
-                phrase += f" from {old} to {new}"
-            phrases.append(phrase)
+            old, new = shortened(before[key]), shortened(now[key])
+            words = f" from {old} to {new}" if old != new else ""
+            phrases.append(f"{key} has changed{words}")
     return phrases
 
 

@@ -1,12 +1,10 @@
 """Byte-level BPE against the `tokenizers` package, Llama 3's vectors, and the texts of HH-RLHF."""
 
-import functools
 import gzip
 import json
 import random
-import sys
 import time
-import unicodedata
+from collections.abc import Callable
 from itertools import islice
 
 import pytest
@@ -16,9 +14,10 @@ from texts import ODD, random_unicode
 from tokenizers.normalizers import NFC
 
 from minmacpo import UserError
-from minmacpo.data.bpe import BytePairs, StandIns, compile_pattern
+from minmacpo.data.bpe import BytePairs, byte_letters
 from minmacpo.data.readers import find_files, read_lines
-from minmacpo.data.tokenizer import Tokenizer, load_tokenizer
+from minmacpo.data.tokenizer import load_tokenizer
+from minmacpo.data.tokenizer_json import read_tokenizer_json
 
 LEARNED = [
     *TEXTS,
@@ -41,39 +40,33 @@ TRAPS = [
 ]
 
 
+REAL = "the real llama-3"
+
+
+def byte_pairs(content: str | bytes) -> BytePairs:
+    """The tokenizer in a tokenizer.json that needs no package."""
+    tokenizer = read_tokenizer_json(content if type(content) is bytes else content.encode(), "here")
+    assert isinstance(tokenizer, BytePairs)
+    return tokenizer
+
+
 def llama3_file() -> bytes:
     return gzip.decompress(shared("tokenizers/llama3-tokenizer.json.gz").read_bytes())
 
 
-@pytest.fixture(scope="module", params=[*STYLES, "the real llama-3"])
+@pytest.fixture(scope="module", params=[*STYLES, REAL])
 def both(request):
-    """(BytePairs, text -> ids by the `tokenizers` package)"""
-    if request.param == "the real llama-3":
+    """(a BytePairs, text -> ids by the `tokenizers` package)"""
+    if request.param == REAL:
         file = llama3_file().decode()
     else:
         file = train_file(request.param, LEARNED * 3)
-    return BytePairs(file.encode(), "here"), oracle(file)
+    return byte_pairs(file), oracle(file)
 
 
 def normalized(text: str, tokenizer: BytePairs) -> str:
     """The text as the tokenizer takes it."""
-    if tokenizer.unicode_form is None:
-        return text
-    return unicodedata.normalize(tokenizer.unicode_form, text)
-
-
-@functools.cache
-def is_settled(letter: str) -> bool:
-    """Whether this Python and the package's older tables know the letter, and place it alike."""
-    if unicodedata.category(letter) == "Cn":
-        return False
-    with_marks = f"a\u0301{letter}\u0334"
-    return NFC().normalize_str(with_marks) == unicodedata.normalize("NFC", with_marks)
-
-
-def only_settled(text: str) -> str:
-    """The text without characters that Unicode got after this Python or the package's tables."""
-    return "".join(letter for letter in text if is_settled(letter))
+    return NFC().normalize_str(text) if tokenizer.normalizes else text
 
 
 # ---- ids ------------------------------------------------------------------------------------
@@ -92,7 +85,7 @@ def test_ids_are_those_of_the_package(both, seed):
     mixed = ["".join(rng.choices(letters, k=rng.randrange(40))) for _ in range(1000)]
     anything = [random_unicode(rng) for _ in range(1000)]
     for text in ODD + TRAPS + LEARNED + mixed + anything:
-        check_text(*both, only_settled(text))
+        check_text(*both, text)
 
 
 @pytest.mark.parametrize("rows", [20, pytest.param(1250, marks=pytest.mark.slow)])  # of every file
@@ -105,7 +98,7 @@ def test_ids_of_real_dialogues(both, rows):
 
 
 def test_llama3_vectors():
-    ours = BytePairs(llama3_file(), "here")
+    ours = byte_pairs(llama3_file())
     content = shared("tokenizers/llama-spm.vectors.inp").read_bytes().decode()
     texts = content.split("\n__ggml_vocab_test__\n")
     lines = shared("tokenizers/llama-bpe.vectors.out").read_text().split("\n")
@@ -114,6 +107,7 @@ def test_llama3_vectors():
         assert ours.encode(text) == [int(word) for word in line.split()]
 
 
+@pytest.mark.parametrize("both", ["gpt-2", "llama-3", "deepseek-v3", REAL], indirect=True)
 @pytest.mark.parametrize("word", ["a", "ab", "= ", " ", "\n", "日", "é", "1", "random"])
 def test_a_single_word_of_100_kb(both, word, seed):
     """Time grows little faster than the length."""
@@ -127,61 +121,12 @@ def test_a_single_word_of_100_kb(both, word, seed):
     assert ids == theirs(text)
 
 
-# ---- patterns -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "pattern", [r"\p{L}", r"\p{N}", r"\p{M}", r"\p{Lu}", r"\s", r"[^\s\p{L}\p{N}]"]
-)
-def test_patterns_tell_every_character_apart(pattern):
-    """As the package does, but for characters that Unicode got after this Python."""
-    tokenizers = pytest.importorskip("tokenizers")
-    surrogates = range(0xD800, 0xE000)
-    codes = [code for code in range(sys.maxunicode + 1) if code not in surrogates]
-    letters = only_settled("".join(map(chr, codes)))
-
-    ours = compile_pattern(pattern)
-    stand_ins = StandIns()
-    theirs = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "removed")
-    for start in range(0, len(letters), 4096):
-        part = letters[start : start + 4096]
-        unmatched = []
-        for letter, stand_in in zip(part, part.translate(stand_ins), strict=True):
-            if not ours.fullmatch(stand_in):
-                unmatched.append(letter)
-        left = [piece for piece, _ in theirs.pre_tokenize_str(part)]
-        assert "".join(unmatched) == "".join(left)
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        r"\[\p{L}+\]",
-        r"[\\p{L}]",
-        r"a\|b|c",
-        r"\(+x",
-        r"[\[\]]+",
-        r"(?:a|b|\p{N})?x+",
-        r"\{+|\S",
-        r"[^\]\p{L}]+",
-    ],
-)
-def test_escaped_marks_are_letters(pattern):
-    """An escaped bracket, bar or backslash begins and divides nothing, as the package has it."""
-    tokenizers = pytest.importorskip("tokenizers")
-    text = "ab[xyé]p{L}\\pLLs (((x é|a|b c 1x {{"
-    splitter = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
-    their_lengths = [len(piece) for piece, _ in splitter.pre_tokenize_str(text)]
-    pieces = compile_pattern(pattern).split(text.translate(StandIns()))
-    assert [len(piece) for piece in pieces if piece] == their_lengths
-
-
 # ---- special tokens -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_no_text_can_make_an_added_token(style, seed):
-    ours = BytePairs(train_file(style, LEARNED * 3).encode(), "here")
+    ours = byte_pairs(train_file(style, LEARNED * 3))
     names = [*SPECIAL, "<tool_call>"]
     assert set(ours.added_tokens) == set(names)
 
@@ -194,7 +139,7 @@ def test_no_text_can_make_an_added_token(style, seed):
 
 
 def test_decoding_drops_special_tokens_and_shows_others():
-    ours = BytePairs(train_file("llama-3", LEARNED).encode(), "here")
+    ours = byte_pairs(train_file("llama-3", LEARNED))
     ids = ours.encode("one two")
     unknown_id = 10**6
     begin = ours.added_tokens["<|begin_of_text|>"]
@@ -203,7 +148,7 @@ def test_decoding_drops_special_tokens_and_shows_others():
 
 
 def test_broken_bytes_decode_to_a_replacement_character():
-    ours = BytePairs(train_file("llama-3", LEARNED).encode(), "here")
+    ours = byte_pairs(train_file("llama-3", LEARNED))
     ids = ours.encode("\U0001f600")
     assert ours.decode(ids[:1]) == "\N{REPLACEMENT CHARACTER}"
 
@@ -213,7 +158,7 @@ def test_a_piece_that_spells_no_bytes_is_text_as_the_package_has_it():
     file = json.loads(train_file("gpt-2", LEARNED))
     first = len(file["model"]["vocab"]) + 10
     file["model"]["vocab"] |= {"the fox": first, "Ġthe▁fox": first + 1, "Ġ日": first + 2}
-    ours = BytePairs(json.dumps(file).encode(), "here")
+    ours = byte_pairs(json.dumps(file))
     theirs = tokenizers.Tokenizer.from_str(json.dumps(file))
     for ids in ([first], [first + 1, 70], [70, first + 2, 71]):
         assert ours.decode(ids) == theirs.decode(ids)
@@ -263,106 +208,42 @@ def test_a_sentencepiece_model_comes_first(model_folder, tokenizer):
     assert load_tokenizer(model_folder).encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
 
 
-# ---- what is refused ------------------------------------------------------------------------
-
-
-def check_refused(file: dict) -> None:
-    """One sentence, which names the file and says what to do."""
-    with pytest.raises(UserError, match="here/tokenizer") as caught:
-        BytePairs(json.dumps(file).encode(), "here/tokenizer.json")
-    assert "\n" not in str(caught.value)
-    assert "tokenizer.model" in str(caught.value)
+# ---- bytes without a token ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def llama3_style() -> str:
-    return train_file("llama-3", LEARNED)
+def without_six() -> tuple[BytePairs, Callable[[str], list[int]]]:
+    """SmolLM2's vocabulary lacks six control characters, and here "é" lacks one of its bytes."""
+    file = json.loads(train_file("smollm-2", LEARNED * 3))
+    vocab = file["model"]["vocab"]
+    for byte in b"\x04\x06\x13\x14\x16\x1d\xa9":
+        del vocab[byte_letters()[byte]]
+    merges = []
+    for left, right in file["model"]["merges"]:
+        if left in vocab and right in vocab and left + right in vocab:
+            merges.append([left, right])
+    file["model"]["merges"] = merges
+    return byte_pairs(json.dumps(file)), oracle(json.dumps(file))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"normalizer": {"type": "Lowercase"}},
-        {"normalizer": {"type": "Sequence", "normalizers": []}},
-        {"pre_tokenizer": None},
-        {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁"}},
-        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
-        {
-            "pre_tokenizer": {
-                "type": "Sequence",
-                "pretokenizers": [{"type": "Digits", "individual_digits": True}],
-            }
-        },
-        {"added_tokens": [{"id": 3, "content": "   ", "special": False}]},
-        {"added_tokens": 3},
-        {"model": 7},
-    ],
-)
-def test_a_file_that_asks_for_more_is_refused(llama3_style, change):
-    check_refused(json.loads(llama3_style) | change)
+def test_bytes_without_a_token_are_left_out_as_by_the_package(without_six, seed):
+    ours, theirs = without_six
+    rng = random.Random(seed)
+    for _ in range(500):
+        text = "".join(rng.choices("the of\x04\x06\x13\x14\x16\x1d\x07é!- ", k=20))
+        ids = ours.encode(text)
+        assert ids == theirs(text)
+        control = sum(map(text.count, "\x04\x06\x13\x14\x16\x1d"))
+        assert ours.count_left_out(text) == control + text.count("é")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"type": "WordPiece", "vocab": {}},
-        {"byte_fallback": True},
-        {"dropout": 0.1},
-        {"merges": ["a"]},
-        {"merges": [["zzz", "y"]]},
-    ],
-)
-def test_a_model_that_asks_for_more_is_refused(llama3_style, change):
-    file = json.loads(llama3_style)
-    file["model"] |= change
-    check_refused(file)
+def test_pieces_beside_a_left_out_byte_are_merged(without_six):
+    """As the package does: the merges see what is left of a word."""
+    ours, theirs = without_six
+    assert ours.encode(" \x04..") == theirs(" \x04..") == ours.encode(" ..")
+    assert ours.encode("\x04") == theirs("\x04") == []
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"behavior": "Removed"},
-        {"invert": True},
-        {"pattern": {"String": "x"}},
-        {"pattern": {"Regex": r"\w+"}},
-        {"pattern": {"Regex": r"\d"}},
-        {"pattern": {"Regex": r"[\S]"}},
-        {"pattern": {"Regex": r"(a)"}},
-        {"pattern": {"Regex": r"\p{Han}"}},
-        {"pattern": {"Regex": r"[\p{Han}]"}},
-        {"pattern": {"Regex": r"("}},
-        {"pattern": {"Regex": r"[a&&b]"}},
-        {"pattern": {"Regex": r"\P{L}"}},
-        {"pattern": {"Regex": r"\pL"}},
-    ],
-)
-def test_a_split_that_asks_for_more_is_refused(llama3_style, change):
-    file = json.loads(llama3_style)
-    file["pre_tokenizer"]["pretokenizers"][0] |= change
-    check_refused(file)
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b"[" * 100_000])
-def test_a_damaged_file_is_refused(content):
-    with pytest.raises(UserError, match="here"):
-        BytePairs(content, "here")
-
-
-def test_an_end_that_is_no_token_is_looked_for_once(llama3_style):
-    """A name among two thousand million ids would take a minute and a half."""
-    file = json.loads(llama3_style)
-    file["added_tokens"][0]["id"] = (1 << 31) - 1
-    start = time.process_time()
-    with pytest.raises(UserError, match="nosuch"):
-        Tokenizer(json.dumps(file).encode(), "x/tokenizer.json", ends={"eos": "nosuch"})
-    assert time.process_time() - start < 5
-
-
-def test_a_byte_without_a_token_is_said():
-    file = json.loads(train_file("gpt-2", LEARNED))
-    del file["model"]["vocab"]["q"]
-    file["model"]["merges"] = []
-    ours = BytePairs(json.dumps(file).encode(), "here")
-    assert ours.decode(ours.encode("a b")) == "a b"
-    with pytest.raises(UserError, match="no token"):
-        ours.encode("quick")
+def test_nothing_is_left_out_where_all_bytes_have_tokens():
+    ours = byte_pairs(train_file("gpt-2", LEARNED))
+    assert ours.count_left_out("".join(map(chr, range(300)))) == 0

@@ -12,6 +12,7 @@ from random import Random
 
 import mutations as m
 import torch
+from byte_pairs import STYLES, pre_tokenizer_json
 
 from minmacpo.cli import batch_sampling as answers
 from minmacpo.config import parse as commandline
@@ -328,11 +329,6 @@ MODELS = [
 
 # ---- tokenizers --------------------------------------------------------------------------------
 
-PATTERN = (
-    r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
 
 def notes(end: str) -> dict:
     """A tokenizer_config.json."""
@@ -380,18 +376,14 @@ def make_pairs(folder: Path) -> None:
         {"id": 280 + i, "content": name, "special": i < 3, "normalized": False}
         for i, name in enumerate(("<s>", "</s>", "<user>", "<bot>"))
     ]
-    cuts = [
-        {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False},
-        {"type": "Digits", "individual_digits": True},
-        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-    ]
     write_json(
         folder / "tokenizer.json",
         {
             "version": "1.0",
             "added_tokens": added,
             "normalizer": {"type": "NFC"},
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts},
+            "pre_tokenizer": pre_tokenizer_json(STYLES["llama-3"]),
+            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
             "model": {
                 "type": "BPE",
                 "dropout": None,

@@ -1,0 +1,160 @@
+"""Reads a tokenizer.json: a known byte-level BPE by own means, others with `tokenizers`.
+
+The package is optional. It is imported where a file needs it, and does all of that file's work, so
+that ids are what it makes of the file.
+"""
+
+import json
+from collections.abc import Sequence
+
+from minmacpo import UserError
+from minmacpo.data.bpe import MALFORMED, BytePairs, check_ids, find_unknown
+
+# Stands before a text that begins no document. Four characters that Unicode will never give out.
+MARK = "\uffff\ufffe\uffff\ufffe"
+
+# What a file may leave out without meaning anything else by it
+OPTIONAL_PARTS = {"normalizer": None, "pre_tokenizer": None, "decoder": None, "added_tokens": []}
+
+
+def read_tokenizer_json(content: bytes, where: str) -> "BytePairs | PackageTokenizer":
+    """The tokenizer in a tokenizer.json.
+
+    Args:
+        where: its path, for error messages.
+
+    Raises:
+        UserError: it is none, or the package that it needs is not installed or cannot read it.
+    """
+    try:
+        file = OPTIONAL_PARTS | json.loads(content)
+        if file["model"].get("dropout"):
+            raise ValueError(f"dropout {file['model']['dropout']}: ids would be random")
+        unknown = find_unknown(file)
+        if unknown is None:
+            return BytePairs(file)
+        check_ids({token["content"]: token["id"] for token in file["added_tokens"]})
+        return PackageTokenizer(file, where, unknown)
+    except MALFORMED as error:
+        raise UserError(
+            f"{where}: is no tokenizer that is understood here ({error!r:.200}); "
+            "if the model has a tokenizer.model too, put that beside it"
+        ) from None
+
+
+def leaves_out_unknown(model: dict) -> bool:
+    """Whether a tokenizer.json's model makes nothing of a character that has no token."""
+    if model.get("type", "BPE") != "BPE" or model.get("unk_token") is not None:
+        return False
+    return not model.get("byte_fallback") and not model.get("continuing_subword_prefix")
+
+
+class PackageTokenizer:
+    """A tokenizer that the package `tokenizers` runs.
+
+    Attributes:
+        added_tokens: {name: id} of the tokens that stand beside the vocabulary.
+        size: number of ids.
+    """
+
+    def __init__(self, file: dict, where: str, unknown: str):
+        """Give a file to the package.
+
+        Args:
+            file: content of a tokenizer.json.
+            where: its path, for error messages.
+            unknown: what it asks for and is not done without the package.
+
+        Raises:
+            UserError: the package is not installed, or does not read the file.
+        """
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(
+                f"{where}: its {unknown} is not known here, but the package tokenizers reads it: "
+                "pip install tokenizers"
+            ) from None
+        try:
+            self.package = tokenizers.Tokenizer.from_str(json.dumps(file))
+        except Exception as error:  # the package has no narrower one
+            raise UserError(
+                f"{where}: the package tokenizers does not read it ({error!s:.200}); "
+                "if the model has a tokenizer.model too, put that beside it"
+            ) from None
+        self.package.no_truncation()
+        self.package.no_padding()
+        self.package.encode_special_tokens = True  # no text becomes one
+
+        self.added_tokens = {token["content"]: token["id"] for token in file["added_tokens"]}
+        for name, token_id in self.added_tokens.items():
+            if self.package.token_to_id(name) != token_id:
+                raise ValueError(f"added token {name!r:.60} with id {token_id}")
+        self.special_ids = {token["id"] for token in file["added_tokens"] if token["special"]}
+        self.special_ids.discard(self.unknown_id(file["model"]))
+        vocab = self.package.get_vocab()
+        self.size = 1 + max(vocab.values())
+
+        # Characters with a token, where others would be left out
+        self.letters = set()
+        if leaves_out_unknown(file["model"]):
+            self.letters = {piece for piece in vocab if len(piece) == 1}
+
+        self.shows_bytes = (file["decoder"] or {}).get("type") == "ByteLevel"
+        mark = tokenizers.AddedToken(MARK, normalized=False)
+        self.package.add_tokens([mark])
+        self.mark_id = self.package.token_to_id(MARK)
+
+    def unknown_id(self, model: dict) -> int | None:
+        """The id of the token for what has none in the vocabulary; None if there is none."""
+        if model.get("unk_token") is not None:
+            return self.package.token_to_id(model["unk_token"])
+        return model.get("unk_id")
+
+    def encode(self, text: str, start: bool = False) -> list[int]:
+        """The ids of a text; UnicodeEncodeError where it is no valid text.
+
+        Args:
+            start: whether it begins a document, before which some put a space.
+        """
+        text.encode()
+        if MARK in text:
+            raise UserError(f"{text[:60]!a}: holds U+FFFF and U+FFFE, which are no characters")
+        marked = text if start else MARK + text
+        ids = self.package.encode(marked, add_special_tokens=False).ids
+        if not start:
+            ids = ids[1:]
+        if self.special_ids.isdisjoint(ids):
+            return ids
+        return self.encode_names(text, start)
+
+    def encode_names(self, text: str, start: bool) -> list[int]:
+        """The ids of a text that holds the name of a special token, which is cut in two."""
+        for token_id in self.special_ids:
+            name = self.package.id_to_token(token_id)
+            cut = text.find(name) + 1
+            if cut > 0 and len(name) > 1:
+                return self.encode(text[:cut], start) + self.encode(text[cut:])
+        raise UserError(f"{text[:60]!a}: cannot be written without a special token")
+
+    def count_left_out(self, text: str) -> int:
+        """How many characters of a text have no token and leave no trace."""
+        if not self.letters:
+            return 0
+        if self.package.normalizer is not None:
+            text = self.package.normalizer.normalize_str(text)
+        words = [text]
+        if self.package.pre_tokenizer is not None:
+            words = [word for word, _ in self.package.pre_tokenizer.pre_tokenize_str(text)]
+        return sum(letter not in self.letters for word in words for letter in word)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special tokens give nothing, broken bytes give U+FFFD."""
+        known_ids = [token_id for token_id in ids if token_id < self.size]
+        return self.package.decode(known_ids, skip_special_tokens=True)
+
+    def piece(self, token_id: int) -> str:
+        """One token as text, or as the vocabulary has it where words begin with a mark."""
+        if self.shows_bytes:
+            return self.decode([token_id])
+        return self.package.id_to_token(token_id) or ""
