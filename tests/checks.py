@@ -198,22 +198,28 @@ def check_teachers_answer_before_their_update(run: Path) -> None:
 
 def check_samples(run: Path, name: str, agent: str, adapter: Path) -> None:
     """The log-probability stored with every sample is that of its tokens under this adapter."""
-    base, rows = base_of(run, agent), list(samples(run, name).values())
+    base = base_of(run, agent)
+    rows = list(samples(run, name).values())
     pieces = pieces_of(base)
+    end = pieces.eos_id()
+    spans = []
     for row in rows:
-        tokens = row["tokens"]
-        assert (row["finish"] == "stop") == (
-            tokens[-1] == pieces.eos_id()
-        ) and pieces.eos_id() not in tokens[:-1]
-        text = pieces.decode([i for i in tokens if i != pieces.eos_id()]).strip()
-        assert row["response"] == text
-    spans = [(prompt_ids(base, row["prompt"]) + row["tokens"], len(row["tokens"])) for row in rows]
-    wanted = scored(peft_model(base, adapter), spans)
-    assert_close([row["logp"] for row in rows], wanted, name)
-    perplexities = [math.exp(-logp / count) for logp, (_, count) in zip(wanted, spans, strict=True)]
-    assert_close(
-        [math.log(row["perplexity"]) for row in rows], list(map(math.log, perplexities)), name
-    )
+        *words, last = row["tokens"]
+        assert end not in words
+        assert (row["finish"] == "stop") == (last == end)
+        if last != end:
+            words.append(last)
+        assert row["response"] == pieces.decode(words).strip()
+        spans.append((prompt_ids(base, row["prompt"]) + row["tokens"], len(row["tokens"])))
+    check_logps(rows, spans, peft_model(base, adapter), name)
+
+
+def check_logps(rows: list[dict], spans: list[Row], model, what: str) -> None:
+    """The log-probability and perplexity of every row are those that the model gives its span."""
+    logps = scored(model, spans)
+    assert_close([row["logp"] for row in rows], logps, what)
+    log_perplexities = [-logp / count for logp, (_, count) in zip(logps, spans, strict=True)]
+    assert_close([math.log(row["perplexity"]) for row in rows], log_perplexities, what)
 
 
 def check_scores(run: Path) -> None:
@@ -225,16 +231,9 @@ def check_scores(run: Path) -> None:
             texts = samples(run, f"round{t}/positives_{teacher}").values()
             rows = [row_of(base, row["prompt"], row["response"]) for row in texts]
             found = rows_of(run / f"round{t}/scores_student/{teacher}.jsonl")
-            wanted = scored(student, rows)
             assert [row["id"] for row in found] == [row["id"] for row in texts]
-            assert_close([row["logp"] for row in found], wanted, f"round {t}, scores of {teacher}")
             assert [row["tokens"] for row in found] == [count for _, count in rows]
-            ppl = [math.exp(-logp / count) for logp, (_, count) in zip(wanted, rows, strict=True)]
-            assert_close(
-                [math.log(row["perplexity"]) for row in found],
-                list(map(math.log, ppl)),
-                "perplexity",
-            )
+            check_logps(found, rows, student, f"round {t}, scores of {teacher}")
 
 
 def check_evaluation(run: Path) -> None:
@@ -256,25 +255,22 @@ def check_evaluation(run: Path) -> None:
 def check_filter(run: Path) -> None:
     """The student learns the teachers' least perplexing answer, the first of equals; never none."""
     for t in rounds_of(run):
-        names = teachers_of(run)
-        answers = [samples(run, f"round{t}/positives_{name}") for name in names]
-        values = [
-            {
-                row["id"]: row["perplexity"]
-                for row in rows_of(run / f"round{t}/scores_student/{name}.jsonl")
-            }
-            for name in names
-        ]
-        made = pairs(run, t, "student")
-        assert made
-        for pair in made:
-            key = pair["id"]
-            able = [(values[k][key], k) for k in range(len(names)) if answers[k][key]["response"]]
-            best = min(able)[1]
-            assert (pair["chosen_by"], pair["chosen"]) == (
-                names[best],
-                answers[best][key]["response"],
-            ), (t, key)
+        # Of every prompt the (perplexity, number of the teacher, answer) of those who answered
+        candidates: dict[str, list[tuple[float, int, str]]] = {}
+        for number, teacher in enumerate(teachers_of(run)):
+            answers = samples(run, f"round{t}/positives_{teacher}")
+            for row in rows_of(run / f"round{t}/scores_student/{teacher}.jsonl"):
+                answer = answers[row["id"]]["response"]
+                if answer:
+                    candidate = (row["perplexity"], number, answer)
+                    candidates.setdefault(row["id"], []).append(candidate)
+
+        student_pairs = pairs(run, t, "student")
+        assert student_pairs
+        for pair in student_pairs:
+            _, best, answer = min(candidates[pair["id"]])
+            assert pair["chosen_by"] == teachers_of(run)[best], (t, pair["id"])
+            assert pair["chosen"] == answer, (t, pair["id"])
 
 
 def check_pairs_are_whole(run: Path) -> None:
@@ -290,18 +286,18 @@ def check_reference(run: Path) -> None:
     """The logps stored with the pairs are those of the reference that was asked for."""
     setting = settings_of(run)["dpo"]["reference"]
     for t, agent in updated(run):
-        base, made = base_of(run, agent), pairs(run, t, agent)
-        adapter = {
-            "base": None,
-            "init": run / f"round0/{agent}_pos",
-            "previous": latest(run, agent, t - 1),
-        }[setting]
-        model = peft_model(base, adapter) if adapter else plain_model(base)
+        base = base_of(run, agent)
+        if setting == "base":
+            model = plain_model(base)
+        elif setting == "init":
+            model = peft_model(base, run / f"round0/{agent}_pos")
+        else:
+            model = peft_model(base, latest(run, agent, t - 1))
+        agent_pairs = pairs(run, t, agent)
         for side in ("chosen", "rejected"):
-            wanted = scored(model, [row_of(base, pair["prompt"], pair[side]) for pair in made])
-            assert_close(
-                [pair[f"ref_{side}_logps"] for pair in made], wanted, f"round {t}, {agent}, {side}"
-            )
+            rows = [row_of(base, pair["prompt"], pair[side]) for pair in agent_pairs]
+            stored = [pair[f"ref_{side}_logps"] for pair in agent_pairs]
+            assert_close(stored, scored(model, rows), f"round {t}, {agent}, {side}")
 
 
 def margins_before_the_first_step(run: Path) -> dict[str, float]:
