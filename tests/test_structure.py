@@ -219,7 +219,7 @@ def test_optional_packages_are_imported_by_one_module_within_a_function():
 
 
 def test_libraries_have_one_home():
-    assert users_of("sentencepiece") == {"data.tokenizer"}
+    assert users_of("sentencepiece") == {"data.sentencepieces"}
     assert users_of("safetensors") == {"core.checkpoint"}
 
     for name in LIBRARY:
@@ -252,7 +252,7 @@ def test_settings_and_data_need_no_torch():
 
 def test_settings_and_the_world_need_no_package_at_all():
     for name in FILES:
-        if room_of(name) in ("config", "data") and name != "data.tokenizer":
+        if room_of(name) in ("config", "data") and name != "data.sentencepieces":
             assert not foreign_packages(name) - OPTIONAL.keys(), name
 
 

@@ -4,15 +4,13 @@ Special tokens are never parsed from text, and each segment of a dialogue is tok
 that the border of prompt and answer never shifts. chat_template.py makes segments of dialogues.
 """
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import sentencepiece
-
 from minmacpo import UserError
 from minmacpo.data.bpe import MALFORMED, check_ids
+from minmacpo.data.sentencepieces import SentencePieces, train_pieces
 from minmacpo.data.tokenizer_json import read_tokenizer_json
 from minmacpo.runtime.files import read_json
 
@@ -45,12 +43,13 @@ class Tokenizer:
 
     Attributes:
         model: the content of the tokenizer.model or tokenizer.json.
-        processor: what does the work: sentencepiece's, a BytePairs or a PackageTokenizer.
+        processor: what does the work: a SentencePieces, a BytePairs or a PackageTokenizer.
         where: the path of its file.
         special: {name: id} of all tokens that no text becomes.
         names: {id: name} of them.
         bos, eos: ids of begin and end; bos is -1 where there is none.
         size: number of ids.
+        adds_space: whether a text that begins a document gets a space before it.
         turn_marks: {role: id} of TURN_MARKS; empty unless the tokenizer has them.
     """
 
@@ -74,10 +73,9 @@ class Tokenizer:
         """
         self.model = model
         self.where = where
-        self.is_sentencepiece = not where.endswith(".json")
         self.bos = -1
         self.eos = -1
-        if not self.is_sentencepiece:
+        if where.endswith(".json"):
             self.read_json(where)
         else:
             self.read_sentencepiece(where)
@@ -130,28 +128,16 @@ class Tokenizer:
         self.processor = read_tokenizer_json(self.model, where)
         self.num_pieces = self.processor.size
         self.special = dict(self.processor.added_tokens)
-        self.prefix_guard_ids = []
+        self.adds_space = False
 
     def read_sentencepiece(self, where: str) -> None:
         """Take over a tokenizer.model; its control pieces are special."""
-        try:
-            self.processor = sentencepiece.SentencePieceProcessor(model_proto=self.model)
-            self.bos = self.processor.bos_id()
-            self.eos = self.processor.eos_id()
-            self.num_pieces = len(self.processor)
-            self.special = {}
-            for token_id in range(self.num_pieces):
-                if self.processor.is_control(token_id):
-                    self.special[self.processor.id_to_piece(token_id)] = token_id
-
-            # Llama's models put a space before every text. A line break, which never merges with
-            # what follows, keeps that space away from segments that do not start a text.
-            first_piece = self.processor.id_to_piece(self.processor.encode("a")[0])
-            adds_space = first_piece.startswith("▁")
-            self.prefix_guard_ids = self.processor.encode("\n") if adds_space else []
-        except (RuntimeError, UnicodeDecodeError, IndexError):
-            # a damaged model may load, and then know no letter
-            raise UserError(f"{where}: is no sentencepiece model") from None
+        self.processor = SentencePieces(self.model, where)
+        self.num_pieces = self.processor.size
+        self.special = dict(self.processor.control_ids)
+        self.adds_space = self.processor.adds_space
+        self.bos = self.processor.processor.bos_id()
+        self.eos = self.processor.processor.eos_id()
 
     def encode(self, text: str, start: bool = False) -> list[int]:
         """The ids of a text, without special tokens; UserError for broken text.
@@ -159,13 +145,8 @@ class Tokenizer:
         Args:
             start: whether the text begins a document.
         """
-        guard_ids = [] if start else self.prefix_guard_ids
         try:
-            if not self.is_sentencepiece:
-                return self.processor.encode(text, start)
-            if guard_ids:
-                return self.processor.encode("\n" + text)[len(guard_ids) :]
-            return self.processor.encode(text)
+            return self.processor.encode(text, start)
         except (RuntimeError, UnicodeEncodeError):
             raise UserError(f"{text[:60]!a}: is no valid text (half a surrogate pair)") from None
 
@@ -174,24 +155,18 @@ class Tokenizer:
 
         Broken bytes give U+FFFD.
         """
-        known_ids = [token_id for token_id in ids if token_id < self.num_pieces]
-        text = self.processor.decode(self.prefix_guard_ids + known_ids)
-        return text[1:] if self.prefix_guard_ids else text
+        return self.processor.decode([token_id for token_id in ids if token_id < self.num_pieces])
 
     def count_left_out(self, texts: Iterable[str]) -> int:
         """How many characters of the texts have no token and leave no trace in the ids."""
-        if self.is_sentencepiece:
-            return 0  # has a token for what is unknown
         return sum(map(self.processor.count_left_out, texts))
 
     def piece(self, token_id: int) -> str:
         """A token as a log shows it, a special one by its name."""
         if token_id in self.names:
             text = self.names[token_id]
-        elif not self.is_sentencepiece:
-            text = self.processor.piece(token_id)
         else:
-            text = self.processor.id_to_piece(token_id).replace("<0x0A>", "⏎")
+            text = self.processor.piece(token_id)
         shown = text.translate(AS_SHOWN)
         return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown)
 
@@ -287,30 +262,13 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> bytes:
     Raises:
         UserError: the texts are too few for so many pieces, or the pieces too few for them.
     """
-    model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab,
-            hard_vocab_limit=False,
-            character_coverage=0.9995,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            control_symbols=list(TURN_MARKS.values()),
-            max_sentence_length=1 << 24,
-            num_threads=1,
-            minloglevel=2,
-        )
+        return train_pieces(texts, vocab, control_pieces=list(TURN_MARKS.values()))
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(
             f"model.vocab = {vocab}: the text yields no such tokenizer ({reason})"
         ) from None
-    return model.getvalue()
 
 
 def show_mask(tokenizer: Tokenizer, tokens: Tokens) -> str:

@@ -185,7 +185,7 @@ def test_a_folder_of_the_family(tmp_path, style, bos, eos):
     loaded = load_tokenizer(tmp_path)
     assert (loaded.bos, loaded.eos) == (bos, eos)
     assert loaded.turn_marks == {}
-    assert loaded.prefix_guard_ids == []
+    assert loaded.adds_space is False
     assert loaded.size == loaded.special["<tool_call>"] + 1
     assert loaded.model == content.encode()
 

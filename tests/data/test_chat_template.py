@@ -128,7 +128,7 @@ def test_a_plain_row_is_the_text_between_begin_and_end_token(messages, tokenizer
         assert ids[-1] == each.eos
         assert not {each.bos, each.eos} & set(ids[1:-1])
         text = dialogue_text(messages, "yes")
-        expected = f" {text}" if each.prefix_guard_ids else text
+        expected = f" {text}" if each.adds_space else text
         assert each.decode(ids) == expected
 
 
@@ -418,7 +418,7 @@ def test_the_vicuna_of_the_released_runs(llama2):
     def encode(*parts: str) -> list[int]:
         ids = []
         for part in parts:
-            ids += llama2.processor.encode(part)
+            ids += llama2.processor.document_processor.encode(part)
         return ids
 
     turns = "USER: USER: hi ASSISTANT: hello ! USER: so ? ASSISTANT:"
@@ -431,7 +431,7 @@ def test_the_vicuna_of_the_released_runs(llama2):
 
 def test_the_alpaca_of_the_released_runs(llama2):
     def encode(text: str) -> list[int]:
-        return llama2.processor.encode(text)
+        return llama2.processor.document_processor.encode(text)
 
     instruction = "### Instruction:\nhi\n\n### Response:\n"
     first = encode(ALPACA + "\n\n") + encode(instruction)

@@ -32,7 +32,7 @@ def test_decode_gives_back_what_encode_took(any_tokenizer, seed):
     for text in ODD + [random_unicode(rng) for _ in range(300)]:
         assert any_tokenizer.decode(any_tokenizer.encode(text)) == text
         # at the start of a document, Llama's models put a space before the text
-        has_prefix = bool(any_tokenizer.prefix_guard_ids and text)
+        has_prefix = any_tokenizer.adds_space and text
         at_start = any_tokenizer.decode(any_tokenizer.encode(text, start=True))
         assert at_start == (f" {text}" if has_prefix else text)
 
@@ -43,7 +43,7 @@ def test_no_text_can_make_a_special_token(any_tokenizer, seed):
     texts = ODD + ["".join(rng.choices(marks, k=20)) for _ in range(200)]
     special = set()
     for token_id in range(any_tokenizer.size):
-        processor = any_tokenizer.processor
+        processor = any_tokenizer.processor.processor
         if processor.is_control(token_id) or processor.is_unknown(token_id):
             special.add(token_id)
     assert {any_tokenizer.bos, any_tokenizer.eos} <= special
@@ -94,7 +94,7 @@ def test_a_segment_is_encoded_as_inside_a_text(llama2):
     """The dummy space that Llama's model puts before a text must not come between segments."""
 
     def piece_id(piece: str) -> int:
-        return llama2.processor.piece_to_id(piece)
+        return llama2.processor.processor.piece_to_id(piece)
 
     assert llama2.encode("hello", start=True) == [piece_id("▁hello")]
     assert llama2.encode("hello") == [piece_id("hello")]
@@ -120,12 +120,12 @@ def test_training_twice_gives_the_same_bytes(seed):
 
 
 def test_a_trained_tokenizer_has_the_pieces_that_templates_need(tokenizer):
-    processor = tokenizer.processor
+    processor = tokenizer.processor.processor
     marks = list(tokenizer.turn_marks.values())
     assert [processor.id_to_piece(mark) for mark in marks] == list(TURN_MARKS.values())
     assert len({*marks, tokenizer.bos, tokenizer.eos}) == 4
     assert tokenizer.size <= 400
-    assert tokenizer.prefix_guard_ids == []
+    assert tokenizer.adds_space is False
     for byte in range(256):
         assert processor.piece_to_id(f"<0x{byte:02X}>") != processor.unk_id()
     # it has learned words
