@@ -80,12 +80,12 @@ def run_all(run, source: dict, prepared: Callable) -> None:
     from minmacpo.evaluation.measure import evaluate_agent
     from minmacpo.method.baselines import run_method
     from minmacpo.pipeline.base_models import setup_stages
-    from minmacpo.pipeline.model_pool import ModelPool
+    from minmacpo.pipeline.model_pool import ModelPool, Session
 
-    models = ModelPool(run.config, run.dist)
+    session = Session(run, ModelPool(run.config, run.dist))
     setup = setup_stages(run, source, prepared)
-    for checkpoint in run_method(run, models, setup):
-        evaluate_agent(run, models, setup, checkpoint)
+    for checkpoint in run_method(session, setup):
+        evaluate_agent(session, setup, checkpoint)
 
 
 if __name__ == "__main__":

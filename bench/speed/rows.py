@@ -25,10 +25,11 @@ from minmacpo.method.pairs import PairInputs, build_pairs
 from minmacpo.method.selection import CandidateSet, Selection
 from minmacpo.pipeline.artifacts import Policy, ScoreColumn, TextColumn
 from minmacpo.pipeline.base_models import external_base
-from minmacpo.pipeline.model_pool import ModelPool
-from minmacpo.pipeline.run import Run, StageContext
+from minmacpo.pipeline.model_pool import ModelPool, Session
+from minmacpo.pipeline.run import Run
 from minmacpo.pipeline.sample_stage import sample
 from minmacpo.pipeline.score_stage import score_texts
+from minmacpo.pipeline.stage import StageContext
 from minmacpo.runtime.files import write_rows
 
 STAGES = ("sample", "score", "pairs")
@@ -76,7 +77,7 @@ def run_stages(root: Path, count: int) -> None:
     """Make the stages on so many prompts; prints the peak of each kind in MB."""
     write_base(root / "base")
     run = Run(parse([*WORDS, f"--run.root={root}"]).config)
-    models = ModelPool(run.config)
+    session = Session(run, ModelPool(run.config))
     policy = Policy("a", external_base(run.config, "strong", root / "base"))
     run.begin()
 
@@ -89,10 +90,10 @@ def run_stages(root: Path, count: int) -> None:
     samples = {}
     scores = {}
     for source in ("a", "b", "bad"):
-        stage = sample(run, models, f"round1/{source}", policy, queries, seed_key=(source,))
+        stage = sample(session, f"round1/{source}", policy, queries, seed_key=(source,))
         samples[source] = TextColumn(stage)
         scores[source] = score_texts(
-            run, models, f"round1/scores_{source}", policy, {"scores": samples[source]}
+            session, f"round1/scores_{source}", policy, {"scores": samples[source]}
         )
     inputs = PairInputs(
         candidates=[
@@ -105,7 +106,7 @@ def run_stages(root: Path, count: int) -> None:
         reference=Policy("a", policy.base),
         learner=replace(policy, adapter=scores["bad"]),  # any other than the reference
     )
-    pairs = build_pairs(run, models, "round1/pairs", inputs, ("pairs",))
+    pairs = build_pairs(session, "round1/pairs", inputs, ("pairs",))
 
     peaks = []
     sampled = [texts.stage for texts in samples.values()]

@@ -21,11 +21,11 @@ from minmacpo.data.records import Example, Pair
 from minmacpo.pipeline.base_models import model_fingerprint
 from minmacpo.pipeline.model_pool import LoadedModel
 from minmacpo.pipeline.prepare_data import truncate_pairs
-from minmacpo.pipeline.run import derive_seed
 from minmacpo.pipeline.sample_stage import Request, Sampler
 from minmacpo.runtime.device import resolve_device, resolve_dtype
 from minmacpo.runtime.files import fingerprint, open_locked, sha256_file, to_jsonl, with_path
 from minmacpo.runtime.progress import Progress, escape_control_chars
+from minmacpo.runtime.seeds import derive_seed
 
 
 def read_prompts(file: Path, config: Config) -> list[Pair]:

@@ -21,7 +21,8 @@ from minmacpo.data.tokenizer import Tokenizer, load_tokenizer
 from minmacpo.pipeline.artifacts import TextColumn
 from minmacpo.pipeline.base_models import made_config
 from minmacpo.pipeline.prepare_data import PreparedData
-from minmacpo.pipeline.run import Run, Stage
+from minmacpo.pipeline.run import Run
+from minmacpo.pipeline.stage import Stage
 from minmacpo.runtime.device import resolve_device, resolve_dtype
 
 # Kinds of stage whose files are the texts of later ones

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minmacpo.core.lora import LoraLinear
 from minmacpo.core.model import Attention, Transformer
+from minmacpo.runtime.distributed import weights_are_sharded
 
 # Weights of the models that are prepacked. Smaller ones gain nothing, and what finished runs have
 # sampled with them stays the same to the last bit; of larger ones a second copy takes too much.
@@ -37,15 +38,10 @@ class PrepackedLinear(nn.Module):
         return linear(x, self.prepacked, self.bias, "none", [], "")
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether this process holds only a part of some parameters (parallel.shard)."""
-    return any(type(param) is not nn.Parameter for param in model.parameters())
-
-
 def can_prepack(model: Transformer) -> bool:
     """Whether a prepacked copy exists and pays: on a CPU with oneDNN, in fp32 or bf16."""
     weight = model.model["embed_tokens"].weight
-    if is_sharded(model) or weight.device.type != "cpu":
+    if weights_are_sharded(model) or weight.device.type != "cpu":
         return False
     size = sum(param.numel() for param in model.parameters())
     if not MIN_WEIGHTS <= size <= MAX_WEIGHTS:

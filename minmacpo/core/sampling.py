@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minmacpo.core.model import CACHE_ALIGN, KVCache, Transformer
-from minmacpo.core.prepack import can_prepack, is_sharded, prepack
-from minmacpo.runtime.distributed import SINGLE_PROCESS, Distributed
+from minmacpo.core.prepack import can_prepack, prepack
+from minmacpo.runtime.distributed import SINGLE_PROCESS, Distributed, weights_are_sharded
 
 # Contrastive decoding may choose tokens with this fraction of the likeliest one's probability
 PLAUSIBLE = 0.1
@@ -189,7 +189,7 @@ class Decoder:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.graph_length = 0  # of the cache that the captured step reads
         # What is fetched from other ranks cannot be captured
-        self.can_capture = not any(map(is_sharded, models))
+        self.can_capture = not any(map(weights_are_sharded, models))
 
     def select_rows(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
@@ -376,6 +376,7 @@ def generate(
     seeds: Sequence[int],
     params: SamplingParams,
     stop_token_ids: set[int],
+    *,
     amateur: Transformer | None = None,
     on_token: Callable[[list[int]], None] | None = None,
     batch_size: int | None = None,
@@ -394,7 +395,7 @@ def generate(
         dist: the ranks; where they share a model's weights all call this together, each with its
             own prompts, and make the same passes until all have finished.
     """
-    if is_sharded(model) and not dist.is_sharded:
+    if weights_are_sharded(model) and not dist.is_sharded:
         raise ValueError("other ranks have a part of this model's weights: pass `dist`")
     device = next(model.parameters()).device
     batch_size = min(batch_size or len(prompts), len(prompts))

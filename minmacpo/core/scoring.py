@@ -69,7 +69,7 @@ def score(
         (log_detail or log)(line)
 
     # --- How a pass is done, in smaller ones where memory is short
-    memory = memory_limit(dist, log)
+    memory = scoring_memory_limit(dist, log)
 
     def padded_size(group: list[int]) -> int:
         return len(group) * max(lengths[i] for i in group)
@@ -98,7 +98,7 @@ def score(
     return scores
 
 
-def memory_limit(dist: Distributed, log: Callable[[str], None]) -> MemoryLimit:
+def scoring_memory_limit(dist: Distributed, log: Callable[[str], None]) -> MemoryLimit:
     """The padded tokens of a pass of scoring."""
 
     def on_halving(limit: int) -> None:

@@ -302,7 +302,7 @@ def train(
         fused=True,
     )
     metrics = MetricLog(examples, plan, config, hooks)
-    memory = memory_limit(hooks)
+    memory = training_memory_limit(hooks)
     state = TrainerState(optimizer, metrics, memory, hooks)
 
     # --- Go on from a saved state, or begin
@@ -352,7 +352,7 @@ def train(
     return metrics.summary()
 
 
-def memory_limit(hooks: TrainerHooks) -> MemoryLimit:
+def training_memory_limit(hooks: TrainerHooks) -> MemoryLimit:
     """The padded tokens of a pass: every halving is told, as it may happen on this rank alone."""
 
     def on_halving(max_tokens: int) -> None:

@@ -10,7 +10,8 @@ from minmacpo.config.parse import read_settings
 from minmacpo.config.schema import Config
 from minmacpo.data.formats import released
 from minmacpo.data.records import Pair, Sample
-from minmacpo.pipeline.run import Stage, verify
+from minmacpo.pipeline.run import verify
+from minmacpo.pipeline.stage import Stage
 from minmacpo.runtime.files import check_links, fingerprint, read_json, read_rows, write_json
 
 # What stage.json says of every stage, whatever its kind

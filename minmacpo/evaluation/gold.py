@@ -13,7 +13,7 @@ from minmacpo.evaluation.finished_run import (
     read_records,
     read_samples,
 )
-from minmacpo.pipeline.run import Stage
+from minmacpo.pipeline.stage import Stage
 
 make_town = functools.lru_cache(maxsize=8)(world.make_town)
 

@@ -2,15 +2,14 @@
 
 from minmacpo.method.agents import AgentCheckpoint
 from minmacpo.pipeline.artifacts import Policy, Setup, TextColumn
-from minmacpo.pipeline.model_pool import ModelPool
-from minmacpo.pipeline.run import Run
-from minmacpo.pipeline.sample_stage import sample
+from minmacpo.pipeline.model_pool import Session
+from minmacpo.pipeline.sample_stage import SampleArgs, sample
 from minmacpo.pipeline.score_stage import score_texts
 
 CONTROLS = ("kept", "continued", "ceiling")  # measured once, at the end of a run
 
 
-def evaluate_agent(run: Run, models: ModelPool, setup: Setup, checkpoint: AgentCheckpoint) -> None:
+def evaluate_agent(session: Session, setup: Setup, checkpoint: AgentCheckpoint) -> None:
     """Sample answers to the test prompts; score true and worse answers under agent and base."""
     base = checkpoint.base
     policy = Policy(checkpoint.agent, base, checkpoint.adapter)
@@ -22,21 +21,20 @@ def evaluate_agent(run: Run, models: ModelPool, setup: Setup, checkpoint: AgentC
     # The student that is kept is the student of an earlier round: its answers are the same
     seed_agent = "student" if checkpoint.agent == "kept" else checkpoint.agent
     answers = sample(
-        run,
-        models,
+        session,
         name=f"{prefix}_samples",
         policy=policy,
         prompts=true_answers,
         seed_key=("eval", seed_agent, checkpoint.round),
-        answers=run.config.eval.samples,
+        args=SampleArgs(session.run.config.eval.samples),
     )
 
     # How far the answers are from the base: the monitor's "kl"
     if checkpoint.agent not in CONTROLS:
         columns = {"scores": TextColumn(answers)}
-        score_texts(run, models, f"{prefix}_under_base", bare_base, columns)
+        score_texts(session, f"{prefix}_under_base", bare_base, columns)
 
     # Perplexity of the true answers, and whether the agent prefers them more than its base does
     for side, texts in (("truth", true_answers), ("worse", worse_answers)):
-        score_texts(run, models, f"{prefix}_{side}", policy, {"scores": texts})
-        score_texts(run, models, f"eval/base_{base.name}_{side}", bare_base, {"scores": texts})
+        score_texts(session, f"{prefix}_{side}", policy, {"scores": texts})
+        score_texts(session, f"eval/base_{base.name}_{side}", bare_base, {"scores": texts})

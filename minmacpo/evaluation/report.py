@@ -39,7 +39,8 @@ from minmacpo.evaluation.text_tables import (
     results_table,
     shown_columns,
 )
-from minmacpo.pipeline.run import FINISHED, Run, Stage
+from minmacpo.pipeline.run import FINISHED, Run
+from minmacpo.pipeline.stage import Stage
 from minmacpo.runtime.files import read_json, read_rows, write_atomic, write_json
 from minmacpo.runtime.progress import escape_control_chars
 

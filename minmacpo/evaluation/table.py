@@ -30,7 +30,7 @@ from minmacpo.evaluation.gold import (
     right_fraction,
 )
 from minmacpo.method.monitor import alarms, signs
-from minmacpo.pipeline.run import Stage
+from minmacpo.pipeline.stage import Stage
 from minmacpo.runtime.files import read_rows
 
 # Agents that are measured once, with their labels in the table

@@ -12,11 +12,11 @@ from minmacpo.core.losses import requires_reference
 from minmacpo.method.pairs import PairInputs, build_pairs
 from minmacpo.method.selection import SCORES, CandidateSet, Selection
 from minmacpo.pipeline.artifacts import BaseModel, Policy, ScoreColumn, Setup, TextColumn
-from minmacpo.pipeline.model_pool import ModelPool
+from minmacpo.pipeline.model_pool import Session
 from minmacpo.pipeline.preference_stage import DPOArgs, PreferenceData, train_dpo
-from minmacpo.pipeline.run import Run, Stage
-from minmacpo.pipeline.sample_stage import sample
+from minmacpo.pipeline.sample_stage import ONE_ANSWER, SampleArgs, sample
 from minmacpo.pipeline.score_stage import score_texts
+from minmacpo.pipeline.stage import Stage
 from minmacpo.pipeline.train_stage import SFTArgs, train_sft
 
 
@@ -42,8 +42,7 @@ class Agent:
         hard_negatives: what the negative adapter answers to every prompt.
     """
 
-    run: Run
-    models: ModelPool
+    session: Session
     name: str  # "student", "teacher1", ...
     base: BaseModel
     prompts: TextColumn
@@ -57,7 +56,7 @@ class Agent:
 
     @property
     def config(self) -> Config:
-        return self.run.config
+        return self.session.run.config
 
     @property
     def is_student(self) -> bool:
@@ -88,16 +87,16 @@ class Agent:
         return AgentCheckpoint(self.name, t, self.base, self.positive[-1])
 
 
-def make_agents(run: Run, models: ModelPool, setup: Setup) -> tuple[Agent, list[Agent]]:
+def make_agents(session: Session, setup: Setup) -> tuple[Agent, list[Agent]]:
     """The student and the K teachers, with their bases and their training settings."""
-    sft = run.config.sft
-    dpo = run.config.dpo
-    use_dpo = run.config.macpo.hard_negatives  # -HN: the SFT term alone
+    config = session.run.config
+    sft = config.sft
+    dpo = config.dpo
+    use_dpo = config.macpo.hard_negatives  # -HN: the SFT term alone
     prompts = TextColumn(setup.splits, "d2.jsonl", "chosen")
 
     student = Agent(
-        run=run,
-        models=models,
+        session=session,
         name="student",
         base=setup.base_models["strong"],
         prompts=prompts,
@@ -106,10 +105,9 @@ def make_agents(run: Run, models: ModelPool, setup: Setup) -> tuple[Agent, list[
         dpo_args=DPOArgs(dpo.student_lr, dpo.epochs, dpo.batch, dpo, use_dpo),
     )
     teachers = []
-    for k in range(1, run.config.macpo.teachers + 1):
+    for k in range(1, config.macpo.teachers + 1):
         teacher = Agent(
-            run=run,
-            models=models,
+            session=session,
             name=f"teacher{k}",
             base=setup.base_models[f"weak{k}"],
             prompts=prompts,
@@ -129,8 +127,7 @@ def make_agents(run: Run, models: ModelPool, setup: Setup) -> tuple[Agent, list[
 def train_positive(agent: Agent, answers: TextColumn) -> None:
     """The positive adapter of round 0: SFT of the base on good answers (I1, I4)."""
     adapter = train_sft(
-        agent.run,
-        agent.models,
+        agent.session,
         name=f"round0/{agent.name}_pos",
         start=agent.bare_base,
         texts=answers,
@@ -143,8 +140,7 @@ def train_positive(agent: Agent, answers: TextColumn) -> None:
 def train_negative(agent: Agent, t: int) -> None:
     """The negative adapter continues the positive one on bad answers (I2, I5)."""
     agent.negative = train_sft(
-        agent.run,
-        agent.models,
+        agent.session,
         name=f"round{t}/{agent.name}_neg",
         start=agent.policy,
         texts=agent.negative_data,
@@ -156,22 +152,45 @@ def train_negative(agent: Agent, t: int) -> None:
 # --- Answering
 
 
+def sample_answers(
+    agent: Agent,
+    name: str,
+    policy: Policy,
+    seed_key: tuple,
+    prompts: TextColumn | None = None,
+    args: SampleArgs = ONE_ANSWER,
+) -> TextColumn:
+    """What one of an agent's policies answers to every prompt, sampled in the stage `name`.
+
+    Args:
+        seed_key: tells the answers from the agent's others, which are sampled under other seeds.
+        prompts: None: the agent's own, Q.
+    """
+    stage = sample(
+        agent.session,
+        name=name,
+        policy=policy,
+        prompts=agent.prompts if prompts is None else prompts,
+        seed_key=(agent.name, *seed_key),
+        args=args,
+    )
+    return TextColumn(stage)
+
+
 def sample_positives(agent: Agent, t: int, name: str = "", answers: int = 1) -> TextColumn:
     """The agent's present answers to all prompts, for round t (R1, R4).
 
     Args:
         name: of the stage; empty: positives_ and the agent's name.
     """
-    stage = sample(
-        agent.run,
-        agent.models,
-        name=f"round{t}/{name or f'positives_{agent.name}'}",
-        policy=agent.policy,
-        prompts=agent.prompts,
-        seed_key=(agent.name, "positives", t),
-        answers=answers,
+    stage = name or f"positives_{agent.name}"
+    return sample_answers(
+        agent,
+        f"round{t}/{stage}",
+        agent.policy,
+        seed_key=("positives", t),
+        args=SampleArgs(answers),
     )
-    return TextColumn(stage)
 
 
 def sample_weak_labels(teacher: Agent) -> TextColumn:
@@ -179,15 +198,7 @@ def sample_weak_labels(teacher: Agent) -> TextColumn:
 
     It has the seed of the teacher's first answer in round 1, and so is that answer.
     """
-    stage = sample(
-        teacher.run,
-        teacher.models,
-        name="round0/weak_labels",
-        policy=teacher.policy,
-        prompts=teacher.prompts,
-        seed_key=(teacher.name, "positives", 1),
-    )
-    return TextColumn(stage)
+    return sample_answers(teacher, "round0/weak_labels", teacher.policy, seed_key=("positives", 1))
 
 
 def sample_negatives(agent: Agent, t: int, name: str = "") -> TextColumn:
@@ -196,15 +207,10 @@ def sample_negatives(agent: Agent, t: int, name: str = "") -> TextColumn:
     Args:
         name: of the stage; empty: negatives_ and the agent's name.
     """
-    stage = sample(
-        agent.run,
-        agent.models,
-        name=f"round{t}/{name or f'negatives_{agent.name}'}",
-        policy=agent.negative_policy,
-        prompts=agent.prompts,
-        seed_key=(agent.name, "negatives", t),
+    stage = name or f"negatives_{agent.name}"
+    return sample_answers(
+        agent, f"round{t}/{stage}", agent.negative_policy, seed_key=("negatives", t)
     )
-    return TextColumn(stage)
 
 
 # --- Scoring candidates (R2)
@@ -290,15 +296,13 @@ def score_under_learner(
     agent: Agent, t: int, answers: Mapping[str, TextColumn]
 ) -> dict[str, ScoreColumn]:
     """The scores of all sources' answers under the agent itself, by source, in one stage."""
-    stage = score_texts(
-        agent.run, agent.models, f"round{t}/scores_{agent.name}", agent.policy, answers
-    )
+    stage = score_texts(agent.session, f"round{t}/scores_{agent.name}", agent.policy, answers)
     return {source: ScoreColumn(stage, f"{source}.jsonl") for source in answers}
 
 
 def score_one(agent: Agent, policy: Policy, name: str, texts: TextColumn) -> ScoreColumn:
     """The scores of one column of texts under one of an agent's policies."""
-    return ScoreColumn(score_texts(agent.run, agent.models, name, policy, {"scores": texts}))
+    return ScoreColumn(score_texts(agent.session, name, policy, {"scores": texts}))
 
 
 # --- Learning from preferences (R3, R5)
@@ -330,8 +334,7 @@ def learn_preferences(
 
     # --- Pairs: select, join, drop what is unusable, score the chosen answers
     pairs = build_pairs(
-        agent.run,
-        agent.models,
+        agent.session,
         name=f"round{t}/pairs_{agent.name}",
         inputs=PairInputs(
             candidates=candidates,
@@ -346,8 +349,7 @@ def learn_preferences(
 
     # --- The positive adapter continues on them
     adapter = train_dpo(
-        agent.run,
-        agent.models,
+        agent.session,
         name=f"round{t}/{agent.name}_pos",
         start=agent.policy,
         pairs=PreferenceData(pairs, reference),
@@ -376,8 +378,7 @@ def train_continued(student: Agent, weak_labels: TextColumn) -> AgentCheckpoint:
     """Naive SFT continued for as many steps as the student took in its rounds."""
     args = student.dpo_args
     adapter = train_sft(
-        student.run,
-        student.models,
+        student.session,
         name="controls/continued",
         start=student.initial_policy,
         texts=weak_labels,
@@ -390,8 +391,7 @@ def train_continued(student: Agent, weak_labels: TextColumn) -> AgentCheckpoint:
 def train_ceiling(student: Agent) -> AgentCheckpoint:
     """SFT on the true answers to all prompts: the strong ceiling (Burns et al. 2023)."""
     adapter = train_sft(
-        student.run,
-        student.models,
+        student.session,
         name="controls/ceiling",
         start=student.bare_base,
         texts=student.prompts,

@@ -15,8 +15,9 @@ from minmacpo.config.schema import Feedback
 from minmacpo.data.chat_template import TEMPLATES
 from minmacpo.data.records import Example, Message, Pair, Sample, format_dialogue
 from minmacpo.pipeline.artifacts import BaseModel, Score, ScoreColumn, TextColumn
-from minmacpo.pipeline.model_pool import ModelPool
-from minmacpo.pipeline.run import Run, Stage, StageContext
+from minmacpo.pipeline.model_pool import Session
+from minmacpo.pipeline.run import Run
+from minmacpo.pipeline.stage import Stage, StageContext
 from minmacpo.runtime.files import write_rows
 
 Preference = Pair | None  # None: a prompt on which the labeller prefers nothing
@@ -26,8 +27,7 @@ Preference = Pair | None  # None: a prompt on which the labeller prefers nothing
 
 
 def ask(
-    run: Run,
-    models: ModelPool,
+    session: Session,
     name: str,
     base: BaseModel,
     texts: TextColumn,
@@ -41,25 +41,30 @@ def ask(
     Args:
         settings: what `questions` depends on beside the texts and [feedback].
     """
+    config = session.run.config
+    max_new_tokens = config.generate.max_new_tokens
 
     def write_questions(context: StageContext) -> dict:
-        loaded = models.get(base, None)
-        room = loaded.context - run.config.generate.max_new_tokens
+        # --- The questions that leave room for an answer
+        loaded = session.models.get(base, None)
+        room = loaded.context - max_new_tokens
         groups = questions(texts.read())
-        fitting = []
+        asked = []
+        over_long = 0
         for group in groups:
-            lengths = [
-                len(loaded.render(question.prompt, question.response or None).ids)
-                for question in group
-            ]
+            lengths = []
+            for question in group:
+                row = loaded.render(question.prompt, question.response or None)
+                lengths.append(len(row.ids))
             if max(lengths) <= room:
-                fitting.append(group)
+                asked += group
+            else:
+                over_long += 1
         if not context.dist.is_main:
             return {}
 
-        asked = [question for group in fitting for question in group]
+        # --- Write them
         write_rows(context.folder / "questions.jsonl", asked)
-        over_long = len(groups) - len(fitting)
         if not asked:
             raise UserError(
                 f"{context.name}: no question fits into the {room} tokens that {base.name} has "
@@ -72,13 +77,13 @@ def ask(
             )
         return {"questions": len(asked), "prompts": len(groups), "over_long": over_long}
 
-    stage = run.stage(
+    stage = session.run.stage(
         name=name,
         kind="ask/2",
-        settings=models.settings(base)
+        settings=session.models.settings(base)
         | {
-            "feedback": asdict(run.config.feedback),
-            "max_new_tokens": run.config.generate.max_new_tokens,
+            "feedback": asdict(config.feedback),
+            "max_new_tokens": max_new_tokens,
             "texts": texts.location,
         }
         | settings,
@@ -100,7 +105,7 @@ def conversation(prompt: Sequence[Message]) -> str:
     return format_dialogue(prompt, speakers, "\n\n")
 
 
-def group_by_prompt(samples: Iterable[Sample]) -> list[list[Sample]]:
+def answers_by_prompt(samples: Iterable[Sample]) -> list[list[Sample]]:
     """The answers to every prompt, in order."""
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
@@ -163,14 +168,14 @@ def preference(better: Sample, worse: Sample) -> Pair:
 
 
 def tagged_prompts(
-    run: Run, models: ModelPool, name: str, base: BaseModel, prompts: TextColumn, good: bool
+    session: Session, name: str, base: BaseModel, prompts: TextColumn, good: bool
 ) -> TextColumn:
     """The prompts under a good tag, or under a bad one.
 
     Raises:
         UserError: the chat template has no place for a tag; also while planning.
     """
-    config = run.config
+    config = session.run.config
     if TEMPLATES[config.data.template].tag is None:
         able = ", ".join(name for name, template in TEMPLATES.items() if template.tag)
         raise UserError(
@@ -178,8 +183,7 @@ def tagged_prompts(
             f"rlcd and macpo.negatives = persona need; {able} have one"
         )
     return ask(
-        run,
-        models,
+        session,
         name=name,
         base=base,
         texts=prompts,
@@ -255,7 +259,7 @@ def comparison_questions(
 ) -> list[list[Example]]:
     """For every prompt with two answers: each option, in each order of the two."""
     groups = []
-    for a, b in group_by_prompt(samples):
+    for a, b in answers_by_prompt(samples):
         group = []
         for first, second in ((a, b), (b, a)):
             prompt = fill_template(template, a, first=first.response, second=second.response)
@@ -301,7 +305,7 @@ def prefer_likelier(
     """
     preferences: list[Preference] = []
     order_decided = 0
-    for a, b in group_by_prompt(candidates):
+    for a, b in answers_by_prompt(candidates):
         logps = logps_by_prompt.get(a.id)
         if logps is None:
             preferences.append(None)
@@ -339,7 +343,7 @@ def sigmoid(x: float) -> float:
 def rubric_questions(template: str, samples: Iterable[Sample]) -> list[list[Example]]:
     """For every prompt: the request for a score of each of its answers."""
     groups = []
-    for answers in group_by_prompt(samples):
+    for answers in answers_by_prompt(samples):
         group = []
         for number, answer in enumerate(answers):
             prompt = fill_template(template, answer, response=answer.response)
@@ -372,7 +376,7 @@ def prefer_highest_score(
     failures = sum(values.count(None) for values in scores.values())
 
     preferences: list[Preference] = []
-    for answers in group_by_prompt(candidates):
+    for answers in answers_by_prompt(candidates):
         scored = []
         for number, answer in enumerate(answers):
             values = scores.get(f"{answer.id}/{number}", [])

@@ -36,14 +36,13 @@ from minmacpo.method.monitor import rounds
 from minmacpo.method.negatives import NEGATIVES
 from minmacpo.method.selection import Selection
 from minmacpo.pipeline.artifacts import Setup, TextColumn
-from minmacpo.pipeline.model_pool import ModelPool
-from minmacpo.pipeline.run import Run
+from minmacpo.pipeline.model_pool import Session
 
 
-def run_macpo(run: Run, models: ModelPool, setup: Setup) -> Iterator[AgentCheckpoint]:
+def run_macpo(session: Session, setup: Setup) -> Iterator[AgentCheckpoint]:
     """Train all agents; yields each of them after each of its updates, to be measured."""
-    settings = run.config.macpo
-    student, teachers = make_agents(run, models, setup)
+    settings = session.run.config.macpo
+    student, teachers = make_agents(session, setup)
 
     # --- Round 0: the teachers learn good and bad behaviour from ground truth
     for teacher in teachers:
@@ -61,7 +60,7 @@ def run_macpo(run: Run, models: ModelPool, setup: Setup) -> Iterator[AgentCheckp
     student.hard_negatives = sample_negatives(student, t=0)  # I6
     yield student.checkpoint(0)
 
-    for t in rounds(run):
+    for t in rounds(session.run):
         # --- R1 to R3: the student learns from its teachers
         update_agent(student, t, others=teachers)
         yield student.checkpoint(t)

@@ -6,11 +6,12 @@ the other side; it returns one answer per prompt.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from minmacpo.method.agents import Agent
+from minmacpo.method.agents import Agent, sample_answers
 from minmacpo.method.ai_feedback import tagged_prompts
 from minmacpo.pipeline.artifacts import Policy, TextColumn
-from minmacpo.pipeline.sample_stage import sample
+from minmacpo.pipeline.sample_stage import SampleArgs
 
 TAIL_TEMPERATURE = 2.0
 
@@ -27,64 +28,50 @@ def others_hard_negatives(agent: Agent, t: int, others: Sequence[Agent]) -> Text
 
 def previous_answers(agent: Agent, t: int, others: Sequence[Agent]) -> TextColumn:
     """The agent's own answers before the update, as in self-play."""
-    stage = sample(
-        agent.run,
-        agent.models,
-        name=f"round{t}/previous_{agent.name}",
-        policy=agent.policy,
-        prompts=agent.prompts,
-        seed_key=(agent.name, "previous", t),
+    return sample_answers(
+        agent, f"round{t}/previous_{agent.name}", agent.policy, seed_key=("previous", t)
     )
-    return TextColumn(stage)
 
 
 def persona_answers(agent: Agent, t: int, others: Sequence[Agent]) -> TextColumn:
     """The answers of the bare base under a bad tag, sampled once."""
     prompts = tagged_prompts(
-        agent.run,
-        agent.models,
+        agent.session,
         name=f"round0/bad_tag_prompts_{agent.name}",
         base=agent.base,
         prompts=agent.prompts,
         good=False,
     )
-    stage = sample(
-        agent.run,
-        agent.models,
-        name=f"round0/persona_{agent.name}",
-        policy=Policy(f"{agent.name}_persona", agent.base),
+    answers = sample_answers(
+        agent,
+        f"round0/persona_{agent.name}",
+        Policy(f"{agent.name}_persona", agent.base),
+        seed_key=("persona",),
         prompts=prompts,
-        seed_key=(agent.name, "persona"),
     )
-    return TextColumn(stage, column="untagged")
+    return replace(answers, column="untagged")
 
 
 def tail_answers(agent: Agent, t: int, others: Sequence[Agent]) -> TextColumn:
     """The agent's own answers at a high temperature."""
-    stage = sample(
-        agent.run,
-        agent.models,
-        name=f"round{t}/tail_{agent.name}",
-        policy=Policy(f"{agent.name}_tail", agent.base, agent.positive[-1]),
-        prompts=agent.prompts,
-        seed_key=(agent.name, "tail", t),
-        temperature=TAIL_TEMPERATURE,
+    return sample_answers(
+        agent,
+        f"round{t}/tail_{agent.name}",
+        replace(agent.policy, name=f"{agent.name}_tail"),
+        seed_key=("tail", t),
+        args=SampleArgs(temperature=TAIL_TEMPERATURE),
     )
-    return TextColumn(stage)
 
 
 def contrastive_answers(agent: Agent, t: int, others: Sequence[Agent]) -> TextColumn:
     """The answers of the negative adapter, decoded away from the positive one."""
-    stage = sample(
-        agent.run,
-        agent.models,
-        name=f"round{t}/contrastive_{agent.name}",
-        policy=Policy(f"{agent.name}_contrastive", agent.base, agent.negative),
-        prompts=agent.prompts,
-        seed_key=(agent.name, "contrastive", t),
-        contrast_adapter=agent.positive[-1],
+    return sample_answers(
+        agent,
+        f"round{t}/contrastive_{agent.name}",
+        replace(agent.negative_policy, name=f"{agent.name}_contrastive"),
+        seed_key=("contrastive", t),
+        args=SampleArgs(contrast_adapter=agent.policy.adapter),
     )
-    return TextColumn(stage)
 
 
 NEGATIVES: dict[str, Callable[[Agent, int, Sequence[Agent]], TextColumn]] = {

@@ -2,7 +2,7 @@
 
 The stage goes through the prompts in chunks, so that memory does not grow with their number:
 
-    1 group the candidates by prompt        selection.group_by_prompt
+    1 group the candidates by prompt        selection.candidates_by_prompt
     2 select                                selection.select
     3 keep the least perplexing prompts     selection.lowest_perplexity_mask
     4 join with the rejected answers        join_with_rejected
@@ -30,8 +30,8 @@ from minmacpo.method.selection import (
     select,
 )
 from minmacpo.pipeline.artifacts import Policy, Score, ScoreColumn, TextColumn
-from minmacpo.pipeline.model_pool import LoadedModel, ModelPool
-from minmacpo.pipeline.run import Run, Stage, StageContext
+from minmacpo.pipeline.model_pool import LoadedModel, Session
+from minmacpo.pipeline.stage import Stage, StageContext
 from minmacpo.pipeline.stage_log import log_first_row, warn_dropped
 from minmacpo.runtime.files import JsonlView, batched, write_rows
 
@@ -114,31 +114,31 @@ class PairDraft:
     rejected_row: Tokens | None = None
 
 
-def build_pairs(
-    run: Run, models: ModelPool, name: str, inputs: PairInputs, seed_key: tuple
-) -> Stage:
+def build_pairs(session: Session, name: str, inputs: PairInputs, seed_key: tuple) -> Stage:
     """The stage with pairs.jsonl; a pair that cannot be used is dropped and counted by reason."""
+    models = session.models
+    seed = session.run.config.run.seed
     base = inputs.learner.base
 
     def write_pairs(context: StageContext) -> dict:
-        adapter = inputs.reference.adapter if inputs.reference else None
-        loaded = models.get(base, adapter)
+        # --- The model that scores chosen answers: the reference, if the loss has one
+        reference_adapter = None
+        if inputs.reference is not None:
+            reference_adapter = inputs.reference.adapter
+        loaded = models.get(base, reference_adapter)
         budget = scoring_tokens(models.config.run.max_tokens_per_batch, models.device)
+
+        # --- Pairs, made one by one while they are written
         counts: Counter[str] = Counter()
-        pairs = complete_pairs(
-            context,
-            loaded,
-            join_with_rejected(inputs, choose_answers(run, inputs, seed_key), counts),
-            inputs,
-            budget,
-            counts,
-        )
+        chosen = choose_answers(inputs, seed, seed_key)
+        drafts = join_with_rejected(inputs, chosen, counts)
+        pairs = complete_pairs(context, loaded, drafts, inputs, budget, counts)
         if not context.dist.is_main:
             for _ in pairs:  # the other ranks take part in the scoring
                 pass
             return {}
 
-        # Pairs are written as they come. Weights need the mean of all, so those are written twice
+        # Weights need the mean of all pairs, so with them the file is written twice
         file = context.folder / "pairs.jsonl"
         write_rows(file, pairs)
         if inputs.selection.pair_weighting == "agreement":
@@ -148,7 +148,7 @@ def build_pairs(
             log_first_row(context, loaded, "chosen", None)
         return summarize(counts, inputs)
 
-    return run.stage(
+    return session.run.stage(
         name=name,
         kind="pairs/4",
         settings=models.settings(base) | inputs.settings(),
@@ -159,12 +159,12 @@ def build_pairs(
 
 
 def choose_answers(
-    run: Run, inputs: PairInputs, seed_key: tuple
+    inputs: PairInputs, seed: int, seed_key: tuple
 ) -> Iterator[tuple[list[Candidate], bool]]:
     """The chosen candidates for every prompt, and whether the prompt is kept (steps 1 to 3)."""
 
     def chosen() -> Iterator[list[Candidate]]:
-        return select(inputs.candidates, inputs.selection, run.config.run.seed, seed_key)
+        return select(inputs.candidates, inputs.selection, seed, seed_key)
 
     fraction = inputs.selection.keep_fraction
     if fraction == 1:

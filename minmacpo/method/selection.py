@@ -202,7 +202,7 @@ def agreements(peer_scores: Sequence[ScoreColumn]) -> Iterator[float | None]:
             yield sum(weight * score.logp / score.tokens for score in scores)
 
 
-def group_by_prompt(sources: Sequence[CandidateSet]) -> Iterator[list[Candidate]]:
+def candidates_by_prompt(sources: Sequence[CandidateSet]) -> Iterator[list[Candidate]]:
     """All candidates for every prompt, in the order of the sources; no two prompts in memory."""
     grouped = [
         groupby(source.read(), key=lambda candidate: candidate.prompt_id) for source in sources
@@ -246,7 +246,7 @@ def select(
     Args:
         seed: the run's; with `seed_key` and the prompt's id it decides what is drawn at random.
     """
-    for candidates in group_by_prompt(sources):
+    for candidates in candidates_by_prompt(sources):
         prompt_id = candidates[0].prompt_id
         rng = random.Random(repr((seed, *seed_key, prompt_id)))
         # One draw for every prompt, so that adding a source changes no other prompt's choice

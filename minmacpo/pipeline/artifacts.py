@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from minmacpo.data.records import Example, Pair, Sample
-from minmacpo.pipeline.run import Stage
+from minmacpo.pipeline.stage import Stage
 from minmacpo.runtime.files import JsonlView, iter_rows
 
 

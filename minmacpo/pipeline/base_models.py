@@ -25,10 +25,12 @@ from minmacpo.pipeline.prepare_data import (
     splits_stage,
     tokenizer_stage,
 )
-from minmacpo.pipeline.run import Run, Stage, StageContext, derive_seed
+from minmacpo.pipeline.run import Run
+from minmacpo.pipeline.stage import Stage, StageContext
 from minmacpo.pipeline.trainer_hooks import trainer_hooks
 from minmacpo.runtime.device import resolve_device
 from minmacpo.runtime.files import fingerprint, read_rows, sha256_file, write_json
+from minmacpo.runtime.seeds import derive_seed
 
 
 def setup_stages(run: Run, source: dict, prepared: Callable[[], PreparedData]) -> Setup:

@@ -6,7 +6,7 @@ Agents exchange text: whoever trains on an answer or scores it renders it with i
 import gc
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from minmacpo import UserError
@@ -25,7 +25,8 @@ from minmacpo.data.chat_template import end_of_turn_ids, render
 from minmacpo.data.records import Message
 from minmacpo.data.tokenizer import Tokens, load_tokenizer
 from minmacpo.pipeline.artifacts import BaseModel, Policy
-from minmacpo.pipeline.run import Stage
+from minmacpo.pipeline.run import Run
+from minmacpo.pipeline.stage import Stage
 from minmacpo.runtime.device import free_bytes, resolve_device, resolve_dtype
 from minmacpo.runtime.distributed import SINGLE_PROCESS, Distributed
 
@@ -174,3 +175,11 @@ class ModelPool:
             "lora": asdict(self.config.lora),
             "quantize": self.quantization(base),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What stages are computed with: the run that they belong to, and the models in memory."""
+
+    run: Run
+    models: ModelPool

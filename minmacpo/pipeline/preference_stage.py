@@ -19,8 +19,8 @@ from minmacpo.core.trainer import (
 from minmacpo.data.records import Pair
 from minmacpo.kernels.fused_logps import sequence_logps
 from minmacpo.pipeline.artifacts import Policy
-from minmacpo.pipeline.model_pool import LoadedModel, ModelPool
-from minmacpo.pipeline.run import Run, Stage, StageContext
+from minmacpo.pipeline.model_pool import LoadedModel, ModelPool, Session
+from minmacpo.pipeline.stage import Stage, StageContext
 from minmacpo.pipeline.stage_log import log_first_row
 from minmacpo.pipeline.train_stage import save_trained_adapter, should_compile
 from minmacpo.pipeline.trainer_hooks import trainer_hooks
@@ -44,11 +44,17 @@ class DPOArgs:
     dpo: Dpo = field(default_factory=Dpo)
     use_dpo: bool = True
 
+    @property
+    def title(self) -> str:
+        """What is trained with, for logs and plans: "DPO + SFT"."""
+        if not self.use_dpo:
+            return "SFT term only"
+        return f"{PREFERENCE_LOSSES[self.dpo.loss].title} + SFT"
+
     def optimizer_config(self, pairs: int) -> OptimizerConfig:
         """The schedule for so many pairs."""
-        return OptimizerConfig(
-            self.lr, self.epochs * steps_per_epoch(pairs, self.batch), self.batch
-        )
+        steps = self.epochs * steps_per_epoch(pairs, self.batch)
+        return OptimizerConfig(self.lr, steps, self.batch)
 
     def loss(self, compiled: bool) -> PreferenceLoss:
         """The loss that these settings describe."""
@@ -83,8 +89,7 @@ class PreferenceData:
 
 
 def train_dpo(
-    run: Run,
-    models: ModelPool,
+    session: Session,
     name: str,
     start: Policy,
     pairs: PreferenceData,
@@ -92,17 +97,18 @@ def train_dpo(
     seed_key: tuple,
 ) -> Stage:
     """The stage with an adapter that continues `start` on preference pairs: DPO + weight * SFT."""
+    models = session.models
 
     def train_adapter(context: StageContext) -> dict:
         # --- Pairs as token rows
         loaded = models.get_policy(start)
-        examples = [
-            pair_example(loaded, pair) for pair in iter_rows(pairs.stage.path / "pairs.jsonl", Pair)
-        ]
-        first = examples[0].rows if examples else (None, None)
-        log_first_row(context, loaded, "chosen", first[0])
-        log_first_row(context, loaded, "rejected", first[1])
-        context.log_detail(describe_reference(args.dpo, pairs.reference))
+        examples = []
+        for pair in iter_rows(pairs.stage.path / "pairs.jsonl", Pair):
+            examples.append(pair_example(loaded, pair))
+        chosen, rejected = examples[0].rows if examples else (None, None)
+        log_first_row(context, loaded, "chosen", chosen)
+        log_first_row(context, loaded, "rejected", rejected)
+        context.log_detail(describe_loss(args, pairs.reference))
 
         # --- The schedule, the loss, and which pairs go into which step
         schedule = args.optimizer_config(len(examples))
@@ -112,7 +118,9 @@ def train_dpo(
 
         # --- Check the first batch, then train
         check = StartCheck(context, models, start, pairs.reference, loss, plan.packed)
-        first_batch = [examples[i] for i in plan.steps[0][0]] if plan.steps else []
+        first_batch = []
+        if plan.steps:
+            first_batch = [examples[number] for number in plan.steps[0][0]]
         counts = train(
             loaded.model,
             loaded.lora_params,
@@ -126,20 +134,19 @@ def train_dpo(
         save_trained_adapter(context, start, loaded, schedule)
         return counts
 
-    term = f"{PREFERENCE_LOSSES[args.dpo.loss].title} + SFT" if args.use_dpo else "SFT term only"
     inputs = [start.base.stage, pairs.stage, start.adapter]
     if pairs.reference is not None:
         inputs.append(pairs.reference.adapter)
-    return run.stage(
+    return session.run.stage(
         name=name,
         kind="prefer/2",
         settings=models.settings(start.base)
         | args.settings()
-        | {"log_every": run.config.run.log_every},
+        | {"log_every": session.run.config.run.log_every},
         inputs=[stage for stage in inputs if stage is not None],
         compute=train_adapter,
         seed_key=seed_key,
-        summary=f"{term}, {args.epochs} epoch at lr {args.lr:g}",
+        summary=f"{args.title}, {args.epochs} epoch at lr {args.lr:g}",
     )
 
 
@@ -153,12 +160,13 @@ def pair_example(loaded: LoadedModel, pair: Pair) -> TrainExample:
     return TrainExample(pair.id, (chosen, rejected), reference_logps, pair.weight)
 
 
-def describe_reference(dpo: Dpo, reference: Policy | None) -> str:
-    """What the log says of the reference policy."""
+def describe_loss(args: DPOArgs, reference: Policy | None) -> str:
+    """What the log says of the loss and of its reference policy."""
     if reference is None:
-        return "the loss needs no reference policy"
+        return f"loss: {args.title}, without a reference policy"
     names = {"base": "the bare base", "init": "round 0", "previous": "the last round"}
-    return f"reference policy: {names[dpo.reference]}; its logps are stored with the pairs"
+    name = names[args.dpo.reference]
+    return f"loss: {args.title}; reference policy: {name}, whose logps are stored with the pairs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +211,8 @@ class StartCheck:
             self.check_stored_logps(examples)
         metrics = self.compute_metrics(examples)
         margin = metrics["rewards/margins"]
-        self.context.log_detail(f"margin before the first step: {margin:+.4f}")
+        title = PREFERENCE_LOSSES[self.loss.loss_type].title
+        self.context.log_detail(f"{title} margin before the first step: {margin:+.4f}")
         tolerance = 1e-3 if self.models.dtype == torch.float32 else 0.5
         starts_at_reference = (
             self.reference is not None and self.reference.adapter == self.start.adapter

@@ -19,7 +19,8 @@ from minmacpo.data.readers import find_files, split_pair_paths
 from minmacpo.data.records import Example, Message, Pair
 from minmacpo.data.splits import join_sides, split_pairs
 from minmacpo.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from minmacpo.pipeline.run import Run, Stage, StageContext
+from minmacpo.pipeline.run import Run
+from minmacpo.pipeline.stage import Stage, StageContext
 from minmacpo.runtime.files import sha256_file, write_atomic, write_json, write_rows
 
 TOKENIZER_TEXTS = 6000  # documents of the strong base's text that the tokenizer is trained on

@@ -50,8 +50,6 @@ from minmacpo.runtime.files import fingerprint, with_path, write_atomic, write_j
 from minmacpo.runtime.progress import escape_control_chars
 from minmacpo.runtime.seeds import derive_seed
 
-__all__ = ["FINISHED", "Run", "Stage", "StageContext", "derive_seed", "verify"]
-
 FINISHED = "eval/table.json"  # written last: it says that the run is finished
 
 

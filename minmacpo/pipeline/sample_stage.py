@@ -14,21 +14,39 @@ import torch
 
 from minmacpo import UserError
 from minmacpo.config.schema import Generate
-from minmacpo.core.prepack import is_sharded
 from minmacpo.core.sampling import SamplingParams, generate
 from minmacpo.core.scoring import perplexity
 from minmacpo.data.chat_template import render_prompt, response_text
 from minmacpo.data.records import Example, Sample
 from minmacpo.pipeline.artifacts import Policy, TextColumn
-from minmacpo.pipeline.model_pool import LoadedModel, ModelPool
-from minmacpo.pipeline.run import Run, Stage, StageContext, derive_seed
+from minmacpo.pipeline.model_pool import LoadedModel, Session
+from minmacpo.pipeline.stage import Stage, StageContext
 from minmacpo.pipeline.stage_log import log_first_row
-from minmacpo.runtime.distributed import SINGLE_PROCESS, Distributed
+from minmacpo.runtime.distributed import SINGLE_PROCESS, Distributed, weights_are_sharded
 from minmacpo.runtime.files import JsonlView, finished_shards, write_rows, write_shard
+from minmacpo.runtime.seeds import derive_seed
 
 # A shard is sampled as one stream: when an answer ends, the next prompt of the shard takes its
 # place in the batch, so that a shard of several batches wastes less than each batch by itself.
 BATCHES_PER_SHARD = 4
+
+
+@dataclass(frozen=True, slots=True)
+class SampleArgs:
+    """How a policy is asked.
+
+    Attributes:
+        answers: how many to each prompt.
+        temperature: in place of generate.temperature.
+        contrast_adapter: decode away from what the base with this adapter would say.
+    """
+
+    answers: int = 1
+    temperature: float | None = None
+    contrast_adapter: Stage | None = None
+
+
+ONE_ANSWER = SampleArgs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,34 +58,30 @@ class Request:
 
 
 def sample(
-    run: Run,
-    models: ModelPool,
+    session: Session,
     name: str,
     policy: Policy,
     prompts: TextColumn,
-    *,
     seed_key: tuple,
-    answers: int = 1,
-    temperature: float | None = None,
-    contrast_adapter: Stage | None = None,
+    args: SampleArgs = ONE_ANSWER,
 ) -> Stage:
     """The stage with samples.jsonl: answers of a policy to every prompt, in the prompts' order.
 
     Args:
         seed_key: what the stage's seed is derived from, beside the run's.
-        answers: how many to each prompt.
-        temperature: in place of generate.temperature.
-        contrast_adapter: decode away from what the base with this adapter would say.
     """
-    settings = run.config.generate
-    if temperature is not None:
-        settings = replace(settings, temperature=temperature)
+    models = session.models
+    answers = args.answers
+    settings = session.run.config.generate
+    if args.temperature is not None:
+        settings = replace(settings, temperature=args.temperature)
 
     def write_samples(context: StageContext) -> dict:
-        contrast_model = None  # a second model in memory, since both adapters are at work
-        if contrast_adapter is not None:
-            contrast_model = models.get(policy.base, contrast_adapter, copy="contrast").model
         # --- The models, and the first prompt as they read it
+        contrast_model = None  # a second model in memory, since both adapters are at work
+        if args.contrast_adapter is not None:
+            contrast = models.get(policy.base, args.contrast_adapter, copy="contrast")
+            contrast_model = contrast.model
         sampler = Sampler(
             loaded=models.get_policy(policy),
             settings=settings,
@@ -82,10 +96,15 @@ def sample(
         # --- Short prompts first, so that those side by side need little padding
         order = order_by_length(sampler.loaded, texts, answers)
         shard_size = settings.batch * BATCHES_PER_SHARD
-        shards = [order[start : start + shard_size] for start in range(0, len(order), shard_size)]
+        shards = []
+        for start in range(0, len(order), shard_size):
+            shards.append(order[start : start + shard_size])
 
         def sample_shard(shard: np.ndarray) -> list[dict]:
-            requests = [Request(texts[i // answers], i % answers) for i in shard.tolist()]
+            requests = []
+            for request in shard.tolist():
+                prompt_number, answer_number = divmod(request, answers)
+                requests.append(Request(texts[prompt_number], answer_number))
             return [asdict(answer) for answer in sampler(requests, settings.batch)]
 
         # --- Sample, and merge the shards into the prompts' order
@@ -99,8 +118,8 @@ def sample(
             file.unlink()
         return counts
 
-    inputs = [policy.base.stage, policy.adapter, prompts.stage, contrast_adapter]
-    return run.stage(
+    inputs = [policy.base.stage, policy.adapter, prompts.stage, args.contrast_adapter]
+    return session.run.stage(
         name=name,
         kind="sample/2",
         settings=models.settings(policy.base)
@@ -109,7 +128,7 @@ def sample(
             "texts": prompts.location,
             "answers": answers,
             "agent": policy.name,
-            "contrastive": contrast_adapter is not None,
+            "contrastive": args.contrast_adapter is not None,
             "batches_per_shard": BATCHES_PER_SHARD,
         },
         inputs=[stage for stage in inputs if stage is not None],
@@ -121,8 +140,10 @@ def sample(
 
 def log_first_prompt(context: StageContext, loaded: LoadedModel, texts: Sequence[Example]) -> None:
     """Log how the first prompt is read."""
-    first = next(iter(texts), None)
-    log_first_row(context, loaded, "prompt", loaded.render(first.prompt) if first else None)
+    row = None
+    if texts:
+        row = loaded.render(texts[0].prompt)
+    log_first_row(context, loaded, "prompt", row)
 
 
 def order_by_length(loaded: LoadedModel, texts: Sequence[Example], answers: int) -> np.ndarray:
@@ -139,14 +160,20 @@ def sample_shards(
 
     The ranks divide the shards among them; the main rank alone writes, the others get no files.
     """
-    files = finished_shards(context.folder) if context.dist.is_main else {}
+    # --- What is left to do, as the main rank sees it
+    files = {}
+    if context.dist.is_main:
+        files = finished_shards(context.folder)
     missing = context.dist.run_on_main(
         lambda: [number for number in range(len(shards)) if number not in files]
     )
-    total = sum(len(shard) for shard in shards)
-    remaining = sum(len(shards[number]) for number in missing)
-    with context.progress(total, "answer", total - remaining) as progress:
-        results = context.dist.parallel_map([shards[number] for number in missing], sample_shard)
+    unsampled = [shards[number] for number in missing]
+    total = sum(map(len, shards))
+    done = total - sum(map(len, unsampled))
+
+    # --- Every missing shard
+    with context.progress(total, "answer", done) as progress:
+        results = context.dist.parallel_map(unsampled, sample_shard)
         for number, samples in zip(missing, results, strict=True):
             if context.dist.is_main:
                 files[number] = write_shard(context.folder, number, samples)
@@ -208,12 +235,15 @@ class Sampler:
         Raises:
             UserError: a prompt has no room in the context, or memory is too short for one answer.
         """
-        prompts = [
-            render_prompt(self.loaded.tokenizer, self.loaded.template, request.prompt.prompt)
-            for request in requests
-        ]
+        prompts = []
+        seeds = []
+        for request in requests:
+            prompt = request.prompt
+            prompts.append(
+                render_prompt(self.loaded.tokenizer, self.loaded.template, prompt.prompt)
+            )
+            seeds.append(derive_seed(self.seed, prompt.id, request.number))
         self.check_context(prompts)
-        seeds = [derive_seed(self.seed, r.prompt.id, r.number) for r in requests]
         batch_size = min(max_batch_size or len(requests), len(requests))
         answers, logps = self.decode(prompts, seeds, batch_size)
 
@@ -250,14 +280,14 @@ class Sampler:
                 seeds,
                 params,
                 self.loaded.answer_end_ids(),
-                self.contrast_model,
-                self.on_token,
-                size,
-                self.dist,
+                amateur=self.contrast_model,
+                on_token=self.on_token,
+                batch_size=size,
+                dist=self.dist,
             )
 
         # Of a sharded model the other ranks wait for this one's next pass: nothing is halved there
-        smallest = batch_size if is_sharded(self.loaded.model) else 1
+        smallest = batch_size if weights_are_sharded(self.loaded.model) else 1
         return self.loaded.batch_limit.run(attempt, batch_size, smallest)
 
     def to_sample(self, prompt: Example, seed: int, tokens: Sequence[int], logp: float) -> Sample:

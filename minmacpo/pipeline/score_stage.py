@@ -8,8 +8,8 @@ from minmacpo.core.batching import scoring_tokens
 from minmacpo.core.scoring import perplexity, score
 from minmacpo.data.records import Example, Sample
 from minmacpo.pipeline.artifacts import Policy, Score, TextColumn
-from minmacpo.pipeline.model_pool import LoadedModel, ModelPool
-from minmacpo.pipeline.run import Run, Stage, StageContext
+from minmacpo.pipeline.model_pool import LoadedModel, Session
+from minmacpo.pipeline.stage import Stage, StageContext
 from minmacpo.pipeline.stage_log import log_first_row
 from minmacpo.runtime.files import batched, write_rows
 
@@ -19,7 +19,7 @@ Text = Example | Sample
 
 
 def score_texts(
-    run: Run, models: ModelPool, name: str, policy: Policy, texts: Mapping[str, TextColumn]
+    session: Session, name: str, policy: Policy, texts: Mapping[str, TextColumn]
 ) -> Stage:
     """The stage with a file of scores for each of several columns of texts.
 
@@ -29,6 +29,7 @@ def score_texts(
     Args:
         texts: the columns by the name of their file: {"teacher1": ...} makes teacher1.jsonl.
     """
+    models = session.models
 
     def write_scores(context: StageContext) -> dict:
         loaded = models.get_policy(policy)
@@ -55,7 +56,7 @@ def score_texts(
     if policy.adapter is not None:
         inputs.append(policy.adapter)
     inputs += [column.stage for column in texts.values()]
-    return run.stage(
+    return session.run.stage(
         name=name, kind="score/2", settings=settings, inputs=inputs, compute=write_scores
     )
 
@@ -65,8 +66,10 @@ def log_first_text(
 ) -> None:
     """Log how the first text of the first column is read."""
     first_column = next(iter(columns.values()))
-    first = next(iter(first_column), None)
-    row = loaded.render(first.prompt, first.response) if first else None
+    row = None
+    if first_column:
+        first = first_column[0]
+        row = loaded.render(first.prompt, first.response)
     log_first_row(context, loaded, "row", row)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from minmacpo.data.tokenizer import Tokens, show_mask
 from minmacpo.pipeline.model_pool import LoadedModel
-from minmacpo.pipeline.run import StageContext
+from minmacpo.pipeline.stage import StageContext
 
 
 def log_first_row(

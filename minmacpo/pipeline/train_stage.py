@@ -16,13 +16,14 @@ from minmacpo.core.trainer import (
     train,
 )
 from minmacpo.data.records import Example, Sample
-from minmacpo.data.tokenizer import Tokens
 from minmacpo.pipeline.artifacts import Policy, TextColumn
-from minmacpo.pipeline.model_pool import LoadedModel, ModelPool
-from minmacpo.pipeline.run import Run, Stage, StageContext, derive_seed
+from minmacpo.pipeline.model_pool import LoadedModel, ModelPool, Session
+from minmacpo.pipeline.run import Run
+from minmacpo.pipeline.stage import Stage, StageContext
 from minmacpo.pipeline.stage_log import log_first_row, warn_dropped
 from minmacpo.pipeline.trainer_hooks import trainer_hooks
 from minmacpo.runtime.files import write_atomic
+from minmacpo.runtime.seeds import derive_seed
 
 # torch.compile takes about 8 s for a loss. It spares 12 bytes of memory traffic for each logit, at
 # 3 TB/s: from so many logits on, a stage is faster with it. An estimate.
@@ -64,8 +65,7 @@ class SFTArgs:
 
 
 def train_sft(
-    run: Run,
-    models: ModelPool,
+    session: Session,
     name: str,
     start: Policy,
     texts: TextColumn,
@@ -76,11 +76,13 @@ def train_sft(
 
     A `start` without an adapter means a fresh one, the same for all agents of that base.
     """
+    models = session.models
+    config = session.run.config
 
     def train_adapter(context: StageContext) -> dict:
         loaded = models.get_policy(start)
         if start.adapter is None:
-            init_adapter(loaded.model, derive_seed(run.config.run.seed, start.base.name, "adapter"))
+            init_adapter(loaded.model, derive_seed(config.run.seed, start.base.name, "adapter"))
 
         # --- Tokenize, and drop what cannot be trained on
         examples = []
@@ -96,7 +98,8 @@ def train_sft(
                 examples.append(TrainExample(text.id, (row,)))
                 cut_at_limit += ends_at_limit(text)
         warn_dropped(context, dropped, len(examples))
-        log_first_row(context, loaded, "row", examples[0].rows[0] if examples else None)
+        first_row = examples[0].rows[0] if examples else None
+        log_first_row(context, loaded, "row", first_row)
 
         # --- Train
         schedule = args.optimizer_config(len(examples))
@@ -114,14 +117,16 @@ def train_sft(
         save_trained_adapter(context, start, loaded, schedule)
         return counts | dropped | {"cut_at_limit": cut_at_limit}
 
-    length = "as many steps as the student" if args.match_steps_of else f"{args.epochs} epochs"
+    length = f"{args.epochs} epochs"
+    if args.match_steps_of:
+        length = "as many steps as the student"
     inputs = [start.base.stage, start.adapter, texts.stage, *args.match_steps_of]
-    return run.stage(
+    return session.run.stage(
         name=name,
         kind="sft/2",
         settings=models.settings(start.base)
         | args.settings()
-        | {"texts": texts.location, "log_every": run.config.run.log_every},
+        | {"texts": texts.location, "log_every": config.run.log_every},
         inputs=[stage for stage in inputs if stage is not None],
         compute=train_adapter,
         seed_key=seed_key,
@@ -143,8 +148,10 @@ def should_compile(
     """Whether the loss is compiled: as run.compile says; auto, if the stage is long enough."""
     if models.config.run.compile != "auto" or not models.may_compile:
         return models.may_compile
-    rows: list[Tokens] = [row for example in examples for row in example.rows]
-    tokens = sum(sum(row.mask) for row in rows)
+    # Logits of the whole training: those of one pass, times the passes that the schedule makes
+    tokens = 0
+    for example in examples:
+        tokens += sum(sum(row.mask) for row in example.rows)
     trained_tokens = tokens * schedule.steps * schedule.batch / max(len(examples), 1)
     return trained_tokens * loaded.model.config.vocab_size >= COMPILE_THRESHOLD
 

@@ -1,7 +1,7 @@
 """What connects a training with the stage that it is: log, metrics, bar, signals, state, ranks."""
 
 from minmacpo.core.trainer import TrainerHooks
-from minmacpo.pipeline.run import StageContext
+from minmacpo.pipeline.stage import StageContext
 
 
 def trainer_hooks(context: StageContext) -> TrainerHooks:

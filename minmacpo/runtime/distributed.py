@@ -252,6 +252,11 @@ class Distributed:
 SINGLE_PROCESS = Distributed()
 
 
+def weights_are_sharded(model: nn.Module) -> bool:
+    """Whether this process holds only a part of some parameters (see `Distributed.shard`)."""
+    return any(type(param) is not nn.Parameter for param in model.parameters())
+
+
 def take_own_gpu() -> None:
     """Let this process use the GPU of its number on this machine."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

@@ -399,7 +399,7 @@ def test_decoding_away_from_another_model_is_greedy_in_the_contrast(seed):
     model, other = random_model(seed), random_model(seed + 1)
     prompts = ragged(seed, 5, 61)
     settings = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=9)
-    found, _ = generate(model, prompts, [0] * 5, settings, {2}, other)
+    found, _ = generate(model, prompts, [0] * 5, settings, {2}, amateur=other)
     for prompt, tokens in zip(prompts, found, strict=True):
         ids = list(prompt)
         for token in tokens:

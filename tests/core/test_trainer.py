@@ -37,7 +37,8 @@ from minmacpo.core.trainer import (
 )
 from minmacpo.data.tokenizer import Tokens
 from minmacpo.pipeline import stage_maker
-from minmacpo.pipeline.run import Run, StageContext
+from minmacpo.pipeline.run import Run
+from minmacpo.pipeline.stage import StageContext
 from minmacpo.pipeline.trainer_hooks import trainer_hooks
 
 ALL = Lora(

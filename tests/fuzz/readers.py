@@ -39,9 +39,10 @@ from minmacpo.evaluation.finished_run import read_run, verify_once
 from minmacpo.evaluation.gold import mean_gold_by_prompt, right_fraction
 from minmacpo.evaluation.judge import JudgeCommand
 from minmacpo.evaluation.judge_sheet import AnswerPair, read_sheet, write_sheet
-from minmacpo.pipeline.run import check_folder, derive_seed, read_metrics
+from minmacpo.pipeline.run_dir import check_folder, read_metrics
 from minmacpo.pipeline.sample_stage import Request
 from minmacpo.runtime.files import read_rows, write_json, write_rows
+from minmacpo.runtime.seeds import derive_seed
 
 JSON = (m.structured, m.structured, m.raw)
 LINES = (m.lined, m.lined, m.raw)

@@ -785,5 +785,5 @@ def test_a_loss_without_a_reference_scores_and_stores_none(stub, tmp_path):
         assert all(pair["ref_chosen_logps"] is None for pair in pairs)
         assert all(pair["ref_rejected_logps"] is None for pair in pairs)
     log = (run / "log.txt").read_text()
-    assert "the loss needs no reference policy" in log and "reference policy:" not in log
-    assert "margin before the first step" in log  # its own, without a reference
+    assert "loss: SimPO + SFT, without a reference policy" in log and "reference policy:" not in log
+    assert "SimPO margin before the first step" in log  # its own, without a reference

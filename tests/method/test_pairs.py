@@ -18,7 +18,7 @@ from minmacpo.method.pairs import (
 )
 from minmacpo.method.selection import Candidate, Selection
 from minmacpo.pipeline.artifacts import ScoreColumn, TextColumn
-from minmacpo.pipeline.run import Stage
+from minmacpo.pipeline.stage import Stage
 from minmacpo.runtime.files import write_rows
 
 PROMPT = (Message("user", "q"),)

@@ -27,7 +27,7 @@ from minmacpo.method.selection import (
     shortest,
 )
 from minmacpo.pipeline.artifacts import ScoreColumn, TextColumn
-from minmacpo.pipeline.run import Stage
+from minmacpo.pipeline.stage import Stage
 from minmacpo.runtime.files import write_rows
 
 RNG = random.Random(0)

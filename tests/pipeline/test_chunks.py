@@ -55,14 +55,14 @@ def limit_batches(monkeypatch, largest: int) -> list[int]:
     sizes = []
     generate = sample_stage.generate
 
-    def limited(*args):
-        size = args[7]
+    def limited(*args, batch_size, **options):
+        size = batch_size
         sizes.append(size)
         if size > largest:
             raise RuntimeError(
                 "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
             )
-        return generate(*args)
+        return generate(*args, batch_size=batch_size, **options)
 
     monkeypatch.setattr(sample_stage, "generate", limited)
     return sizes

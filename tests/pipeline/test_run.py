@@ -40,11 +40,12 @@ from minmacpo.config.parse import parse
 from minmacpo.core import trainer as fit
 from minmacpo.pipeline import stage_maker
 from minmacpo.pipeline.disk_space import disk_need
-from minmacpo.pipeline.run import FINISHED, Run, derive_seed
+from minmacpo.pipeline.run import FINISHED, Run
 from minmacpo.pipeline.run_dir import IN_PROGRESS_DIR
 from minmacpo.runtime import device as machine
 from minmacpo.runtime import files
 from minmacpo.runtime.progress import Signals
+from minmacpo.runtime.seeds import derive_seed
 
 
 @pytest.fixture

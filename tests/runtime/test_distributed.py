@@ -36,7 +36,8 @@ from minmacpo.cli.plan import Plan
 from minmacpo.config.parse import parse
 from minmacpo.pipeline import model_pool
 from minmacpo.pipeline.artifacts import BaseModel
-from minmacpo.pipeline.run import Run, Stage
+from minmacpo.pipeline.run import Run
+from minmacpo.pipeline.stage import Stage
 from minmacpo.runtime.distributed import Distributed
 from minmacpo.runtime.progress import run_main
 

@@ -22,8 +22,9 @@ from minmacpo.core.checkpoint import load_model
 from minmacpo.evaluation import remote_judge as remote
 from minmacpo.evaluation.html import document, grid, tag
 from minmacpo.evaluation.report import write_report
-from minmacpo.pipeline.run import Stage, verify
+from minmacpo.pipeline.run import verify
 from minmacpo.pipeline.sample_stage import Sampler
+from minmacpo.pipeline.stage import Stage
 from minmacpo.runtime import progress
 from minmacpo.runtime.files import describe, fingerprint
 
