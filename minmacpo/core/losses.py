@@ -4,6 +4,11 @@ A preference loss is a function of `PairLogps`. To add one, write it, put it int
 and add its name and settings to LOSS_SETTINGS in config/schema.py: `--dpo.loss=NAME` then trains
 with it.
 
+Where the reference's log-probabilities come from: they are constants of the pairs, scored before
+the training and stored in pairs.jsonl. `learn_preferences` in method/agents.py says which policy
+is the reference and has them scored. The trainer puts them into `Batch.reference_logps`, and
+`PreferenceLoss.pair_logps` takes them from there; here only the policy is computed.
+
 Shapes: B pairs, in a batch of 2B rows (row 2i is chosen, row 2i + 1 rejected).
 A log-probability of an answer is summed over its tokens, its end token included, in fp32, in nats.
 """
@@ -24,11 +29,11 @@ from minmacpo.kernels.fused_logps import sequence_logps
 
 @dataclass(frozen=True, slots=True)
 class PairLogps:
-    """What a preference loss may look at; all (B,). The reference's have no gradient."""
+    """What a preference loss may look at; all (B,)."""
 
-    policy_chosen: Tensor
+    policy_chosen: Tensor  # of the model that is trained, with gradient
     policy_rejected: Tensor
-    reference_chosen: Tensor | None  # None for a loss without a reference
+    reference_chosen: Tensor | None  # stored with the pairs; None for a loss without a reference
     reference_rejected: Tensor | None
     chosen_lengths: Tensor  # tokens
     rejected_lengths: Tensor
@@ -77,10 +82,12 @@ def sigmoid_loss(
     """
     if length_normalized:
         logps = logps.per_token()
-    longer = logps.chosen_lengths - logps.rejected_lengths
+    extra_tokens = logps.chosen_lengths - logps.rejected_lengths
     margin = logps.chosen_log_ratio - logps.rejected_log_ratio
-    logits = beta * margin + length_penalty * longer
-    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+    logits = beta * margin + length_penalty * extra_tokens
+    right = -F.logsigmoid(logits)  # the loss if the preference is right
+    flipped = -F.logsigmoid(-logits)  # and if it is the other way round
+    return (1 - label_smoothing) * right + label_smoothing * flipped
 
 
 def ipo_loss(logps: PairLogps, beta: float) -> Tensor:
@@ -231,12 +238,14 @@ class PreferenceLoss:
 
     def pair_logps(self, model, batch: Batch) -> PairLogps:
         """The policy's log-probabilities, computed, beside the reference's, which the batch has."""
-        logps = sequence_logps(
-            model, batch.tokens, batch.mask, self.compiled, batch.packed
-        )  # (2B,)
+        # --- The policy: one pass over the rows of both sides
+        # (2B,)
+        logps = sequence_logps(model, batch.tokens, batch.mask, self.compiled, batch.packed)
         policy_chosen, policy_rejected = logps.view(-1, 2).unbind(1)  # (B,), (B,)
         lengths = batch.mask[:, 1:].sum(1)  # (2B,): position 0 is never scored
-        chosen_lengths, rejected_lengths = lengths.view(-1, 2).unbind(1)
+        chosen_lengths, rejected_lengths = lengths.view(-1, 2).unbind(1)  # (B,), (B,)
+
+        # --- The reference: what was stored with the pairs
         reference_chosen = None
         reference_rejected = None
         if self.requires_reference:

@@ -319,20 +319,25 @@ def learn_preferences(
 ) -> None:
     """Pair the selected candidates with rejected answers; the positive adapter learns from them.
 
+    The loss needs log-probabilities under its reference policy (core/losses.py). `reference_policy`
+    says who that is, by dpo.reference. The rejected answers are scored under it in a stage of their
+    own, the chosen ones while pairs are made; pairs.jsonl holds both, and the training reads them
+    from there. So no second model is in memory while the policy learns.
+
     Args:
         selection: how candidates are chosen; None: there is one to each prompt.
         dpo: the settings of the loss; None: those of the run.
     """
     args = agent.dpo_args if dpo is None else replace(agent.dpo_args, dpo=dpo)
 
-    # --- Log-probabilities of the rejected answers under the reference, if the loss has one. Hard
-    #     negatives stay the same over the rounds, so with a fixed reference they are scored once
+    # --- The rejected answers under the reference, if the loss has one. Hard negatives stay the
+    #     same over the rounds, so with a fixed reference this stage is computed once
     reference = reference_policy(agent, args.dpo)
     rejected_scores = None
     if reference is not None:
         rejected_scores = score_one(agent, reference, f"round{t}/reference_{agent.name}", rejected)
 
-    # --- Pairs: select, join, drop what is unusable, score the chosen answers
+    # --- Pairs: select, join, drop what is unusable, score the chosen answers under the reference
     pairs = build_pairs(
         agent.session,
         name=f"round{t}/pairs_{agent.name}",
