@@ -58,12 +58,15 @@ def logits_to_probs(
     Temperature, top-k, then top-p on what is left: the smallest set of likeliest tokens whose
     probabilities reach it.
     """
+    # --- The tokens that may be drawn, likeliest first where their order matters
     logits = logits.float()
     ids = None
     if 0 < top_k < logits.shape[-1]:
         logits, ids = logits.topk(top_k, dim=-1)  # (B, n)
     elif top_p < 1:
         logits, ids = logits.sort(dim=-1, descending=True)
+
+    # --- Their probabilities
     probs = (logits / temperature).softmax(-1)
     if top_p < 1:
         likelier = probs.cumsum(-1) - probs  # the probability of all likelier tokens
@@ -76,11 +79,16 @@ def sample_from_probs(probs: Tensor, ids: Tensor | None, uniform: Tensor) -> Ten
     """(B,) token ids where the cumulative sum of probs (B, n) passes uniform (B,) in [0, 1)."""
     cumulative = probs.cumsum(-1)  # (B, n)
     total = cumulative[:, -1:]  # 1 but for rounding
-    index = (cumulative <= uniform[:, None] * total).sum(-1, keepdim=True)  # (B, 1)
+    threshold = uniform[:, None] * total  # (B, 1)
+    index = (cumulative <= threshold).sum(-1, keepdim=True)  # (B, 1): tokens that are passed by
+
+    # Rounding may lead past the last token that has a probability
     if ids is None:
-        return index.clamp(max=probs.shape[-1] - 1)[:, 0]
+        index = index.clamp(max=probs.shape[-1] - 1)
+        return index[:, 0]
     last_possible = (probs > 0).sum(-1, keepdim=True) - 1  # probs are in descending order
-    return ids.gather(-1, index.clamp(max=last_possible))[:, 0]
+    index = index.clamp(max=last_possible)
+    return ids.gather(-1, index)[:, 0]
 
 
 def contrast(logits: Tensor, amateur_logits: Tensor) -> Tensor:
@@ -91,9 +99,10 @@ def contrast(logits: Tensor, amateur_logits: Tensor) -> Tensor:
     constraint of Li et al. 2023).
     """
     logps = logits.float().log_softmax(-1)
-    contrasted = 2 * logps - amateur_logits.float().log_softmax(-1)
-    threshold = logps.amax(-1, keepdim=True) + math.log(PLAUSIBLE)
-    return contrasted.masked_fill(logps < threshold, -math.inf)
+    amateur_logps = amateur_logits.float().log_softmax(-1)
+    contrasted = 2 * logps - amateur_logps
+    least_plausible = logps.amax(-1, keepdim=True) + math.log(PLAUSIBLE)  # (B, 1)
+    return contrasted.masked_fill(logps < least_plausible, -math.inf)
 
 
 def pick_token(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,8 +113,9 @@ def pick_token(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tuple
     else:
         probs, ids = logits_to_probs(logits, params.temperature, params.top_k, params.top_p)
         token = sample_from_probs(probs, ids, uniform)
-    logp = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
-    return token, logp
+    logps = logits.log_softmax(-1)  # (B, V)
+    logp = logps.gather(-1, token[:, None])  # (B, 1)
+    return token, logp[:, 0]
 
 
 def uniform_noise(seeds: Sequence[int], steps: int) -> np.ndarray:
@@ -124,7 +134,8 @@ def prefill_logits(model: Transformer, tokens: Tensor, last: Tensor, cache: KVCa
     """Logits (B, V) after position last (B,) of tokens (B, T); writes their cache."""
     rows_at_once = len(tokens)
     if model.transposed_cache:
-        tokens = F.pad(tokens, (0, -tokens.shape[1] % CACHE_ALIGN))
+        padding = -tokens.shape[1] % CACHE_ALIGN
+        tokens = F.pad(tokens, (0, padding))
         rows_at_once = max(1, PREFILL_TOKENS // tokens.shape[1])
 
     logits = []
@@ -149,14 +160,18 @@ def prefill(
         prompts: B of them.
         extra_length: positions that the caches have beyond the longest prompt.
     """
-    number_of: dict[tuple[int, ...], int] = {}  # distinct prompts, in the order of appearance
-    row_numbers = [number_of.setdefault(tuple(prompt), len(number_of)) for prompt in prompts]
+    # --- The b distinct prompts, and which of them every row has
+    number_of: dict[tuple[int, ...], int] = {}  # in the order of appearance
+    row_numbers = []
+    for prompt in prompts:
+        number = number_of.setdefault(tuple(prompt), len(number_of))
+        row_numbers.append(number)
 
+    # --- Read them
     device = next(models[0].parameters()).device
     distinct = [torch.tensor(prompt) for prompt in number_of]
     tokens = pad_sequence(distinct, batch_first=True).to(device)  # (b, T)
-    last = torch.tensor([len(prompt) - 1 for prompt in number_of], device=device)  # (b,)
-
+    last = torch.tensor([len(prompt) - 1 for prompt in distinct], device=device)  # (b,)
     logits = []
     caches = []
     for model in models:
@@ -164,7 +179,8 @@ def prefill(
         logits.append(prefill_logits(model, tokens, last, cache))
         caches.append(cache)
 
-    if len(tokens) < len(prompts):
+    # --- Every row gets a copy of its prompt's
+    if len(distinct) < len(prompts):
         rows = torch.tensor(row_numbers, device=device)  # (B,)
         logits = [of_model[rows] for of_model in logits]
         caches = [cache.select_rows(rows) for cache in caches]
@@ -209,11 +225,14 @@ class Decoder:
         """Every model's logits (B, V) after token (B,) at positions (B,) up to max_position."""
         length = CACHE_STEP * (max_position // CACHE_STEP + 1)
         length = min(length, self.caches[0].length)
-        if token.device.type != "cuda" or not (Decoder.captures and self.can_capture):
+        may_capture = token.device.type == "cuda" and Decoder.captures and self.can_capture
+        if not may_capture:
             return self.forward(token, positions, length)
-        captured = self.graph is not None and self.graph_length == length
-        if not captured and not self.capture(token, positions, length):
+        is_captured = self.graph is not None and self.graph_length == length
+        if not is_captured and not self.capture(token, positions, length):
             return self.forward(token, positions, length)
+
+        # A replay reads its inputs where they were when it was captured
         self.graph_token.copy_(token)
         self.graph_positions.copy_(positions)
         self.graph.replay()
@@ -312,8 +331,9 @@ class Scheduler:
         self.logps[self.prompt] += torch.where(self.running, logp, 0)
         self.token_counts[self.prompt] += self.running
         self.num_generated = self.num_generated + self.running
-        stopped = torch.isin(token, self.stop_token_ids)
-        self.running = self.running & ~stopped & (self.num_generated < self.max_new_tokens)
+        has_room = self.num_generated < self.max_new_tokens
+        is_stopped = torch.isin(token, self.stop_token_ids)
+        self.running = self.running & has_room & ~is_stopped
         self.steps += 1
 
     def positions(self) -> Tensor:
@@ -332,17 +352,19 @@ class Scheduler:
         Returns:
             The rows to go on with (None: all), and the prompts that `admit` is to be called with.
         """
-        running = self.running.tolist()
-        finished = [row for row, is_running in enumerate(running) if not is_running]
+        kept = []
         admitted = []
-        while self.waiting and len(admitted) < len(finished):
-            admitted.append(self.waiting.popleft())
-        if len(admitted) == len(finished):
+        is_running = self.running.tolist()
+        for row in range(len(is_running)):
+            if is_running[row]:
+                kept.append(row)
+            elif self.waiting:
+                kept.append(row)
+                admitted.append(self.waiting.popleft())
+        if len(kept) == len(is_running):
             return None, admitted
 
-        reused = set(finished[: len(admitted)])
-        rows = [row for row, goes_on in enumerate(running) if goes_on or row in reused]
-        rows = torch.tensor(rows, dtype=torch.long, device=self.prompt.device)
+        rows = torch.tensor(kept, dtype=torch.long, device=self.prompt.device)
         self.prompt = self.prompt[rows]
         self.num_generated = self.num_generated[rows]
         self.running = self.running[rows]
@@ -398,7 +420,9 @@ def generate(
     if weights_are_sharded(model) and not dist.is_sharded:
         raise ValueError("other ranks have a part of this model's weights: pass `dist`")
     device = next(model.parameters()).device
-    batch_size = min(batch_size or len(prompts), len(prompts))
+    if batch_size is None:
+        batch_size = len(prompts)
+    batch_size = min(batch_size, len(prompts))
     scheduler = Scheduler(
         prompts=prompts,
         seeds=seeds,
@@ -409,21 +433,21 @@ def generate(
     )
 
     # --- The models, prepacked where that pays, read the first prompts
-    models = []
-    for one in (model, amateur):
-        if one is not None:
-            models.append(prepack(one, batch_size) if can_prepack(one) else one)
+    models = [model] if amateur is None else [model, amateur]
+    models = [prepack(one, batch_size) if can_prepack(one) else one for one in models]
+    first_prompts = prompts[:batch_size]
     longest = max(map(len, prompts))
-    longest_first = max(map(len, prompts[:batch_size]))
-    logits, caches = prefill(
-        models, prompts[:batch_size], extra_length=longest - longest_first + params.max_new_tokens
-    )
+    # The caches must have room for longer prompts that come later, too
+    missing = longest - max(map(len, first_prompts))
+    logits, caches = prefill(models, first_prompts, extra_length=missing + params.max_new_tokens)
     decoder = Decoder(models, caches)
     del caches  # they would stay in memory beside those that `select_rows` makes of them
 
     # --- Token by token, until no row is left
     while len(scheduler.prompt):
-        next_logits = logits[0] if amateur is None else contrast(*logits)
+        next_logits = logits[0]
+        if amateur is not None:
+            next_logits = contrast(*logits)
         token, logp = pick_token(next_logits, params, scheduler.next_uniform())
         if on_token:
             on_token(token.tolist())

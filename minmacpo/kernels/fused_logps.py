@@ -72,24 +72,31 @@ def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
     at least fp32. On a CPU only FP32_CHUNK of narrower logits have a wide copy at a time; compiled
     code makes no copy anyway.
     """
-    eager_cpu = logits.device.type == "cpu" and not torch.compiler.is_compiling()
-    narrow = logits.dtype.itemsize < 4
-    if eager_cpu and narrow and len(logits) > 1 and logits.numel() > FP32_CHUNK:
-        rows = max(1, FP32_CHUNK // logits.shape[1])
-        largest_parts = []
-        sum_parts = []
-        for part in logits.split(rows):
-            largest, total = exponentials_(part)
-            largest_parts.append(largest)
-            sum_parts.append(total)
-        return torch.cat(largest_parts), torch.cat(sum_parts)
+    is_eager_cpu = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    is_narrow = logits.dtype.itemsize < 4
+    is_large = len(logits) > 1 and logits.numel() > FP32_CHUNK
+    if is_eager_cpu and is_narrow and is_large:
+        return exponentials_in_parts_(logits)
 
     wide = upcast(logits)
     largest = wide.amax(-1, keepdim=True)
-    total = wide.sub_(largest).exp_().sum(-1, keepdim=True)
+    wide.sub_(largest).exp_()
+    total = wide.sum(-1, keepdim=True)
     if wide is not logits:
         logits.copy_(wide)
     return largest, total
+
+
+def exponentials_in_parts_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`exponentials_` of a few rows at a time, of about FP32_CHUNK logits."""
+    rows = max(1, FP32_CHUNK // logits.shape[1])
+    largest_parts = []
+    total_parts = []
+    for part in logits.split(rows):
+        largest, total = exponentials_(part)
+        largest_parts.append(largest)
+        total_parts.append(total)
+    return torch.cat(largest_parts), torch.cat(total_parts)
 
 
 def chunk_logps(
@@ -101,10 +108,12 @@ def chunk_logps(
     numerator = target_logits(logits, targets, predicted, confidence_weight)  # (N, 1)
 
     if logits.requires_grad or len(weight) <= SMALL_VOCAB:
-        return numerator[:, 0] - upcast(logits).logsumexp(-1)
+        log_total = upcast(logits).logsumexp(-1)  # (N,)
+        return numerator[:, 0] - log_total
 
-    largest, total = exponentials_(logits)
-    return (numerator - largest - total.log())[:, 0]
+    largest, total = exponentials_(logits)  # what is in `logits` is not looked at any more
+    logps = numerator - largest - total.log()  # (N, 1)
+    return logps[:, 0]
 
 
 def chunk_logps_and_grad(
@@ -115,6 +124,7 @@ def chunk_logps_and_grad(
     With a confidence weight, W[y] is mixed with the row of the likeliest token; no gradient goes
     through the choice of that token.
     """
+    # --- W[y], and its product with hidden
     logits = hidden @ weight.T  # (N, V)
     predicted = targets if confidence_weight is None else logits.argmax(-1)
     numerator = target_logits(logits, targets, predicted, confidence_weight)  # (N, 1)
@@ -123,16 +133,19 @@ def chunk_logps_and_grad(
     if confidence_weight is not None:
         target_rows = torch.lerp(target_rows, weight[predicted], confidence_weight.to(weight.dtype))
 
+    # --- The sum over v of p(v) W[v], and the logarithm of what normalises p
     if len(weight) <= SMALL_VOCAB:
         logits = upcast(logits)
         log_total = logits.logsumexp(-1, keepdim=True)  # (N, 1)
-        probs = logits.sub_(log_total).exp_().to(hidden.dtype)  # (N, V)
-        return (numerator - log_total)[:, 0], target_rows - probs @ weight
-
-    # The exponentials are not divided by their sum (V divisions per token): their product with W is
-    largest, total = exponentials_(logits)
-    expected_row = (logits @ weight) / total.to(hidden.dtype)  # (N, H): sum over v of p(v) W[v]
-    return (numerator - largest - total.log())[:, 0], target_rows - expected_row
+        logps = numerator - log_total  # (N, 1)
+        probs = logits.sub_(log_total).exp_()  # (N, V)
+        expected_rows = probs.to(hidden.dtype) @ weight  # (N, H)
+    else:
+        largest, total = exponentials_(logits)
+        logps = numerator - largest - total.log()  # (N, 1)
+        # Their product with W is divided by the sum, not each of V exponentials
+        expected_rows = (logits @ weight) / total.to(hidden.dtype)  # (N, H)
+    return logps[:, 0], target_rows - expected_rows
 
 
 def chunk_size(vocab: int, device: str = "cpu") -> int:

@@ -49,7 +49,9 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = QuantizedProduct.apply(x, self)
-        return y if self.bias is None else y + self.bias
+        if self.bias is None:
+            return y
+        return y + self.bias
 
     @staticmethod
     def buffer_shapes(out_features: int, in_features: int) -> tuple[tuple, tuple]:
@@ -92,8 +94,9 @@ class QuantizedProduct(torch.autograd.Function):
 def ceil_bf16(scale: Tensor) -> Tensor:
     """The least bf16 numbers that are no smaller, so that codes fit the very scale that is kept."""
     nearest = scale.to(torch.bfloat16)
-    infinity = torch.full_like(nearest, torch.inf)
-    return torch.where(nearest.float() < scale, torch.nextafter(nearest, infinity), nearest)
+    next_larger = torch.nextafter(nearest, torch.full_like(nearest, torch.inf))
+    was_rounded_down = nearest.float() < scale
+    return torch.where(was_rounded_down, next_larger, nearest)
 
 
 class Int8Linear(QuantizedLinear):
@@ -107,13 +110,15 @@ class Int8Linear(QuantizedLinear):
 
     @staticmethod
     def quantize(weight: Tensor) -> dict[str, Tensor]:
-        scale = ceil_bf16(weight.abs().amax(1).float() / 127)  # (out,)
+        largest = weight.abs().amax(1).float()  # (out,)
+        scale = ceil_bf16(largest / 127)  # (out,)
         codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         rows = max(1, QUANTIZE_CHUNK // weight.shape[1])
         for start in range(0, len(weight), rows):
             chunk = slice(start, start + rows)
-            divisor = scale[chunk].float().clamp(min=SMALLEST_SCALE)[:, None]
-            codes[chunk] = (weight[chunk].float() / divisor).round_()
+            divisor = scale[chunk].float().clamp(min=SMALLEST_SCALE)
+            scaled = weight[chunk].float() / divisor[:, None]  # (rows, in): -127 to 127
+            codes[chunk] = scaled.round_()
         return {"codes": codes, "scale": scale}
 
     def product(self, x: Tensor) -> Tensor:
@@ -122,7 +127,8 @@ class Int8Linear(QuantizedLinear):
             y = torch._weight_int8pack_mm(rows, self.codes, self.scale)
             return y.view(*x.shape[:-1], self.out_features)
         # the scales belong to outputs, so the codes alone are multiplied, exact in bf16
-        return F.linear(x, self.codes.to(x.dtype)) * self.scale.to(x.dtype)
+        unscaled = F.linear(x, self.codes.to(x.dtype))  # (..., out)
+        return unscaled * self.scale.to(x.dtype)
 
     def has_fast_kernel(self, x: Tensor) -> bool:
         """Whether torch's int8 product may be used, and is faster than dequantising first."""
@@ -133,7 +139,8 @@ class Int8Linear(QuantizedLinear):
         return rows <= INT8_KERNEL_MAX_ROWS and self.in_features % 16 == 0
 
     def backward_input(self, grad: Tensor) -> Tensor:
-        return (grad * self.scale.to(grad.dtype)) @ self.codes.to(grad.dtype)
+        scaled = grad * self.scale.to(grad.dtype)  # (..., out)
+        return scaled @ self.codes.to(grad.dtype)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return self.codes.to(dtype) * self.scale.to(dtype)[:, None]
@@ -156,10 +163,10 @@ class Nf4Linear(QuantizedLinear):
     def quantize(weight: Tensor) -> dict[str, Tensor]:
         """{"codes", "scale"} of a weight, chunk by chunk."""
         levels = nf4_levels()
-        borders = (levels[1:] + levels[:-1]).to(weight.device) / 2  # between neighbours
-        blocks = nf4_blocks(weight.numel())
-        codes = torch.empty(blocks * NF4_BLOCK // 2, dtype=torch.uint8, device=weight.device)
-        scale = torch.empty(blocks, dtype=torch.bfloat16, device=weight.device)
+        borders = (levels[1:] + levels[:-1]).to(weight.device) / 2  # (15,): between neighbours
+        codes_shape, scale_shape = Nf4Linear.buffer_shapes(*weight.shape)
+        codes = torch.empty(codes_shape, dtype=torch.uint8, device=weight.device)
+        scale = torch.empty(scale_shape, dtype=torch.bfloat16, device=weight.device)
         chunks = zip(
             weight.reshape(-1).split(QUANTIZE_CHUNK),
             codes.split(QUANTIZE_CHUNK // 2),
@@ -168,12 +175,16 @@ class Nf4Linear(QuantizedLinear):
         )
         for values, chunk_codes, chunk_scale in chunks:
             padding = -len(values) % NF4_BLOCK
-            block = F.pad(values.float(), (0, padding)).view(-1, NF4_BLOCK)
-            chunk_scale.copy_(ceil_bf16(block.abs().amax(1)))
-            divisor = chunk_scale.float().clamp(min=SMALLEST_SCALE)[:, None]
-            nearest = torch.bucketize(block / divisor, borders, out_int32=True)
-            nearest = nearest.view(-1).to(torch.uint8)  # numbers of levels, 0 to 15
-            torch.bitwise_or(nearest[::2], nearest[1::2] << 4, out=chunk_codes)
+            blocks = F.pad(values.float(), (0, padding)).view(-1, NF4_BLOCK)
+            chunk_scale.copy_(ceil_bf16(blocks.abs().amax(1)))
+
+            # The number of the nearest level, 0 to 15, of every weight over its block's scale
+            divisor = chunk_scale.float().clamp(min=SMALLEST_SCALE)
+            nearest = torch.bucketize(blocks / divisor[:, None], borders, out_int32=True)
+            nearest = nearest.view(-1).to(torch.uint8)
+            low_half = nearest[::2]
+            high_half = nearest[1::2] << 4
+            torch.bitwise_or(low_half, high_half, out=chunk_codes)
         return {"codes": codes, "scale": scale}
 
     def product(self, x: Tensor) -> Tensor:
@@ -185,9 +196,11 @@ class Nf4Linear(QuantizedLinear):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in), in fp32 or bf16."""
         # one look-up gives both weights of a byte
-        pairs = nf4_value_pairs(dtype, self.codes.device)
+        pairs = nf4_value_pairs(dtype, self.codes.device)  # (256,)
         values = pairs.index_select(0, self.codes.int()).view(dtype)  # (blocks * 64,)
         values.view(-1, NF4_BLOCK).mul_(self.scale[:, None])
+
+        # what the last block was filled up with is left out
         size = self.out_features * self.in_features
         return values[:size].view(self.out_features, self.in_features)
 
@@ -221,9 +234,12 @@ def nf4_value_pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
     """
     codes = torch.arange(256)
     low_and_high = torch.stack((codes % 16, codes // 16), dim=1)  # (256, 2)
-    values = nf4_levels()[low_and_high].to(dtype)
+    values = nf4_levels()[low_and_high].to(dtype)  # (256, 2)
+
+    # the two read as one whole number, which `dequantize` reads as two values again
     pair_dtype = torch.int64 if dtype.itemsize == 4 else torch.int32
-    return values.view(pair_dtype)[:, 0].to(device)
+    pairs = values.view(pair_dtype)  # (256, 1)
+    return pairs[:, 0].to(device)
 
 
 # A kind of quantisation is added here; "none" stands beside them in the settings

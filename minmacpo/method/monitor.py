@@ -46,14 +46,19 @@ def observed_status(run: Run, t: int) -> str:
 
 def training_status(run_folder: Path, agent: str, t: int) -> str:
     """What became of an agent by round t: "collapsed (...)", "converged", or ""."""
-    history = [signs(run_folder, agent, i) for i in range(t + 1)]
-    if not history[-1]:
+    now = signs(run_folder, agent, t)
+    if not now:
         return ""
-    measured = [entry for entry in history if entry]  # not every method measures every round
-    raised = alarms(measured)
+    history = []
+    for earlier in range(t):
+        signs_then = signs(run_folder, agent, earlier)
+        if signs_then:  # not every method measures every round
+            history.append(signs_then)
+
+    raised = alarms([*history, now])
     if raised:
         return f"collapsed ({', '.join(raised)})"
-    if measured[-1].get("same", 0) >= CONVERGED_SAME:
+    if now.get("same", 0) >= CONVERGED_SAME:
         return "converged"
     return ""
 
@@ -72,7 +77,8 @@ def alarms(history: Sequence[dict[str, float]]) -> list[str]:
     start = history[0]
     before = history[-2]
     now = history[-1]
-    broken_rise = max(now["loops"] - start["loops"], now["cut"] - start["cut"])
+    loops_rise = now["loops"] - start["loops"]
+    cut_rise = now["cut"] - start["cut"]
 
     raised = []
     if now.get("surprise", 0) > MAX_SURPRISE * before["entropy"]:
@@ -81,7 +87,7 @@ def alarms(history: Sequence[dict[str, float]]) -> list[str]:
         raised.append("scattered")
     if now["distinct2"] < MIN_DISTINCT2 * start["distinct2"]:
         raised.append("narrow")
-    if broken_rise > MAX_BROKEN_RISE:
+    if max(loops_rise, cut_rise) > MAX_BROKEN_RISE:
         raised.append("broken")
     return raised
 
@@ -101,24 +107,38 @@ def signs(run_folder: Path, agent: str, t: int) -> dict[str, float]:
     samples = read_test_answers(run_folder, agent, t)
     if not samples:
         return {}
+    earlier = read_test_answers(run_folder, agent, t - 1)
+
+    # --- From the answers themselves
+    responses = [sample.response for sample in samples]
+    total_logp = sum(sample.logp for sample in samples)
     tokens = sum(len(sample.tokens) for sample in samples)
-    values = {
-        "entropy": -sum(sample.logp for sample in samples) / max(tokens, 1),
-        "distinct2": distinct2([sample.response for sample in samples]),
+    signs = {
+        "entropy": -total_logp / max(tokens, 1),
+        "distinct2": distinct2(responses),
         "cut": mean(sample.finish == "length" for sample in samples),
-        "loops": mean(loops(sample.response) for sample in samples),
+        "loops": mean(map(loops, responses)),
+    }
+
+    # --- From other stages, where they are on the disk
+    others = {
         "kl": distance_from_base(run_folder, agent, t, samples),
-        "same": share_unchanged(samples, read_test_answers(run_folder, agent, t - 1)),
+        "same": share_unchanged(samples, earlier),
         "similarity": similarity_of_pairs(run_folder, agent, t),
         "surprise": first_sft_loss(run_folder, agent, t),
     }
-    return {name: value for name, value in values.items() if value is not None}
+    for name, value in others.items():
+        if value is not None:
+            signs[name] = value
+    return signs
 
 
 def read_test_answers(run_folder: Path, agent: str, t: int) -> list[Sample]:
     """Its test answers after round t; none where they are not on the disk."""
     file = run_folder / f"eval/round{t}_{agent}_samples/samples.jsonl"
-    return read_rows(file, Sample) if file.is_file() else []
+    if not file.is_file():
+        return []
+    return read_rows(file, Sample)
 
 
 def distance_from_base(
@@ -132,14 +152,19 @@ def distance_from_base(
     for sample, score in zip(samples, read_rows(file), strict=True):
         if score["logp"] is not None:
             differences.append(sample.logp - score["logp"])
-    return mean(differences) if differences else None
+    if not differences:
+        return None
+    return mean(differences)
 
 
 def share_unchanged(samples: Sequence[Sample], before: Sequence[Sample]) -> float | None:
     """The share of prompts that got the answer of the round before."""
     if not before:
         return None
-    return mean(new.response == old.response for new, old in zip(samples, before, strict=True))
+    unchanged = []
+    for new, old in zip(samples, before, strict=True):
+        unchanged.append(new.response == old.response)
+    return mean(unchanged)
 
 
 def similarity_of_pairs(run_folder: Path, agent: str, t: int) -> float | None:
@@ -164,4 +189,6 @@ def first_sft_loss(run_folder: Path, agent: str, t: int) -> float | None:
 def mean(values: Iterable[float]) -> float:
     """The mean; nan of nothing."""
     values = list(values)
-    return sum(values) / len(values) if values else math.nan
+    if not values:
+        return math.nan
+    return sum(values) / len(values)

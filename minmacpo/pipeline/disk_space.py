@@ -21,15 +21,15 @@ def disk_need(config: Config, kinds: Iterable[str]) -> int:
     Args:
         kinds: the kind of every stage that is still to be computed, such as "sft/1".
     """
+    # --- How many stages of each kind, and how large their largest file may be
     stages = Counter(kind.partition("/")[0] for kind in kinds)
     base, adapter = largest_weights(config)
     corpus, texts = largest_texts(config)
-
     adapters = stages["sft"] + stages["prefer"]
     text_files = stages["slices"] + stages["sample"] + stages["pairs"]
 
-    # The state of a training holds the values and two moments; the old one stays until the new
-    # one is whole
+    # --- The state of a training holds the values and two moments; the old state stays until the
+    #     new one is whole
     trained = 0
     if stages["pretrain"]:
         trained = base
@@ -37,22 +37,28 @@ def disk_need(config: Config, kinds: Iterable[str]) -> int:
         trained = adapter
     training_state = 2 * 3 * trained
 
+    # --- All of it together
     numbers = stages["pretrain"] * base + adapters * adapter + training_state
     text_bytes = stages["corpus"] * corpus + text_files * texts
-    return round(BYTES_PER_NUMBER * numbers + text_bytes) + LOGS_AND_REPORT
+    number_bytes = BYTES_PER_NUMBER * numbers
+    return round(number_bytes + text_bytes) + LOGS_AND_REPORT
 
 
 def largest_weights(config: Config) -> tuple[int, int]:
     """Numbers in the largest base that is made here, and in the largest adapter of any base."""
     model = config.model
     base = 0
-    layer_sizes = []
+    layer_sizes = []  # for each base, the widths that its adapters have by rank and linear
+
+    # --- Bases that may be made here
     for text in (model.strong, *model.weak):
         width, layers, _, mlp = parse_model_size(text)
         embeddings = 2 * model.vocab * width
-        base = max(base, embeddings + layers * width * (4 * width + 3 * mlp))
+        layer = width * (4 * width + 3 * mlp)  # four linears of attention, three of the MLP
+        base = max(base, embeddings + layers * layer)
         layer_sizes.append(layers * (width + mlp))
 
+    # --- Bases that are given
     for folder in (model.student, *model.teachers):
         if folder:
             given = json.loads((Path(folder) / "config.json").read_text())
@@ -76,6 +82,7 @@ def largest_texts(config: Config) -> tuple[float, float]:
         row_bytes = BYTES_PER_TOKEN * data.max_length
         return row_bytes * documents, row_bytes * answers
 
+    # Of the user's files the first is divided into all parts, others are parts by themselves
     size, *other_sizes = [text_bytes(path) for path in data.files.values()]
     d0, d1, d2, test = data.shares
     answers = size * max(d1, d2, test * samples)
@@ -89,5 +96,7 @@ def text_bytes(path: str) -> int:
     total = 0
     for file in find_files(path):
         size = file.stat().st_size
-        total += size * GZIP_RATIO if file.suffix == ".gz" else size
+        if file.suffix == ".gz":
+            size *= GZIP_RATIO
+        total += size
     return total

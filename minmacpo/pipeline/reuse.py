@@ -58,10 +58,12 @@ class FinishedStages:
 
     def read_run(self, run: Path) -> None:
         """Add the finished stages of one run."""
+        is_own_run = run.absolute() == self.run.absolute()
         for folder, notes in finished_stages(run):
             stage = FinishedStage(folder, notes)
             self.by_fingerprint.setdefault(stage.fingerprint, stage)
-            if run.absolute() == self.run.absolute() and not folder.parent.name.startswith("."):
+            is_set_aside = folder.parent.name.startswith(".")
+            if is_own_run and not is_set_aside:
                 self.own[folder.relative_to(run).as_posix()] = stage
             elif stage.has_code:
                 key = recipe_key(notes, stage.input_fingerprints)
@@ -101,12 +103,16 @@ class Reuse:
         """
         if of_today in self.finished.by_fingerprint:
             return of_today
+
+        # --- The earlier stage that it corresponds to
         if of_today not in self.earlier:
             earlier = self.find_earlier(name, recipe)
             if earlier is None:
                 return of_today
             self.earlier[of_today] = earlier
         earlier = self.earlier[of_today]
+
+        # --- Whether that one is taken in its place
         if self.whatever_the_code and may_stand_for(earlier, name, recipe, self.finished):
             self.earlier[earlier.fingerprint] = earlier
             return earlier.fingerprint
@@ -116,10 +122,12 @@ class Reuse:
         """The stage of this name in the run's folder, else another run's with the same settings."""
         if name in self.finished.own:
             return self.finished.own[name]
+        # Its inputs, too, may correspond to earlier stages, which it was then made of
         inputs = []
         for fingerprint in recipe["inputs"]:
-            earlier = self.earlier.get(fingerprint)
-            inputs.append(earlier.fingerprint if earlier else fingerprint)
+            if fingerprint in self.earlier:
+                fingerprint = self.earlier[fingerprint].fingerprint
+            inputs.append(fingerprint)
         return self.finished.by_recipe.get(recipe_key(recipe, inputs))
 
 
@@ -131,18 +139,21 @@ def may_stand_for(
     Within the run's own folder a setting may have been added since: the folder's config.toml says
     that it is at its default.
     """
-    if not earlier.has_code:
-        return False
     notes = earlier.notes
+    if not earlier.has_code or kind_name(notes) != kind_name(recipe):
+        return False
+    if notes["seed"] != recipe["seed"]:
+        return False
+
     settings = as_stored(recipe["settings"])
     if finished.own.get(name) is earlier:
-        settings = {key: value for key, value in settings.items() if key in notes["settings"]}
-    same_recipe = (
-        kind_name(notes) == kind_name(recipe)
-        and notes["seed"] == recipe["seed"]
-        and notes["settings"] == settings
-    )
-    return same_recipe and earlier.input_fingerprints == list(dict.fromkeys(recipe["inputs"]))
+        for added in settings.keys() - notes["settings"].keys():
+            del settings[added]
+    if notes["settings"] != settings:
+        return False
+
+    inputs = list(dict.fromkeys(recipe["inputs"]))
+    return earlier.input_fingerprints == inputs
 
 
 def as_stored(settings: dict) -> dict:
@@ -167,7 +178,7 @@ class Changes:
         """ "core/losses.py has changed", "core/losses.py and 2 more modules have changed, ..." """
         parts = []
         if self.modules:
-            verb = "has" if len(self.modules) == 1 else "have"
+            verb = "have" if len(self.modules) > 1 else "has"
             parts.append(f"{enumeration(self.modules)} {verb} changed")
         parts += self.others[:SHOWN]
         return ", ".join(parts)
@@ -200,7 +211,8 @@ def changes_since(earlier: FinishedStage, recipe: dict, inputs: Iterable[Stage])
         recorded = notes["inputs"].get(stage.name)
         if stage.external and recorded not in (None, stage.fingerprint):
             others.append(f"the files in {stage.path} have changed")
-    return Changes(changed_modules(notes["code"], recipe["code"]), tuple(others))
+    modules = changed_modules(notes["code"], recipe["code"])
+    return Changes(modules, tuple(others))
 
 
 def changed_modules(before: dict[str, str], now: dict[str, str]) -> tuple[str, ...]:
@@ -220,24 +232,29 @@ def changed_settings(before: dict, now: dict) -> list[str]:
         elif key not in now:
             phrases.append(f"{key} has been removed ({shortened(before[key])})")
         elif before[key] != now[key]:
-            old, new = shortened(before[key]), shortened(now[key])
-            words = f" from {old} to {new}" if old != new else ""
-            phrases.append(f"{key} has changed{words}")
+            old = shortened(before[key])
+            new = shortened(now[key])
+            phrase = f"{key} has changed"
+            if old != new:  # long values may differ beyond what is shown of them
+                phrase += f" from {old} to {new}"
+            phrases.append(phrase)
     return phrases
 
 
 def shortened(value) -> str:
     """A setting's value for a line."""
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= LONGEST_VALUE else text[:LONGEST_VALUE] + "..."
+    if len(text) <= LONGEST_VALUE:
+        return text
+    return text[:LONGEST_VALUE] + "..."
 
 
 def merged(all_changes: Iterable[Changes]) -> Changes:
     """All that differs, each thing once."""
-    modules: dict[str, None] = {}
-    others: dict[str, None] = {}
+    modules: set[str] = set()
+    others: dict[str, None] = {}  # a set that keeps the order
     for changes in all_changes:
-        modules.update(dict.fromkeys(changes.modules))
+        modules.update(changes.modules)
         others.update(dict.fromkeys(changes.others))
     return Changes(tuple(sorted(modules)), tuple(others))
 
@@ -263,6 +280,7 @@ def stale_stages(finished: FinishedStages, plan: dict[str, Stage], changed: set[
         return verdicts[name]
 
     def judge(name: str) -> bool:
+        # --- By itself
         stage = finished.own[name]
         planned = plan.get(name)
         if planned and planned.fingerprint == stage.fingerprint:
@@ -271,6 +289,8 @@ def stale_stages(finished: FinishedStages, plan: dict[str, Stage], changed: set[
             return True
         if not planned and code_has_changed(stage):
             return True
+
+        # --- By its inputs
         for input_name, fingerprint in stage.notes["inputs"].items():
             source = finished.own.get(input_name)
             if source and (source.fingerprint != fingerprint or is_stale(input_name)):
@@ -284,5 +304,7 @@ def stale_stages(finished: FinishedStages, plan: dict[str, Stage], changed: set[
 
 def code_has_changed(stage: FinishedStage) -> bool:
     """Whether a module that made a stage is another one today."""
-    recorded = stage.notes["code"]
-    return any(module_digest_or_none(module) != recorded[module] for module in recorded)
+    for module, digest in stage.notes["code"].items():
+        if module_digest_or_none(module) != digest:
+            return True
+    return False

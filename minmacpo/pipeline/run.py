@@ -132,10 +132,13 @@ class Run:
             seed_key: what its seed is derived from, beside the run's; empty if nothing is random.
             summary: what it will do, in words, for the plan.
         """
+        seed = 0
+        if seed_key:
+            seed = derive_seed(self.config.run.seed, *seed_key)
         recipe = {
             "kind": kind,
             "settings": settings,
-            "seed": derive_seed(self.config.run.seed, *seed_key) if seed_key else 0,
+            "seed": seed,
             "inputs": [source.fingerprint for source in inputs],
             "code": code_digests(compute),
         }
@@ -159,7 +162,9 @@ class Run:
             return
         self.provided.add(stage.name)
         earlier = self.reuse.earlier.get(stage.fingerprint)
-        changes = changes_since(earlier, recipe, inputs) if earlier else None
+        changes = None
+        if earlier is not None:
+            changes = changes_since(earlier, recipe, inputs)
         self.strategy(self).ensure(Declared(stage, recipe, inputs, compute, changes))
 
     def observe(self, read: Callable, while_listing):
@@ -240,7 +245,9 @@ class Run:
             if self.only in (None, name) and not known:
                 kinds[stage.fingerprint] = stage.kind
         need = disk_need(self.config, kinds.values())
-        folder = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        folder = self.path.absolute()
+        while not folder.exists():  # the disk is that of the nearest folder that is there
+            folder = folder.parent
         free = shutil.disk_usage(folder).free
         if free < need:
             raise UserError(

@@ -15,8 +15,10 @@ def log_first_row(
         context.log_detail(f"first {label}: none")
         return
     text = show_mask(loaded.tokenizer, row)
-    start = max(0, text.find("⟦") - 200)
-    context.log_detail(f"first {label}: {text[start : start + 400]}")
+    answer_start = text.find("⟦")  # what stands under the mask begins with this bracket
+    start = max(0, answer_start - 200)
+    shown = text[start : start + 400]
+    context.log_detail(f"first {label}: {shown}")
 
 
 def warn_dropped(context: StageContext, dropped: Mapping[str, int], remaining: int) -> None:
@@ -26,6 +28,11 @@ def warn_dropped(context: StageContext, dropped: Mapping[str, int], remaining: i
         dropped: how many, by reason.
     """
     total = sum(dropped.values())
-    if total > 0.1 * (total + remaining):
-        reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items() if count)
-        context.log(f"WARNING: {total} of {total + remaining} rows were dropped ({reasons})")
+    rows = total + remaining
+    if total <= 0.1 * rows:
+        return
+    reasons = []
+    for reason, count in dropped.items():
+        if count > 0:
+            reasons.append(f"{reason} {count}")
+    context.log(f"WARNING: {total} of {rows} rows were dropped ({', '.join(reasons)})")

@@ -70,18 +70,10 @@ def test_rows_that_wait_for_a_place_get_the_same_answers(way, batch_size):
 
 def test_waiting_rows_under_contrast():
     model, other, prompts = random_model(5), random_model(6), ragged(5, 9, 61, 1, 25)
-    wanted, logps = generate(
-        model, prompts, range(9), new(SAMPLED, max_new_tokens=20), {2, 7, 11, 20}, other
-    )
-    found, summed = generate(
-        model,
-        prompts,
-        range(9),
-        new(SAMPLED, max_new_tokens=20),
-        {2, 7, 11, 20},
-        other,
-        batch_size=2,
-    )
+    settings = new(SAMPLED, max_new_tokens=20)
+    asked = (model, prompts, range(9), settings, {2, 7, 11, 20})
+    wanted, logps = generate(*asked, amateur=other)
+    found, summed = generate(*asked, amateur=other, batch_size=2)
     assert found == wanted and summed == pytest.approx(logps, abs=1e-4)
 
 
