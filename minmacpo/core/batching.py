@@ -127,12 +127,12 @@ def token_counts(batches: Iterable[Sequence[Tokens]]) -> TokenCounts:
     real = 0
     computed = 0
     for rows in batches:
+        lengths = [len(row.ids) for row in rows]
         prompts = [prompt_of(row) for row in rows]
-        size = sum(len(row.ids) for row in rows)
         repeated = sum(map(len, prompts)) - sum(map(len, set(prompts)))
-        padded += len(rows) * max(len(row.ids) for row in rows)
-        real += size
-        computed += size - repeated
+        padded += len(rows) * max(lengths)
+        real += sum(lengths)
+        computed += sum(lengths) - repeated
     return TokenCounts(padded, real, computed)
 
 
@@ -173,7 +173,11 @@ def group_by_token_budget(
     longest = 0
     rows = 0
     for item in order:
-        item_rows = 1 if rows_per_item is None else rows_per_item[item]
+        item_rows = 1
+        if rows_per_item is not None:
+            item_rows = rows_per_item[item]
+
+        # Would it fit into the present group, and is it like the first one there?
         longest = max(longest, lengths[item])
         rows += item_rows
         fits = longest * rows <= max_tokens
@@ -205,15 +209,17 @@ def plan_steps(
     length.
     """
     plan: list[Groups] = []
-    for epoch in range(math.ceil(steps / steps_per_epoch(len(lengths), batch_size))):
+    epochs = math.ceil(steps / steps_per_epoch(len(lengths), batch_size))
+    for epoch in range(epochs):
         order = list(range(len(lengths)))
         random.Random(f"{seed}/{epoch}").shuffle(order)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             batch.sort(key=lambda example: (lengths[example], example))
-            plan.append(
-                group_by_token_budget(batch, lengths, max_tokens, max_length_ratio=max_length_ratio)
+            micro_batches = group_by_token_budget(
+                batch, lengths, max_tokens, max_length_ratio=max_length_ratio
             )
+            plan.append(micro_batches)
     return plan[:steps]
 
 

@@ -82,9 +82,12 @@ def prepack(model: Transformer, rows: int) -> Transformer:
     the copy's weights; in bf16, where merging would round it, it stays beside them. No gradient
     passes through it.
     """
+    # What `deepcopy` finds here under a tensor's id, it takes in place of a copy
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     packed_model = copy.deepcopy(model, shared)
-    packed_model.transposed_cache = model.lm_head.weight.dtype == torch.float32  # slower in bf16
+
+    # In bf16 a transposed cache is the slower one
+    packed_model.transposed_cache = model.lm_head.weight.dtype == torch.float32
     for module in packed_model.modules():
         if isinstance(module, Attention):
             module.prepacked = True
@@ -96,9 +99,9 @@ def prepack_linears(module: nn.Module, rows: int) -> None:
     """Replace every nn.Linear within the module by a prepacked one."""
     for name, child in list(module.named_children()):
         if is_mergeable(child):
-            base = child.base
-            merged = base.weight + child.scaling * (child.lora_B @ child.lora_A)
-            setattr(module, name, PrepackedLinear(base, merged, rows))
+            update = child.lora_B @ child.lora_A  # (out, in)
+            merged = child.base.weight + child.scaling * update
+            setattr(module, name, PrepackedLinear(child.base, merged, rows))
         elif type(child) is nn.Linear:
             setattr(module, name, PrepackedLinear(child, child.weight, rows))
         else:

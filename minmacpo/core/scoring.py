@@ -61,12 +61,14 @@ def score(
 
     # --- Which rows go into which pass
     groups = plan_scoring(lengths, max_tokens)
+    if log_detail is None:
+        log_detail = log
     if packed and rows:
         packed_groups = plan_packed(rows, max_tokens)
         packed, line = should_pack([rows[i] for i in group] for group in packed_groups)
         if packed:
             groups = packed_groups
-        (log_detail or log)(line)
+        log_detail(line)
 
     # --- How a pass is done, in smaller ones where memory is short
     memory = scoring_memory_limit(dist, log)
@@ -84,8 +86,9 @@ def score(
             return logps
 
         size = padded_size(group)
-        longest = max(lengths[i] for i in group)
-        smallest = size if dist.is_sharded else longest  # there all ranks make equally many passes
+        smallest = max(lengths[i] for i in group)
+        if dist.is_sharded:
+            smallest = size  # all ranks must make equally many passes: none is divided
         return memory.run(score_parts, size, smallest)
 
     # --- All passes, and every score back to its row

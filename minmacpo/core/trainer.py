@@ -9,7 +9,7 @@ notebook (docs/core.md).
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,6 +57,11 @@ class TrainExample:
         """Tokens of the longest row."""
         return max(len(row.ids) for row in self.rows)
 
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens under the masks of all rows."""
+        return sum(sum(row.mask) for row in self.rows)
+
 
 @dataclass(frozen=True, slots=True)
 class OptimizerConfig:
@@ -71,8 +76,9 @@ class OptimizerConfig:
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step 0 ... steps - 1."""
-        cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * cosine)
+        cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))  # from 1 to 0
+        ratio = self.min_lr_ratio + (1 - self.min_lr_ratio) * cosine
+        return self.lr * ratio
 
 
 class NoProgress:
@@ -157,7 +163,7 @@ def plan_packed_batches(
     batches = []
     for micro_batches in steps[: steps_per_epoch(len(examples), config.batch)]:
         for group in micro_batches:
-            batches.append([row for number in group for row in examples[number].rows])
+            batches.append(rows_of(examples[number] for number in group))
     packed, line = should_pack(batches)
     hooks.log_detail(line)
     return BatchPlan(steps, packed)
@@ -166,11 +172,19 @@ def plan_packed_batches(
 # --- One step
 
 
+def rows_of(examples: Iterable[TrainExample]) -> list[Tokens]:
+    """The rows of all examples, one after the other."""
+    rows: list[Tokens] = []
+    for example in examples:
+        rows += example.rows
+    return rows
+
+
 def collate_examples(
     examples: Sequence[TrainExample], device: torch.device, packed: bool = False
 ) -> Batch:
     """The rows of some examples as one batch, with what their pairs know beforehand."""
-    batch = collate([row for example in examples for row in example.rows], device, packed)
+    batch = collate(rows_of(examples), device, packed)
     reference_logps = None
     weights = None
     if examples[0].reference_logps is not None:
@@ -210,21 +224,16 @@ def train_step(
         memory: how many padded tokens a pass may have; None: short memory is an error.
         dist: the ranks that do the step together.
     """
-    totals = StepTotals(
-        examples=sum(map(len, micro_batches)),
-        tokens=sum(
-            sum(row.mask)
-            for group in micro_batches
-            for number in group
-            for row in examples[number].rows
-        ),
-        progress=progress,
-    )
+    # --- What the whole step holds, of which this rank does a part
+    trained_tokens = 0
+    for group in micro_batches:
+        trained_tokens += sum(examples[number].trained_tokens for number in group)
+    totals = StepTotals(sum(map(len, micro_batches)), trained_tokens, progress)
     local_batches = dist.split_batches(micro_batches)
 
     def padded_size(group: list[int]) -> int:
-        rows_per_example = len(examples[group[0]].rows)
-        return len(group) * rows_per_example * max(examples[number].max_length for number in group)
+        rows = len(group) * len(examples[group[0]].rows)
+        return rows * max(examples[number].max_length for number in group)
 
     def forward_backward(max_tokens: int) -> Tensor:
         """Gradients of all local passes; again from the start if an earlier try has failed."""
@@ -387,9 +396,8 @@ class MetricLog:
         self.steps_per_epoch = steps_per_epoch(len(examples), config.batch)
         self.rows: list[dict] = []  # of metrics.jsonl; they have no times, to be reproducible
         self.names: list[str] = []
-        self.pending: list[
-            Tensor
-        ] = []  # (metrics,) on the device, of every step since the last row
+        # (metrics,) on the device, of every step since the last row
+        self.pending: list[Tensor] = []
         self.tokens_after = self.count_tokens()
         self.last_time = time.monotonic()
         self.last_tokens = 0
@@ -399,7 +407,9 @@ class MetricLog:
         sizes = [sum(len(row.ids) for row in example.rows) for example in self.examples]
         counts = [0]
         for micro_batches in self.plan.steps:
-            step_tokens = sum(sizes[number] for group in micro_batches for number in group)
+            step_tokens = 0
+            for group in micro_batches:
+                step_tokens += sum(sizes[number] for number in group)
             counts.append(counts[-1] + step_tokens)
         return counts
 
@@ -439,6 +449,7 @@ class MetricLog:
 
     def report(self, done: int, lr: float, device: str) -> None:
         """Log the means over the steps since the last report, as one row."""
+        # --- The row; it has no times, to be reproducible
         values = torch.tensor(self.read_pending(done), dtype=torch.float64)  # (steps, metrics)
         row = {"step": done, "epoch": round(done / self.steps_per_epoch, 4)}
         row |= zip(self.names, values.mean(0).tolist(), strict=True)
@@ -446,6 +457,7 @@ class MetricLog:
         row["tokens"] = self.tokens_after[done]
         self.rows.append(row)
 
+        # --- How fast the steps since the last report were
         now = time.monotonic()
         seconds = max(now - self.last_time, 1e-9)
         self.hooks.log_metrics(

@@ -114,7 +114,8 @@ def best_by_ranks(candidates: Sequence[Candidate], rules: Sequence[str]) -> Cand
         if None in scores:  # a score that only the student's candidates have
             continue
         for index, score in enumerate(scores):
-            rank_sums[index] += sum(other > score for other in scores)
+            rank = sum(other > score for other in scores)  # 0: no other has a higher score
+            rank_sums[index] += rank
     return candidates[rank_sums.index(min(rank_sums))]
 
 
@@ -177,7 +178,10 @@ def mean_logps(scores: ScoreColumn | None) -> Iterator[float | None]:
         yield from repeat(None)
         return
     for score in scores.read():
-        yield -math.inf if score.logp is None else score.logp / score.tokens
+        if score.logp is None:
+            yield -math.inf
+        else:
+            yield score.logp / score.tokens
 
 
 def likelihood_ratio(positive: float | None, negative: float | None) -> float | None:
@@ -252,11 +256,12 @@ def select(
         # One draw for every prompt, so that adding a source changes no other prompt's choice
         if 0 < selection.self_fraction < 1:
             own_turn = rng.random() < selection.self_fraction
-            candidates = [
-                candidate
-                for candidate in candidates
-                if (candidate.source == selection.self_agent) == own_turn
-            ]
+            competing = []
+            for candidate in candidates:
+                is_own = candidate.source == selection.self_agent
+                if is_own == own_turn:
+                    competing.append(candidate)
+            candidates = competing
         yield choose(candidates, selection.rules, rng)
 
 
@@ -268,6 +273,7 @@ def lowest_perplexity_mask(chosen: Iterable[list[Candidate]], fraction: float) -
     """
     mean_logps_of_prompts = [winners[0].mean_logp for winners in chosen]
     prompts = range(len(mean_logps_of_prompts))
-    order = sorted(prompts, key=mean_logps_of_prompts.__getitem__, reverse=True)
-    kept = set(order[: max(1, round(fraction * len(order)))])
+    least_perplexing_first = sorted(prompts, key=mean_logps_of_prompts.__getitem__, reverse=True)
+    count = max(1, round(fraction * len(prompts)))
+    kept = set(least_perplexing_first[:count])
     return [prompt in kept for prompt in prompts]

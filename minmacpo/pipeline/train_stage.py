@@ -149,9 +149,7 @@ def should_compile(
     if models.config.run.compile != "auto" or not models.may_compile:
         return models.may_compile
     # Logits of the whole training: those of one pass, times the passes that the schedule makes
-    tokens = 0
-    for example in examples:
-        tokens += sum(sum(row.mask) for row in example.rows)
+    tokens = sum(example.trained_tokens for example in examples)
     trained_tokens = tokens * schedule.steps * schedule.batch / max(len(examples), 1)
     return trained_tokens * loaded.model.config.vocab_size >= COMPILE_THRESHOLD
 
