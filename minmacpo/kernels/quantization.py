@@ -110,6 +110,7 @@ class Int8Linear(QuantizedLinear):
 
     @staticmethod
     def quantize(weight: Tensor) -> dict[str, Tensor]:
+        """{"codes", "scale"} of a weight, a few rows at a time."""
         largest = weight.abs().amax(1).float()  # (out,)
         scale = ceil_bf16(largest / 127)  # (out,)
         codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
