@@ -191,12 +191,12 @@ def student_answers_before_its_update(patch: Patch) -> None:
 def first_teacher_left_in_the_model(patch: Patch) -> None:
     good = measure.score_texts
 
-    def score_texts(run, models, name, policy, texts):
+    def score_texts(session, name, policy, texts):
         adapter = policy.adapter
         if adapter and adapter.name.endswith("/teacher2_pos"):
             wrong = replace(adapter, path=adapter.path.parent / "teacher1_pos")
             policy = replace(policy, adapter=wrong)
-        return good(run, models, name, policy, texts)
+        return good(session, name, policy, texts)
 
     patch.setattr(measure, "score_texts", score_texts)
 
@@ -204,8 +204,8 @@ def first_teacher_left_in_the_model(patch: Patch) -> None:
 def scorer_without_adapter(patch: Patch) -> None:
     good = agents.score_texts
 
-    def score_texts(run, models, name, policy, texts):
-        return good(run, models, name, replace(policy, adapter=None), texts)
+    def score_texts(session, name, policy, texts):
+        return good(session, name, replace(policy, adapter=None), texts)
 
     patch.setattr(agents, "score_texts", score_texts)
 
