@@ -46,14 +46,14 @@ def observed_status(run: Run, t: int) -> str:
 
 def training_status(run_folder: Path, agent: str, t: int) -> str:
     """What became of an agent by round t: "collapsed (...)", "converged", or ""."""
-    now = signs(run_folder, agent, t)
-    if not now:
-        return ""
     history = []
     for earlier in range(t):
         signs_then = signs(run_folder, agent, earlier)
         if signs_then:  # not every method measures every round
             history.append(signs_then)
+    now = signs(run_folder, agent, t)
+    if not now:
+        return ""
 
     raised = alarms([*history, now])
     if raised:
