@@ -342,6 +342,19 @@ def stages_of(run: Path) -> dict[str, dict]:
     }
 
 
+def change_json(file: Path, **changes) -> None:
+    """Give keys of a JSON object other values."""
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | changes))
+
+
+def flip_bits(file: Path, index: int, mask: int) -> None:
+    """Flip the bits of the mask in one byte of a file."""
+    content = bytearray(file.read_bytes())
+    content[index] ^= mask
+    file.write_bytes(content)
+
+
 def rows_of(file: Path) -> list[dict]:
     """The lines of a .jsonl file."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -1,30 +1,44 @@
 """Bad input: one clear sentence on stderr, exit code 2, nothing half-written, no new folder."""
 
+import contextlib
 import errno
 import gzip
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import shared
-from runs import REPOSITORY, STUB, copy_run, invoke, stages_of, train, write_stub
+from runs import (
+    REPOSITORY,
+    STUB,
+    change_json,
+    copy_run,
+    flip_bits,
+    inodes,
+    invoke,
+    stages_of,
+    train,
+    write_stub,
+)
 from safetensors.torch import load_file, save_file
 
 from minmacpo.pipeline import prepare_data
 
 
 def tree(folder: Path) -> dict[str, object]:
-    """Everything under a folder, with what it holds."""
-    return {
-        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
-        for p in sorted(folder.rglob("*"))
-    }
+    """{path: content, None of a folder} of everything under a folder."""
+    content = {}
+    for path in sorted(folder.rglob("*")):
+        content[str(path.relative_to(folder))] = path.read_bytes() if path.is_file() else None
+    return content
 
 
 def refused(folder: Path, *words, program: str = "train") -> str:
@@ -37,10 +51,14 @@ def refused(folder: Path, *words, program: str = "train") -> str:
 
 
 def check_sentence(code: int, err: str) -> None:
+    """A program ended with exit code 2, and said one sentence on few lines."""
+    assert code == 2, err
+    assert "Traceback" not in err, err
     lines = err.strip().splitlines()
-    assert code == 2, (code, err)
-    assert 1 <= len(lines) <= 5 and "Traceback" not in err and max(map(len, lines)) < 700, err
-    assert lines[0].startswith("error: ") and len(lines[0]) > 15
+    assert 1 <= len(lines) <= 5, err
+    assert max(map(len, lines)) < 700, err
+    assert lines[0].startswith("error: ")
+    assert len(lines[0]) > 15
 
 
 # ---- the command line -----------------------------------------------------------------------
@@ -92,8 +110,9 @@ def check_sentence(code: int, err: str) -> None:
 def test_one_wrong_word(place, word, says):
     if word == "--run.device=cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    assert says in refused(place, "@tiny", *word.split(" "), "--dry_run")
-    assert says in refused(place, "@tiny", *word.split(" "))
+    words = word.split(" ")
+    assert says in refused(place, "@tiny", *words, "--dry_run")
+    assert says in refused(place, "@tiny", *words)
 
 
 def test_dialogues_need_their_files(place):
@@ -117,18 +136,25 @@ def test_as_a_process_too(place):
     command = [sys.executable, str(REPOSITORY / "train.py"), "--dpo.bata=1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=place)
     check_sentence(done.returncode, done.stderr)
-    assert done.stdout == "" and list(place.iterdir()) == []
+    assert done.stdout == ""
+    assert list(place.iterdir()) == []
 
 
 @pytest.mark.parametrize("program", ["train", "sample", "eval"])
 def test_an_old_python_is_told_so(place, program):
-    code = (
-        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); sys.version_info = (3, 10, 2); "
-        f"sys.version = '3.10.2 (main)'; import {program}"
-    )
+    code = f"""
+import sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+sys.version_info = (3, 10, 2)
+sys.version = "3.10.2 (main)"
+import {program}
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=place)
-    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
-    assert "needs Python 3.11 or newer" in done.stderr and "this is 3.10.2. Make" in done.stderr
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "needs Python 3.11 or newer" in done.stderr
+    assert "this is 3.10.2. Make" in done.stderr
 
 
 # ---- data -----------------------------------------------------------------------------------
@@ -144,8 +170,15 @@ HH = ["--data.template=plain", "--data.shares=0.4,0.2,0.2,0.2", "--model.vocab=3
 
 
 def data_file(place: Path, *lines, name: str = "x.jsonl") -> Path:
-    raw = b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines)
-    (place / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    """A file of these lines (text or bytes); compressed, if its name ends so."""
+    content = b""
+    for line in lines:
+        if isinstance(line, str):
+            line = line.encode()
+        content += line + b"\n"
+    if name.endswith(".gz"):
+        content = gzip.compress(content)
+    (place / name).write_bytes(content)
     return place / name
 
 
@@ -157,7 +190,8 @@ def preset(tmp_path):
 def test_good_rows_make_a_run(place, preset):
     """The same words with nothing wrong in the file."""
     out = train(preset, *HH, f"--data.path={data_file(place, *ROWS)}", "--dry_run").out
-    assert "'read': 60, 'kept': 60" in out and not (place / "runs").exists()
+    assert "'read': 60, 'kept': 60" in out
+    assert not (place / "runs").exists()
     assert "\nrepeated prompts left out: {'d2': 0, 'test': 0}\n" in out
 
 
@@ -168,11 +202,10 @@ def test_repeated_prompts_are_counted(place, preset):
     train(*words, "--stage=data/slices")
     (run,) = (place / "runs").iterdir()
     counts = stages_of(run)["data/slices"]["counts"]
+    kept = {name: counts["splits"][name]["rows"] for name in ("d2", "test")}
     left_out = counts["repeated prompts left out"]
-    assert (
-        left_out == {name: counts["splits"][name]["rows"] for name in ("d2", "test")}
-        and left_out["d2"] > 5
-    )
+    assert left_out == kept
+    assert left_out["d2"] > 5
     assert f"\nrepeated prompts left out: {left_out}\n" in plan
 
 
@@ -192,7 +225,8 @@ def test_a_bad_row_is_named_by_file_and_line(place, preset, line, says):
     for name in ("x.jsonl", "y.jsonl.gz"):
         file = data_file(place, *ROWS[:7], line, *ROWS[7:], name=name)
         message = refused(place, preset, *HH, f"--data.path={file}")
-        assert f"{name}, line 8" in message and says in message
+        assert f"{name}, line 8" in message
+        assert says in message
         assert refused(place, preset, *HH, f"--data.path={file}", "--dry_run") == message
 
 
@@ -207,10 +241,9 @@ def test_files_without_usable_rows(place, preset):
 
 def test_rows_that_are_all_too_long(place, preset):
     long = [row(i, "word " * 300, "other " * 300) for i in range(60)]
-    assert "over-long" in refused(place, preset, *HH, f"--data.path={data_file(place, *long)}")
-    assert "over-long" in refused(
-        place, preset, *HH, "--data.path=x.jsonl", "--data.truncation_mode=cut_prompt"
-    )
+    words = [preset, *HH, f"--data.path={data_file(place, *long)}"]
+    assert "over-long" in refused(place, *words)
+    assert "over-long" in refused(place, *words, "--data.truncation_mode=cut_prompt")
 
 
 def test_a_truncated_gzip_and_a_folder_without_data(place, preset):
@@ -222,14 +255,10 @@ def test_a_truncated_gzip_and_a_folder_without_data(place, preset):
 
 
 def test_too_little_text_for_the_tokenizer_or_a_base(place, preset):
-    file = data_file(place, *ROWS)
-    assert "model.vocab" in refused(
-        place, preset, *HH[:2], f"--data.path={file}", "--model.vocab=10"
-    )
-    assert "D0" in refused(place, preset, *HH, f"--data.path={file}", "--data.shares=0,0.3,0.3,0.3")
-    assert "weak" in refused(
-        place, preset, *HH, f"--data.path={file}", "--pretrain.weak_share=1e-9"
-    )
+    words = [preset, *HH, f"--data.path={data_file(place, *ROWS)}"]
+    assert "model.vocab" in refused(place, *words, "--model.vocab=10")
+    assert "D0" in refused(place, *words, "--data.shares=0,0.3,0.3,0.3")
+    assert "weak" in refused(place, *words, "--pretrain.weak_share=1e-9")
 
 
 # ---- models ---------------------------------------------------------------------------------
@@ -251,7 +280,8 @@ def test_given_models_work(place, models, preset):
 def test_a_model_folder_that_lacks_a_file(place, models, preset, name):
     (place / "weak1" / name).unlink()
     message = refused(place, preset, *models)
-    assert "weak1" in message and name in message
+    assert "weak1" in message
+    assert name in message
 
 
 def test_a_model_folder_of_pickles(place, models, preset):
@@ -275,10 +305,10 @@ def test_a_model_folder_of_pickles(place, models, preset):
     ],
 )
 def test_a_model_that_is_not_understood(place, models, preset, changes, says):
-    file = place / "strong/config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    change_json(place / "strong/config.json", **changes)
     message = refused(place, preset, *models)
-    assert says in message and "strong" in message
+    assert says in message
+    assert "strong" in message
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"llama"', "{}"])
@@ -323,9 +353,7 @@ def damaged(folder: Path, how: str) -> None:
         tensors["model.norm.weight"][1] = float("nan")
         save_file(tensors, file, {"format": "pt"})
     elif how == "flipped":
-        whole = bytearray(file.read_bytes())
-        whole[20] ^= 4
-        file.write_bytes(whole)
+        flip_bits(file, 20, 4)
     elif how == "folder":
         file.unlink()
         file.mkdir()
@@ -334,8 +362,7 @@ def damaged(folder: Path, how: str) -> None:
         file.rename(folder.parent / "away.safetensors")
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     else:
-        raw = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(raw | {"model_type": "gpt_neox"}))
+        change_json(folder / "config.json", model_type="gpt_neox")
 
 
 @pytest.mark.parametrize(
@@ -366,27 +393,19 @@ def test_an_export_of_a_damaged_model_leaves_nothing(place, models, how, says):
 def test_no_program_takes_a_damaged_stage(place, stub, part, file):
     """One bit of a weight is another one; so does an edited answer not count."""
     run = copy_run(stub, place / "runs")
-    whole = bytearray((run / part / file).read_bytes())
-    whole[-40] ^= 64
-    (run / part / file).write_bytes(whole)
+    flip_bits(run / part / file, -40, 64)
     for words in (["hello"], ["--export", "merged"]):
-        said = refused(place, run / "round1/student_pos", *words, program="sample")
-        assert (
-            f"{part}/{file}" in said
-            and ("damaged" in said or "cannot be read" in said)
-            and not (place / "merged").exists()
-        )
-    answers = run / "eval/round2_student_samples/samples.jsonl"
+        message = refused(place, run / "round1/student_pos", *words, program="sample")
+        assert f"{part}/{file}" in message
+        assert "damaged" in message or "cannot be read" in message
+        assert not (place / "merged").exists()
+
+    first = run / "eval/round2_student_samples"
+    second = run / "eval/round1_student_samples"
+    answers = first / "samples.jsonl"
     answers.write_bytes(answers.read_bytes().replace(b'"response": "', b'"response": "x', 1))
-    assert "samples.jsonl: is missing or damaged" in refused(
-        place,
-        "judge",
-        answers.parent,
-        run / "eval/round1_student_samples",
-        "--human",
-        "--out=out",
-        program="eval",
-    )
+    words = ["judge", first, second, "--human", "--out=out"]
+    assert "samples.jsonl: is missing or damaged" in refused(place, *words, program="eval")
 
 
 @pytest.mark.parametrize(
@@ -404,47 +423,42 @@ def test_a_stage_json_of_another_program_is_no_traceback(place, models, notes):
     assert ended.code == 0 or "stage.json: model.quantize = " in ended.err
 
 
-def test_an_adapter_in_another_kind_of_number_is_refused(place, models, stub):
+def copy_adapter(stub: Path, place: Path) -> Path:
+    """A folder with an adapter of the good run, which is no stage any more."""
     adapter = place / "adapter"
     shutil.copytree(stub / "round0/student_pos", adapter)
     (adapter / "stage.json").unlink()
-    raw = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(
-        json.dumps(raw | {"base_model_name_or_path": str(place / "strong")})
-    )
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    for kind in (torch.float8_e4m3fn, torch.int64, torch.bool):
-        save_file(
-            {name: tensor.to(kind) for name, tensor in tensors.items()},
-            adapter / "adapter_model.safetensors",
-        )
+    return adapter
+
+
+def test_an_adapter_in_another_kind_of_number_is_refused(place, models, stub):
+    adapter = copy_adapter(stub, place)
+    change_json(adapter / "adapter_config.json", base_model_name_or_path=str(place / "strong"))
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for dtype in (torch.float8_e4m3fn, torch.int64, torch.bool):
+        save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, file)
         assert "expected F64, F32, BF16, F16" in refused(place, adapter, "hello", program="sample")
 
 
 def test_an_adapter_of_another_base(place, models, stub):
-    adapter = place / "adapter"
-    shutil.copytree(stub / "round0/student_pos", adapter)
-    (adapter / "stage.json").unlink()
-    file = adapter / "adapter_config.json"
-    raw = json.loads(file.read_text())
-    for base, says in (
-        ("../weak1", "another base"),
-        ("org/model", "hf download org/model --local-dir org/model"),
-        ("../nowhere", "no folder"),
-    ):
-        file.write_text(json.dumps(raw | {"base_model_name_or_path": base}))
+    adapter = copy_adapter(stub, place)
+    sentences = {
+        "../weak1": "another base",
+        "org/model": "hf download org/model --local-dir org/model",
+        "../nowhere": "no folder",
+    }
+    for base, says in sentences.items():
+        change_json(adapter / "adapter_config.json", base_model_name_or_path=base)
         assert says in refused(place, adapter, "--export", "merged", program="sample")
     assert "hf download org/model" in refused(place, "org/model", "hello", program="sample")
 
 
 def test_a_model_whose_context_is_too_short(place, preset):
     folder = shared("weights/stories260K-hf")
-    words = [
-        f"--model.student={folder}",
-        f"--model.teachers={folder},{folder}",
-        "--data.template=plain",
-    ]
-    assert "512" in refused(place, preset, *words, "--data.max_length=600")
+    words = [f"--model.student={folder}", f"--model.teachers={folder},{folder}"]
+    words += ["--data.template=plain", "--data.max_length=600"]
+    assert "512" in refused(place, preset, *words)
 
 
 def test_turns_need_a_tokenizer_made_here(place, preset):
@@ -463,17 +477,26 @@ def kept(stub, tmp_path_factory):
     return copy_run(stub, root / "runs"), [write_stub(root), f"--run.root={root / 'runs'}"]
 
 
+@contextlib.contextmanager
+def put_back(file: Path) -> Iterator[bytes]:
+    """The content of a file, which it has again in the end."""
+    content = file.read_bytes()
+    try:
+        yield content
+    finally:
+        if file.is_dir():
+            file.rmdir()
+        file.write_bytes(content)
+
+
 def damage(file: Path, how: str, rng: random.Random) -> None:
-    raw = file.read_bytes()
+    size = file.stat().st_size
     if how == "truncated":
-        file.write_bytes(raw[: rng.randrange(len(raw))])
+        os.truncate(file, rng.randrange(size))
     elif how == "empty":
         file.write_bytes(b"")
     elif how == "bit flipped":
-        place = rng.randrange(len(raw))
-        file.write_bytes(
-            raw[:place] + bytes([raw[place] ^ (1 << rng.randrange(8))]) + raw[place + 1 :]
-        )
+        flip_bits(file, rng.randrange(size), 1 << rng.randrange(8))
     elif how == "deleted":
         file.unlink()
     else:
@@ -499,15 +522,11 @@ FILES = [
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_stage_file_is_named(kept, name, how, seed):
     run, words = kept
-    raw = (run / name).read_bytes()
-    try:
+    with put_back(run / name):
         damage(run / name, how, random.Random(seed))
         message = refused_quietly(run, *words)
-        assert name in message and ("damaged" in message or "cannot be read" in message)
-    finally:
-        if (run / name).is_dir():
-            (run / name).rmdir()
-        (run / name).write_bytes(raw)
+    assert name in message
+    assert "damaged" in message or "cannot be read" in message
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "bit flipped"])
@@ -515,23 +534,22 @@ def test_a_damaged_stage_file_is_named(kept, name, how, seed):
 def test_a_damaged_stage_json_is_named(kept, name, how, seed):
     run, words = kept
     file = run / name / "stage.json"
-    raw = file.read_bytes()
     for attempt in range(8):
-        try:
+        with put_back(file) as good:
             damage(file, how, random.Random(seed + attempt))
             ended = invoke("train", *words)
-            if ended.code == 0:  # a space of the indentation, or the name of the checksum
-                good = json.loads(raw)
-                found = [
-                    {k: v for k, v in json.loads(text).items() if v != good["checksum"]}
-                    for text in (raw, file.read_bytes())
-                ]
-                assert found[0] == found[1]
-                continue
+            damaged = file.read_bytes()
+        if ended.code == 0:  # a space of the indentation, or the name of the checksum
+            assert values_but_the_checksum(damaged, good) == values_but_the_checksum(good, good)
+        else:
             check_sentence(ended.code, ended.err)
             assert name in ended.err
-        finally:
-            file.write_bytes(raw)
+
+
+def values_but_the_checksum(text: bytes, good: bytes) -> dict:
+    """What a stage.json says besides the checksum of the good one, whatever that is called."""
+    checksum = json.loads(good)["checksum"]
+    return {key: value for key, value in json.loads(text).items() if value != checksum}
 
 
 @pytest.mark.parametrize(
@@ -548,31 +566,25 @@ def test_a_damaged_stage_json_is_named(kept, name, how, seed):
 def test_a_stage_json_that_says_something_else(kept, text):
     run, words = kept
     file = run / "round1/pairs_student/stage.json"
-    raw = file.read_bytes()
-    try:
+    with put_back(file):
         file.write_text(text)
         assert "round1/pairs_student" in refused_quietly(run, *words)
-    finally:
-        file.write_bytes(raw)
 
 
 @pytest.mark.parametrize("text", ["", "[dpo", "\x00", "[dpo]\nbate = 1\n", "[dpo]\nbeta = 'x'\n"])
 def test_a_damaged_config_toml(kept, text):
     run, words = kept
-    raw = (run / "config.toml").read_bytes()
-    try:
+    with put_back(run / "config.toml"):
         (run / "config.toml").write_text(text)
         assert "config.toml" in refused(run, *words)
-    finally:
-        (run / "config.toml").write_bytes(raw)
 
 
 def refused_quietly(run: Path, *words) -> str:
     """As `refused`, but files at the top of the run (environment, log) may be new."""
-    before = {p: p.stat().st_mtime_ns for p in run.glob("*/*/*")}
+    before = inodes(run)
     ended = invoke("train", *words)
     check_sentence(ended.code, ended.err)
-    assert {p: p.stat().st_mtime_ns for p in run.glob("*/*/*")} == before
+    assert inodes(run) == before
     return ended.err
 
 
@@ -584,14 +596,15 @@ def test_a_damaged_state_of_an_unfinished_training(stub, place, preset):
     folder.mkdir(parents=True)
     (folder / "state.safetensors").write_bytes(b"\x00" * 99)
     ended = invoke("train", preset, f"--stage={name}")
-    assert ended.code == 2 and "state.safetensors" in ended.err and "Traceback" not in ended.err
+    assert ended.code == 2
+    assert "state.safetensors" in ended.err
+    assert "Traceback" not in ended.err
 
 
 def test_another_configuration_under_an_explicit_name(kept):
     run, words = kept
-    assert "dpo.sft_weight" in refused(
-        run.parent, *words, "--run.name=stub", "--dpo.sft_weight=0.7"
-    )
+    message = refused(run.parent, *words, "--run.name=stub", "--dpo.sft_weight=0.7")
+    assert "dpo.sft_weight" in message
 
 
 # ---- the disk -------------------------------------------------------------------------------
@@ -608,52 +621,54 @@ def test_a_root_that_cannot_be_written(place, preset):
     assert "/proc" in refused(place, preset, "--run.root=/proc/minmacpo")
 
 
+def leave_free(monkeypatch, megabytes: int) -> None:
+    """So much of a disk of one gigabyte is free."""
+    free = megabytes * 10**6
+    usage = shutil._ntuple_diskusage(total=10**9, used=10**9 - free, free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+
+
 def test_a_full_disk_is_seen_before_anything_is_written(place, preset, monkeypatch):
-    monkeypatch.setattr(
-        shutil,
-        "disk_usage",
-        lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5_000_000, 5_000_000),
-    )
+    leave_free(monkeypatch, megabytes=5)
     assert "5 MB free" in refused(place, preset)
 
 
 def test_the_room_asked_for_is_that_of_what_is_still_to_be_computed(
     kept, place, preset, monkeypatch
 ):
-    free = 40_000_000
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free)
-    )
+    leave_free(monkeypatch, megabytes=40)
     big = "--model.strong=512x8x8x2048"
     message = refused(place, preset, big)
-    assert "40 MB free" in message and int(message.partition("about ")[2].split()[0]) > 500
+    assert "40 MB free" in message
+    (needed,) = re.findall(r"about (\d+) MB", message)
+    assert int(needed) > 500
     train(preset, big, "--stage=data/slices")  # this one stage has room
-    train(*kept[1])  # and so has a run that is finished
+    _, finished_words = kept
+    train(*finished_words)  # and so has a run that is finished
 
 
 @pytest.mark.parametrize("after", [1, 3, 40, 200])
 def test_a_disk_that_fills_up_leaves_no_temporary_file(stub, place, preset, monkeypatch, after):
     words = [preset, "--macpo.rounds=1", "--macpo.controls=false", "--run.name=x"]
-    left = [after]
+    flushes = 0
 
     def full(handle):
-        left[0] -= 1
-        if left[0] <= 0:
+        nonlocal flushes
+        flushes += 1
+        if flushes >= after:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return None
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         ended = invoke("train", *words, whole=True)
     check_sentence(ended.code, ended.err)
     assert "No space left" in ended.err
-    assert not list(place.rglob("*.tmp")) and not list(place.rglob("state.safetensors"))
+    assert not list(place.rglob("*.tmp"))
+    assert not list(place.rglob("state.safetensors"))
     assert not list(place.glob("runs/*/.partial/*"))
     for notes in place.glob("runs/*/*/*/stage.json"):  # what is there, is whole
-        assert all(
-            (notes.parent / name).stat().st_size == f["size"]
-            for name, f in json.loads(notes.read_bytes())["files"].items()
-        )
+        for name, listed in json.loads(notes.read_bytes())["files"].items():
+            assert (notes.parent / name).stat().st_size == listed["size"]
     train(*words)  # room has been made
     adapter = "round1/student_pos/adapter_model.safetensors"
     assert (place / "runs/x" / adapter).read_bytes() == (stub / adapter).read_bytes()
@@ -674,7 +689,9 @@ def test_a_loss_that_is_not_finite_names_rows_and_writes_no_stage(stub, place, p
     copy_run(stub, place / "runs", ("data", "bases"))
     ended = invoke("train", preset, "--run.name=x", "--sft.teacher_lr=1e38")
     check_sentence(ended.code, ended.err)
-    assert "round0/teacher1_pos" in ended.err and "not finite" in ended.err and "rows" in ended.err
+    assert "round0/teacher1_pos" in ended.err
+    assert "not finite" in ended.err
+    assert "rows" in ended.err
     assert not (place / "runs/x/round0/teacher1_pos").exists()
 
 
