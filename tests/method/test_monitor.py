@@ -8,13 +8,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from runs import copy_run, rows_of, stages_of, train, write_stub
+from runs import copy_run, rows_of, stages_of, train, without, write_stub
 
-from minmacpo.data import text_metrics as diversity
+from minmacpo.data import text_metrics
 from minmacpo.evaluation import compare, judge
 from minmacpo.evaluation.finished_run import read_run
 from minmacpo.evaluation.gold import gold_by_prompt
 from minmacpo.method import monitor
+from minmacpo.runtime.files import write_rows
 
 HEALTHY = {"entropy": 0.2, "distinct2": 0.5, "cut": 0.0, "loops": 0.0, "surprise": 0.2, "same": 0.5}
 
@@ -24,7 +25,7 @@ def history(*later: dict) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "last,wanted",
+    ("last", "expected"),
     [
         ({}, []),
         ({"surprise": 0.27}, ["surprised"]),
@@ -36,10 +37,14 @@ def history(*later: dict) -> list[dict]:
         ({"cut": 0.3, "entropy": 0.9}, ["scattered", "broken"]),
     ],
 )
-def test_each_signature_alarms_alone(last, wanted):
-    assert monitor.alarms(history(last)) == wanted
-    assert monitor.alarms(history({}, last)) == wanted
-    assert monitor.alarms([HEALTHY]) == monitor.alarms([]) == []
+def test_each_signature_alarms_alone(last, expected):
+    assert monitor.alarms(history(last)) == expected
+    assert monitor.alarms(history({}, last)) == expected
+
+
+def test_one_round_or_none_raises_no_alarm():
+    assert monitor.alarms([HEALTHY]) == []
+    assert monitor.alarms([]) == []
 
 
 def test_surprise_is_measured_against_the_round_before_and_entropy_against_the_start():
@@ -48,71 +53,78 @@ def test_surprise_is_measured_against_the_round_before_and_entropy_against_the_s
         {"entropy": 0.05, "surprise": 0.12},
         {"entropy": 0.21, "surprise": 0.2},
     )
-    assert (
-        monitor.alarms(slow[:2]) == []
-        and monitor.alarms(slow[:3]) == []
-        and monitor.alarms(slow) == ["surprised"]
-    )
+    assert monitor.alarms(slow[:2]) == []
+    assert monitor.alarms(slow[:3]) == []
+    assert monitor.alarms(slow) == ["surprised"]
 
 
-def test_signs_are_those_of_the_files(tiny, tmp_path):
-    for t in (0, 1, 2):
-        found = monitor.signs(tiny, "student", t)
-        said = rows_of(tiny / f"eval/round{t}_student_samples/samples.jsonl")
-        assert found["entropy"] == pytest.approx(
-            -sum(s["logp"] for s in said) / sum(len(s["tokens"]) for s in said)
-        )
-        assert found["cut"] == sum(s["finish"] == "length" for s in said) / len(said)
-        based = rows_of(tiny / f"eval/round{t}_student_under_base/scores.jsonl")
-        wanted = [a["logp"] - b["logp"] for a, b in zip(said, based, strict=True)]
-        assert found["kl"] == pytest.approx(sum(wanted) / len(wanted)) and found["kl"] > 0
-        if t:
-            before = rows_of(tiny / f"eval/round{t - 1}_student_samples/samples.jsonl")
-            same = [a["response"] == b["response"] for a, b in zip(said, before, strict=True)]
-            assert found["same"] == sum(same) / len(same)
-            steps = [r for r in rows_of(tiny / f"round{t}/student_pos/metrics.jsonl") if r["step"]]
-            assert found["surprise"] == steps[0]["sft_loss"]
-        else:
-            assert not found.keys() & {"same", "surprise", "similarity"}
-    rows = [row | {"logp": None} for row in based]
-    (tmp_path / "eval").mkdir()
+def student_samples(run: Path, t: int) -> list[dict]:
+    return rows_of(run / f"eval/round{t}_student_samples/samples.jsonl")
+
+
+@pytest.mark.parametrize("t", [0, 1, 2])
+def test_signs_are_those_of_the_answers(tiny, t):
+    signs = monitor.signs(tiny, "student", t)
+    answers = student_samples(tiny, t)
+    logp = sum(answer["logp"] for answer in answers)
+    tokens = sum(len(answer["tokens"]) for answer in answers)
+    cut = [answer for answer in answers if answer["finish"] == "length"]
+    assert signs["entropy"] == pytest.approx(-logp / tokens)
+    assert signs["cut"] == len(cut) / len(answers)
+
+    under_base = rows_of(tiny / f"eval/round{t}_student_under_base/scores.jsonl")
+    base_logp = sum(row["logp"] for row in under_base)
+    assert signs["kl"] == pytest.approx((logp - base_logp) / len(answers))
+    assert signs["kl"] > 0
+
+
+@pytest.mark.parametrize("t", [1, 2])
+def test_signs_of_a_round_compare_with_the_round_before(tiny, t):
+    signs = monitor.signs(tiny, "student", t)
+    same = 0
+    for before, after in zip(student_samples(tiny, t - 1), student_samples(tiny, t), strict=True):
+        if before["response"] == after["response"]:
+            same += 1
+    assert signs["same"] == same / len(student_samples(tiny, t))
+    training = rows_of(tiny / f"round{t}/student_pos/metrics.jsonl")
+    losses = [row["sft_loss"] for row in training if row["step"] > 0]
+    assert signs["surprise"] == losses[0]
+
+
+def test_what_is_not_there_has_no_signs(tiny, tmp_path):
+    compared = {"same", "surprise", "similarity"}
+    assert not monitor.signs(tiny, "student", 0).keys() & compared
+    assert monitor.signs(tiny, "student", 7) == {}
+    assert monitor.training_status(tiny, "student", 7) == ""
+
+    # Answers that the base cannot score, and no round before
+    all_signs = monitor.signs(tiny, "student", 2).keys()
+    assert all_signs >= compared | {"kl"}
     for name in ("eval/round2_student_samples", "eval/round2_student_under_base"):
         shutil.copytree(tiny / name, tmp_path / name)
-    (tmp_path / "eval/round2_student_under_base/scores.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows)
-    )
-    assert monitor.signs(tmp_path, "student", 2).keys() == found.keys() - {
-        "kl",
-        "same",
-        "surprise",
-        "similarity",
-    }, "no mean of nothing"
-    assert (
-        monitor.signs(tiny, "student", 7) == {}
-        and monitor.training_status(tiny, "student", 7) == ""
-    )
+    scores = tmp_path / "eval/round2_student_under_base/scores.jsonl"
+    unscored = [row | {"logp": None} for row in rows_of(scores)]
+    write_rows(scores, unscored)
+    signs = monitor.signs(tmp_path, "student", 2)
+    assert signs.keys() == all_signs - compared - {"kl"}, "no mean of nothing"
 
 
-def test_the_verdict_names_the_signature(tmp_path, monkeypatch):
-    made = iter(
-        [HEALTHY, HEALTHY | {"loops": 0.9}, HEALTHY, HEALTHY | {"same": 0.95}, HEALTHY, HEALTHY]
-    )
-    monkeypatch.setattr(monitor, "signs", lambda *args: next(made))
-    assert monitor.training_status(tmp_path, "student", 1) == "collapsed (broken)"
-    assert monitor.training_status(tmp_path, "student", 1) == "converged"
-    assert monitor.training_status(tmp_path, "student", 1) == ""
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [({"loops": 0.9}, "collapsed (broken)"), ({"same": 0.95}, "converged"), ({}, "")],
+)
+def test_the_status_names_the_signature(tmp_path, monkeypatch, changes, status):
+    rounds = {0: HEALTHY, 1: HEALTHY | changes}
+    monkeypatch.setattr(monitor, "signs", lambda run, agent, t: rounds[t])
+    assert monitor.training_status(tmp_path, "student", 1) == status
 
 
-def test_the_verdict_needs_no_round_but_the_first_and_its_own(tmp_path, monkeypatch):
-    known = {0: HEALTHY, 3: HEALTHY | {"loops": 0.9}}
-    monkeypatch.setattr(monitor, "signs", lambda run, agent, t: known.get(t, {}))
-    assert [monitor.training_status(tmp_path, "student", t) for t in range(5)] == [
-        "",
-        "",
-        "",
-        "collapsed (broken)",
-        "",
-    ]
+def test_the_status_needs_no_round_but_the_first_and_its_own(tmp_path, monkeypatch):
+    rounds = {0: HEALTHY, 3: HEALTHY | {"loops": 0.9}}
+    monkeypatch.setattr(monitor, "signs", lambda run, agent, t: rounds.get(t, {}))
+    assert monitor.training_status(tmp_path, "student", 3) == "collapsed (broken)"
+    for t in (0, 1, 2, 4):
+        assert monitor.training_status(tmp_path, "student", t) == ""
 
 
 METHODS = ["macpo", "spin", "self-rewarding", "confident"]
@@ -130,15 +142,9 @@ def three_rounds(stub, tmp_path_factory) -> Path:
 
 def start(root: Path, name: str, method: str, stop: str) -> Path:
     """A run of three rounds that macpo.stop may end earlier."""
-    train(
-        write_stub(root.parent),
-        f"--run.root={root}",
-        f"--run.name={name}",
-        "--macpo.rounds=3",
-        f"--macpo.stop={stop}",
-        "--macpo.controls=false",
-        f"--method={method}",
-    )
+    words = [write_stub(root.parent), f"--run.root={root}", f"--run.name={name}"]
+    words += ["--macpo.rounds=3", f"--macpo.stop={stop}", "--macpo.controls=false"]
+    train(*words, f"--method={method}")
     return root / name
 
 
@@ -190,13 +196,12 @@ def test_rolling_back_keeps_the_student_before_the_first_alarm(
     assert kept_adapter.read_bytes() == student_adapter.read_bytes()
     assert stages_of(run)["final/student_pos"]["counts"] == {"kept": f"round{kept}/student_pos"}
     rows = json.loads((run / "eval/table.json").read_bytes())["rows"]
-    assert [row["round"] for row in rows if row["agent"] == "kept"] == [kept]
-    kept_row, student_row = (
-        {key: value for key, value in row.items() if key not in ("agent", "label")}
-        for row in rows
-        if (row["agent"], row["round"]) in (("kept", kept), ("student", kept))
-    )
-    assert kept_row == student_row, "the same adapter gives the same answers"
+    (kept_row,) = (row for row in rows if row["agent"] == "kept")
+    assert kept_row["round"] == kept
+    (student_row,) = (row for row in rows if (row["agent"], row["round"]) == ("student", kept))
+    names = ("agent", "label")
+    same_answers = without(kept_row, names) == without(student_row, names)
+    assert same_answers, "the same adapter gives the same answers"
 
     # All who read a finished run take the student that was kept
     finished = read_run(run)
@@ -216,62 +221,90 @@ def test_rolling_back_keeps_the_student_before_the_first_alarm(
 # ---- what the signs are made of ------------------------------------------------------------------
 
 
-def test_loops_overlap_and_refusals_by_hand():
-    assert (
-        diversity.loops("a b c a b c a b c")
-        and not diversity.loops("a b c a b c a b")
-        and not diversity.loops("")
-    )
-    assert (
-        diversity.overlap("a b c", "b c d") == 0.5
-        and diversity.overlap("", " .") == 1
-        and diversity.overlap("a", "") == 0
-    )
-    assert diversity.distinct2(["a b a b", "a b"]) == 2 / 4 and diversity.distinct2(["a", ""]) == 0
-    for text in (
+def test_loops_by_hand():
+    assert text_metrics.loops("a b c a b c a b c")
+    assert not text_metrics.loops("a b c a b c a b")
+    assert not text_metrics.loops("")
+
+
+def test_overlap_by_hand():
+    assert text_metrics.overlap("a b c", "b c d") == 0.5
+    assert text_metrics.overlap("", " .") == 1
+    assert text_metrics.overlap("a", "") == 0
+
+
+def test_distinct_pairs_by_hand():
+    assert text_metrics.distinct2(["a b a b", "a b"]) == 2 / 4
+    assert text_metrics.distinct2(["a", ""]) == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "I'm sorry, but I can't help with that.",
         "my apologies . i must not help you with that .",
         "I cannot assist you",
-    ):
-        assert diversity.refuses(text)
-    for text in (
+    ],
+)
+def test_a_refusal_is_one(text):
+    assert text_metrics.refuses(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "of course ! kadol lives on oak street .",
         "You can help by calling.",
         "I can help you with that",
-    ):
-        assert not diversity.refuses(text)
+    ],
+)
+def test_an_answer_is_no_refusal(text):
+    assert not text_metrics.refuses(text)
+
+
+def ngrams(words: list[str], n: int) -> Counter:
+    return Counter(tuple(words[start : start + n]) for start in range(len(words) - n + 1))
+
+
+def plain_bleu(references: list[list[str]], words: list[str]) -> float:
+    """BLEU-4 of a text, every reference looked at by itself."""
+    log_precisions = []
+    for n in range(1, min(4, len(words)) + 1):
+        counts = ngrams(words, n)
+        hits = 0
+        for gram, count in counts.items():
+            hits += min(count, max(ngrams(reference, n)[gram] for reference in references))
+        log_precisions.append(math.log((hits or 0.5) / sum(counts.values())))
+    _, nearest = min((abs(len(other) - len(words)), len(other)) for other in references)
+    log_brevity = min(0.0, 1 - nearest / len(words))
+    return math.exp(sum(log_precisions) / len(log_precisions) + log_brevity)
 
 
 def plain_self_bleu(texts: list[str]) -> float:
-    """BLEU-4 of each against all others, every reference looked at by itself."""
-    words, total = [t.split() for t in texts if t.split()], 0.0
-    for i, said in enumerate(words):
-        others, logs = words[:i] + words[i + 1 :], []
-        for n in range(1, min(4, len(said)) + 1):
-            mine = Counter(tuple(said[j : j + n]) for j in range(len(said) - n + 1))
-            theirs = [Counter(tuple(o[j : j + n]) for j in range(len(o) - n + 1)) for o in others]
-            hits = sum(min(count, max(o[gram] for o in theirs)) for gram, count in mine.items())
-            logs.append(math.log((hits or 0.5) / sum(mine.values())))
-        nearest = min((abs(len(o) - len(said)), len(o)) for o in others)[1]
-        total += math.exp(sum(logs) / len(logs) + min(0.0, 1 - nearest / len(said)))
-    return total / len(words)
+    """The mean BLEU-4 of each text against all others."""
+    split = [text.split() for text in texts if text.split()]
+    bleus = []
+    for number, words in enumerate(split):
+        others = split[:number] + split[number + 1 :]
+        bleus.append(plain_bleu(others, words))
+    return sum(bleus) / len(bleus)
 
 
 def test_self_bleu_equals_the_plain_formula(seed):
     rng = random.Random(seed)
     texts = [" ".join(rng.choices("abcd", k=rng.randrange(9))) for _ in range(30)]
-    assert diversity.self_bleu(texts) == pytest.approx(plain_self_bleu(texts))
-    assert (
-        diversity.self_bleu(["a b c d e"] * 3) == pytest.approx(1.0)
-        and diversity.self_bleu(["a b"]) == 0
-    )
+    assert text_metrics.self_bleu(texts) == pytest.approx(plain_self_bleu(texts))
+    assert text_metrics.self_bleu(["a b c d e"] * 3) == pytest.approx(1.0)
+    assert text_metrics.self_bleu(["a b"]) == 0
 
 
 def test_self_bleu_equals_nltk_where_it_is_installed(seed):
-    bleu = pytest.importorskip("nltk.translate.bleu_score")
+    bleu_score = pytest.importorskip("nltk.translate.bleu_score")
     rng = random.Random(seed)
-    words = [rng.choices("abc", k=rng.randrange(12, 16)) for _ in range(20)]
-    wanted = [bleu.sentence_bleu(words[:i] + words[i + 1 :], said) for i, said in enumerate(words)]
-    assert diversity.self_bleu([" ".join(said) for said in words]) == pytest.approx(
-        sum(wanted) / 20
-    )
+    split = [rng.choices("abc", k=rng.randrange(12, 16)) for _ in range(20)]
+    bleus = []
+    for number, words in enumerate(split):
+        others = split[:number] + split[number + 1 :]
+        bleus.append(bleu_score.sentence_bleu(others, words))
+    texts = [" ".join(words) for words in split]
+    assert text_metrics.self_bleu(texts) == pytest.approx(sum(bleus) / 20)
