@@ -15,8 +15,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import numpy.ma  # noqa: F401 (quantiles load it)
 import torch._dynamo  # noqa: F401 (the first optimiser loads it)
@@ -48,7 +50,8 @@ def child(work: Callable[[], int | None]) -> int:
     It ends with what `work` returns, without any cleaning up.
     """
     sys.stdout.flush()
-    if pid := os.fork():
+    pid = os.fork()
+    if pid:
         return pid
     code = 70
     try:
@@ -64,34 +67,43 @@ def child(work: Callable[[], int | None]) -> int:
 
 def ended(pid: int) -> int:
     """The exit code of a child; minus the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
-def start(name: str, words, said: Path, disk: Disk | None = None, reports: bool = False) -> int:
-    """A program begun in a child on this `disk` (or on another fault with `install` and `done`);
-    its process id. What it prints goes to `said`.out and .err, the operations of a disk that it
-    outlives to `said`.json. Reports say nothing unless `reports`: they would take most of the time.
+def redirect(number: int, file: Path) -> TextIO:
+    """Let a file descriptor lead to a new file; a stream on it."""
+    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(handle, number)
+    return os.fdopen(number, "w", closefd=False)
+
+
+def start(name: str, words, output: Path, disk: Disk | None = None, reports: bool = False) -> int:
+    """A program begun in a child; its process id.
+
+    Args:
+        output: what it prints goes to this path with .out and .err, the operations of a disk that
+            it outlives to that with .json.
+        disk: what is put under the program, or another fault with `install` and `done`.
+        reports: else reports say nothing: they would take most of the time.
     """
 
     def work() -> int:
-        for number, kind in ((1, ".out"), (2, ".err")):
-            os.dup2(
-                os.open(said.with_suffix(kind), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644),
-                number,
-            )
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        sys.stdout = redirect(1, output.with_suffix(".out"))
+        sys.stderr = redirect(2, output.with_suffix(".err"))
         sys.argv = [f"{name}.py", *map(str, words)]
         gc.disable()  # too short to need it
         if not reports:
             report.write_report = lambda path: write_atomic(path / "report.html", "x")
-        main, file = PROGRAMS[name], said.with_suffix(".json").open("w")
+        # Opened before the disk counts
+        operations = output.with_suffix(".json").open("w")
         if disk:
             disk.install()
         else:
             os.fsync = lambda handle: None
-        code = run_main(main)
-        json.dump(disk.done if disk else [], file)
-        file.close()
+        code = run_main(PROGRAMS[name])
+        json.dump(disk.done if disk else [], operations)
+        operations.close()
         return code
 
     return child(work)
@@ -102,10 +114,14 @@ def fork(
 ) -> tuple[Ended, list[str]]:
     """(how a program ended in a child, the operations on its disk if it came to its end)."""
     with tempfile.TemporaryDirectory() as place:
-        said = Path(place) / "said"
-        code = ended(start(name, words, said, disk, reports))
-        done = json.loads(said.with_suffix(".json").read_text() or "[]") if code >= 0 else []
-        return Ended(code, *(said.with_suffix(kind).read_text() for kind in (".out", ".err"))), done
+        output = Path(place) / "output"
+        code = ended(start(name, words, output, disk, reports))
+        operations = []
+        if code >= 0:
+            operations = json.loads(output.with_suffix(".json").read_text() or "[]")
+        out = output.with_suffix(".out").read_text()
+        err = output.with_suffix(".err").read_text()
+    return Ended(code, out, err), operations
 
 
 def deaths(words, place: Path, moments: Iterable[int]) -> Iterator[tuple[int, Path]]:
@@ -113,17 +129,19 @@ def deaths(words, place: Path, moments: Iterable[int]) -> Iterator[tuple[int, Pa
 
     Each of the `moments` (of a Walk), with a copy of `place` as a kill -9 leaves it there.
     """
-    left, said = (place.with_name(f"{place.name}-{what}") for what in ("left", "said"))
-    pid = start("train", [*words, f"--run.root={place / 'runs'}"], said, Walk(moments))
+    left = place.with_name(f"{place.name}-left")
+    output = place.with_name(f"{place.name}-said")
+    pid = start("train", [*words, f"--run.root={place / 'runs'}"], output, Walk(moments))
     try:
         for moment in sorted(moments):
-            stopped = os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
-            assert stopped, f"moment {moment} never came: {said.with_suffix('.err').read_text()}"
+            _, status = os.waitpid(pid, os.WUNTRACED)
+            err = output.with_suffix(".err").read_text()
+            assert os.WIFSTOPPED(status), f"moment {moment} never came: {err}"
             subprocess.run(["cp", "-a", place, left], check=True)  # what is linked stays linked
             yield moment, left
             shutil.rmtree(left)
             os.kill(pid, signal.SIGCONT)
-        assert ended(pid) == 0, said.with_suffix(".err").read_text()
+        assert ended(pid) == 0, output.with_suffix(".err").read_text()
     except BaseException:
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(pid, signal.SIGKILL)
@@ -133,27 +151,32 @@ def deaths(words, place: Path, moments: Iterable[int]) -> Iterator[tuple[int, Pa
 
 def spread(check: Callable[[object], None], points: Iterable) -> list[str]:
     """Check every point, in WORKERS children side by side; what failed, with the point."""
-    points, failed = [*points], []
+    points = list(points)
+    failures = []
     with tempfile.TemporaryDirectory() as place:
-        files = [Path(place) / str(i) for i in range(WORKERS)]
+        files = [Path(place) / str(worker) for worker in range(WORKERS)]
 
-        def share(i: int) -> None:
-            for point in points[i::WORKERS]:
+        def check_share(worker: int) -> None:
+            for point in points[worker::WORKERS]:
                 try:
                     check(point)
                 except BaseException:
-                    with files[i].open("a") as stream:
-                        print(json.dumps(f"{point}: {traceback.format_exc(limit=-3)}"), file=stream)
+                    failure = f"{point}: {traceback.format_exc(limit=-3)}"
+                    with files[worker].open("a") as stream:
+                        print(json.dumps(failure), file=stream)
 
-        codes = [ended(pid) for pid in [child(lambda i=i: share(i)) for i in range(WORKERS)]]
+        pids = [child(partial(check_share, worker)) for worker in range(WORKERS)]
+        codes = [ended(pid) for pid in pids]
         for file in files:
-            failed += (
-                [json.loads(line) for line in file.read_text().splitlines()]
-                if file.exists()
-                else []
-            )
-    assert not any(codes), codes
-    return failed
+            if file.exists():
+                failures += [json.loads(line) for line in file.read_text().splitlines()]
+    assert codes == [0] * WORKERS
+    return failures
+
+
+def check_none_failed(failures: list[str], points: Sequence) -> None:
+    """No point of `spread` failed; else the first three that did are shown."""
+    assert not failures, f"{len(failures)} of {len(points)}: " + "\n".join(failures[:3])
 
 
 # ---- comparing --------------------------------------------------------------------------------
@@ -166,11 +189,12 @@ def folders(run: Path) -> set[str]:
 
 def stages(run: Path) -> dict[str, tuple[int, int]]:
     """{path: (inode, time of last change)} of the files of all finished stages."""
-    files = [file for note in run.glob("[!.]*/*/stage.json") for file in note.parent.iterdir()]
-    return {
-        str(file.relative_to(run)): (file.lstat().st_ino, file.lstat().st_mtime_ns)
-        for file in files
-    }
+    identities = {}
+    for notes in run.glob("[!.]*/*/stage.json"):
+        for file in notes.parent.iterdir():
+            status = file.lstat()
+            identities[str(file.relative_to(run))] = (status.st_ino, status.st_mtime_ns)
+    return identities
 
 
 ORIGIN = ("linked_from",)  # which of several equal stages a stage was taken from
@@ -180,40 +204,39 @@ class Good:
     """An undisturbed run, and what another must have in common with it."""
 
     def __init__(self, run: Path):
-        self.contents, self.folders = contents(run, ORIGIN), folders(run)
+        self.contents = contents(run, ORIGIN)
+        self.folders = folders(run)
+        assert IN_PROGRESS_DIR not in self.folders
 
     def check(self, run: Path, before: dict) -> None:
-        """The run is bit-identical but for times, has nothing besides, and every stage that was
-        finished `before` is untouched.
+        """The run is bit-identical but for times, and has nothing besides.
+
+        Every stage that was finished `before` is untouched.
         """
         now = contents(run, ORIGIN)
-        assert [
-            n for n in now.keys() | self.contents.keys() if now.get(n, 0) != self.contents.get(n, 0)
-        ] == []
-        assert (
-            folders(run) == self.folders
-            and IN_PROGRESS_DIR not in self.folders
-            and {*FREE} <= now.keys()
-        )
-        kept = stages(run)
-        assert [name for name in before if before[name] != kept.get(name)] == []
+        names = now.keys() | self.contents.keys()
+        assert [name for name in names if now.get(name, 0) != self.contents.get(name, 0)] == []
+        assert now.keys() >= set(FREE)
+        assert folders(run) == self.folders
+        after = stages(run)
+        assert [name for name in before if before[name] != after.get(name)] == []
 
 
 def tree(place: Path) -> dict[str, bytes | None]:
     """{path: content, None of a folder} of everything below `place`."""
-    return {
-        str(path.relative_to(place)): path.read_bytes() if path.is_file() else None
-        for path in sorted(place.rglob("*"))
-    }
+    content = {}
+    for path in sorted(place.rglob("*")):
+        content[str(path.relative_to(place))] = path.read_bytes() if path.is_file() else None
+    return content
 
 
-def check_sentence(ended: Ended, *wanted: str) -> None:
-    """The program ended with one sentence, which says what is `wanted`."""
-    assert ended.code == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1, (
-        ended.code,
-        ended.err,
-    )
-    assert all(word in ended.err for word in wanted), ended.err
+def check_sentence(ended: Ended, *expected: str) -> None:
+    """The program ended with one sentence, which has the `expected` words."""
+    assert ended.code == 2, ended.err
+    assert ended.err.startswith("error: ")
+    assert ended.err.count("\n") == 1, ended.err
+    for words in expected:
+        assert words in ended.err
 
 
 # The stub made smaller: one teacher, one round, a few prompts, one optimiser step a stage, its

@@ -6,10 +6,12 @@ Mended to the same bits, or one sentence.
 import os
 import random
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from forks import Good, check_sentence, deaths, fork, spread, stages, tree
+from forks import Good, check_none_failed, check_sentence, deaths, fork, spread, stages, tree
 from runs import stages_of
 from shim import Disk
 
@@ -20,47 +22,98 @@ REMADE = ("env.json", "report.html", "eval/table.json", "metrics.jsonl")  # from
 GIVEN = ("log.txt", "config.toml")  # what stands there is in no other place
 
 
+# ---- kinds of damage ----------------------------------------------------------------------------
+
+
+def cut(file: Path, rng: random.Random) -> None:
+    size = rng.randrange(file.stat().st_size)
+    os.truncate(file, rng.choice([0, size]))
+
+
 def flip(file: Path, rng: random.Random) -> None:
     """One bit of a file."""
-    text, bit = bytearray(file.read_bytes()), rng.randrange(8 * file.stat().st_size)
-    text[bit // 8] ^= 1 << bit % 8
-    file.write_bytes(text)
+    content = bytearray(file.read_bytes())
+    bit = rng.randrange(8 * len(content))
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
 
 
-def replaced(file: Path, put) -> None:
-    """The file gives way to what `put` makes of its path."""
+def delete(file: Path, rng: random.Random) -> None:
     file.unlink()
-    put(file)
+
+
+def make_folder(file: Path, rng: random.Random) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def make_dangling_link(file: Path, rng: random.Random) -> None:
+    file.unlink()
+    file.symlink_to("nowhere")
+
+
+def move_outside(file: Path, rng: random.Random) -> None:
+    """The file lies beside the root of runs, where a link leads."""
+    root = next(folder for folder in file.parents if folder.name == "runs")
+    outside = root.parent / "outside"
+    shutil.move(file, outside)
+    file.symlink_to(outside)
 
 
 DAMAGES = {
-    "cut": lambda file, rng: os.truncate(file, rng.choice([0, rng.randrange(file.stat().st_size)])),
+    "cut": cut,
     "flipped": flip,
-    "deleted": lambda file, rng: file.unlink(),
-    "a folder": lambda file, rng: replaced(file, Path.mkdir),
-    "a dangling link": lambda file, rng: replaced(file, lambda path: path.symlink_to("nowhere")),
-    "a link out": lambda file, rng: (
-        shutil.copy(file, outside(file)),
-        replaced(file, lambda path: path.symlink_to(outside(file))),
-    ),
+    "deleted": delete,
+    "a folder": make_folder,
+    "a dangling link": make_dangling_link,
+    "a link out": move_outside,
 }
 
 
-def outside(file: Path) -> Path:
-    """A file beside the root of runs."""
-    return next(path for path in file.parents if path.name == "runs").parent / "outside"
+def remove(path: Path) -> None:
+    """A file, link or folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
-def kinds(run: Path, rng: random.Random) -> list[str]:
+# ---- finished stages and what lies beside them --------------------------------------------------
+
+
+def files_of_each_kind(run: Path, rng: random.Random) -> list[str]:
     """One file of each kind.
 
     By its name and the kind of its stage, or by its name beside the stages.
     """
-    found: dict[tuple, list[str]] = {}
-    for name, notes in stages_of(run).items():
+    files_by_kind: dict[tuple, list[str]] = {}
+    for stage, notes in stages_of(run).items():
         for file in [*notes["files"], "stage.json"]:
-            found.setdefault((notes["kind"], file), []).append(f"{name}/{file}")
-    return [rng.choice(files) for files in found.values()] + [*REMADE, *GIVEN]
+            kind = (notes["kind"], file)
+            files_by_kind.setdefault(kind, []).append(f"{stage}/{file}")
+    drawn = [rng.choice(files) for files in files_by_kind.values()]
+    return [*drawn, *REMADE, *GIVEN]
+
+
+def check_stages_untouched(before: dict, home: Path) -> None:
+    """Every file within a stage is as it was `before`, by its path below the home of the runs."""
+    now = tree(home)
+    for path, content in before.items():
+        if path.count("/") == 4:
+            assert now.get(path) == content, f"{path} was touched"
+
+
+def mend(run: Path, file: str, whole: Path) -> None:
+    """What the sentences ask for.
+
+    The damaged stage, or the file beside the stages, goes; settings are put back.
+    """
+    if file in REMADE or file in GIVEN:
+        remove(run / file)
+    else:
+        remove((run / file).parent)
+    if file == "config.toml":
+        shutil.copy(whole / file, run / file)
 
 
 def test_every_kind_of_file_damaged_in_every_way(small, scratch, seed, capsys):
@@ -70,104 +123,112 @@ def test_every_kind_of_file_damaged_in_every_way(small, scratch, seed, capsys):
     """
     words, whole = small
     good = Good(whole)
-    points = [(file, damage) for file in kinds(whole, random.Random(seed)) for damage in DAMAGES]
+    points = []
+    for file in files_of_each_kind(whole, random.Random(seed)):
+        for damage in DAMAGES:
+            points.append((file, damage))
 
     def check(point: tuple[str, str]) -> None:
-        (file, damage), rng = point, random.Random(f"{seed}/{point}")
+        file, damage = point
+        rng = random.Random(f"{seed}/{point}")
         home = scratch / f"{file.replace('/', '-')}-{damage}"
-        root, run, asked = (
-            home / "runs",
-            home / "runs/small",
-            [*words, f"--run.root={home / 'runs'}"],
-        )
+        root = home / "runs"
+        run = root / "small"
+        train_words = [*words, f"--run.root={root}"]
         shutil.copytree(whole, run)
         DAMAGES[damage](run / file, rng)
-        there, before = stages(run), tree(home)
+        finished = stages(run)
+        before = tree(home)
+
+        # Another run, which would take the damaged stage
         if file not in GIVEN and rng.random() < 0.25:  # to save time
-            beside, _ = fork("train", [*asked, "--run.name=beside"])
+            beside, _ = fork("train", [*train_words, "--run.name=beside"])
             assert beside.code == 0, beside.err
             good.check(root / "beside", {})
             shutil.rmtree(root / "beside")
-        seen, _ = fork("eval", [str(run)])
-        assert seen.code == 0 or check_sentence(seen, "error: ") is None
-        ended, _ = fork("train", asked)
-        if ended.code:
+
+        # A program that only reads
+        read, _ = fork("eval", [str(run)])
+        if read.code != 0:
+            check_sentence(read, "error: ")
+
+        # The run itself
+        ended, _ = fork("train", train_words)
+        if ended.code != 0:
             check_sentence(ended, str(run))
-            now = tree(home)
-            assert [
-                path for path in before if path.count("/") == 4 and before[path] != now.get(path)
-            ] == [], "no stage is touched"
+            check_stages_untouched(before, home)
             mend(run, file, whole)
-            ended, _ = fork("train", asked)
+            ended, _ = fork("train", train_words)
         assert ended.code == 0, ended.err
-        good.check(
-            run,
-            {
-                name: about
-                for name, about in there.items()
-                if Path(name).parent != Path(file).parent
-            },
-        )
+        undamaged = {}
+        for path, identity in finished.items():
+            if Path(path).parent != Path(file).parent:
+                undamaged[path] = identity
+        good.check(run, undamaged)
         shutil.rmtree(home)
 
-    failed = spread(check, points)
+    failures = spread(check, points)
     with capsys.disabled():
         print(f"\n{len(points)} damages to {len(points) // len(DAMAGES)} kinds of files")
-    assert not failed, f"{len(failed)} of {len(points)}: " + "\n".join(failed[:3])
+    check_none_failed(failures, points)
 
 
-def mend(run: Path, file: str, whole: Path) -> None:
-    """What the sentences ask for.
+# ---- unfinished stages --------------------------------------------------------------------------
 
-    The damaged stage, or the file beside the stages, goes; settings are put back.
-    """
-    place = run / file if file in REMADE + GIVEN else (run / file).parent
-    shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink(
-        missing_ok=True
-    )
-    if file == "config.toml":
-        shutil.copy(whole / file, place)
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A file that a kill left within an unfinished stage, and the root of the run that has it."""
+
+    root: Path
+    file: Path
+
+
+def killed_roots(words: list[str], scratch: Path, rng: random.Random) -> Iterator[Path]:
+    """Copies of the root of a run that was killed before 60 operations drawn at random."""
+    _, operations = fork("train", [*words, f"--run.root={scratch / 'counted'}"], Disk())
+    walk = scratch / "walk"
+    walk.mkdir()
+    moments = rng.sample(range(0, 2 * len(operations), 2), 60)
+    for moment, left in deaths(words, walk, moments):
+        if (left / "runs").exists():
+            yield shutil.copytree(left / "runs", scratch / f"cut{moment}", symlinks=True)
 
 
 def test_every_kind_of_unfinished_file_damaged_in_every_way(small, scratch, seed, capsys):
     """Shards of samples and states of training have no stage.json yet that tells of damage."""
     words, whole = small
-    good, rng = Good(whole), random.Random(seed)
-    _, done = fork("train", [*words, f"--run.root={scratch / 'counted'}"], Disk())
-    found: dict[str, Path] = {}
-    (scratch / "walk").mkdir()
-    moments = rng.sample(range(0, 2 * len(done), 2), 60)
-    for at, left in deaths(words, scratch / "walk", moments):
-        source = (
-            shutil.copytree(left / "runs", scratch / f"cut{at}", symlinks=True)
-            if (left / "runs").exists()
-            else left
-        )
-        for file in (source / "small" / IN_PROGRESS_DIR).rglob("*.*"):
-            found.update({file.name.split("-")[0]: file} if file.stat().st_size else {})
-    points = [(name, damage) for name in found for damage in DAMAGES]
+    good = Good(whole)
+    unfinished: dict[str, Unfinished] = {}  # by the first word of their name
+    for root in killed_roots(words, scratch, random.Random(seed)):
+        for file in (root / "small" / IN_PROGRESS_DIR).rglob("*.*"):
+            if file.stat().st_size:
+                kind = file.name.split("-")[0]
+                unfinished[kind] = Unfinished(root, file)
+    points = []
+    for kind in unfinished:
+        for damage in DAMAGES:
+            points.append((kind, damage))
 
     def check(point: tuple[str, str]) -> None:
-        name, damage = point
-        source = next(path for path in found[name].parents if path.name.startswith("cut"))
-        home = scratch / f"{name}-{damage}"
-        root, asked = home / "runs", [*words, f"--run.root={home / 'runs'}"]
+        kind, damage = point
+        source = unfinished[kind].root
+        root = scratch / f"{kind}-{damage}/runs"
+        train_words = [*words, f"--run.root={root}"]
         shutil.copytree(source, root)
-        damaged = root / found[name].relative_to(source)
+        damaged = root / unfinished[kind].file.relative_to(source)
         DAMAGES[damage](damaged, random.Random(f"{seed}/{point}"))
-        there = stages(root / "small")
-        ended, _ = fork("train", asked)
-        if ended.code:
+        finished = stages(root / "small")
+        ended, _ = fork("train", train_words)
+        if ended.code != 0:
             check_sentence(ended, str(damaged))
-            shutil.rmtree(
-                damaged
-            ) if damaged.is_dir() and not damaged.is_symlink() else damaged.unlink()
-            ended, _ = fork("train", asked)
+            remove(damaged)
+            ended, _ = fork("train", train_words)
         assert ended.code == 0, ended.err
-        good.check(root / "small", there)
+        good.check(root / "small", finished)
 
-    failed = spread(check, points)
+    failures = spread(check, points)
     with capsys.disabled():
-        print(f"\n{len(points)} damages to unfinished files: {', '.join(sorted(found))}")
-    assert not failed, f"{len(failed)} of {len(points)}: " + "\n".join(failed[:3])
-    assert {"state.safetensors", "block0"} <= found.keys()
+        print(f"\n{len(points)} damages to unfinished files: {', '.join(sorted(unfinished))}")
+    check_none_failed(failures, points)
+    assert unfinished.keys() >= {"state.safetensors", "block0"}

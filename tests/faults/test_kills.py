@@ -11,50 +11,71 @@ import time
 from pathlib import Path
 
 import pytest
-from forks import WORKERS, Good, deaths, ended, fork, spread, stages, start
+from forks import WORKERS, Good, check_none_failed, deaths, ended, fork, spread, stages, start
 from runs import write_stub
 from shim import Disk
 
 pytestmark = pytest.mark.faults
 
 
+def moments_of(operations: list[str], case: str, seed: int) -> list[int]:
+    """The moments (of a Walk) at which a run is killed: one in six of some of them."""
+    before = []
+    within = []
+    for number, operation in enumerate(operations):
+        if operation != "fsync":
+            before.append(2 * number)
+        if operation == "write":
+            within.append(2 * number + 1)
+    first = seed % 6
+    if case == "linked":
+        return before[first::6]
+    return before + within[first::6]
+
+
 @pytest.mark.parametrize("case", ["fresh", "again", "linked"])
 def test_a_kill_at_every_operation_of_a_run(small, scratch, case, seed, capsys):
-    """Of a run that begins and of one that was finished already, there also within a sixth of the
-    writes; and of one that takes all its stages from another run, at a sixth of them. A flush does
-    nothing that a kill could undo: to be killed before it is to be killed before what comes next.
+    """Of a run that begins, of one that was finished already, and of one that links all stages.
+
+    The first two also die within a sixth of the writes; the one that takes all its stages from
+    another run dies at a sixth of its operations. A flush does nothing that a kill could undo: to
+    be killed before it is to be killed before what comes next.
     """
     words, whole = small
     name = "other" if case == "linked" else "small"
-    words, places = [*words, f"--run.name={name}"], [scratch / str(i) for i in range(WORKERS)]
-    for place in [scratch / "good", *places]:
+    words = [*words, f"--run.name={name}"]
+    good_place = scratch / "good"
+    places = [scratch / str(worker) for worker in range(WORKERS)]
+    for place in [good_place, *places]:
         place.mkdir()
         if case != "fresh":
             shutil.copytree(whole.parent, place / "runs")
-    first, done = fork("train", [*words, f"--run.root={scratch / 'good/runs'}"], Disk())
-    assert first.code == 0, first.err
-    good, begun = Good(scratch / "good/runs" / name), time.monotonic()
-    operations = [2 * i for i, what in enumerate(done) if what != "fsync"]
-    within = [2 * i + 1 for i, what in enumerate(done) if what == "write"]
-    moments = operations[seed % 6 :: 6] if case == "linked" else operations + within[seed % 6 :: 6]
 
+    # Undisturbed, with its operations counted
+    first, operations = fork("train", [*words, f"--run.root={good_place / 'runs'}"], Disk())
+    assert first.code == 0, first.err
+    good = Good(good_place / "runs" / name)
+    moments = moments_of(operations, case, seed)
+    begun = time.monotonic()
+
+    # Killed, then gone on with
     def check(worker: int) -> None:
         for moment, left in deaths(words, places[worker], moments[worker::WORKERS]):
             try:
-                there = stages(left / "runs" / name)
+                finished = stages(left / "runs" / name)
                 again, _ = fork("train", [*words, f"--run.root={left / 'runs'}"])
                 assert again.code == 0, again.err
-                good.check(left / "runs" / name, there)
+                good.check(left / "runs" / name, finished)
             except BaseException as error:
-                error.add_note(f"killed at moment {moment}, {done[moment // 2]}")
+                error.add_note(f"killed at moment {moment}, {operations[moment // 2]}")
                 raise
 
-    failed = spread(check, range(WORKERS))
-    operations = f"{len(done)} operations with flushes"
+    failures = spread(check, range(WORKERS))
     seconds = time.monotonic() - begun
     with capsys.disabled():
-        print(f"\n{case}: {operations}, {len(moments)} kills, {seconds:.0f} s")
-    assert not failed, "\n".join(failed)
+        counted = f"{len(operations)} operations with flushes, {len(moments)} kills"
+        print(f"\n{case}: {counted}, {seconds:.0f} s")
+    check_none_failed(failures, range(WORKERS))
 
 
 # ---- random moments -----------------------------------------------------------------------------
@@ -62,13 +83,13 @@ def test_a_kill_at_every_operation_of_a_run(small, scratch, case, seed, capsys):
 METHODS = ["macpo", "spin", "self-rewarding", "rlaif", "rlcd"]
 
 
-def killed(name: str, words, said: Path, seconds: float) -> bool:
-    """Whether a program was killed so many seconds after its beginning; False: it had ended."""
-    pid = start(name, words, said, reports=True)
+def is_killed(words, output: Path, seconds: float) -> bool:
+    """Whether train.py was killed so many seconds after its beginning; False: it had ended."""
+    pid = start("train", words, output, reports=True)
     time.sleep(seconds)
     os.kill(pid, signal.SIGKILL)
     code = ended(pid)
-    assert code in (0, -signal.SIGKILL), said.with_suffix(".err").read_text()
+    assert code in (0, -signal.SIGKILL), output.with_suffix(".err").read_text()
     return code != 0
 
 
@@ -77,46 +98,49 @@ def test_kills_at_random_moments_of_all_methods(scratch, seed, capsys):
 
     Two teachers, two rounds, reports.
     """
-    words, good, lasted = (
-        [
-            write_stub(scratch),
-            "--run.name=x",
-            "--generate.max_new_tokens=4",
-            "--eval.bootstrap=2",
-            "--pretrain.batch=4",
-        ],
-        {},
-        {},
-    )
+    words = [
+        write_stub(scratch),
+        "--run.name=x",
+        "--generate.max_new_tokens=4",
+        "--eval.bootstrap=2",
+        "--pretrain.batch=4",
+    ]
+
+    # Undisturbed
+    good = {}
+    durations = {}
     for method in METHODS:
         begun = time.monotonic()
-        whole, _ = fork(
-            "train", [*words, f"--method={method}", f"--run.root={scratch / method}"], reports=True
-        )
+        method_words = [*words, f"--method={method}", f"--run.root={scratch / method}"]
+        whole, _ = fork("train", method_words, reports=True)
         assert whole.code == 0, whole.err
-        good[method], lasted[method] = Good(scratch / method / "x"), time.monotonic() - begun
+        good[method] = Good(scratch / method / "x")
+        durations[method] = time.monotonic() - begun
 
+    # Killed four times, then gone on with
     def check(point: int) -> None:
-        rng, root, method = (
-            random.Random(f"{seed}/{point}"),
-            scratch / str(point),
-            METHODS[point % len(METHODS)],
-        )
-        asked, there = [*words, f"--method={method}", f"--run.root={root}"], {}
+        rng = random.Random(f"{seed}/{point}")
+        root = scratch / str(point)
+        method = METHODS[point % len(METHODS)]
+        method_words = [*words, f"--method={method}", f"--run.root={root}"]
+        finished = {}
         for _ in range(4):
-            if killed("train", asked, scratch / f"said{point}", rng.random() * lasted[method] / 2):
-                (scratch / f"killed{point}").open("a").write("x")
+            seconds = rng.random() * durations[method] / 2
+            if is_killed(method_words, scratch / f"said{point}", seconds):
+                with (scratch / f"killed{point}").open("a") as counter:
+                    counter.write("x")
             now = stages(root / "x")
-            assert there.items() <= now.items()
-            there = now
-        again, _ = fork("train", asked, reports=True)
+            assert finished.items() <= now.items()
+            finished = now
+        again, _ = fork("train", method_words, reports=True)
         assert again.code == 0, again.err
-        good[method].check(root / "x", there)
+        good[method].check(root / "x", finished)
         shutil.rmtree(root)
 
-    failed = spread(check, range(5 * len(METHODS)))
-    kills = sum(file.stat().st_size for file in scratch.glob("killed*"))
+    points = range(5 * len(METHODS))
+    failures = spread(check, points)
+    kills = sum(counter.stat().st_size for counter in scratch.glob("killed*"))
     with capsys.disabled():
         print(f"\n{kills} kills at random moments of {len(METHODS)} methods")
-    assert not failed, "\n".join(failed[:3])
+    check_none_failed(failures, points)
     assert kills >= 80

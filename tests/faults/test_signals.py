@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import tqdm.std
-from forks import Good, check_sentence, ended, fork, spread, stages, start
-from runs import Ended, differences, spawn, write_stub
+from forks import Good, check_none_failed, check_sentence, ended, fork, spread, stages, start
+from runs import Ended, differences, spawn, stages_of, write_stub
 from shim import Disk
 
 from minmacpo.runtime.progress import RESUMES
@@ -19,21 +19,31 @@ pytestmark = pytest.mark.faults
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
-def check_stopped(stopped: Ended, number: signal.Signals, told: Path) -> None:
+def check_stopped(stopped: Ended, number: signal.Signals, log: Path) -> None:
     """It said so, or died before the run began to listen, or had no more work to stop.
 
-    Which of them is added to `told`.
+    Which of them is added to `log`.
     """
-    codes = {128 + number: f"\nstopped; {RESUMES}\n", -number: "", 0: ""}
-    assert stopped.code in codes and stopped.err == codes[stopped.code], (stopped.code, stopped.err)
-    with told.open("a") as stream:
+    messages = {128 + number: f"\nstopped; {RESUMES}\n", -number: "", 0: ""}
+    assert stopped.code in messages, stopped.err
+    assert stopped.err == messages[stopped.code]
+    with log.open("a") as stream:
         stream.write("stopped\n" if stopped.code > 128 else "other\n")
 
 
-def check_most_stopped(told: Path) -> None:
+def check_most_stopped(log: Path) -> None:
     """Most of the points that were told came while a run was at work, and ended it."""
-    said = told.read_text().split()
-    assert said.count("stopped") > len(said) / 2 > 10, said
+    endings = log.read_text().split()
+    assert len(endings) > 20, endings
+    assert endings.count("stopped") > len(endings) / 2, endings
+
+
+def check_goes_on(words: list[str], root: Path, good: Good) -> None:
+    """The same words end with the same bits, and what was finished already is not made again."""
+    finished = stages(root / "small")
+    again, _ = fork("train", [*words, f"--run.root={root}"])
+    assert again.code == 0, again.err
+    good.check(root / "small", finished)
 
 
 def test_a_signal_at_many_operations(small, scratch, seed):
@@ -42,69 +52,74 @@ def test_a_signal_at_many_operations(small, scratch, seed):
     The run stops at the next good moment, and goes on later.
     """
     words, whole = small
-    good, rng, told = Good(whole), random.Random(seed), scratch / "told"
-    _, done = fork("train", [*words, f"--run.root={scratch / 'counted'}"], Disk())
-    points = [(number, at) for number in SIGNALS for at in rng.sample(range(len(done)), 20)]
+    good = Good(whole)
+    rng = random.Random(seed)
+    log = scratch / "told"
+    _, operations = fork("train", [*words, f"--run.root={scratch / 'counted'}"], Disk())
+    points = []
+    for number in SIGNALS:
+        for at in rng.sample(range(len(operations)), 20):
+            points.append((number, at))
 
     def check(point: tuple[signal.Signals, int]) -> None:
-        root = scratch / f"{point[0].name}{point[1]}"
-        stopped, _ = fork("train", [*words, f"--run.root={root}"], Disk(*point))
-        check_stopped(stopped, point[0], told)
-        there = stages(root / "small")
-        again, _ = fork("train", [*words, f"--run.root={root}"])
-        assert again.code == 0, again.err
-        good.check(root / "small", there)
+        number, at = point
+        root = scratch / f"{number.name}{at}"
+        stopped, _ = fork("train", [*words, f"--run.root={root}"], Disk(number, at))
+        check_stopped(stopped, number, log)
+        check_goes_on(words, root, good)
 
-    failed = spread(check, points)
-    assert not failed, f"{len(failed)} of {len(points)}: " + "\n".join(failed[:3])
-    check_most_stopped(told)
+    failures = spread(check, points)
+    check_none_failed(failures, points)
+    check_most_stopped(log)
 
 
 def test_a_second_signal_acts_at_once(small, scratch, seed):
     """At any moment, also within the writing of a file."""
     words, whole = small
-    good, told = Good(whole), scratch / "told"
+    good = Good(whole)
+    log = scratch / "told"
 
     def check(point: int) -> None:
-        rng, root, said = (
-            random.Random(f"{seed}/{point}"),
-            scratch / str(point),
-            scratch / f"said{point}",
-        )
-        pid, number = start("train", [*words, f"--run.root={root}"], said), rng.choice(SIGNALS)
+        rng = random.Random(f"{seed}/{point}")
+        root = scratch / str(point)
+        output = scratch / f"said{point}"
+        pid = start("train", [*words, f"--run.root={root}"], output)
+        number = rng.choice(SIGNALS)
         time.sleep(0.1 + rng.random() * 0.5)
         for _ in range(2):
             os.kill(pid, number)
             time.sleep(rng.random() * 0.01)
-        check_stopped(Ended(ended(pid), "", said.with_suffix(".err").read_text()), number, told)
-        there = stages(root / "small") if (root / "small").exists() else {}
-        again, _ = fork("train", [*words, f"--run.root={root}"])
-        assert again.code == 0, again.err
-        good.check(root / "small", there)
+        code = ended(pid)
+        err = output.with_suffix(".err").read_text()
+        check_stopped(Ended(code, "", err), number, log)
+        check_goes_on(words, root, good)
 
-    failed = spread(check, range(40))
-    assert not failed, f"{len(failed)}: " + "\n".join(failed[:3])
-    check_most_stopped(told)
+    failures = spread(check, range(40))
+    check_none_failed(failures, range(40))
+    check_most_stopped(log)
 
 
 def test_three_processes_that_start_on_one_folder(small, scratch, seed):
     """One works, the others say so and touch nothing; or they come after it, and find all done."""
     words, whole = small
-    good, rng, shut_out = Good(whole), random.Random(seed), 0
+    good = Good(whole)
+    rng = random.Random(seed)
+    shut_out = 0
     for attempt in range(10):
-        root, said = scratch / str(attempt), [scratch / f"said{attempt}-{i}" for i in range(3)]
+        root = scratch / str(attempt)
+        outputs = [scratch / f"said{attempt}-{number}" for number in range(3)]
         pids = []
-        for name in said:
-            pids.append(start("train", [*words, f"--run.root={root}"], name))
+        for output in outputs:
+            pids.append(start("train", [*words, f"--run.root={root}"], output))
             time.sleep(rng.random() * 0.03)
-        found = [
-            Ended(ended(pid), "", name.with_suffix(".err").read_text())
-            for pid, name in zip(pids, said, strict=True)
-        ]
-        assert any(one.code == 0 for one in found)
-        for one in (one for one in found if one.code):
-            check_sentence(one, "another process works on this run")
-            shut_out += 1
+
+        codes = [ended(pid) for pid in pids]
+        for code, output in zip(codes, outputs, strict=True):
+            if code != 0:
+                err = output.with_suffix(".err").read_text()
+                check_sentence(Ended(code, "", err), "another process works on this run")
+                shut_out += 1
+        assert 0 in codes
         good.check(root / "small", {})
     assert shut_out > 5
 
@@ -116,23 +131,32 @@ class Clock:
 
     def install(self) -> None:
         now = iter(range(200_000, -(10**9), -3571))
-        time.time = tqdm.std.time = lambda: float(next(now))
+        time.time = lambda: float(next(now))
+        tqdm.std.time = time.time
 
 
 def test_a_clock_that_is_set_back(small, scratch):
     """Nothing depends on it but what it is for; how long a stage took is not below zero."""
     words, whole = small
+    good = Good(whole)
+    run = scratch / "small"
     ran, _ = fork("train", [*words, f"--run.root={scratch}"], Clock(), reports=True)
-    assert ran.code == 0 and "Traceback" not in ran.err, ran.err
-    Good(whole).check(scratch / "small", {})
-    notes = [json.loads(file.read_text()) for file in scratch.glob("small/*/*/stage.json")]
-    assert (
-        all(note["seconds"] >= 0 for note in notes) and min(note["started"] for note in notes) < 0
-    )
-    assert fork("eval", [str(scratch / "small")])[0].out == fork("eval", [str(whole)])[0].out
-    there = stages(scratch / "small")
-    assert fork("train", [*words, f"--run.root={scratch}"], reports=True)[0].code == 0
-    Good(whole).check(scratch / "small", there)
+    assert ran.code == 0, ran.err
+    assert "Traceback" not in ran.err
+    good.check(run, {})
+
+    notes = stages_of(run).values()
+    assert min(note["seconds"] for note in notes) >= 0
+    assert min(note["started"] for note in notes) < 0
+
+    # Programs that see the right time again
+    table, _ = fork("eval", [str(run)])
+    good_table, _ = fork("eval", [str(whole)])
+    assert table.out == good_table.out
+    finished = stages(run)
+    again, _ = fork("train", [*words, f"--run.root={scratch}"], reports=True)
+    assert again.code == 0, again.err
+    good.check(run, finished)
 
 
 def test_two_runs_are_the_same_bytes_and_env_json_says_what_may_differ(scratch):
@@ -142,20 +166,21 @@ def test_two_runs_are_the_same_bytes_and_env_json_says_what_may_differ(scratch):
         {"PYTHONHASHSEED": "2", "TZ": "Asia/Tokyo", "LC_ALL": "C.UTF-8"},
     ]
     processes = []
-    for number, around in enumerate(surroundings):
+    runs = []
+    for number, variables in enumerate(surroundings):
         place = scratch / f"place{number}"
         write_stub(place)
-        processes.append(
-            spawn("train", "@stub.toml", "--run.root=runs", cwd=place, env=os.environ | around)
-        )
+        environment = os.environ | variables
+        process = spawn("train", "@stub.toml", "--run.root=runs", cwd=place, env=environment)
+        processes.append(process)
+        runs.append(place / "runs/stub")
     for process in processes:
         _, err = process.communicate()
         assert process.returncode == 0, err
-    one, two = (scratch / f"place{number}/runs/stub" for number in (0, 1))
-    assert differences(one, two) == []
-    environments = [json.loads((run / "env.json").read_text()) for run in (one, two)]
-    assert environments[0] == environments[1]
-    assert environments[0].keys() >= {
+    assert differences(*runs) == []
+    first, second = (json.loads((run / "env.json").read_text()) for run in runs)
+    assert first == second
+    assert first.keys() >= {
         "minmacpo",
         "commit",
         "python",
