@@ -1,26 +1,37 @@
 """eval.py ppl and accuracy: the numbers of transformers and PEFT, and what becomes of every row."""
 
 import json
+from dataclasses import dataclass
 
 import checks
 import numpy as np
 import pytest
 from runs import invoke, rows_of
-from test_bad_input import check_sentence, tree
+from test_bad_input import check_sentence, refused
 
 from minmacpo.evaluation.bootstrap import estimate_ratio
+from minmacpo.runtime.files import write_rows
 
 
 def measured(command, *words) -> dict:
+    """What eval.py ppl or accuracy says, as JSON."""
     ended = invoke("eval", command, *words, "--json")
     assert ended.code == 0, ended.err
     return json.loads(ended.out)
 
 
-def logps(model, base, rows, side) -> tuple[np.ndarray, np.ndarray]:
-    """(log-probabilities, lengths) of the answers by somebody else's model."""
-    made = [checks.row_of(base, row["prompt"], row[side]) for row in rows]
-    return np.array(checks.scored(model, made)), np.array([count for _, count in made])
+@dataclass(frozen=True)
+class Answers:
+    """Log-probabilities and lengths in tokens of one column, by somebody else's model."""
+
+    logps: np.ndarray
+    tokens: np.ndarray
+
+
+def answers_under(model, base, rows, column) -> Answers:
+    spans = [checks.row_of(base, row["prompt"], row[column]) for row in rows]
+    counts = [count for _, count in spans]
+    return Answers(np.array(checks.scored(model, spans)), np.array(counts))
 
 
 @pytest.fixture
@@ -30,61 +41,71 @@ def file(tiny):
 
 @pytest.mark.parametrize("name", ["round2/student_pos", "bases/strong"])
 def test_perplexity_is_that_of_transformers(tiny, file, name):
-    base, rows = tiny / "bases/strong", rows_of(file)
-    model = (
-        checks.plain_model(base)
-        if name.startswith("bases")
-        else checks.peft_model(base, tiny / name)
-    )
-    logp, tokens = logps(model, base, rows, "chosen")
-    found = measured("ppl", tiny / name, file)
+    base = tiny / "bases/strong"
+    rows = rows_of(file)
+    if name == "bases/strong":
+        model = checks.plain_model(base)
+    else:
+        model = checks.peft_model(base, tiny / name)
+    answers = answers_under(model, base, rows, "chosen")
+    logp = answers.logps.sum()
+    texts = "".join(row["chosen"] for row in rows)
     sizes = {
-        "": tokens.sum(),
-        "_char": sum(len(r["chosen"]) for r in rows),
-        "_byte": sum(len(r["chosen"].encode()) for r in rows),
+        "perplexity": answers.tokens.sum(),
+        "perplexity_char": len(texts),
+        "perplexity_byte": len(texts.encode()),
     }
+
+    result = measured("ppl", tiny / name, file)
+    assert result["tokens"] == answers.tokens.sum()
+    assert result["rows"] == {"read": len(rows), "kept": len(rows)}
     for unit, size in sizes.items():
-        assert found[f"perplexity{unit}"] == pytest.approx(np.exp(-logp.sum() / size), rel=1e-5)
-        low, high = found[f"perplexity{unit}_interval"]
-        assert low < found[f"perplexity{unit}"] < high
-    assert found["tokens"] == tokens.sum() and found["rows"] == {
-        "read": len(rows),
-        "kept": len(rows),
-    }
+        assert result[unit] == pytest.approx(np.exp(-logp / size), rel=1e-5)
+        low, high = result[f"{unit}_interval"]
+        assert low < result[unit] < high
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Of every pair: how much more a model likes the chosen than the rejected answer."""
+
+    summed: np.ndarray
+    per_token: np.ndarray
+
+
+def margins_under(model, base, rows) -> Margins:
+    chosen = answers_under(model, base, rows, "chosen")
+    rejected = answers_under(model, base, rows, "rejected")
+    per_token = chosen.logps / chosen.tokens - rejected.logps / rejected.tokens
+    return Margins(chosen.logps - rejected.logps, per_token)
 
 
 def test_accuracy_is_that_of_peft_against_its_base(tiny, file):
-    base, rows, adapter = tiny / "bases/strong", rows_of(file), tiny / "round2/student_pos"
-    found = measured("accuracy", tiny, file, "--dpo.beta=0.3")  # the run: its last student
-    assert found["agent"] == str(adapter) and found["base"].endswith("bases/strong")
-    margins = {}
-    for who, model in (
-        ("own", checks.peft_model(base, adapter)),
-        ("base", checks.plain_model(base)),
-    ):
-        (good, long), (bad, short) = (
-            logps(model, base, rows, side) for side in ("chosen", "rejected")
-        )
-        margins[who] = good - bad, good / long - bad / short
-    wanted = {
-        "summed": margins["own"][0],
-        "per_token": margins["own"][1],
-        "reward": 0.3 * (margins["own"][0] - margins["base"][0]),
+    base = tiny / "bases/strong"
+    adapter = tiny / "round2/student_pos"
+    rows = rows_of(file)
+    own = margins_under(checks.peft_model(base, adapter), base, rows)
+    of_base = margins_under(checks.plain_model(base), base, rows)
+    margins = {
+        "summed": own.summed,
+        "per_token": own.per_token,
+        "reward": 0.3 * (own.summed - of_base.summed),
     }
-    for kind, margin in wanted.items():
-        assert found[f"{kind}_accuracy"] == pytest.approx(np.mean(margin > 0))
-        assert found[f"{kind}_margin"] == pytest.approx(margin.mean(), abs=1e-4)
-    plain = measured("accuracy", base, file)
-    assert (
-        plain["summed_margin"] == pytest.approx(margins["base"][0].mean(), abs=1e-4)
-        and "reward_accuracy" not in plain
-    )
-    table = next(
-        r
-        for r in json.loads((tiny / "eval/table.json").read_text())["rows"]
-        if r["agent"] == "student" and r["round"] == 2
-    )
-    assert table["accuracy"] == pytest.approx(found["reward_accuracy"])
+
+    result = measured("accuracy", tiny, file, "--dpo.beta=0.3")  # the run: its last student
+    assert result["agent"] == str(adapter)
+    assert result["base"].endswith("bases/strong")
+    for kind, margin in margins.items():
+        assert result[f"{kind}_accuracy"] == pytest.approx(np.mean(margin > 0))
+        assert result[f"{kind}_margin"] == pytest.approx(margin.mean(), abs=1e-4)
+
+    base_result = measured("accuracy", base, file)
+    assert base_result["summed_margin"] == pytest.approx(of_base.summed.mean(), abs=1e-4)
+    assert "reward_accuracy" not in base_result
+
+    table = json.loads((tiny / "eval/table.json").read_text())["rows"]
+    (entry,) = (row for row in table if (row["agent"], row["round"]) == ("student", 2))
+    assert entry["accuracy"] == pytest.approx(result["reward_accuracy"])
 
 
 def test_rows_without_what_is_needed_are_counted(stub, place):
@@ -93,19 +114,24 @@ def test_rows_without_what_is_needed_are_counted(stub, place):
         {"prompt": "same ?", "response": ["x", "x"]},
         {"prompt": "far " * 200, "response": ["a", "b"]},
     ]
-    (place / "f.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows(place / "f.jsonl", rows)
     agent = stub / "round1/student_pos"
-    found = measured("ppl", agent, "f.jsonl")
-    assert found["rows"] == {"read": 5, "kept": 3, "identical answers": 1, "over-long prompt": 1}
-    assert (found["characters"], found["bytes"]) == (15, 18) and "⟦" in found["first_row"]
+
+    result = measured("ppl", agent, "f.jsonl")
+    assert result["rows"] == {"read": 5, "kept": 3, "identical answers": 1, "over-long prompt": 1}
+    assert result["characters"] == 15
+    assert result["bytes"] == 18
+    assert "⟦" in result["first_row"]
     cut = measured("accuracy", agent, "f.jsonl", "--data.truncation_mode=cut_prompt")
     assert cut["rows"] == {"read": 5, "kept": 4, "identical answers": 1, "prompt cut": 1}
-    words = invoke("eval", "accuracy", agent, "f.jsonl").out
-    assert (
-        "5 rows, 4 kept; 1 identical answers (first in line 4)" in words
-        and "reward_margin" in words
-    )
-    (place / "one.jsonl").write_text(json.dumps({"prompt": "a ?", "response": "b"}))
+    out = invoke("eval", "accuracy", agent, "f.jsonl").out
+    assert "5 rows, 4 kept; 1 identical answers (first in line 4)" in out
+    assert "reward_margin" in out
+
+
+def test_a_row_without_a_rejected_answer_has_a_perplexity_alone(stub, place):
+    agent = stub / "round1/student_pos"
+    write_rows(place / "one.jsonl", [{"prompt": "a ?", "response": "b"}])
     assert measured("ppl", agent, "one.jsonl")["rows"] == {"read": 1, "kept": 1}
     ended = invoke("eval", "accuracy", agent, "one.jsonl")
     check_sentence(ended.code, ended.err)
@@ -113,40 +139,50 @@ def test_rows_without_what_is_needed_are_counted(stub, place):
     assert "max_length" not in ended.err
 
 
-def test_labels_of_pku_and_limits_of_length(stub, place):
-    row = {"prompt": "where ?", "response_0": "short .", "response_1": "a longer one here ."}
-    rows = [row | {"better_response_id": 0, "safer_response_id": 1}] * 2
-    (place / "f.json").write_text(json.dumps(rows))
-    base = stub / "bases/strong"
-    sizes = [
-        measured("ppl", base, "f.json", f"--data.preference_label={label}")["characters"]
-        for label in ("better", "safer")
-    ]
-    assert sizes == [14, 38]
-    assert (
-        "3 tokens" not in (err := invoke("eval", "ppl", base, "f.json", "--data.max_length=3").err)
-        and "over-long" in err
-    )
-    assert (
-        invoke(
-            "eval", "ppl", base, "f.json", "--data.max_length=3", "--data.truncation_mode=raise"
-        ).code
-        == 2
-    )
-    assert measured("ppl", base, "f.json", "--data.template=plain")["template"] == "plain"
+@pytest.fixture
+def pku_file(place):
+    """Two equal rows in the format of PKU-SafeRLHF."""
+    row = {
+        "prompt": "where ?",
+        "response_0": "short .",
+        "response_1": "a longer one here .",
+        "better_response_id": 0,
+        "safer_response_id": 1,
+    }
+    (place / "f.json").write_text(json.dumps([row, row]))
+    return place / "f.json"
+
+
+@pytest.mark.parametrize(("label", "characters"), [("better", 14), ("safer", 38)])
+def test_labels_of_pku(stub, pku_file, label, characters):
+    word = f"--data.preference_label={label}"
+    assert measured("ppl", stub / "bases/strong", pku_file, word)["characters"] == characters
+
+
+def test_limits_of_length(stub, pku_file):
+    words = ["ppl", stub / "bases/strong", pku_file]
+    err = invoke("eval", *words, "--data.max_length=3").err
+    assert "3 tokens" not in err
+    assert "over-long" in err
+    raising = invoke("eval", *words, "--data.max_length=3", "--data.truncation_mode=raise")
+    assert raising.code == 2
+    assert measured(*words, "--data.template=plain")["template"] == "plain"
 
 
 def test_the_interval_covers_the_ratio_as_often_as_it_says():
     """Over prompts: rows of one prompt are no evidence of their own."""
-    rng, hits = np.random.default_rng(0), 0
+    rng = np.random.default_rng(0)
+    prompts = [str(row // 4) for row in range(200)]
+    hits = 0
     for _ in range(200):
         means = np.repeat(rng.normal(1, 0.5, 50), 4)
-        size = rng.integers(1, 20, 200)
-        tops = size * (means + rng.normal(0, 0.1, 200))
-        found = estimate_ratio(tops, size, [str(i // 4) for i in range(200)], 300)
-        low, high = found.interval
-        assert low <= found.value <= high
-        hits += low <= 1 <= high
+        sizes = rng.integers(1, 20, 200)
+        sums = sizes * (means + rng.normal(0, 0.1, 200))
+        ratio = estimate_ratio(sums, sizes, prompts, 300)
+        low, high = ratio.interval
+        assert low <= ratio.value <= high
+        if low <= 1 <= high:
+            hits += 1
     assert 0.88 <= hits / 200 <= 0.99
 
 
@@ -169,15 +205,9 @@ def test_the_interval_covers_the_ratio_as_often_as_it_says():
     ],
 )
 def test_bad_input(stub, place, words, says):
-    files = {
-        "good": b'{"prompt": "a", "response": ["b", "c"]}',
-        "bad": b"{",
-        "latin": b"\xe9",
-        "prompts": b'{"prompt": "a"}',
-    }
-    for name, text in files.items():
-        (place / f"{name}.jsonl").write_bytes(text + b"\n")
-    before = tree(place)
-    ended = invoke("eval", *(word.replace("RUN", str(stub)) for word in words))
-    check_sentence(ended.code, ended.err)
-    assert says in ended.err and tree(place) == before
+    (place / "good.jsonl").write_text('{"prompt": "a", "response": ["b", "c"]}\n')
+    (place / "bad.jsonl").write_text("{\n")
+    (place / "latin.jsonl").write_bytes(b"\xe9\n")
+    (place / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    words = [word.replace("RUN", str(stub)) for word in words]
+    assert says in refused(place, *words, program="eval")
