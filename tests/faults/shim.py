@@ -31,6 +31,7 @@ CALLS = {
     "ftruncate": False,
 }
 ROOM = {name for name, room in CALLS.items() if room} | {"open", "write"}
+NAMING = ("mkdir", "link", "replace", "rename")  # their errors name their first path
 
 
 class Disk:
@@ -42,7 +43,9 @@ class Disk:
     """
 
     def __init__(self, fault: str | signal.Signals = "", at: int = -1):
-        self.fault, self.at, self.done = fault, at, []
+        self.fault = fault
+        self.at = at
+        self.done: list[str] = []
 
     def before(self, name: str, *path) -> None:
         """What happens before an operation of this name."""
@@ -50,8 +53,11 @@ class Disk:
         self.done.append(name)
         if isinstance(self.fault, signal.Signals) and number == self.at:
             os.kill(os.getpid(), self.fault)
-        if self.fault == "full" and name in ROOM and number + (name != "write") > self.at:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *path)
+        if self.fault == "full" and name in ROOM:
+            # Half of the first write that has no room gets through
+            is_first_write = name == "write" and number == self.at
+            if number >= self.at and not is_first_write:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *path)
 
     def write(self, put, data) -> int:
         """A write of `data` by `put`, which may get through in part."""
@@ -73,14 +79,17 @@ class Disk:
         """The function `real` of os, counted."""
 
         def call(*args, **options):
-            idle = (
-                gone(*args, **options)
-                if name in ("unlink", "remove")
-                else name == "mkdir" and os.path.lexists(args[0])
-            )
-            if not idle:
-                self.before(name, *args[: name in ("mkdir", "link", "replace", "rename")])
-            return None if name == "fsync" else real(*args, **options)
+            changes_nothing = False
+            if name in ("unlink", "remove"):
+                changes_nothing = is_gone(*args, **options)
+            elif name == "mkdir":
+                changes_nothing = os.path.lexists(args[0])
+            if not changes_nothing:
+                named_in_errors = args[:1] if name in NAMING else ()
+                self.before(name, *named_in_errors)
+            if name == "fsync":
+                return None
+            return real(*args, **options)
 
         return call
 
@@ -97,25 +106,29 @@ class Disk:
             closefd=True,
             opener=None,
         ):
-            apart = isinstance(file, int) or re.match("/proc/|/dev/(?!shm/)", str(file))
-            if apart or not {*mode} & {*"wax+"}:
+            is_uncounted = isinstance(file, int) or re.match("/proc/|/dev/(?!shm/)", str(file))
+            if is_uncounted or not set(mode) & set("wax+"):
                 return real(file, mode, buffering, encoding, errors, newline, closefd, opener)
-            assert mode.replace("a+", "a").replace("w+", "w").isalpha() and buffering == -1, (
-                "the shim knows no such file"
-            )
+            assert buffering == -1, "the shim knows no such file"
+            known_mode = mode.replace("a+", "a").replace("w+", "w")
+            assert known_mode.isalpha(), "the shim knows no such file"
             self.before("open", file)
-            kind = io.BufferedRandom if "w+" in mode else io.BufferedWriter
-            buffer = kind(File(self, file, mode.replace("b", "").replace("t", ""), opener))
-            return buffer if "b" in mode else io.TextIOWrapper(buffer, encoding, errors, newline)
+            raw = File(self, file, mode.replace("b", "").replace("t", ""), opener)
+            buffer = io.BufferedRandom(raw) if "w+" in mode else io.BufferedWriter(raw)
+            if "b" in mode:
+                return buffer
+            return io.TextIOWrapper(buffer, encoding, errors, newline)
 
         return opened
 
 
 class Walk(Disk):
-    """A disk on which a program dies many times and lives on: at each of the `moments` a twin, with
-    the same memory and open files, is killed with kill -9, and the program stands still (SIGSTOP)
-    until what is there then has been copied. It need not begin anew for each of them. Moment 2i is
-    before operation i, 2i + 1 is within it, if it is a write: half of that is there.
+    """A disk on which a program dies many times and lives on.
+
+    At each of the `moments` a twin, with the same memory and open files, is killed with kill -9,
+    and the program stands still (SIGSTOP) until what is there then has been copied. It need not
+    begin anew for each of them. Moment 2i is before operation i, 2i + 1 is within it, if it is a
+    write: half of that is there.
     """
 
     def __init__(self, moments: Iterable[int]):
@@ -134,11 +147,13 @@ class Walk(Disk):
 
     def die(self, moment: int) -> None:
         """A twin's death, if one is due."""
-        if moment in self.moments:
-            if not (twin := os.fork()):
-                os.kill(os.getpid(), signal.SIGKILL)
-            os.waitpid(twin, 0)
-            os.kill(os.getpid(), signal.SIGSTOP)
+        if moment not in self.moments:
+            return
+        twin = os.fork()
+        if twin == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(twin, 0)
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 class File(io.FileIO):
@@ -156,7 +171,7 @@ class File(io.FileIO):
         return super().truncate(size)
 
 
-def gone(path, *, dir_fd=None) -> bool:
+def is_gone(path, *, dir_fd=None) -> bool:
     """Whether there is nothing under this name."""
     try:
         os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
