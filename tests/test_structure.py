@@ -32,7 +32,8 @@ KNOWN: set[tuple[str, str]] = set()
 
 PROGRAMS = ["train", "sample", "eval"]
 THIRD_PARTY = {"torch", "safetensors", "sentencepiece", "numpy", "tqdm"}
-OPTIONAL = {"tokenizers": "data.tokenizer_json"}  # imported where they are used, by one module
+# Imported where they are used, by one module.
+OPTIONAL = {"tokenizers": "data.tokenizer_json", "pyarrow": "data.parquet"}
 NETWORK = {"urllib", "http", "socket", "requests", "ssl", "ftplib"}
 PICKLES = {"pickle", "marshal", "shelve", "dill"}
 CODE_FROM_DATA = {

@@ -49,10 +49,15 @@ from minmacpo.data.dialogues import (
     parse_messages,
     parse_text,
 )
+from minmacpo.data.file_kinds import conversion, kind_by_name
+from minmacpo.data.parquet import read_parquet
 from minmacpo.data.readers import (
     ENDINGS,
+    check_kind,
+    files_left_aside,
     find_files,
     is_array,
+    is_parquet,
     read_array,
     read_lines,
     split_pair_paths,
@@ -130,7 +135,8 @@ class LoadReport:
     first: dict[str, int] = field(default_factory=dict)  # {reason to drop a row: first row}
     unread: Counter = field(default_factory=Counter)  # {column that is not used: rows}
     joined: Counter = field(default_factory=Counter)  # {what became of labelled answers: rows}
-    unit: str = "line"  # or "row", of an array
+    unit: str = "line"  # or "row", of an array or a table
+    not_read: str = ""  # why no row of the file has been read
 
     def add(self, number: int, reason: str) -> None:
         """Count the row of this number under "kept" or the reason why it was not kept."""
@@ -141,6 +147,8 @@ class LoadReport:
 
     def __str__(self) -> str:
         """On one line: "prompt: text; 9 rows, 7 kept; 2 blank line (first in line 3)"."""
+        if self.not_read:
+            return self.not_read
         fields = ", ".join(f"{name}: {kind}" for name, kind in self.fields.items())
         parts = [
             fields or "no form recognised",
@@ -164,9 +172,11 @@ def list_columns(unread: Mapping[str, int]) -> str:
 
 
 def column_warnings(reports: Mapping[str, LoadReport]) -> list[str]:
-    """One sentence for each file with columns that are not used."""
+    """One sentence for each file that is not read, or has columns that are not used."""
     sentences = []
     for name, report in reports.items():
+        if report.not_read:
+            sentences.append(f"{name}: {report.not_read}")
         if report.unread:
             sentences.append(
                 f"{name}: columns that are not used: {list_columns(report.unread)}; docs/data.md "
@@ -499,7 +509,11 @@ def parse_line(line: str) -> object:
 
 
 def read_items(file: Path, report: LoadReport, plain_prompts: bool) -> Iterator[tuple[int, object]]:
-    """(number, item) of every line, or of every row of an array; blank ones are ""."""
+    """(number, item) of every line, or of every row of an array or table; blank ones are ""."""
+    check_kind(file)
+    if is_parquet(file):
+        report.unit = "row"
+        return read_parquet(file)
     is_text_file = plain_prompts and not file.name.endswith(ENDINGS)
     if is_array(file) and not is_text_file:
         report.unit = "row"
@@ -611,6 +625,11 @@ def read_data(
     if split_pair_paths(path):
         check_unlabelled(rows, path)
     pairs = join_labelled(rows, reports)
+    for file in files_left_aside(path):
+        name = str(file.relative_to(path))
+        kind = kind_by_name(file.name)
+        advice = conversion(kind, file)
+        reports[name] = LoadReport(not_read=f"is {kind.name} and not read; {advice}")
     if not pairs:
         counts = "; ".join(f"{name}: {report}" for name, report in reports.items())
         raise UserError(f"{setting}: no usable row in {path} ({counts[:400]})")
@@ -666,7 +685,7 @@ def join_labelled(rows: Sequence[ParsedRow], reports: Mapping[str, LoadReport]) 
 def display_name(file: Path) -> str:
     """A file's name without endings; bytes that are no UTF-8 are escaped."""
     name = os.fsencode(file.name).decode("utf-8", "backslashreplace")
-    return re.sub(r"\.jsonl?(\.gz)?$", "", name)
+    return re.sub(r"\.(jsonl?(\.gz)?|parquet|pq)$", "", name)
 
 
 # ---- export ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Files of rows, read one row at a time: JSON lines and JSON arrays, gzipped or not.
+"""Files of rows, read one row at a time: JSON lines and JSON arrays, gzipped or not, and parquet.
 
 Memory stays bounded whatever a file holds: a row may be ROW_LIMIT long, and a gzipped file may
 unpack to MAX_UNPACKING times its size.
@@ -15,8 +15,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 from minmacpo import UserError
+from minmacpo.data.file_kinds import (
+    DESCRIPTIONS,
+    HEAD,
+    PARQUET,
+    conversion,
+    kind_by_name,
+    kind_of,
+    saved_dataset,
+)
 
-ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+JSON_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+ENDINGS = (*JSON_ENDINGS, *PARQUET.endings)
 
 MAX_UNPACKING = 200  # times its size that a gzipped file may unpack to; plain language reaches 10
 ROW_LIMIT = 1 << 24  # bytes or characters; a longer row is no text for a model
@@ -65,14 +75,38 @@ def find_files(path: str, setting: str = "data.path") -> list[Path]:
         raise UserError(f"{setting}: {root} does not exist")
     if not root.is_dir():
         return [root]
-    files = files_of_folder(root, setting)
-    if not files:
-        raise UserError(f"{setting}: no .jsonl or .json file, gzipped or not, in {root}")
-    return sorted(files)
+    files = sorted(files_of_folder(root, setting))
+    rows = [file for file in files if is_row_file(file)]
+    if rows:
+        return rows
+    if files:
+        kind = kind_by_name(files[0].name)
+        raise UserError(
+            f"{setting}: no .jsonl, .json or .parquet file in {root}, but {files[0].name}, which "
+            f"is {kind.name}; {conversion(kind, files[0])}"
+        )
+    raise UserError(f"{setting}: no .jsonl or .json file, gzipped or not, in {root}")
+
+
+def files_left_aside(path: str) -> list[Path]:
+    """The files of a folder that hold rows in a form that is not read."""
+    root = Path(path)
+    if split_pair_paths(path) or not root.is_dir():
+        return []
+    return sorted(file for file in files_of_folder(root, path) if not is_row_file(file))
+
+
+def is_row_file(file: Path) -> bool:
+    """Whether a file of a folder is read."""
+    return file.name.endswith(ENDINGS)
 
 
 def files_of_folder(root: Path, setting: str) -> list[Path]:
-    """The files of rows in a folder and the folders in it, links included."""
+    """The files of rows in a folder and the folders in it, links included; some are not read.
+
+    Raises:
+        UserError: the folder, or one in it, cannot be read, or `datasets` has saved it.
+    """
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{setting}: {error.filename} cannot be read ({error.strerror})")
@@ -85,9 +119,45 @@ def files_of_folder(root: Path, setting: str) -> list[Path]:
         if is_run or real_path in visited:
             subfolders.clear()  # os.walk then goes no deeper
         else:
-            files.extend(Path(folder, name) for name in names if name.endswith(ENDINGS))
+            refuse_saved_dataset(Path(folder), names, setting)
+            for name in names:
+                kind = kind_by_name(name)
+                holds_rows = name.endswith(ENDINGS) or (kind is not None and kind.is_data)
+                if holds_rows and not is_description(Path(folder, name)):
+                    files.append(Path(folder, name))
         visited.add(real_path)
     return files
+
+
+def refuse_saved_dataset(folder: Path, names: list[str], setting: str) -> None:
+    """UserError for a folder that the `save_to_disk` of `datasets` has written."""
+    command = saved_dataset(folder, names)
+    if command is not None:
+        raise UserError(
+            f"{setting}: {folder} is a data set as save_to_disk of `datasets` writes it, in arrow "
+            f"files, which are not read; convert it: {command}"
+        )
+
+
+def is_description(file: Path) -> bool:
+    """Whether a JSON file describes a data set, and so has no rows."""
+    return file.name in DESCRIPTIONS and not is_array(file)
+
+
+def check_kind(file: Path) -> None:
+    """UserError for a file that is not read, with the command that converts it."""
+    if is_description(file):
+        raise UserError(
+            f"{file}: describes a data set and has no rows; give the files with the rows"
+        )
+    kind = kind_of(file, read_head(file))
+    if kind is not None and kind is not PARQUET:
+        raise UserError(f"{file}: is {kind.name}, which is not read; {conversion(kind, file)}")
+
+
+def is_parquet(file: Path) -> bool:
+    """Whether a file is read by pyarrow."""
+    return kind_of(file, read_head(file)) is PARQUET
 
 
 # ---- bytes ----------------------------------------------------------------------------------
@@ -164,12 +234,16 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
 
 def is_array(file: Path) -> bool:
     """Whether a file holds a JSON array, told by its first character; else a row is a line."""
+    return read_head(file).removeprefix(UTF8_BOM).lstrip().startswith(b"[")
+
+
+def read_head(file: Path) -> bytes:
+    """The first bytes of a file, unpacked if it is gzipped."""
     try:
         with open_binary(file) as stream:
-            start = stream.peek(1024)[:1024]
+            return stream.peek(HEAD)[:HEAD]
     except READ_ERRORS as error:
         raise read_error(str(file), error) from None
-    return start.removeprefix(UTF8_BOM).lstrip().startswith(b"[")
 
 
 def read_array(file: Path) -> Iterator[tuple[int, object]]:

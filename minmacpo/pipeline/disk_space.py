@@ -13,6 +13,7 @@ BYTES_PER_NUMBER = 4  # everything that is stored is in fp32
 BYTES_PER_TOKEN = 4
 LOGS_AND_REPORT = 20_000_000
 GZIP_RATIO = 4  # text that gzip has packed
+PACKED_ENDINGS = (".gz", ".parquet", ".pq")
 
 
 def disk_need(config: Config, kinds: Iterable[str]) -> int:
@@ -96,7 +97,7 @@ def text_bytes(path: str) -> int:
     total = 0
     for file in find_files(path):
         size = file.stat().st_size
-        if file.suffix == ".gz":
+        if file.suffix in PACKED_ENDINGS:
             size *= GZIP_RATIO
         total += size
     return total
