@@ -13,7 +13,7 @@ python sample.py PATH --export FOLDER             base and adapter merged into o
 PATH is a model or adapter folder, or a run: its last student. --prompts takes rows of every form in
 docs/data.md, or a prompt per line. Settings are those of PATH's run, or the defaults. These may be
 given: --generate.KEY= (temperature, top_k, top_p, max_new_tokens, batch); --run.KEY= (seed, device,
-dtype, threads); --model.quantize=; --data.KEY= (template, preference_label, on_invalid_row,
+dtype, threads); --model.quantize=; --data.KEY= (template, system, preference_label, on_invalid_row,
 truncation_mode, max_examples).
 """
 
@@ -34,6 +34,7 @@ ACCEPTED = (
     "--run.dtype=",
     "--run.threads=",
     "--data.template=",
+    "--data.system=",
     "--data.preference_label=",
     "--data.on_invalid_row=",
     "--data.truncation_mode=",

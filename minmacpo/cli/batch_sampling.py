@@ -16,6 +16,7 @@ from typing import BinaryIO
 from minmacpo import UserError
 from minmacpo.config.schema import Config
 from minmacpo.core.checkpoint import read_adapter_config
+from minmacpo.data.dialogues import with_system
 from minmacpo.data.formats import column_warnings, read_data
 from minmacpo.data.records import Example, Pair
 from minmacpo.pipeline.base_models import model_fingerprint
@@ -46,7 +47,11 @@ def read_prompts(file: Path, config: Config) -> list[Pair]:
         print(escape_control_chars(f"{name}: {report}"), flush=True)
     for warning in column_warnings(reports):
         print(f"WARNING: {escape_control_chars(warning)}", file=sys.stderr)
-    return [replace(pair, chosen="", rejected="") for pair in pairs]
+    prompts = []
+    for pair in pairs:
+        prompt = with_system(pair.prompt, data.system)
+        prompts.append(replace(pair, prompt=prompt, chosen="", rejected=""))
+    return prompts
 
 
 def answer_file(
@@ -110,6 +115,7 @@ def identify_answers(
         "generate": asdict(config.generate),
         "seed": config.run.seed,
         "template": config.data.template,
+        "system": config.data.system,
         "quantize": config.model.quantize,
         "device": resolve_device(config.run.device),
         "dtype": str(resolve_dtype(config.run.dtype, config.run.device)),

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from minmacpo import UserError
 from minmacpo.config.schema import Config
 from minmacpo.data.chat_template import response_text, starts_next_turn
+from minmacpo.data.dialogues import InvalidRow, parse_prompt_text, with_system
 from minmacpo.data.records import Example, Message, Sample, example_id
 from minmacpo.pipeline.model_pool import LoadedModel
 from minmacpo.pipeline.sample_stage import Request, Sampler
@@ -27,7 +28,7 @@ COMMANDS = "/quit or Ctrl-D leaves, /reset begins a new dialogue"
 
 def print_answers(config: Config, loaded: LoadedModel, agent: str, prompt: str, count: int) -> None:
     """Sample so many answers to one prompt, and print each as it comes, a batch at a time."""
-    messages = (Message("user", prompt),)
+    messages = with_system(parse_prompt(prompt), config.data.system)
     example = Example(example_id(messages), messages, "")
     sampler = Sampler(loaded, config.generate, agent, config.run.seed)
     batch_size = config.generate.batch
@@ -37,6 +38,14 @@ def print_answers(config: Config, loaded: LoadedModel, agent: str, prompt: str, 
         for number, answer in zip(numbers, answers, strict=True):
             prefix = f"[{number + 1}] " if count > 1 else ""
             print(prefix + display_answer(loaded, answer))
+
+
+def parse_prompt(text: str) -> tuple[Message, ...]:
+    """The turns of PROMPT, which may be a dialogue marked as in HH-RLHF."""
+    try:
+        return parse_prompt_text(text, "PROMPT")
+    except InvalidRow as error:
+        raise UserError(error.details) from None
 
 
 def display_answer(loaded: LoadedModel, answer: Sample) -> str:
@@ -103,8 +112,12 @@ class Dialogue:
         self.loaded = loaded
         self.agent = agent
         self.make_sampler = make_sampler
-        self.messages: list[Message] = []
+        self.messages = self.opening()
         self.answers = 0  # since the program began
+
+    def opening(self) -> list[Message]:
+        """What stands before the first human turn: data.system, if it is given."""
+        return list(with_system((), self.config.data.system))
 
     def reply(self, text: str) -> None:
         """Answer a human turn and keep both; if nothing is answered, the dialogue stays as it was.
@@ -160,7 +173,7 @@ class Dialogue:
         if line == "/quit":
             return False
         if line == "/reset":
-            self.messages = []
+            self.messages = self.opening()
         elif re.fullmatch(r"/\w+", line):
             print(f"{line} is unknown: {COMMANDS}")
         elif line:

@@ -112,6 +112,8 @@ def parse(argv: list[str]) -> Command:
         label = "+".join(Path(file).stem for file in words.files) or DEFAULT_PRESET
         name = run_name(label, preset, config)
         config = replace(config, run=replace(config.run, name=name))
+    if not states_shares(layers):
+        config = leave_out_d0(config)
     check(config)
     return Command(config, stage, **words.bare)
 
@@ -186,6 +188,26 @@ def merge_layers(layers: list[tuple[str, dict[str, object]]]) -> Config:
         count = {"macpo.teachers": len(config.model.teachers)}
         config = override(config, count, "model.teachers")
     return config
+
+
+def states_shares(layers: list[tuple[str, dict[str, object]]]) -> bool:
+    """Whether the command line, or a file that is no packaged preset, states data.shares."""
+    presets = {str(file) for file in PRESETS.glob("*.toml")}
+    return any("data.shares" in values for where, values in layers if where not in presets)
+
+
+def leave_out_d0(config: Config) -> Config:
+    """The settings without a share for D0, text to pre-train on, where all bases are given.
+
+    The other splits get the rows in the proportions that they had.
+    """
+    d0, *others = config.data.shares
+    all_given = config.model.student and config.model.teachers
+    if not all_given or config.data.path is None or d0 == 0 or sum(others) == 0:
+        return config
+    factor = sum(config.data.shares) / sum(others)
+    shares = (0.0, *(round(share * factor, 6) for share in others))
+    return replace(config, data=replace(config.data, shares=shares))
 
 
 def override(config: Config, values: dict[str, object], where: str) -> Config:

@@ -143,6 +143,9 @@ class Data:
         "use at most so many rows of each data setting (path, d1, d2, test), for a quick look",
         at_least=1,
     )
+    system: str | None = setting(
+        None, "system message of dialogues that have none; the template needs a place for one"
+    )
 
     @property
     def files(self) -> dict[str, str]:

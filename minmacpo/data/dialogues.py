@@ -243,6 +243,13 @@ def parse_answer(
     return (), text
 
 
+def with_system(prompt: Prompt, system: str | None) -> Prompt:
+    """The prompt with a system message, if one is given and the prompt has none."""
+    if not system or (prompt and prompt[0].role == "system"):
+        return prompt
+    return (Message("system", system), *prompt)
+
+
 # ---- the prompt that a row states more than once --------------------------------------------
 
 

@@ -6,8 +6,8 @@ python eval.py accuracy PATH FILE    how often the better answer has the higher 
                                      implicit DPO reward is higher, against its base
 
 PATH is a model or adapter folder, or a run: its last student; FILE holds rows of any form in the
-README. Settings are those of PATH's run, or the defaults, under --data.template=
-(preference_label, on_invalid_row, max_length, truncation_mode, max_examples), --run.device= (dtype,
+README. Settings are those of PATH's run, or the defaults, under --data.template= (system,
+preference_label, on_invalid_row, max_length, truncation_mode, max_examples), --run.device= (dtype,
 threads, max_tokens_per_batch), --model.quantize=, --eval.bootstrap= and --dpo.beta=. End tokens
 count; intervals are 95 % bootstrap intervals over prompts. What is longer than data.max_length, or
 than the context, is treated as data.truncation_mode says.
@@ -29,6 +29,7 @@ from minmacpo.core.batching import scoring_tokens
 from minmacpo.core.lora import disable_adapter
 from minmacpo.core.scoring import perplexity, score, win_or_tie
 from minmacpo.data.chat_template import render
+from minmacpo.data.dialogues import with_system
 from minmacpo.data.formats import LoadReport, column_warnings, read_data
 from minmacpo.data.records import Pair, example_id
 from minmacpo.data.splits import TOO_FEW
@@ -43,6 +44,7 @@ from minmacpo.runtime.progress import Progress, escape_control_chars
 
 ACCEPTED_FLAGS = (
     "--data.template=",
+    "--data.system=",
     "--data.preference_label=",
     "--data.on_invalid_row=",
     "--data.max_length=",
@@ -88,6 +90,7 @@ def run_likelihood(command: str, argv: Sequence[str]) -> dict:
         max_rows=config.data.max_examples,
         setting="FILE",
     )
+    pairs = [replace(pair, prompt=with_system(pair.prompt, config.data.system)) for pair in pairs]
     for warning in column_warnings(reports):
         print(f"WARNING: {escape_control_chars(warning)}", file=sys.stderr)
     config, loaded, base = open_agent(folder, config, flags)

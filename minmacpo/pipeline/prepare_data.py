@@ -13,7 +13,8 @@ from pathlib import Path
 from minmacpo import UserError
 from minmacpo.config.schema import Config
 from minmacpo.data import synthetic
-from minmacpo.data.chat_template import dialogue_text, render
+from minmacpo.data.chat_template import TEMPLATES, dialogue_text, render
+from minmacpo.data.dialogues import with_system
 from minmacpo.data.formats import column_warnings, read_data
 from minmacpo.data.readers import find_files, split_pair_paths
 from minmacpo.data.records import Example, Message, Pair
@@ -166,6 +167,7 @@ def prepare_data(config: Config, given: Sequence[Tokenizer]) -> PreparedData:
             document for document in documents if rng.random() < config.pretrain.weak_share
         ]
 
+    warnings = column_warnings(reports)
     counts = {
         "rows": {name: dict(report.counts) for name, report in reports.items()},
         "kept": total,
@@ -176,8 +178,17 @@ def prepare_data(config: Config, given: Sequence[Tokenizer]) -> PreparedData:
         counts["d1 answers without their other side"] = without_other_side
     for name, report in reports.items():
         counts[f"read {name}"] = str(report)
+    made_here = set(base_names(config)) - model_dirs(config).keys()
+    if not made_here:
+        shares = ", ".join(f"{share:g}" for share in data.shares)
+        counts["D0"] = f"not used, as all bases are given; data.shares = {shares}"
+        if documents:
+            warnings.append(
+                f"data.shares gives D0 {data.shares[0]:.0%} of the first turns ({len(documents)} "
+                "answers), which nothing reads, as all bases are given; set the first share to 0"
+            )
     prepared = prepare_splits(config, splits, corpora, given, counts)
-    prepared.warnings += column_warnings(reports)
+    prepared.warnings += warnings
     return prepared
 
 
@@ -200,6 +211,17 @@ def prepare_splits(
     Raises:
         UserError: a split, or the text to pre-train on, is left empty.
     """
+    system = config.data.system
+    splits = {
+        name: [replace(pair, prompt=with_system(pair.prompt, system)) for pair in pairs]
+        for name, pairs in splits.items()
+    }
+    corpora = {
+        name: [replace(document, prompt=with_system(document.prompt, system)) for document in texts]
+        for name, texts in corpora.items()
+    }
+    check_system_messages(config, splits)
+
     tokenizers = list(given)
     tokenizer = None
     missing = set(base_names(config)) - model_dirs(config).keys()
@@ -221,7 +243,8 @@ def prepare_splits(
 
     counts["splits"] = sizes
     counts["d0"] = {name: len(documents) for name, documents in corpora.items()}
-    longer = count_longer(config, fitted, tokenizers)
+    read = answers_read(config)
+    longer = count_longer(config, fitted, tokenizers, read)
     if longer:
         counts[LONGER] = longer
     return PreparedData(fitted, corpora, tokenizer, counts)
@@ -271,8 +294,10 @@ def fit_split(
             reasons[f"without {side} answer"] = len(pairs) - len(usable)
 
     fitting = []
+    sides = answers_read(config)[name]
     for pair in usable:
-        truncated = truncate_pair(config, pair, tokenizers, reasons)
+        answers = [getattr(pair, side) for side in sides]
+        truncated = truncate_pair(config, pair, tokenizers, reasons, answers)
         if truncated is None:
             continue
         if name != "d1" and truncated.prompt in prompts:
@@ -327,14 +352,49 @@ def check_truth(config: Config, splits: Mapping[str, Sequence[Pair]]) -> None:
         )
 
 
-def count_longer(
-    config: Config, splits: Mapping[str, Iterable[Pair]], tokenizers: Sequence[Tokenizer]
-) -> int:
-    """How many true answers are longer than any that can be sampled."""
-    longer = 0
+def check_system_messages(config: Config, splits: Mapping[str, Sequence[Pair]]) -> None:
+    """Raise UserError where rows have a system message, and the template no place for one."""
+    template = config.data.template
+    if TEMPLATES[template].system is not None:
+        return
+    able = ", ".join(name for name, other in TEMPLATES.items() if other.system is not None)
     for pairs in splits.values():
         for pair in pairs:
-            if pair.chosen:
+            if pair.prompt[0].role == "system":
+                whose = "data.system is"
+                if config.data.system != pair.prompt[0].content:
+                    whose = f"{pair.meta.get('file', 'the data')}: rows have"
+                raise UserError(
+                    f"{whose} a system message, for which data.template = {template} has no "
+                    f"place; those that have one: {able}"
+                )
+
+
+def answers_read(config: Config) -> dict[str, tuple[str, ...]]:
+    """The sides of each split that a model reads: only these have to fit.
+
+    The ceiling and the controls train on D2's true answers, dpo-truth on both sides; all other
+    training takes nothing of D2 but its prompts.
+    """
+    both = ("chosen", "rejected")
+    d2 = both
+    if config.data.path is not None and config.run.method != "dpo-truth":
+        needs_truth = config.run.method == "ceiling" or config.macpo.controls
+        d2 = ("chosen",) if needs_truth else ()
+    return {"d1": both, "d2": d2, "test": both}
+
+
+def count_longer(
+    config: Config,
+    splits: Mapping[str, Iterable[Pair]],
+    tokenizers: Sequence[Tokenizer],
+    read: Mapping[str, Sequence[str]],
+) -> int:
+    """How many true answers that are read are longer than any that can be sampled."""
+    longer = 0
+    for name, pairs in splits.items():
+        for pair in pairs:
+            if pair.chosen and "chosen" in read[name]:
                 _, answer = max_token_counts(config, tokenizers, pair.prompt, [pair.chosen])
                 longer += answer > config.generate.max_new_tokens
     return longer
@@ -412,26 +472,32 @@ def truncate_pairs(
     reasons: Counter[str] = Counter()
     fitting = []
     for pair in pairs:
-        truncated = truncate_pair(config, pair, [tokenizer], reasons)
+        answers = [pair.chosen, pair.rejected]
+        truncated = truncate_pair(config, pair, [tokenizer], reasons, answers)
         if truncated is not None:
             fitting.append(truncated)
     return fitting, reasons
 
 
 def truncate_pair(
-    config: Config, pair: Pair, tokenizers: Sequence[Tokenizer], reasons: Counter
+    config: Config,
+    pair: Pair,
+    tokenizers: Sequence[Tokenizer],
+    reasons: Counter,
+    answers: Sequence[str],
 ) -> Pair | None:
     """The pair as every model can read it whole, its prompt cut if need be; None if it is dropped.
 
     Args:
         reasons: counts what is cut and dropped. The answer is at fault where a prompt within
             data.max_prompt_length has no room beside it.
+        answers: those of the pair that are read, and have to fit.
 
     Raises:
         UserError: it is too long, and data.truncation_mode is "raise".
     """
     data = config.data
-    answers = [pair.chosen, pair.rejected]
+    answers = answers or [""]  # the prompt is measured anyway
     prompt_tokens, answer_tokens = max_token_counts(config, tokenizers, pair.prompt, answers)
     beside_answer = data.max_length - answer_tokens
     room = min(data.max_prompt_length, beside_answer)
@@ -547,6 +613,8 @@ def splits_stage(
             "truncation_mode": data.truncation_mode,
             "noise": data.noise,
             "noise_kind": data.noise_kind,
+            "system": data.system,
+            "answers_read": answers_read(run.config),
             "given": base_fingerprints,
         },
         inputs=[],
@@ -599,4 +667,8 @@ def corpus_stage(run: Run, base: str, source: dict, prepared: Callable[[], Prepa
 
 def text_settings(config: Config, source: dict) -> dict:
     """What a tokenizer and a corpus depend on."""
-    return source | {"template": config.data.template, "vocab": config.model.vocab}
+    return source | {
+        "template": config.data.template,
+        "system": config.data.system,
+        "vocab": config.model.vocab,
+    }

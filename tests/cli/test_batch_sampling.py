@@ -12,7 +12,10 @@ from runs import copy_run, fork, invoke, rows_of
 from test_bad_input import check_sentence, tree
 
 from minmacpo import UserError
+from minmacpo.cli.batch_sampling import read_prompts
 from minmacpo.cli.chat import CUT_MARK
+from minmacpo.config.schema import Config, Data
+from minmacpo.data.records import Message
 from minmacpo.runtime.files import open_locked
 from minmacpo.runtime.progress import escape_control_chars
 
@@ -297,3 +300,12 @@ def test_what_cannot_be_written_is_one_sentence(agent, place, file):
     ):
         before = tree(place)
         assert says in batch(agent, file, out=out, code=2) and tree(place) == before
+
+
+def test_rows_get_the_system_message_that_is_given(tmp_path):
+    config = Config(data=Data(system="be kind"))
+    rows = [{"prompt": TURNS}, {"prompt": [{"role": "system", "content": "s"}, *TURNS]}]
+    file = tmp_path / "p.json"
+    file.write_text(json.dumps(rows))
+    systems = [pair.prompt[0] for pair in read_prompts(file, config)]
+    assert systems == [Message("system", "be kind"), Message("system", "s")]

@@ -280,6 +280,26 @@ def test_a_dialogue_is_rendered_as_in_training(stub, capsys):
     assert escape_control_chars(first_turn[1].content) in capsys.readouterr().out
 
 
+def test_a_system_message_stands_before_every_dialogue(stub, capsys):
+    config, loaded = open_base(stub, max_new_tokens=6)
+    config = replace(config, data=replace(config.data, system="be kind"))
+    dialogue = chat.Dialogue(config, loaded, "x")
+    assert dialogue.messages == [Message("system", "be kind")]
+    # its template has no place for one
+    with pytest.raises(UserError, match="no place for message 1"):
+        dialogue.reply("where is it ?")
+
+
+@pytest.mark.parametrize("text", ["\n\nHuman: where ?\n\nAssistant:", "Human: where ?", "where ?"])
+def test_a_marked_prompt_is_a_dialogue(text):
+    assert chat.parse_prompt(text) == (Message("user", "where ?"),)
+
+
+def test_a_marked_prompt_without_a_turn_is_refused():
+    with pytest.raises(UserError, match="'PROMPT' holds an empty turn"):
+        chat.parse_prompt("Human:")
+
+
 def test_pieces_of_characters_are_held_back(stub, capsys):
     text = "é 🙂 日本 ok"
     _, loaded = open_base(stub)

@@ -793,3 +793,34 @@ def test_random_command_lines_raise_nothing_but_user_errors(tmp_path, monkeypatc
                     == command.config
                 )
     assert accepted > 5
+
+
+# ---- shares where all bases are given -------------------------------------------------------
+
+GIVEN = ["--data.path=x", "--model.student=s", "--model.teachers=a,b,c"]
+
+
+@pytest.mark.parametrize(
+    ("words", "shares"),
+    [
+        (["@hh", *GIVEN], (0, 0.25, 0.45, 0.3)),
+        (["@hh-real", *GIVEN], (0, 0.24, 0.46, 0.3)),
+        (["@tiny", *GIVEN], (0, 0.3, 0.5, 0.2)),
+        (["@hh", *GIVEN, "--data.shares=0.6,0.1,0.2,0.1"], (0.6, 0.1, 0.2, 0.1)),
+        (["@hh", *GIVEN[:2]], (0.6, 0.1, 0.18, 0.12)),
+        (["@hh", GIVEN[0], GIVEN[2]], (0.6, 0.1, 0.18, 0.12)),
+    ],
+)
+def test_default_shares_leave_d0_out_where_all_bases_are_given(words, shares):
+    assert parse(words).config.data.shares == pytest.approx(shares)
+
+
+def test_a_file_may_state_a_share_for_d0(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text("[data]\nshares = [0.4, 0.2, 0.2, 0.2]\n")
+    assert parse(["@hh", f"@{file}", *GIVEN]).config.data.shares == (0.4, 0.2, 0.2, 0.2)
+
+
+def test_shares_that_are_derived_are_not_in_a_runs_name():
+    given = parse(["@hh", *GIVEN]).config.run.name
+    assert "shares" not in given

@@ -69,7 +69,9 @@ def test_prompt_and_answer_are_counted_to_the_token(tokenizer, template, chosen,
         config = config_for("drop", max_prompt_length, max_length)
         config = replace(config, data=replace(config.data, template=template))
         reasons = Counter()
-        return prepare_data.truncate_pair(config, pair, [tokenizer], reasons), reasons
+        return prepare_data.truncate_pair(
+            config, pair, [tokenizer], reasons, [pair.chosen, pair.rejected]
+        ), reasons
 
     assert truncate(prompt_tokens, row_tokens) == (pair, {})
     assert truncate(prompt_tokens, row_tokens - 1) == (None, {"over-long answer": 1})
@@ -101,7 +103,7 @@ def test_a_prompt_that_no_cut_makes_short_enough_is_dropped(tokenizer):
     marks = len(render_prompt(tokenizer, "plain", (Message("user", ""),)))
     reasons = Counter()
     config = config_for("cut_prompt", max_prompt_length=marks - 1)
-    assert prepare_data.truncate_pair(config, make_pair(LONG), [tokenizer], reasons) is None
+    assert prepare_data.truncate_pair(config, make_pair(LONG), [tokenizer], reasons, []) is None
     assert reasons == {"over-long prompt": 1}
 
 
@@ -377,6 +379,99 @@ def test_what_a_run_reads_is_in_its_recipe(place):
         source("--data.on_invalid_row=skip"),
     ]
     assert len(set(sources)) == len(sources)
+
+
+# ---- given bases ----------------------------------------------------------------------------
+
+
+def prepare_rows(place, tokenizer, *flags: str, rows=None):
+    """The texts of a run on own rows, all of whose bases are given."""
+    if rows is None:
+        rows = [{"prompt": f"ask {n}", "chosen": "yes", "rejected": "no"} for n in range(40)]
+    file = write_lines(place / "own.jsonl", *map(json.dumps, rows))
+    words = ["@hh", f"--data.path={file}", *GIVEN_MODELS, *flags]
+    return prepare_data.prepare_data(parse(words).config, [tokenizer])
+
+
+def test_the_default_shares_leave_d0_out_where_all_bases_are_given(place, tokenizer):
+    prepared_rows = prepare_rows(place, tokenizer)
+    sizes = {name: len(pairs) for name, pairs in prepared_rows.splits.items()}
+    assert sizes == {"d1": 10, "d2": 18, "test": 12}  # 0.1, 0.18 and 0.12 of 0.4
+    assert prepared_rows.counts["D0"].startswith("not used, as all bases are given")
+    assert "0, 0.25, 0.45, 0.3" in prepared_rows.counts["D0"]
+    assert prepared_rows.warnings == []
+
+
+def test_a_share_of_d0_that_nothing_reads_is_said(place, tokenizer):
+    prepared_rows = prepare_rows(place, tokenizer, "--data.shares=0.5,0.2,0.2,0.1")
+    assert len(prepared_rows.splits["d1"]) == 8
+    (warning,) = prepared_rows.warnings
+    assert "data.shares gives D0 50% of the first turns" in warning
+    assert "40 answers" in warning
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept", "dropped"),
+    [
+        ((), 6, 3),  # the controls train on D2's true answers
+        (("--run.method=ceiling", "--macpo.controls=false"), 6, 3),
+        (("--macpo.controls=false",), 9, 0),
+        (("--run.method=dpo-truth",), 3, 6),
+    ],
+)
+def test_only_answers_that_are_read_have_to_fit(place, tokenizer, flags, kept, dropped):
+    long = LONG * 9
+    others = [{"prompt": f"ask {n}", "chosen": "yes", "rejected": "no"} for n in range(30)]
+    d2 = []
+    for n in range(3):
+        d2.append({"prompt": f"d2 {n}", "chosen": "yes", "rejected": "no"})
+        d2.append({"prompt": f"d2 long {n}", "chosen": long, "rejected": "no"})
+        d2.append({"prompt": f"d2 long rejected {n}", "chosen": "yes", "rejected": long})
+    file = write_lines(place / "d2.jsonl", *map(json.dumps, d2))
+    prepared_rows = prepare_rows(place, tokenizer, f"--data.d2={file}", *flags, rows=others)
+    assert len(prepared_rows.splits["d2"]) == kept
+    assert prepared_rows.counts["splits"]["d2"].get("over-long answer", 0) == dropped
+    # answers of D1 are always read
+    d1 = [{"prompt": "d1 long", "chosen": "yes", "rejected": long}, others[0]]
+    file = write_lines(place / "d1.jsonl", *map(json.dumps, d1))
+    prepared_rows = prepare_rows(place, tokenizer, f"--data.d1={file}", *flags, rows=others)
+    assert prepared_rows.counts["splits"]["d1"] == {"rows": 1, "over-long answer": 1}
+
+
+def test_what_is_read_of_d2_is_in_the_recipe_of_own_files_alone():
+    world = {str(prepare_data.answers_read(parse(list(flags)).config)) for flags in
+             ((), ("--macpo.controls=false",))}  # fmt: skip
+    assert len(world) == 1
+    path = ["@hh", "--data.path=x"]
+    own = {str(prepare_data.answers_read(parse([*path, *flags]).config)) for flags in
+           ((), ("--macpo.controls=false",), ("--run.method=dpo-truth",))}  # fmt: skip
+    assert len(own) == 3
+
+
+# ---- system messages ------------------------------------------------------------------------
+
+
+def test_a_system_message_stands_before_dialogues_that_have_none(place, tokenizer):
+    rows = [{"prompt": f"ask {n}", "chosen": "yes", "rejected": "no"} for n in range(40)]
+    rows += [row | {"prompt": f"own {row['prompt']}", "system": "be brief"} for row in rows]
+    flags = ("--data.system=be kind", "--data.template=vicuna")
+    prepared_rows = prepare_rows(place, tokenizer, *flags, rows=rows)
+    seen = set()
+    for pairs in prepared_rows.splits.values():
+        for pair in pairs:
+            system, question = pair.prompt
+            is_own = question.content.startswith("own ")
+            assert system == Message("system", "be brief" if is_own else "be kind")
+            seen.add(is_own)
+    assert seen == {True, False}
+
+
+def test_a_template_without_a_place_for_a_system_message_is_refused(place, tokenizer):
+    with pytest.raises(UserError, match=r"data\.system is .*data\.template = plain .*vicuna"):
+        prepare_rows(place, tokenizer, "--data.system=be kind")
+    rows = [{"prompt": f"ask {n}", "system": "s", "chosen": "y", "rejected": "n"} for n in range(9)]
+    with pytest.raises(UserError, match="own: rows have a system message"):
+        prepare_rows(place, tokenizer, rows=rows)
 
 
 # ---- the built-in world ---------------------------------------------------------------------
