@@ -25,6 +25,7 @@ class FileKind:
         endings: of such files' names.
         starts: their first bytes; any of these.
         command: converts {file}, as {target} if it is asked where to; empty if no command can.
+        verb: what the command does.
         is_text: whether a file with the ending may still hold JSON.
         is_data: whether such a file in a folder of rows is likely to hold more of them.
     """
@@ -33,6 +34,7 @@ class FileKind:
     endings: tuple[str, ...]
     starts: tuple[bytes, ...] = ()
     command: str = ""
+    verb: str = "convert it"
     is_text: bool = False
     is_data: bool = True
 
@@ -121,6 +123,7 @@ KINDS = (
         (),
         (b"version https://git-lfs.github.com/spec/",),
         "git lfs pull",
+        verb="fetch it",
     ),
     FileKind(
         "a web page, not the file behind its address",
@@ -171,10 +174,11 @@ def conversion(kind: FileKind, file: Path) -> str:
     """What to do with a file: the command that converts it, if one can."""
     if not kind.command:
         return "write its rows as JSON lines with the program that made it"
-    command = kind.command.format(
-        file=shlex.quote(str(file)), target=shlex.quote(str(file.with_suffix(".jsonl")))
-    )
-    return f"convert it: {command}"
+    target = file.with_suffix(".jsonl")
+    if target == file:
+        target = file.with_name(f"{file.stem}-converted.jsonl")
+    command = kind.command.format(file=shlex.quote(str(file)), target=shlex.quote(str(target)))
+    return f"{kind.verb}: {command}"
 
 
 def saved_dataset(folder: Path, names: Sequence[str]) -> str | None:

@@ -102,7 +102,7 @@ def test_files_that_are_not_read_are_named_with_what_converts_them(tmp_path, nam
     sentence = sentence_on(file)
     assert sentence.startswith(f"{file}: is {kind}")
     assert advice in sentence
-    if "convert it: " in sentence and advice != "git lfs pull":
+    if "convert it: " in sentence:
         assert str(file) in sentence.partition("convert it: ")[2]
 
 
@@ -150,8 +150,6 @@ def test_the_command_converts(tmp_path, name):
     if shutil.which(program) is None:
         pytest.skip(f"{program} is not installed")
     run_command(command.replace("python ", f"{sys.executable} ", 1), file.parent)
-    if name == "UTF-16":
-        return  # it writes over no file: the new name is the old one
     (new,) = [path for path in file.parent.iterdir() if path != file]
     assert [json.loads(line) for line in new.read_text().splitlines()] == ROWS
 

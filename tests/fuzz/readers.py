@@ -106,6 +106,28 @@ FORMS = {
     "completion": {"prompt": TALK, "completion": "a fox"},
     "messages": {"messages": [*TALK, SAID]},
     "prompts": {"prompt": "what is it ?"},
+    "marked": {"prompt": HH, "response": "you", "chosen": " you", "rejected": " no"},
+    "columns": {
+        "system_prompt": "be kind",
+        "history": [["who ?", "me"]],
+        "question": "what is it ?",
+        "response": "a fox",
+        "label": True,
+        "tools": [],
+        "id": 7,
+    },
+    "scored": {"prompt": "what is it ?", "responses": ["no", "a fox"], "scores": [1, 2.5]},
+    "ranked": {
+        "instruction": "what is it ?",
+        "answers": [{"answer": "no", "rank": 2}, {"answer": "a fox", "rank": 1}],
+    },
+    "both": {
+        "prompt": "what is it ?",
+        "messages": [{**turn, "weight": 1} for turn in [*TALK, SAID]],
+        "rejected_response": "no",
+        "score_chosen": 2,
+        "score_rejected": 1,
+    },
 }
 
 
