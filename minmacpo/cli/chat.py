@@ -45,7 +45,7 @@ def parse_prompt(text: str) -> tuple[Message, ...]:
     try:
         return parse_prompt_text(text, "PROMPT")
     except InvalidRow as error:
-        raise UserError(error.details) from None
+        raise UserError(f"{error.reason}: {error.details}") from None
 
 
 def display_answer(loaded: LoadedModel, answer: Sample) -> str:
