@@ -236,7 +236,7 @@ def check_row(row: dict, made: list[Made], made_first: list[Made]) -> None:
         equal = last_gold == run.gold[0]
         wins.append(np.mean(better + equal / 2))
     assert row["difference"][0] == pytest.approx(np.mean(differences))
-    won, low, high = row["wins"][0], row["wins"][1], row["wins"][2]
+    won, low, high = row["wins"]
     assert won == pytest.approx(np.mean(wins))
     assert low <= won <= high
 
