@@ -418,7 +418,8 @@ def test_many_processes_at_once(tmp_path, stub):
             assert code == 0, err
         assert stages_of(run).keys() >= set(names)
     train(*words)
-    assert set(differences(run, stub)) <= {"metrics.jsonl"}
+    # Of two equal stages another one may have been computed first
+    assert set(differences(run, stub, ("linked_from",))) <= {"metrics.jsonl"}
 
 
 # ---- torchrun itself, and all methods (slow) ----------------------------------------------------
