@@ -9,6 +9,8 @@ tokens, and M of these N reach the head.
 """
 
 import math
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minmacpo.core.model_config import ModelConfig, RopeScaling
-from minmacpo.kernels.attention import RMSNorm, attention
+from minmacpo.kernels.attention import OffsetRMSNorm, RMSNorm, attention
 
-ACTIVATIONS = {"silu": F.silu}  # by the names of config.json's hidden_act
+# By the names of config.json's hidden_act
+ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 
 # A prepacked copy reads prompts, and keeps a cache, in multiples of this many tokens: its kernels
 # round the odd end of a length in another way.
@@ -234,20 +237,41 @@ def pack(x: Tensor, packed: PackedIndex) -> Tensor:
 # --- The layers
 
 
+class LayerPass(NamedTuple):
+    """What a layer is told of a pass beside its input."""
+
+    rope: Rope | None  # None: the layer knows no positions
+    mask: Tensor | None  # broadcastable to (B, 1, T, S); None: causal, from position 0
+    cache: LayerCache | None  # this layer's keys and values, in a prefill or decode pass
+    packed: PackedIndex | None  # where the tokens of a packed pass stand in their rows
+    outputs: OutputIndex | None  # the M tokens whose output is needed, in its last layer
+
+
 def new_norm(config: ModelConfig, size: int) -> nn.Module:
     """The normalisation of this family over the last dimension, of `size` numbers."""
-    return RMSNorm(size, config.rms_norm_eps)
+    kind = OffsetRMSNorm if config.offset_norms else RMSNorm
+    return kind(size, config.rms_norm_eps)
 
 
 class Embedding(nn.Embedding):
-    """The rows of tokens, (...) -> (..., C).
+    """The rows of tokens, (...) -> (..., C), multiplied by a scale.
 
     It starts uninitialised: weights come from a file or from `new_model`, and what nn.Embedding
     would draw on the meta device needs torch's compiler, which takes a second to import.
     """
 
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.vocab_size, config.hidden_size)
+        self.scale = config.embedding_scale
+
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = super().forward(tokens)
+        if self.scale == 1:
+            return x
+        return x * torch.tensor(self.scale).to(x.dtype).item()  # rounded to x's dtype, as Gemma's
 
 
 class Attention(nn.Module):
@@ -266,72 +290,76 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_width, hidden, bias=config.o_bias)
 
-        # Qwen3 normalises every head's queries and keys; the others do not
+        # Qwen3 and Gemma 3 normalise every head's queries and keys, OLMo-2 those of all together
+        self.qk_norm = config.qk_norm
         self.q_norm = nn.Identity()
         self.k_norm = nn.Identity()
-        if config.qk_norm:
+        if config.qk_norm == "head":
             self.q_norm = new_norm(config, config.head_dim)
             self.k_norm = new_norm(config, config.head_dim)
+        elif config.qk_norm == "width":
+            self.q_norm = new_norm(config, q_width)
+            self.k_norm = new_norm(config, kv_width)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Rope,
-        mask: Tensor | None,
-        cache: LayerCache | None,
-        packed: PackedIndex | None,
-        outputs: OutputIndex | None,
-    ) -> Tensor:
-        """(B, T, C) -> (B, T, C); in a packed pass (1, N, C) -> (1, N, C).
+        # the kernels divide scores by the root of head_dim
+        self.query_scale = 1.0
+        if config.query_pre_attn_scalar is not None:
+            self.query_scale = (config.head_dim / config.query_pre_attn_scalar) ** 0.5
 
-        Args:
-            mask: broadcastable to (B, 1, T, S); None for causal attention from position 0.
-            cache: this layer's keys and values, in a prefill or decode pass.
-            packed: where the tokens of a packed pass stand in their rows.
-            outputs: the tokens whose output is needed, then (1, N, C) -> (1, M, C).
-        """
+    def forward(self, x: Tensor, layer: LayerPass) -> Tensor:
+        """(B, T, C) -> (B, T, C); in a packed pass (1, N, C) -> (1, N, C) or (1, M, C)."""
         # the last block of a packed pass needs the queries of fewer tokens
         query_input = x
-        query_rope = rope
-        query_packed = packed
-        if outputs is not None:
-            query_input = outputs.select(x)  # (1, M, C)
-            query_rope = rope.select(outputs.source)
-            query_packed = outputs.packed
+        query_rope = layer.rope
+        query_packed = layer.packed
+        if layer.outputs is not None:
+            query_input = layer.outputs.select(x)  # (1, M, C)
+            query_packed = layer.outputs.packed
+            if layer.rope is not None:
+                query_rope = layer.rope.select(layer.outputs.source)
 
-        q = self.split_heads(self.q_proj(query_input))  # (B, H, T, D)
-        k = self.split_heads(self.k_proj(x))  # (B, G, T, D)
+        q = self.split_heads(self.q_proj(query_input), self.q_norm)  # (B, H, T, D)
+        k = self.split_heads(self.k_proj(x), self.k_norm)  # (B, G, T, D)
         v = self.split_heads(self.v_proj(x))  # (B, G, T, D)
 
-        # rotary positions after the norm, as in Qwen3
-        q = query_rope.rotate(self.q_norm(q))
-        k = rope.rotate(self.k_norm(k))
+        # rotary positions after the norm
+        if layer.rope is not None:
+            q = query_rope.rotate(q)
+            k = layer.rope.rotate(k)
+        if self.query_scale != 1:
+            q = q * self.query_scale
 
+        cache = layer.cache
         if cache is not None:
             k, v = cache.update(k, v)  # (B, G, S, D) when decoding
         # attention is done on whole rows, with every prompt in its place
-        if packed is not None:
+        if layer.packed is not None:
             q = unpack(q, query_packed)  # (1, H, M, D) -> (B, H, T, D)
-            k = unpack(k, packed)  # (1, G, N, D) -> (B, G, T, D)
-            v = unpack(v, packed)  # (1, G, N, D) -> (B, G, T, D)
+            k = unpack(k, layer.packed)  # (1, G, N, D) -> (B, G, T, D)
+            v = unpack(v, layer.packed)  # (1, G, N, D) -> (B, G, T, D)
 
         y = attention(
             q,
             k,
             v,
-            mask,
+            layer.mask,
             with_cache=cache is not None,
             decoding=cache is not None and cache.decoding,
             prepacked=self.prepacked,
         )
         y = self.merge_heads(y)  # (B, T, H * D)
-        if packed is not None:
+        if layer.packed is not None:
             y = pack(y, query_packed)  # (1, M, H * D)
         return self.o_proj(y)
 
-    def split_heads(self, x: Tensor) -> Tensor:
-        """(B, T, heads * D) -> (B, heads, T, D)."""
-        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+    def split_heads(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """(B, T, heads * D) -> (B, heads, T, D), normalised before or after as the family does."""
+        if norm is not None and self.qk_norm == "width":
+            x = norm(x)  # (B, T, heads * D)
+        x = x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, heads, T, D)
+        if norm is not None and self.qk_norm == "head":
+            x = norm(x)
+        return x
 
     def merge_heads(self, x: Tensor) -> Tensor:
         """(B, H, T, D) -> (B, T, H * D)."""
@@ -355,29 +383,37 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each on the normalised input and added to it."""
+    """One layer: attention and MLP, each added to its input.
+
+    Norms have Hugging Face's names: post_attention_layernorm is applied to what attention gives in
+    Gemma 3 and OLMo-2, and to the input of the MLP in the others.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.input_layernorm = new_norm(config, config.hidden_size)
+        self.norms = config.norms
+        if config.norms != "after":
+            self.input_layernorm = new_norm(config, config.hidden_size)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = new_norm(config, config.hidden_size)
+        if config.norms == "around":
+            self.pre_feedforward_layernorm = new_norm(config, config.hidden_size)
         self.mlp = MLP(config)
+        if config.norms != "before":
+            self.post_feedforward_layernorm = new_norm(config, config.hidden_size)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Rope,
-        mask: Tensor | None,
-        cache: LayerCache | None,
-        packed: PackedIndex | None,
-        outputs: OutputIndex | None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, layer: LayerPass) -> Tensor:
         """Shapes as in Attention.forward."""
-        residual = x if outputs is None else outputs.select(x)  # (1, M, C) of `outputs`
-        x = self.input_layernorm(x)
-        x = residual + self.self_attn(x, rope, mask, cache, packed, outputs)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        residual = x if layer.outputs is None else layer.outputs.select(x)  # (1, M, C) of outputs
+        if self.norms == "before":
+            x = residual + self.self_attn(self.input_layernorm(x), layer)
+            return x + self.mlp(self.post_attention_layernorm(x))
+
+        if self.norms == "around":
+            x = self.input_layernorm(x)
+        x = residual + self.post_attention_layernorm(self.self_attn(x, layer))
+        y = self.pre_feedforward_layernorm(x) if self.norms == "around" else x
+        return x + self.post_feedforward_layernorm(self.mlp(y))
 
 
 class Transformer(nn.Module):
@@ -395,7 +431,7 @@ class Transformer(nn.Module):
         self.config = config
         self.model = nn.ModuleDict(
             {
-                "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
+                "embed_tokens": Embedding(config),
                 "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
                 "norm": new_norm(config, config.hidden_size),
             }
@@ -460,15 +496,30 @@ class Transformer(nn.Module):
             masks = self.prompt_masks(length, x.device)
 
         # 2. All blocks, the last of which may compute fewer tokens
-        rope = rope_tables(self.config, rope_positions, x.dtype)
+        ropes = self.layer_ropes(rope_positions, x.dtype)
         last = len(self.model.layers) - 1
         for number, block in enumerate(self.model.layers):
-            layer_cache = None if cache is None else cache.layer(number, positions)
-            layer_outputs = outputs if number == last else None
-            x = block(x, rope, masks[number], layer_cache, packed, layer_outputs)
+            layer = LayerPass(
+                rope=ropes[number],
+                mask=masks[number],
+                cache=None if cache is None else cache.layer(number, positions),
+                packed=packed,
+                outputs=outputs if number == last else None,
+            )
+            x = block(x, layer)
         if outputs is not None:
             x = x[0]  # (M, C)
         return self.model.norm(x)
+
+    def layer_ropes(self, positions: Tensor, dtype: torch.dtype) -> list[Rope | None]:
+        """Rotary tables for every layer; None where a layer knows no positions."""
+        config = self.config
+        tables = {"none": None, "global": rope_tables(config, positions, dtype)}
+        if "local" in config.layer_ropes:
+            local = replace(config, rope_theta=config.local_rope_theta, rope_scaling=RopeScaling())
+            tables["local"] = rope_tables(local, positions, dtype)
+        names = config.layer_ropes or ("global",) * config.num_hidden_layers
+        return [tables[name] for name in names]
 
     def prompt_masks(self, length: int, device: torch.device) -> list[Tensor | None]:
         """A mask for every layer, of rows from position 0; None where it is merely causal."""

@@ -1,4 +1,4 @@
-"""What the config.json of a model says, as one ModelConfig: Llama, Mistral, Qwen2, Qwen3.
+"""What the config.json of a model says, as one ModelConfig, for every family of FAMILIES.
 
 Every field of the file is understood, or known to change nothing, or refused by its name. An
 absent field means what transformers takes it for. There is no torch here: model.py makes the
@@ -53,9 +53,15 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: str = "none"  # of queries and keys: "head" by head, or over their whole "width"
+    norms: str = "before"  # attention and MLP, "after" them, or "around": both
+    offset_norms: bool = False  # norms multiply by 1 + weight
+    embedding_scale: float = 1.0
+    query_pre_attn_scalar: float | None = None  # scores are divided by its root; None: head_dim
     sliding_windows: tuple[int | None, ...] = ()  # by layer, None: sees all; empty: all layers do
     rope_scaling: RopeScaling = RopeScaling()
+    layer_ropes: tuple[str, ...] = ()  # by layer "global", "local" or "none"; empty: all global
+    local_rope_theta: float = 10000.0  # rope_theta of local layers, which have no rope_scaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,24 +70,80 @@ class Family:
 
     defaults: dict  # its fields, and what each means where it is absent
     qkv_bias: bool = False  # always, whatever attention_bias says
-    qk_norm: bool = False
+    qk_norm: str = "none"
+    norms: str = "before"
+    offset_norms: bool = False
+    scaled_embedding: bool = False  # by the root of hidden_size
 
 
-QWEN_WINDOW = {
+QWEN_FIELDS = {
+    "num_key_value_heads": 32,
     "use_sliding_window": False,
     "sliding_window": 4096,
     "max_window_layers": 28,
     "layer_types": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+# Fields of SmolLM3 beside those of Llama: every fourth layer knows no positions
+SMOLLM3_FIELDS = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "num_key_value_heads": 4,
+    "rope_theta": 2_000_000.0,
+    "tie_word_embeddings": True,
+    "no_rope_layers": None,
+    "no_rope_layer_interval": 4,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "max_window_layers": None,  # not used, but published
+    "layer_types": None,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+
+# Fields of Gemma 3's text models: five of six layers have a window and a rope of their own
+GEMMA3_FIELDS = {
+    "attention_bias": False,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+    "layer_types": None,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
 }
 
 FAMILIES = {
     "llama": Family({"attention_bias": False, "mlp_bias": False}),
     "mistral": Family({"num_key_value_heads": 8, "sliding_window": 4096}),
-    "qwen2": Family({"num_key_value_heads": 32} | QWEN_WINDOW, qkv_bias=True),
-    "qwen3": Family(
-        {"num_key_value_heads": 32, "head_dim": 128, "attention_bias": False} | QWEN_WINDOW,
-        qk_norm=True,
+    "qwen2": Family(QWEN_FIELDS, qkv_bias=True),
+    "qwen3": Family(QWEN_FIELDS | {"head_dim": 128, "attention_bias": False}, qk_norm="head"),
+    "smollm3": Family(SMOLLM3_FIELDS),
+    "gemma3_text": Family(
+        GEMMA3_FIELDS, qk_norm="head", norms="around", offset_norms=True, scaled_embedding=True
     ),
+    "olmo2": Family(
+        {
+            "attention_bias": False,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": None,
+            "eos_token_id": 50279,
+        },
+        qk_norm="width",
+        norms="after",
+    ),
+}
+
+# Models that are not read as they are, and what to do
+REMEDIES = {
+    "gemma3": "it reads images too; docs/models.md says how to save its text part by itself",
 }
 
 # The fields that ModelConfig takes from config.json as they are
@@ -105,8 +167,11 @@ ROPE_FIELDS = ("rope_scaling", "rope_parameters")
 
 # Fields that would change the structure, with the values at which they do not
 SUPPORTED_VALUES = {
-    "hidden_act": ("silu",),
+    "hidden_act": ("silu", "gelu_pytorch_tanh"),
     "quantization_config": (None,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "use_bidirectional_attention": (None, False),
     "partial_rotary_factor": (None, 1),
     "rope_interleaved": (None, False),
     "use_mrope": (None, False),
@@ -123,11 +188,12 @@ IGNORED_FIELDS = set(
     """
     model_type architectures torch_dtype dtype transformers_version _name_or_path name_or_path
     _commit_hash is_llama_config transformers.js_config unsloth_fixed unsloth_version
-    tokenizer_class finetuning_task task_specific_params prefix problem_type id2label label2id
-    num_labels use_cache return_dict output_hidden_states output_attentions output_scores
-    return_dict_in_generate torchscript use_bfloat16 tf_legacy_loss _attn_implementation
-    _attn_implementation_autoset attn_implementation pretraining_tp initializer_range
-    attention_dropout gradient_checkpointing chunk_size_feed_forward cross_attention_hidden_size
+    cache_implementation _sliding_window_pattern tokenizer_class finetuning_task
+    task_specific_params prefix problem_type id2label label2id num_labels use_cache return_dict
+    output_hidden_states output_attentions output_scores return_dict_in_generate torchscript
+    use_bfloat16 tf_legacy_loss _attn_implementation _attn_implementation_autoset
+    attn_implementation pretraining_tp initializer_range attention_dropout
+    gradient_checkpointing chunk_size_feed_forward cross_attention_hidden_size
     max_sequence_length model_max_length pad_token_id unk_token_id sep_token_id cls_token_id
     mask_token_id decoder_start_token_id max_length min_length max_new_tokens do_sample
     early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
@@ -155,8 +221,9 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     """
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        supported = ", ".join(FAMILIES)
-        raise UserError(f"{where}: model_type = {model_type!r} is not supported (only {supported})")
+        remedy = REMEDIES.get(model_type) if isinstance(model_type, str) else None
+        supported = remedy or f"only {', '.join(FAMILIES)}"
+        raise UserError(f"{where}: model_type = {model_type!r} is not supported ({supported})")
     family = FAMILIES[model_type]
     for name, value in raw.items():
         check_field(name, value, model_type, where)
@@ -164,46 +231,71 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     # What the file says stands over the family's defaults, and those over transformers'
     values = {"rms_norm_eps": 1e-6, "max_position_embeddings": raw.get("max_sequence_length")}
     values |= family.defaults
-    values |= raw
-    values["rope_theta"], rope_scaling = parse_rope(raw, where)
+    known = {*COMMON_FIELDS, *ROPE_FIELDS, *SUPPORTED_VALUES, *family.defaults}
+    values |= {name: value for name, value in raw.items() if name in known}
+    global_rope = values
+    if "rope_local_base_freq" in family.defaults:
+        global_rope, values["rope_local_base_freq"] = split_ropes(values, where)
+    values["rope_theta"], rope_scaling = parse_rope(global_rope, where)
     complete_sizes(values, where)
     check_numbers(values, where)
     biases = parse_flags(values, ("attention_bias", "mlp_bias"), where)
+    has_rope = parse_rope_layers(values, where)
+    windows = parse_windows(values, family, has_rope, where)
 
     common = {name: values[name] for name in COMMON_FIELDS if name in values}
     return ModelConfig(
         **common,
-        hidden_act=values.get("hidden_act", "silu"),
+        hidden_act=values.get("hidden_activation", values.get("hidden_act", "silu")),
         qkv_bias=biases["attention_bias"] or family.qkv_bias,
         o_bias=biases["attention_bias"],
         mlp_bias=biases["mlp_bias"],
         qk_norm=family.qk_norm,
-        sliding_windows=parse_windows(values, family, where),
+        norms=family.norms,
+        offset_norms=family.offset_norms,
+        embedding_scale=values["hidden_size"] ** 0.5 if family.scaled_embedding else 1.0,
+        query_pre_attn_scalar=values.get("query_pre_attn_scalar"),
+        sliding_windows=windows,
         rope_scaling=rope_scaling,
+        layer_ropes=name_ropes(values, has_rope, windows),
+        local_rope_theta=values.get("rope_local_base_freq", 10000.0),
     )
 
 
 def check_field(name: str, value, model_type: str, where: str) -> None:
     """UserError for a field that is not understood, or has a value that no model here can have."""
-    if name in SUPPORTED_VALUES:
-        supported = SUPPORTED_VALUES[name]
+    supported = SUPPORTED_VALUES.get(name)
+    if name == "hidden_activation" and name in FAMILIES[model_type].defaults:
+        supported = SUPPORTED_VALUES["hidden_act"]  # Gemma's name for it
+    if supported is not None:
         if value not in supported:
-            named = [repr(option) for option in supported if option is not None]
+            named = [repr(option) for option in supported if option is not None] or ["null"]
             raise unsupported(where, name, value, f"only {' or '.join(named)}")
         return
     if name in COMMON_FIELDS or name in ROPE_FIELDS or name in IGNORED_FIELDS:
         return
-    if name in FAMILIES[model_type].defaults:
+    if name in FAMILIES[model_type].defaults or changes_nothing(value):
         return
     if any(name in family.defaults for family in FAMILIES.values()):
-        if value not in (None, False):
-            raise UserError(
-                f"{where}: {name} = {value!r:.60} has no meaning for model_type = {model_type}"
-            )
-        return
+        raise UserError(
+            f"{where}: {name} = {value!r:.60} has no meaning for model_type = {model_type}"
+        )
     raise UserError(
         f"{where}: the field {name!r} is not understood; remove it if it changes nothing"
     )
+
+
+def changes_nothing(value) -> bool:
+    """Whether a field that is not known says that something is not there.
+
+    It does as null, false, 0, empty, or 1.0 (a factor), or where it names full_attention for every
+    layer.
+    """
+    if type(value) is float:
+        return value in (0.0, 1.0)
+    if isinstance(value, list):
+        return all(entry == "full_attention" for entry in value)
+    return not value
 
 
 def unsupported(where: str, name: str, value, expected: str) -> UserError:
@@ -261,13 +353,14 @@ def check_size(values: dict, name: str, largest: int, where: str) -> int:
 
 
 def check_numbers(values: dict, where: str) -> None:
-    """UserError for rms_norm_eps, rope_theta or tie_word_embeddings out of range."""
+    """UserError for rms_norm_eps, a rope or tie_word_embeddings out of range."""
     epsilon = values["rms_norm_eps"]
     if not is_number(epsilon) or not 0 < epsilon < 1:
         raise unsupported(where, "rms_norm_eps", epsilon, "only numbers between 0 and 1")
-    theta = values["rope_theta"]
-    if not is_number(theta) or not 1 < theta < MAX_NUMBER:
-        raise unsupported(where, "rope_theta", theta, "only numbers above 1")
+    for name in ("rope_theta", "rope_local_base_freq", "query_pre_attn_scalar"):
+        number = values.get(name)
+        if name in values and (not is_number(number) or not 1 < number < MAX_NUMBER):
+            raise unsupported(where, name, number, "only numbers above 1")
     tied = values.get("tie_word_embeddings", False)
     if type(tied) is not bool:
         raise unsupported(where, "tie_word_embeddings", tied, "only true or false")
@@ -335,6 +428,25 @@ ROPE_COMMON_FIELDS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"
 MAY_BE_ZERO = {"mscale", "mscale_all_dim"}
 
 
+def split_ropes(raw: dict, where: str) -> tuple[dict, float]:
+    """The fields of the rope of global layers, for `parse_rope`, and rope_theta of local ones.
+
+    Newer files have one rope_parameters for each kind of layer, older ones rope_local_base_freq.
+    """
+    both = raw.get("rope_parameters")
+    local_theta = raw["rope_local_base_freq"]
+    if not isinstance(both, dict) or not both.keys() & {"full_attention", "sliding_attention"}:
+        return raw, local_theta
+    if both.keys() - {"full_attention", "sliding_attention"} or raw.get("rope_scaling"):
+        raise unsupported(where, "rope_parameters", both, "only one object for each kind of layer")
+
+    local = both.get("sliding_attention") or {}
+    local_theta, scaling = parse_rope({"rope_parameters": local, "rope_theta": local_theta}, where)
+    if scaling != RopeScaling():
+        raise unsupported(where, "rope_parameters", local, "local layers have no scaling")
+    return raw | {"rope_parameters": both.get("full_attention")}, local_theta
+
+
 def parse_rope(raw: dict, where: str) -> tuple[float, RopeScaling]:
     """The base of the angles (rope_theta), and their scaling.
 
@@ -399,15 +511,46 @@ def check_rope_value(name: str, value, where: str):
     return value
 
 
-# --- Sliding windows
+# --- Layers that differ: sliding windows and ropes
 
 
-def parse_windows(values: dict, family: Family, where: str) -> tuple[int | None, ...]:
-    """The window of every layer; empty where no layer has one.
+def parse_rope_layers(values: dict, where: str) -> list[bool]:
+    """Whether each layer has rotary positions: those of no_rope_layers that are 1 (SmolLM3)."""
+    layers = values["num_hidden_layers"]
+    flags = values.get("no_rope_layers")
+    if flags is None:
+        interval = values.get("no_rope_layer_interval")
+        if interval is None:
+            return [True] * layers
+        if type(interval) is not int or interval < 1:
+            raise unsupported(where, "no_rope_layer_interval", interval, "only numbers above 0")
+        return [(layer + 1) % interval != 0 for layer in range(layers)]
+    complete = isinstance(flags, list) and len(flags) >= layers
+    if not complete or not all(flag in (0, 1) for flag in flags):
+        raise UserError(f"{where}: no_rope_layers must say 1 or 0 for every layer")
+    return [bool(flag) for flag in flags[:layers]]
 
-    All layers of Mistral have it; of Qwen those that layer_types names, or those from
-    max_window_layers on.
-    """
+
+def name_ropes(
+    values: dict, has_rope: list[bool], windows: tuple[int | None, ...]
+) -> tuple[str, ...]:
+    """ModelConfig.layer_ropes: "none" without positions, "local" with a window (Gemma 3)."""
+    has_local_rope = "rope_local_base_freq" in values
+    names = []
+    for layer, rotates in enumerate(has_rope):
+        if not rotates:
+            names.append("none")
+        elif has_local_rope and windows and windows[layer] is not None:
+            names.append("local")
+        else:
+            names.append("global")
+    return tuple(names) if set(names) != {"global"} else ()
+
+
+def parse_windows(
+    values: dict, family: Family, has_rope: list[bool], where: str
+) -> tuple[int | None, ...]:
+    """The window of every layer; empty where no layer has one."""
     if "sliding_window" not in family.defaults:
         return ()
     window = values["sliding_window"]
@@ -418,7 +561,14 @@ def parse_windows(values: dict, family: Family, where: str) -> tuple[int | None,
         raise unsupported(where, "sliding_window", window, "only a positive number or null")
 
     # Which layers have it
-    sliding = sliding_layers(values, window is not None, where)
+    if values.get("layer_types") is not None:
+        sliding = named_sliding_layers(values, where)
+    elif window is None:
+        return ()
+    elif "no_rope_layers" in family.defaults:
+        sliding = [not rotates for rotates in has_rope]
+    else:
+        sliding = numbered_sliding_layers(values, where)
     if not any(sliding):
         return ()
     if window is None:
@@ -428,23 +578,34 @@ def parse_windows(values: dict, family: Family, where: str) -> tuple[int | None,
     return tuple(window if slides else None for slides in sliding)
 
 
-def sliding_layers(values: dict, has_window: bool, where: str) -> list[bool]:
-    """Whether each layer has a window."""
-    layers = values["num_hidden_layers"]
-    types = values.get("layer_types")
-    if types is None:
-        first = values.get("max_window_layers") or 0
-        if type(first) is not int:
-            raise unsupported(where, "max_window_layers", first, "only whole numbers")
-        return [has_window and layer >= first for layer in range(layers)]
-
+def named_sliding_layers(values: dict, where: str) -> list[bool]:
+    """Whether each layer has a window, as layer_types says."""
+    types = values["layer_types"]
     kinds = ("full_attention", "sliding_attention")
     if (
         not isinstance(types, list)
-        or len(types) != layers
+        or len(types) != values["num_hidden_layers"]
         or not all(kind in kinds for kind in types)
     ):
         raise UserError(
             f"{where}: layer_types must say full_attention or sliding_attention for every layer"
         )
     return [kind == "sliding_attention" for kind in types]
+
+
+def numbered_sliding_layers(values: dict, where: str) -> list[bool]:
+    """Whether each layer has a window, where layer_types does not say.
+
+    All of Mistral's do; of Qwen those from max_window_layers on; of Gemma all but every sixth
+    (sliding_window_pattern).
+    """
+    layers = range(values["num_hidden_layers"])
+    pattern = values.get("sliding_window_pattern")
+    if pattern is not None:
+        if type(pattern) is not int or pattern < 1:
+            raise unsupported(where, "sliding_window_pattern", pattern, "only numbers above 0")
+        return [(layer + 1) % pattern != 0 for layer in layers]
+    first = values.get("max_window_layers") or 0
+    if type(first) is not int:
+        raise unsupported(where, "max_window_layers", first, "only whole numbers")
+    return [layer >= first for layer in layers]

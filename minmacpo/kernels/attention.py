@@ -122,11 +122,28 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        frozen = x.requires_grad and not self.weight.requires_grad
-        if frozen and x.device.type == "cpu" and x.dtype.itemsize <= 4:
-            # torch's own backward makes three times as many passes over x on a CPU
-            return FrozenRMSNorm.apply(x, self.weight, self.eps)
-        return super().forward(x)
+        return rms_norm(x, self.weight, self.eps)
+
+
+class OffsetRMSNorm(nn.RMSNorm):
+    """RMSNorm with 1 + weight for a weight, and all of it in fp32 (Gemma)."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return rms_norm(x, 1 + self.weight.to(wide), self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (..., C) normalised over the last dimension, times weight (C,), in the dtype of x."""
+    frozen = x.requires_grad and not weight.requires_grad
+    if frozen and x.device.type == "cpu" and x.dtype.itemsize <= 4:
+        # torch's own backward makes three times as many passes over x on a CPU
+        return FrozenRMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
 
 class FrozenRMSNorm(torch.autograd.Function):
@@ -137,7 +154,7 @@ class FrozenRMSNorm(torch.autograd.Function):
         """(..., C) -> (..., C)."""
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return F.rms_norm(x, weight.shape, weight, eps)
+        return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -7,7 +7,12 @@ from conftest import config_of
 from minmacpo import UserError
 from minmacpo.core.lora import TARGET_MODULES
 from minmacpo.core.model import ACTIVATIONS, Transformer
-from minmacpo.core.model_config import SUPPORTED_VALUES, parse_config
+from minmacpo.core.model_config import (
+    COMMON_FIELDS,
+    FAMILIES,
+    SUPPORTED_VALUES,
+    parse_config,
+)
 
 # config.json as published by the makers of each model
 # fmt: off
@@ -136,6 +141,57 @@ PUBLISHED = {
         "transformers_version": "5.1.0", "use_cache": True, "use_sliding_window": False,
         "vocab_size": 151936,
     },
+    "smollm3": {
+        "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 128000, "eos_token_id": 128012, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 11008,
+        "layer_types": ["full_attention"] * 36, "max_position_embeddings": 65536,
+        "max_window_layers": 28, "mlp_bias": False, "model_type": "smollm3",
+        "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0] * 9,
+        "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 4,
+        "pad_token_id": 128004, "pretraining_tp": 2, "rms_norm_eps": 1e-06, "rope_scaling": None,
+        "rope_theta": 5000000.0, "sliding_window": None, "torch_dtype": "bfloat16",
+        "transformers_version": "4.54.0.dev0", "use_cache": False, "use_sliding_window": False,
+        "vocab_size": 128256,
+    },
+    "gemma 3": {
+        "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "attn_logit_softcapping": None, "bos_token_id": 2, "cache_implementation": "hybrid",
+        "eos_token_id": [1, 106], "final_logit_softcapping": None, "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "initializer_range": 0.02,
+        "intermediate_size": 6912, "max_position_embeddings": 32768, "model_type": "gemma3_text",
+        "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1,
+        "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
+        "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000,
+        "sliding_window": 512, "sliding_window_pattern": 6, "torch_dtype": "bfloat16",
+        "transformers_version": "4.50.0.dev0", "use_cache": True, "vocab_size": 262144,
+    },
+    "gemma 3, newer": {
+        "_sliding_window_pattern": 6, "architectures": ["Gemma3ForCausalLM"],
+        "attention_bias": False, "attention_dropout": 0.0, "attn_logit_softcapping": None,
+        "bos_token_id": 2, "dtype": "bfloat16", "eos_token_id": 1,
+        "final_logit_softcapping": None, "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 640, "initializer_range": 0.02,
+        "intermediate_size": 2048,
+        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3,
+        "max_position_embeddings": 32768, "model_type": "gemma3_text", "num_attention_heads": 4,
+        "num_hidden_layers": 18, "num_key_value_heads": 1, "pad_token_id": 0,
+        "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_parameters": {
+        "full_attention": {"rope_theta": 1000000.0, "rope_type": "default"},
+        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"}},
+        "sliding_window": 512, "tie_word_embeddings": True, "transformers_version": "5.1.0",
+        "use_bidirectional_attention": False, "use_cache": True, "vocab_size": 262144,
+    },
+    "olmo 2": {
+        "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "eos_token_id": 100257, "hidden_act": "silu", "hidden_size": 4096,
+        "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 4096,
+        "model_type": "olmo2", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 32, "pad_token_id": 100277, "rms_norm_eps": 1e-06,
+        "rope_scaling": None, "rope_theta": 500000, "tie_word_embeddings": False,
+        "torch_dtype": "float32", "transformers_version": "4.47.0.dev0", "use_cache": True,
+        "vocab_size": 100352,
+    },
 }
 # fmt: on
 
@@ -145,18 +201,34 @@ def test_published_config_files_are_understood(name):
     raw = PUBLISHED[name]
     config = parse_config(raw, "x")
 
-    assert config.qk_norm == (raw["model_type"] == "qwen3")
+    norms = {"qwen3": "head", "gemma3_text": "head", "olmo2": "width"}
+    assert config.qk_norm == norms.get(raw["model_type"], "none")
     assert config.qkv_bias == (raw["model_type"] == "qwen2")
     assert not config.o_bias and not config.mlp_bias
-    assert config.sliding_windows == ((4096,) * 32 if name == "mistral 0.1" else ())
+    if raw["model_type"] != "gemma3_text":
+        assert config.sliding_windows == ((4096,) * 32 if name == "mistral 0.1" else ())
+    if raw["model_type"] == "smollm3":
+        assert config.layer_ropes == ("global", "global", "global", "none") * 9
     hidden_per_head = raw["hidden_size"] // raw["num_attention_heads"]
     assert config.head_dim == raw.get("head_dim", hidden_per_head)
     assert config.max_position_embeddings == raw.get("max_position_embeddings", 2048)
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
     assert config.rope_theta == rope.get("rope_theta", raw.get("rope_theta", 10000.0))
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     assert config.rope_scaling.rope_type == rope_type
     assert config.rope_scaling.factor == rope.get("factor", 1.0)
+
+
+@pytest.mark.parametrize("name", ["gemma 3", "gemma 3, newer"])
+def test_five_of_six_layers_of_gemma_are_local(name):
+    config = parse_config(PUBLISHED[name], "x")
+    assert config.layer_ropes[:7] == ("local",) * 5 + ("global", "local")
+    assert config.sliding_windows[:7] == (512,) * 5 + (None, 512)
+    assert config.local_rope_theta == 10000 and config.rope_theta == 1_000_000
+    assert config.embedding_scale == PUBLISHED[name]["hidden_size"] ** 0.5
+    assert config.hidden_act == "gelu_pytorch_tanh" and config.tie_word_embeddings
+    assert config.offset_norms and config.norms == "around"
 
 
 # ---- what is refused ----------------------------------------------------------------------------
@@ -236,7 +308,7 @@ LLAMA3 = PUBLISHED["llama 3.1"]["rope_scaling"]
     ("name", "changes"),
     [
         ("llama 2", {"sliding_window": 4096}),
-        ("llama 2", {"layer_types": ["full_attention"] * 32}),
+        ("llama 2", {"layer_types": ["sliding_attention"] * 32}),
         ("llama 2", {"rope_interleaved": True}),
         ("llama 2", {"num_local_experts": 8}),
         ("llama 2", {"head_dim": None, "num_attention_heads": 30}),
@@ -279,10 +351,62 @@ LLAMA3 = PUBLISHED["llama 3.1"]["rope_scaling"]
         ("qwen 3", {"mlp_bias": True}),
         ("qwen 3", {"attention_bias": 3}),
         ("qwen 3", {"num_experts": 128}),
+        ("smollm3", {"no_rope_layers": [1] * 35}),
+        ("smollm3", {"no_rope_layers": [1, 2] * 18}),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 36}),
+        ("gemma 3", {"final_logit_softcapping": 30.0}),
+        ("gemma 3", {"attn_logit_softcapping": 50.0}),
+        ("gemma 3", {"use_bidirectional_attention": True}),
+        ("gemma 3", {"hidden_activation": "gelu"}),
+        ("gemma 3", {"hidden_activation": None}),
+        ("gemma 3", {"query_pre_attn_scalar": 0}),
+        ("gemma 3", {"rope_local_base_freq": "10000"}),
+        ("gemma 3", {"sliding_window_pattern": 0}),
+        ("gemma 3", {"sliding_window": None, "layer_types": ["sliding_attention"] * 26}),
+        ("gemma 3, newer", {"rope_parameters": {"full_attention": {}, "other": {}}}),
+        ("gemma 3, newer", {"rope_parameters": {"sliding_attention": LLAMA3}}),
+        ("llama 2", {"no_rope_layers": [1] * 32}),
+        ("llama 2", {"hidden_activation": "gelu_pytorch_tanh"}),
+        ("llama 2", {"query_pre_attn_scalar": 256}),
+        ("olmo 2", {"clip_qkv": 8.0}),
+        ("olmo 2", {"sliding_window": 4096}),
     ],
 )
 def test_a_change_of_a_published_file_that_is_not_understood_is_named(name, changes):
     refused(PUBLISHED[name] | changes, *changes)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("value", [None, False, 0, 0.0, 1.0, "", [], {}])
+def test_an_unknown_field_that_says_that_something_is_not_there(name, value):
+    """Also a field that another family knows: it is not mistaken for this one's."""
+    raw = PUBLISHED[name]
+    others = set().union(*(family.defaults for family in FAMILIES.values()))
+    others -= FAMILIES[raw["model_type"]].defaults.keys() | set(COMMON_FIELDS)
+    added = {field: value for field in ("residual_multiplier", "num_experts", *others)}
+
+    assert parse_config(raw | added, "x") == parse_config(raw, "x")
+
+
+@pytest.mark.parametrize("name", ["llama 2", "mistral 0.1", "olmo 2"])
+def test_layer_types_without_windows_change_nothing(name):
+    raw = PUBLISHED[name]
+    types = {"layer_types": ["full_attention"] * 32}
+    assert parse_config(raw | types, "x") == parse_config(raw, "x")
+
+
+@pytest.mark.parametrize("value", [True, 1, 2.0, "x", [1], {"a": 0}])
+def test_an_unknown_field_that_says_something_is_named(value):
+    refused(SMALL | {"residual_multiplier": value}, "residual_multiplier")
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt_neox", "olmo", "gemma", "phi3"])
+def test_other_models_are_refused_by_name(name):
+    """Gemma 3 with images has a text part that can be saved by itself."""
+    refused(SMALL | {"model_type": name}, name)
+    with pytest.raises(UserError, match="docs/models.md" if name == "gemma3" else "only llama"):
+        parse_config(SMALL | {"model_type": name}, "x")
 
 
 def test_notes_and_training_settings_change_nothing():
@@ -298,6 +422,22 @@ def test_notes_and_training_settings_change_nothing():
 
 
 # ---- defaults -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family", ["Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Gemma3Text", "Olmo2"]
+)
+def test_every_field_of_transformers_at_its_default_is_understood(family):
+    """In a file with them all, and with any of them left out."""
+    transformers = pytest.importorskip("transformers")
+    defaults = getattr(transformers, f"{family}Config")().to_dict()
+    config = parse_config(defaults, "x")
+
+    assert config.bos_token_id == defaults["bos_token_id"]
+    assert config.eos_token_id == defaults["eos_token_id"]
+    for absent in defaults.keys() - SMALL.keys():
+        shorter = {name: value for name, value in defaults.items() if name != absent}
+        assert parse_config(shorter, "x") == config, absent
 
 
 @pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])

@@ -24,7 +24,20 @@ MODELS = {
     "plain": {"num_key_value_heads": 4},
     "grouped": {},
     "window": {"sliding_windows": (5, None)},
-    "biases and norms": {"qkv_bias": True, "qk_norm": True},
+    "biases and norms": {"qkv_bias": True, "qk_norm": "head"},
+    "smollm3": {"layer_ropes": ("none", "global")},
+    "gemma3": {
+        "hidden_act": "gelu_pytorch_tanh",
+        "qk_norm": "head",
+        "norms": "around",
+        "offset_norms": True,
+        "embedding_scale": 24**0.5,
+        "query_pre_attn_scalar": 7.0,
+        "sliding_windows": (5, None),
+        "layer_ropes": ("local", "global"),
+        "local_rope_theta": 100.0,
+    },
+    "olmo2": {"qk_norm": "width", "norms": "after"},
 }
 
 
@@ -88,7 +101,7 @@ def test_shared_rows_equal_separate_ones_in_values_and_gradients(kind, whole, se
     )
 
 
-@pytest.mark.parametrize("kind", ["plain", "window"])
+@pytest.mark.parametrize("kind", ["plain", "window", "olmo2"])
 def test_bf16_is_as_far_from_fp32_shared_as_separate(kind, seed):
     """Stated tolerance: 2 % of the largest value, gradients 6 %, for weights of this size."""
     model, rows = random_model(seed, std=0.1, **MODELS[kind]), rows_of(seed, 7)

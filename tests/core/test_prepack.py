@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import far, ragged, random_model
+from test_packing import MODELS
 from test_sampling import WAYS, new
 
 from minmacpo.core import prepack as prepack_module
@@ -16,7 +17,7 @@ from minmacpo.core.lora import (
 )
 from minmacpo.core.model import CACHE_ALIGN
 from minmacpo.core.prepack import PrepackedLinear, can_prepack, multiplies_bf16, prepack
-from minmacpo.core.sampling import generate, prefill
+from minmacpo.core.sampling import SamplingParams, generate, prefill
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
@@ -94,6 +95,22 @@ def test_answers_are_those_of_the_plain_model_in_a_batch_and_alone(
         assert logp[0] == pytest.approx(logps[seed], abs=1e-4)
     monkeypatch.setattr(prepack_module, "MIN_WEIGHTS", 10**9)
     plain, plain_logps = generate(model, prompts, range(7), settings, stops)
+    assert plain == answers
+    assert plain_logps == pytest.approx(logps, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["window", "smollm3", "gemma3", "olmo2"])
+@pytest.mark.parametrize("fixed", [1, 2])
+def test_answers_of_every_family(kind, fixed, prepack_small_models, monkeypatch):
+    model = random_model(fixed, **MODELS[kind])
+    prompts = ragged(fixed, 5, 61, 1, 25)
+    settings = SamplingParams(temperature=0.9, max_new_tokens=30)
+    assert can_prepack(model)
+    answers, logps = generate(model, prompts, range(5), settings, {5, 9})
+
+    monkeypatch.setattr(prepack_module, "MIN_WEIGHTS", 10**9)
+    plain, plain_logps = generate(model, prompts, range(5), settings, {5, 9})
+
     assert plain == answers
     assert plain_logps == pytest.approx(logps, abs=1e-4)
 

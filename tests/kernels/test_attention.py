@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import far
 
 from minmacpo.kernels.attention import (
+    OffsetRMSNorm,
     RMSNorm,
     attention,
     decode_attention,
@@ -72,14 +73,15 @@ def test_attention_in_bf16_is_no_coarser_than_that_of_transformers(size, seed):
     assert our_error <= their_error
 
 
+@pytest.mark.parametrize("kind", [RMSNorm, OffsetRMSNorm])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gradient_of_a_frozen_norm_is_torchs(dtype, seed):
-    norm = RMSNorm(24, 1e-3).to(dtype)
+def test_the_gradient_of_a_frozen_norm_is_torchs(kind, dtype, seed):
+    norm = kind(24, 1e-3).to(dtype)
     norm.weight.data.normal_()
     x = torch.randn(5, 7, 24).to(dtype)
     grad = torch.randn(5, 7, 24).to(dtype)
     exact_input = x.double().requires_grad_()
-    weight = norm.weight.detach().double()
+    weight = norm.weight.detach().double() + (kind is OffsetRMSNorm)
     F.rms_norm(exact_input, (24,), weight, 1e-3).backward(grad.double())
 
     x.requires_grad_()
@@ -90,3 +92,22 @@ def test_the_gradient_of_a_frozen_norm_is_torchs(dtype, seed):
     largest = exact_input.grad.abs().max().item()
     assert far(x.grad.double(), exact_input.grad) <= tolerance * largest
     assert norm.weight.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_offset_norm_is_gemmas_to_the_last_bit_of_bf16(dtype, seed):
+    """In bf16 too 1 + weight keeps all bits of the weight."""
+    gemma = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
+    ours, theirs = OffsetRMSNorm(24, 1e-6).to(dtype), gemma.Gemma3RMSNorm(24).to(dtype)
+    assert not ours.weight.any() and not theirs.weight.any()
+    x = (5 * torch.randn(7, 3, 24)).to(dtype)
+    for norm in (ours, theirs):
+        norm.weight.data.copy_(torch.linspace(-0.02, 0.03, 24))
+
+    for needs_gradient in (False, True):
+        ours.weight.requires_grad_(not needs_gradient)
+        y = ours(x.requires_grad_(needs_gradient))
+        assert y.dtype == dtype
+        if dtype == torch.bfloat16:
+            assert (y == theirs(x)).float().mean() > 0.99  # sums differ in their order
+        assert far(y.float(), theirs(x).float()) <= (1e-6 if dtype == torch.float32 else 0.04)
