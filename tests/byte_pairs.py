@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
+from minmacpo.data.bpe import byte_letters
 from minmacpo.data.pre_tokenizers import KNOWN, PreTokenizer
 
 SPECIAL = [
@@ -18,6 +19,7 @@ SPECIAL = [
 ]
 # {"smollm-2": the known way in which SmolLM 2 cuts texts into words}
 STYLES = {known.name.lower().replace(" ", "-"): known for known in KNOWN}
+SMOLLM_2_LACKS = b"\x04\x06\x13\x14\x16\x1d"  # bytes without a token in the published file
 NOTES = {  # tokenizer_config.json
     "gpt-2": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
     "smollm-2": {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"},
@@ -73,6 +75,22 @@ def train_file(style: str, texts: list[str], vocab: int = 700) -> str:
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens(["<tool_call>"])
     return tokenizer.to_str()
+
+
+def lacking_bytes(file: str, lacking: bytes) -> str:
+    """The content of a tokenizer.json without tokens for some bytes, and what is merged of them."""
+    content = json.loads(file)
+    vocab = content["model"]["vocab"]
+    for byte in lacking:
+        vocab.pop(byte_letters()[byte])
+    merges = []
+    for left, right in content["model"]["merges"]:
+        if left in vocab and right in vocab:
+            merges.append([left, right])
+        else:
+            vocab.pop(left + right, None)
+    content["model"]["merges"] = merges
+    return json.dumps(content)
 
 
 def oracle(file: str) -> Callable[[str], list[int]]:

@@ -5,6 +5,7 @@ nothing behind. The stages at the end write them.
 """
 
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +24,7 @@ from minmacpo.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from minmacpo.pipeline.run import Run
 from minmacpo.pipeline.stage import Stage, StageContext
 from minmacpo.runtime.files import sha256_file, write_atomic, write_json, write_rows
+from minmacpo.runtime.progress import escape_control_chars
 
 TOKENIZER_TEXTS = 6000  # documents of the strong base's text that the tokenizer is trained on
 MIN_PROMPT_TOKENS = 16  # a prompt is not cut to fewer, whatever room an answer leaves
@@ -33,6 +35,7 @@ REQUIRED_SIDES = {"d1": "rejected", "test": "chosen"}
 
 SHORTFALLS = "shorter than asked for"
 LONGER = "true answers longer than generate.max_new_tokens"
+LEFT_OUT = "characters without a token"
 
 
 @dataclass(slots=True)
@@ -247,6 +250,10 @@ def prepare_splits(
     longer = count_longer(config, fitted, tokenizers, read)
     if longer:
         counts[LONGER] = longer
+    all_fitted = [pair for pairs in fitted.values() for pair in pairs]
+    left_out = count_left_out(all_fitted, tokenizers)
+    if left_out:
+        counts[LEFT_OUT] = left_out
     return PreparedData(fitted, corpora, tokenizer, counts)
 
 
@@ -400,6 +407,30 @@ def count_longer(
     return longer
 
 
+def count_left_out(pairs: Iterable[Pair], tokenizers: Sequence[Tokenizer]) -> dict[str, int]:
+    """How many characters of the texts leave no trace, by file of the tokenizers that do so."""
+    texts = []
+    for pair in pairs:
+        texts += [message.content for message in pair.prompt]
+        texts += [answer for answer in (pair.chosen, pair.rejected) if answer]
+    counts = {}
+    for tokenizer in tokenizers:
+        count = tokenizer.count_left_out(texts)
+        if count:
+            counts[tokenizer.where] = count
+    return counts
+
+
+def left_out_warnings(counts: Mapping[str, int]) -> list[str]:
+    """A sentence for each tokenizer that leaves characters out."""
+    sentences = []
+    for where, count in counts.items():
+        sentences.append(
+            f"{where}: has no token for {count} characters of the texts, which are left out"
+        )
+    return sentences
+
+
 # --- Noise in D1
 
 
@@ -462,7 +493,8 @@ def truncate_pairs(
 ) -> tuple[list[Pair], Counter]:
     """The pairs that fit into so many tokens; how many were dropped or cut, by reason.
 
-    Over-long ones are treated as data.truncation_mode says.
+    Over-long ones are treated as data.truncation_mode says. Characters that the tokenizer leaves
+    out are counted in a warning on stderr.
 
     Args:
         max_length: of the prompt and an answer together.
@@ -476,6 +508,8 @@ def truncate_pairs(
         truncated = truncate_pair(config, pair, [tokenizer], reasons, answers)
         if truncated is not None:
             fitting.append(truncated)
+    for warning in left_out_warnings(count_left_out(fitting, [tokenizer])):
+        print(f"WARNING: {escape_control_chars(warning)}", file=sys.stderr)
     return fitting, reasons
 
 
@@ -593,13 +627,16 @@ def splits_stage(
             )
         for warning in prepared().warnings:
             context.log(f"WARNING: {warning}")
+        for warning in left_out_warnings(counts.get(LEFT_OUT, {})):
+            context.log(f"WARNING: {warning}")
         ids = {}
         for name, pairs in prepared().splits.items():
             write_rows(context.folder / f"{name}.jsonl", pairs)
             ids[name] = [pair.id for pair in pairs]
         write_json(context.folder / "split.json", ids)
-        # These two depend on more than the settings of this stage
-        return {name: count for name, count in counts.items() if name not in ("d0", LONGER)}
+        # These depend on more than the settings of this stage
+        others = ("d0", LONGER, LEFT_OUT)
+        return {name: count for name, count in counts.items() if name not in others}
 
     return run.stage(
         name="data/slices",

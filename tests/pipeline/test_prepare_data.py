@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from byte_pairs import SMOLLM_2_LACKS, lacking_bytes
 from runs import invoke, rows_of, stages_of, train, write_stub
 from test_bad_input import ROWS, refused
+from test_chat_template import base_folder
 from texts import hh_row, make_pair, random_json_text, write_lines
 
 from minmacpo import UserError
@@ -17,6 +19,7 @@ from minmacpo.config.parse import parse
 from minmacpo.data import synthetic
 from minmacpo.data.chat_template import render, render_prompt
 from minmacpo.data.records import Message, Pair
+from minmacpo.data.tokenizer import load_tokenizer
 from minmacpo.pipeline import prepare_data
 
 LONG = "".join(chr(97 + number % 26) for number in range(300))
@@ -221,6 +224,46 @@ def test_the_tokenizer_that_needs_most_tokens_decides(tokenizer):
     splits = {"d2": [make_pair("a question of twenty")]}
     with pytest.raises(UserError, match="no row is left"):
         prepare_data.prepare_splits(config_for("drop"), splits, {}, [tokenizer, Wordy()], {})
+
+
+# ---- characters without a token -------------------------------------------------------------
+
+
+def lacking_folder(folder: Path, seed: int) -> Path:
+    """A base whose byte-level tokenizer lacks the tokens that SmolLM2's lacks."""
+    base_folder(folder, "smollm-2", seed)
+    file = folder / "tokenizer.json"
+    file.write_text(lacking_bytes(file.read_text(), SMOLLM_2_LACKS))
+    return folder
+
+
+def test_characters_without_a_token_are_counted(tmp_path, seed):
+    """Each once, in whatever part of the rows they stand, under every tokenizer that lacks them."""
+    tokenizer = load_tokenizer(lacking_folder(tmp_path / "base", seed))
+    pair = make_pair("a\x04b\x16", chosen="no\x1d", rejected="yes\x07")
+    prepared = prepare_data.prepare_splits(config_for("drop"), {"d2": [pair]}, {}, [tokenizer], {})
+    assert prepared.counts["characters without a token"] == {tokenizer.where: 3}
+
+
+def test_programs_that_read_a_file_say_how_many_characters_they_leave_out(tmp_path, seed):
+    """In one line, whatever the number of rows."""
+    base = lacking_folder(tmp_path / "base", seed)
+    rows = []
+    for number in range(40):
+        prompt = f"where is house {number} ?"
+        rows.append({"prompt": prompt, "chosen": f"in row\x13 {number}", "rejected": "no"})
+    file = write_lines(tmp_path / "rows.jsonl", *map(json.dumps, rows))
+    says = f"{base}/tokenizer.json: has no token for 40 characters of the texts"
+
+    measured = invoke("eval", "ppl", base, file, "--data.template=plain")
+    assert measured.code == 0, measured.err
+    assert [line for line in measured.err.splitlines() if says in line][1:] == []
+    assert says in measured.err
+
+    given = f"--model.student={base}", f"--model.teachers={base},{base}"
+    settings = *given, f"--data.path={file}", f"--run.root={tmp_path / 'runs'}"
+    planned = train(write_stub(tmp_path), *settings, "--data.template=plain", "--dry_run")
+    assert f"characters without a token: {{'{base}/tokenizer.json'" in planned.out
 
 
 # ---- shares ---------------------------------------------------------------------------------
