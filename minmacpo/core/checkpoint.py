@@ -22,7 +22,8 @@ from minmacpo import UserError
 from minmacpo.core.lora import MERGE_INSTEAD, TARGET_MODULES, LoraConfig, merge_adapter
 from minmacpo.core.model import Transformer
 from minmacpo.core.model_config import COMMON_FIELDS, ModelConfig, parse_config
-from minmacpo.data.tokenizer import FILES, Tokenizer, load_tokenizer
+from minmacpo.data.tokenizer import Tokenizer, load_tokenizer
+from minmacpo.data.tokenizer_files import FILES, read_stop_ids
 from minmacpo.kernels.quantization import is_quantized, quantize_linears, quantize_weight
 from minmacpo.runtime.files import read_json, write_atomic, write_json
 
@@ -445,18 +446,7 @@ def check_sizes(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None
 
 def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
     """Every id that ends an answer: the tokenizer's end token and those of both config files."""
-    ids = {tokenizer.eos}
-    for file in (folder / "config.json", folder / "generation_config.json"):
-        if not file.is_file():
-            continue
-        eos = read_json(file).get("eos_token_id")
-        for end in eos if isinstance(eos, list) else [eos]:
-            if end is not None and type(end) is not int:
-                raise UserError(
-                    f"{file}: eos_token_id = {eos!r}; expected a whole number, or a list of them"
-                )
-            ids.add(end)
-    return ids - {None}
+    return {tokenizer.eos} | read_stop_ids(folder)
 
 
 # --- Model folders: writing

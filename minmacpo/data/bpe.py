@@ -13,6 +13,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from minmacpo.data.pre_tokenizers import find_known, unknown_steps
+from minmacpo.data.text_tokens import AddedToken, TextTokens, parse_added_token
 from minmacpo.data.unicode_classes import normalize_nfc
 
 MAX_TOKEN_ID = (1 << 31) - 1
@@ -167,7 +168,8 @@ class BytePairs:
     """A byte-level BPE.
 
     Attributes:
-        added_tokens: {name: id} of the tokens that no text becomes.
+        special_tokens: {name: id} of the tokens that no text becomes.
+        text_tokens: the other added tokens.
         size: number of ids.
     """
 
@@ -187,23 +189,26 @@ class BytePairs:
         self.merges = read_merges(model)
 
         vocab = model["vocab"]
-        self.added_tokens = {token["content"]: token["id"] for token in file["added_tokens"]}
+        added_tokens = {token["content"]: token["id"] for token in file["added_tokens"]}
         check_ids(vocab)
-        check_ids(self.added_tokens)
-        self.size = 1 + max([*vocab.values(), *self.added_tokens.values()])
+        check_ids(added_tokens)
+        self.size = 1 + max([*vocab.values(), *added_tokens.values()])
+
+        self.special_tokens = {}
+        text_tokens = []
+        for raw in file["added_tokens"]:
+            if raw["special"]:
+                self.special_tokens[raw["content"]] = raw["id"]
+            else:
+                text_tokens.append(parse_added_token(raw, raw["id"]))
+        self.text_tokens = TextTokens(text_tokens)
 
         self.id_of_piece = {}
         for piece, piece_id in vocab.items():
-            if piece not in self.added_tokens:
+            if piece not in added_tokens:
                 self.id_of_piece[piece] = piece_id
         self.piece_of_id = {piece_id: piece for piece, piece_id in self.id_of_piece.items()}
         self.missing_bytes = missing_bytes(self.id_of_piece)
-
-        # An added token that is not special is shown as text
-        self.visible_tokens = {}
-        for token in file["added_tokens"]:
-            if not token["special"]:
-                self.visible_tokens[token["id"]] = token["content"].encode()
 
         # Llama 3 takes a word that is in the vocabulary as it is, without merging
         self.whole_words = self.id_of_piece if model.get("ignore_merges") else {}
@@ -216,11 +221,15 @@ class BytePairs:
         Args:
             start: whether it begins a document, which is all the same here.
         """
-        if self.normalizes:
-            text = normalize_nfc(text)
         ids = []
-        for word in self.pre_tokenizer.words(text):
-            ids.extend(self.encode_word_cached(word))
+        for part in self.text_tokens.split(text):
+            if isinstance(part, AddedToken):
+                ids.append(part.token_id)
+                continue
+            if self.normalizes:
+                part = normalize_nfc(part)
+            for word in self.pre_tokenizer.words(part):
+                ids.extend(self.encode_word_cached(word))
         return ids
 
     def encode_word(self, word: str) -> list[int]:
@@ -241,8 +250,8 @@ class BytePairs:
         """The text of ids; special tokens give nothing, broken bytes give U+FFFD."""
         parts = []
         for token_id in ids:
-            if token_id in self.visible_tokens:
-                parts.append(self.visible_tokens[token_id])
+            if token_id in self.text_tokens.names:
+                parts.append(self.text_tokens.names[token_id].encode())
             else:
                 parts.append(self.piece_bytes(self.piece_of_id.get(token_id, "")))
         return b"".join(parts).decode("utf-8", "replace")

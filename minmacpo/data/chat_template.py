@@ -9,12 +9,13 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from minmacpo import UserError
-from minmacpo.data.bpe import MALFORMED
 from minmacpo.data.records import Message
 from minmacpo.data.tokenizer import Tokenizer, Tokens
+from minmacpo.data.tokenizer_files import read_chat_template
 
 HUMAN_MARK = "\n\nHuman:"  # what begins a human turn in HH-RLHF
 
@@ -34,7 +35,8 @@ class Template:
 
     In a frame, {} is a message's content; {tag} is what the message with the role "tag" before it
     says (how the assistant is to speak next: RLCD, Yang et al. 2024); <bos> and <eos> are the
-    tokenizer's begin and end token.
+    tokenizer's begin and end token, and <begin> is what it puts before every text: its begin token,
+    or nothing.
 
     An answer is written as `assistant_header`, `assistant_prefix`, its text, `end`. The header
     belongs to the prompt; the other three are trained on.
@@ -65,13 +67,13 @@ class Template:
 # What each one makes of the dialogue "hi", "hello", "so?" with the answer "yes" is shown above it;
 # what is trained on stands between ⟦ and ⟧.
 TEMPLATES = {
-    # <bos>\n\nHuman: hi\n\nAssistant: hello\n\nHuman: so?\n\nAssistant:⟦ yes<eos>⟧
+    # <begin>\n\nHuman: hi\n\nAssistant: hello\n\nHuman: so?\n\nAssistant:⟦ yes<eos>⟧
     "plain": Template(
         user="\n\nHuman{tag}: {}",
         assistant_header="\n\nAssistant{tag}:",
         assistant_prefix=" ",
         earlier_end="",
-        begin="<bos>",
+        begin="<begin>",
         tag=" ({})",
     ),
     # <user>hi<bot>hello<eos><user>so?<bot>⟦yes<eos>⟧
@@ -81,23 +83,23 @@ TEMPLATES = {
         tag="( {} ) ",
         special_tokens=("<user>", "<bot>"),
     ),
-    # <bos>A chat ... questions. USER: hi ASSISTANT: hello<eos> USER: so? ASSISTANT:⟦ yes<eos>⟧
+    # <begin>A chat ... questions. USER: hi ASSISTANT: hello<eos> USER: so? ASSISTANT:⟦ yes<eos>⟧
     "vicuna": Template(
         user=" USER{tag}: {}",
         assistant_header=" ASSISTANT{tag}:",
         assistant_prefix=" ",
-        begin="<bos>",
+        begin="<begin>",
         system="{}",
         default_system=VICUNA,
         tag=" ({})",
     ),
-    # <bos>Below is ... request.\n\n### Instruction:\nhi\n\n### Response:\nhello<eos>\n\n
+    # <begin>Below is ... request.\n\n### Instruction:\nhi\n\n### Response:\nhello<eos>\n\n
     # ### Instruction:\nso?\n\n### Response:\n⟦yes<eos>⟧
     "alpaca": Template(
         user="### Instruction{tag}:\n{}\n\n",
         assistant_header="### Response{tag}:\n",
         earlier_end="<eos>\n\n",
-        begin="<bos>",
+        begin="<begin>",
         system="{}\n\n",
         default_system=ALPACA,
         tag=" ({})",
@@ -290,12 +292,12 @@ def flatten_turns(messages: list[Message]) -> list[Message]:
 
 
 def special_ids(tokenizer: Tokenizer, name: str) -> dict[str, int]:
-    """{special token in a frame: its id}; <bos> is -1 if the tokenizer has none.
+    """{special token in a frame: its id}; <bos> and <begin> are -1 if the tokenizer has none.
 
     Raises:
         UserError: the tokenizer lacks another one.
     """
-    ids = {"<bos>": tokenizer.bos, "<eos>": tokenizer.eos}
+    ids = {"<bos>": tokenizer.bos, "<begin>": tokenizer.begin, "<eos>": tokenizer.eos}
     for token in TEMPLATES[name].special_tokens:
         if token not in tokenizer.special:
             raise UserError(
@@ -307,12 +309,12 @@ def special_ids(tokenizer: Tokenizer, name: str) -> dict[str, int]:
 
 
 def encode_segments(
-    tokenizer: Tokenizer, name: str, segments: Iterable[Segment], start: bool
+    tokenizer: Tokenizer, name: str, segments: Iterable[Segment], before: Sequence[int] = ()
 ) -> list[int]:
     """The ids of segments.
 
     Args:
-        start: whether a document begins with them.
+        before: the ids behind which they stand.
     """
     special = special_ids(tokenizer, name)
     split_at_special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
@@ -326,17 +328,35 @@ def encode_segments(
             text = segment.fill(part)
             if not text:
                 continue
-            begins_document = ids[-1] == tokenizer.bos if ids else start
-            if text.startswith(" "):
-                begins_document = False  # mistral's frames bring their space along
-            separate = TEMPLATES[name].separate_texts
-            ids.extend(tokenizer.encode(text, start=separate or begins_document))
+            takes_space = TEMPLATES[name].separate_texts
+            if not text.startswith(" "):  # mistral's frames bring their space along
+                takes_space = takes_space or takes_space_behind(tokenizer, name, ids or before)
+            ids.extend(tokenizer.encode(text, start=takes_space))
     return ids
+
+
+def takes_space_behind(tokenizer: Tokenizer, name: str, ids: Sequence[int]) -> bool:
+    """Whether the tokenizer puts its space before a text that stands behind these ids.
+
+    Args:
+        ids: those right before the text; all of them, if it is the first one of a prompt.
+    """
+    if not ids:
+        return True
+    match tokenizer.space_before:
+        case "first":
+            # a begin token that the tokenizer puts before a text is no part of that text
+            return TEMPLATES[name].begin == "<begin>" and list(ids) == [tokenizer.begin]
+        case "document":
+            return ids[-1] == tokenizer.bos
+        case "always":
+            return ids[-1] in tokenizer.names
+    return False
 
 
 def render_prompt(tokenizer: Tokenizer, name: str, messages: Sequence[Message]) -> list[int]:
     """The ids of the prompt in the template `name`, up to where the answer begins."""
-    return encode_segments(tokenizer, name, template_segments(name, messages), start=True)
+    return encode_segments(tokenizer, name, template_segments(name, messages))
 
 
 def render(
@@ -353,7 +373,7 @@ def render(
     template = TEMPLATES[name]
     text = response.strip() if template.strip_content else response
     segment = Segment(template.assistant_prefix + "{}" + template.end, text)
-    answer = encode_segments(tokenizer, name, [segment], start=False)
+    answer = encode_segments(tokenizer, name, [segment], before=prompt)
     return Tokens(prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
 
@@ -368,7 +388,7 @@ def end_of_turn_ids(tokenizer: Tokenizer, name: str) -> set[int]:
 
 
 def response_text(tokenizer: Tokenizer, name: str, ids: Sequence[int], whole: bool = True) -> str:
-    """The text of a sampled answer, without the end token and the white space around it.
+    """The text of a sampled answer up to its end token, without the white space around it.
 
     In the plain template it ends before a next human turn, with which a base model that has read
     whole dialogues may go on.
@@ -378,7 +398,8 @@ def response_text(tokenizer: Tokenizer, name: str, ids: Sequence[int], whole: bo
             token changes: no character of which bytes are missing, and nothing that may become the
             mark of a human turn.
     """
-    text = tokenizer.decode([token_id for token_id in ids if token_id != tokenizer.eos])
+    ends = tokenizer.stop_ids | end_of_turn_ids(tokenizer, name)
+    text = tokenizer.decode(list(takewhile(lambda token_id: token_id not in ends, ids)))
     if not whole:
         text = text.rstrip("\N{REPLACEMENT CHARACTER}")
     if name == "plain":
@@ -409,7 +430,7 @@ def dialogue_text(messages: Sequence[Message], response: str) -> str:
     system = "".join(message.content for message in messages if message.role == "system")
     turns = [message for message in messages if message.role != "system"]
     prompt = "".join(segment.fill(segment.frame) for segment in template_segments("plain", turns))
-    return f"{system}{prompt.removeprefix('<bos>')} {response}"
+    return f"{system}{prompt.removeprefix('<begin>')} {response}"
 
 
 # ---- files for transformers -----------------------------------------------------------------
@@ -465,9 +486,14 @@ def jinja_text(frame: str, content: str = "m['content']") -> str:
 
     "<|user|>\n{}<eos>" becomes "<|user|>\\n" + m['content'] + eos_token
     """
-    names = {"{}": content, "<bos>": "bos_token", "<eos>": "eos_token"}
+    names = {
+        "{}": content,
+        "<begin>": "bos_token",
+        "<bos>": "bos_token",
+        "<eos>": "eos_token",
+    }
     terms = []
-    for part in re.split(r"(\{\}|<bos>|<eos>)", frame.replace("{tag}", "")):
+    for part in re.split(r"(\{\}|<begin>|<bos>|<eos>)", frame.replace("{tag}", "")):
         if part in names:
             terms.append(names[part])
         elif part:
@@ -527,19 +553,3 @@ def template_hint(folder: Path, name: str) -> str | None:
             f"if it is a chat model, use --data.template={likely}"
         )
     return None
-
-
-def read_chat_template(folder: Path) -> str:
-    """The chat template of a model folder, "" where it has none, or none that can be read."""
-    config_file = folder / "tokenizer_config.json"
-    template_file = folder / "chat_template.jinja"
-    try:
-        if template_file.is_file():
-            return template_file.read_text("utf-8")
-        if not config_file.is_file():
-            return ""
-        template = json.loads(config_file.read_text("utf-8")).get("chat_template") or ""
-    except (OSError, *MALFORMED):
-        return ""  # load_tokenizer says what is wrong with it
-    # of several templates, an object or a list, any will do for a hint
-    return template if isinstance(template, str) else json.dumps(template)

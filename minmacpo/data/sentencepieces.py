@@ -12,10 +12,13 @@ from collections.abc import Iterable, Sequence
 import sentencepiece
 
 from minmacpo import UserError
+from minmacpo.data.text_tokens import AddedToken, TextTokens
+from minmacpo.data.tokenizer_files import TokenizerNotes
 
 SPACE = "▁"  # stands for a space in the names of pieces
 
 # Numbers of fields in sentencepiece_model.proto
+PIECES = 1  # of a model
 NORMALIZER_SPEC = 3  # of a model
 ADD_DUMMY_PREFIX = 3  # of its normalizer_spec
 REMOVE_EXTRA_WHITESPACES = 4
@@ -23,6 +26,8 @@ REMOVE_EXTRA_WHITESPACES = 4
 # Wire types, the lowest three bits of a field's key
 VARINT = 0
 BYTES = 2
+
+CONTROL_TYPE = bytes([3 << 3 | VARINT, 3])  # the end of a piece that makes it a control piece
 
 
 class SentencePieces:
@@ -33,33 +38,68 @@ class SentencePieces:
         document_processor: writes the start of a document.
         adds_space: whether that one puts a space before a text.
         size: number of ids.
-        control_ids: {name: id} of the pieces that no text becomes.
+        special_tokens: {name: id} of the tokens that no text becomes.
+        text_tokens: added tokens that are text.
     """
 
-    def __init__(self, content: bytes, where: str):
+    def __init__(self, content: bytes, where: str, notes: TokenizerNotes):
         """Load a model.
 
         Args:
             content: of its file.
             where: its path, for the error message.
+            notes: what the files beside it say.
 
         Raises:
             UserError: it is none.
         """
+        if notes.adds_space is not None:
+            content += overriding({ADD_DUMMY_PREFIX: notes.adds_space})
         try:
-            self.load_variants(content)
+            original = load(content)
+            marks = self.sort_tokens(original, notes)
+            if marks:
+                content = with_control_pieces(content, marks)
+                original = load(content)
+            self.load_variants(original, content)
         except (RuntimeError, UnicodeDecodeError, IndexError):
             raise UserError(f"{where}: is no sentencepiece model") from None
-
         self.size = len(self.processor)
-        self.control_ids = {}
-        for token_id in range(self.size):
-            if self.processor.is_control(token_id):
-                self.control_ids[self.processor.id_to_piece(token_id)] = token_id
+        self.is_always_spaced = notes.space_before == "always"
 
-    def load_variants(self, content: bytes) -> None:
+    def sort_tokens(
+        self, original: sentencepiece.SentencePieceProcessor, notes: TokenizerNotes
+    ) -> set[int]:
+        """Part the tokens into special ones and text; returns pieces that are not yet special."""
+        pieces = [original.id_to_piece(number) for number in range(len(original))]
+        names = {token.name for token in notes.added_tokens.values()}.union(pieces)
+        self.special_tokens = {}
+        marks = set()
+        for number, piece in enumerate(pieces):
+            token = notes.added_tokens.get(number) or AddedToken(piece, number)
+            if original.is_control(number):
+                self.special_tokens[piece] = number
+            elif original.is_unknown(number) or original.is_byte(number):
+                continue
+            elif notes.is_mark(token, names, is_piece=True):
+                self.special_tokens[token.name] = number
+                marks.add(number)
+
+        text_tokens = []
+        for number, token in notes.added_tokens.items():
+            if number < len(original):
+                if token.special is not False or number in marks:
+                    continue
+                text_tokens.append(token)
+            elif notes.is_mark(token, names):
+                self.special_tokens[token.name] = number
+            else:
+                text_tokens.append(token)
+        self.text_tokens = TextTokens(text_tokens)
+        return marks
+
+    def load_variants(self, original: sentencepiece.SentencePieceProcessor, content: bytes) -> None:
         """Load the model as often as its settings differ for a document and for a part of one."""
-        original = load(content)
         if not original.encode("a"):
             raise RuntimeError("knows no letter")  # a damaged model may load
         letter = original.normalize("a")
@@ -89,6 +129,18 @@ class SentencePieces:
         Args:
             start: whether it begins a document.
         """
+        ids = []
+        for part in self.text_tokens.split(text):
+            if isinstance(part, AddedToken):
+                ids.append(part.token_id)
+                start = self.is_always_spaced
+            else:
+                ids.extend(self.encode_part(part, start))
+                start = False
+        return ids
+
+    def encode_part(self, text: str, start: bool) -> list[int]:
+        """The ids of a text in which no added token is looked for."""
         if start:
             return self.document_processor.encode(text)
         if self.drops_spaces and self.would_drop_first_space(text):
@@ -105,17 +157,69 @@ class SentencePieces:
         return 0
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; control pieces give nothing, broken bytes give U+FFFD."""
-        return self.exact_processor.decode(list(ids))
+        """The text of ids; special tokens give nothing, broken bytes give U+FFFD."""
+        parts = []
+        for group in self.text_tokens.group(ids):
+            if isinstance(group, list):
+                pieces = [token_id for token_id in group if token_id < self.size]
+                parts.append(self.exact_processor.decode(pieces))
+            else:
+                parts.append(self.text_tokens.names[group])
+        return "".join(parts)
 
     def piece(self, token_id: int) -> str:
-        """A piece by its name, where ▁ stands for a space."""
+        """A token by its name, where ▁ stands for a space."""
+        if token_id in self.text_tokens.names:
+            return self.text_tokens.names[token_id]
         return self.processor.id_to_piece(token_id).replace("<0x0A>", "\n")
 
 
 def load(content: bytes) -> sentencepiece.SentencePieceProcessor:
     """The processor of a model; RuntimeError where it is none."""
     return sentencepiece.SentencePieceProcessor(model_proto=content)
+
+
+def with_control_pieces(content: bytes, ids: set[int]) -> bytes:
+    """A model in which the pieces with these ids are control pieces, which no text becomes."""
+    parts = []
+    number = 0
+    position = 0
+    while position < len(content):
+        start = position
+        key, position = read_varint(content, position)
+        length, position = read_varint(content, position)
+        if key & 7 == BYTES:
+            position += length
+        if key == PIECES << 3 | BYTES:
+            if number in ids:
+                piece = content[position - length : position] + CONTROL_TYPE
+                parts.append(bytes([key]) + varint(len(piece)) + piece)
+                start = position
+            number += 1
+        parts.append(content[start:position])
+    return b"".join(parts)
+
+
+def read_varint(content: bytes, position: int) -> tuple[int, int]:
+    """A number at a position of a protocol buffer, and the position behind it."""
+    number = 0
+    shift = 0
+    while True:
+        byte = content[position]
+        number |= (byte & 0x7F) << shift
+        shift += 7
+        position += 1
+        if byte < 0x80:
+            return number, position
+
+
+def varint(number: int) -> bytes:
+    """A number as a protocol buffer has it: seven bits a byte, the lowest first."""
+    encoded = []
+    while number >= 0x80:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*encoded, number])
 
 
 def overriding(settings: dict[int, bool]) -> bytes:

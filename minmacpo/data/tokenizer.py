@@ -4,28 +4,17 @@ Special tokens are never parsed from text, and each segment of a dialogue is tok
 that the border of prompt and answer never shifts. chat_template.py makes segments of dialogues.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from minmacpo import UserError
-from minmacpo.data.bpe import MALFORMED, check_ids
 from minmacpo.data.sentencepieces import SentencePieces, train_pieces
+from minmacpo.data.tokenizer_files import FILES, NO_NOTES, TokenizerNotes, read_notes
 from minmacpo.data.tokenizer_json import read_tokenizer_json
-from minmacpo.runtime.files import read_json
 
 # Special tokens of the tokenizers trained here: each stands before a turn of that role.
 TURN_MARKS = {"user": "<user>", "assistant": "<bot>"}
-
-# All that a model folder may say of its tokenizer. The first two hold one; where both are there,
-# the first is used.
-FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 AS_SHOWN = str.maketrans({"▁": " ", "\n": "⏎", "\r": "⏎"})  # how a log shows pieces
 
@@ -49,7 +38,10 @@ class Tokenizer:
         names: {id: name} of them.
         bos, eos: ids of begin and end; bos is -1 where there is none.
         size: number of ids.
+        begin: id that stands before a text; -1 where none does, though there may be a `bos`.
+        stop_ids: all ids that end an answer.
         adds_space: whether a text that begins a document gets a space before it.
+        space_before: where a text gets it.
         turn_marks: {role: id} of TURN_MARKS; empty unless the tokenizer has them.
     """
 
@@ -57,16 +49,14 @@ class Tokenizer:
         self,
         model: bytes,
         where: str = "tokenizer.model",
-        added_tokens: Mapping[str, int] | None = None,
-        ends: Mapping[str, str | int] | None = None,
+        notes: TokenizerNotes = NO_NOTES,
     ):
         """Read a tokenizer.
 
         Args:
             model: the content of its file.
             where: the path of its file; one that ends with .json is read as a tokenizer.json.
-            added_tokens: {name: id} of tokens that the file does not have.
-            ends: name or id of "bos" and "eos", where they are not those of the file.
+            notes: what the files beside it say.
 
         Raises:
             UserError: the file is damaged or not supported, or no end token is known.
@@ -76,24 +66,29 @@ class Tokenizer:
         self.bos = -1
         self.eos = -1
         if where.endswith(".json"):
-            self.read_json(where)
+            self.read_json(notes)
         else:
-            self.read_sentencepiece(where)
-
-        self.special |= added_tokens or {}
+            self.read_sentencepiece(notes)
         self.names = {token_id: name for name, token_id in self.special.items()}
-        self.size = max([self.num_pieces, *(token_id + 1 for token_id in self.names)])
+        self.size = max(
+            [
+                self.num_pieces,
+                *(token_id + 1 for token_id in self.names),
+                *(token_id + 1 for token_id in self.processor.text_tokens.names),
+            ]
+        )
 
-        ends = ends or {}
-        if "bos" in ends:
-            self.bos = self.end_id("bos", ends["bos"], where)
-        if "eos" in ends:
-            self.eos = self.end_id("eos", ends["eos"], where)
+        if "bos" in notes.ends:
+            self.bos = self.end_id("bos", notes.ends["bos"], where)
+        if "eos" in notes.ends:
+            self.eos = self.end_id("eos", notes.ends["eos"], where)
         if self.eos < 0:
             raise UserError(
                 f"{where}: has no end token; tokenizer_config.json beside it should name an "
                 "eos_token"
             )
+        self.begin = self.bos if self.adds_begin else -1
+        self.stop_ids = notes.stop_ids | {self.eos}
 
         self.turn_marks = {}
         if all(mark in self.special for mark in TURN_MARKS.values()):
@@ -123,19 +118,26 @@ class Tokenizer:
             )
         return token_id
 
-    def read_json(self, where: str) -> None:
+    def read_json(self, notes: TokenizerNotes) -> None:
         """Take over a tokenizer.json; begin and end are in no field of it."""
-        self.processor = read_tokenizer_json(self.model, where)
+        self.processor = read_tokenizer_json(self.model, self.where, notes)
         self.num_pieces = self.processor.size
-        self.special = dict(self.processor.added_tokens)
+        self.special = dict(self.processor.special_tokens)
+        for token_id, token in notes.added_tokens.items():
+            if token_id not in self.processor.text_tokens.names and len(token.name) > 1:
+                self.special[token.name] = token_id
         self.adds_space = False
+        self.space_before = "never"
+        self.adds_begin = bool(notes.adds_begin)
 
-    def read_sentencepiece(self, where: str) -> None:
+    def read_sentencepiece(self, notes: TokenizerNotes) -> None:
         """Take over a tokenizer.model; its control pieces are special."""
-        self.processor = SentencePieces(self.model, where)
+        self.processor = SentencePieces(self.model, self.where, notes)
         self.num_pieces = self.processor.size
-        self.special = dict(self.processor.control_ids)
+        self.special = dict(self.processor.special_tokens)
         self.adds_space = self.processor.adds_space
+        self.space_before = notes.space_before if self.adds_space else "never"
+        self.adds_begin = notes.adds_begin is not False
         self.bos = self.processor.processor.bos_id()
         self.eos = self.processor.processor.eos_id()
 
@@ -155,7 +157,7 @@ class Tokenizer:
 
         Broken bytes give U+FFFD.
         """
-        return self.processor.decode([token_id for token_id in ids if token_id < self.num_pieces])
+        return self.processor.decode([token_id for token_id in ids if token_id < self.size])
 
     def count_left_out(self, texts: Iterable[str]) -> int:
         """How many characters of the texts have no token and leave no trace in the ids."""
@@ -185,21 +187,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     folder = Path(folder)
     model_file = find_tokenizer_file(folder)
-    config, special_map, added_tokens = (read_optional(folder / name) for name in FILES[2:])
-    try:
-        for token_id, token in config.get("added_tokens_decoder", {}).items():
-            added_tokens[token["content"]] = int(token_id)
-        check_ids(added_tokens)
-        ends = named_ends(special_map | config)
-        if model_file.suffix == ".json" and not ends.get("eos"):
-            ends = numbered_ends(read_optional(folder / "config.json"))
-    except MALFORMED:
-        names = ", ".join(FILES[2:])
-        raise UserError(
-            f"{folder}: {names} or an id in config.json is damaged; tokens are text, and their "
-            "ids whole numbers"
-        ) from None
-    return Tokenizer(model_file.read_bytes(), str(model_file), added_tokens, ends)
+    return Tokenizer(model_file.read_bytes(), str(model_file), read_notes(folder))
 
 
 def find_tokenizer_file(folder: Path) -> Path:
@@ -210,45 +198,6 @@ def find_tokenizer_file(folder: Path) -> Path:
     raise UserError(
         f"{folder}: has no {FILES[0]} (sentencepiece) and no {FILES[1]} (byte-level BPE)"
     )
-
-
-def read_optional(file: Path) -> dict:
-    """The object in a JSON file; an empty one where there is no file."""
-    return read_json(file) if file.is_file() else {}
-
-
-def named_ends(config: dict) -> dict[str, str | int]:
-    """{"bos", "eos"} of a tokenizer_config.json, as far as it names them.
-
-    {"eos_token": "</s>"} or {"eos_token": {"content": "</s>", "special": true}}
-    """
-    ends = {}
-    for end in ("bos", "eos"):
-        token = config.get(f"{end}_token")
-        if isinstance(token, dict):
-            token = token["content"]
-        if token is not None:
-            ends[end] = check_end(token)
-    return ends
-
-
-def numbered_ends(config: dict) -> dict[str, str | int]:
-    """{"bos", "eos"} of a model's config.json; of several ids the first."""
-    ends = {}
-    for end in ("bos", "eos"):
-        token_id = config.get(f"{end}_token_id")
-        if isinstance(token_id, list):
-            token_id = token_id[0]
-        if token_id is not None:
-            ends[end] = check_end(token_id)
-    return ends
-
-
-def check_end(token: object) -> str | int:
-    """The name or id of a token; TypeError for something else."""
-    if type(token) not in (str, int):
-        raise TypeError(f"token {token!r:.60}")
-    return token
 
 
 # ---- training -------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from minmacpo import UserError
 from minmacpo.data.bpe import MALFORMED, BytePairs, check_ids, find_unknown
+from minmacpo.data.text_tokens import TextTokens, parse_added_token
+from minmacpo.data.tokenizer_files import NO_NOTES, TokenizerNotes
 
 # Stands before a text that begins no document. Four characters that Unicode will never give out.
 MARK = "\uffff\ufffe\uffff\ufffe"
@@ -17,11 +19,15 @@ MARK = "\uffff\ufffe\uffff\ufffe"
 OPTIONAL_PARTS = {"normalizer": None, "pre_tokenizer": None, "decoder": None, "added_tokens": []}
 
 
-def read_tokenizer_json(content: bytes, where: str) -> "BytePairs | PackageTokenizer":
+def read_tokenizer_json(
+    content: bytes, where: str, notes: TokenizerNotes = NO_NOTES
+) -> "BytePairs | PackageTokenizer":
     """The tokenizer in a tokenizer.json.
 
     Args:
+        content: of the file.
         where: its path, for error messages.
+        notes: what the files beside it say.
 
     Raises:
         UserError: it is none, or the package that it needs is not installed or cannot read it.
@@ -30,6 +36,7 @@ def read_tokenizer_json(content: bytes, where: str) -> "BytePairs | PackageToken
         file = OPTIONAL_PARTS | json.loads(content)
         if file["model"].get("dropout"):
             raise ValueError(f"dropout {file['model']['dropout']}: ids would be random")
+        file["added_tokens"] = tell_marks(file, notes)
         unknown = find_unknown(file)
         if unknown is None:
             return BytePairs(file)
@@ -40,6 +47,28 @@ def read_tokenizer_json(content: bytes, where: str) -> "BytePairs | PackageToken
             f"{where}: is no tokenizer that is understood here ({error!r:.200}); "
             "if the model has a tokenizer.model too, put that beside it"
         ) from None
+
+
+def tell_marks(file: dict, notes: TokenizerNotes) -> list[dict]:
+    """The added tokens of a tokenizer.json, "special" where no text is to become them.
+
+    Those that are text by the files beside it are added to them.
+    """
+    raw_tokens = {raw["id"]: raw for raw in file["added_tokens"]}
+    tokens = {number: parse_added_token(raw, number) for number, raw in raw_tokens.items()}
+    tokens |= notes.added_tokens
+    names = {token.name for token in tokens.values()}
+
+    told = []
+    for number, token in sorted(tokens.items()):
+        is_mark = notes.is_mark(token, names)
+        is_character = len(token.name) == 1 and token.name in file["model"]["vocab"]
+        if is_character or (is_mark and number not in raw_tokens):
+            continue
+        flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
+        raw = {"normalized": False} | raw_tokens.get(number, {})
+        told.append(raw | flags | {"id": number, "content": token.name, "special": is_mark})
+    return told
 
 
 def leaves_out_unknown(model: dict) -> bool:
@@ -53,7 +82,8 @@ class PackageTokenizer:
     """A tokenizer that the package `tokenizers` runs.
 
     Attributes:
-        added_tokens: {name: id} of the tokens that stand beside the vocabulary.
+        special_tokens: {name: id} of the tokens that no text becomes.
+        text_tokens: the other added tokens.
         size: number of ids.
     """
 
@@ -86,10 +116,18 @@ class PackageTokenizer:
         self.package.no_padding()
         self.package.encode_special_tokens = True  # no text becomes one
 
-        self.added_tokens = {token["content"]: token["id"] for token in file["added_tokens"]}
-        for name, token_id in self.added_tokens.items():
-            if self.package.token_to_id(name) != token_id:
-                raise ValueError(f"added token {name!r:.60} with id {token_id}")
+        # the package itself finds those that are text
+        self.special_tokens = {}
+        text_tokens = [token for token in file["added_tokens"] if not token["special"]]
+        self.text_tokens = TextTokens(
+            parse_added_token(token, token["id"]) for token in text_tokens
+        )
+        for token in file["added_tokens"]:
+            name = token["content"]
+            if self.package.token_to_id(name) != token["id"]:
+                raise ValueError(f"added token {name!r:.60} with id {token['id']}")
+            if token["special"]:
+                self.special_tokens[name] = token["id"]
         self.special_ids = {token["id"] for token in file["added_tokens"] if token["special"]}
         self.special_ids.discard(self.unknown_id(file["model"]))
         vocab = self.package.get_vocab()

@@ -15,7 +15,8 @@ from minmacpo.core.sft_loss import SFTLoss
 from minmacpo.core.trainer import OptimizerConfig, TrainExample, train
 from minmacpo.data.chat_template import render, tokenizer_notes
 from minmacpo.data.records import Example
-from minmacpo.data.tokenizer import FILES, Tokenizer, load_tokenizer, show_mask
+from minmacpo.data.tokenizer import Tokenizer, load_tokenizer, show_mask
+from minmacpo.data.tokenizer_files import FILES
 from minmacpo.pipeline.artifacts import BaseModel, Setup
 from minmacpo.pipeline.prepare_data import (
     PreparedData,

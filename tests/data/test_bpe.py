@@ -133,26 +133,29 @@ def test_a_single_word_of_100_kb(both, word, seed):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_no_text_can_make_an_added_token(style, seed):
+def test_no_text_can_make_a_special_token(style, seed):
     ours = byte_pairs(train_file(style, LEARNED * 3))
-    names = [*SPECIAL, "<tool_call>"]
-    assert set(ours.added_tokens) == set(names)
+    assert set(ours.special_tokens) == set(SPECIAL)
+    assert list(ours.text_tokens.names.values()) == ["<tool_call>"]
 
     rng = random.Random(seed)
-    mixed = ["".join(rng.choices([*names, " ", "<|", "x"], k=9)) for _ in range(200)]
-    for text in names + mixed:
+    mixed = [
+        "".join(rng.choices([*SPECIAL, "<tool_call>", " ", "<|", "x"], k=9)) for _ in range(200)
+    ]
+    for text in SPECIAL + mixed:
         ids = ours.encode(text)
-        assert not set(ours.added_tokens.values()) & set(ids)
+        assert not set(ours.special_tokens.values()) & set(ids)
+        tool_calls = [token_id for token_id in ids if token_id in ours.text_tokens.names]
+        assert len(tool_calls) == text.count("<tool_call>")
         assert ours.decode(ids) == text
 
 
 def test_decoding_drops_special_tokens_and_shows_others():
     ours = byte_pairs(train_file("llama-3", LEARNED))
-    ids = ours.encode("one two")
+    ids = ours.encode("one two<tool_call>")
     unknown_id = 10**6
-    begin = ours.added_tokens["<|begin_of_text|>"]
-    tool_call = ours.added_tokens["<tool_call>"]
-    assert ours.decode([begin, *ids, tool_call, unknown_id]) == "one two<tool_call>"
+    begin = ours.special_tokens["<|begin_of_text|>"]
+    assert ours.decode([begin, *ids, unknown_id]) == "one two<tool_call>"
 
 
 def test_broken_bytes_decode_to_a_replacement_character():
@@ -194,7 +197,7 @@ def test_a_folder_of_the_family(tmp_path, style, bos, eos):
     assert (loaded.bos, loaded.eos) == (bos, eos)
     assert loaded.turn_marks == {}
     assert loaded.adds_space is False
-    assert loaded.size == loaded.special["<tool_call>"] + 1
+    assert loaded.encode("<tool_call>") == [loaded.size - 1]
     assert loaded.model == content.encode()
 
     ids = [1, *loaded.encode("a b\n\x1b"), 4]

@@ -397,7 +397,7 @@ def test_instructions_of_mistral_are_in_the_ids_that_it_prints(tokenizer_for):
 
 def test_vicuna_and_alpaca(tokenizer_for):
     tokenizer = tokenizer_for("vicuna")
-    begin = "<|im_start|>"  # the tokenizer's begin and end tokens are those of chatml
+    begin = ""  # this tokenizer puts no token before a text
     end = "<|im_end|>"
 
     def shown(name: str) -> str:

@@ -12,6 +12,7 @@ from conftest import TEXTS
 
 from minmacpo import UserError
 from minmacpo.data.sentencepieces import SPACE, SentencePieces
+from minmacpo.data.tokenizer_files import NO_NOTES
 
 PARTS = [
     "hello world",
@@ -95,7 +96,7 @@ def oracle(model: bytes, **settings: bool) -> sentencepiece.SentencePieceProcess
 def check_recipe(recipe: Recipe) -> None:
     """Every part has the ids that sentencepiece gives it, and comes back but for what it loses."""
     model = train(recipe)
-    ours = SentencePieces(model, "here")
+    ours = SentencePieces(model, "here", NO_NOTES)
     document = sentencepiece.SentencePieceProcessor(model_proto=model)
     part = oracle(model, add_dummy_prefix=False)
     spaced = oracle(model, add_dummy_prefix=True)
@@ -151,7 +152,7 @@ def test_parts_lose_nothing_under_all_models(recipe):
 @pytest.mark.parametrize("keeps_spaces", [False, True])
 def test_spaces_behind_words_are_not_put_behind_parts(keeps_spaces):
     recipe = Recipe("unigram", "identity", keeps_spaces, True, True, False)
-    ours = SentencePieces(train(recipe, treat_whitespace_as_suffix=True), "here")
+    ours = SentencePieces(train(recipe, treat_whitespace_as_suffix=True), "here", NO_NOTES)
     assert not ours.adds_space
     for start in (False, True):
         assert ours.decode(ours.encode("hello world", start)) == "hello world"
@@ -161,4 +162,4 @@ def test_what_is_no_model_is_refused():
     model = train(Recipe("bpe", "identity", True, True, True, False))
     for content in (b"", b"\x00\x01 no model", model[:1000]):
         with pytest.raises(UserError, match="here: is no sentencepiece model"):
-            SentencePieces(content, "here")
+            SentencePieces(content, "here", NO_NOTES)

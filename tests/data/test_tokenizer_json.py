@@ -13,6 +13,7 @@ from texts import ODD, random_unicode
 from minmacpo import UserError
 from minmacpo.data.bpe import BytePairs
 from minmacpo.data.tokenizer import Tokenizer
+from minmacpo.data.tokenizer_files import TokenizerNotes
 from minmacpo.data.tokenizer_json import MARK, PackageTokenizer, read_tokenizer_json
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -189,18 +190,18 @@ def test_no_text_can_make_a_special_token(both, seed):
 def test_ids_of_tokens_and_their_number(both):
     ours, theirs = both
     assert ours.size == theirs.get_vocab_size()
-    for name, token_id in ours.added_tokens.items():
+    for name, token_id in ours.special_tokens.items():
         assert theirs.token_to_id(name) == token_id
-    assert set(SPECIAL) <= ours.added_tokens.keys()
-    assert ours.decode([ours.added_tokens["</s>"], ours.size, ours.size + 7]) == ""
+    assert set(SPECIAL) == ours.special_tokens.keys()
+    assert ours.decode([ours.special_tokens["</s>"], ours.size, ours.size + 7]) == ""
 
 
 def test_an_added_token_that_is_not_special_is_text(both):
     """As the package has it: made from text, and shown."""
     ours, theirs = both
-    if "<tool>" in ours.added_tokens:
-        ids = ours.encode("the <tool>")
-        assert ours.added_tokens["<tool>"] in ids
+    for token_id, name in ours.text_tokens.names.items():
+        ids = ours.encode(f"the {name}")
+        assert token_id in ids
         assert ours.decode(ids) == theirs.decode(ids)
 
 
@@ -221,7 +222,7 @@ def test_the_mark_before_a_text_is_no_text(both):
 
 def test_half_a_surrogate_pair_is_no_text():
     content = json.dumps(byte_level_file(OTHER_WORDS["curly quotes"])).encode()
-    tokenizer = Tokenizer(content, "x/tokenizer.json", ends={"eos": "</s>"})
+    tokenizer = Tokenizer(content, "x/tokenizer.json", notes=TokenizerNotes(ends={"eos": "</s>"}))
     with pytest.raises(UserError, match="surrogate"):
         tokenizer.encode("a\ud800")
     assert tokenizer.decode(tokenizer.encode("the quick")) == "the quick"
@@ -230,7 +231,7 @@ def test_half_a_surrogate_pair_is_no_text():
 
 def test_pieces_of_words_are_shown_with_their_space():
     content = json.dumps(FILES["Gemma"]()).encode()
-    tokenizer = Tokenizer(content, "x/tokenizer.json", ends={"eos": "</s>"})
+    tokenizer = Tokenizer(content, "x/tokenizer.json", notes=TokenizerNotes(ends={"eos": "</s>"}))
     assert "".join(map(tokenizer.piece, tokenizer.encode("the over"))) == "the over"
 
 
@@ -349,5 +350,9 @@ def test_an_end_that_is_no_token_is_looked_for_once(llama3_style):
     file = changed(llama3_style, "added_tokens", 0, "id", to=(1 << 31) - 1)
     start = time.process_time()
     with pytest.raises(UserError, match="nosuch"):
-        Tokenizer(json.dumps(file).encode(), "x/tokenizer.json", ends={"eos": "nosuch"})
+        Tokenizer(
+            json.dumps(file).encode(),
+            "x/tokenizer.json",
+            notes=TokenizerNotes(ends={"eos": "nosuch"}),
+        )
     assert time.process_time() - start < 5
