@@ -537,7 +537,7 @@ def test_the_end_of_turn_stops_an_answer(tmp_path, seed, monkeypatch):
     assert end_of_turn not in loaded.stop_token_ids
     stops_seen = []
 
-    def generate(model, prompts, seeds, params, stops, *others):
+    def generate(model, prompts, seeds, params, stops, **others):
         stops_seen.append(stops)
         return [[*loaded.tokenizer.encode("sure"), end_of_turn]], [-1.0]
 
