@@ -5,7 +5,8 @@ that ids are what it makes of the file.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from minmacpo import UserError
 from minmacpo.data.bpe import MALFORMED, BytePairs, check_ids, find_unknown
@@ -40,6 +41,7 @@ def read_tokenizer_json(
         unknown = find_unknown(file)
         if unknown is None:
             return BytePairs(file)
+        check_continued_pieces(file["model"])
         check_ids({token["content"]: token["id"] for token in file["added_tokens"]})
         return PackageTokenizer(file, where, unknown)
     except MALFORMED as error:
@@ -69,6 +71,15 @@ def tell_marks(file: dict, notes: TokenizerNotes) -> list[dict]:
         raw = {"normalized": False} | raw_tokens.get(number, {})
         told.append(raw | flags | {"id": number, "content": token.name, "special": is_mark})
     return told
+
+
+def check_continued_pieces(model: dict) -> None:
+    """ValueError where a merge lacks its continuing_subword_prefix, at which the package aborts."""
+    prefix = model.get("continuing_subword_prefix") or ""
+    for pair in model["merges"] if prefix else []:
+        _, right = pair.split(" ") if isinstance(pair, str) else pair
+        if not right.startswith(prefix):
+            raise ValueError(f"merge {pair!r:.60} without the prefix {prefix!r:.60}")
 
 
 def leaves_out_unknown(model: dict) -> bool:
@@ -105,13 +116,9 @@ class PackageTokenizer:
                 f"{where}: its {unknown} is not known here, but the package tokenizers reads it: "
                 "pip install tokenizers"
             ) from None
-        try:
+        self.where = where
+        with self.failures_as_sentences():
             self.package = tokenizers.Tokenizer.from_str(json.dumps(file))
-        except Exception as error:  # the package has no narrower one
-            raise UserError(
-                f"{where}: the package tokenizers does not read it ({error!s:.200}); "
-                "if the model has a tokenizer.model too, put that beside it"
-            ) from None
         self.package.no_truncation()
         self.package.no_padding()
         self.package.encode_special_tokens = True  # no text becomes one
@@ -141,7 +148,24 @@ class PackageTokenizer:
         self.shows_bytes = (file["decoder"] or {}).get("type") == "ByteLevel"
         mark = tokenizers.AddedToken(MARK, normalized=False)
         self.package.add_tokens([mark])
-        self.mark_id = self.package.token_to_id(MARK)
+
+    @contextmanager
+    def failures_as_sentences(self) -> Iterator[None]:
+        """Raise UserError for whatever the package raises.
+
+        It has no narrower class than Exception, and its panics are not even that.
+        """
+        try:
+            yield
+        except BaseException as error:
+            is_panic = type(error).__name__ == "PanicException"
+            if not is_panic and not isinstance(error, Exception):
+                raise
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{self.where}: the package tokenizers cannot work with it ({reason:.200}); "
+                "if the model has a tokenizer.model too, put that beside it"
+            ) from None
 
     def unknown_id(self, model: dict) -> int | None:
         """The id of the token for what has none in the vocabulary; None if there is none."""
@@ -159,7 +183,8 @@ class PackageTokenizer:
         if MARK in text:
             raise UserError(f"{text[:60]!a}: holds U+FFFF and U+FFFE, which are no characters")
         marked = text if start else MARK + text
-        ids = self.package.encode(marked, add_special_tokens=False).ids
+        with self.failures_as_sentences():
+            ids = self.package.encode(marked, add_special_tokens=False).ids
         if not start:
             ids = ids[1:]
         if self.special_ids.isdisjoint(ids):
@@ -189,7 +214,8 @@ class PackageTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special tokens give nothing, broken bytes give U+FFFD."""
         known_ids = [token_id for token_id in ids if token_id < self.size]
-        return self.package.decode(known_ids, skip_special_tokens=True)
+        with self.failures_as_sentences():
+            return self.package.decode(known_ids, skip_special_tokens=True)
 
     def piece(self, token_id: int) -> str:
         """One token as text, or as the vocabulary has it where words begin with a mark."""

@@ -333,6 +333,23 @@ def test_a_damaged_file_is_refused_in_one_sentence(llama3_style, keys, value):
     assert "tokenizer.model" in str(caught.value)
 
 
+def test_what_the_package_fails_at_is_said_in_a_sentence():
+    """It raises at the first, panics at the second, and would abort the program at the third."""
+    without_unknown = changed(FILES["Unigram"](), "model", "unk_id", to=None)
+    ours = read_tokenizer_json(json.dumps(without_unknown).encode(), "here")
+    with pytest.raises(UserError, match="here: the package tokenizers cannot"):
+        ours.encode("zzz")
+
+    strip = {"type": "Strip", "content": "q", "start": 0, "stop": 9}
+    ours = read_tokenizer_json(json.dumps(FILES["Gemma"]() | {"decoder": strip}).encode(), "here")
+    with pytest.raises(UserError, match="here: the package tokenizers cannot"):
+        ours.decode(ours.encode("q"))
+
+    prefixed = changed(FILES["curly quotes"](), "model", "continuing_subword_prefix", to="日日")
+    with pytest.raises(UserError, match="prefix"):
+        read_tokenizer_json(json.dumps(prefixed).encode(), "here")
+
+
 def test_an_id_that_the_package_would_not_give_is_refused():
     file = changed(FILES["curly quotes"](), "added_tokens", 4, "id", to=99_999)
     with pytest.raises(UserError, match="99999"):
