@@ -25,6 +25,7 @@ from pathlib import Path
 
 from minmacpo import UserError
 from minmacpo.config.parse import ArgParser, agent_flags, agent_settings, resolve_checkpoint
+from minmacpo.runtime.hub import local_folder
 from minmacpo.runtime.progress import run_main
 
 ACCEPTED = (
@@ -63,7 +64,7 @@ class SampleCommand:
 def main(argv: list[str]) -> int:
     """Talk, answer or export as the command line asks; returns the exit code."""
     command = parse_command(argv)
-    folder = resolve_checkpoint(command.path)
+    folder = resolve_checkpoint(local_folder(command.path))
     config = agent_settings(folder, command.flags)
 
     from minmacpo.cli.batch_sampling import answer_file, read_prompts

@@ -33,7 +33,11 @@ KNOWN: set[tuple[str, str]] = set()
 PROGRAMS = ["train", "sample", "eval"]
 THIRD_PARTY = {"torch", "safetensors", "sentencepiece", "numpy", "tqdm"}
 # Imported where they are used, by one module.
-OPTIONAL = {"tokenizers": "data.tokenizer_json", "pyarrow": "data.parquet"}
+OPTIONAL = {
+    "tokenizers": "data.tokenizer_json",
+    "pyarrow": "data.parquet",
+    "huggingface_hub": "runtime.hub",
+}
 NETWORK = {"urllib", "http", "socket", "requests", "ssl", "ftplib"}
 PICKLES = {"pickle", "marshal", "shelve", "dill"}
 CODE_FROM_DATA = {

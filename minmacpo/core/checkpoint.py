@@ -26,6 +26,7 @@ from minmacpo.data.tokenizer import Tokenizer, load_tokenizer
 from minmacpo.data.tokenizer_files import FILES, read_stop_ids
 from minmacpo.kernels.quantization import is_quantized, quantize_linears, quantize_weight
 from minmacpo.runtime.files import read_json, write_atomic, write_json
+from minmacpo.runtime.hub import HUB_NAME
 
 # The dtypes of weights, by their names in a safetensors file
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -144,7 +145,7 @@ def why_no_folder(path: Path | str) -> str:
         if kind:
             return f"is {kind.what}, which is not read: {kind.remedy}"
         return "is a file, where a model folder is expected; give the folder that it lies in"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+    if HUB_NAME.fullmatch(str(path)):
         command = f"hf download {path} --local-dir {path}"
         return f"is no folder; if it is a model of the hub, get it with: {command}"
     return "is no folder; download the model first and give its path"

@@ -106,8 +106,12 @@ class Tokenizer:
         self.special = {
             name: token_id for name, token_id in self.special.items() if token_id in self.names
         }
-        pieces = set(range(self.num_pieces)) - forgotten
-        self.size = 1 + max(pieces | self.names.keys())
+        # an id without a piece, between others, is nothing either
+        used = set(range(min(rows, self.num_pieces))) | self.names.keys()
+        for token_id in range(rows, self.num_pieces):
+            if token_id not in forgotten and self.piece(token_id):
+                used.add(token_id)
+        self.size = 1 + max(used)
 
     def end_id(self, end: str, token: str | int, where: str) -> int:
         """The id of a begin or end token that is given by name or id."""

@@ -40,6 +40,7 @@ from minmacpo.pipeline.model_pool import LoadedModel
 from minmacpo.pipeline.open_model import open_agent
 from minmacpo.pipeline.prepare_data import truncate_pairs
 from minmacpo.runtime.device import resolve_device
+from minmacpo.runtime.hub import local_folder
 from minmacpo.runtime.progress import Progress, escape_control_chars
 
 ACCEPTED_FLAGS = (
@@ -79,7 +80,7 @@ def run_likelihood(command: str, argv: Sequence[str]) -> dict:
     parser.add_argument("file", type=Path)
     args, rest = parser.parse_known_args(argv)
     flags = agent_flags(rest, ACCEPTED_FLAGS)
-    folder = resolve_checkpoint(args.path)
+    folder = resolve_checkpoint(local_folder(args.path))
     config = agent_settings(folder, flags)
 
     # The rows are read before the model: they are the quicker error

@@ -38,6 +38,7 @@ from minmacpo.evaluation.text_tables import bracketed
 from minmacpo.pipeline.open_model import default_chat_template
 from minmacpo.runtime.device import resolve_device, resolve_dtype
 from minmacpo.runtime.files import read_rows
+from minmacpo.runtime.hub import local_folder
 from minmacpo.runtime.progress import aligned
 
 Text = tuple[Sequence[Message], str]  # a prompt and an answer to it
@@ -63,7 +64,7 @@ def run_reward(argv: Sequence[str]) -> dict:
     # What rates
     own = OwnPairs()
     if args.model:
-        rate = load_rater(args.model, run, args.template)
+        rate = load_rater(local_folder(args.model), run, args.template)
     else:
         if args.pairs:
             own = read_own_pairs(run, args.pairs)
@@ -278,7 +279,7 @@ def rank_pairs(pairs: Sequence[Pair], rate: Rate) -> np.ndarray:
 def strong_base(run: FinishedRun) -> Path:
     """The folder of the run's strong base."""
     given = run.config.model.student
-    return Path(given) if given else run.stage("bases/strong").path
+    return local_folder(given) if given else run.stage("bases/strong").path
 
 
 def read_split(run: FinishedRun, name: str) -> list[Pair]:

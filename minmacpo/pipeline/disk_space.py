@@ -3,11 +3,11 @@
 import json
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
 from minmacpo.config.schema import Config
 from minmacpo.config.validate import parse_model_size
 from minmacpo.data.readers import find_files
+from minmacpo.runtime.hub import local_folder
 
 BYTES_PER_NUMBER = 4  # everything that is stored is in fp32
 BYTES_PER_TOKEN = 4
@@ -62,7 +62,7 @@ def largest_weights(config: Config) -> tuple[int, int]:
     # --- Bases that are given
     for folder in (model.student, *model.teachers):
         if folder:
-            given = json.loads((Path(folder) / "config.json").read_text())
+            given = json.loads((local_folder(folder) / "config.json").read_text())
             width = given["hidden_size"]
             mlp = given["intermediate_size"]
             layer_sizes.append(given["num_hidden_layers"] * (width + mlp))

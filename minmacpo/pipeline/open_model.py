@@ -16,6 +16,7 @@ from minmacpo.pipeline.model_pool import LoadedModel
 from minmacpo.pipeline.run_dir import check_stage
 from minmacpo.runtime.device import configure_torch
 from minmacpo.runtime.files import read_json
+from minmacpo.runtime.hub import local_folder
 from minmacpo.runtime.progress import escape_control_chars
 
 
@@ -93,7 +94,7 @@ def open_adapter(folder: Path, config: Config) -> OpenedFolder:
 def find_base(folder: Path, base_name: str) -> Path:
     """The folder of an adapter's base: beside the adapter, or from where the program runs."""
     if base_name:
-        for candidate in (folder / base_name, Path(base_name)):
+        for candidate in (folder / base_name, local_folder(base_name)):
             if candidate.is_dir():
                 return candidate
     raise UserError(f"{folder}: its base {base_name!r} {why_no_folder(base_name)}")

@@ -24,6 +24,7 @@ from minmacpo.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from minmacpo.pipeline.run import Run
 from minmacpo.pipeline.stage import Stage, StageContext
 from minmacpo.runtime.files import sha256_file, write_atomic, write_json, write_rows
+from minmacpo.runtime.hub import local_folder
 from minmacpo.runtime.progress import escape_control_chars
 
 TOKENIZER_TEXTS = 6000  # documents of the strong base's text that the tokenizer is trained on
@@ -66,7 +67,7 @@ def model_dirs(config: Config) -> dict[str, Path]:
     """The folders of the bases that the user gives, by base."""
     folders = [config.model.student, *config.model.teachers]
     named = zip(base_names(config), folders, strict=False)
-    return {name: Path(folder) for name, folder in named if folder}
+    return {name: local_folder(folder) for name, folder in named if folder}
 
 
 def given_tokenizers(config: Config) -> list[Tokenizer]:

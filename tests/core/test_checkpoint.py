@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,13 @@ from safetensors.torch import load_file, save_file
 from minmacpo import UserError
 from minmacpo.core.checkpoint import (
     check_model_folder,
+    check_sizes,
     load_adapter,
     load_model,
     load_state,
     load_tensors,
     read_adapter_config,
+    read_config,
     save_adapter,
     save_model,
     save_state,
@@ -36,6 +39,8 @@ from minmacpo.core.lora import (
     init_adapter,
     set_adapter_weights,
 )
+from minmacpo.data.bpe import BytePairs
+from minmacpo.data.tokenizer import load_tokenizer
 from minmacpo.runtime.device import peak_mb, read_proc, reset_peaks
 
 
@@ -267,6 +272,49 @@ def test_special_tokens_without_a_row_are_no_hindrance(file, content, model_fold
     assert checked.special == tokenizer.special
     assert checked.encode("a <pad> b") == tokenizer.encode("a <pad> b")
     assert checked.decode([*checked.encode("a b"), 400]) == "a b"
+
+
+@pytest.mark.parametrize(("known", "pad"), [(True, 258), (True, 261), (False, 258)])
+def test_special_tokens_of_a_tokenizer_json_without_a_row(known, pad, model_folder):
+    """Read by own means or by `tokenizers`; ids that the file leaves out are none."""
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: number for number, letter in enumerate([*letters, "</s>", "ab"])}
+    content = {
+        "model": {"type": "BPE", "vocab": vocab, "merges": [["a", "b"]]},
+        "pre_tokenizer": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": known,
+        },
+        "normalizer": None,
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
+        "added_tokens": [
+            {"id": 256, "content": "</s>", "special": True},
+            {"id": pad, "content": "<pad>", "special": True},
+        ],
+    }
+    for token in content["added_tokens"]:
+        token |= {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    (model_folder / "tokenizer.model").unlink()
+    (model_folder / "tokenizer.json").write_text(json.dumps(content))
+    (model_folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    config = read_config(model_folder)
+    tokenizer = load_tokenizer(model_folder)
+    assert isinstance(tokenizer.processor, BytePairs) == known
+
+    check_sizes(model_folder, replace(config, vocab_size=258), tokenizer)
+
+    assert tokenizer.size == 258 and tokenizer.special == {"</s>": 256}
+    assert tokenizer.encode("ab") == [257]
+    with pytest.raises(UserError, match="258 pieces, the model only 257 rows, and none for 'ab'"):
+        check_sizes(model_folder, replace(config, vocab_size=257), load_tokenizer(model_folder))
 
 
 @pytest.mark.parametrize("end", ["bos", "eos"])

@@ -1,12 +1,13 @@
 """Every family against transformers and PEFT: logits, gradients, greedy text, adapters, exports."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import far, logits_of, ragged
+from conftest import REPO, far, logits_of, ragged
 
 from minmacpo import UserError
 from minmacpo.core.checkpoint import (
@@ -291,6 +292,46 @@ def test_the_older_spelling_of_every_rope(family):
     assert load_model(folder).config == newer
 
 
+def test_the_text_part_of_gemma_3_with_images_is_saved_as_the_docs_say(seed, tmp_path, monkeypatch):
+    page = (REPO / "docs/models.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    text = {
+        "vocab_size": 61,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 7,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "sliding_window": 7,
+        "pad_token_id": 0,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    whole = transformers.Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for weight in whole.parameters():
+            weight.normal_(std=0.2)
+    whole.save_pretrained(tmp_path / "gemma-3-4b-it")
+    with pytest.raises(UserError, match=r"gemma3.*docs/models\.md"):
+        load_model(tmp_path / "gemma-3-4b-it")
+    monkeypatch.chdir(tmp_path)
+
+    exec(compile(code, "docs/models.md", "exec"), {})
+
+    tokens = torch.randint(1, 58, (3, 30))
+    logits = whole(input_ids=tokens).logits
+    ours = load_model(tmp_path / "gemma-3-4b-text")
+    assert far(logits_of(ours, tokens), logits) <= tolerance(logits)
+
+
 # ---- adapters -----------------------------------------------------------------------------------
 
 
@@ -392,7 +433,8 @@ def test_every_way_to_say_what_is_adapted(changes, seed, tmp_path):
     ("changes", "named"),
     [
         ({"use_dora": True}, "use_dora"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save.*merge_and_unload"),
+        ({"trainable_token_indices": [3, 5]}, "trainable_token_indices.*merge_and_unload"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"layers_to_transform": [1]}, "layers_to_transform"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
@@ -405,6 +447,24 @@ def test_other_kinds_of_adapter_are_refused_by_name(changes, named, seed, tmp_pa
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     with_peft_adapter(write_family("qwen3", base), adapter, seed, **changes)
     with pytest.raises(UserError, match=named):
+        load_with_adapter(base, adapter)
+
+
+@pytest.mark.parametrize("name", ["llama 1", "qwen3", "gemma3, untied"])
+def test_embeddings_that_peft_saves_beside_an_adapter(name, seed, tmp_path):
+    """They are the base's own where PEFT cannot tell; resized ones are named."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    theirs = with_peft_adapter(write_family(name, base), adapter, seed)
+    theirs.save_pretrained(adapter, save_embedding_layers=True)
+    assert any("embed_tokens" in key for key in load_adapter(adapter))
+    tokens = torch.randint(0, 61, (3, 40))
+    logits = theirs(tokens).logits
+    ours = load_with_adapter(base, adapter)
+    assert far(logits_of(ours, tokens), logits) <= tolerance(logits)
+
+    theirs.base_model.model.resize_token_embeddings(64)
+    theirs.save_pretrained(adapter, save_embedding_layers=True)
+    with pytest.raises(UserError, match=r"\[64, \d+\], and the base has \[61, .*merge_and_unload"):
         load_with_adapter(base, adapter)
 
 
