@@ -171,6 +171,7 @@ class BytePairs:
         special_tokens: {name: id} of the tokens that no text becomes.
         text_tokens: the other added tokens.
         size: number of ids.
+        adds_begin: whether its file puts a begin token before a text.
     """
 
     def __init__(self, file: dict):

@@ -132,7 +132,9 @@ class Tokenizer:
                 self.special[token.name] = token_id
         self.adds_space = False
         self.space_before = "never"
-        self.adds_begin = bool(notes.adds_begin)
+        self.adds_begin = self.processor.adds_begin
+        if notes.adds_begin is not None:
+            self.adds_begin = notes.adds_begin
 
     def read_sentencepiece(self, notes: TokenizerNotes) -> None:
         """Take over a tokenizer.model; its control pieces are special."""

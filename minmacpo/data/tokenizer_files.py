@@ -266,6 +266,11 @@ def says_begin(config: dict, file: dict, chat_template: str) -> bool | None:
         return True
     if type(config.get("add_bos_token")) is bool:
         return config["add_bos_token"]
+    return post_processor_begins(file)
+
+
+def post_processor_begins(file: dict) -> bool | None:
+    """Whether a tokenizer.json's post-processor puts a token before texts; None: it has none."""
     for step in steps_of(file, "post_processor"):
         if step.get("type") == "TemplateProcessing":
             return "SpecialToken" in step["single"][0]

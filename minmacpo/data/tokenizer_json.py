@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from minmacpo import UserError
 from minmacpo.data.bpe import MALFORMED, BytePairs, check_ids, find_unknown
 from minmacpo.data.text_tokens import TextTokens, parse_added_token
-from minmacpo.data.tokenizer_files import NO_NOTES, TokenizerNotes
+from minmacpo.data.tokenizer_files import NO_NOTES, TokenizerNotes, post_processor_begins
 
 # Stands before a text that begins no document. Four characters that Unicode will never give out.
 MARK = "\uffff\ufffe\uffff\ufffe"
@@ -40,10 +40,13 @@ def read_tokenizer_json(
         file["added_tokens"] = tell_marks(file, notes)
         unknown = find_unknown(file)
         if unknown is None:
-            return BytePairs(file)
-        check_continued_pieces(file["model"])
-        check_ids({token["content"]: token["id"] for token in file["added_tokens"]})
-        return PackageTokenizer(file, where, unknown)
+            tokenizer = BytePairs(file)
+        else:
+            check_continued_pieces(file["model"])
+            check_ids({token["content"]: token["id"] for token in file["added_tokens"]})
+            tokenizer = PackageTokenizer(file, where, unknown)
+        tokenizer.adds_begin = bool(post_processor_begins(file))
+        return tokenizer
     except MALFORMED as error:
         raise UserError(
             f"{where}: is no tokenizer that is understood here ({error!r:.200}); "
@@ -96,6 +99,7 @@ class PackageTokenizer:
         special_tokens: {name: id} of the tokens that no text becomes.
         text_tokens: the other added tokens.
         size: number of ids.
+        adds_begin: whether its file puts a begin token before a text.
     """
 
     def __init__(self, file: dict, where: str, unknown: str):

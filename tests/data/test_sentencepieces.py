@@ -1,14 +1,11 @@
 """Parts of documents under sentencepiece models of every kind, against sentencepiece itself."""
 
-import io
-import itertools
 import random
 import re
-from dataclasses import dataclass
 
 import pytest
 import sentencepiece
-from conftest import TEXTS
+from sentencepiece_models import Recipe, all_recipes, train
 
 from minmacpo import UserError
 from minmacpo.data.sentencepieces import SPACE, SentencePieces
@@ -37,49 +34,6 @@ PARTS = [
     "▁a",
     "",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """What a sentencepiece model is trained with."""
-
-    kind: str
-    normalizer: str
-    keeps_spaces: bool
-    has_bytes: bool
-    adds_space: bool
-    has_newline: bool  # as a piece
-
-
-def all_recipes() -> list[Recipe]:
-    kinds = ("unigram", "bpe", "char", "word")
-    normalizers = ("identity", "nfkc", "nfkc_cf", "nmt_nfkc", "nmt_nfkc_cf")
-    flags = itertools.product((False, True), repeat=4)
-    recipes = []
-    for kind, normalizer, choice in itertools.product(kinds, normalizers, list(flags)):
-        recipes.append(Recipe(kind, normalizer, *choice))
-    return recipes
-
-
-def train(recipe: Recipe, **options) -> bytes:
-    """The content of a tokenizer.model."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*TEXTS, "hello world , yes . no !"] * 4),
-        model_writer=model,
-        model_type=recipe.kind,
-        vocab_size=420 if recipe.has_bytes else 150,
-        hard_vocab_limit=False,
-        byte_fallback=recipe.has_bytes,
-        normalization_rule_name=recipe.normalizer,
-        remove_extra_whitespaces=not recipe.keeps_spaces,
-        add_dummy_prefix=recipe.adds_space,
-        user_defined_symbols=["\n"] if recipe.has_newline else [],
-        num_threads=1,
-        minloglevel=2,
-        **options,
-    )
-    return model.getvalue()
 
 
 def oracle(model: bytes, **settings: bool) -> sentencepiece.SentencePieceProcessor:
