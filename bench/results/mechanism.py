@@ -16,7 +16,6 @@ import numpy as np
 from bench.results.store import PLACE
 from minmacpo import UserError
 from minmacpo.core.scoring import perplexity, score
-from minmacpo.data.chat_template import render
 from minmacpo.data.records import Sample
 from minmacpo.evaluation.finished_run import FinishedRun, read_run
 from minmacpo.evaluation.gold import gold_reward
@@ -45,7 +44,6 @@ def perplexity_matrix(run: FinishedRun, t: int) -> dict[str, dict[str, float]]:
     """{answers: {policy: median perplexity}} at the start of round t."""
     agents = ["student", *run.teachers]
     answers = answers_of(run, t, agents)
-    template = run.config.data.template
     matrix: dict[str, dict[str, float]] = {label: {} for label in answers}
     for agent in agents:
         for i in range(t):
@@ -56,7 +54,7 @@ def perplexity_matrix(run: FinishedRun, t: int) -> dict[str, dict[str, float]]:
         for label, samples in answers.items():
             rows = []
             for sample in samples:
-                rows.append(render(loaded.tokenizer, template, sample.prompt, sample.response))
+                rows.append(loaded.render(sample.prompt, sample.response))
             logps = score(loaded.model, rows, run.config.run.max_tokens_per_batch)
             values = []
             for row, logp in zip(rows, logps, strict=True):

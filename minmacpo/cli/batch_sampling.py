@@ -93,7 +93,7 @@ def fit_prompts(config: Config, loaded: LoadedModel, pairs: Sequence[Pair]) -> l
     context = loaded.context
     new_tokens = config.generate.max_new_tokens
     room = context - new_tokens
-    fitting, reasons = truncate_pairs(config, loaded.tokenizer, pairs, room, context)
+    fitting, reasons = truncate_pairs(config, loaded.renderer, pairs, room, context)
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     note = (
         f"{counts}: with generate.max_new_tokens = {new_tokens} there is room for "

@@ -13,7 +13,7 @@ from minmacpo.config.schema import Config
 from minmacpo.core.prepack import multiplies_bf16
 from minmacpo.data.chat_template import template_hint
 from minmacpo.data.splits import TOO_FEW
-from minmacpo.pipeline.prepare_data import PreparedData
+from minmacpo.pipeline.prepare_data import PreparedData, base_templates, model_dirs
 from minmacpo.pipeline.run import Run
 from minmacpo.runtime.device import free_bytes, process_bytes, resolve_device, resolve_dtype
 from minmacpo.runtime.progress import escape_control_chars, gigabytes, thousands
@@ -170,11 +170,10 @@ def hints(run: Run) -> list[str]:
             "several times faster"
         )
 
-    given_bases = set()
-    for _, inputs in run.recipes.values():
-        given_bases.update(stage.path for stage in inputs if stage.external)
-    for folder in sorted(given_bases):
-        hint = template_hint(folder, config.data.template)
+    templates = base_templates(config)
+    given = {(folder, templates[base]) for base, folder in model_dirs(config).items()}
+    for folder, template in sorted(given):
+        hint = template_hint(folder, template)
         if hint:
             warnings.append(hint)
     return warnings

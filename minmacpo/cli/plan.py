@@ -15,7 +15,7 @@ from minmacpo.cli.memory_estimate import MemoryEstimate, PassSize, estimate_memo
 from minmacpo.core.batching import batch_limits, scoring_tokens, steps_per_epoch
 from minmacpo.core.checkpoint import read_config
 from minmacpo.core.model_config import ModelConfig
-from minmacpo.data.chat_template import render
+from minmacpo.data.chat_template import Renderer
 from minmacpo.data.records import Example
 from minmacpo.data.tokenizer import Tokenizer, load_tokenizer
 from minmacpo.pipeline.artifacts import TextColumn
@@ -49,6 +49,14 @@ class TextLengths:
         """Tokens of prompt and answer together, no more than `limit`."""
         pairs = zip(self.prompts, self.answers, strict=True)
         return [min(prompt + answer, limit) for prompt, answer in pairs]
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A base and the template that texts are written in for it."""
+
+    base: Stage
+    template: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +154,10 @@ class Plan:
         shape = self.settings(base.name)["shape"]
         return made_config(self.config, shape, vocab_size), tokenizer
 
+    def reader(self, name: str) -> Reader:
+        """Whose tokens the stage's texts are counted in: those of its base, its first input."""
+        return Reader(self.inputs(name)[0], self.settings(name)["template"])
+
     def row_limit(self, model: ModelConfig) -> int:
         """Tokens of the longest row that is trained on."""
         return min(self.config.data.max_length, model.max_position_embeddings)
@@ -154,40 +166,41 @@ class Plan:
 
     def texts(self, name: str) -> TextLengths:
         """Lengths of the texts that the stage reads, in tokens of its base."""
-        base = self.inputs(name)[0]
         texts = self.settings(name).get("texts", ("d2.jsonl", "prompt"))
         if isinstance(texts, dict):
             return self.column_texts(name, texts)
         file, column = texts
+        reader = self.reader(name)
         if file not in PRODUCERS:
-            return self.split_texts(file.removesuffix(".jsonl"), column, base)
-        return self.made_texts(self.source(name, file), file, column, base)
+            return self.split_texts(file.removesuffix(".jsonl"), column, reader)
+        return self.made_texts(self.source(name, file), file, column, reader)
 
     def column_texts(self, name: str, columns: dict[str, list[str]]) -> TextLengths:
         """Several columns of texts that a stage scores side by side, one after the other."""
-        base, *inputs = self.inputs(name)
+        _, *inputs = self.inputs(name)
+        reader = self.reader(name)
         prompts = []
         answers = []
         exact = True
         sources = inputs[-len(columns) :]  # behind an adapter, if there is one
         for (file, column), source in zip(columns.values(), sources, strict=True):
             if file in PRODUCERS:
-                lengths = self.made_texts(source, file, column, base)
+                lengths = self.made_texts(source, file, column, reader)
             else:
-                lengths = self.split_texts(file.removesuffix(".jsonl"), column, base)
+                lengths = self.split_texts(file.removesuffix(".jsonl"), column, reader)
             prompts += lengths.prompts
             answers += lengths.answers
             exact = exact and lengths.exact
         return TextLengths(prompts, answers, exact)
 
-    def made_texts(self, source: Stage, file: str, column: str, base: Stage) -> TextLengths:
+    def made_texts(self, source: Stage, file: str, column: str, reader: Reader) -> TextLengths:
         """The texts of a stage that samples answers, asks questions or makes pairs."""
         if source.finished and self.prepared is not None:
-            return self.read(TextColumn(source, file, column), base)
+            return self.read(TextColumn(source, file, column), reader)
         if file == "questions.jsonl":
-            return self.questions(source, base)
+            return self.questions(source, reader)
 
-        prompts = self.prompts_of(source, base)
+        prompts = self.prompts_of(source, reader)
         answers = self.settings(source.name).get("answers", 1)
         length = self.config.generate.max_new_tokens
         return TextLengths(
@@ -203,14 +216,14 @@ class Plan:
                 return stage
         raise ValueError(f"{name} reads {file}, but none of its inputs makes it")
 
-    def prompts_of(self, source: Stage, base: Stage) -> TextLengths:
+    def prompts_of(self, source: Stage, reader: Reader) -> TextLengths:
         """The prompts that an unfinished stage answers, in tokens of another stage's base."""
         file, column = self.settings(source.name).get("texts", ("d2.jsonl", "prompt"))
         if file not in PRODUCERS:
-            return self.split_texts(file.removesuffix(".jsonl"), column, base)
+            return self.split_texts(file.removesuffix(".jsonl"), column, reader)
         return self.texts(source.name)
 
-    def split_texts(self, split: str, column: str, base: Stage) -> TextLengths:
+    def split_texts(self, split: str, column: str, reader: Reader) -> TextLengths:
         """The prompts of d1, d2 or test, with one side of their pairs, or without an answer."""
         if self.prepared is None:
             return self.longest_texts()
@@ -218,7 +231,7 @@ class Plan:
         for pair in self.prepared.splits[split]:
             answer = "" if column == "prompt" else getattr(pair, column)
             texts.append(Example(pair.id, pair.prompt, answer or ""))
-        return self.count_tokens(texts, (split, column), base)
+        return self.count_tokens(texts, (split, column), reader)
 
     def longest_texts(self) -> TextLengths:
         """Texts as long as the settings allow."""
@@ -226,9 +239,9 @@ class Plan:
         count = max(ROWS_OF_UNKNOWN_TEXTS, self.config.generate.batch)
         return TextLengths([data.max_prompt_length] * count, [data.max_length] * count, exact=False)
 
-    def questions(self, source: Stage, base: Stage) -> TextLengths:
+    def questions(self, source: Stage, reader: Reader) -> TextLengths:
         """Questions that are not asked yet, each as long as one may be."""
-        model, _ = self.model(base)
+        model, _ = self.model(reader.base)
         count = len(self.texts(source.name).prompts)
         if self.settings(source.name).get("compare"):
             count *= 2  # two answers are shown in both orders
@@ -238,11 +251,11 @@ class Plan:
 
     def pairs(self, name: str) -> TextLengths:
         """The pairs that a stage makes, each answer as long as it can be."""
-        base = self.inputs(name)[0]
+        reader = self.reader(name)
         stage = self.run.plan[name]
         if stage.finished and self.prepared is not None:
-            chosen = self.read(TextColumn(stage, "pairs.jsonl", "chosen"), base)
-            rejected = self.read(TextColumn(stage, "pairs.jsonl", "rejected"), base)
+            chosen = self.read(TextColumn(stage, "pairs.jsonl", "chosen"), reader)
+            rejected = self.read(TextColumn(stage, "pairs.jsonl", "rejected"), reader)
             return TextLengths(chosen.prompts, chosen.answers, False, rejected.answers)
 
         texts = self.texts(name)
@@ -257,22 +270,22 @@ class Plan:
         longest = self.config.generate.max_new_tokens
         return TextLengths(texts.prompts * times, [longest] * count, exact=False)
 
-    def read(self, column: TextColumn, base: Stage) -> TextLengths:
+    def read(self, column: TextColumn, reader: Reader) -> TextLengths:
         """Texts of a finished stage; not exact, as empty answers may be left out."""
         texts = [Example(text.id, text.prompt, text.response) for text in column.read()]
         key = (column.stage.name, column.file, column.column)
-        lengths = self.count_tokens(texts, key, base)
+        lengths = self.count_tokens(texts, key, reader)
         return TextLengths(lengths.prompts, lengths.answers, exact=False)
 
-    def count_tokens(self, texts: Sequence[Example], key: tuple, base: Stage) -> TextLengths:
-        """Lengths in the tokens of `base`, counted once for each tokenizer."""
-        _, tokenizer = self.model(base)
-        key = (*key, hash(tokenizer.model))
+    def count_tokens(self, texts: Sequence[Example], key: tuple, reader: Reader) -> TextLengths:
+        """Lengths in the tokens of a base, counted once for each tokenizer and template."""
+        _, tokenizer = self.model(reader.base)
+        key = (*key, hash(tokenizer.model), reader.template)
         if key not in self.token_counts:
-            template = self.config.data.template
+            renderer = Renderer(tokenizer, reader.template)
             counts = []
             for text in texts:
-                row = render(tokenizer, template, text.prompt, text.response)
+                row = renderer.render(text.prompt, text.response)
                 counts.append((row.mask.count(False), row.mask.count(True)))
             self.token_counts[key] = counts
         counts = self.token_counts[key]
@@ -289,7 +302,8 @@ class Plan:
         rows = [limit] * ROWS_OF_UNKNOWN_TEXTS
         if self.prepared is not None:
             documents = self.prepared.corpora[name.partition("/")[2]]
-            rows = self.count_tokens(documents, (name,), stage).rows(limit)
+            reader = Reader(stage, settings["template"])
+            rows = self.count_tokens(documents, (name,), reader).rows(limit)
 
         budget, _ = batch_limits(
             self.config.run.max_tokens_per_batch, self.device, similar_lengths=False

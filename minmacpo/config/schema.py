@@ -119,9 +119,11 @@ class Data:
     on_invalid_row: Literal["error", "skip"] = setting(
         "error", "rows that cannot be read; skip: they are left out and counted"
     )
-    template: Literal[TEMPLATES] = setting(
-        "plain",
-        "plain: as in HH-RLHF; turns: a token per role; -macpo: as in the released runs",
+    template: tuple[Literal[("own", *TEMPLATES)], ...] = setting(
+        ("own",),
+        "how dialogues are written for a base: one for all, or a list: the strong base, then the "
+        "weak ones; own: as its chat template says, plain without one; plain: as in HH-RLHF; "
+        "turns: a token per role; -macpo: as in the released runs",
     )
     shares: tuple[float, ...] = setting(
         (0.5, 0.15, 0.25, 0.1), "of first turns: D0 (pretrain), D1, D2, test"

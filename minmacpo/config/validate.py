@@ -36,6 +36,7 @@ def check(config: Config) -> None:
     checker = Checker(config)
     check_world(config, checker)
     check_data(config.data, checker)
+    check_templates(config, checker)
     check_models(config, checker)
     check_generation(config, checker)
     check_method(config, checker)
@@ -101,6 +102,16 @@ def check_data(data: Data, checker: Checker) -> None:
         data.max_prompt_length < data.max_length,
         "data.max_prompt_length",
         f"below data.max_length = {data.max_length}",
+    )
+
+
+def check_templates(config: Config, checker: Checker) -> None:
+    """One template for all bases, or one for each."""
+    bases = 1 + config.macpo.teachers
+    checker.require(
+        len(config.data.template) in (1, bases),
+        "data.template",
+        f"one template, or a list of {bases}: the strong base, then the weak ones",
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from minmacpo import UserError
 from minmacpo.data.records import Message
-from minmacpo.data.tokenizer import Tokenizer, Tokens
+from minmacpo.data.tokenizer import Tokenizer, Tokens, load_tokenizer
 from minmacpo.data.tokenizer_files import read_chat_template
 
 HUMAN_MARK = "\n\nHuman:"  # what begins a human turn in HH-RLHF
@@ -301,8 +301,8 @@ def special_ids(tokenizer: Tokenizer, name: str) -> dict[str, int]:
     for token in TEMPLATES[name].special_tokens:
         if token not in tokenizer.special:
             raise UserError(
-                f"data.template = {name} needs the token {token}, which the tokenizer lacks; "
-                "use data.template=plain, or the template that the model was made with"
+                f"data.template = {name} needs the token {token}, which {tokenizer.where} lacks; "
+                "use data.template=own, or plain"
             )
         ids[token] = tokenizer.special[token]
     return ids
@@ -375,6 +375,18 @@ def render(
     segment = Segment(template.assistant_prefix + "{}" + template.end, text)
     answer = encode_segments(tokenizer, name, [segment], before=prompt)
     return Tokens(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+
+
+@dataclass(frozen=True, slots=True)
+class Renderer:
+    """A tokenizer and the name of the template that dialogues are written in for it."""
+
+    tokenizer: Tokenizer
+    template: str
+
+    def render(self, prompt: Sequence[Message], response: str | None = None) -> Tokens:
+        """A prompt, and an answer to it if one is given, as token ids and mask."""
+        return render(self.tokenizer, self.template, prompt, response)
 
 
 # ---- from ids to the answer's text ----------------------------------------------------------
@@ -534,6 +546,20 @@ def tokenizer_notes(tokenizer: Tokenizer, name: str, context: int) -> dict:
     if template is not None:
         notes["chat_template"] = template
     return notes
+
+
+def own_template(folder: Path) -> str:
+    """The template that a model folder's chat template looks like.
+
+    Without one it is "turns" for a tokenizer that was made here, and "plain" for others.
+    """
+    text = read_chat_template(folder)
+    for mark, likely in CHAT_MARKS.items():
+        if mark in text:
+            return likely
+    if (folder / "tokenizer.model").is_file() and load_tokenizer(folder).turn_marks:
+        return "turns"
+    return "plain"
 
 
 def template_hint(folder: Path, name: str) -> str | None:

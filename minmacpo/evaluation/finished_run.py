@@ -155,6 +155,6 @@ def export(run_path: str, stage_name: str, target_path: str) -> str:
     if target.exists():
         raise UserError(f"{target}: exists already; it is not overwritten")
     # Their HH runs have the speaker's name before a single question too
-    with_speaker = run.config.data.template == "vicuna-macpo"
+    with_speaker = "vicuna-macpo" in run.config.data.template
     write_json(target, [released(record, with_speaker=with_speaker) for record in records])
     return f"{len(records)} rows: {target}"

@@ -28,7 +28,6 @@ from minmacpo.config.schema import Config
 from minmacpo.core.batching import scoring_tokens
 from minmacpo.core.lora import disable_adapter
 from minmacpo.core.scoring import perplexity, score, win_or_tie
-from minmacpo.data.chat_template import render
 from minmacpo.data.dialogues import with_system
 from minmacpo.data.formats import LoadReport, column_warnings, read_data
 from minmacpo.data.records import Pair, example_id
@@ -98,12 +97,12 @@ def run_likelihood(command: str, argv: Sequence[str]) -> dict:
     needs_rejected = command == "accuracy"
     pairs, counts = fit_pairs(config, loaded, pairs, reports.values(), needs_rejected)
 
-    chosen = render_answers(config, loaded, pairs, "chosen")
+    chosen = render_answers(loaded, pairs, "chosen")
     result = {
         "agent": str(folder),
         "base": str(base),
         "file": str(args.file),
-        "template": config.data.template,
+        "template": loaded.template,
         "rows": counts,
         "forms": [f"{name}: {report}" for name, report in reports.items()],
         "first_row": show_mask(loaded.tokenizer, chosen[0]),
@@ -112,7 +111,7 @@ def run_likelihood(command: str, argv: Sequence[str]) -> dict:
         logps = score_rows(config, loaded, chosen)
         return result | perplexity_measures(pairs, chosen, logps, config.eval.bootstrap)
 
-    rejected = render_answers(config, loaded, pairs, "rejected")
+    rejected = render_answers(loaded, pairs, "rejected")
     is_adapter = folder != base
     margins = preference_margins(config, loaded, chosen, rejected, is_adapter)
     if is_adapter:
@@ -151,7 +150,7 @@ def fit_pairs(
             f"no row is left to measure: none of the {len(pairs)} usable rows has a {needed} "
             f"answer; {expected}"
         )
-    fitting, reasons = truncate_pairs(config, loaded.tokenizer, complete, limit, limit)
+    fitting, reasons = truncate_pairs(config, loaded.renderer, complete, limit, limit)
 
     counts = Counter()
     for report in reports:
@@ -173,15 +172,9 @@ def list_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.items())
 
 
-def render_answers(
-    config: Config, loaded: LoadedModel, pairs: Sequence[Pair], side: str
-) -> list[Tokens]:
+def render_answers(loaded: LoadedModel, pairs: Sequence[Pair], side: str) -> list[Tokens]:
     """Every prompt with its answer of a side, "chosen" or "rejected", as ids and mask."""
-    template = config.data.template
-    rows = []
-    for pair in pairs:
-        rows.append(render(loaded.tokenizer, template, pair.prompt, getattr(pair, side)))
-    return rows
+    return [loaded.render(pair.prompt, getattr(pair, side)) for pair in pairs]
 
 
 def score_rows(config: Config, loaded: LoadedModel, rows: Sequence[Tokens]) -> np.ndarray:

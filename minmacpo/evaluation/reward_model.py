@@ -27,15 +27,16 @@ from minmacpo.config.parse import ArgParser
 from minmacpo.core.batching import collate, plan_scoring
 from minmacpo.core.checkpoint import load_classifier, load_model, read_config
 from minmacpo.core.scoring import win_or_tie
-from minmacpo.data.chat_template import TEMPLATES, render
+from minmacpo.data.chat_template import TEMPLATES, Renderer
 from minmacpo.data.formats import read_data
 from minmacpo.data.records import Message, Pair, Sample
 from minmacpo.data.splits import first_turn
-from minmacpo.data.tokenizer import Tokenizer, Tokens, load_tokenizer
+from minmacpo.data.tokenizer import Tokens, load_tokenizer
 from minmacpo.evaluation.bootstrap import mean_interval
 from minmacpo.evaluation.finished_run import FinishedRun, agent_label, read_run, read_samples
 from minmacpo.evaluation.text_tables import bracketed
-from minmacpo.pipeline.open_model import default_chat_template
+from minmacpo.pipeline.open_model import choose_template, say_template
+from minmacpo.pipeline.prepare_data import base_templates
 from minmacpo.runtime.device import resolve_device, resolve_dtype
 from minmacpo.runtime.files import read_rows
 from minmacpo.runtime.hub import local_folder
@@ -194,14 +195,13 @@ class Rater:
     folder: Path  # where the model came from, for errors
     model: torch.nn.Module
     head: Tensor  # (C,)
-    tokenizer: Tokenizer
-    template: str
+    renderer: Renderer
     max_tokens: int  # of a forward pass, padding included
     pad_token_id: int | None = None
 
     def __call__(self, texts: Sequence[Text]) -> np.ndarray:
         """The scores of prompts with an answer each, (N,)."""
-        rows = [render(self.tokenizer, self.template, prompt, answer) for prompt, answer in texts]
+        rows = [self.renderer.render(prompt, answer) for prompt, answer in texts]
         context = self.model.config.max_position_embeddings
         too_long = sum(len(row.ids) > context for row in rows)
         if too_long:
@@ -222,13 +222,13 @@ def load_rater(folder: Path, run: FinishedRun, template: str | None) -> Rater:
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     classifier = load_classifier(folder, device, dtype)
-    tokenizer = load_tokenizer(folder)
+    name, source = choose_template(template or "own", [], folder)
+    say_template(folder, name, source)
     return Rater(
         folder=folder,
         model=classifier.model,
         head=classifier.head,
-        tokenizer=tokenizer,
-        template=default_chat_template(folder, tokenizer, template),
+        renderer=Renderer(load_tokenizer(folder), name),
         max_tokens=settings.max_tokens_per_batch,
         pad_token_id=classifier.pad_token_id,
     )
@@ -248,20 +248,18 @@ def train_reward_model(run: FinishedRun, own_pairs: Sequence[Pair] = ()) -> Rate
     settings = run.config.run
     device = resolve_device(settings.device)
     model = load_model(folder, device=device, dtype=resolve_dtype(settings.dtype, device))
-    tokenizer = load_tokenizer(folder)
-    template = run.config.data.template
+    renderer = Renderer(load_tokenizer(folder), strong_template(run))
     max_tokens = settings.max_tokens_per_batch
 
-    chosen_rows = [render(tokenizer, template, pair.prompt, pair.chosen) for pair in pairs]
-    rejected_rows = [render(tokenizer, template, pair.prompt, pair.rejected) for pair in pairs]
+    chosen_rows = [renderer.render(pair.prompt, pair.chosen) for pair in pairs]
+    rejected_rows = [renderer.render(pair.prompt, pair.rejected) for pair in pairs]
     chosen = last_hidden(model, chosen_rows, max_tokens)
     rejected = last_hidden(model, rejected_rows, max_tokens)
     return Rater(
         folder=folder,
         model=model,
         head=fit_head(chosen, rejected),
-        tokenizer=tokenizer,
-        template=template,
+        renderer=renderer,
         max_tokens=max_tokens,
     )
 
@@ -282,6 +280,11 @@ def strong_base(run: FinishedRun) -> Path:
     return local_folder(given) if given else run.stage("bases/strong").path
 
 
+def strong_template(run: FinishedRun) -> str:
+    """The template that dialogues are written in for the run's strong base."""
+    return base_templates(run.config)["strong"]
+
+
 def read_split(run: FinishedRun, name: str) -> list[Pair]:
     """The pairs of a run's split, "d1", "d2" or "test"."""
     return read_rows(run.stage("data/slices").path / f"{name}.jsonl", Pair)
@@ -300,7 +303,7 @@ def complete_pairs(pairs: Sequence[Pair], run: FinishedRun) -> list[Pair]:
 
 def fitting_pairs(run: FinishedRun, pairs: Sequence[Pair]) -> list[Pair]:
     """The pairs that have both answers, each within the context of the run's strong base."""
-    tokenizer = load_tokenizer(strong_base(run))
+    renderer = Renderer(load_tokenizer(strong_base(run)), strong_template(run))
     context = read_config(strong_base(run)).max_position_embeddings
     fitting = []
     for pair in pairs:
@@ -308,7 +311,7 @@ def fitting_pairs(run: FinishedRun, pairs: Sequence[Pair]) -> list[Pair]:
             continue
         lengths = []
         for text in (pair.chosen, pair.rejected):
-            tokens = render(tokenizer, run.config.data.template, pair.prompt, text)
+            tokens = renderer.render(pair.prompt, text)
             lengths.append(len(tokens.ids))
         if max(lengths) <= context:
             fitting.append(pair)

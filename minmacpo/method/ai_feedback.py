@@ -176,10 +176,11 @@ def tagged_prompts(
         UserError: the chat template has no place for a tag; also while planning.
     """
     config = session.run.config
-    if TEMPLATES[config.data.template].tag is None:
-        able = ", ".join(name for name, template in TEMPLATES.items() if template.tag)
+    template = session.models.templates[base.name]
+    if TEMPLATES[template].tag is None:
+        able = ", ".join(other for other, frames in TEMPLATES.items() if frames.tag)
         raise UserError(
-            f"data.template = {config.data.template} has no place for a tag, which run.method = "
+            f"data.template = {template} has no place for a tag, which run.method = "
             f"rlcd and macpo.negatives = persona need; {able} have one"
         )
     return ask(

@@ -13,14 +13,15 @@ from minmacpo.core.model import new_model
 from minmacpo.core.model_config import ModelConfig
 from minmacpo.core.sft_loss import SFTLoss
 from minmacpo.core.trainer import OptimizerConfig, TrainExample, train
-from minmacpo.data.chat_template import render, tokenizer_notes
+from minmacpo.data.chat_template import Renderer, tokenizer_notes
 from minmacpo.data.records import Example
-from minmacpo.data.tokenizer import Tokenizer, load_tokenizer, show_mask
+from minmacpo.data.tokenizer import load_tokenizer, show_mask
 from minmacpo.data.tokenizer_files import FILES
 from minmacpo.pipeline.artifacts import BaseModel, Setup
 from minmacpo.pipeline.prepare_data import (
     PreparedData,
     base_names,
+    base_templates,
     corpus_stage,
     model_dirs,
     splits_stage,
@@ -125,7 +126,7 @@ def pretrained_base(run: Run, name: str, tokenizer: Stage, corpus: Stage) -> Bas
             "shape": model_size,
             "context": config.model.context,
             "max_length": config.data.max_length,
-            "template": config.data.template,
+            "template": base_templates(config)[name],
             "device": resolve_device(config.run.device),
             "max_tokens_per_batch": config.run.max_tokens_per_batch,
             "log_every": config.run.log_every,
@@ -185,7 +186,9 @@ def pretrain(context: StageContext, name: str, tokenizer_stage: Stage, corpus: S
     model = new_model(model_config, seed).to(resolve_device(config.run.device))
 
     # --- Documents as rows, of which every token but the first is trained
-    examples, documents_cut = document_rows(config, tokenizer, corpus)
+    template = base_templates(config)[name]
+    renderer = Renderer(tokenizer, template)
+    examples, documents_cut = document_rows(renderer, corpus, config.data.max_length)
     context.log_detail(f"first row: {show_mask(tokenizer, examples[0].rows[0])[:400]}")
 
     # --- Train, and write
@@ -198,22 +201,22 @@ def pretrain(context: StageContext, name: str, tokenizer_stage: Stage, corpus: S
         trainer_hooks(context),
     )
     save_model(context.folder, model_config, model.state_dict(), tokenizer.model)
-    notes = tokenizer_notes(tokenizer, config.data.template, config.model.context)
+    notes = tokenizer_notes(tokenizer, template, config.model.context)
     write_json(context.folder / FILES[2], notes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return counts | {"documents_cut": documents_cut, "parameters": parameters}
 
 
 def document_rows(
-    config: Config, tokenizer: Tokenizer, corpus: Stage
+    renderer: Renderer, corpus: Stage, max_length: int
 ) -> tuple[list[TrainExample], int]:
-    """The documents as token rows of at most data.max_length, and how many had to be cut."""
+    """The documents as token rows of at most `max_length`, and how many had to be cut."""
     examples = []
     documents_cut = 0
     for text in read_rows(corpus.path / "texts.jsonl", Example):
-        row = render(tokenizer, config.data.template, text.prompt, text.response)
-        documents_cut += len(row.ids) > config.data.max_length
-        row.ids = row.ids[: config.data.max_length]
+        row = renderer.render(text.prompt, text.response)
+        documents_cut += len(row.ids) > max_length
+        row.ids = row.ids[:max_length]
         row.mask = [position > 0 for position in range(len(row.ids))]
         examples.append(TrainExample(text.id, (row,)))
     return examples, documents_cut

@@ -21,10 +21,11 @@ from minmacpo.core.checkpoint import (
     weight_bytes,
 )
 from minmacpo.core.lora import attach_lora, disable_adapter, set_adapter_weights
-from minmacpo.data.chat_template import end_of_turn_ids, render
+from minmacpo.data.chat_template import Renderer, end_of_turn_ids
 from minmacpo.data.records import Message
 from minmacpo.data.tokenizer import Tokens, load_tokenizer
 from minmacpo.pipeline.artifacts import BaseModel, Policy
+from minmacpo.pipeline.prepare_data import base_templates
 from minmacpo.pipeline.run import Run
 from minmacpo.pipeline.stage import Stage
 from minmacpo.runtime.device import free_bytes, resolve_device, resolve_dtype
@@ -45,6 +46,7 @@ class LoadedModel:
         self,
         folder: Path,
         config: Config,
+        template: str,
         quantization: str = "none",
         dist: Distributed = SINGLE_PROCESS,
     ):
@@ -59,7 +61,7 @@ class LoadedModel:
         self.tokenizer = load_tokenizer(folder)
         check_sizes(folder, self.model.config, self.tokenizer)
         self.stop_token_ids = stop_ids(folder, self.tokenizer)
-        self.template = config.data.template
+        self.template = template
         self.max_length = min(config.data.max_length, self.context)
         self.batch_limit = MemoryLimit(warn_smaller_batch, failure=sampling_failure)
 
@@ -72,9 +74,14 @@ class LoadedModel:
         """The tokens that end an answer in the model's chat template."""
         return self.stop_token_ids | end_of_turn_ids(self.tokenizer, self.template)
 
+    @property
+    def renderer(self) -> Renderer:
+        """What makes token ids of dialogues for this model."""
+        return Renderer(self.tokenizer, self.template)
+
     def render(self, prompt: Sequence[Message], response: str | None = None) -> Tokens:
         """A prompt, and an answer to it if one is given, as token ids and mask."""
-        return render(self.tokenizer, self.template, prompt, response)
+        return self.renderer.render(prompt, response)
 
 
 def warn_smaller_batch(size: int) -> None:
@@ -108,6 +115,7 @@ class ModelPool:
         self.dist = dist
         self.device = resolve_device(config.run.device)
         self.dtype = resolve_dtype(config.run.dtype, config.run.device)
+        self.templates = base_templates(config)  # by base
         self.models: dict[str, LoadedModel] = {}  # the last used one stands last
 
     @property
@@ -123,12 +131,17 @@ class ModelPool:
         Args:
             copy: names a second model of the same base, for two adapters at a time.
         """
-        key = f"{base.stage.fingerprint} {self.quantization(base)} {copy}"
+        template = self.templates[base.name]
+        key = f"{base.stage.fingerprint} {self.quantization(base)} {template} {copy}"
         loaded = self.models.pop(key, None)
         if loaded is None:
             self.make_room_for(base)
             loaded = LoadedModel(
-                base.stage.path, self.config, self.quantization(base), dist=self.dist
+                base.stage.path,
+                self.config,
+                template,
+                quantization=self.quantization(base),
+                dist=self.dist,
             )
         self.models[key] = loaded
 
@@ -166,7 +179,7 @@ class ModelPool:
     def settings(self, base: BaseModel) -> dict:
         """The settings on which every stage depends that uses the base, beside its own."""
         return {
-            "template": self.config.data.template,
+            "template": self.templates[base.name],
             "max_length": self.config.data.max_length,
             "device": self.device,
             "dtype": str(self.dtype),

@@ -1,17 +1,17 @@
 """Opens a model, or an adapter with its base, for the programs that talk to it or measure it."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from minmacpo import UserError
 from minmacpo.config.parse import override
 from minmacpo.config.schema import Config
 from minmacpo.core.checkpoint import load_adapter, read_adapter_config, why_no_folder, why_unread
 from minmacpo.core.lora import set_adapter_weights
-from minmacpo.data.chat_template import template_hint
-from minmacpo.data.tokenizer import Tokenizer
+from minmacpo.data.chat_template import own_template, template_hint
 from minmacpo.pipeline.model_pool import LoadedModel
 from minmacpo.pipeline.run_dir import check_stage
 from minmacpo.runtime.device import configure_torch
@@ -22,11 +22,11 @@ from minmacpo.runtime.progress import escape_control_chars
 
 @dataclass(frozen=True, slots=True)
 class OpenedFolder:
-    """A model from a folder, the folder of its base, and the template it was trained with."""
+    """A model from a folder, and the folder of its base."""
 
     loaded: LoadedModel
     base_folder: Path
-    template: str | None  # None: not known
+    template_source: Literal["run", "request", "base"]  # see choose_template
 
 
 def open_agent(
@@ -43,30 +43,40 @@ def open_agent(
     quantization = flags.get("model.quantize", settings_of(folder).get("quantize", "none"))
     config = override(config, {"model.quantize": quantization}, str(folder / "stage.json"))
     configure_torch(config.run.threads)
-    opened = open_folder(folder, config)
+    requested = requested_template(config) if "data.template" in flags else "own"
+    opened = open_folder(folder, config, requested)
+    loaded = opened.loaded
+    say_template(opened.base_folder, loaded.template, opened.template_source)
 
-    template = opened.template
-    if template is None:
-        requested = flags.get("data.template")
-        template = default_chat_template(opened.base_folder, opened.loaded.tokenizer, requested)
-    settings = {
-        "data.template": template,
-        "generate.max_new_tokens": min(config.generate.max_new_tokens, opened.loaded.context // 2),
-    }
-    config = override(config, settings | dict(flags), "command line")
-    opened.loaded.template = config.data.template
-    return config, opened.loaded, opened.base_folder
+    max_new_tokens = min(config.generate.max_new_tokens, loaded.context // 2)
+    settings = {"generate.max_new_tokens": max_new_tokens} | dict(flags)
+    config = override(config, settings | {"data.template": loaded.template}, "command line")
+    return config, loaded, opened.base_folder
 
 
-def open_folder(folder: Path, config: Config) -> OpenedFolder:
+def requested_template(config: Config) -> str:
+    """The one template of data.template; UserError where it has several, for several bases."""
+    if len(config.data.template) > 1:
+        raise UserError(
+            f"data.template = {','.join(config.data.template)}: expected one template, as one "
+            "model is asked"
+        )
+    return config.data.template[0]
+
+
+def open_folder(folder: Path, config: Config, template: str = "own") -> OpenedFolder:
     """The model of a base or an adapter folder; model.quantize counts.
+
+    Args:
+        template: that dialogues are written in; "own": the one that the stage says which made the
+            folder, or else the base's own.
 
     Raises:
         UserError: the folder is neither, the adapter's base is not where it says, or a file of
             a stage is damaged.
     """
     if (folder / "adapter_config.json").is_file():
-        return open_adapter(folder, config)
+        return open_adapter(folder, config, template)
     if not folder.is_dir():
         raise UserError(f"{folder}: {why_no_folder(folder)}")
     if not (folder / "config.json").exists():
@@ -75,20 +85,40 @@ def open_folder(folder: Path, config: Config) -> OpenedFolder:
             f"{why_unread(folder)}"
         )
     check_stage(folder)
-    loaded = LoadedModel(folder, config, config.model.quantize)
-    return OpenedFolder(loaded, folder, settings_of(folder).get("template"))
+    template, source = choose_template(template, [folder], folder)
+    loaded = LoadedModel(folder, config, template, config.model.quantize)
+    return OpenedFolder(loaded, folder, source)
 
 
-def open_adapter(folder: Path, config: Config) -> OpenedFolder:
+def open_adapter(folder: Path, config: Config, template: str) -> OpenedFolder:
     """The base that an adapter folder names, with the adapter in its LoRA parameters."""
     lora, base_name = read_adapter_config(folder)
     base_folder = find_base(folder, base_name)
     check_stage(folder)
     check_stage(base_folder)
-    loaded = LoadedModel(base_folder, replace(config, lora=lora), config.model.quantize)
+    template, source = choose_template(template, [folder, base_folder], base_folder)
+    loaded = LoadedModel(base_folder, replace(config, lora=lora), template, config.model.quantize)
     set_adapter_weights(loaded.model, load_adapter(folder), str(folder))
-    template = settings_of(folder).get("template") or settings_of(base_folder).get("template")
-    return OpenedFolder(loaded, base_folder, template)
+    return OpenedFolder(loaded, base_folder, source)
+
+
+def choose_template(template: str, stages: Sequence[Path], base_folder: Path) -> tuple[str, str]:
+    """The template to write dialogues in, and how much is known of it.
+
+    "run": a stage says which one the model was made with; otherwise "request" or "base", by where
+    the template is from.
+
+    Args:
+        template: what is asked for; "own": the stage's, or else the base's own.
+        stages: the folders that may be stages, the first of which counts.
+    """
+    known = [settings_of(folder).get("template") for folder in stages]
+    known = [name for name in known if name]
+    if known:
+        return known[0] if template == "own" else template, "run"
+    if template != "own":
+        return template, "request"
+    return own_template(base_folder), "base"
 
 
 def find_base(folder: Path, base_name: str) -> Path:
@@ -107,18 +137,17 @@ def settings_of(folder: Path) -> dict:
     return settings if isinstance(settings, dict) else {}
 
 
-def default_chat_template(folder: Path, tokenizer: Tokenizer, requested: str | None) -> str:
-    """The template for a base of which no run is known: as requested, or as its tokens suggest.
+def say_template(folder: Path, template: str, source: str) -> None:
+    """Say on stderr which template was found, and where the base's own looks like another one.
 
-    Where the chat template of the folder looks like another one, a warning on stderr says so.
+    Args:
+        source: as choose_template has it; where a run has made the model, there is nothing to say.
     """
-    if requested:
-        template = requested
-    elif tokenizer.turn_marks:
-        template = "turns"
-    else:
-        template = "plain"
+    if source == "run":
+        return
+    if source == "base":
+        line = f"{folder}: dialogues are written as {template}, unless a template is given"
+        print(escape_control_chars(line), file=sys.stderr)
     hint = template_hint(folder, template)
     if hint:
         print(f"WARNING: {escape_control_chars(hint)}", file=sys.stderr)
-    return template

@@ -14,7 +14,7 @@ from pathlib import Path
 from minmacpo import UserError
 from minmacpo.config.schema import Config
 from minmacpo.data import synthetic
-from minmacpo.data.chat_template import TEMPLATES, dialogue_text, render
+from minmacpo.data.chat_template import TEMPLATES, Renderer, dialogue_text, own_template
 from minmacpo.data.dialogues import with_system
 from minmacpo.data.formats import column_warnings, read_data
 from minmacpo.data.readers import find_files, split_pair_paths
@@ -70,9 +70,31 @@ def model_dirs(config: Config) -> dict[str, Path]:
     return {name: local_folder(folder) for name, folder in named if folder}
 
 
-def given_tokenizers(config: Config) -> list[Tokenizer]:
-    """The tokenizers of the bases that the user gives."""
-    return [load_tokenizer(folder) for folder in model_dirs(config).values()]
+def base_templates(config: Config) -> dict[str, str]:
+    """The template that dialogues are written in for each base.
+
+    "own" is that of the folder that the user gives, and "plain" for a base that is made here.
+    """
+    names = base_names(config)
+    chosen = config.data.template
+    if len(chosen) == 1:
+        chosen = chosen * len(names)
+    folders = model_dirs(config)
+    templates = {}
+    for name, template in zip(names, chosen, strict=True):
+        if template == "own":
+            template = own_template(folders[name]) if name in folders else "plain"
+        templates[name] = template
+    return templates
+
+
+def given_renderers(config: Config) -> list[Renderer]:
+    """The tokenizers of the bases that the user gives, with their templates."""
+    templates = base_templates(config)
+    return [
+        Renderer(load_tokenizer(folder), templates[name])
+        for name, folder in model_dirs(config).items()
+    ]
 
 
 # --- Where the texts come from
@@ -105,13 +127,13 @@ def identify_source(config: Config) -> dict:
 
 def prepare(config: Config) -> PreparedData:
     """Read or make the run's texts."""
-    tokenizers = given_tokenizers(config)
+    given = given_renderers(config)
     if config.data.path is not None:
-        return prepare_data(config, tokenizers)
-    return prepare_world(config, tokenizers)
+        return prepare_data(config, given)
+    return prepare_world(config, given)
 
 
-def prepare_world(config: Config, given: Sequence[Tokenizer]) -> PreparedData:
+def prepare_world(config: Config, given: Sequence[Renderer]) -> PreparedData:
     """Splits and corpora of the built-in world."""
     town = synthetic.make_town(config.world, config.run.seed)
     corpora = {}
@@ -124,13 +146,13 @@ def prepare_world(config: Config, given: Sequence[Tokenizer]) -> PreparedData:
     return prepare_splits(config, splits, corpora, given, counts)
 
 
-def prepare_data(config: Config, given: Sequence[Tokenizer]) -> PreparedData:
+def prepare_data(config: Config, given: Sequence[Renderer]) -> PreparedData:
     """Splits and corpora of the user's files.
 
     The strong base reads all of D0, a weak one a random part of its own.
 
     Args:
-        given: the tokenizers of bases that exist already.
+        given: the tokenizers of bases that exist already, with their templates.
     """
     data = config.data
 
@@ -203,13 +225,13 @@ def prepare_splits(
     config: Config,
     splits: Mapping[str, Sequence[Pair]],
     corpora: dict[str, list[Example]],
-    given: Sequence[Tokenizer],
+    given: Sequence[Renderer],
     counts: dict,
 ) -> PreparedData:
     """Train a tokenizer if bases are made here; drop or cut rows that no model could read whole.
 
     Args:
-        given: the tokenizers of bases that exist already.
+        given: the tokenizers of bases that exist already, with their templates.
         counts: what is known of the rows; this adds to it.
 
     Raises:
@@ -226,18 +248,21 @@ def prepare_splits(
     }
     check_system_messages(config, splits)
 
-    tokenizers = list(given)
+    renderers = list(given)
     tokenizer = None
     missing = set(base_names(config)) - model_dirs(config).keys()
     if missing:
         tokenizer = make_tokenizer(config, corpora, missing)
-        tokenizers.append(Tokenizer(tokenizer))
+        made = Tokenizer(tokenizer, "the tokenizer of bases made here")
+        templates = base_templates(config)
+        for template in sorted({templates[name] for name in missing}):
+            renderers.append(Renderer(made, template))
 
     fitted: dict[str, list[Pair]] = {}
     sizes = {}
     prompts: set[tuple[Message, ...]] = set()  # of all splits so far
     for name, pairs in splits.items():
-        fitted[name], reasons = fit_split(config, name, pairs, tokenizers, prompts)
+        fitted[name], reasons = fit_split(config, name, pairs, renderers, prompts)
         if name == "d1" and config.data.noise:
             fitted[name] = corrupt(fitted[name], config)
             reasons["corrupted"] = sum("corrupted" in pair.meta for pair in fitted[name])
@@ -248,11 +273,11 @@ def prepare_splits(
     counts["splits"] = sizes
     counts["d0"] = {name: len(documents) for name, documents in corpora.items()}
     read = answers_read(config)
-    longer = count_longer(config, fitted, tokenizers, read)
+    longer = count_longer(config, fitted, renderers, read)
     if longer:
         counts[LONGER] = longer
     all_fitted = [pair for pairs in fitted.values() for pair in pairs]
-    left_out = count_left_out(all_fitted, tokenizers)
+    left_out = count_left_out(all_fitted, [renderer.tokenizer for renderer in renderers])
     if left_out:
         counts[LEFT_OUT] = left_out
     return PreparedData(fitted, corpora, tokenizer, counts)
@@ -282,7 +307,7 @@ def fit_split(
     config: Config,
     name: str,
     pairs: Sequence[Pair],
-    tokenizers: Sequence[Tokenizer],
+    renderers: Sequence[Renderer],
     prompts: set[tuple[Message, ...]],
 ) -> tuple[list[Pair], Counter]:
     """The rows of a split that can be used, and how many were dropped or cut, by reason.
@@ -305,7 +330,7 @@ def fit_split(
     sides = answers_read(config)[name]
     for pair in usable:
         answers = [getattr(pair, side) for side in sides]
-        truncated = truncate_pair(config, pair, tokenizers, reasons, answers)
+        truncated = truncate_pair(config, pair, renderers, reasons, answers)
         if truncated is None:
             continue
         if name != "d1" and truncated.prompt in prompts:
@@ -361,10 +386,11 @@ def check_truth(config: Config, splits: Mapping[str, Sequence[Pair]]) -> None:
 
 
 def check_system_messages(config: Config, splits: Mapping[str, Sequence[Pair]]) -> None:
-    """Raise UserError where rows have a system message, and the template no place for one."""
-    template = config.data.template
-    if TEMPLATES[template].system is not None:
+    """Raise UserError where rows have a system message, and a template no place for one."""
+    unable = [name for name in base_templates(config).values() if TEMPLATES[name].system is None]
+    if not unable:
         return
+    template = unable[0]
     able = ", ".join(name for name, other in TEMPLATES.items() if other.system is not None)
     for pairs in splits.values():
         for pair in pairs:
@@ -395,7 +421,7 @@ def answers_read(config: Config) -> dict[str, tuple[str, ...]]:
 def count_longer(
     config: Config,
     splits: Mapping[str, Iterable[Pair]],
-    tokenizers: Sequence[Tokenizer],
+    renderers: Sequence[Renderer],
     read: Mapping[str, Sequence[str]],
 ) -> int:
     """How many true answers that are read are longer than any that can be sampled."""
@@ -403,7 +429,7 @@ def count_longer(
     for name, pairs in splits.items():
         for pair in pairs:
             if pair.chosen and "chosen" in read[name]:
-                _, answer = max_token_counts(config, tokenizers, pair.prompt, [pair.chosen])
+                _, answer = max_token_counts(renderers, pair.prompt, [pair.chosen])
                 longer += answer > config.generate.max_new_tokens
     return longer
 
@@ -487,7 +513,7 @@ def subject(pair: Pair):
 
 def truncate_pairs(
     config: Config,
-    tokenizer: Tokenizer,
+    renderer: Renderer,
     pairs: Iterable[Pair],
     max_prompt_length: int,
     max_length: int,
@@ -506,10 +532,10 @@ def truncate_pairs(
     fitting = []
     for pair in pairs:
         answers = [pair.chosen, pair.rejected]
-        truncated = truncate_pair(config, pair, [tokenizer], reasons, answers)
+        truncated = truncate_pair(config, pair, [renderer], reasons, answers)
         if truncated is not None:
             fitting.append(truncated)
-    for warning in left_out_warnings(count_left_out(fitting, [tokenizer])):
+    for warning in left_out_warnings(count_left_out(fitting, [renderer.tokenizer])):
         print(f"WARNING: {escape_control_chars(warning)}", file=sys.stderr)
     return fitting, reasons
 
@@ -517,7 +543,7 @@ def truncate_pairs(
 def truncate_pair(
     config: Config,
     pair: Pair,
-    tokenizers: Sequence[Tokenizer],
+    renderers: Sequence[Renderer],
     reasons: Counter,
     answers: Sequence[str],
 ) -> Pair | None:
@@ -533,7 +559,7 @@ def truncate_pair(
     """
     data = config.data
     answers = answers or [""]  # the prompt is measured anyway
-    prompt_tokens, answer_tokens = max_token_counts(config, tokenizers, pair.prompt, answers)
+    prompt_tokens, answer_tokens = max_token_counts(renderers, pair.prompt, answers)
     beside_answer = data.max_length - answer_tokens
     room = min(data.max_prompt_length, beside_answer)
     if prompt_tokens <= room:
@@ -547,7 +573,7 @@ def truncate_pair(
         )
 
     def fits(messages: tuple[Message, ...]) -> bool:
-        tokens, _ = max_token_counts(config, tokenizers, messages, answers)
+        tokens, _ = max_token_counts(renderers, messages, answers)
         return tokens <= room
 
     prompt = None
@@ -564,8 +590,7 @@ def truncate_pair(
 
 
 def max_token_counts(
-    config: Config,
-    tokenizers: Sequence[Tokenizer],
+    renderers: Sequence[Renderer],
     prompt: tuple[Message, ...],
     answers: Sequence[str | None],
 ) -> tuple[int, int]:
@@ -575,9 +600,9 @@ def max_token_counts(
     """
     prompt_tokens = 0
     answer_tokens = 0
-    for tokenizer in tokenizers:
+    for renderer in renderers:
         for answer in answers:
-            mask = render(tokenizer, config.data.template, prompt, answer).mask
+            mask = renderer.render(prompt, answer).mask
             prompt_tokens = max(prompt_tokens, mask.count(False))
             answer_tokens = max(answer_tokens, mask.count(True))
     return prompt_tokens, answer_tokens
@@ -644,7 +669,7 @@ def splits_stage(
         kind="slices/3",
         settings=source
         | {
-            "template": data.template,
+            "templates": base_templates(run.config),
             "vocab": run.config.model.vocab,
             "max_prompt_length": data.max_prompt_length,
             "max_length": data.max_length,
@@ -706,7 +731,6 @@ def corpus_stage(run: Run, base: str, source: dict, prepared: Callable[[], Prepa
 def text_settings(config: Config, source: dict) -> dict:
     """What a tokenizer and a corpus depend on."""
     return source | {
-        "template": config.data.template,
         "system": config.data.system,
         "vocab": config.model.vocab,
     }

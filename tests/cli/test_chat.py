@@ -236,12 +236,9 @@ def test_piped_bytes_that_are_no_text_are_refused(stub, monkeypatch):
 def open_base(stub, template="turns", max_new_tokens=50):
     """Settings and the stub's strong base, which speaks in this template."""
     config = Config()
-    config = replace(
-        config,
-        data=replace(config.data, template=template),
-        generate=replace(config.generate, max_new_tokens=max_new_tokens),
-    )
-    return config, open_folder(stub / "bases/strong", config).loaded
+    generate = replace(config.generate, max_new_tokens=max_new_tokens)
+    config = replace(config, generate=generate)
+    return config, open_folder(stub / "bases/strong", config, template).loaded
 
 
 def scripted_dialogue(stub, text: str, then: BaseException | None = None) -> chat.Dialogue:

@@ -163,7 +163,7 @@ def test_a_base_is_asked_in_the_template_it_has_read(stub, place):
 
     def template(flags):
         config, loaded, _ = open_agent(folder, agent_settings(folder, flags), flags)
-        assert config.data.template == loaded.template
+        assert config.data.template == (loaded.template,)
         return loaded.template
 
     assert template({}) == "turns"
@@ -176,9 +176,9 @@ def test_an_adapter_of_no_run_speaks_as_its_base_has_read(stub, place):
     run = copy_run(stub, place, ("bases", "round1"))
     write_template(run / "bases/strong", "plain")
     folder = run / "round1/student_pos"
-    assert open_model.open_folder(folder, Config()).template == "turns"
+    assert open_model.open_folder(folder, Config()).loaded.template == "turns"
     (folder / "stage.json").unlink()
-    assert open_model.open_folder(folder, Config()).template == "plain"
+    assert open_model.open_folder(folder, Config()).loaded.template == "plain"
 
 
 def test_a_run_stands_for_its_last_student(stub, place):
@@ -257,7 +257,7 @@ class Kept(Exception):
 def settings_used(monkeypatch, *words):
     """The settings with which sample.py opens a folder."""
 
-    def open_folder(folder, config):
+    def open_folder(folder, config, template):
         raise Kept(config)
 
     with monkeypatch.context() as patch:
@@ -371,7 +371,7 @@ def test_each_program_says_what_is_true_after_ctrl_c(stub, place, monkeypatch, c
 
     monkeypatch.setattr(open_model, "open_folder", interrupt)
     monkeypatch.setattr(table_module, "make_table", interrupt)
-    monkeypatch.setattr(prepare_data, "given_tokenizers", interrupt)
+    monkeypatch.setattr(prepare_data, "given_renderers", interrupt)
 
     message = stopped(monkeypatch, capsys, "sample", stub / "round1/student_pos", "hello")
     assert "nothing half-written" in message

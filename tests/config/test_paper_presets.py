@@ -56,12 +56,12 @@ SCRIPTS = {
     "eval.samples": (1, "scripts, test"),
 }
 SETS = {
-    "paper-hh-helpful": {"data.template": "vicuna-macpo", "sft.student_batch": 32},
+    "paper-hh-helpful": {"data.template": ("vicuna-macpo",), "sft.student_batch": 32},
     "paper-hh-harmless": {
-        "data.template": "vicuna-macpo",
+        "data.template": ("vicuna-macpo",),
         "sft.student_batch": 2 * 1 * 8,
     },  # no accumulation in that script
-    "paper-pku": {"data.template": "alpaca-macpo", "sft.student_batch": 32},
+    "paper-pku": {"data.template": ("alpaca-macpo",), "sft.student_batch": 32},
 }
 
 

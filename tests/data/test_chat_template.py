@@ -447,7 +447,8 @@ def test_the_alpaca_of_the_released_runs(llama2):
 
 
 def test_the_setting_knows_all_templates():
-    assert set(Data.__annotations__["template"].__args__) == set(TEMPLATES)
+    (choices, _) = Data.__annotations__["template"].__args__
+    assert set(choices.__args__) == {"own", *TEMPLATES}
 
 
 @pytest.fixture(params=sorted(set(TEMPLATES) - {"turns"}))
@@ -531,8 +532,8 @@ def test_the_end_of_turn_stops_an_answer(tmp_path, seed, monkeypatch):
     """Where the base's own end is another token: the sample has it, and is whole."""
     folder = base_folder(tmp_path / "base", "smollm-2", seed)
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
-    config = Config(data=Data(template="llama-3"))
-    loaded = LoadedModel(folder, config)
+    config = Config()
+    loaded = LoadedModel(folder, config, "llama-3")
     end_of_turn = loaded.tokenizer.special["<|eot_id|>"]
     assert end_of_turn not in loaded.stop_token_ids
     stops_seen = []
@@ -579,6 +580,42 @@ def test_teachers_and_student_may_have_different_tokenizers(place, seed):
     for line in first_rows:
         assert "<|im_start|>assistant⏎⟦" in line
         assert "<|im_end|>⟧" in line
+
+
+def test_every_base_may_have_a_template_of_its_own(place, seed):
+    """Given in the order strong, weak1, weak2; a token that is missing is said with its owner."""
+    base_folder(place / "student", "llama-3", seed)
+    base_folder(place / "one", "gpt-2", seed + 1, 500)
+    base_folder(place / "two", "qwen-2", seed + 2, 600)
+    flags = (
+        "--model.student=student",
+        "--model.teachers=one,two",
+        "--data.max_length=140",
+        "--data.max_prompt_length=128",
+        "--macpo.rounds=0",
+        "--run.name=mixed",
+    )
+    refused = invoke("train", write_stub(place / "p"), *flags, "--data.template=plain,turns,own")
+    assert refused.code == 2
+    assert "<user>, which one/tokenizer.json lacks" in refused.err
+    assert not (place / "runs").exists()
+
+    train(write_stub(place / "p"), *flags, "--data.template=llama-3,plain,own")
+    templates = {}
+    for agent in ("student", "teacher1", "teacher2"):
+        stage = json.loads((place / f"runs/mixed/round0/{agent}_pos/stage.json").read_text())
+        templates[agent] = stage["settings"]["template"]
+    assert templates == {"student": "llama-3", "teacher1": "plain", "teacher2": "plain"}
+    rows = (place / "runs/mixed/log.txt").read_text().splitlines()
+    rows = [line for line in rows if "first row" in line]
+    assert any("assistant<|end_header_id|>⏎⏎⟦" in line for line in rows)
+    assert any("Assistant:⟦" in line for line in rows)
+
+
+def test_as_many_templates_as_bases(place):
+    ended = invoke("train", "@tiny", "--data.template=plain,turns")
+    assert ended.code == 2
+    assert "data.template" in ended.err and "the strong base, then the weak ones" in ended.err
 
 
 # ---- what is written beside a base made here ------------------------------------------------

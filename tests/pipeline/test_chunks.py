@@ -46,7 +46,7 @@ def test_texts_scored_and_paired_three_at_a_time_are_the_same_in_the_same_order(
 def sampler(stub) -> Sampler:
     config = Config()
     settings = dataclasses.replace(config.generate, max_new_tokens=4)
-    loaded = LoadedModel(stub / "bases/strong", config)
+    loaded = LoadedModel(stub / "bases/strong", config, "turns")
     return Sampler(loaded, settings, agent="x", seed=1)
 
 

@@ -17,7 +17,7 @@ from texts import hh_row, make_pair, random_json_text, write_lines
 from minmacpo import UserError
 from minmacpo.config.parse import parse
 from minmacpo.data import synthetic
-from minmacpo.data.chat_template import render, render_prompt
+from minmacpo.data.chat_template import Renderer, render, render_prompt
 from minmacpo.data.records import Message, Pair
 from minmacpo.data.tokenizer import load_tokenizer
 from minmacpo.pipeline import prepare_data
@@ -40,7 +40,8 @@ def config_for(truncation_mode: str, max_prompt_length: int = 40, max_length: in
 
 def prepare_d2(config, tokenizer, *pairs: Pair) -> tuple[list[Pair], dict[str, int]]:
     """The D2 that is made of these pairs, and what is counted of it."""
-    prepared = prepare_data.prepare_splits(config, {"d2": list(pairs)}, {}, [tokenizer], {})
+    given = [Renderer(tokenizer, "plain")]
+    prepared = prepare_data.prepare_splits(config, {"d2": list(pairs)}, {}, given, {})
     return prepared.splits["d2"], prepared.counts["splits"]["d2"]
 
 
@@ -70,10 +71,10 @@ def test_prompt_and_answer_are_counted_to_the_token(tokenizer, template, chosen,
 
     def truncate(max_prompt_length: int, max_length: int) -> tuple[Pair | None, Counter]:
         config = config_for("drop", max_prompt_length, max_length)
-        config = replace(config, data=replace(config.data, template=template))
+        renderer = Renderer(tokenizer, template)
         reasons = Counter()
         return prepare_data.truncate_pair(
-            config, pair, [tokenizer], reasons, [pair.chosen, pair.rejected]
+            config, pair, [renderer], reasons, [pair.chosen, pair.rejected]
         ), reasons
 
     assert truncate(prompt_tokens, row_tokens) == (pair, {})
@@ -106,7 +107,8 @@ def test_a_prompt_that_no_cut_makes_short_enough_is_dropped(tokenizer):
     marks = len(render_prompt(tokenizer, "plain", (Message("user", ""),)))
     reasons = Counter()
     config = config_for("cut_prompt", max_prompt_length=marks - 1)
-    assert prepare_data.truncate_pair(config, make_pair(LONG), [tokenizer], reasons, []) is None
+    renderer = Renderer(tokenizer, "plain")
+    assert prepare_data.truncate_pair(config, make_pair(LONG), [renderer], reasons, []) is None
     assert reasons == {"over-long prompt": 1}
 
 
@@ -162,7 +164,9 @@ def test_prompts_that_a_cut_makes_equal_stand_in_one_split(tokenizer):
             make_pair(LONG + name, "old", "the last question"),
             make_pair("of " + name),
         ]
-    prepared = prepare_data.prepare_splits(config_for("cut_prompt"), splits, {}, [tokenizer], {})
+    prepared = prepare_data.prepare_splits(
+        config_for("cut_prompt"), splits, {}, [Renderer(tokenizer, "plain")], {}
+    )
     sizes = {name: len(pairs) for name, pairs in prepared.splits.items()}
     assert sizes == {"d1": 2, "d2": 1, "test": 1}
     counts = prepared.counts["splits"]["test"]
@@ -216,14 +220,21 @@ def test_no_row_left_in_a_split_is_an_error(tokenizer):
 
 def test_the_tokenizer_that_needs_most_tokens_decides(tokenizer):
     class Wordy:
-        bos = eos = 0
+        bos = eos = begin = 0
+        space_before = "never"
 
         def encode(self, text, start=False):
             return [1] * (3 * len(text))
 
     splits = {"d2": [make_pair("a question of twenty")]}
     with pytest.raises(UserError, match="no row is left"):
-        prepare_data.prepare_splits(config_for("drop"), splits, {}, [tokenizer, Wordy()], {})
+        prepare_data.prepare_splits(
+            config_for("drop"),
+            splits,
+            {},
+            [Renderer(tokenizer, "plain"), Renderer(Wordy(), "plain")],
+            {},
+        )
 
 
 # ---- characters without a token -------------------------------------------------------------
@@ -241,7 +252,8 @@ def test_characters_without_a_token_are_counted(tmp_path, seed):
     """Each once, in whatever part of the rows they stand, under every tokenizer that lacks them."""
     tokenizer = load_tokenizer(lacking_folder(tmp_path / "base", seed))
     pair = make_pair("a\x04b\x16", chosen="no\x1d", rejected="yes\x07")
-    prepared = prepare_data.prepare_splits(config_for("drop"), {"d2": [pair]}, {}, [tokenizer], {})
+    given = [Renderer(tokenizer, "plain")]
+    prepared = prepare_data.prepare_splits(config_for("drop"), {"d2": [pair]}, {}, given, {})
     assert prepared.counts["characters without a token"] == {tokenizer.where: 3}
 
 
@@ -275,7 +287,7 @@ def test_rows_outside_the_shares_are_counted(tokenizer, tmp_path):
     flags = (f"--data.path={file}", "--data.shares=0.1,0.1,0.1,0.1", "--data.template=plain")
     models = ("--model.student=x", "--model.teachers=a")
     config = parse(["@tiny", *flags, *models]).config
-    counts = prepare_data.prepare_data(config, [tokenizer]).counts
+    counts = prepare_data.prepare_data(config, [Renderer(tokenizer, "plain")]).counts
     assert counts["in no split"] == 60
     assert counts["kept"] == 100
 
@@ -294,7 +306,7 @@ def test_weak_bases_read_shares_of_their_own(tokenizer, tmp_path):
             f"--model.teachers={teachers}",
         )
         config = parse(["@tiny", *flags]).config
-        return prepare_data.prepare_data(config, [tokenizer]).corpora
+        return prepare_data.prepare_data(config, [Renderer(tokenizer, "plain")]).corpora
 
     halves = corpora(0.5)
     assert list(halves) == ["strong", "weak1", "weak2"]
@@ -433,7 +445,9 @@ def prepare_rows(place, tokenizer, *flags: str, rows=None):
         rows = [{"prompt": f"ask {n}", "chosen": "yes", "rejected": "no"} for n in range(40)]
     file = write_lines(place / "own.jsonl", *map(json.dumps, rows))
     words = ["@hh", f"--data.path={file}", *GIVEN_MODELS, *flags]
-    return prepare_data.prepare_data(parse(words).config, [tokenizer])
+    config = parse(words).config
+    template = prepare_data.base_templates(config)["weak1"]
+    return prepare_data.prepare_data(config, [Renderer(tokenizer, template)])
 
 
 def test_the_default_shares_leave_d0_out_where_all_bases_are_given(place, tokenizer):
