@@ -172,6 +172,7 @@ class BytePairs:
         text_tokens: the other added tokens.
         size: number of ids.
         adds_begin: whether its file puts a begin token before a text.
+        space_before: where its file puts a space before a text.
     """
 
     def __init__(self, file: dict):

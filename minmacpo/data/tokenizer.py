@@ -130,8 +130,8 @@ class Tokenizer:
         for token_id, token in notes.added_tokens.items():
             if token_id not in self.processor.text_tokens.names and len(token.name) > 1:
                 self.special[token.name] = token_id
-        self.adds_space = False
-        self.space_before = "never"
+        self.space_before = self.processor.space_before
+        self.adds_space = self.space_before in ("first", "always")
         self.adds_begin = self.processor.adds_begin
         if notes.adds_begin is not None:
             self.adds_begin = notes.adds_begin

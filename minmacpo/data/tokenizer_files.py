@@ -252,8 +252,12 @@ def where_space(config: dict, file: dict) -> SpaceBefore:
         scheme = step.get("prepend_scheme")
         if step.get("type") == "Prepend":
             return "always"
-        if step.get("type") == "Metaspace" and scheme in ("never", "first", "always"):
-            return scheme
+        if step.get("type") == "Metaspace":
+            if scheme in ("never", "first", "always"):
+                return scheme
+            return "always" if step.get("add_prefix_space", True) else "never"
+        if step.get("type") == "ByteLevel" and step.get("add_prefix_space"):
+            return "always"
     legacy = config.get("legacy")
     if legacy is None:
         return "document"
@@ -280,9 +284,18 @@ def post_processor_begins(file: dict) -> bool | None:
 
 
 def steps_of(file: dict, part: str) -> list[dict]:
-    """The steps of a tokenizer.json's normalizer, pre_tokenizer or post_processor."""
-    step = file.get(part) or {}
+    """The steps of a tokenizer.json's normalizer, pre_tokenizer or post_processor, one by one."""
+    return flatten_steps(file.get(part))
+
+
+def flatten_steps(step: dict | None) -> list[dict]:
+    """A step, or the steps in a sequence of them."""
+    if step is None:
+        return []
     for key in ("normalizers", "pretokenizers", "processors"):
         if key in step:
-            return list(step[key])
+            steps = []
+            for inner in step[key]:
+                steps.extend(flatten_steps(inner))
+            return steps
     return [step]

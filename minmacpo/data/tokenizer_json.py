@@ -11,7 +11,13 @@ from contextlib import contextmanager
 from minmacpo import UserError
 from minmacpo.data.bpe import MALFORMED, BytePairs, check_ids, find_unknown
 from minmacpo.data.text_tokens import TextTokens, parse_added_token
-from minmacpo.data.tokenizer_files import NO_NOTES, TokenizerNotes, post_processor_begins
+from minmacpo.data.tokenizer_files import (
+    NO_NOTES,
+    TokenizerNotes,
+    post_processor_begins,
+    steps_of,
+    where_space,
+)
 
 # Stands before a text that begins no document. Four characters that Unicode will never give out.
 MARK = "\uffff\ufffe\uffff\ufffe"
@@ -46,6 +52,7 @@ def read_tokenizer_json(
             check_ids({token["content"]: token["id"] for token in file["added_tokens"]})
             tokenizer = PackageTokenizer(file, where, unknown)
         tokenizer.adds_begin = bool(post_processor_begins(file))
+        tokenizer.space_before = where_space({}, file)
         return tokenizer
     except MALFORMED as error:
         raise UserError(
@@ -76,6 +83,30 @@ def tell_marks(file: dict, notes: TokenizerNotes) -> list[dict]:
     return told
 
 
+def without_space_before(file: dict) -> dict:
+    """A tokenizer.json that puts no space before a text, as is right within a document."""
+    normalizers = [step for step in steps_of(file, "normalizer") if step["type"] != "Prepend"]
+    splitters = []
+    for step in steps_of(file, "pre_tokenizer"):
+        if step["type"] == "ByteLevel":
+            step = step | {"add_prefix_space": False}
+        if step["type"] == "Metaspace":
+            others = {key: value for key, value in step.items() if key != "add_prefix_space"}
+            step = others | {"prepend_scheme": "never"}
+        splitters.append(step)
+    return file | {
+        "normalizer": in_sequence(normalizers, "normalizers"),
+        "pre_tokenizer": in_sequence(splitters, "pretokenizers"),
+    }
+
+
+def in_sequence(steps: list[dict], key: str) -> dict | None:
+    """Steps of a tokenizer.json as one of its parts."""
+    if len(steps) > 1:
+        return {"type": "Sequence", key: steps}
+    return steps[0] if steps else None
+
+
 def check_continued_pieces(model: dict) -> None:
     """ValueError where a merge lacks its continuing_subword_prefix, at which the package aborts."""
     prefix = model.get("continuing_subword_prefix") or ""
@@ -100,6 +131,8 @@ class PackageTokenizer:
         text_tokens: the other added tokens.
         size: number of ids.
         adds_begin: whether its file puts a begin token before a text.
+        space_before: where its file puts a space before a text.
+        part_package: the same without that space.
     """
 
     def __init__(self, file: dict, where: str, unknown: str):
@@ -123,9 +156,14 @@ class PackageTokenizer:
         self.where = where
         with self.failures_as_sentences():
             self.package = tokenizers.Tokenizer.from_str(json.dumps(file))
-        self.package.no_truncation()
-        self.package.no_padding()
-        self.package.encode_special_tokens = True  # no text becomes one
+            self.part_package = tokenizers.Tokenizer.from_str(
+                json.dumps(without_space_before(file))
+            )
+        mark = tokenizers.AddedToken(MARK, normalized=False)
+        for package in (self.package, self.part_package):
+            package.no_truncation()
+            package.no_padding()
+            package.encode_special_tokens = True  # no text becomes one
 
         # the package itself finds those that are text
         self.special_tokens = {}
@@ -150,8 +188,7 @@ class PackageTokenizer:
             self.letters = {piece for piece in vocab if len(piece) == 1}
 
         self.shows_bytes = (file["decoder"] or {}).get("type") == "ByteLevel"
-        mark = tokenizers.AddedToken(MARK, normalized=False)
-        self.package.add_tokens([mark])
+        self.part_package.add_tokens([mark])
 
     @contextmanager
     def failures_as_sentences(self) -> Iterator[None]:
@@ -186,11 +223,11 @@ class PackageTokenizer:
         text.encode()
         if MARK in text:
             raise UserError(f"{text[:60]!a}: holds U+FFFF and U+FFFE, which are no characters")
-        marked = text if start else MARK + text
         with self.failures_as_sentences():
-            ids = self.package.encode(marked, add_special_tokens=False).ids
-        if not start:
-            ids = ids[1:]
+            if start:
+                ids = self.package.encode(text, add_special_tokens=False).ids
+            else:
+                ids = self.part_package.encode(MARK + text, add_special_tokens=False).ids[1:]
         if self.special_ids.isdisjoint(ids):
             return ids
         return self.encode_names(text, start)

@@ -121,6 +121,27 @@ def test_a_tokenizer_json_beside_the_model_says_where_spaces_stand(file, expecte
     assert load_tokenizer(folder).space_before == expected
 
 
+def test_dialogues_of_a_tokenizer_json_alone_have_the_ids_of_transformers(tmp_path, seed):
+    """A file that puts a space behind special tokens, without a tokenizer.model beside it.
+
+    The oracle reads what the file was made from: transformers 5 writes no `legacy`, and then reads
+    back a tokenizer with other ids.
+    """
+    transformers = pytest.importorskip("transformers")
+    source = write_folder(tmp_path / "source", train(LLAMA_LIKE), CONFIG | {"legacy": True})
+    slow = transformers.AutoTokenizer.from_pretrained(source)
+    folder = tmp_path / "base"
+    slow.save_pretrained(folder)
+    assert not (folder / "tokenizer.model").exists()
+    ours = load_tokenizer(folder)
+    assert ours.space_before == "always"
+    rng = random.Random(seed)
+    for number in range(12):
+        messages = random_dialogue(rng, has_system=number % 2 == 0)
+        prompt = transformers_ids(source, "zephyr", messages, is_prompt=True)
+        assert render_prompt(ours, "zephyr", messages) == prompt
+
+
 def test_spaces_before_punctuation_are_not_cleaned_up(tmp_path):
     """The text of ids would no longer have those ids."""
     config = CONFIG | {"clean_up_tokenization_spaces": True}
