@@ -26,7 +26,7 @@ from pathlib import Path
 from minmacpo import UserError
 from minmacpo.config.parse import ArgParser, agent_flags, agent_settings, resolve_checkpoint
 from minmacpo.runtime.hub import local_folder
-from minmacpo.runtime.progress import run_main
+from minmacpo.runtime.progress import escape_control_chars, run_main
 
 ACCEPTED = (
     "--generate.",
@@ -75,6 +75,7 @@ def main(argv: list[str]) -> int:
     config, loaded, base = open_agent(folder, config, command.flags)
     if command.export:
         export(loaded.model, base, command.export)
+        say_unused_template(base, loaded.template)
     if command.prompts:
         answer_file(config, loaded, folder, base, pairs, command.answers, command.out)
     elif command.prompt:
@@ -96,6 +97,15 @@ def export(model, base: Path, target: Path) -> None:
     with atomic_dir(target) as folder:
         dtype = export_merged(model, base, folder)
     print(f"merged model: {target} (in {dtype}, as its base)")
+
+
+def say_unused_template(base: Path, template: str) -> None:
+    """Warn where the exported folder's chat template, its base's, is not the one that was used."""
+    from minmacpo.data.own_template import export_warning
+
+    warning = export_warning(base, template)
+    if warning:
+        print(f"WARNING: {escape_control_chars(warning)}", file=sys.stderr)
 
 
 def parse_command(argv: list[str]) -> SampleCommand:

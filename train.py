@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
 
 def run_command(command: Command, dist) -> None:
     """List the stages of the run and, unless this is a dry run, compute them."""
-    from minmacpo.cli.dry_run import check_before_start, hints, show_plan
+    from minmacpo.cli.dry_run import check_before_start, describe_templates, hints, show_plan
     from minmacpo.evaluation.report import finish, write_report
     from minmacpo.pipeline.prepare_data import identify_source, prepare
     from minmacpo.pipeline.run import Run
@@ -62,6 +62,8 @@ def run_command(command: Command, dist) -> None:
     # --- Compute them
     dist.run_on_main(lambda: check_before_start(run, prepared))
     run.begin()
+    for line in describe_templates(config):
+        run.log(line)
     for hint in hints(run):
         run.log(f"WARNING: {hint}")
     run.after_stage = write_report

@@ -37,6 +37,7 @@ OPTIONAL = {
     "tokenizers": "data.tokenizer_json",
     "pyarrow": "data.parquet",
     "huggingface_hub": "runtime.hub",
+    "jinja2": "data.own_template",
 }
 NETWORK = {"urllib", "http", "socket", "requests", "ssl", "ftplib"}
 PICKLES = {"pickle", "marshal", "shelve", "dill"}

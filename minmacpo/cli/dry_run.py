@@ -11,7 +11,7 @@ from minmacpo.cli.plan import Plan
 from minmacpo.config.parse import to_toml
 from minmacpo.config.schema import Config
 from minmacpo.core.prepack import multiplies_bf16
-from minmacpo.data.chat_template import template_hint
+from minmacpo.data.own_template import template_warning
 from minmacpo.data.splits import TOO_FEW
 from minmacpo.pipeline.prepare_data import PreparedData, base_templates, model_dirs
 from minmacpo.pipeline.run import Run
@@ -55,6 +55,8 @@ def show_plan(run: Run, prepare: Callable[[], PreparedData]) -> None:
     print(escape_control_chars(to_toml(run.config)))
     for name, count in prepared.counts.items():
         print(f"{name}: {count}")
+    for line in describe_templates(run.config):
+        print(escape_control_chars(line))
     if total_tokens:
         print(
             f"\nin all <= {thousands(total_tokens)} tokens; "
@@ -156,6 +158,15 @@ def few_rows(config: Config, prepared: PreparedData) -> list[str]:
     ]
 
 
+def describe_templates(config: Config) -> list[str]:
+    """Which template each given base has, where it was found in its folder."""
+    if "own" not in config.data.template or not model_dirs(config):
+        return []
+    templates = base_templates(config)
+    found = ", ".join(f"{base} {templates[base]}" for base in model_dirs(config))
+    return [f"templates of the given bases: {found}"]
+
+
 def hints(run: Run) -> list[str]:
     """What is odd about the settings, though it works: sharding, dtype and chat templates."""
     config = run.config
@@ -173,7 +184,7 @@ def hints(run: Run) -> list[str]:
     templates = base_templates(config)
     given = {(folder, templates[base]) for base, folder in model_dirs(config).items()}
     for folder, template in sorted(given):
-        hint = template_hint(folder, template)
+        hint = template_warning(folder, template)
         if hint:
             warnings.append(hint)
     return warnings

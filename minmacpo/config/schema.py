@@ -38,7 +38,8 @@ METHODS = (
 )  # fmt: skip
 TEMPLATES = (
     "plain", "turns", "vicuna", "alpaca", "vicuna-macpo", "alpaca-macpo", "llama-2", "llama-3",
-    "mistral", "chatml", "zephyr",
+    "llama-3.1", "mistral", "mistral-v3", "chatml", "qwen2", "qwen2.5", "qwen3", "qwen3-thinking",
+    "smollm2", "smollm3", "smollm3-thinking", "zephyr", "gemma", "phi-3",
 )  # fmt: skip
 SELECTION_RULES = ("perplexity", "random", "all", "shortest", "likelihood-ratio", "agreement")
 NEGATIVES = ("agent", "other", "previous", "persona", "tail", "contrastive")
@@ -124,6 +125,11 @@ class Data:
         "how dialogues are written for a base: one for all, or a list: the strong base, then the "
         "weak ones; own: as its chat template says, plain without one; plain: as in HH-RLHF; "
         "turns: a token per role; -macpo: as in the released runs",
+    )
+    train_on: Literal["last", "all"] = setting(
+        "last",
+        "which answers of a dialogue fine-tuning learns: its last one, as in the paper, or all; "
+        "negative agents and preferences: the last one always",
     )
     shares: tuple[float, ...] = setting(
         (0.5, 0.15, 0.25, 0.1), "of first turns: D0 (pretrain), D1, D2, test"

@@ -1,190 +1,22 @@
 """How a dialogue is written for a model: messages in, ids and the mask of what is trained on out.
 
-A prompt becomes ids only here, so training, scoring and sampling cannot differ. A template is a few
-frames: texts with a place for the content, {}, and with the names of special tokens. A content is
-never more than text, whatever stands in it.
+A prompt becomes ids only here, so training, scoring and sampling cannot differ. The frames that
+contents are put into stand in templates.py. A content is never more than text, whatever stands in
+it.
 """
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 
 from minmacpo import UserError
 from minmacpo.data.records import Message
-from minmacpo.data.tokenizer import Tokenizer, Tokens, load_tokenizer
-from minmacpo.data.tokenizer_files import read_chat_template
+from minmacpo.data.templates import TEMPLATES, Template
+from minmacpo.data.tokenizer import Tokenizer, Tokens
 
 HUMAN_MARK = "\n\nHuman:"  # what begins a human turn in HH-RLHF
-
-VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-ALPACA = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request."
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Template:
-    """How a dialogue is written.
-
-    In a frame, {} is a message's content; {tag} is what the message with the role "tag" before it
-    says (how the assistant is to speak next: RLCD, Yang et al. 2024); <bos> and <eos> are the
-    tokenizer's begin and end token, and <begin> is what it puts before every text: its begin token,
-    or nothing.
-
-    An answer is written as `assistant_header`, `assistant_prefix`, its text, `end`. The header
-    belongs to the prompt; the other three are trained on.
-    """
-
-    user: str
-    assistant_header: str
-    assistant_prefix: str = ""
-    end: str = "<eos>"
-    earlier_end: str | None = None  # behind the earlier answers of a dialogue; None: as `end`
-    begin: str = ""
-    system: str | None = None  # None: there is no place for a system message
-    default_system: str = ""  # the system message where none is given
-    merge_system: bool = False  # whether it is written within the first human turn
-    tag: str | None = None  # None: there is no place for a tag
-    special_tokens: tuple[str, ...] = ()  # that occur in the frames beside <bos> and <eos>
-    strip_content: bool = False  # whether contents lose the white space around them
-    separate_texts: bool = False  # whether every stretch of text is tokenized like a document
-    flatten: bool = False  # whether all turns are written as the text of one human turn
-
-    @property
-    def earlier_answer(self) -> str:
-        """The frame of an answer that is followed by more turns."""
-        end = self.end if self.earlier_end is None else self.earlier_end
-        return self.assistant_header + self.assistant_prefix + "{}" + end
-
-
-# What each one makes of the dialogue "hi", "hello", "so?" with the answer "yes" is shown above it;
-# what is trained on stands between ⟦ and ⟧.
-TEMPLATES = {
-    # <begin>\n\nHuman: hi\n\nAssistant: hello\n\nHuman: so?\n\nAssistant:⟦ yes<eos>⟧
-    "plain": Template(
-        user="\n\nHuman{tag}: {}",
-        assistant_header="\n\nAssistant{tag}:",
-        assistant_prefix=" ",
-        earlier_end="",
-        begin="<begin>",
-        tag=" ({})",
-    ),
-    # <user>hi<bot>hello<eos><user>so?<bot>⟦yes<eos>⟧
-    "turns": Template(
-        user="<user>{tag}{}",
-        assistant_header="<bot>{tag}",
-        tag="( {} ) ",
-        special_tokens=("<user>", "<bot>"),
-    ),
-    # <begin>A chat ... questions. USER: hi ASSISTANT: hello<eos> USER: so? ASSISTANT:⟦ yes<eos>⟧
-    "vicuna": Template(
-        user=" USER{tag}: {}",
-        assistant_header=" ASSISTANT{tag}:",
-        assistant_prefix=" ",
-        begin="<begin>",
-        system="{}",
-        default_system=VICUNA,
-        tag=" ({})",
-    ),
-    # <begin>Below is ... request.\n\n### Instruction:\nhi\n\n### Response:\nhello<eos>\n\n
-    # ### Instruction:\nso?\n\n### Response:\n⟦yes<eos>⟧
-    "alpaca": Template(
-        user="### Instruction{tag}:\n{}\n\n",
-        assistant_header="### Response{tag}:\n",
-        earlier_end="<eos>\n\n",
-        begin="<begin>",
-        system="{}\n\n",
-        default_system=ALPACA,
-        tag=" ({})",
-    ),
-    # The next two are as the released MACPO runs had them: no begin token, each part tokenized by
-    # itself, and a dialogue as one human turn, whose "USER: " is there twice. "vicuna" and "alpaca"
-    # are what was meant.
-    # A chat ... questions.USER: USER: hi ASSISTANT: hello USER: so? ASSISTANT:⟦yes<eos>⟧
-    "vicuna-macpo": Template(
-        user="USER: {} ASSISTANT:",
-        assistant_header="",
-        system="{}",
-        default_system=VICUNA,
-        separate_texts=True,
-        flatten=True,
-    ),
-    # Below is ... request.\n\n### Instruction:\nhi\n\n### Response:\nhello<eos>\n\n
-    # ### Instruction:\nso?\n\n### Response:\n⟦yes<eos>⟧
-    "alpaca-macpo": Template(
-        user="### Instruction:\n{}\n\n### Response:\n",
-        assistant_header="",
-        earlier_end="<eos>\n\n",
-        system="{}",
-        default_system=ALPACA + "\n\n",
-        separate_texts=True,
-    ),
-    # <bos>[INST] hi [/INST] hello <eos><bos>[INST] so? [/INST]⟦ yes <eos>⟧
-    "llama-2": Template(
-        user="<bos>[INST] {} [/INST]",
-        assistant_header="",
-        assistant_prefix=" ",
-        end=" <eos>",
-        system="<<SYS>>\n{}\n<</SYS>>\n\n",
-        merge_system=True,
-        strip_content=True,
-    ),
-    # <bos><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|start_header_id|>assistant
-    # <|end_header_id|>\n\nhello<|eot_id|> ... assistant<|end_header_id|>\n\n⟦yes<|eot_id|>⟧
-    "llama-3": Template(
-        user="<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
-        assistant_header="<|start_header_id|>assistant<|end_header_id|>\n\n",
-        end="<|eot_id|>",
-        begin="<bos>",
-        system="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
-        special_tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-        strip_content=True,
-    ),
-    # <bos> [INST] hi [/INST] hello<eos> [INST] so? [/INST]⟦ yes<eos>⟧
-    "mistral": Template(
-        user=" [INST] {} [/INST]",
-        assistant_header="",
-        assistant_prefix=" ",
-        begin="<bos>",
-        system="{}\n\n",
-        merge_system=True,
-    ),
-    # <|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n
-    # <|im_start|>user\nso?<|im_end|>\n<|im_start|>assistant\n⟦yes<|im_end|>⟧
-    "chatml": Template(
-        user="<|im_start|>user\n{}<|im_end|>\n",
-        assistant_header="<|im_start|>assistant\n",
-        end="<|im_end|>",
-        earlier_end="<|im_end|>\n",
-        system="<|im_start|>system\n{}<|im_end|>\n",
-        special_tokens=("<|im_start|>", "<|im_end|>"),
-    ),
-    # <|user|>\nhi<eos>\n<|assistant|>\nhello<eos>\n<|user|>\nso?<eos>\n<|assistant|>\n⟦yes<eos>⟧
-    "zephyr": Template(
-        user="<|user|>\n{}<eos>\n",
-        assistant_header="<|assistant|>\n",
-        earlier_end="<eos>\n",
-        system="<|system|>\n{}<eos>\n",
-    ),
-}
-
-# What occurs in the chat templates that are written like one of ours, looked for in this order.
-CHAT_MARKS = {
-    "<|im_start|>": "chatml",
-    "<|start_header_id|>": "llama-3",
-    "<<SYS>>": "llama-2",
-    "[INST]": "mistral",
-    "<|assistant|>": "zephyr",
-    "<user>": "turns",
-    "Human: ": "plain",
-}
 
 
 # ---- from messages to segments --------------------------------------------------------------
@@ -197,14 +29,22 @@ class Segment:
     frame: str
     content: str = ""
     tag: str = ""
+    system: str = ""  # the system message, where it stands within a human turn
+    trained: bool = False
 
     def fill(self, part: str) -> str:
-        """A part of the frame with the content and the tag in their places."""
-        return part.format(self.content, tag=self.tag)
+        """A part of the frame with the content, the tag and the system message in their places."""
+        return part.format(self.content, tag=self.tag, system=self.system)
 
 
-def template_segments(name: str, messages: Sequence[Message]) -> Iterator[Segment]:
-    """The segments of all that stands before the answer."""
+def template_segments(
+    name: str, messages: Sequence[Message], train_on: str = "last"
+) -> Iterator[Segment]:
+    """The segments of all that stands before the answer.
+
+    Args:
+        train_on: "all": the earlier answers are trained on, and segments of their own.
+    """
     template = TEMPLATES[name]
     frames = {
         "system": template.system,
@@ -212,16 +52,68 @@ def template_segments(name: str, messages: Sequence[Message]) -> Iterator[Segmen
         "assistant": template.earlier_answer,
     }
     yield Segment(template.begin)
+
+    turns = normalize_messages(name, messages)
+    system = ""
+    system_turn = None  # the number of the turn that the system message is written in
+    if template.merge_system and turns and turns[0].role == "system":
+        system = turns.pop(0).content
+        system_turn = turn_for_system(name, turns)
+
     tag = ""
-    for message in normalize_messages(name, messages):
+    for number, message in enumerate(turns):
         if message.role == "tag":
             # it belongs to the next turn of the assistant
             tag = template.tag.format(message.content) if message.content else ""
             continue
-        content = message.content.strip() if template.strip_content else message.content
-        yield Segment(frames[message.role], content, tag)
+        content = strip_content(template, message, behind_system=number == system_turn)
+        if number == system_turn:
+            system_frame = template.system.replace("{}", "{system}")
+            if template.strip == "joined" and not content:
+                system_frame = system_frame.rstrip()
+            yield Segment(template.user.replace("{}", system_frame + "{}"), content, system=system)
+        elif message.role == "assistant" and train_on == "all":
+            yield from answer_segments(template, content, tag)
+        else:
+            yield Segment(frames[message.role], content, tag)
         tag = ""
     yield Segment(template.assistant_header, tag=tag)
+
+
+def answer_segments(template: Template, content: str, tag: str) -> Iterator[Segment]:
+    """The segments of an earlier answer that is trained on: it, and what stands around it."""
+    end = template.end_of_earlier
+    trained_end = template.end if end.startswith(template.end) else ""
+    yield Segment(template.header_of_earlier, tag=tag)
+    yield Segment(template.assistant_prefix + "{}" + trained_end, content, trained=True)
+    yield Segment(end.removeprefix(trained_end))
+
+
+def strip_content(template: Template, message: Message, behind_system: bool = False) -> str:
+    """A message's content without the white space that the template takes off.
+
+    Args:
+        behind_system: whether the system message stands before it, in the same turn.
+    """
+    content = message.content
+    if template.strip == "joined" and behind_system:
+        return content.rstrip()  # what is before it is within the joined text
+    if template.strip != "nothing":
+        return content.strip()
+    if message.role == "system" and template.rstrip_system:
+        return content.rstrip()
+    return content
+
+
+def turn_for_system(name: str, turns: Sequence[Message]) -> int:
+    """The number of the human turn that the system message is written in."""
+    if not turns or turns[0].role != "user":
+        raise UserError(
+            f"data.template = {name}: a system message has to stand before a human turn"
+        )
+    if TEMPLATES[name].merge_system == "first":
+        return 0
+    return max(number for number, turn in enumerate(turns) if turn.role == "user")
 
 
 def normalize_messages(name: str, messages: Sequence[Message]) -> list[Message]:
@@ -234,11 +126,8 @@ def normalize_messages(name: str, messages: Sequence[Message]) -> list[Message]:
     check_roles(name, messages)
     normalized = list(messages)
     has_system = bool(normalized) and normalized[0].role == "system"
-    if template.default_system and not has_system:
+    if template.default_system is not None and not has_system:
         normalized.insert(0, Message("system", template.default_system))
-        has_system = True
-    if template.merge_system and has_system:
-        normalized = merge_system(name, normalized)
     if template.flatten:
         normalized = flatten_turns(normalized)
     return normalized
@@ -259,17 +148,6 @@ def check_roles(name: str, messages: Sequence[Message]) -> None:
                 f"data.template = {name} has no place for message {number}, "
                 f"of the role {message.role!r}"
             )
-
-
-def merge_system(name: str, messages: list[Message]) -> list[Message]:
-    """The messages with the system message, their first one, within the human turn behind it."""
-    if len(messages) == 1 or messages[1].role != "user":
-        raise UserError(
-            f"data.template = {name}: a system message has to stand before a human turn"
-        )
-    system, first_turn, *others = messages
-    content = TEMPLATES[name].system.format(system.content) + first_turn.content
-    return [Message("user", content), *others]
 
 
 def flatten_turns(messages: list[Message]) -> list[Message]:
@@ -298,6 +176,9 @@ def special_ids(tokenizer: Tokenizer, name: str) -> dict[str, int]:
         UserError: the tokenizer lacks another one.
     """
     ids = {"<bos>": tokenizer.bos, "<begin>": tokenizer.begin, "<eos>": tokenizer.eos}
+    for token in TEMPLATES[name].optional_tokens:
+        if token in tokenizer.special:
+            ids[token] = tokenizer.special[token]
     for token in TEMPLATES[name].special_tokens:
         if token not in tokenizer.special:
             raise UserError(
@@ -310,8 +191,8 @@ def special_ids(tokenizer: Tokenizer, name: str) -> dict[str, int]:
 
 def encode_segments(
     tokenizer: Tokenizer, name: str, segments: Iterable[Segment], before: Sequence[int] = ()
-) -> list[int]:
-    """The ids of segments.
+) -> Tokens:
+    """The ids of segments, and which of them are trained on.
 
     Args:
         before: the ids behind which they stand.
@@ -319,6 +200,7 @@ def encode_segments(
     special = special_ids(tokenizer, name)
     split_at_special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
     ids = []
+    mask = []
     for segment in segments:
         for part in split_at_special.split(segment.frame):
             if part in special:
@@ -332,7 +214,8 @@ def encode_segments(
             if not text.startswith(" "):  # mistral's frames bring their space along
                 takes_space = takes_space or takes_space_behind(tokenizer, name, ids or before)
             ids.extend(tokenizer.encode(text, start=takes_space))
-    return ids
+        mask += [segment.trained] * (len(ids) - len(mask))
+    return Tokens(ids, mask)
 
 
 def takes_space_behind(tokenizer: Tokenizer, name: str, ids: Sequence[int]) -> bool:
@@ -356,25 +239,37 @@ def takes_space_behind(tokenizer: Tokenizer, name: str, ids: Sequence[int]) -> b
 
 def render_prompt(tokenizer: Tokenizer, name: str, messages: Sequence[Message]) -> list[int]:
     """The ids of the prompt in the template `name`, up to where the answer begins."""
-    return encode_segments(tokenizer, name, template_segments(name, messages))
+    return encode_segments(tokenizer, name, template_segments(name, messages)).ids
 
 
 def render(
-    tokenizer: Tokenizer, name: str, messages: Sequence[Message], response: str | None = None
+    tokenizer: Tokenizer,
+    name: str,
+    messages: Sequence[Message],
+    response: str | None = None,
+    train_on: str = "last",
 ) -> Tokens:
     """The prompt and, if given, the response with what the template puts around it.
 
     The end token is the last one. The mask is True on the response's tokens alone, that included.
+
+    Args:
+        train_on: "all": it is True on the earlier answers and their ends of turn as well. Each of
+            these is then tokenized by itself, as the response always is.
     """
-    prompt = render_prompt(tokenizer, name, messages)
+    segments = template_segments(name, messages, train_on)
+    prompt = encode_segments(tokenizer, name, segments)
     if response is None:
-        return Tokens(prompt, [False] * len(prompt))
+        return prompt
 
     template = TEMPLATES[name]
-    text = response.strip() if template.strip_content else response
-    segment = Segment(template.assistant_prefix + "{}" + template.end, text)
-    answer = encode_segments(tokenizer, name, [segment], before=prompt)
-    return Tokens(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+    text = strip_content(template, Message("assistant", response))
+    segments = [
+        Segment(template.no_thoughts),
+        Segment(template.assistant_prefix + "{}" + template.end, text, trained=True),
+    ]
+    answer = encode_segments(tokenizer, name, segments, before=prompt.ids)
+    return Tokens(prompt.ids + answer.ids, prompt.mask + answer.mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,9 +279,11 @@ class Renderer:
     tokenizer: Tokenizer
     template: str
 
-    def render(self, prompt: Sequence[Message], response: str | None = None) -> Tokens:
+    def render(
+        self, prompt: Sequence[Message], response: str | None = None, train_on: str = "last"
+    ) -> Tokens:
         """A prompt, and an answer to it if one is given, as token ids and mask."""
-        return render(self.tokenizer, self.template, prompt, response)
+        return render(self.tokenizer, self.template, prompt, response, train_on)
 
 
 # ---- from ids to the answer's text ----------------------------------------------------------
@@ -402,8 +299,9 @@ def end_of_turn_ids(tokenizer: Tokenizer, name: str) -> set[int]:
 def response_text(tokenizer: Tokenizer, name: str, ids: Sequence[int], whole: bool = True) -> str:
     """The text of a sampled answer up to its end token, without the white space around it.
 
-    In the plain template it ends before a next human turn, with which a base model that has read
-    whole dialogues may go on.
+    The thoughts that a model may write before its answer are no part of it. In the plain template
+    it ends before a next human turn, with which a base model that has read whole dialogues may go
+    on.
 
     Args:
         whole: whether the answer is complete. If not, as much of the text is given as no later
@@ -411,7 +309,8 @@ def response_text(tokenizer: Tokenizer, name: str, ids: Sequence[int], whole: bo
             mark of a human turn.
     """
     ends = tokenizer.stop_ids | end_of_turn_ids(tokenizer, name)
-    text = tokenizer.decode(list(takewhile(lambda token_id: token_id not in ends, ids)))
+    ids = list(takewhile(lambda token_id: token_id not in ends, ids))
+    text = tokenizer.decode(ids[count_thoughts(tokenizer, ids) :])
     if not whole:
         text = text.rstrip("\N{REPLACEMENT CHARACTER}")
     if name == "plain":
@@ -419,6 +318,17 @@ def response_text(tokenizer: Tokenizer, name: str, ids: Sequence[int], whole: bo
         if not whole and not mark:
             text = without_partial_mark(text)
     return text.strip()
+
+
+def count_thoughts(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
+    """How many ids of a sampled answer are thoughts before it; all, where they have no end.
+
+    Thoughts are what stands up to the first token </think>; a text of that name is no such token.
+    """
+    opening, closing = (tokenizer.find_token(name) for name in ("<think>", "</think>"))
+    if closing in ids:
+        return list(ids).index(closing) + 1
+    return len(ids) if opening in ids else 0
 
 
 def without_partial_mark(text: str) -> str:
@@ -445,6 +355,29 @@ def dialogue_text(messages: Sequence[Message], response: str) -> str:
     return f"{system}{prompt.removeprefix('<begin>')} {response}"
 
 
+def template_text(
+    name: str, messages: Sequence[Message], response: str | None, ends: Mapping[str, str]
+) -> str:
+    """What a template writes, as one text.
+
+    Args:
+        ends: what begin and end token are called, "bos" and "eos".
+    """
+    template = TEMPLATES[name]
+    segments = list(template_segments(name, messages))
+    if response is not None:
+        text = strip_content(template, Message("assistant", response))
+        frame = template.no_thoughts + template.assistant_prefix + "{}" + template.end
+        segments.append(Segment(frame, text))
+    bos = ends.get("bos", "")
+    tokens = {"<begin>": bos, "<bos>": bos, "<eos>": ends.get("eos", "")}
+    parts = []
+    for segment in segments:
+        for part in re.split("(<begin>|<bos>|<eos>)", segment.frame):
+            parts.append(tokens[part] if part in tokens else segment.fill(part))
+    return "".join(parts)
+
+
 # ---- files for transformers -----------------------------------------------------------------
 
 
@@ -458,7 +391,9 @@ def chat_template(name: str) -> str | None:
         template.merge_system
         or template.flatten
         or template.separate_texts
-        or template.strip_content
+        or template.strip != "nothing"
+        or template.rstrip_system
+        or template.earlier_header is not None
     ):
         return None
 
@@ -470,7 +405,7 @@ def chat_template(name: str) -> str | None:
     earlier_end = template.earlier_answer.removeprefix(answer_start)
 
     parts = [jinja_output(jinja_text(template.begin))]
-    if template.default_system:
+    if template.default_system is not None:
         default = jinja_text(template.system, content=json.dumps(template.default_system))
         parts.append("{% if messages[0]['role'] != 'system' %}" + jinja_output(default))
         parts.append("{% endif %}")
@@ -546,36 +481,3 @@ def tokenizer_notes(tokenizer: Tokenizer, name: str, context: int) -> dict:
     if template is not None:
         notes["chat_template"] = template
     return notes
-
-
-def own_template(folder: Path) -> str:
-    """The template that a model folder's chat template looks like.
-
-    Without one it is "turns" for a tokenizer that was made here, and "plain" for others.
-    """
-    text = read_chat_template(folder)
-    for mark, likely in CHAT_MARKS.items():
-        if mark in text:
-            return likely
-    if (folder / "tokenizer.model").is_file() and load_tokenizer(folder).turn_marks:
-        return "turns"
-    return "plain"
-
-
-def template_hint(folder: Path, name: str) -> str | None:
-    """A sentence, where the chat template of a model folder looks like another one of TEMPLATES.
-
-    The folder's may differ from that one in its system message and in white space, so it is no more
-    than a hint.
-    """
-    text = read_chat_template(folder)
-    for mark, likely in CHAT_MARKS.items():
-        if mark not in text:
-            continue
-        if likely == name:
-            return None
-        return (
-            f"{folder}: has a chat template like {likely}, dialogues are written as {name}; "
-            f"if it is a chat model, use --data.template={likely}"
-        )
-    return None

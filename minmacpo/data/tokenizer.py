@@ -165,6 +165,15 @@ class Tokenizer:
         """
         return self.processor.decode([token_id for token_id in ids if token_id < self.size])
 
+    def find_token(self, name: str) -> int | None:
+        """The id of a token that stands beside the vocabulary, a mark or a text; None without."""
+        if name in self.special:
+            return self.special[name]
+        for token_id, other in self.processor.text_tokens.names.items():
+            if other == name:
+                return token_id
+        return None
+
     def count_left_out(self, texts: Iterable[str]) -> int:
         """How many characters of the texts have no token and leave no trace in the ids."""
         return sum(map(self.processor.count_left_out, texts))

@@ -5,9 +5,8 @@ mark, and no answer shows one. Which of both a token is depends on what the file
 use in the chat template, and on its name.
 """
 
-import json
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -152,19 +151,36 @@ def read_optional(file: Path) -> dict:
 
 
 def read_chat_template(folder: Path) -> str:
-    """The chat template of a model folder, "" where it has none, or none that can be read."""
-    config_file = folder / "tokenizer_config.json"
+    """The chat template of a model folder, "" where it has none, or none that can be read.
+
+    Of several templates it is the one that is called "default", or else the first.
+    """
     template_file = folder / "chat_template.jinja"
     try:
         if template_file.is_file():
             return template_file.read_text("utf-8")
-        if not config_file.is_file():
-            return ""
-        template = json.loads(config_file.read_text("utf-8")).get("chat_template") or ""
-    except (OSError, *MALFORMED):
+        config = read_optional(folder / "tokenizer_config.json")
+        template = config.get("chat_template") or ""
+        if not template:
+            template = read_optional(folder / "chat_template.json").get("chat_template") or ""
+        if isinstance(template, str):
+            return template
+        named = dict(named_templates(template))
+    except (OSError, UserError, *MALFORMED):
         return ""  # load_tokenizer says what is wrong with it
-    # of several templates, an object or a list, any will do for a hint
-    return template if isinstance(template, str) else json.dumps(template, ensure_ascii=False)
+    return named.get("default") or next(iter(named.values()), "")
+
+
+def named_templates(templates: dict | list) -> Iterator[tuple[str, str]]:
+    """(name, template) of each of several: an object, or a list of objects with both."""
+    pairs = (
+        templates.items()
+        if isinstance(templates, dict)
+        else ((entry["name"], entry["template"]) for entry in templates)
+    )
+    for name, template in pairs:
+        if isinstance(template, str):
+            yield name, template
 
 
 def read_stop_ids(folder: Path) -> set[int]:

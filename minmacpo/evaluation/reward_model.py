@@ -27,10 +27,11 @@ from minmacpo.config.parse import ArgParser
 from minmacpo.core.batching import collate, plan_scoring
 from minmacpo.core.checkpoint import load_classifier, load_model, read_config
 from minmacpo.core.scoring import win_or_tie
-from minmacpo.data.chat_template import TEMPLATES, Renderer
+from minmacpo.data.chat_template import Renderer
 from minmacpo.data.formats import read_data
 from minmacpo.data.records import Message, Pair, Sample
 from minmacpo.data.splits import first_turn
+from minmacpo.data.templates import TEMPLATES
 from minmacpo.data.tokenizer import Tokens, load_tokenizer
 from minmacpo.evaluation.bootstrap import mean_interval
 from minmacpo.evaluation.finished_run import FinishedRun, agent_label, read_run, read_samples

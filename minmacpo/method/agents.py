@@ -95,12 +95,20 @@ def make_agents(session: Session, setup: Setup) -> tuple[Agent, list[Agent]]:
     use_dpo = config.macpo.hard_negatives  # -HN: the SFT term alone
     prompts = TextColumn(setup.splits, "d2.jsonl", "chosen")
 
+    # The earlier answers of a dialogue are good ones: a negative agent learns none of them
+    train_on = config.data.train_on
+
     student = Agent(
         session=session,
         name="student",
         base=setup.base_models["strong"],
         prompts=prompts,
-        sft_args=SFTArgs(sft.student_lr, sft.student_epochs, sft.student_batch or sft.batch),
+        sft_args=SFTArgs(
+            sft.student_lr,
+            sft.student_epochs,
+            sft.student_batch or sft.batch,
+            train_on=train_on,
+        ),
         negative_sft_args=SFTArgs(sft.student_negative_lr, sft.student_negative_epochs, sft.batch),
         dpo_args=DPOArgs(dpo.student_lr, dpo.epochs, dpo.batch, dpo, use_dpo),
     )
@@ -111,7 +119,7 @@ def make_agents(session: Session, setup: Setup) -> tuple[Agent, list[Agent]]:
             name=f"teacher{k}",
             base=setup.base_models[f"weak{k}"],
             prompts=prompts,
-            sft_args=SFTArgs(sft.teacher_lr, sft.teacher_epochs, sft.batch),
+            sft_args=SFTArgs(sft.teacher_lr, sft.teacher_epochs, sft.batch, train_on=train_on),
             negative_sft_args=SFTArgs(
                 sft.teacher_negative_lr, sft.teacher_negative_epochs, sft.batch
             ),
@@ -387,7 +395,13 @@ def train_continued(student: Agent, weak_labels: TextColumn) -> AgentCheckpoint:
         name="controls/continued",
         start=student.initial_policy,
         texts=weak_labels,
-        args=SFTArgs(args.lr, 0, args.batch, match_steps_of=tuple(student.positive[1:])),
+        args=SFTArgs(
+            args.lr,
+            0,
+            args.batch,
+            train_on=student.sft_args.train_on,
+            match_steps_of=tuple(student.positive[1:]),
+        ),
         seed_key=("continued",),
     )
     return AgentCheckpoint("continued", student.config.macpo.rounds, student.base, adapter)

@@ -12,8 +12,8 @@ from dataclasses import asdict
 
 from minmacpo import UserError
 from minmacpo.config.schema import Feedback
-from minmacpo.data.chat_template import TEMPLATES
 from minmacpo.data.records import Example, Message, Pair, Sample, format_dialogue
+from minmacpo.data.templates import TEMPLATES
 from minmacpo.pipeline.artifacts import BaseModel, Score, ScoreColumn, TextColumn
 from minmacpo.pipeline.model_pool import Session
 from minmacpo.pipeline.run import Run

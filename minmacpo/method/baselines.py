@@ -100,7 +100,12 @@ def continued_sft(session: Session, setup: Setup) -> Iterator[AgentCheckpoint]:
     begun = start(session, setup)
     yield from begun.checkpoints
     student = begun.student
-    args = SFTArgs(student.dpo_args.lr, epochs=0, batch=student.dpo_args.batch)
+    args = SFTArgs(
+        student.dpo_args.lr,
+        epochs=0,
+        batch=student.dpo_args.batch,
+        train_on=student.sft_args.train_on,
+    )
     yield train_long(student, begun.weak_labels, student.initial_policy, args)
 
 

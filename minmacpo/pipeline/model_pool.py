@@ -79,9 +79,11 @@ class LoadedModel:
         """What makes token ids of dialogues for this model."""
         return Renderer(self.tokenizer, self.template)
 
-    def render(self, prompt: Sequence[Message], response: str | None = None) -> Tokens:
+    def render(
+        self, prompt: Sequence[Message], response: str | None = None, train_on: str = "last"
+    ) -> Tokens:
         """A prompt, and an answer to it if one is given, as token ids and mask."""
-        return self.renderer.render(prompt, response)
+        return self.renderer.render(prompt, response, train_on)
 
 
 def warn_smaller_batch(size: int) -> None:

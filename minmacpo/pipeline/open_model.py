@@ -11,7 +11,7 @@ from minmacpo.config.parse import override
 from minmacpo.config.schema import Config
 from minmacpo.core.checkpoint import load_adapter, read_adapter_config, why_no_folder, why_unread
 from minmacpo.core.lora import set_adapter_weights
-from minmacpo.data.chat_template import own_template, template_hint
+from minmacpo.data.own_template import own_template, template_warning
 from minmacpo.pipeline.model_pool import LoadedModel
 from minmacpo.pipeline.run_dir import check_stage
 from minmacpo.runtime.device import configure_torch
@@ -148,6 +148,6 @@ def say_template(folder: Path, template: str, source: str) -> None:
     if source == "base":
         line = f"{folder}: dialogues are written as {template}, unless a template is given"
         print(escape_control_chars(line), file=sys.stderr)
-    hint = template_hint(folder, template)
+    hint = template_warning(folder, template)
     if hint:
         print(f"WARNING: {escape_control_chars(hint)}", file=sys.stderr)

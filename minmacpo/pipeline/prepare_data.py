@@ -14,12 +14,14 @@ from pathlib import Path
 from minmacpo import UserError
 from minmacpo.config.schema import Config
 from minmacpo.data import synthetic
-from minmacpo.data.chat_template import TEMPLATES, Renderer, dialogue_text, own_template
+from minmacpo.data.chat_template import Renderer, dialogue_text
 from minmacpo.data.dialogues import with_system
 from minmacpo.data.formats import column_warnings, read_data
+from minmacpo.data.own_template import own_template
 from minmacpo.data.readers import find_files, split_pair_paths
 from minmacpo.data.records import Example, Message, Pair
 from minmacpo.data.splits import join_sides, split_pairs
+from minmacpo.data.templates import TEMPLATES
 from minmacpo.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from minmacpo.pipeline.run import Run
 from minmacpo.pipeline.stage import Stage, StageContext

@@ -5,7 +5,7 @@ of its own: a killed stage redoes the shard that it was at. The shards are then 
 file in the order of the prompts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from minmacpo import UserError
 from minmacpo.config.schema import Generate
 from minmacpo.core.sampling import SamplingParams, generate
 from minmacpo.core.scoring import perplexity
-from minmacpo.data.chat_template import render_prompt, response_text
+from minmacpo.data.chat_template import count_thoughts, render_prompt, response_text
 from minmacpo.data.records import Example, Sample
+from minmacpo.data.tokenizer import Tokenizer
 from minmacpo.pipeline.artifacts import Policy, TextColumn
 from minmacpo.pipeline.model_pool import LoadedModel, Session
 from minmacpo.pipeline.stage import Stage, StageContext
@@ -112,10 +113,14 @@ def sample(
         if not context.dist.is_main:
             return {}
         counts = {"answers": len(order), "tokens": 0, "hit_length": 0, "empty": 0}
-        merged = count_samples(merge_shards(files, order, shard_size), counts)
+        merged = count_samples(
+            merge_shards(files, order, shard_size), counts, sampler.loaded.tokenizer
+        )
         write_rows(context.folder / "samples.jsonl", merged)
         for file in context.folder.glob("block*.jsonl"):  # damaged ones, of a kill, as well
             file.unlink()
+        if "thoughts" in counts:
+            context.log(describe_thoughts(counts))
         return counts
 
     inputs = [policy.base.stage, policy.adapter, prompts.stage, args.contrast_adapter]
@@ -196,15 +201,32 @@ def merge_shards(files: Sequence[Path], order: np.ndarray, shard_size: int) -> I
         yield shards[position // shard_size][position % shard_size]
 
 
-def count_samples(samples: Iterator[Sample], counts: dict[str, int]) -> Iterator[Sample]:
-    """The samples as they are, counted on their way."""
+def count_samples(
+    samples: Iterator[Sample], counts: dict[str, int], tokenizer: Tokenizer
+) -> Iterator[Sample]:
+    """The samples as they are, counted on their way; thoughts only where there are some."""
     for answer in samples:
+        thoughts = count_thoughts(tokenizer, answer.tokens)
+        if thoughts:
+            counts["thoughts"] = counts.get("thoughts", 0) + 1
+            counts["thought_tokens"] = counts.get("thought_tokens", 0) + thoughts
         counts["tokens"] += len(answer.tokens)
         if answer.finish == "length":
             counts["hit_length"] += 1
         if not answer.response:
             counts["empty"] += 1
         yield answer
+
+
+def describe_thoughts(counts: Mapping[str, int]) -> str:
+    """What the log says of answers with thoughts."""
+    sentence = (
+        f"{counts['thoughts']} of {counts['answers']} answers begin with thoughts, which are left "
+        f"out: {counts['thought_tokens']} of {counts['tokens']} tokens"
+    )
+    if counts["empty"]:
+        sentence += f"; {counts['empty']} answers are empty, see generate.max_new_tokens"
+    return sentence
 
 
 @dataclass(slots=True)

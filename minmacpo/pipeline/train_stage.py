@@ -37,6 +37,7 @@ class SFTArgs:
     Attributes:
         lr: peak learning rate.
         batch: answers per optimiser step.
+        train_on: the "last" answer of a dialogue, or "all" of them.
         match_steps_of: take as many steps as these trainings together, in place of the epochs.
         confidence: final weight of the auxiliary confidence loss (Burns et al. 2023).
     """
@@ -45,6 +46,7 @@ class SFTArgs:
     epochs: int
     batch: int
     confidence: float = 0.0
+    train_on: str = "last"
     match_steps_of: Sequence[Stage] = ()
 
     def optimizer_config(self, examples: int) -> OptimizerConfig:
@@ -61,6 +63,7 @@ class SFTArgs:
             "epochs": self.epochs,
             "batch": self.batch,
             "confidence": self.confidence,
+            "train_on": self.train_on,
         }
 
 
@@ -89,7 +92,7 @@ def train_sft(
         dropped = {"empty": 0, "over_long": 0}
         cut_at_limit = 0
         for text in texts.read():
-            row = loaded.render(text.prompt, text.response)
+            row = loaded.render(text.prompt, text.response, args.train_on)
             if not text.response:
                 dropped["empty"] += 1
             elif len(row.ids) > loaded.max_length:

@@ -1,6 +1,7 @@
 """Templates against those that the families publish, through jinja; masks; special tokens."""
 
 import json
+import random
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from byte_pairs import NOTES, train_file
 from conftest import TEXTS, random_model, shared
+from published_templates import JINJA, SWITCHES
 from runs import invoke, train, write_stub
 from texts import ODD
 
@@ -16,10 +18,8 @@ from minmacpo import UserError
 from minmacpo.config.schema import Config, Data
 from minmacpo.core.checkpoint import save_model
 from minmacpo.data.chat_template import (
-    ALPACA,
     HUMAN_MARK,
-    TEMPLATES,
-    VICUNA,
+    count_thoughts,
     dialogue_text,
     end_of_turn_ids,
     render,
@@ -28,7 +28,8 @@ from minmacpo.data.chat_template import (
     tokenizer_notes,
 )
 from minmacpo.data.records import Example, Message, example_id
-from minmacpo.data.tokenizer import Tokenizer, load_tokenizer, show_mask
+from minmacpo.data.templates import ALPACA, TEMPLATES, TODAY, VICUNA
+from minmacpo.data.tokenizer import Tokenizer, Tokens, load_tokenizer, show_mask
 from minmacpo.pipeline import sample_stage
 from minmacpo.pipeline.model_pool import LoadedModel
 from minmacpo.pipeline.sample_stage import Request, Sampler
@@ -72,9 +73,12 @@ def check_row(tokenizer: Tokenizer, template: str, messages, response: str) -> l
     """The answer's ids of a rendered row, of which the mask is right."""
     row = render(tokenizer, template, messages, response)
     prompt = render_prompt(tokenizer, template, messages)
-    answer = row.ids[len(prompt) :]
+    start = row.mask.index(True)
+    answer = row.ids[start:]
     assert row.ids[: len(prompt)] == prompt
-    assert row.mask == [False] * len(prompt) + [True] * len(answer)
+    assert row.mask == [False] * start + [True] * len(answer)
+    block = tokenizer.decode(row.ids[len(prompt) : start])
+    assert block == TEMPLATES[template].no_thoughts
     assert render(tokenizer, template, messages).ids == prompt
     assert prompt  # what stands at position 0 has nothing before it and cannot be scored
 
@@ -230,56 +234,29 @@ def test_text_templates_say_the_tag_as_plain_does(tokenizer, name):
 
 # ---- the families' own templates ------------------------------------------------------------
 
-# What the families publish, in few words
-SYSTEM_FIRST = (
-    "{% if messages[0]['role'] == 'system' %}"
-    "{% set turns = messages[1:] %}{% set system = SYSTEM %}"
-    "{% else %}{% set turns = messages %}{% set system = '' %}{% endif %}"
-)
-IN_FIRST_TURN = (
-    "{% for m in turns %}{% set content = (system if loop.first else '') + m['content'] %}"
-)
-JINJA = {
-    "chatml": "{% for m in messages %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-    "llama-3": "{% for m in messages %}{{ bos_token if loop.first }}"
-    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
-    "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
-    "llama-2": SYSTEM_FIRST.replace(
-        "SYSTEM", r"'<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n'"
-    )
-    + IN_FIRST_TURN
-    + "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
-    "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
-    "mistral": SYSTEM_FIRST.replace("SYSTEM", r"messages[0]['content'] + '\n\n'")
-    + "{{ bos_token }}"
-    + IN_FIRST_TURN
-    + "{% if m['role'] == 'user' %}{{ ' [INST] ' + content + ' [/INST]' }}"
-    "{% else %}{{ ' ' + content + eos_token }}{% endif %}{% endfor %}",
-    "zephyr": """{% for m in messages %}
-{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token }}
-{% if loop.last and add_generation_prompt %}
-{{ '<|assistant|>' }}
-{% endif %}
-{% endfor %}""",
-}
 CHATS = [
     [user("where does kadol live ?")],
     [user("hi"), bot("hello !"), user("two\n\nlines, été 🎉")],
     [system("Be kind."), user("a"), bot("b  c"), user("d"), bot("e"), user("f ?")],
     [system("Be\nbrief."), user("so ?")],
 ]
-STYLES = {"chatml": "qwen-2", "llama-3": "llama-3"}
+STYLES = {"chatml": "qwen-2", "llama-3": "llama-3", "llama-3.1": "llama-3"}
+for other in JINJA:
+    STYLES.setdefault(other, "qwen-2")
+# Tokens that some families have beside those of all test tokenizers
+MORE_MARKS = ["[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>", "<|system|>", "<|user|>"]
+MORE_MARKS += ["<|assistant|>", "<|end|>"]
 SENTENCEPIECE = {"llama-2": "llama2-tokenizer", "mistral": "mistral-v1", "zephyr": "mistral-v1"}
 
 
 def tokenizer_folder(folder: Path, style: str, vocab: int = 700) -> Path:
     """A folder with a tokenizer of the family and nothing else."""
     folder.mkdir(exist_ok=True, parents=True)
-    (folder / "tokenizer.json").write_text(train_file(style, TEXTS * 3, vocab))
+    package = pytest.importorskip("tokenizers")
+    tokenizer = package.Tokenizer.from_str(train_file(style, TEXTS * 3, vocab))
+    tokenizer.add_special_tokens(MORE_MARKS)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
     (folder / "tokenizer_config.json").write_text(json.dumps(NOTES[style]))
     return folder
 
@@ -325,22 +302,103 @@ def apply_published(name: str, folder: Path, messages, tokenize: bool, is_prompt
         tokenize=tokenize,
         add_generation_prompt=is_prompt,
         return_dict=False,
+        **SWITCHES.get(name, {}),
     )
 
 
-@pytest.mark.parametrize("messages", CHATS)
-@pytest.mark.parametrize("name", STYLES)
-def test_byte_level_families_get_the_ids_of_transformers(name, messages, tmp_path):
-    folder = tokenizer_folder(tmp_path, STYLES[name])
-    ours = load_tokenizer(folder)
-    prompt = apply_published(name, folder, messages, tokenize=True, is_prompt=True)
-    assert render_prompt(ours, name, messages) == prompt
+WORDS = ["where", "does", "Kadol ", "live ?", "été", "🎉", "x\n\ny", "a  b", "12", "ok   ", "so\n"]
 
-    answered = [*messages, bot("of course !")]
-    theirs = apply_published(name, folder, answered, tokenize=True, is_prompt=False)
-    ids = render(ours, name, messages, "of course !").ids
-    assert theirs[: len(ids)] == ids
-    assert ours.decode(theirs[len(ids) :]) in ("", "\n")  # behind the end token
+
+def random_dialogue(rng: random.Random) -> tuple[list[Message], str]:
+    """One to six turns, the last one a human's, and an answer; spaces and line ends anywhere."""
+
+    def text() -> str:
+        words = " ".join(rng.choices(WORDS, k=rng.randint(1, 4)))
+        return words.lstrip()
+
+    messages = [system(text())] if rng.random() < 0.5 else []
+    turns = rng.choice((1, 3, 5))
+    for number in range(turns):
+        messages.append(user(text()) if number % 2 == 0 else bot(text()))
+    return messages, text()
+
+
+@pytest.mark.parametrize("name", JINJA)
+def test_200_dialogues_get_the_ids_of_transformers(name, tmp_path, seed):
+    """Marks that the tokenizer has are tokens; the mask is the answer and its end of turn."""
+    folder = tokenizer_folder(tmp_path, STYLES[name])
+    notes = {"bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(notes))
+    theirs = published_tokenizer(folder)
+    ours = load_tokenizer(folder)
+    rng = random.Random(seed)
+    for _ in range(200):
+        messages, answer = random_dialogue(rng)
+
+        def published(rows: list[dict], is_prompt: bool) -> list[int]:
+            text = render_published(name, theirs, rows, is_prompt)
+            return theirs.encode(text, add_special_tokens=False)
+
+        rows = as_rows(messages)
+        prompt = published(rows, is_prompt=True)
+        assert render_prompt(ours, name, messages) == prompt
+
+        whole = published([*rows, {"role": "assistant", "content": answer}], is_prompt=False)
+        row = render(ours, name, messages, answer)
+        assert row.ids == whole[: len(row.ids)]
+        check_spans(name, trained_spans(ours, row), [answer])
+
+        # every assistant's turn, if all are trained on: the ids stay what they are
+        row = render(ours, name, messages, answer, "all")
+        assert row.ids == whole[: len(row.ids)]
+        earlier = [turn.content for turn in messages if turn.role == "assistant"]
+        check_spans(name, trained_spans(ours, row), [*earlier, answer])
+
+
+def check_spans(name: str, spans: list[str], answers: list[str]) -> None:
+    """Each stretch that is trained on is an answer and its end of turn."""
+    end = TEMPLATES[name].end.replace("<eos>", "<|im_end|>")
+    prefix = TEMPLATES[name].assistant_prefix
+    expected = []
+    for answer in answers:
+        text = answer if TEMPLATES[name].strip == "nothing" else answer.strip()
+        expected.append(prefix + text + end)
+    assert spans == expected
+
+
+def published_tokenizer(folder: Path):
+    """transformers' tokenizer of a folder with a tokenizer.json."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"),
+        bos_token="<|begin_of_text|>",
+        eos_token="<|im_end|>",
+    )
+
+
+def render_published(name: str, tokenizer, rows: list[dict], is_prompt: bool) -> str:
+    """The text of a dialogue by transformers, in a published template, on the day of ours."""
+    text = tokenizer.apply_chat_template(
+        rows,
+        chat_template=JINJA[name],
+        tokenize=False,
+        add_generation_prompt=is_prompt,
+        **SWITCHES.get(name, {}),
+    )
+    return re.sub(r"(?<=Today Date: )\d+ [A-Z][a-z]{3,} \d{4}", TODAY["%d %B %Y"], text)
+
+
+def trained_spans(tokenizer: Tokenizer, row: Tokens) -> list[str]:
+    """The stretches of a row that are trained on, as text, special tokens by name."""
+    spans = []
+    ids: list[int] = []
+    for token_id, is_trained in zip([*row.ids, 0], [*row.mask, False], strict=True):
+        if is_trained:
+            ids.append(token_id)
+        elif ids:
+            spans.append(show_tokens(tokenizer, ids))
+            ids = []
+    return spans
 
 
 @pytest.mark.parametrize("messages", CHATS)
@@ -515,6 +573,58 @@ def test_a_template_needs_its_tokens(name, tokenizer):
         render(tokenizer, name, DIALOGUES[0])
 
 
+# ---- marks, thoughts and earlier answers ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "marks"),
+    [("zephyr", ["<|user|>", "<|assistant|>"]), ("mistral", ["[INST]", "[/INST]"])],
+)
+def test_a_mark_is_a_token_where_the_tokenizer_has_it(name, marks, tmp_path, llama2):
+    ours = load_tokenizer(tokenizer_folder(tmp_path, "qwen-2"))
+    ids = render_prompt(ours, name, HI)
+    for mark in marks:
+        assert ours.special[mark] in ids
+        assert mark not in ours.decode(ids)
+        # a tokenizer without it spells it
+        assert mark in llama2.decode(render_prompt(llama2, name, HI))
+        # and a content does not make it
+        assert render_prompt(ours, name, [user(mark)]).count(ours.special[mark]) == 1
+
+
+def test_thoughts_are_no_part_of_an_answer(tmp_path):
+    ours = load_tokenizer(tokenizer_folder(tmp_path, "qwen-2"))
+    think, end_think = (ours.find_token(mark) for mark in ("<think>", "</think>"))
+    thoughts = [think, *ours.encode("\nlet me see\n"), end_think]
+    answer = ours.encode("\n\nof course")
+    name = "qwen3-thinking"
+    for ids, text in [
+        ([*thoughts, *answer, ours.eos], "of course"),
+        (answer, "of course"),
+        (thoughts, ""),
+        (thoughts[:-1], ""),  # cut before their end
+        ([end_think, *answer], "of course"),  # the prompt has opened them
+    ]:
+        assert response_text(ours, name, ids) == text
+        assert response_text(ours, name, ids, whole=False) == text
+    assert count_thoughts(ours, [*thoughts, *answer]) == len(thoughts)
+    assert count_thoughts(ours, thoughts[:-1]) == len(thoughts) - 1
+    assert count_thoughts(ours, answer) == 0
+
+
+def test_an_answer_without_thoughts_is_trained_behind_an_empty_block(tmp_path):
+    """Of a model that may think, too: the block says that it does not, and is not trained on."""
+    ours = load_tokenizer(tokenizer_folder(tmp_path, "qwen-2"))
+    block = "<think>⏎⏎</think>⏎⏎"
+    thinking = show_mask(ours, render(ours, "qwen3-thinking", HI, "yes"))
+    assert thinking == show_mask(ours, render(ours, "qwen3", HI, "yes"))
+    assert thinking.endswith(f"assistant⏎{block}⟦yes<|im_end|>⟧")
+    assert thinking.count("<think>") == 1
+    for name, expected in (("qwen3", 1), ("qwen3-thinking", 0)):
+        ids = render_prompt(ours, name, HI)
+        assert ids.count(ours.find_token("<think>")) == expected
+
+
 # ---- in use ---------------------------------------------------------------------------------
 
 
@@ -672,7 +782,10 @@ def test_a_template_that_is_more_than_frames_is_not_written(tokenizer):
     for name in TEMPLATES:
         if "chat_template" not in tokenizer_notes(tokenizer, name, context=9):
             without.add(name)
-    assert without == {"vicuna-macpo", "alpaca-macpo", "llama-2", "llama-3", "mistral"}
+    assert without == {
+        "vicuna-macpo", "alpaca-macpo", "llama-2", "llama-3", "llama-3.1", "mistral", "mistral-v3",
+        "gemma", "qwen3", "qwen3-thinking", "smollm3", "smollm3-thinking",
+    }  # fmt: skip
 
 
 def test_an_export_has_all_that_its_base_says_of_text(tmp_path, seed):

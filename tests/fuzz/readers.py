@@ -30,7 +30,7 @@ from minmacpo.core.checkpoint import (
 from minmacpo.core.lora import attach_lora, get_adapter_weights, init_adapter, set_adapter_weights
 from minmacpo.core.model import new_model
 from minmacpo.core.model_config import parse_config
-from minmacpo.data import chat_template, formats, tokenizer
+from minmacpo.data import chat_template, formats, own_template, tokenizer
 from minmacpo.data.bpe import byte_letters
 from minmacpo.data.records import Example, Message, Pair, Sample
 from minmacpo.evaluation import experiments, judge, report, table
@@ -430,7 +430,7 @@ def read_tokenizer(folder: Path, name: str) -> None:
             for token_id in ids[:9]:
                 loaded.piece(token_id)
     loaded.decode([0, loaded.eos, 5, loaded.size - 1]).encode()
-    chat_template.template_hint(folder, "plain")
+    own_template.template_warning(folder, "plain")
     row = chat_template.render(loaded, "plain", [Message("user", "who ?")], "the fox")
     tokenizer.show_mask(loaded, row).encode()
 
