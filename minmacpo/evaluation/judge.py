@@ -328,7 +328,7 @@ def read_verdicts(file: Path) -> Iterator[dict]:
         if not all(isinstance(text, str) for text in texts):
             continue
         if verdict in VERDICT_OF_MARK.values():
-            yield row
+            yield row | {"problem": ""}  # which earlier versions did not write
 
 
 def ends_with_line_break(file: Path) -> bool:

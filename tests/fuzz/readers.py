@@ -39,6 +39,7 @@ from minmacpo.evaluation.finished_run import read_run, verify_once
 from minmacpo.evaluation.gold import mean_gold_by_prompt, right_fraction
 from minmacpo.evaluation.judge import JudgeCommand
 from minmacpo.evaluation.judge_sheet import AnswerPair, read_sheet, write_sheet
+from minmacpo.evaluation.remote_judge import Reply
 from minmacpo.pipeline.run_dir import check_folder, read_metrics
 from minmacpo.pipeline.sample_stage import Request
 from minmacpo.runtime.files import read_rows, write_json, write_rows
@@ -521,7 +522,7 @@ def make_written(folder: Path) -> None:
         folder / "texts.jsonl", [Example("id0", PROMPT, "a fox"), Example("id1", PROMPT, "")]
     )
     pairs = [AnswerPair(sample, sample) for sample in SAMPLES]
-    judge.judge_all(replace(JUDGE, out=folder), pairs, lambda question: "[[A]]")
+    judge.judge_all(replace(JUDGE, out=folder), pairs, lambda question: Reply("[[A]]"))
     write_sheet(folder / "human.csv", pairs)
     text = (folder / "human.csv").read_text().replace(",\n", ",1\n").replace(",\r\n", ",tie\r\n")
     (folder / "human.csv").write_text(text, newline="")
@@ -547,7 +548,7 @@ def read_written(folder: Path, name: str) -> None:
             )
             judged = judge.read_pairs(command)
             write_sheet(folder / "sheet", judged)
-            judge.judge_all(command, judged, lambda question: "[[A]]")
+            judge.judge_all(command, judged, lambda question: Reply("[[A]]"))
         case "pairs.jsonl":
             as_rows = [formats.released(pair) for pair in read_rows(folder / name, Pair)]
             json.dumps(as_rows, ensure_ascii=False).encode()
@@ -555,7 +556,7 @@ def read_written(folder: Path, name: str) -> None:
             read_rows(folder / name, Example)
         case "verdicts.jsonl":
             command = replace(JUDGE, out=folder)
-            verdicts = judge.judge_all(command, pairs, lambda question: "no mark")
+            verdicts = judge.judge_all(command, pairs, lambda question: Reply("no mark"))
             judge.format_judgement(judge.summarize(command, pairs, verdicts)).encode()
         case "human.csv":
             verdicts = read_sheet(folder / name, pairs)
