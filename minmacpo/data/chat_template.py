@@ -272,6 +272,22 @@ def render(
     return Tokens(prompt.ids + answer.ids, prompt.mask + answer.mask)
 
 
+def render_whole(
+    tokenizer: Tokenizer, name: str, messages: Sequence[Message], response: str
+) -> list[int]:
+    """The ids of a dialogue with its answer, as a published chat template ends it.
+
+    Most write behind the last answer what they write behind every other one, a line break for
+    instance, and reward models are read there.
+    """
+    ids = render(tokenizer, name, messages, response).ids
+    template = TEMPLATES[name]
+    if template.end and template.end_of_earlier.startswith(template.end):
+        closing = Segment(template.end_of_earlier.removeprefix(template.end))
+        ids = ids + encode_segments(tokenizer, name, [closing], before=ids).ids
+    return ids
+
+
 @dataclass(frozen=True, slots=True)
 class Renderer:
     """A tokenizer and the name of the template that dialogues are written in for it."""

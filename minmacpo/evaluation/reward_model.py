@@ -27,7 +27,7 @@ from minmacpo.config.parse import ArgParser
 from minmacpo.core.batching import collate, plan_scoring
 from minmacpo.core.checkpoint import load_classifier, load_model, read_config
 from minmacpo.core.scoring import win_or_tie
-from minmacpo.data.chat_template import Renderer
+from minmacpo.data.chat_template import Renderer, render_whole
 from minmacpo.data.formats import read_data
 from minmacpo.data.records import Message, Pair, Sample
 from minmacpo.data.splits import first_turn
@@ -198,11 +198,19 @@ class Rater:
     head: Tensor  # (C,)
     renderer: Renderer
     max_tokens: int  # of a forward pass, padding included
+    is_published: bool = False  # it reads dialogues to their very end, as a chat template has it
     pad_token_id: int | None = None
+
+    def render(self, prompt: Sequence[Message], answer: str) -> Tokens:
+        """The tokens that the model is to read."""
+        if not self.is_published:
+            return self.renderer.render(prompt, answer)
+        ids = render_whole(self.renderer.tokenizer, self.renderer.template, prompt, answer)
+        return Tokens(ids, [True] * len(ids))
 
     def __call__(self, texts: Sequence[Text]) -> np.ndarray:
         """The scores of prompts with an answer each, (N,)."""
-        rows = [self.renderer.render(prompt, answer) for prompt, answer in texts]
+        rows = [self.render(prompt, answer) for prompt, answer in texts]
         context = self.model.config.max_position_embeddings
         too_long = sum(len(row.ids) > context for row in rows)
         if too_long:
@@ -231,6 +239,7 @@ def load_rater(folder: Path, run: FinishedRun, template: str | None) -> Rater:
         head=classifier.head,
         renderer=Renderer(load_tokenizer(folder), name),
         max_tokens=settings.max_tokens_per_batch,
+        is_published=True,
         pad_token_id=classifier.pad_token_id,
     )
 

@@ -24,6 +24,7 @@ from minmacpo.data.chat_template import (
     end_of_turn_ids,
     render,
     render_prompt,
+    render_whole,
     response_text,
     tokenizer_notes,
 )
@@ -353,6 +354,23 @@ def test_200_dialogues_get_the_ids_of_transformers(name, tmp_path, seed):
         assert row.ids == whole[: len(row.ids)]
         earlier = [turn.content for turn in messages if turn.role == "assistant"]
         check_spans(name, trained_spans(ours, row), [*earlier, answer])
+
+
+@pytest.mark.parametrize("name", JINJA)
+def test_a_whole_dialogue_ends_as_transformers_ends_it(name, tmp_path, seed):
+    """A reward model is read at its last token."""
+    folder = tokenizer_folder(tmp_path, STYLES[name])
+    notes = {"bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(notes))
+    theirs = published_tokenizer(folder)
+    ours = load_tokenizer(folder)
+    rng = random.Random(seed)
+    for _ in range(20):
+        messages, answer = random_dialogue(rng)
+        rows = [*as_rows(messages), {"role": "assistant", "content": answer}]
+        text = render_published(name, theirs, rows, is_prompt=False)
+        expected = theirs.encode(text, add_special_tokens=False)
+        assert render_whole(ours, name, messages, answer) == expected
 
 
 def check_spans(name: str, spans: list[str], answers: list[str]) -> None:
