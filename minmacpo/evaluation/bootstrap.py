@@ -37,6 +37,12 @@ def proportion_interval(wins: np.ndarray) -> list[float]:
     return [round(float(low), 4), round(float(high), 4)]
 
 
+def mean_of_means(values_of_seeds: Sequence[np.ndarray]) -> float:
+    """The mean of means: every seed counts the same, however many prompts, (N,), it has."""
+    means = [values.mean() for values in values_of_seeds]
+    return float(np.mean(means))
+
+
 def paired_interval(differences: Sequence[np.ndarray], draws: int = 4000) -> list[float]:
     """The interval of a mean difference: redraws the seeds, then the prompts within each seed.
 

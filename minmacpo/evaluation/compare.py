@@ -15,13 +15,13 @@ import numpy as np
 
 from minmacpo import UserError
 from minmacpo.config.parse import ArgParser
-from minmacpo.evaluation.bootstrap import paired_interval
+from minmacpo.evaluation.bootstrap import mean_of_means, paired_interval
 from minmacpo.evaluation.charts import Point, figure
 from minmacpo.evaluation.finished_run import FinishedRun, read_run
 from minmacpo.evaluation.gold import gold_by_prompt
 from minmacpo.evaluation.html import document, grid
 from minmacpo.evaluation.table import row_at
-from minmacpo.evaluation.text_tables import COLUMNS, bracketed
+from minmacpo.evaluation.text_tables import HEADINGS, bracketed, three_decimals
 from minmacpo.pipeline.run import FINISHED
 from minmacpo.runtime.files import read_json, write_atomic
 from minmacpo.runtime.progress import aligned
@@ -52,6 +52,10 @@ class MethodRuns:
     def runs(self) -> list[FinishedRun]:
         return list(self.run_of_seed.values())
 
+    def last_gold_of_seed(self) -> dict[int, dict[str, np.ndarray]]:
+        """What `last_gold` gives for the run of every seed."""
+        return {seed: last_gold(run) for seed, run in self.run_of_seed.items()}
+
 
 def compare(paths: Sequence[str]) -> list[dict]:
     """One row per method: the last gold reward of its student and teachers, means over seeds.
@@ -60,22 +64,22 @@ def compare(paths: Sequence[str]) -> list[dict]:
     """
     methods = group_by_method([read_run(path) for path in paths])
     first = methods[0]
-    gold_of_first = {seed: last_gold(run) for seed, run in first.run_of_seed.items()}
+    gold_of_first = first.last_gold_of_seed()
     rows = []
     for method in methods:
-        gold_of_seed = {seed: last_gold(run) for seed, run in method.run_of_seed.items()}
-        row = {"method": method.name, "seeds": sorted(gold_of_seed)} | student_measures(method.runs)
+        gold_of_seed = method.last_gold_of_seed()
+        row = {"method": method.name, "seeds": sorted(gold_of_seed)}
+        row |= student_measures(method.runs)
         for side in SIDES:
-            row[side] = float(np.mean([gold[side].mean() for gold in gold_of_seed.values()]))
-            differences = [
-                gold[side] - gold_of_first[seed][side]
-                for seed, gold in gold_of_seed.items()
-                if seed in gold_of_first
-            ]
+            values = []
+            differences = []  # to the first method, prompt by prompt
+            for seed, gold in gold_of_seed.items():
+                values.append(gold[side])
+                if seed in gold_of_first:
+                    differences.append(gold[side] - gold_of_first[seed][side])
+            row[side] = mean_of_means(values)
             if differences and method is not first:
-                row[f"{side}_difference"] = float(
-                    np.mean([values.mean() for values in differences])
-                )
+                row[f"{side}_difference"] = mean_of_means(differences)
                 row[f"{side}_interval"] = paired_interval(differences)
         rows.append(row)
     return rows
@@ -102,7 +106,10 @@ def group_by_method(runs: Sequence[FinishedRun]) -> list[MethodRuns]:
             raise UserError(
                 f"{folder}: a run of {name} with seed {seed} is there already; give each once"
             )
-        prompts = tuple(read_json(run.stage("data/slices").path / "split.json")["test"])
+
+        # Differences are taken prompt by prompt, so a seed must stand for the same test prompts
+        split = read_json(run.stage("data/slices").path / "split.json")
+        prompts = tuple(split["test"])
         if prompts_of_seed.setdefault(seed, prompts) != prompts:
             raise UserError(
                 f"{folder}: its test prompts are not those of the other runs with seed {seed}"
@@ -125,6 +132,7 @@ def last_gold(run: FinishedRun) -> dict[str, np.ndarray]:
 
 def student_measures(runs: Sequence[FinishedRun]) -> dict:
     """The student's gold reward by round, and LAST_MEASURES at the end, means over runs."""
+    # A run that the monitor stopped has fewer rounds; a mean is of those that all have
     rounds = set(runs[0].measured_rounds("student"))
     for run in runs[1:]:
         rounds &= set(run.measured_rounds("student"))
@@ -132,9 +140,13 @@ def student_measures(runs: Sequence[FinishedRun]) -> dict:
     for t in sorted(rounds):
         means = [gold_by_prompt(run, "student", t).mean() for run in runs]
         by_round[t] = float(np.mean(means))
+
+    measures = {"by_round": by_round}
     last_rows = [row_at(run, *run.last_student()) for run in runs]
-    measures = {key: float(np.mean([row[key] for row in last_rows])) for key in LAST_MEASURES}
-    return {"by_round": by_round} | measures
+    for key in LAST_MEASURES:
+        values = [row[key] for row in last_rows]
+        measures[key] = float(np.mean(values))
+    return measures
 
 
 def run_compare(argv: Sequence[str]) -> list[dict]:
@@ -184,17 +196,19 @@ def format_comparison(rows: Sequence[dict]) -> str:
 
 def comparison_page(rows: Sequence[dict]) -> str:
     """The comparison as a page: the table, the student over the rounds, its last answers."""
-    lines = {}
+    lines = {}  # of the chart
+    last_answers = []
     for row in rows:
-        lines[row["method"]] = [Point(t, gold) for t, gold in row["by_round"].items()]
-    heading_of = {column.key: column.heading for column in COLUMNS}
-    values = []
-    for row in rows:
-        values.append([row["method"], *(f"{row[key]:.3f}" for key in LAST_MEASURES)])
+        method = row["method"]
+        lines[method] = [Point(t, gold) for t, gold in row["by_round"].items()]
+        last_answers.append([method, *three_decimals(row[key] for key in LAST_MEASURES)])
+    last_head = ["last student"]
+    for key in LAST_MEASURES:
+        last_head.append(HEADINGS[key])
     return document(
         "comparison.html",
         name=["Runs side by side"],
         table=[grid(HEAD, comparison_cells(rows))],
         picture=[figure("Gold reward of the student", "mean over seeds", lines, is_main=True)],
-        values=[grid(["last student", *(heading_of[key] for key in LAST_MEASURES)], values)],
+        values=[grid(last_head, last_answers)],
     )

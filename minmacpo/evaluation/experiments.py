@@ -56,7 +56,10 @@ class Case:
 
     @property
     def label(self) -> str:
-        return f"{self.group}: {self.name}" if self.group else self.name
+        """What the case is called in the table."""
+        if self.group:
+            return f"{self.group}: {self.name}"
+        return self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +118,19 @@ def run_experiment(argv: Sequence[str], program: str) -> int:
             print(f"seed {run.seed}  {run.case.label}: {run.folder}")
         return 0
 
+    # --- Run, and read back what the runs came to
     run_unfinished(plan, program)
     results = gather(command.experiment, command.seeds, plan)
+    # Where runs lie says nothing about them, and the same results should be the same file anywhere
     results["shared"] = [flag for flag in command.shared if not flag.startswith("--run.root")]
+
+    # --- Write it beside the runs
     folder = Path(plan[0].config.run.root) / f"experiment-{command.experiment.name}"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results)
-    write_atomic(folder / "report.html", experiment_page(results))
-    print(f"{format_results(results)}\n\nreport: {folder / 'report.html'}")
+    page = folder / "report.html"
+    write_atomic(page, experiment_page(results))
+    print(f"{format_results(results)}\n\nreport: {page}")
     return 0
 
 
@@ -131,6 +139,7 @@ def run_experiment(argv: Sequence[str], program: str) -> int:
 
 def parse_command(argv: Sequence[str]) -> ExperimentCommand:
     """The command line of an experiment; UserError if it makes no sense."""
+    # --- What each word is
     names = []
     seed_lists = []
     shared = []
@@ -142,6 +151,7 @@ def parse_command(argv: Sequence[str]) -> ExperimentCommand:
         elif word != "--dry_run":
             shared.append(word)
 
+    # --- What cannot be meant
     if len(seed_lists) > 1:
         raise UserError(
             f"--seeds={seed_lists[-1][:40]}: --seeds is there {len(seed_lists)} times; "
@@ -151,9 +161,13 @@ def parse_command(argv: Sequence[str]) -> ExperimentCommand:
         raise UserError("--seeds: write it as one word, such as --seeds=0,1")
     if len(names) != 1:
         raise UserError(f"{' '.join(PREFIX + name for name in names)}: one experiment at a time")
+
+    # --- What is asked for
     experiment = read_experiment(names[0])
     check_shared(shared, experiment)
-    seeds = parse_seeds(seed_lists[0]) if seed_lists else experiment.seeds
+    seeds = experiment.seeds
+    if seed_lists:
+        seeds = parse_seeds(seed_lists[0])
     return ExperimentCommand(experiment, seeds, shared, "--dry_run" in argv)
 
 
@@ -166,13 +180,14 @@ def parse_seeds(text: str) -> list[int]:
 
 def read_experiment(name: str) -> Experiment:
     """The experiment of this name; UserError with the nearest one if there is none."""
-    names = sorted(file.stem for file in (PRESETS / "experiments").glob("*.toml"))
+    folder = PRESETS / "experiments"
+    names = sorted(file.stem for file in folder.glob("*.toml"))
     if name not in names:
         near = get_close_matches(name, names, 1) or names[:1]
         raise UserError(
             f"{PREFIX}{name}: no such experiment ({', '.join(names)}); did you mean {near[0]}?"
         )
-    file = PRESETS / "experiments" / f"{name}.toml"
+    file = folder / f"{name}.toml"
     try:
         values = tomllib.loads(file.read_text("utf-8"))
         experiment = Experiment(name, values["question"], values["seeds"], cases_of(values))
@@ -189,7 +204,8 @@ def read_experiment(name: str) -> Experiment:
 def cases_of(values: dict) -> list[Case]:
     """Every variant in every group of an experiment's file."""
     cases = []
-    for group, group_flags in values.get("groups", {"": ""}).items():
+    no_groups = {"": ""}
+    for group, group_flags in values.get("groups", no_groups).items():
         for name, flags in values["variants"].items():
             cases.append(Case(group, name, shlex.split(f"{group_flags} {flags}")))
     return cases
@@ -213,7 +229,8 @@ def plan_runs(command: ExperimentCommand) -> list[PlannedRun]:
     for seed in command.seeds:
         for case in command.experiment.cases:
             words = [*command.shared, *case.flags, f"--run.seed={seed}"]
-            plan.append(PlannedRun(seed, case, words, parse(words).config))
+            config = parse(words).config
+            plan.append(PlannedRun(seed, case, words, config))
     check_distinct(plan)
     if plan[0].config.data.path:
         raise UserError(
@@ -226,6 +243,7 @@ def check_distinct(plan: Sequence[PlannedRun]) -> None:
     """UserError where a file that is laid over undoes what tells the cases apart."""
     label_of_folder: dict[Path, str] = {}
     for run in plan:
+        # A case that names no method means MACPO, but a file may say another one
         method = "macpo"
         for flag in run.case.flags:
             if flag.startswith("--method="):
@@ -235,6 +253,9 @@ def check_distinct(plan: Sequence[PlannedRun]) -> None:
                 f"run.method = {run.config.run.method}: an experiment says this itself; "
                 f"leave it out of {shlex.join(run.words[:1])}"
             )
+
+        # A run is named after what its flags change in the files, so that a case whose flags a file
+        # says already is the same run as the case without them
         label = run.case.label
         other = label_of_folder.setdefault(run.folder, label)
         if other != label:
@@ -255,9 +276,10 @@ def run_unfinished(plan: Sequence[PlannedRun], program: str) -> None:
     started = time.monotonic()
     for number, run in enumerate(unfinished):
         eta = ""
-        if number:
+        if number:  # the first run has nothing to go by
             seconds_per_run = (time.monotonic() - started) / number
-            eta = f", {seconds_per_run * (len(unfinished) - number) / 60:.0f} min left"
+            minutes_left = seconds_per_run * (len(unfinished) - number) / 60
+            eta = f", {minutes_left:.0f} min left"
         count = f"[{number + 1}/{len(unfinished)}{eta}]"
         print(f"{count} seed {run.seed}  {run.case.label}", flush=True)
         code, stderr = run_process([sys.executable, program, *run.words])
@@ -294,9 +316,12 @@ def run_process(command: list[str], end: float = math.inf) -> tuple[int, str]:
     Args:
         end: the time of time.monotonic() at which the process is asked to stop.
     """
+    # --- Take over the signals, remembering who had them
     signals = Signals()
     handlers = {number: signal.getsignal(number) for number in Signals.numbers}
     signals.install()
+
+    # --- Wait for the process, looking now and then whether it is to stop
     is_told = False
     stderr = None
     with subprocess.Popen(
@@ -314,6 +339,8 @@ def run_process(command: list[str], end: float = math.inf) -> tuple[int, str]:
             if is_over and not is_told:
                 process.send_signal(signals.number or signal.SIGTERM)
                 is_told = True
+
+    # --- Give the signals back, and act on one that has come
     for number, handler in handlers.items():
         signal.signal(number, handler)
     signals.check()
@@ -325,7 +352,7 @@ def run_process(command: list[str], end: float = math.inf) -> tuple[int, str]:
 
 def gather(experiment: Experiment, seeds: Sequence[int], plan: Sequence[PlannedRun]) -> dict:
     """The whole result as JSON: one row per variant, from the finished runs on the disk."""
-    runs_of: dict[str, RunOfSeed] = {}
+    runs_of: dict[str, RunOfSeed] = {}  # by the label of a case
     for planned in plan:
         runs_of.setdefault(planned.case.label, {})[planned.seed] = read_run(planned.folder)
     first_of_group = {}

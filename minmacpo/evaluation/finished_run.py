@@ -133,6 +133,11 @@ def agent_label(agent: str) -> str:
     return agent
 
 
+def by_number(name: str) -> tuple[int, str]:
+    """A key to sort names by: teacher2 comes before teacher10, and round9 before round10."""
+    return len(name), name
+
+
 def read_samples(stage: Stage) -> list[Sample]:
     """The sampled answers that a stage holds."""
     return read_rows(stage.path / "samples.jsonl", Sample)

@@ -21,6 +21,7 @@ from minmacpo.evaluation.charts import Point, figure
 from minmacpo.evaluation.finished_run import (
     FinishedRun,
     agent_label,
+    by_number,
     read_records,
     read_run,
     read_samples,
@@ -68,16 +69,15 @@ class TrainingChart:
 
 def training_charts(config: Config) -> list[TrainingChart]:
     """The charts of the report's section on training, in the words of the loss that is used."""
-    in_rounds = ("round[1-9]*/*_pos",)
+    in_rounds = ("round[1-9]*/*_pos",)  # round 0 is SFT alone
     loss = PREFERENCE_LOSSES[config.dpo.loss]
-    loss_name = loss.title
     margin_note = "of chosen over rejected answers, β · nats"
     if loss.requires_reference:
         margin_note += " above the reference policy"
     return [
         TrainingChart(
             title="Loss in the rounds",
-            note=f"{loss_name} and SFT, of each step",
+            note=f"{loss.title} and SFT, of each step",
             metric="loss",
             unit="epoch",
             stages=in_rounds,
@@ -129,7 +129,7 @@ def finish(run: Run) -> str:
     if not run.only:
         run.end()
         write_json(run.path / FINISHED, table)
-    with run.lock():
+    with run.lock():  # another process may compute single stages of this run, and write it too
         write_report(run.path)
     text = escape_control_chars(format_table(table))
     return f"{text}\n\nreport, with what the columns mean: {run.path / 'report.html'}"
@@ -139,10 +139,21 @@ def write_report(path: Path) -> None:
     """Write `<run>/report.html` from what is finished."""
     run = read_run(path)
     table = make_table(run)
+
+    # --- The table of results, whose first column is named by the page's title
     columns = shown_columns(table)
+    meanings = {column.heading: column.meaning for column in columns}
     results = results_table(table, columns)
-    environment = read_json(run.folder / "env.json")
+    results_head = ["", *results.head[1:]]
+    results_rows = emphasize_last_student(table, results)
+
+    # --- Charts, settings and the machine
     main_figure, *figures = result_figures(table)
+    sections = to_toml(run.config).split("\n\n")
+    environment = []
+    for key, value in read_json(run.folder / "env.json").items():
+        environment.append(f"{key} {value}")
+
     page = document(
         "page.html",
         name=[run.config.run.name or run.folder.name],
@@ -151,16 +162,16 @@ def write_report(path: Path) -> None:
         warnings=warning_lines(table),
         main=[main_figure],
         curves=figures,
-        results=[grid(["", *results.head[1:]], emphasize_last_student(table, results))],
-        legend=[legend({column.heading: column.meaning for column in columns})],
+        results=[grid(results_head, results_rows)],
+        legend=[legend(meanings)],
         choices=[text_grid(filter_table(table)), text_grid(negatives_table(table))],
         monitor=[text_grid(monitor_table(table))],
         signs=[legend(SIGNS)],
         training=training_figures(run),
         samples=sample_cards(run),
         cost=cost_tables(table["cost"]),
-        settings=[tag("pre", section) for section in to_toml(run.config).split("\n\n")],
-        environment=[" · ".join(f"{key} {value}" for key, value in environment.items())],
+        settings=[tag("pre", section) for section in sections],
+        environment=[" · ".join(environment)],
     )
     write_atomic(run.folder / "report.html", page)
 
@@ -199,7 +210,7 @@ def emphasize_last_student(table: dict, results: TextTable) -> list[list[object]
     last_label = f"student, round {max(rounds, default=0)}"
     rows = []
     for cells in results.rows:
-        if cells[0].startswith(last_label):
+        if cells[0].startswith(last_label):  # after round 0 it goes on: "(naive SFT)"
             cells = [tag("b", cell) for cell in cells]
         rows.append(cells)
     return rows
@@ -221,16 +232,19 @@ def over_rounds(rows: Sequence[dict], measure: str) -> dict[str, list[Point]]:
     """A measure of every agent over the rounds; controls go from the first round to the last."""
     lines: dict[str, list[Point]] = {}
     for row in rows:
+        agent = row["agent"]
         value = row.get(measure, math.nan)
         if not math.isfinite(value):
             continue
-        if row["agent"] == "kept":  # that is a student of the student's line already
+        if agent == "kept":  # that is a student of the student's line already
             continue
-        interval = row.get(f"{measure}_interval")
-        rounds = [0, row["round"]] if row["agent"] in CONTROLS else [row["round"]]
-        for t in rounds:
-            point = Point(t, value, tuple(interval) if interval else None)
-            lines.setdefault(row["agent"], []).append(point)
+        interval = None
+        if row.get(f"{measure}_interval"):
+            interval = tuple(row[f"{measure}_interval"])
+        line = lines.setdefault(agent, [])
+        if agent in CONTROLS:
+            line.append(Point(0, value, interval))
+        line.append(Point(row["round"], value, interval))
     return lines
 
 
@@ -241,11 +255,12 @@ def training_figures(run: FinishedRun) -> list[Html]:
         names = set()
         for pattern in chart.stages:
             names.update(fnmatch.filter(run.metadata, pattern))
-        lines: dict[str, list[Point]] = {}
-        for name in sorted(names, key=lambda name: (len(name), name)):
+
+        lines: dict[str, list[Point]] = {}  # by agent
+        for name in sorted(names, key=by_number):
             agent = re.sub("_(pos|neg)$", "", name.partition("/")[2])
             line = lines.setdefault(agent, [])
-            start = line[-1].x if line else 0
+            start = line[-1].x if line else 0  # where the agent's round before has ended
             for x, y in training_curve(run.stage(name), chart.metric, chart.unit):
                 line.append(Point(start + x, y))
         figures.append(figure(chart.title, chart.note, lines, chart.unit))
@@ -257,8 +272,12 @@ def training_curve(stage: Stage, metric: str, unit: str) -> list[tuple[float, fl
     """A metric of a training stage over its steps or epochs, at about CURVE_POINTS of them."""
     rows = read_rows(stage.path / "metrics.jsonl")
     every = max(1, len(rows) // CURVE_POINTS)
-    last_first = rows[::-every]  # the last row is always shown
-    return [(row[unit], row[metric]) for row in reversed(last_first) if metric in row]
+    last_first = rows[::-every]  # counted from the end, so that the last row is always shown
+    points = []
+    for row in reversed(last_first):
+        if metric in row:
+            points.append((row[unit], row[metric]))
+    return points
 
 
 # ---- samples ----------------------------------------------------------------------------------
@@ -273,11 +292,12 @@ def sample_cards(run: FinishedRun) -> list[Html]:
     rows_of = sample_rows(run, ids)
     cards = []
     for pair in pairs:
-        if not rows_of[pair.id]:
+        if not rows_of[pair.id]:  # no round has made pairs yet, or this prompt's was dropped
             continue
         before = ""
-        if len(pair.prompt) > 1:
-            before = f"After {len(pair.prompt) - 1} earlier turns. "
+        earlier_turns = len(pair.prompt) - 1
+        if earlier_turns:
+            before = f"After {earlier_turns} earlier turns. "
         title = tag("h3", clip(pair.prompt[-1].content), class_="text")
         truth = tag("p", f"{before}True answer: {clip(pair.chosen)}", class_="note text")
         head = ["round", "positive", "negative", "student, after the round"]
@@ -288,6 +308,8 @@ def sample_cards(run: FinishedRun) -> list[Html]:
 def sample_rows(run: FinishedRun, ids: tuple[str, ...]) -> dict[str, list[list[object]]]:
     """By prompt id, a row for every round with the student's pair and its answer afterwards."""
     config = run.config
+
+    # --- Which answers were cut at the limit: a pair does not know, the samples it is made of do
     cut_answers = set()
     for name, metadata in run.metadata.items():
         if name.startswith("round") and metadata["kind"].startswith("sample/"):
@@ -297,26 +319,24 @@ def sample_rows(run: FinishedRun, ids: tuple[str, ...]) -> dict[str, list[list[o
         finish = "length" if (pair.id, text) in cut_answers else "stop"
         return answer_cell(config, pair, text, agent, finish)
 
+    # --- Round by round. Self-play and own positives sample the student's answers of a round
+    # before its update, so that those after it are the next round's
+    samples_before_update = config.run.method != "macpo" or not config.macpo.mutual_positives
     rows_of: dict[str, list[list[object]]] = {prompt_id: [] for prompt_id in ids}
     for t in range(1, config.macpo.rounds + 1):
-        # Self-play and own positives sample the student's answers of a round before its update,
-        # so that those after it are the next round's
-        samples_before_update = config.run.method != "macpo" or not config.macpo.mutual_positives
-        next_sampled = t + 1 if samples_before_update else t
+        next_sampled = t
+        if samples_before_update:
+            next_sampled = t + 1
         answers = records_of_prompts(run, f"round{next_sampled}/positives_student", ids)
-        for prompt_id, pair in records_of_prompts(run, f"round{t}/pairs_student", ids).items():
-            answer = answers.get(prompt_id)
+        pairs = records_of_prompts(run, f"round{t}/pairs_student", ids)
+        for prompt_id, pair in pairs.items():
+            positive = pair_cell(pair, pair.chosen, pair.chosen_by)
+            negative = pair_cell(pair, pair.rejected, pair.rejected_by)
             after = Html("–")
+            answer = answers.get(prompt_id)
             if answer:
                 after = answer_cell(config, answer, answer.response, finish=answer.finish)
-            rows_of[prompt_id].append(
-                [
-                    t,
-                    pair_cell(pair, pair.chosen, pair.chosen_by),
-                    pair_cell(pair, pair.rejected, pair.rejected_by),
-                    after,
-                ]
-            )
+            rows_of[prompt_id].append([t, positive, negative, after])
     return rows_of
 
 
@@ -332,7 +352,9 @@ def records_of_prompts(
     run: FinishedRun, name: str, ids: tuple[str, ...]
 ) -> dict[str, Pair | Sample]:
     """The records that a stage holds for these prompts, by prompt id; {} if it is not finished."""
-    return read_records_of_prompts(run.stage(name), ids) if name in run else {}
+    if name not in run:
+        return {}
+    return read_records_of_prompts(run.stage(name), ids)
 
 
 @functools.cache
@@ -343,7 +365,7 @@ def read_records_of_prompts(stage: Stage, ids: tuple[str, ...]) -> dict[str, Pai
 
 @functools.cache
 def read_cut_answers(stage: Stage, ids: tuple[str, ...]) -> set[tuple[str, str]]:
-    """(prompt id, text) of a stage's answers that were cut at the limit; a pair does not know."""
+    """(prompt id, text) of a stage's answers that were cut at the limit of their length."""
     cut = set()
     for sample in read_samples(stage):
         if sample.id in ids and sample.finish == "length":
@@ -373,20 +395,26 @@ def cost_tables(stages: Sequence[dict]) -> list[Html]:
     """What each kind of stage cost, and, folded away, what every single one cost."""
     if not stages:
         return []
+    head = ["seconds", "CPU seconds", "tokens", "tokens/s", "peak MB"]
+
+    # --- By kind: what this run computed itself, and not what it took over from another one
     computed = [stage for stage in stages if not stage["linked_from"]]
     by_kind: dict[str, list[dict]] = {}
     for stage in computed:
-        by_kind.setdefault(stage["kind"].partition("/")[0], []).append(stage)
+        kind, _, _version = stage["kind"].partition("/")
+        by_kind.setdefault(kind, []).append(stage)
     by_kind["together"] = computed
-    sums = [[kind, len(group), *cost_cells(group)] for kind, group in by_kind.items()]
+    sums = []
+    for kind, group in by_kind.items():
+        sums.append([kind, len(group), *cost_cells(group)])
 
+    # --- One by one, with what was taken over
     single = []
     for stage in stages:
         name = stage["name"]
         if stage["linked_from"]:
             name += " (taken over)"
         single.append([name, *cost_cells([stage])])
-    head = ["seconds", "CPU seconds", "tokens", "tokens/s", "peak MB"]
     summary = tag("summary", f"All {len(single)} stages")
     folded = tag("details", summary, grid(["stage", *head], single))
     return [grid(["kind of stage", "stages", *head], sums), folded]
@@ -396,9 +424,10 @@ def cost_cells(stages: Sequence[dict]) -> list[str]:
     """Time, CPU time, tokens, tokens per second and memory of stages together."""
     seconds = sum(stage["seconds"] or 0 for stage in stages)
     cpu_seconds = sum(stage["cpu_seconds"] or 0 for stage in stages)
-    tokens = sum(stage["tokens"] or 0 for stage in stages)
+    tokens = sum(stage["tokens"] or 0 for stage in stages)  # None without a model
+    tokens_per_second = tokens / seconds if seconds else 0
     peak_mb = max((stage["peak_mb"] for stage in stages), default=0)
     cells = [f"{seconds:,.1f}", f"{cpu_seconds:,.1f}"]
-    for number in (tokens, tokens / seconds if seconds else 0, peak_mb):
+    for number in (tokens, tokens_per_second, peak_mb):
         cells.append(f"{number:,.0f}" if number else "–")
     return cells

@@ -1,6 +1,5 @@
 """What happened in a run, in sentences: the head of its report."""
 
-import itertools
 from collections.abc import Sequence
 
 from minmacpo.evaluation.bootstrap import mean_interval
@@ -13,6 +12,11 @@ MEASURES = {  # what the sentences speak of
     "right": "right answers",
     "accuracy": "preference accuracy",
     "perplexity": "perplexity of true answers",
+}
+
+COMPARED_WITH = {
+    "continued": "naive SFT continued",
+    "ceiling": "the ceiling, SFT on the true answers,",
 }
 
 COLUMN_OF = {column.key: column for column in COLUMNS}
@@ -30,14 +34,18 @@ def tell_story(run: FinishedRun, rows: Sequence[dict]) -> list[str]:
             f"The {few} test rows are too few to tell how far the student came, or what the "
             "teachers learned: every number below may be chance."
         ]
-    rows_of = {}
-    for agent, group in itertools.groupby(rows, lambda row: row["agent"]):
-        rows_of[agent] = list(group)
 
+    # By agent, in the order of the rounds
+    rows_of: dict[str, list[dict]] = {}
+    for row in rows:
+        rows_of.setdefault(row["agent"], []).append(row)
+
+    # A student that was rolled back: what came later is not what the run ends with
     student = rows_of.get("student", [])
-    if "kept" in rows_of:  # it was rolled back: what came later is not what the run ends with
+    if "kept" in rows_of:
         last_round = rows_of["kept"][0]["round"]
         student = [row for row in student if row["round"] <= last_round]
+
     measure = main_measure(rows)
     return [
         student_sentence(run, student),
@@ -58,31 +66,39 @@ def student_sentence(run: FinishedRun, rows: Sequence[dict]) -> str:
     """How far the student came, with the interval of its gain."""
     if not rows:
         return "The student has not been measured yet."
-    measure = main_measure(rows)
+    first = rows[0]
+    last = rows[-1]
+
+    # --- What changed; how sure that is, of the main measure alone, and of perplexity not at all:
+    # it is a ratio of sums, which has no value for each prompt
+    main = main_measure(rows)
     phrases = []
     for key, name in MEASURES.items():
-        if key in rows[0]:
-            phrase = f"{name} {change(run, rows, key)}"
-            if key == measure and key != "perplexity" and len(rows) > 1:
-                phrase += f" ({gain(run, rows[0], rows[-1])})"
-            phrases.append(phrase)
-    said = phrases[-1]
-    if len(phrases) > 1:
-        said = f"{', its '.join(phrases[:-1])} and its {phrases[-1]}"
-    when = f"After {rows[-1]['round']} of {run.config.macpo.rounds} rounds"
+        if key not in first:
+            continue
+        phrase = f"{name} {change(run, rows, key)}"
+        if key == main and key != "perplexity" and len(rows) > 1:
+            phrase += f" ({gain(run, first, last)})"
+        phrases.append(phrase)
+    *earlier, changes = phrases
+    if earlier:
+        changes = f"{', its '.join(earlier)} and its {changes}"
+
+    # --- When; how many rows there are is told of own data, as the world's are in its settings
+    rounds = f"{last['round']} of {run.config.macpo.rounds} rounds"
+    when = f"After {rounds}"
     if not run.has_gold:
-        count = rows[-1].get("pairs", rows[-1]["prompts"])
-        when = (
-            f"On {count} test rows, after {rows[-1]['round']} of {run.config.macpo.rounds} rounds"
-        )
-    return f"{when} the student's {said}."
+        count = last.get("pairs", last["prompts"])
+        when = f"On {count} test rows, after {rounds}"
+    return f"{when} the student's {changes}."
 
 
 def gain(run: FinishedRun, first: dict, last: dict) -> str:
     """How much a row of the table is better than another one, with its interval, in words."""
     differences = values_by_prompt(run, last) - values_by_prompt(run, first)
+    mean = differences.mean()
     low, high = mean_interval(differences, run.config.eval.bootstrap)
-    text = f"{differences.mean():+.3f}, 95% interval {low:+.3f} to {high:+.3f}"
+    text = f"{mean:+.3f}, 95% interval {low:+.3f} to {high:+.3f}"
     if low <= 0 <= high:
         text += ", which may be chance"
     return text
@@ -90,42 +106,55 @@ def gain(run: FinishedRun, first: dict, last: dict) -> str:
 
 def change(run: FinishedRun, rows: Sequence[dict], key: str) -> str:
     """ "rose from 0.910 to 0.964": a measure from an agent's first row to its last."""
-    if f"{rows[0][key]:.3f}" == f"{rows[-1][key]:.3f}":
-        verb = "stayed at" if len(rows) > 1 else "is"
-        return f"{verb} {value_text(run, rows[-1], key)}"
-    verb = "rose" if rows[-1][key] > rows[0][key] else "fell"
-    return f"{verb} from {value_text(run, rows[0], key)} to {value_text(run, rows[-1], key)}"
+    before = rows[0][key]
+    after = rows[-1][key]
+    after_text = value_text(run, rows[-1], key)
+    if len(rows) == 1:
+        return f"is {after_text}"
+    if f"{before:.3f}" == f"{after:.3f}":  # a change that no digit shows would read as an error
+        return f"stayed at {after_text}"
+
+    verb = "rose" if after > before else "fell"
+    before_text = value_text(run, rows[0], key)
+    return f"{verb} from {before_text} to {after_text}"
 
 
 def value_text(run: FinishedRun, row: dict, key: str) -> str:
     """A measure as text; on own data with its interval."""
     if run.has_gold:
         return f"{row[key]:.3f}"
-    return COLUMN_OF[key].format(row, with_range=True)
+    return COLUMN_OF[key].format(row, with_range=True)  # of few rows, a number alone says little
 
 
 def comparison_sentence(
     run: FinishedRun, rows_of: dict[str, list[dict]], student: Sequence[dict], measure: str
 ) -> str:
     """What the controls reach, and how much of the gap the student closed."""
-    names = {"continued": "naive SFT continued", "ceiling": "the ceiling, SFT on the true answers,"}
     reached = []
-    for agent, name in names.items():
+    for agent, name in COMPARED_WITH.items():
         if agent in rows_of:
-            reached.append(f"{name} reaches {value_text(run, rows_of[agent][0], measure)}")
+            value = value_text(run, rows_of[agent][0], measure)
+            reached.append(f"{name} reaches {value}")
     if not reached:
         return "No control and no ceiling has been measured."
     sentence = f"For comparison, in {MEASURES[measure]} {' and '.join(reached)}"
-    pgr = student[-1].get("pgr") if student else None
-    if pgr is not None and pgr >= 0:
-        low, high = student[-1]["pgr_interval"]
-        sentence += (
-            "; of the gap between the best teacher at the start and the ceiling the student "
-            f"recovered {pgr:.0%} (95% interval {low:.0%} to {high:.0%})"
-        )
-    elif pgr is not None:
-        sentence += "; the student ends below the best teacher at the start"
+    if student:
+        sentence += recovered_phrase(student[-1])
     return f"{sentence}."
+
+
+def recovered_phrase(row: dict) -> str:
+    """How much of the gap the student of this row has closed; "" where there is no gap."""
+    pgr = row.get("pgr")
+    if pgr is None:
+        return ""
+    if pgr < 0:  # to have recovered -20% of a gap tells nobody anything
+        return "; the student ends below the best teacher at the start"
+    low, high = row["pgr_interval"]
+    return (
+        "; of the gap between the best teacher at the start and the ceiling the student "
+        f"recovered {pgr:.0%} (95% interval {low:.0%} to {high:.0%})"
+    )
 
 
 def teachers_sentence(run: FinishedRun, rows_of: dict[str, list[dict]], measure: str) -> str:

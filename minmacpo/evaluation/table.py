@@ -86,9 +86,10 @@ def result_rows(run: FinishedRun) -> list[dict]:
     rows = []
     for agent in [*run.teachers, "student", *CONTROLS]:
         for t in range(run.config.macpo.rounds + 1):
-            row = row_at(run, agent, t)
-            if row is not None:
-                rows.append({"agent": agent, "round": t, "label": row_label(agent, t)} | row)
+            measured = row_at(run, agent, t)
+            if measured is not None:
+                name = {"agent": agent, "round": t, "label": row_label(agent, t)}
+                rows.append(name | measured)
     return rows
 
 
@@ -124,7 +125,9 @@ def measured_stages(run: FinishedRun, agent: str, t: int) -> list[Stage] | None:
 def row_at(run: FinishedRun, agent: str, t: int) -> dict | None:
     """The measures of an agent after round t; None where its measurement is not whole."""
     stages = measured_stages(run, agent, t)
-    return row_of(run.config, *stages) if stages else None
+    if stages is None:
+        return None
+    return row_of(run.config, *stages)
 
 
 @functools.cache
@@ -132,12 +135,14 @@ def read_prompt_scores(
     truth: Stage, worse: Stage, base_truth: Stage, base_worse: Stage
 ) -> list[PromptScores]:
     """The scores of every test prompt's answers, in the prompts' order."""
-    stages = (truth, worse, base_truth, base_worse)
-    rows_by_stage = [read_rows(stage.path / "scores.jsonl") for stage in stages]
+    columns = []
+    for stage in (truth, worse, base_truth, base_worse):
+        columns.append(read_rows(stage.path / "scores.jsonl"))
+
     scores = []
-    for good, bad, base_good, base_bad in zip(*rows_by_stage, strict=True):
+    for good, bad, base_good, base_bad in zip(*columns, strict=True):
         margin = None
-        if bad["characters"]:
+        if bad["characters"]:  # data of true answers alone have an empty text as the worse one
             gain_of_good = good["logp"] - base_good["logp"]
             gain_of_bad = bad["logp"] - base_bad["logp"]
             margin = gain_of_good - gain_of_bad
@@ -168,17 +173,20 @@ def row_of(config: Config, samples: Stage, *scored: Stage) -> dict:
     answers = read_samples(samples)
     scores = read_prompt_scores(*scored)
     draws = config.eval.bootstrap
-    file_of = {answer.id: answer.meta.get("file") for answer in answers}
 
+    # --- The test prompts of each file; scores do not know it, but have the prompts' order
+    file_of_prompt = {answer.id: answer.meta.get("file") for answer in answers}
+    files = {file for file in file_of_prompt.values() if file}  # the built-in world has none
     by_file = {}
-    for file in sorted({file for file in file_of.values() if file}):
-        answers_of_file = [answer for answer in answers if answer.meta.get("file") == file]
-        # scores have the prompts' order, but not the files' names
-        scores_of_file = [
-            score for score, name in zip(scores, file_of.values(), strict=True) if name == file
-        ]
+    for file in sorted(files):
+        answers_of_file = [answer for answer in answers if file_of_prompt[answer.id] == file]
+        scores_of_file = []
+        for score, file_of_score in zip(scores, file_of_prompt.values(), strict=True):
+            if file_of_score == file:
+                scores_of_file.append(score)
         by_file[file] = measures(answers_of_file, scores_of_file, draws)
 
+    # --- All of them together
     row = {"files": by_file} | measures(answers, scores, draws)
     if config.data.path is None:
         for component, values in mean_gold_by_prompt(config, samples).items():
@@ -189,22 +197,36 @@ def row_of(config: Config, samples: Stage, *scored: Stage) -> dict:
 
 def measures(answers: Sequence[Sample], scores: Sequence[PromptScores], draws: int) -> dict:
     """What needs no gold reward: likelihood of the true answers, and the look of one's own."""
+    # --- The true answers: a token counts the same in a short one and in a long one
     logp = sum(score.logp for score in scores)
     tokens = sum(score.tokens for score in scores)
     characters = sum(score.characters for score in scores)
-    responses = [answer.response for answer in answers]
+
+    # --- One's own answers
+    responses = []
+    lengths = []
+    is_cut = []
+    is_refusal = []
+    for answer in answers:
+        responses.append(answer.response)
+        lengths.append(len(answer.response))
+        is_cut.append(answer.finish == "length")
+        is_refusal.append(refuses(answer.response))
+
     values = {
         "prompts": len(scores),
         "perplexity": float(np.exp(-logp / tokens)),
         "perplexity_interval": perplexity_interval(scores, draws),
         "perplexity_char": float(np.exp(-logp / characters)),
-        "length": float(np.mean([len(response) for response in responses])),
-        "hit_length": float(np.mean([answer.finish == "length" for answer in answers])),
-        "refusals": float(np.mean([refuses(response) for response in responses])),
+        "length": float(np.mean(lengths)),
+        "hit_length": float(np.mean(is_cut)),
+        "refusals": float(np.mean(is_refusal)),
         "distinct2": distinct2(responses),
         "self_bleu": self_bleu(responses),
     }
-    margins = [score.margin for score in scores if score.margin is not None]
+
+    # --- True against worse answers, of the prompts that have a worse one
+    margins = known_margins(scores)
     if margins:
         wins = win_or_tie(margins)
         values["pairs"] = len(margins)
@@ -213,12 +235,18 @@ def measures(answers: Sequence[Sample], scores: Sequence[PromptScores], draws: i
     return values
 
 
+def known_margins(scores: Sequence[PromptScores]) -> list[float]:
+    """The margins of the prompts that have a worse answer."""
+    return [score.margin for score in scores if score.margin is not None]
+
+
 def perplexity_interval(scores: Sequence[PromptScores], draws: int) -> list[float]:
     """The 95 % interval of the perplexity per token, over prompts."""
     logps = [score.logp for score in scores]
     tokens = [score.tokens for score in scores]
     prompts = [score.prompt_id for score in scores]
-    low, high = estimate_ratio(logps, tokens, prompts, draws).interval
+    low, high = estimate_ratio(logps, tokens, prompts, draws).interval  # of log-probability
+    # The higher the log-probability, the lower the perplexity: the bounds change places
     return [round(float(np.exp(-high)), 4), round(float(np.exp(-low)), 4)]
 
 
@@ -227,7 +255,9 @@ def too_few_to_tell(run: FinishedRun, rows: Sequence[dict]) -> int | None:
     if run.has_gold or not rows:
         return None
     count = rows[0].get("pairs", rows[0]["prompts"])
-    return count if count < TOO_FEW else None
+    if count >= TOO_FEW:
+        return None
+    return count
 
 
 def too_few_warnings(run: FinishedRun, rows: Sequence[dict]) -> list[str]:
@@ -247,6 +277,7 @@ def add_pgr(run: FinishedRun, rows: list[dict]) -> None:
     The start is the best teacher after round 0. The measure is the gold reward, and on own data
     the preference accuracy. PGR is None where the interval of the gap reaches 0.
     """
+    # --- The two ends of the gap
     measure = "gold" if run.has_gold else "accuracy"
     starts = [row for row in rows if row["agent"].startswith("teacher") and row["round"] == 0]
     ceilings = [row for row in rows if row["agent"] == "ceiling"]
@@ -256,20 +287,25 @@ def add_pgr(run: FinishedRun, rows: list[dict]) -> None:
         return
     start = max(starts, key=lambda row: row[measure])
     ceiling = ceilings[0]
+
+    # --- Is there a gap? A ratio to what may be 0 says nothing
     draws = run.config.eval.bootstrap
     values_of_start = values_by_prompt(run, start)
     gap_by_prompt = values_by_prompt(run, ceiling) - values_of_start
     lowest_gap, _ = mean_interval(gap_by_prompt, draws)
+    has_gap = lowest_gap > 0
 
-    prompts = [str(i) for i in range(len(gap_by_prompt))]
+    # --- How much of it each row of the strong base has closed
+    gap = ceiling[measure] - start[measure]
+    prompts = [str(i) for i in range(len(gap_by_prompt))]  # every value is of another prompt
     for row in rows:
         if row["agent"].startswith("teacher"):
             continue
         row["pgr"] = None
-        if lowest_gap > 0:
-            row["pgr"] = (row[measure] - start[measure]) / (ceiling[measure] - start[measure])
+        if has_gap:
             gain_by_prompt = values_by_prompt(run, row) - values_of_start
             estimate = estimate_ratio(gain_by_prompt, gap_by_prompt, prompts, draws)
+            row["pgr"] = (row[measure] - start[measure]) / gap
             row["pgr_interval"] = [round(bound, 4) for bound in estimate.interval]
 
 
@@ -278,8 +314,7 @@ def values_by_prompt(run: FinishedRun, row: dict) -> np.ndarray:
     if run.has_gold:
         return gold_by_prompt(run, row["agent"], row["round"])
     _, *scored = measured_stages(run, row["agent"], row["round"])
-    margins = [score.margin for score in read_prompt_scores(*scored)]
-    return win_or_tie([margin for margin in margins if margin is not None])
+    return win_or_tie(known_margins(read_prompt_scores(*scored)))
 
 
 # ---- whose answers the student learns ---------------------------------------------------------
@@ -297,12 +332,14 @@ def filter_rows(run: FinishedRun) -> list[dict]:
 
 def filter_row(run: FinishedRun, t: int, pairs: Stage) -> dict:
     """What the student's pairs of round t say about the filter."""
+    # --- How many answers of each source were chosen; the counts also say why others were not
     counts = run.metadata[pairs.name]["counts"]
     chosen = {}
     for key, count in counts.items():
         if key.startswith("chosen_"):
             chosen[key.removeprefix("chosen_")] = count
 
+    # --- Their share, and how often they were right
     sources = {}
     for source in sorted(chosen):
         if chosen[source]:
@@ -312,12 +349,17 @@ def filter_row(run: FinishedRun, t: int, pairs: Stage) -> dict:
             }
     row = {"sources": sources, "right": right_fraction(run.config, pairs)}
 
+    # --- What there was to choose from
     # With self_fraction, only one's own answers to some prompts count, and to the others only the
     # others': there is no set of answers that was offered for all prompts
-    if not 0 < run.config.macpo.self_fraction < 1:
-        stages = [offered_answers(run, t, source) for source in chosen]
-        row |= offered(run.config, *(stage for stage in stages if stage))
-    return row
+    if 0 < run.config.macpo.self_fraction < 1:
+        return row
+    stages = []
+    for source in chosen:
+        stage = offered_answers(run, t, source)
+        if stage is not None:
+            stages.append(stage)
+    return row | offered(run.config, *stages)
 
 
 def offered_answers(run: FinishedRun, t: int, source: str) -> Stage | None:
@@ -336,6 +378,7 @@ def offered(config: Config, *stages: Stage) -> dict[str, float | None]:
         "offered", the fraction of prompts with a right answer among those given (None on own
         data), and "different", the mean fraction of a prompt's answers that differ; {} of none.
     """
+    # By prompt, from all sources
     responses: dict[str, list[str]] = {}
     best: dict[str, float] = {}
     for stage in stages:
@@ -345,11 +388,12 @@ def offered(config: Config, *stages: Stage) -> dict[str, float | None]:
             best[sample.id] = max(right, best.get(sample.id, 0.0))
     if not best:
         return {}
+
+    offered_right = None
+    if config.data.path is None:
+        offered_right = float(np.mean(list(best.values())))
     different = [len(set(texts)) / len(texts) for texts in responses.values()]
-    return {
-        "offered": float(np.mean(list(best.values()))) if config.data.path is None else None,
-        "different": float(np.mean(different)),
-    }
+    return {"offered": offered_right, "different": float(np.mean(different))}
 
 
 # ---- what the students' answers are preferred to ----------------------------------------------
@@ -366,17 +410,24 @@ def negative_rows(run: FinishedRun) -> list[dict]:
         name = f"round0/negatives_{agent}"
         if name not in run:
             continue
-        column_stage = name if from_agent else f"round1/pairs_{agent}"
+
+        # --- How wrong they are: those that the agent was asked for, or else those of the pairs
+        rejected_from = name
+        if not from_agent:
+            rejected_from = f"round1/pairs_{agent}"
         wrong = None
-        if column_stage in run:
-            right = right_fraction(run.config, run.stage(column_stage), column="rejected")
-            if right is not None:
+        if rejected_from in run:
+            right = right_fraction(run.config, run.stage(rejected_from), column="rejected")
+            if right is not None:  # it is None on own data
                 wrong = 1 - right
+
+        # --- How many pairs of each round fell away because of them
         equal = []
         for t in range(1, run.config.macpo.rounds + 1):
             pairs = run.metadata.get(f"round{t}/pairs_{agent}")
             if pairs:
                 equal.append(equal_fraction(pairs["counts"]))
+
         count = run.metadata[name]["counts"]["answers"]
         row = {"agent": agent, "wrong": wrong, "count": count, "equal": equal}
         if not from_agent:
@@ -388,7 +439,9 @@ def negative_rows(run: FinishedRun) -> list[dict]:
 def equal_fraction(counts: dict[str, int]) -> float:
     """Of the pairs that a stage put together, those dropped because both answers were equal."""
     total = sum(counts[key] for key in PAIR_COUNTS)
-    return round(counts["negative_equal"] / total, 4) if total else 0.0
+    if total == 0:
+        return 0.0
+    return round(counts["negative_equal"] / total, 4)
 
 
 # ---- the monitor ------------------------------------------------------------------------------
@@ -401,8 +454,9 @@ def monitor_rows(run: FinishedRun) -> list[dict]:
         history = []
         for t in run.measured_rounds(agent):
             stages = monitor_inputs(run, agent, t)
-            history.append(signs_once(run.folder, agent, t, *stages))
-            rows.append({"agent": agent, "round": t, "alarms": alarms(history)} | history[-1])
+            measured = signs_once(run.folder, agent, t, *stages)
+            history.append(measured)  # alarms compare a round with those before it
+            rows.append({"agent": agent, "round": t, "alarms": alarms(history)} | measured)
     return rows
 
 
@@ -420,18 +474,22 @@ def monitor_inputs(run: FinishedRun, agent: str, t: int) -> list[Stage]:
 
 @functools.cache
 def signs_once(folder: Path, agent: str, t: int, *stages: Stage) -> dict[str, float]:
-    """The monitor's signs, read once for the same stages."""
+    """The monitor's signs, read once for the same stages: a run that goes on has more of them."""
     return signs(folder, agent, t)
 
 
 def warnings(negatives: Sequence[dict], monitored: Sequence[dict] = ()) -> list[str]:
     """Sentences about what breaks the method first: the monitor's alarms, and bad negatives."""
     sentences = []
+
+    # --- Alarms of the monitor
     for row in monitored:
         if row["alarms"]:
             alarm_names = ", ".join(row["alarms"])
             label = f"{agent_label(row['agent'])}, round {row['round']}"
             sentences.append(f"{label}: {alarm_names} (monitor)")
+
+    # --- Negatives that are right, or that say what the positive says
     for row in negatives:
         agent = row["agent"]
         wrong = row["wrong"]

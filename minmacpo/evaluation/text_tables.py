@@ -1,10 +1,10 @@
 """A run's tables as text: which columns they have, what these mean, and how numbers are written."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from minmacpo.evaluation.finished_run import agent_label
+from minmacpo.evaluation.finished_run import agent_label, by_number
 from minmacpo.runtime.progress import aligned
 
 TERMINAL_WIDTH = 100
@@ -31,15 +31,17 @@ class Column:
         value = row.get(self.key)
         if value is None:
             return NOTHING
-        text = f"{value:.{self.digits}f}"
+        number_format = f".{self.digits}f"
+        text = format(value, number_format)
         bounds = row.get(f"{self.key}_interval")
         if bounds is None:
             return text
         low, high = bounds
         if self.interval == "range" or with_range:
-            return f"{text} [{low:.{self.digits}f}, {high:.{self.digits}f}]"
+            return bracketed([value, low, high], number_format)
         if self.interval == "half":
-            return f"{text} ±{(high - low) / 2:.2f}"
+            half_width = (high - low) / 2
+            return f"{text} ±{half_width:.2f}"
         return text
 
 
@@ -68,6 +70,8 @@ COLUMNS = (
            " others; higher is less various"),
 )
 # fmt: on
+
+HEADINGS = {column.key: column.heading for column in COLUMNS}
 
 # What the terminal shows of them, the most important first, as far as it fits
 TERMINAL_COLUMNS = ("gold", "right", "pairs", "accuracy", "perplexity", "pgr", "length", "prompts")
@@ -104,21 +108,37 @@ def shown_columns(table: dict) -> list[Column]:
 
 def results_table(table: dict, columns: Sequence[Column]) -> TextTable:
     """Every agent at every round; if the test prompts come from several files, each one below."""
+    head = [f"{table['run']} ({table['method']})"]
+    for column in columns:
+        head.append(column.heading)
+
+    # On own data there may be few test prompts, so that every interval is worth its room
     with_range = not table["world"]
     rows = []
     for row in table["rows"]:
-        rows.append([row["label"], *(column.format(row, with_range) for column in columns)])
+        rows.append([row["label"], *result_cells(row, columns, with_range)])
         if len(row["files"]) > 1:
-            for file, part in row["files"].items():
-                rows.append([f"  {file}", *(column.format(part, with_range) for column in columns)])
-    head = [f"{table['run']} ({table['method']})"]
-    return TextTable(head + [column.heading for column in columns], rows)
+            for file, measures in row["files"].items():
+                rows.append([f"  {file}", *result_cells(measures, columns, with_range)])
+    return TextTable(head, rows)
+
+
+def result_cells(row: dict, columns: Sequence[Column], with_range: bool) -> list[str]:
+    """The values of a row in these columns as text."""
+    return [column.format(row, with_range) for column in columns]
 
 
 def filter_table(table: dict) -> TextTable:
     """By round: of each source, how often it was chosen, and how often it was right then."""
-    sources = {source for row in table["filter"] for source in row["sources"]}
-    names = sorted(sources, key=lambda name: (len(name), name))
+    # --- One column for each source that was chosen in some round
+    sources = set()
+    for row in table["filter"]:
+        sources.update(row["sources"])
+    names = sorted(sources, key=by_number)
+    labels = [agent_label(name) for name in names]
+    head = ["chosen in round", *labels, "all", "any right"]
+
+    # --- One row for each round
     rows = []
     for row in table["filter"]:
         cells = [str(row["round"])]
@@ -128,18 +148,26 @@ def filter_table(table: dict) -> TextTable:
         cells.append(f"100%{right_note(row['right'])}")
         cells.append(percent(row.get("offered")))
         rows.append(cells)
-    head = ["chosen in round", *(agent_label(name) for name in names), "all", "any right"]
     return TextTable(head, rows)
 
 
 def right_note(right: float | None) -> str:
     """ " (78% right)", or nothing on own data."""
-    return "" if right is None else f" ({right:.0%} right)"
+    if right is None:
+        return ""
+    return f" ({right:.0%} right)"
 
 
 def percent(fraction: float | None) -> str:
     """A fraction as "78%", or a dash."""
-    return NOTHING if fraction is None else f"{fraction:.0%}"
+    if fraction is None:
+        return NOTHING
+    return f"{fraction:.0%}"
+
+
+def three_decimals(values: Iterable[float]) -> list[str]:
+    """Each value as "0.512"."""
+    return [f"{value:.3f}" for value in values]
 
 
 def negatives_table(table: dict) -> TextTable:
@@ -168,28 +196,32 @@ def format_table(table: dict) -> str:
     """The tables for a terminal, at most 100 columns wide; a line says what they leave out."""
     results = results_table(table, shown_columns(table))
     filtered = filter_table(table)
-    heading = {column.key: column.heading for column in COLUMNS}
-    important = [heading[key] for key in TERMINAL_COLUMNS]
-    important_sources = ["all", "any right", *filtered.head[1:-2]]
+    negatives = negatives_table(table)
+    monitored = monitor_table(table)
 
+    # --- As many columns of each table as fit, the most important first
+    important_results = [HEADINGS[key] for key in TERMINAL_COLUMNS]
+    sources = filtered.head[1:-2]  # between the round and the two sums
     parts = []
     left_out = []
     for text_table, order in (
-        (results, important),
-        (filtered, important_sources),
-        (negatives_table(table), None),
-        (monitor_table(table), None),
+        (results, important_results),
+        (filtered, ["all", "any right", *sources]),
+        (negatives, negatives.head[1:]),
+        (monitored, monitored.head[1:]),
     ):
         if text_table.rows:
-            narrow = fit_width(text_table, order or text_table.head[1:])
+            narrow = fit_width(text_table, order)
             parts.append(aligned(narrow.head, narrow.rows))
-            left_out += [name for name in text_table.head[1:] if name not in narrow.head]
+            left_out += missing_headings(text_table, narrow)
 
-    lines = ["\n\n".join(parts)]
+    # --- What is left out, and what is to be known of it all
+    text = "\n\n".join(parts)
     if left_out:
-        lines.append("\n" + left_out_note(left_out))
-    lines += [f"WARNING: {warning}" for warning in table["warnings"]]
-    return "\n".join(lines)
+        text += f"\n\n{left_out_note(left_out)}"
+    for warning in table["warnings"]:
+        text += f"\nWARNING: {warning}"
+    return text
 
 
 def fit_width(table: TextTable, order: Sequence[str]) -> TextTable:
@@ -198,24 +230,33 @@ def fit_width(table: TextTable, order: Sequence[str]) -> TextTable:
     Args:
         order: headings that may be shown, the most important first; the first column always is.
     """
-    columns = list(zip(table.head, *table.rows, strict=True))
+    columns = list(zip(table.head, *table.rows, strict=True))  # each with its heading
     labels = [clip_label(label) for label in columns[0]]
-    width = max(len(label) for label in labels)
+
+    # --- Take columns by importance; where one is too wide, a narrower one may still fit
+    width = max(map(len, labels))
     shown = set()
     for heading in order:
         if heading not in table.head:
             continue
         cells = columns[table.head.index(heading)]
-        column_width = 2 + max(len(cell) for cell in cells)  # `aligned` puts two spaces before it
+        column_width = 2 + max(map(len, cells))  # `aligned` puts two spaces before it
         if width + column_width <= TERMINAL_WIDTH:
             width += column_width
             shown.add(heading)
+
+    # --- They stand in the table's own order
     narrow = [labels]
     for column in columns[1:]:
         if column[0] in shown:
             narrow.append(column)
-    head, *rows = (list(cells) for cells in zip(*narrow, strict=True))
-    return TextTable(head, rows)
+    head, *rows = zip(*narrow, strict=True)
+    return TextTable(list(head), [list(row) for row in rows])
+
+
+def missing_headings(table: TextTable, narrow: TextTable) -> list[str]:
+    """The headings of a table that are left out where it is made narrow."""
+    return [heading for heading in table.head[1:] if heading not in narrow.head]
 
 
 def left_out_note(headings: Sequence[str]) -> str:
@@ -225,7 +266,9 @@ def left_out_note(headings: Sequence[str]) -> str:
 
 def clip_label(label: str) -> str:
     """A name of a row that leaves room for its numbers."""
-    return label if len(label) <= MAX_LABEL else label[: MAX_LABEL - 1] + "…"
+    if len(label) <= MAX_LABEL:
+        return label
+    return label[: MAX_LABEL - 1] + "…"
 
 
 def bracketed(values: Sequence[float], number_format: str = ".3f") -> str:
