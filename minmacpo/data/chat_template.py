@@ -208,11 +208,14 @@ def encode_segments(
                     ids.append(special[part])
                 continue
             text = segment.fill(part)
+            last_ids = ids or before
+            if last_ids and last_ids[-1] in tokenizer.stripping_ids:
+                text = text.lstrip()
             if not text:
                 continue
             takes_space = TEMPLATES[name].separate_texts
             if not text.startswith(" "):  # mistral's frames bring their space along
-                takes_space = takes_space or takes_space_behind(tokenizer, name, ids or before)
+                takes_space = takes_space or takes_space_behind(tokenizer, name, last_ids)
             ids.extend(tokenizer.encode(text, start=takes_space))
         mask += [segment.trained] * (len(ids) - len(mask))
     return Tokens(ids, mask)

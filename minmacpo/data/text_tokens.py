@@ -35,6 +35,11 @@ def parse_added_token(raw: dict, token_id: int) -> AddedToken:
     )
 
 
+def stripping_ids(added_tokens: Iterable[dict]) -> set[int]:
+    """The ids of a tokenizer.json's added tokens that take in the white space behind them."""
+    return {raw["id"] for raw in added_tokens if raw.get("rstrip")}
+
+
 class TextTokens:
     """Added tokens that are made from text and shown in it.
 

@@ -42,6 +42,7 @@ class Tokenizer:
         stop_ids: all ids that end an answer.
         adds_space: whether a text that begins a document gets a space before it.
         space_before: where a text gets it.
+        stripping_ids: of the special tokens that take in the white space behind them.
         turn_marks: {role: id} of TURN_MARKS; empty unless the tokenizer has them.
     """
 
@@ -89,6 +90,12 @@ class Tokenizer:
             )
         self.begin = self.bos if self.adds_begin else -1
         self.stop_ids = notes.stop_ids | {self.eos}
+
+        stripping_ids = set(self.processor.stripping_ids)
+        for token_id, token in notes.added_tokens.items():
+            if token.rstrip:
+                stripping_ids.add(token_id)
+        self.stripping_ids = stripping_ids & self.names.keys()
 
         self.turn_marks = {}
         if all(mark in self.special for mark in TURN_MARKS.values()):

@@ -28,7 +28,7 @@ from minmacpo.data.chat_template import (
     response_text,
     tokenizer_notes,
 )
-from minmacpo.data.records import Example, Message, example_id
+from minmacpo.data.records import Example, Message, Sample, example_id
 from minmacpo.data.templates import ALPACA, TEMPLATES, TODAY, VICUNA
 from minmacpo.data.tokenizer import Tokenizer, Tokens, load_tokenizer, show_mask
 from minmacpo.pipeline import sample_stage
@@ -307,15 +307,28 @@ def apply_published(name: str, folder: Path, messages, tokenize: bool, is_prompt
     )
 
 
-WORDS = ["where", "does", "Kadol ", "live ?", "été", "🎉", "x\n\ny", "a  b", "12", "ok   ", "so\n"]
+MARKS_IN_TEXT = ["<|im_end|>", "[INST]", "<|user|>", "<end_of_turn>", "<|eot_id|>"]
+WORDS = [
+    *MARKS_IN_TEXT,
+    "where",
+    "does",
+    "Kadol ",
+    "live ?",
+    "été",
+    "🎉",
+    "x\n\ny",
+    "a  b",
+    "12",
+    "ok   ",
+    "so\n",
+]
 
 
 def random_dialogue(rng: random.Random) -> tuple[list[Message], str]:
     """One to six turns, the last one a human's, and an answer; spaces and line ends anywhere."""
 
     def text() -> str:
-        words = " ".join(rng.choices(WORDS, k=rng.randint(1, 4)))
-        return words.lstrip()
+        return " ".join(rng.choices(WORDS, k=rng.randint(1, 4))).lstrip()
 
     messages = [system(text())] if rng.random() < 0.5 else []
     turns = rng.choice((1, 3, 5))
@@ -330,6 +343,8 @@ def test_200_dialogues_get_the_ids_of_transformers(name, tmp_path, seed):
     folder = tokenizer_folder(tmp_path, STYLES[name])
     notes = {"bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(notes))
+    if name == "phi-3":
+        strip_behind_marks(folder / "tokenizer.json")
     theirs = published_tokenizer(folder)
     ours = load_tokenizer(folder)
     rng = random.Random(seed)
@@ -337,8 +352,7 @@ def test_200_dialogues_get_the_ids_of_transformers(name, tmp_path, seed):
         messages, answer = random_dialogue(rng)
 
         def published(rows: list[dict], is_prompt: bool) -> list[int]:
-            text = render_published(name, theirs, rows, is_prompt)
-            return theirs.encode(text, add_special_tokens=False)
+            return encode_published(theirs, render_published(name, theirs, rows, is_prompt))
 
         rows = as_rows(messages)
         prompt = published(rows, is_prompt=True)
@@ -394,10 +408,49 @@ def published_tokenizer(folder: Path):
     )
 
 
+def strip_behind_marks(file: Path) -> None:
+    """Let the marks take in the white space behind them, as those of Phi 3 do."""
+    content = json.loads(file.read_text())
+    for token in content["added_tokens"]:
+        token["rstrip"] = token["content"] in MORE_MARKS
+    file.write_text(json.dumps(content))
+
+
+HIDDEN = {"<": "\ue000", "[": "\ue001"}  # in marks that a content holds
+
+
+def hide_marks(text: str) -> str:
+    """A content whose marks transformers does not take for tokens."""
+    for mark in MARKS_IN_TEXT:
+        text = text.replace(mark, HIDDEN[mark[0]] + mark[1:])
+    return text
+
+
+def encode_published(tokenizer, text: str) -> list[int]:
+    """The ids of a text with the template's marks as tokens, those of contents as text."""
+    backend = tokenizer.backend_tokenizer
+    names = [token.content for token in backend.get_added_tokens_decoder().values()]
+    parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
+    ids = []
+    strips = False
+    for part in parts:
+        if part in names:
+            token_id = backend.token_to_id(part)
+            strips = backend.get_added_tokens_decoder()[token_id].rstrip
+            ids.append(token_id)
+            continue
+        part = part.lstrip() if strips else part
+        for letter, hidden in HIDDEN.items():
+            part = part.replace(hidden, letter)
+        backend.encode_special_tokens = True
+        ids += backend.encode(part, add_special_tokens=False).ids
+    return ids
+
+
 def render_published(name: str, tokenizer, rows: list[dict], is_prompt: bool) -> str:
     """The text of a dialogue by transformers, in a published template, on the day of ours."""
     text = tokenizer.apply_chat_template(
-        rows,
+        [row | {"content": hide_marks(row["content"])} for row in rows],
         chat_template=JINJA[name],
         tokenize=False,
         add_generation_prompt=is_prompt,
@@ -744,6 +797,72 @@ def test_as_many_templates_as_bases(place):
     ended = invoke("train", "@tiny", "--data.template=plain,turns")
     assert ended.code == 2
     assert "data.template" in ended.err and "the strong base, then the weak ones" in ended.err
+
+
+def test_all_answers_of_a_dialogue_may_be_trained_on(place, seed):
+    """By agents that learn good answers; a negative agent learns the last one alone."""
+    base_folder(place / "base", "qwen-2", seed)
+    rows = []
+    for number in range(60):
+        turns = [user(f"hello {number}"), bot("hi there"), user("and now ?")]
+        rows.append({"prompt": as_rows(turns), "chosen": "all good", "rejected": "not at all"})
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = (
+        "--model.student=base",
+        "--model.teachers=base,base",
+        "--data.path=rows.jsonl",
+        "--data.shares=0,0.3,0.4,0.3",
+        "--data.template=chatml",
+        "--data.train_on=all",
+        "--data.max_length=140",
+        "--data.max_prompt_length=120",
+        "--macpo.rounds=1",
+        "--macpo.controls=false",
+        "--run.name=all",
+    )
+    train(write_stub(place / "p"), *flags)
+    trained = {}  # answers in the first row of each training
+    stage = ""
+    for line in (place / "runs/all/log.txt").read_text().splitlines():
+        found = re.search(r"round\d/\w+", line)
+        stage = found[0] if found else stage
+        if "first row" in line and stage.endswith(("_pos", "_neg")):
+            trained[stage] = line.count("⟦")
+    assert trained["round0/teacher1_pos"] == 2
+    assert trained["round0/student_pos"] == 2
+    assert trained["round0/teacher1_neg"] == 1
+
+
+def test_an_export_says_that_it_has_another_template(tmp_path, seed):
+    base = base_folder(tmp_path / "base", "qwen-2", seed)
+    words = ("sample", base, "--export")
+    without = invoke(*words, tmp_path / "a", "--data.template=vicuna")
+    assert "the exported model has no chat template" in without.err
+    (base / "chat_template.jinja").write_text(JINJA["chatml"])
+    other = invoke(*words, tmp_path / "b", "--data.template=vicuna")
+    assert "the exported model keeps the chat template of its base" in other.err
+    same = invoke(*words, tmp_path / "c")
+    assert same.code == 0
+    assert "WARNING" not in same.err
+    assert f"{base}: dialogues are written as chatml" in same.err
+
+
+def test_thoughts_are_counted(tmp_path):
+    ours = load_tokenizer(tokenizer_folder(tmp_path, "qwen-2"))
+    think, end_think = (ours.find_token(mark) for mark in ("<think>", "</think>"))
+    samples = []
+    for tokens in ([think, 5, end_think, 7, ours.eos], [7, ours.eos], [think, 5]):
+        response = response_text(ours, "qwen3-thinking", tokens)
+        samples.append(
+            Sample("x", (user("hi"),), response, "stop", tuple(tokens), -1.0, 1.0, "a", 0)
+        )
+    counts = {"answers": 3, "tokens": 0, "hit_length": 0, "empty": 0}
+    assert list(sample_stage.count_samples(iter(samples), counts, ours)) == samples
+    assert counts["thoughts"] == 2 and counts["thought_tokens"] == 5 and counts["empty"] == 1
+    assert sample_stage.describe_thoughts(counts) == (
+        "2 of 3 answers begin with thoughts, which are left out: 5 of 9 tokens; 1 answers are "
+        "empty, see generate.max_new_tokens"
+    )
 
 
 # ---- what is written beside a base made here ------------------------------------------------

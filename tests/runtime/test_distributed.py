@@ -242,7 +242,7 @@ def test_a_base_that_leaves_the_pool_is_gone_before_the_next_one_comes(monkeypat
     pool = model_pool.ModelPool(parse(["@tiny"]).config)
     gc.disable()
     try:
-        for name in ("a", "b", "c"):
+        for name in ("strong", "weak1", "weak2"):
             stage = Stage(name, Path(name), fingerprint=name, external=True)
             pool.get(BaseModel(name, stage), adapter=None)
     finally:
