@@ -671,7 +671,7 @@ def splits_stage(
         kind="slices/3",
         settings=source
         | {
-            "templates": base_templates(run.config),
+            "templates": template_settings(run.config),
             "vocab": run.config.model.vocab,
             "max_prompt_length": data.max_prompt_length,
             "max_length": data.max_length,
@@ -686,6 +686,21 @@ def splits_stage(
         compute=write_splits,
         seed_key=("data",),
     )
+
+
+def template_settings(config: Config) -> dict:
+    """The templates that the splits depend on.
+
+    Those of given bases each by name; of the bases that are made here, which have one tokenizer,
+    the templates that occur, however many bases have them.
+    """
+    given = model_dirs(config)
+    templates = base_templates(config)
+    made = {template for name, template in templates.items() if name not in given}
+    return {
+        "given": {name: templates[name] for name in templates if name in given},
+        "made": sorted(made),
+    }
 
 
 def tokenizer_stage(run: Run, source: dict, prepared: Callable[[], PreparedData]) -> Stage:

@@ -251,7 +251,7 @@ def test_training_equals_a_plain_loop(floor, betas, decay, hooks_of, seed):
         cosine.step()
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert ((a - b).norm() / b.norm()).item() < 5e-3, name
-        assert ((a - random_model(seed).get_parameter(name)).norm() / b.norm()).item() > 2e-2, name
+        assert ((a - random_model(seed).get_parameter(name)).norm() / b.norm()).item() > 1e-2, name
 
 
 def preference_words(seed: int, count: int, equal: bool) -> list[dict[str, list[int]]]:

@@ -222,6 +222,7 @@ def test_the_tokenizer_that_needs_most_tokens_decides(tokenizer):
     class Wordy:
         bos = eos = begin = 0
         space_before = "never"
+        stripping_ids = frozenset()
 
         def encode(self, text, start=False):
             return [1] * (3 * len(text))
