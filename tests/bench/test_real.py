@@ -380,6 +380,7 @@ def test_a_round_that_was_not_measured_has_no_value_and_moves_no_other():
 # ---- everything, small ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_end_to_end_between_calls(files, tmp_path, monkeypatch, capsys):
     root = tmp_path / "root"
     results = tmp_path / "results/real.json"
