@@ -22,6 +22,9 @@ class AddedToken:
     rstrip: bool = False
     single_word: bool = False
 
+    def __post_init__(self):
+        self.name.encode()  # UnicodeEncodeError, a ValueError, for half a surrogate pair
+
 
 def parse_added_token(raw: dict, token_id: int) -> AddedToken:
     """A token as tokenizer.json and tokenizer_config.json have it."""

@@ -61,6 +61,7 @@ FOUND = {
         "state/state.safetensors",
         lambda good: good.replace(b'"notes":', b'"n0tes":'),
     ),
+    "a name that is no text": ("sentencepiece", "added_tokens.json", put(5, "<\ud800>")),
     "an id that is a list": ("sentencepiece", "added_tokens.json", put([], "<more>")),
     "an id that is text": ("sentencepiece", "added_tokens.json", put("5", "<more>")),
     "an end that is a list": ("sentencepiece", "tokenizer_config.json", put([], "eos_token")),
