@@ -17,7 +17,7 @@ from minmacpo.data.chat_template import template_text
 from minmacpo.data.records import Message
 from minmacpo.data.templates import TEMPLATES, TODAY
 from minmacpo.data.tokenizer import load_tokenizer
-from minmacpo.data.tokenizer_files import named_ends, read_chat_template, read_optional
+from minmacpo.data.tokenizer_files import FILES, named_ends, read_chat_template, read_optional
 
 # What occurs in the chat templates that are written like one of ours: the first line of which all
 # words occur counts.
@@ -78,9 +78,26 @@ def own_template(folder: Path) -> str:
     """
     source = read_chat_template(folder)
     if not source:
-        has_model = (folder / "tokenizer.model").is_file()
-        return "turns" if has_model and load_tokenizer(folder).turn_marks else "plain"
+        return "turns" if was_made_here(folder) else "plain"
     return same_template(folder, source) or similar_template(source) or "plain"
+
+
+def was_made_here(folder: Path) -> bool:
+    """Whether a folder's tokenizer has the turn marks of those that are trained here."""
+    if not (folder / "tokenizer.model").is_file():
+        return False
+    files = [folder / name for name in FILES if (folder / name).is_file()]
+    return has_turn_marks(folder, tuple(file.stat().st_mtime_ns for file in files))
+
+
+@cache
+def has_turn_marks(folder: Path, changed: tuple[int, ...]) -> bool:
+    """As `was_made_here`, looked at once: a run asks for the templates of its bases often.
+
+    Args:
+        changed: when each of the tokenizer's files was changed.
+    """
+    return bool(load_tokenizer(folder).turn_marks)
 
 
 def template_warning(folder: Path, name: str) -> str | None:

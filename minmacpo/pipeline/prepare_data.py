@@ -617,16 +617,25 @@ def cut_prompt(
 
     Whole turns are cut off first, then characters of the last one.
     """
-    has_system = len(prompt) > 1 and prompt[0].role == "system"
-    system = prompt[:1] if has_system else ()
-    turns = prompt[len(system) :]
+    system: tuple[Message, ...] = ()
+    turns = prompt
+    if len(prompt) > 1 and prompt[0].role == "system":
+        system = prompt[:1]
+        turns = prompt[1:]
+
+    # --- Whole turns, but for the last one
     while len(turns) > 1 and not fits(system + turns):
         turns = turns[1:]
+
+    # --- Its characters, a twentieth at a time; the very last one stays
     while len(turns[0].content) > 1 and not fits(system + turns):
         text = turns[0].content
-        shorter = text[max(1, len(text) // 20) :].lstrip() or text[-1]
+        cut = max(1, len(text) // 20)
+        shorter = text[cut:].lstrip() or text[-1]
         turns = (replace(turns[0], content=shorter),)
-    return system + turns if fits(system + turns) else None
+
+    shortened = system + turns
+    return shortened if fits(shortened) else None
 
 
 # --- The stages that write the texts

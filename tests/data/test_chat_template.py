@@ -734,14 +734,18 @@ def test_the_end_of_turn_stops_an_answer(tmp_path, seed, monkeypatch):
     assert sample.response == "sure"
 
 
-def test_teachers_and_student_may_have_different_tokenizers(place, seed):
-    """They exchange text: a round with three tokenizers and one template."""
+def three_bases(place: Path, seed: int) -> tuple[str, str]:
+    """A student and two teachers with a tokenizer each, and the settings that name them."""
     base_folder(place / "student", "llama-3", seed)
     base_folder(place / "one", "gpt-2", seed + 1, 500)
     base_folder(place / "two", "qwen-2", seed + 2, 600)
+    return "--model.student=student", "--model.teachers=one,two"
+
+
+def test_teachers_and_student_may_have_different_tokenizers(place, seed):
+    """They exchange text: a round with three tokenizers and one template."""
     flags = (
-        "--model.student=student",
-        "--model.teachers=one,two",
+        *three_bases(place, seed),
         "--data.template=chatml",
         "--data.max_length=140",
         "--data.max_prompt_length=128",
@@ -764,12 +768,8 @@ def test_teachers_and_student_may_have_different_tokenizers(place, seed):
 
 def test_every_base_may_have_a_template_of_its_own(place, seed):
     """Given in the order strong, weak1, weak2; a token that is missing is said with its owner."""
-    base_folder(place / "student", "llama-3", seed)
-    base_folder(place / "one", "gpt-2", seed + 1, 500)
-    base_folder(place / "two", "qwen-2", seed + 2, 600)
     flags = (
-        "--model.student=student",
-        "--model.teachers=one,two",
+        *three_bases(place, seed),
         "--data.max_length=140",
         "--data.max_prompt_length=128",
         "--macpo.rounds=0",
