@@ -47,8 +47,10 @@ class TextLengths:
 
     def rows(self, limit: int) -> list[int]:
         """Tokens of prompt and answer together, no more than `limit`."""
-        pairs = zip(self.prompts, self.answers, strict=True)
-        return [min(prompt + answer, limit) for prompt, answer in pairs]
+        rows = []
+        for prompt, answer in zip(self.prompts, self.answers, strict=True):
+            rows.append(min(prompt + answer, limit))
+        return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class Plan:
         self.device = resolve_device(run.config.run.device)
         self.dtype = resolve_dtype(run.config.run.dtype, run.config.run.device)
         self.workloads: dict[str, Workload | None] = {}
-        self.token_counts: dict[tuple, list[tuple[int, int]]] = {}
+        self.token_counts: dict[tuple, TextLengths] = {}  # by texts, tokenizer and template
 
     # ---- what the run has listed
 
@@ -127,9 +129,12 @@ class Plan:
         workload = self.workload(name)
         if workload is None:
             return None
-        pretraining = workload.largest_pass.kind == "pretrain"
-        sharded = self.run.dist.is_sharded and not pretraining  # one rank makes a base
-        dtype = torch.float32 if pretraining else self.dtype
+        dtype = self.dtype
+        world_size = 1
+        if workload.largest_pass.kind == "pretrain":
+            dtype = torch.float32  # of a base while it is made, by one rank
+        elif self.run.dist.is_sharded:
+            world_size = self.run.dist.world_size
         return estimate_memory(
             workload.largest_pass,
             workload.model,
@@ -137,7 +142,7 @@ class Plan:
             bytes_per_number=dtype.itemsize,
             quantization=self.settings(name).get("quantize", "none"),
             device=self.device,
-            world_size=self.run.dist.world_size if sharded else 1,
+            world_size=world_size,
         )
 
     # ---- models
@@ -172,7 +177,7 @@ class Plan:
         file, column = texts
         reader = self.reader(name)
         if file not in PRODUCERS:
-            return self.split_texts(file.removesuffix(".jsonl"), column, reader)
+            return self.split_texts(split_name(file), column, reader)
         return self.made_texts(self.source(name, file), file, column, reader)
 
     def column_texts(self, name: str, columns: dict[str, list[str]]) -> TextLengths:
@@ -187,7 +192,7 @@ class Plan:
             if file in PRODUCERS:
                 lengths = self.made_texts(source, file, column, reader)
             else:
-                lengths = self.split_texts(file.removesuffix(".jsonl"), column, reader)
+                lengths = self.split_texts(split_name(file), column, reader)
             prompts += lengths.prompts
             answers += lengths.answers
             exact = exact and lengths.exact
@@ -200,14 +205,11 @@ class Plan:
         if file == "questions.jsonl":
             return self.questions(source, reader)
 
-        prompts = self.prompts_of(source, reader)
-        answers = self.settings(source.name).get("answers", 1)
-        length = self.config.generate.max_new_tokens
-        return TextLengths(
-            prompts=prompts.prompts * answers,
-            answers=[length] * (answers * len(prompts.prompts)),
-            exact=False,
-        )
+        # Answers that are not sampled yet, each as long as it can be
+        answers_per_prompt = self.settings(source.name).get("answers", 1)
+        prompts = self.prompts_of(source, reader).prompts * answers_per_prompt
+        longest = self.config.generate.max_new_tokens
+        return TextLengths(prompts, [longest] * len(prompts), exact=False)
 
     def source(self, name: str, file: str) -> Stage:
         """The input of the stage that makes this file."""
@@ -220,7 +222,7 @@ class Plan:
         """The prompts that an unfinished stage answers, in tokens of another stage's base."""
         file, column = self.settings(source.name).get("texts", ("d2.jsonl", "prompt"))
         if file not in PRODUCERS:
-            return self.split_texts(file.removesuffix(".jsonl"), column, reader)
+            return self.split_texts(split_name(file), column, reader)
         return self.texts(source.name)
 
     def split_texts(self, split: str, column: str, reader: Reader) -> TextLengths:
@@ -229,8 +231,10 @@ class Plan:
             return self.longest_texts()
         texts = []
         for pair in self.prepared.splits[split]:
-            answer = "" if column == "prompt" else getattr(pair, column)
-            texts.append(Example(pair.id, pair.prompt, answer or ""))
+            answer = ""  # also where a pair has none of the side that is asked for
+            if column != "prompt":
+                answer = getattr(pair, column) or ""
+            texts.append(Example(pair.id, pair.prompt, answer))
         return self.count_tokens(texts, (split, column), reader)
 
     def longest_texts(self) -> TextLengths:
@@ -245,12 +249,13 @@ class Plan:
         count = len(self.texts(source.name).prompts)
         if self.settings(source.name).get("compare"):
             count *= 2  # two answers are shown in both orders
-        # one token of the answer is scored, or some are sampled
+        # One token of the answer is scored, or some are sampled; the question has the rest
         longest = model.max_position_embeddings - self.config.generate.max_new_tokens - 1
         return TextLengths([longest] * count, [1] * count, exact=False)
 
     def pairs(self, name: str) -> TextLengths:
         """The pairs that a stage makes, each answer as long as it can be."""
+        # --- They are made already
         reader = self.reader(name)
         stage = self.run.plan[name]
         if stage.finished and self.prepared is not None:
@@ -258,17 +263,19 @@ class Plan:
             rejected = self.read(TextColumn(stage, "pairs.jsonl", "rejected"), reader)
             return TextLengths(chosen.prompts, chosen.answers, False, rejected.answers)
 
-        texts = self.texts(name)
+        # --- Their answers are of the data
         settings = self.settings(name)
-        count = len(texts.prompts)
-        if settings["texts"][0] not in PRODUCERS:  # answers of the data
+        prompts = self.texts(name).prompts
+        file, _ = settings["texts"]
+        if file not in PRODUCERS:
             longest = self.config.data.max_length
-            return TextLengths(texts.prompts, [longest] * count, exact=False)
+            return TextLengths(prompts, [longest] * len(prompts), exact=False)
+
+        # --- They are sampled: one pair for each prompt, or one for every answer of every source
         if "all" in settings["select"]:
-            count *= len(settings["names"]) * self.config.macpo.answers
-        times = count // max(len(texts.prompts), 1)
+            prompts = prompts * (len(settings["names"]) * self.config.macpo.answers)
         longest = self.config.generate.max_new_tokens
-        return TextLengths(texts.prompts * times, [longest] * count, exact=False)
+        return TextLengths(prompts, [longest] * len(prompts), exact=False)
 
     def read(self, column: TextColumn, reader: Reader) -> TextLengths:
         """Texts of a finished stage; not exact, as empty answers may be left out."""
@@ -283,13 +290,14 @@ class Plan:
         key = (*key, hash(tokenizer.model), reader.template)
         if key not in self.token_counts:
             renderer = Renderer(tokenizer, reader.template)
-            counts = []
+            prompts = []
+            answers = []
             for text in texts:
                 row = renderer.render(text.prompt, text.response)
-                counts.append((row.mask.count(False), row.mask.count(True)))
-            self.token_counts[key] = counts
-        counts = self.token_counts[key]
-        return TextLengths([prompt for prompt, _ in counts], [answer for _, answer in counts])
+                prompts.append(row.mask.count(False))  # the mask marks the answer's tokens
+                answers.append(row.mask.count(True))
+            self.token_counts[key] = TextLengths(prompts, answers)
+        return self.token_counts[key]
 
     # ---- one function for each kind of stage
 
@@ -308,9 +316,9 @@ class Plan:
         budget, _ = batch_limits(
             self.config.run.max_tokens_per_batch, self.device, similar_lengths=False
         )
-        drawn = settings["steps"] * settings["batch"]
+        documents_drawn = settings["steps"] * settings["batch"]
         return Workload(
-            tokens=round(drawn * mean(rows)),
+            tokens=round(documents_drawn * mean(rows)),
             exact=self.prepared is not None,
             largest_pass=largest_pass("pretrain", rows, rows, budget, settings["batch"]),
             model=model,
@@ -318,6 +326,7 @@ class Plan:
 
     def sft(self, name: str) -> Workload:
         """All passes over the texts, or as many steps as other trainings took together."""
+        # --- The rows
         base, *others = self.inputs(name)
         model, _ = self.model(base)
         settings = self.settings(name)
@@ -326,11 +335,15 @@ class Plan:
         rows = texts.rows(limit)
         answers = [min(answer, limit) for answer in texts.answers]
 
+        # --- How often each is gone through
         tokens = settings["epochs"] * sum(rows)
         if not settings["epochs"]:  # a control, which takes the steps of the preference trainings
-            trainings = [stage.name for stage in others if stage.kind.startswith("prefer")]
-            steps = sum(self.preference_steps(training) for training in trainings)
+            steps = 0
+            for stage in others:
+                if stage.kind.startswith("prefer"):
+                    steps += self.preference_steps(stage.name)
             tokens = round(steps * settings["batch"] * mean(rows))
+
         return Workload(
             tokens=tokens,
             exact=texts.exact,
@@ -347,17 +360,21 @@ class Plan:
         settings = self.settings(name)
         pairs = self.pairs(pairs_stage.name)
         limit = self.row_limit(model)
-        rejected = pairs.rejected or pairs.answers
+        all_rejected = pairs.rejected or pairs.answers  # as long as the chosen ones, if not known
 
         rows = []
         answers = []  # of both sides
         tokens = 0
-        for prompt, first, second in zip(pairs.prompts, pairs.answers, rejected, strict=True):
-            first = min(first, limit)
-            second = min(second, limit)
-            answers.append(first + second)
-            rows.append(min(prompt + first + second, 2 * limit))
-            tokens += min(prompt + first, limit) + min(prompt + second, limit)
+        for prompt, chosen, rejected in zip(
+            pairs.prompts, pairs.answers, all_rejected, strict=True
+        ):
+            chosen = min(chosen, limit)
+            rejected = min(rejected, limit)
+            answers.append(chosen + rejected)
+            # In memory both answers follow one prompt (core/batching.py); tokens are counted as if
+            # each had its own
+            rows.append(min(prompt + chosen + rejected, 2 * limit))
+            tokens += min(prompt + chosen, limit) + min(prompt + rejected, limit)
         return Workload(
             tokens=settings["epochs"] * tokens,
             exact=False,
@@ -379,14 +396,20 @@ class Plan:
         base = self.inputs(name)[0]
         model, _ = self.model(base)
         settings = self.settings(name)
-        prompts = self.texts(name).prompts
-        longest = max(prompts, default=0)
-        new_tokens = self.config.generate.max_new_tokens
-        answers = settings["answers"] * len(prompts)
         models = 2 if settings.get("contrastive") else 1
+
+        # --- Tokens that are read, and those that are written if every answer is as long as it can
+        prompts = self.texts(name).prompts
+        answers = settings["answers"] * len(prompts)
+        new_tokens = self.config.generate.max_new_tokens
+        tokens_read = settings["answers"] * sum(prompts)
+        tokens_written = answers * new_tokens
+
+        # --- The largest pass reads the longest prompt for each answer of a batch
+        longest = max(prompts, default=0)
         rows = min(self.config.generate.batch, answers)
         return Workload(
-            tokens=models * (settings["answers"] * sum(prompts) + answers * new_tokens),
+            tokens=models * (tokens_read + tokens_written),
             exact=False,
             largest_pass=PassSize(
                 kind="sample",
@@ -428,7 +451,8 @@ def largest_pass(
     if not rows:
         return PassSize(kind, rows=0, tokens=0, scored_tokens=0)
     longest_first = sorted(range(len(rows)), key=lambda i: rows[i], reverse=True)
-    count = max(1, min(batch, budget // max(rows)))
+    fitting = budget // max(rows)
+    count = max(1, min(batch, fitting))  # a row that is longer than the budget is computed alone
     picked = longest_first[:count]
     return PassSize(
         kind=kind,
@@ -438,9 +462,16 @@ def largest_pass(
     )
 
 
+def split_name(file: str) -> str:
+    """The name of the split that is in a file of the data: "d2" for "d2.jsonl"."""
+    return file.removesuffix(".jsonl")
+
+
 def mean(values: Sequence[int]) -> float:
-    """0 of none."""
-    return sum(values) / len(values) if values else 0.0
+    """The mean of some numbers; 0 of none."""
+    if not values:
+        return 0.0
+    return sum(values) / len(values)
 
 
 made_tokenizer = functools.cache(Tokenizer)
