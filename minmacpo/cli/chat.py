@@ -16,6 +16,7 @@ from minmacpo.data.chat_template import response_text, starts_next_turn
 from minmacpo.data.dialogues import InvalidRow, parse_prompt_text, with_system
 from minmacpo.data.records import Example, Message, Sample, example_id
 from minmacpo.pipeline.model_pool import LoadedModel
+from minmacpo.pipeline.prepare_data import warn_of_left_out
 from minmacpo.pipeline.sample_stage import Request, Sampler
 from minmacpo.runtime.progress import escape_control_chars
 
@@ -29,6 +30,7 @@ COMMANDS = "/quit or Ctrl-D leaves, /reset begins a new dialogue"
 def print_answers(config: Config, loaded: LoadedModel, agent: str, prompt: str, count: int) -> None:
     """Sample so many answers to one prompt, and print each as it comes, a batch at a time."""
     messages = with_system(parse_prompt(prompt), config.data.system)
+    warn_of_left_out(loaded.tokenizer, [message.content for message in messages])
     example = Example(example_id(messages), messages, "")
     sampler = Sampler(loaded, config.generate, agent, config.run.seed)
     batch_size = config.generate.batch
@@ -125,6 +127,7 @@ class Dialogue:
         Raises:
             UserError: no answer fits into the model's context any more.
         """
+        warn_of_left_out(self.loaded.tokenizer, [text])
         prompt = (*self.messages, Message("user", text))
         answer = StreamedAnswer(self.loaded, self.is_streamed)
         sampler = self.make_sampler(

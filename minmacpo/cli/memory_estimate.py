@@ -118,7 +118,11 @@ def kept_numbers(model: ModelConfig, down_proj_learns: bool) -> int:
     """How many numbers of a token one layer keeps for its backward pass."""
     heads = model.num_attention_heads + model.num_key_value_heads
     attention = 2 * model.head_dim * heads  # queries, keys, values and what attention gives
+    if model.qk_norm != "none":
+        attention += model.head_dim * heads  # queries and keys before their norm as well
     norms = 3 * model.hidden_size  # what the two norms get, and the input of the projections
+    if model.norms == "around":
+        norms += 2 * model.hidden_size  # what the two norms behind attention and MLP get
     mlp = 3 * model.intermediate_size  # gate, silu(gate), up
     if down_proj_learns:
         mlp += model.intermediate_size  # it needs its input: the product of the last two

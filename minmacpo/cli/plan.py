@@ -6,7 +6,7 @@ base; no weight is read. An answer that is not sampled yet counts as generate.ma
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,6 +44,7 @@ class TextLengths:
     answers: list[int]
     exact: bool = True  # False: answers may be shorter, or left out
     rejected: list[int] | None = None  # of pairs: the tokens of the second answer
+    earlier: list[int] | None = None  # of each prompt, those that are trained on (data.train_on)
 
     def rows(self, limit: int) -> list[int]:
         """Tokens of prompt and answer together, no more than `limit`."""
@@ -52,13 +53,22 @@ class TextLengths:
             rows.append(min(prompt + answer, limit))
         return rows
 
+    def trained(self, limit: int) -> list[int]:
+        """Tokens of each row that are trained on, no more than `limit`."""
+        earlier = self.earlier or [0] * len(self.answers)
+        counts = []
+        for before, answer in zip(earlier, self.answers, strict=True):
+            counts.append(min(before + answer, limit))
+        return counts
+
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """A base and the template that texts are written in for it."""
+    """A base and the template that texts are written in for it, and what it trains on of them."""
 
     base: Stage
     template: str
+    train_on: str = "last"
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +171,9 @@ class Plan:
 
     def reader(self, name: str) -> Reader:
         """Whose tokens the stage's texts are counted in: those of its base, its first input."""
-        return Reader(self.inputs(name)[0], self.settings(name)["template"])
+        settings = self.settings(name)
+        train_on = settings.get("train_on", "last")
+        return Reader(self.inputs(name)[0], settings["template"], train_on)
 
     def row_limit(self, model: ModelConfig) -> int:
         """Tokens of the longest row that is trained on."""
@@ -207,9 +219,15 @@ class Plan:
 
         # Answers that are not sampled yet, each as long as it can be
         answers_per_prompt = self.settings(source.name).get("answers", 1)
-        prompts = self.prompts_of(source, reader).prompts * answers_per_prompt
+        lengths = self.prompts_of(source, reader)
+        prompts = lengths.prompts * answers_per_prompt
         longest = self.config.generate.max_new_tokens
-        return TextLengths(prompts, [longest] * len(prompts), exact=False)
+        return TextLengths(
+            prompts,
+            [longest] * len(prompts),
+            exact=False,
+            earlier=lengths.earlier and lengths.earlier * answers_per_prompt,
+        )
 
     def source(self, name: str, file: str) -> Stage:
         """The input of the stage that makes this file."""
@@ -282,21 +300,26 @@ class Plan:
         texts = [Example(text.id, text.prompt, text.response) for text in column.read()]
         key = (column.stage.name, column.file, column.column)
         lengths = self.count_tokens(texts, key, reader)
-        return TextLengths(lengths.prompts, lengths.answers, exact=False)
+        return replace(lengths, exact=False)
 
     def count_tokens(self, texts: Sequence[Example], key: tuple, reader: Reader) -> TextLengths:
         """Lengths in the tokens of a base, counted once for each tokenizer and template."""
         _, tokenizer = self.model(reader.base)
-        key = (*key, hash(tokenizer.model), reader.template)
+        key = (*key, hash(tokenizer.model), reader.template, reader.train_on)
         if key not in self.token_counts:
             renderer = Renderer(tokenizer, reader.template)
-            prompts = []
-            answers = []
+            lengths = TextLengths([], [], earlier=[])
             for text in texts:
-                row = renderer.render(text.prompt, text.response)
-                prompts.append(row.mask.count(False))  # the mask marks the answer's tokens
-                answers.append(row.mask.count(True))
-            self.token_counts[key] = TextLengths(prompts, answers)
+                # The mask marks the tokens that are trained on
+                row = renderer.render(text.prompt, text.response, reader.train_on)
+                earlier = 0
+                if reader.train_on == "all":
+                    earlier = renderer.render(text.prompt, None, "all").mask.count(True)
+                answer = row.mask.count(True) - earlier
+                lengths.prompts.append(len(row.mask) - answer)
+                lengths.answers.append(answer)
+                lengths.earlier.append(earlier)
+            self.token_counts[key] = lengths
         return self.token_counts[key]
 
     # ---- one function for each kind of stage
@@ -333,7 +356,7 @@ class Plan:
         texts = self.texts(name)
         limit = self.row_limit(model)
         rows = texts.rows(limit)
-        answers = [min(answer, limit) for answer in texts.answers]
+        trained = texts.trained(limit)
 
         # --- How often each is gone through
         tokens = settings["epochs"] * sum(rows)
@@ -348,7 +371,7 @@ class Plan:
             tokens=tokens,
             exact=texts.exact,
             largest_pass=largest_pass(
-                "train", rows, answers, self.training_budget(), settings["batch"]
+                "train", rows, trained, self.training_budget(), settings["batch"]
             ),
             model=model,
         )

@@ -43,7 +43,8 @@ def template_segments(
     """The segments of all that stands before the answer.
 
     Args:
-        train_on: "all": the earlier answers are trained on, and segments of their own.
+        train_on: "all": the earlier answers are trained on, and segments of their own, but for
+            those that the data says not to train on.
     """
     template = TEMPLATES[name]
     frames = {
@@ -72,7 +73,7 @@ def template_segments(
             if template.strip == "joined" and not content:
                 system_frame = system_frame.rstrip()
             yield Segment(template.user.replace("{}", system_frame + "{}"), content, system=system)
-        elif message.role == "assistant" and train_on == "all":
+        elif message.role == "assistant" and message.trained and train_on == "all":
             yield from answer_segments(template, content, tag)
         else:
             yield Segment(frames[message.role], content, tag)

@@ -16,6 +16,7 @@ from minmacpo.data.dialogues import (
     check_turns,
     describe_type,
     is_marked,
+    is_plain_weight,
     is_untrained,
     parse_messages,
     parse_text,
@@ -102,7 +103,7 @@ HARMLESS_BEGINNINGS = ("response_0_", "response_1_", "is_response_0_", "is_respo
 # Keys of a message that no template here writes, and that say nothing of its text
 HARMLESS_KEYS = (
     "role", "from", "content", "value", "name", "id", "index", "timestamp", "date", "model",
-    "tool_calls", "function_call", *WEIGHT_KEYS,
+    "tool_calls", "function_call",
 )  # fmt: skip
 
 
@@ -361,7 +362,8 @@ def unread_keys(value: object, name: str) -> list[str]:
     keys = {}  # in their order, each once
     for turn in turns:
         for key, content in turn.items():
-            if key not in HARMLESS_KEYS and not is_empty(content):
+            is_read = key in HARMLESS_KEYS or (key in WEIGHT_KEYS and is_plain_weight(content))
+            if not is_read and not is_empty(content):
                 keys[f"{name}.{key}"] = True
     return list(keys)
 
@@ -391,22 +393,9 @@ def repeats(value: object, known: set[str | None]) -> bool:
     return all(turn.content in known for turn in turns)
 
 
-def untrained_turns(row: Row, prompt: Prompt) -> list[int]:
-    """Which messages of the prompt the row says not to train on, by their number from 0."""
-    untrained = set()
-    for name in row.read:
-        value = row.fields.get(name)
-        if not isinstance(value, list):
-            continue
-        for turn in value:
-            if is_untrained(turn):
-                untrained.update(parse_messages(turn, name))
-    return [number for number, message in enumerate(prompt) if message in untrained]
-
-
 def ends_untrained(row: Row) -> bool:
     """Whether an answer of the row, or the row itself, has the weight 0."""
-    for name in row.read:
+    for name in row.read - set(HISTORY_FIELDS):
         value = row.fields.get(name)
         last = value[-1] if isinstance(value, list) and value else value
         if is_untrained(last) and last.get("role", last.get("from")) in ASSISTANTS:

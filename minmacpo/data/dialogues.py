@@ -100,7 +100,8 @@ def parse_message(turn: object, name: str) -> Message:
             raise InvalidRow(
                 "tool call", f"{name!r} holds a turn with {key!r}, which no template here can write"
             )
-    return Message(ROLES[role], parse_text(content, f"{name}: {role}"))
+    text = parse_text(content, f"{name}: {role}")
+    return Message(ROLES[role], text, trained=not is_untrained(turn))
 
 
 def check_turns(messages: Prompt, name: str) -> Prompt:
@@ -132,7 +133,19 @@ def is_untrained(turn: object) -> bool:
     """Whether a message of a list says that it is not to be trained on: "weight": 0 and its kin."""
     if not isinstance(turn, dict):
         return False
-    return any(turn.get(key) == 0 for key in WEIGHT_KEYS if turn.get(key) is not None)
+    weights = [turn[key] for key in WEIGHT_KEYS if turn.get(key) is not None]
+    return any(is_zero_weight(weight) for weight in weights)
+
+
+def is_zero_weight(weight: object) -> bool:
+    """Whether a weight is 0 or false, also as a text."""
+    return weight == 0 or str(weight).strip().lower() in ("0", "0.0", "false")
+
+
+def is_plain_weight(weight: object) -> bool:
+    """Whether a weight says no more than whether to train."""
+    is_one = weight == 1 or str(weight).strip().lower() in ("1", "1.0", "true")
+    return weight is None or is_one or is_zero_weight(weight)
 
 
 # ---- marked texts ---------------------------------------------------------------------------
@@ -273,6 +286,22 @@ def merge_prompts(stated: Prompt, repeated: Sequence[Prompt]) -> Prompt | None:
     Returns:
         None where they differ.
     """
+    prompt = merge_turns(stated, repeated)
+    if prompt is None:
+        return None
+
+    # A weight may stand in one of several lists that end alike
+    turns = list(prompt)
+    for source in (stated, *repeated):
+        for position in range(1, min(len(source), len(turns)) + 1):
+            same = source[-position] == turns[-position]
+            if same and not source[-position].trained:
+                turns[-position] = source[-position]
+    return tuple(turns)
+
+
+def merge_turns(stated: Prompt, repeated: Sequence[Prompt]) -> Prompt | None:
+    """The turns that `merge_prompts` gives back; of those that are said twice, either."""
     if not repeated:
         return stated
     before = repeated[0]

@@ -36,7 +36,6 @@ from minmacpo.data.columns import (
     take_label,
     take_scored_answers,
     unread_columns,
-    untrained_turns,
 )
 from minmacpo.data.dialogues import (
     InvalidRow,
@@ -400,11 +399,7 @@ def parse_row(fields: Mapping, preference_label: str = "better") -> ParsedRow:
     chosen, rejected, *_ = [*sides.answers, "", ""]
     if label is False:
         chosen, rejected = "", chosen
-    meta = {}
-    untrained = untrained_turns(row, prompt)
-    if untrained:
-        meta["untrained_turns"] = untrained
-    pair = Pair(example_id(prompt), prompt, chosen, rejected, meta=meta)
+    pair = Pair(example_id(prompt), prompt, chosen, rejected)
     return ParsedRow(pair, "kept", unread_columns(row, prompt, sides.answers), label)
 
 

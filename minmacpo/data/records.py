@@ -16,6 +16,8 @@ class Message:
 
     role: str  # "user", "assistant", "system" or "tag"
     content: str
+    # Whether data.train_on=all learns it; with and without, it says the same
+    trained: bool = field(default=True, compare=False, metadata={"rare": True})
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ from minmacpo.evaluation.bootstrap import mean_interval
 from minmacpo.evaluation.finished_run import FinishedRun, agent_label, read_run, read_samples
 from minmacpo.evaluation.text_tables import bracketed
 from minmacpo.pipeline.open_model import choose_template, say_template
-from minmacpo.pipeline.prepare_data import base_templates
+from minmacpo.pipeline.prepare_data import base_templates, texts_of, warn_of_left_out
 from minmacpo.runtime.device import resolve_device, resolve_dtype
 from minmacpo.runtime.files import read_rows
 from minmacpo.runtime.hub import local_folder
@@ -74,13 +74,17 @@ def run_reward(argv: Sequence[str]) -> dict:
 
     # How far it can be trusted, and what it says
     draws = run.config.eval.bootstrap
-    wins = rank_pairs(complete_pairs(read_split(run, "test"), run), rate)
+    test_pairs = complete_pairs(read_split(run, "test"), run)
+    wins = rank_pairs(test_pairs, rate)
     accuracy_interval = mean_interval(wins, draws)
+    texts = texts_of([*own.pairs, *test_pairs])
     rows = []
     for (t, agent), samples in read_test_answers(run).items():
+        texts += [sample.response for sample in samples]
         scores = rate([(sample.prompt, sample.response) for sample in samples])
         score_by_prompt = scores.reshape(-1, run.config.eval.samples).mean(1)
         rows.append(score_row(agent, t, score_by_prompt, draws))
+    warn_of_left_out(rate.renderer.tokenizer, texts)
     return {
         "model": str(args.model or "Bradley-Terry head on the strong base"),
         "accuracy": float(wins.mean()),

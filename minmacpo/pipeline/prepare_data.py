@@ -279,7 +279,7 @@ def prepare_splits(
     if longer:
         counts[LONGER] = longer
     all_fitted = [pair for pairs in fitted.values() for pair in pairs]
-    left_out = count_left_out(all_fitted, [renderer.tokenizer for renderer in renderers])
+    left_out = count_left_out(texts_of(all_fitted), [renderer.tokenizer for renderer in renderers])
     if left_out:
         counts[LEFT_OUT] = left_out
     return PreparedData(fitted, corpora, tokenizer, counts)
@@ -436,12 +436,17 @@ def count_longer(
     return longer
 
 
-def count_left_out(pairs: Iterable[Pair], tokenizers: Sequence[Tokenizer]) -> dict[str, int]:
-    """How many characters of the texts leave no trace, by file of the tokenizers that do so."""
+def texts_of(pairs: Iterable[Pair]) -> list[str]:
+    """What is said in prompts and answers."""
     texts = []
     for pair in pairs:
         texts += [message.content for message in pair.prompt]
         texts += [answer for answer in (pair.chosen, pair.rejected) if answer]
+    return texts
+
+
+def count_left_out(texts: Sequence[str], tokenizers: Sequence[Tokenizer]) -> dict[str, int]:
+    """How many characters of the texts leave no trace, by file of the tokenizers that do so."""
     counts = {}
     for tokenizer in tokenizers:
         count = tokenizer.count_left_out(texts)
@@ -458,6 +463,12 @@ def left_out_warnings(counts: Mapping[str, int]) -> list[str]:
             f"{where}: has no token for {count} characters of the texts, which are left out"
         )
     return sentences
+
+
+def warn_of_left_out(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+    """Say on stderr how many characters of the texts leave no trace, if some do."""
+    for warning in left_out_warnings(count_left_out(texts, [tokenizer])):
+        print(f"WARNING: {escape_control_chars(warning)}", file=sys.stderr)
 
 
 # --- Noise in D1
@@ -537,8 +548,7 @@ def truncate_pairs(
         truncated = truncate_pair(config, pair, [renderer], reasons, answers)
         if truncated is not None:
             fitting.append(truncated)
-    for warning in left_out_warnings(count_left_out(fitting, [renderer.tokenizer])):
-        print(f"WARNING: {escape_control_chars(warning)}", file=sys.stderr)
+    warn_of_left_out(renderer.tokenizer, texts_of(fitting))
     return fitting, reasons
 
 
@@ -677,7 +687,7 @@ def splits_stage(
 
     return run.stage(
         name="data/slices",
-        kind="slices/3",
+        kind="slices/4",
         settings=source
         | {
             "templates": template_settings(run.config),

@@ -24,7 +24,7 @@ from minmacpo.pipeline.model_pool import LoadedModel, Session
 from minmacpo.pipeline.stage import Stage, StageContext
 from minmacpo.pipeline.stage_log import log_first_row
 from minmacpo.runtime.distributed import SINGLE_PROCESS, Distributed, weights_are_sharded
-from minmacpo.runtime.files import JsonlView, finished_shards, write_rows, write_shard
+from minmacpo.runtime.files import JsonlView, finished_shards, to_values, write_rows, write_shard
 from minmacpo.runtime.seeds import derive_seed
 
 # A shard is sampled as one stream: when an answer ends, the next prompt of the shard takes its
@@ -106,7 +106,7 @@ def sample(
             for request in shard.tolist():
                 prompt_number, answer_number = divmod(request, answers)
                 requests.append(Request(texts[prompt_number], answer_number))
-            return [asdict(answer) for answer in sampler(requests, settings.batch)]
+            return [to_values(answer) for answer in sampler(requests, settings.batch)]
 
         # --- Sample, and merge the shards into the prompts' order
         files = sample_shards(context, shards, sample_shard)

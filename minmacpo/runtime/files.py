@@ -16,7 +16,7 @@ import sys
 import typing
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO
@@ -99,8 +99,26 @@ def write_rows(path: Path, rows: Iterable) -> None:
 
 def to_jsonl(rows: Iterable) -> str:
     """Dicts or dataclasses as the text of a .jsonl file."""
-    lines = [json.dumps(row, ensure_ascii=False, default=asdict) + "\n" for row in rows]
+    lines = [json.dumps(row, ensure_ascii=False, default=to_values) + "\n" for row in rows]
     return "".join(lines)
+
+
+def to_values(record) -> dict:
+    """The fields of a dataclass as JSON has them, nested ones too; TypeError for anything else.
+
+    A field with the metadata "rare" is left out where it has its default.
+    """
+    values = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if "rare" in field.metadata and value == field.default:
+            continue
+        if isinstance(value, tuple):
+            value = [to_values(item) if is_dataclass(item) else item for item in value]
+        elif is_dataclass(value):
+            value = to_values(value)
+        values[field.name] = value
+    return values
 
 
 # --- Locks and links

@@ -191,6 +191,14 @@ def test_lines_that_are_piped_get_an_answer_each(stub, monkeypatch):
     assert again.out.splitlines() == answers[:2], "the same words give the same dialogue"
 
 
+def test_what_has_no_token_in_a_dialogue_is_told(stub, capsys):
+    dialogue = scripted_dialogue(stub, "yes")
+    dialogue.loaded.tokenizer.processor.count_left_out = lambda text: text.count("\x04")
+    dialogue.take_line("a\x04b\x04 ?")
+    dialogue.take_line("a")
+    assert capsys.readouterr().err.count("has no token for 2 characters") == 1
+
+
 def test_a_process_answers_what_another_one_writes(stub):
     words = [stub / "bases/strong", "--generate.max_new_tokens=4", "--data.template=turns"]
     with spawn("sample", *words, stdin=subprocess.PIPE) as process:

@@ -12,7 +12,7 @@ from byte_pairs import NOTES, train_file
 from conftest import TEXTS, random_model, shared
 from published_templates import JINJA, SWITCHES
 from runs import invoke, train, write_stub
-from texts import ODD
+from texts import ODD, write_lines
 
 from minmacpo import UserError
 from minmacpo.config.schema import Config, Data
@@ -28,12 +28,15 @@ from minmacpo.data.chat_template import (
     response_text,
     tokenizer_notes,
 )
-from minmacpo.data.records import Example, Message, Sample, example_id
+from minmacpo.data.formats import read_data
+from minmacpo.data.records import Example, Message, Pair, Sample, example_id
 from minmacpo.data.templates import ALPACA, TEMPLATES, TODAY, VICUNA
 from minmacpo.data.tokenizer import Tokenizer, Tokens, load_tokenizer, show_mask
 from minmacpo.pipeline import sample_stage
 from minmacpo.pipeline.model_pool import LoadedModel
+from minmacpo.pipeline.prepare_data import cut_prompt
 from minmacpo.pipeline.sample_stage import Request, Sampler
+from minmacpo.runtime.files import read_rows, write_rows
 
 
 def user(content: str) -> Message:
@@ -803,8 +806,10 @@ def test_all_answers_of_a_dialogue_may_be_trained_on(place, seed):
     base_folder(place / "base", "qwen-2", seed)
     rows = []
     for number in range(60):
-        turns = [user(f"hello {number}"), bot("hi there"), user("and now ?")]
-        rows.append({"prompt": as_rows(turns), "chosen": "all good", "rejected": "not at all"})
+        turns = [user(f"hello {number}"), bot("hi there"), user("?"), bot("no"), user("and now ?")]
+        prompt = as_rows(turns)
+        prompt[3]["weight"] = 0
+        rows.append({"prompt": prompt, "chosen": "all good", "rejected": "not at all"})
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = (
         "--model.student=base",
@@ -827,9 +832,53 @@ def test_all_answers_of_a_dialogue_may_be_trained_on(place, seed):
         stage = found[0] if found else stage
         if "first row" in line and stage.endswith(("_pos", "_neg")):
             trained[stage] = line.count("⟦")
+            assert "⟦no<" not in line
     assert trained["round0/teacher1_pos"] == 2
     assert trained["round0/student_pos"] == 2
     assert trained["round0/teacher1_neg"] == 1
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt", "history", "stated twice", "ShareGPT"])
+def test_earlier_answers_of_weight_0_are_not_trained_on(form, tokenizer, tmp_path):
+    """Exactly: the mask of a row that has been read, written, and cut from the left."""
+    rows = as_rows([user("a"), bot("b"), user("c"), bot("b"), user("d"), bot("e"), user("f")])
+    last = {"role": "assistant", "content": "g"}
+    rows[1]["weight"] = 0  # says the same as the next answer, which is trained on
+    rows[5]["weight"] = 0.0
+    row = {
+        "messages": {"messages": [*rows, last]},
+        "prompt": {"prompt": rows, "response": "g"},
+        "history": {"history": rows[:6], "query": "f", "response": "g"},
+        "stated twice": {
+            "prompt": as_rows([user("f")]),
+            "chosen": [*rows, last],
+            "rejected": [*rows, last | {"content": "no"}],
+        },
+        "ShareGPT": {"conversations": [from_role(turn) for turn in (*rows, last)]},
+    }[form]
+    file = write_lines(tmp_path / "x.jsonl", json.dumps(row))
+    (pair,), reports = read_data(str(file))
+    assert not reports["x"].unread
+    write_rows(tmp_path / "d1.jsonl", [pair])
+    (pair,) = read_rows(tmp_path / "d1.jsonl", Pair)
+
+    def shown(train_on: str, prompt) -> str:
+        return show_mask(tokenizer, render(tokenizer, "turns", prompt, pair.chosen, train_on))
+
+    end = "<user>f<bot>⟦g</s>⟧"
+    whole = "<user>a<bot>b</s><user>c<bot>{}<user>d<bot>e</s>" + end
+    assert shown("last", pair.prompt) == whole.format("b</s>")
+    assert shown("all", pair.prompt) == whole.format("⟦b</s>⟧")
+    shorter = cut_prompt(pair.prompt, lambda messages: len(messages) <= 5)
+    assert shown("all", shorter) == whole.format("⟦b</s>⟧").removeprefix("<user>a<bot>b</s>")
+
+
+def from_role(turn: dict) -> dict:
+    """A message as ShareGPT has it."""
+    names = {"user": "human", "assistant": "gpt"}
+    turn = dict(turn)
+    weight = turn.pop("weight", 1)
+    return {"from": names[turn["role"]], "value": turn["content"], "train": bool(weight)}
 
 
 def test_an_export_says_that_it_has_another_template(tmp_path, seed):

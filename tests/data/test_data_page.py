@@ -104,8 +104,8 @@ def read_rows(tmp_path: Path, rows: list[dict]) -> str:
         if pair.chosen:
             answers = "better and worse answer" if pair.rejected else "answer"
         parts.append(f"{turns} → {answers}")
-        if "untrained_turns" in pair.meta:
-            parts.append("the turn is marked as not to be trained on")
+        if not all(message.trained for message in pair.prompt):
+            parts.append("`data.train_on=all` leaves the turn out")
     parts += [f"a warning names `{name}`" for name in reports["x"].unread]
     return "; ".join(parts)
 

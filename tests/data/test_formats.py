@@ -352,8 +352,6 @@ def test_every_format_is_known_by_its_fields(tmp_path, name, file_name):
     pairs, reports = read_data(str(file))
 
     meta = {"file": "x"}
-    if name == "untrained earlier turn":
-        meta["untrained_turns"] = [1]
     first = Pair(example_id(prompt), prompt, chosen, rejected, meta=meta)
     second = Pair(example_id(prompt, 1), prompt, chosen, rejected, meta=meta)
     assert pairs == [first, second]

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from byte_pairs import lacking_bytes
 from conftest import far, random_model
 from runs import invoke, rows_of
+from test_chat_template import tokenizer_folder
 
 from minmacpo.core.checkpoint import load_classifier
+from minmacpo.data.records import Pair
 from minmacpo.data.tokenizer import Tokens
 from minmacpo.evaluation import reward_model as reward
 from minmacpo.evaluation.finished_run import read_run
-from minmacpo.runtime.files import write_rows
+from minmacpo.runtime.files import read_rows, write_rows
 
 
 def save_classifier(folder, config, seed, tokenizer_file, dtype=torch.float32):
@@ -30,7 +33,6 @@ def save_classifier(folder, config, seed, tokenizer_file, dtype=torch.float32):
 
 def llama_config(**settings):
     return transformers.LlamaConfig(
-        vocab_size=480,
         hidden_size=24,
         intermediate_size=40,
         num_hidden_layers=2,
@@ -38,7 +40,7 @@ def llama_config(**settings):
         num_key_value_heads=2,
         num_labels=1,
         max_position_embeddings=128,
-        **{"pad_token_id": 0} | settings,
+        **{"pad_token_id": 0, "vocab_size": 480} | settings,
     )
 
 
@@ -145,6 +147,24 @@ def test_a_classifier_is_asked_in_its_own_template(classifier, tiny):
     assert wrong.code == 2 and "--template=plane" in wrong.err and "plain" in wrong.err
     alone = invoke("eval", "reward", tiny, "--template=plain")
     assert alone.code == 2 and "--model" in alone.err
+
+
+def test_characters_that_a_classifier_has_no_token_for_are_counted(tmp_path, tiny, seed):
+    config = llama_config(vocab_size=900)
+    folder = tmp_path / "classifier"
+    save_classifier(folder, config, seed, tiny / "bases/tokenizer/tokenizer.model")
+    (folder / "tokenizer.model").unlink()
+    file = tokenizer_folder(folder, "smollm-2") / "tokenizer.json"
+    file.write_text(lacking_bytes(file.read_text(), b"?"))
+    ended = invoke("eval", "reward", tiny, f"--model={folder}", "--template=plain")
+    assert ended.code == 0, ended.err
+    asked = sum(
+        message.content.count("?")
+        for pair in read_rows(tiny / "data/slices/test.jsonl", Pair)
+        for message in pair.prompt
+    )
+    (count,) = re.findall(rf"WARNING: {file}: has no token for (\d+) characters", ended.err)
+    assert int(count) >= asked > 0
 
 
 def test_a_padding_token_that_is_no_id_is_told(classifier, tiny):

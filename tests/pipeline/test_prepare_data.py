@@ -273,6 +273,12 @@ def test_programs_that_read_a_file_say_how_many_characters_they_leave_out(tmp_pa
     assert [line for line in measured.err.splitlines() if says in line][1:] == []
     assert says in measured.err
 
+    answered = invoke(
+        "sample", base, "a\x04b\x16?", "--data.template=plain", "--generate.max_new_tokens=2"
+    )
+    assert answered.code == 0, answered.err
+    assert answered.err.count(says.replace("40", "2")) == 1
+
     given = f"--model.student={base}", f"--model.teachers={base},{base}"
     settings = *given, f"--data.path={file}", f"--run.root={tmp_path / 'runs'}"
     planned = train(write_stub(tmp_path), *settings, "--data.template=plain", "--dry_run")
