@@ -183,6 +183,25 @@ def far(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a - b).abs().max().item()
 
 
+def kept_bytes(compute: Callable[[], torch.Tensor]) -> int:
+    """Bytes of all tensors that autograd keeps of a pass; a tensor that is kept twice counts once.
+
+    Parameters do not count.
+    """
+    kept: dict[int, int] = {}
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        result = compute()
+    del result  # lives until here, so that no kept tensor's memory is used again
+    return sum(kept.values())
+
+
 def logits_of(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
     """Logits (B, T, V), as transformers gives them."""
     return model.lm_head(model(tokens))

@@ -16,9 +16,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minmacpo.core.model_config import ModelConfig, RopeScaling
 from minmacpo.kernels.attention import OffsetRMSNorm, RMSNorm, attention
+from minmacpo.kernels.gated_activation import gated_activation
 
 # By the names of config.json's hidden_act
 ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
@@ -379,7 +381,9 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)  # (B, T, inner)
+        up = self.up_proj(x)  # (B, T, inner)
+        return self.down_proj(gated_activation(gate, up, self.activation))
 
 
 class Block(nn.Module):
@@ -425,6 +429,10 @@ class Transformer(nn.Module):
     # Whether its cache holds all positions of a coordinate side by side, and its prompts are read
     # in multiples of CACHE_ALIGN; core.prepack sets it in copies for which that is faster.
     transposed_cache = False
+
+    # Activation checkpointing: a training keeps nothing of a block but its input, and computes the
+    # block a second time in the backward pass. Same bits, a third more work, far less memory.
+    recompute_blocks = False
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -506,7 +514,11 @@ class Transformer(nn.Module):
                 packed=packed,
                 outputs=outputs if number == last else None,
             )
-            x = block(x, layer)
+            if self.recompute_blocks and torch.is_grad_enabled():
+                # Nothing in a block is random, so there is no state of a generator to put back
+                x = checkpoint(block, x, layer, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, layer)
         if outputs is not None:
             x = x[0]  # (M, C)
         return self.model.norm(x)
