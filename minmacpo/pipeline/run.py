@@ -11,6 +11,7 @@ the dry run and for the "[12/57]" of the log; after it they are computed.
 
 import contextlib
 import functools
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -51,6 +52,7 @@ from minmacpo.runtime.progress import escape_control_chars
 from minmacpo.runtime.seeds import derive_seed
 
 FINISHED = "eval/table.json"  # written last: it says that the run is finished
+REPORT_EVERY = 10  # seconds from one report to the next while the run goes on
 
 
 class StageLister:
@@ -107,6 +109,7 @@ class Run:
 
         self.on_step: Callable[[], None] | None = None
         self.after_stage: Callable[[Path], None] = lambda path: None  # called with the run's folder
+        self.reported_at = -math.inf  # when that was; seconds of a clock that only goes forward
         check_folder(self.path, config)
 
     # --- Declaring stages
@@ -321,9 +324,13 @@ class Run:
         return f"[{number}/{len(self.plan)}] {name}"
 
     def report_progress(self) -> None:
-        """Let the caller look at the run after a stage."""
+        """Let the caller look at the run after a stage, if it has not done so a moment ago."""
+        now = time.monotonic()
+        if now - self.reported_at < REPORT_EVERY:
+            return
         with self.lock():
             self.after_stage(self.path)
+        self.reported_at = time.monotonic()
 
     def profiler(self, kind: str) -> contextlib.AbstractContextManager:
         """Traces the first stage of each kind into profile/, if the user asked for it."""

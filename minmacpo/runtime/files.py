@@ -104,21 +104,20 @@ def to_jsonl(rows: Iterable) -> str:
 
 
 def to_values(record) -> dict:
-    """The fields of a dataclass as JSON has them, nested ones too; TypeError for anything else.
+    """The fields of a dataclass by name; TypeError for anything else.
 
-    A field with the metadata "rare" is left out where it has its default.
+    Records within it come when json asks for them. A field with the metadata "rare" is left out
+    where it has its default.
     """
     values = {}
-    for field in fields(record):
+    for field in record_fields(type(record)):
         value = getattr(record, field.name)
-        if "rare" in field.metadata and value == field.default:
-            continue
-        if isinstance(value, tuple):
-            value = [to_values(item) if is_dataclass(item) else item for item in value]
-        elif is_dataclass(value):
-            value = to_values(value)
-        values[field.name] = value
+        if "rare" not in field.metadata or value != field.default:
+            values[field.name] = value
     return values
+
+
+record_fields = functools.cache(fields)
 
 
 # --- Locks and links
