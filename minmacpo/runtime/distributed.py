@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minmacpo import UserError
+from minmacpo.runtime.files import to_values
 from minmacpo.runtime.progress import Interrupted, Signals
 
 # Ranks may be a shard of samples, or a step, apart. One that ends is noticed at once.
@@ -122,11 +123,12 @@ class Distributed:
             raise Interrupted(number)
 
     def gather(self, value) -> list:
-        """The values, of JSON, of all ranks. Collective."""
+        """The values of all ranks, which JSON or `to_jsonl` can write. Collective."""
         if self.world_size == 1:
             return [value]
         # Tensors must have one size on all ranks: the longest text's
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        text = json.dumps(value, default=to_values)
+        data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.world_size)]
         torch.distributed.all_gather(sizes, torch.tensor([len(data)]))
         longest = int(max(sizes))
