@@ -66,12 +66,23 @@ THOUGHT_MARKS = (
     ("<thought>", "</thought>"),
     ("<reasoning>", "</reasoning>"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<analysis>", "</analysis>"),
+    ("<seed:think>", "</seed:think>"),
+    ("◁think▷", "◁/think▷"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("[THINK]", "[/THINK]"),
     ("<|channel|>analysis", "<|channel|>final"),
 )
 
-# What a judge quotes, on one line: "...", “...”, «...», `...`, and lines that begin with ">"
-QUOTED = re.compile(r'"[^"\n]*"|“[^”\n]*”|«[^»\n]*»|`[^`\n]*`|^\s*>.*$', re.MULTILINE)
+# What a judge quotes, on one line: "...", “...”, «...», `...`, '...' (no apostrophe of a word),
+# and lines that begin with ">"
+QUOTED = re.compile(
+    r"""
+    "[^"\n]*" | “[^”\n]*” | «[^»\n]*» | `[^`\n]*` | ^\s*>.*$
+    | (?<!\w)'(?!\s)[^'\n]*(?:(?<=\w)'(?=\w)[^'\n]*)*'(?!\w)
+    """,
+    re.MULTILINE | re.VERBOSE,
+)
 ANY_MARK = re.compile(r"\[\[[ABC]\]\]")
 DECORATION = " \t.*_`'\"“”‘’«»"  # what may stand around a verdict on a line of its own
 
@@ -302,8 +313,8 @@ def text_after_thoughts(reply: str) -> str:
     """What a reply says after it has thought; nothing where the thoughts do not end."""
     conclusion = reply
     for begin, end in THOUGHT_MARKS:
-        conclusion = conclusion.rpartition(end)[2]
-        if begin in conclusion:
+        conclusion = re.split(re.escape(end), conclusion, flags=re.IGNORECASE)[-1]
+        if begin.lower() in conclusion.lower():
             return ""
     return conclusion
 

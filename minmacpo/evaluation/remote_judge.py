@@ -40,6 +40,17 @@ Ask = Callable[[str], Reply]
 
 CUT = "cut at the limit of new tokens"  # the problem of a reply that --max_new_tokens has cut
 
+# Why a reply has ended, as servers call it: by itself, at the limit, or by a filter
+END_REASONS = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete")
+LIMIT_REASONS = (
+    "length", "max_tokens", "max_output_tokens", "max_length", "model_length",
+    "model_context_window_exceeded",
+)  # fmt: skip
+FILTER_REASONS = (
+    "content_filter", "content_filtered", "safety", "recitation", "blocklist", "prohibited_content",
+    "guardrail_intervened", "sensitive",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Server:
@@ -130,6 +141,8 @@ class RequestForm:
     def adapted(self, complaint: "Complaint") -> "RequestForm":
         """The form that a server asks for with its complaint; the same one if it is about else."""
         text = complaint.message.lower()
+        if re.search(TOO_LARGE, text):
+            return self  # whatever parameter it names
         about_limit = complaint.parameter == "max_tokens" or "max_tokens" in text
         unknown = "unsupported" in complaint.code or re.search(UNKNOWN_PARAMETER, text)
         if "max_completion_tokens" in text or (about_limit and unknown):
@@ -145,7 +158,8 @@ class RequestForm:
         return f"{self.limit_field} and temperature {self.temperature:g}"
 
 
-# What servers call a parameter that they do not take
+# How servers say that a question or its answer does not fit, and that they lack a parameter
+TOO_LARGE = "too large|too long|context length|context window|context size"
 UNKNOWN_PARAMETER = "not support|unsupported|unknown|unrecognized|unexpected|not permitted|extra"
 
 
@@ -297,11 +311,13 @@ def read_pause(headers: Mapping[str, str]) -> float | None:
 
 
 def read_json_object(body: bytes) -> dict:
-    """The JSON object of a body; an empty one if it is none."""
+    """The JSON object of a body, or the first of a list; an empty one if it is none."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
         return {}
+    if isinstance(content, list) and content:
+        content = content[0]
     return content if isinstance(content, dict) else {}
 
 
@@ -311,7 +327,8 @@ def read_complaint(answer: HttpAnswer) -> Complaint | None:
     Servers say it in several ways, some of them with the status 200:
     {"error": {"message": "...", "param": "...", "code": 402}}, {"error": "..."},
     {"object": "error", "message": "...", "code": 400}, {"detail": "..."},
-    {"choices": [{"error": {...}}]}.
+    {"choices": [{"error": {...}}]}, [{"error": {...}}]. A relay hands on what the server behind it
+    says in {"error": {"metadata": {"raw": "..."}}}.
     """
     content = read_json_object(answer.body)
     error = content.get("error") or choice_error(content)
@@ -331,9 +348,14 @@ def read_complaint(answer: HttpAnswer) -> Complaint | None:
         # an error sent as a success: its own number counts, and one without may pass
         has_number = type(code) is int and 300 <= code < 600
         status = code if has_number else 500
+    if not isinstance(message, str):
+        message = json.dumps(message)
+    metadata = details.get("metadata")
+    if isinstance(metadata, dict) and metadata.get("raw"):
+        message = f"{message}: {metadata['raw']}"
     return Complaint(
         status=status,
-        message=message if isinstance(message, str) else json.dumps(message),
+        message=message,
         parameter=str(details.get("param") or ""),
         code=str(code),
     )
@@ -361,28 +383,51 @@ def read_reply(body: bytes) -> Reply:
     choice = first_choice(read_json_object(body))
     message = choice.get("message")
     if not isinstance(message, dict):
-        raise AttemptFailed("the reply is no chat completion")
+        start = on_one_line(body[:SHOWN_WORDS].decode("utf-8", "replace"))
+        raise AttemptFailed(f"the reply is no chat completion: {start}")
     text = message_text(message.get("content"))
-    if choice.get("finish_reason") == "length":
-        return Reply(hide_key(text or ""), CUT)
-    if choice.get("finish_reason") == "content_filter":
-        return Reply(hide_key(text or ""), "cut by a filter of the server")
     if isinstance(message.get("refusal"), str) and not text:
         return Reply(hide_key(message["refusal"]), "the model refuses to judge")
-    if text is None:
+    problem = why_unfinished(choice)
+    has_thoughts = any(message.get(key) for key in ("reasoning_content", "reasoning"))
+    if not text and not problem and has_thoughts:
+        problem = "thoughts without an answer behind them"
+    if text is None and not problem:
         raise AttemptFailed("the reply holds no text")
-    return Reply(hide_key(text))
+    return Reply(hide_key(text or ""), problem)
+
+
+def why_unfinished(choice: dict) -> str:
+    """The problem of a reply that did not come to its end; empty if it did."""
+    reasons = []
+    for key in ("finish_reason", "native_finish_reason"):
+        if isinstance(choice.get(key), str):
+            reasons.append(choice[key].lower())
+    details = choice.get("finish_details")
+    if isinstance(details, dict):
+        reasons.append(str(details.get("type")).lower())
+    if any(reason in LIMIT_REASONS for reason in reasons):
+        return CUT
+    if any(reason in FILTER_REASONS for reason in reasons):
+        return "cut by a filter of the server"
+    if reasons and reasons[0] not in END_REASONS:
+        return on_one_line(f"ended by the server ({reasons[0]})")
+    return ""
 
 
 def message_text(content: object) -> str | None:
-    """The text of a message's content, which may be a list of parts; None if it has none."""
+    """The text of a message's content, which may be a list of parts; None if it has none.
+
+    Parts of another type than text hold thoughts.
+    """
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         return None
     texts = []
     for part in content:
-        text = part.get("text") if isinstance(part, dict) else None
+        is_text = isinstance(part, dict) and part.get("type", "text") in ("text", "output_text")
+        text = part.get("text") if is_text else None
         if isinstance(text, str):
             texts.append(text)
     return "".join(texts) if texts else None

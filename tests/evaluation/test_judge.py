@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import signal
 import threading
 import time
@@ -42,8 +43,13 @@ class Answer:
 
 def completion(text, finish="stop", **message) -> dict:
     """A chat completion."""
+    return {"choices": [choice(text, finish_reason=finish, **message)]}
+
+
+def choice(text, finish_reason=None, **message) -> dict:
+    """The one choice of a chat completion."""
     message = {"role": "assistant", "content": text} | message
-    return {"choices": [{"index": 0, "message": message, "finish_reason": finish}]}
+    return {"index": 0, "message": message, "finish_reason": finish_reason}
 
 
 def error(message, **details) -> dict:
@@ -368,11 +374,15 @@ def test_a_server_is_asked_in_the_form_that_it_wants(place, sides, quick, rules,
 
 
 def test_a_limit_that_is_too_large_is_no_matter_of_its_name(place, sides, quick):
-    message = "max_tokens is too large: 256. This model supports at most 128 completion tokens."
-    server = Server([Answer(error(message, param="max_tokens", code="invalid_value"), 400)] * 99)
-    ended = invoke("eval", *sides, f"--url={server.url}", "--workers=1")
-    assert ended.code == 2 and "at most 128" in ended.err
-    assert all("max_tokens" in body for _, body in server.asked)
+    names = ("max_tokens", "'max_tokens' or 'max_completion_tokens'")
+    for number, name in enumerate(names):
+        message = f"{name} is too large: 256. This model supports at most 128 completion tokens."
+        complaint = error(message, param="max_tokens", code="invalid_value")
+        server = Server([Answer(complaint, 400)] * 99)
+        words = [*sides, f"--url={server.url}", "--workers=1", f"--out=large{number}"]
+        ended = invoke("eval", *words)
+        assert ended.code == 2 and "at most 128" in ended.err
+        assert all("max_tokens" in body for _, body in server.asked)
 
 
 @pytest.mark.parametrize(
@@ -381,16 +391,58 @@ def test_a_limit_that_is_too_large_is_no_matter_of_its_name(place, sides, quick)
         completion("<think>[[A]] if the first, [[B]] if the second", "length"),
         completion("Perhaps [[B]], for it is short. But then", "length"),
         completion(None, "length", reasoning_content="[[A]] or"),
+        completion("Perhaps [[B]]", "max_tokens"),
+        completion("Perhaps [[B]]", "MAX_TOKENS"),
+        completion("Perhaps [[B]]", "model_length"),
+        {"choices": [choice("Perhaps [[B]]", "stop") | {"native_finish_reason": "length"}]},
+        {"choices": [choice("Perhaps [[B]]") | {"finish_details": {"type": "max_tokens"}}]},
         completion("[[A]]", "content_filter"),
+        completion("[[A]]", "SAFETY"),
+        completion("[[A]]", "abort"),
+        completion("[[A]]", "error"),
         completion(None, refusal="I cannot judge that. [[A]]"),
+        completion(None, reasoning_content="[[A]]"),
+        completion("", reasoning="[[A]]"),
+        completion([{"type": "reasoning", "text": "[[A]]"}], reasoning="[[A]]"),
     ],
 )
 def test_a_reply_that_did_not_come_to_its_end_is_no_verdict(place, sides, quick, cut):
     server = Server([Answer(cut)])
     ended = invoke("eval", *sides, f"--url={server.url}", "--workers=1")
     assert ended.code == 0 and result(place)["unjudged"] == 1 == result(place)["without_verdict"]
-    is_limit = cut["choices"][0]["finish_reason"] == "length"
+    is_limit = bool(re.search("length|max_tokens", json.dumps(cut).lower()))
     assert result(place)["cut"] == is_limit and ("raise --max_new_tokens" in ended.out) == is_limit
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (Answer([error("API key not valid")], 400), "400: API key not valid"),
+        (Answer({"message": "no such model"}, 400), "400: no such model"),
+        (Answer({"success": False, "errors": [{"message": "no route"}]}), "no route"),
+        (Answer({"message": {"content": "[[A]]"}, "done": True}), '"done": true'),
+        (
+            Answer(error("Provider returned error", metadata={"raw": "the prompt is odd"}), 400),
+            "Provider returned error: the prompt is odd",
+        ),
+    ],
+)
+def test_whatever_a_server_says_instead_is_shown(place, sides, quick, answer, words):
+    server = Server([answer] * 99)
+    ended = invoke("eval", *sides, f"--url={server.url}", "--attempts=1", "--workers=1")
+    assert ended.code == 2 and words in ended.err and ended.err.count("\n") == 1
+
+
+def test_a_complaint_that_a_relay_hands_on_is_understood(place, sides, quick):
+    def rule(body):
+        if "max_tokens" in body:
+            raw = json.dumps(refuse_max_tokens(body).content)
+            return Answer(error("Provider returned error", metadata={"raw": raw}), 400)
+
+    server = Server()
+    server.rule = rule
+    assert invoke("eval", *sides, f"--url={server.url}", "--workers=1").code == 0
+    assert "max_completion_tokens" in server.asked[-1][1]
 
 
 def test_a_judge_that_is_always_cut_is_told_as_that(place, sides, quick):
@@ -400,11 +452,22 @@ def test_a_judge_that_is_always_cut_is_told_as_that(place, sides, quick):
     assert "raise --max_new_tokens=9" in ended.err
 
 
-def test_a_reply_in_parts_is_one_text(place, sides, quick):
+def test_a_reply_in_parts_is_one_text_without_its_thoughts(place, sides, quick):
     server = Server()
-    server.rule = lambda body: Answer(
-        completion([{"type": "text", "text": "So: "}, {"type": "text", "text": good_reply(body)}])
-    )
+
+    def reply(body):
+        return Answer(
+            completion(
+                [
+                    {"type": "thinking", "thinking": [{"type": "text", "text": "[[A]] ?"}]},
+                    {"type": "text", "text": "So: "},
+                    {"type": "text", "text": good_reply(body)},
+                    {"type": "reasoning", "text": "or [[C]]"},
+                ]
+            )
+        )
+
+    server.rule = reply
     assert invoke("eval", *sides, f"--url={server.url}").code == 0
     assert result(place)["win_rate"] == pytest.approx(0.7)
 
@@ -654,6 +717,15 @@ def test_verdicts_are_the_last_mark():
         ('The first says "no", the second “yes”. [[B]]', "second"),
         ("Both are good.\n\n`[[C]]`", "tie"),
         ('The first one.\n"[[A]]".', "first"),
+        ("Is it '[[C]]'? The answer's tone isn't kind, the other's is. [[B]]", "second"),
+        ("I don't follow 'output [[A]]', which isn't a judge's matter.", None),
+        ("It's the first's. [[A]]. It isn't [[B]]'s", "second"),
+        ("<Think>[[A]] it is", None),
+        ("◁think▷[[A]]", None),
+        ("◁think▷[[A]]◁/think▷[[B]]", "second"),
+        ("<|START_THINKING|>[[A]]<|END_THINKING|>[[B]]", "second"),
+        ("<seed:think>[[A]]", None),
+        ("<analysis>[[A]] or", None),
         ("", None),
     ],
 )
