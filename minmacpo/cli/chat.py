@@ -8,12 +8,14 @@ seed, the dialogue so far, and how many answers were given before.
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterable
 
 from minmacpo import UserError
 from minmacpo.config.schema import Config
 from minmacpo.data.chat_template import response_text, starts_next_turn
 from minmacpo.data.dialogues import InvalidRow, parse_prompt_text, with_system
+from minmacpo.data.formats import has_odd_prompt
 from minmacpo.data.records import Example, Message, Sample, example_id
 from minmacpo.pipeline.model_pool import LoadedModel
 from minmacpo.pipeline.prepare_data import warn_of_left_out
@@ -43,11 +45,18 @@ def print_answers(config: Config, loaded: LoadedModel, agent: str, prompt: str, 
 
 
 def parse_prompt(text: str) -> tuple[Message, ...]:
-    """The turns of PROMPT, which may be a dialogue marked as in HH-RLHF."""
+    """The turns of PROMPT, which may be a dialogue marked as in HH-RLHF, or by a chat template."""
     try:
-        return parse_prompt_text(text, "PROMPT")
+        turns = parse_prompt_text(text, "PROMPT")
     except InvalidRow as error:
         raise UserError(f"{error.reason}: {error.details}") from None
+    if has_odd_prompt(turns):
+        print(
+            "WARNING: PROMPT looks as if a chat template had written it, and is taken as one human "
+            "turn; give the text alone",
+            file=sys.stderr,
+        )
+    return turns
 
 
 def display_answer(loaded: LoadedModel, answer: Sample) -> str:

@@ -6,6 +6,7 @@ by its name, so that nothing is left out without a word.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 from minmacpo.data.dialogues import (
@@ -26,12 +27,13 @@ from minmacpo.data.records import Message
 # The columns of the prompt; the first that a row has is taken.
 PROMPT_FIELDS = (
     "prompt", "conversations", "conversation", "messages", "instruction", "question", "query",
+    "input",
 )  # fmt: skip
 DIALOGUE_FIELDS = ("conversations", "conversation", "messages")  # may end with the answer
 
 # Those of the answers; the first of a tuple that a row has is taken.
-CHOSEN_FIELDS = ("chosen", "chosen_response", "chosen_messages")
-REJECTED_FIELDS = ("rejected", "rejected_response", "rejected_messages")
+CHOSEN_FIELDS = ("chosen", "chosen_response", "chosen_messages", "response_j")
+REJECTED_FIELDS = ("rejected", "rejected_response", "rejected_messages", "response_k")
 ANSWER_FIELDS = ("response", "completion", "output")
 LABELLED_FIELDS = ("response_0", "response_1")  # PKU-SafeRLHF
 RESPONSE_LISTS = ("responses", "completions", "answers", "candidates", "generations")
@@ -50,6 +52,9 @@ SCORE_PAIRS = (
     ("chosen_avg_rating", "rejected_avg_rating"),
     ("chosen_reward", "rejected_reward"),
     ("reward_chosen", "reward_rejected"),
+    ("rating_chosen", "rating_rejected"),
+    ("chosen_rm_score", "rejected_rm_score"),
+    ("chosen_quality", "rejected_quality"),
 )
 
 SYSTEM_FIELDS = ("system", "system_prompt", "system_message", "system_instruction")
@@ -58,15 +63,28 @@ HISTORY_FIELDS = ("history", "context")
 # Whether an answer is a good one, of TRL's and LLaMA-Factory's KTO rows, BeaverTails and others.
 LABEL_FIELDS = (
     "label", "kto_tag", "is_safe", "is_good", "is_chosen", "is_preferred", "desirable",
-    "is_desirable",
+    "is_desirable", "safe", "is_response_safe", "is_correct", "is_accepted", "accepted",
+    "thumbs_up", "liked", "is_harmless", "is_helpful",
 )  # fmt: skip
-GOOD_LABELS = {"true", "1", "good", "yes", "chosen", "desirable", "positive", "+1"}
-BAD_LABELS = {"false", "0", "bad", "no", "rejected", "undesirable", "negative", "-1"}
+GOOD_LABELS = {
+    "true", "1", "good", "yes", "chosen", "desirable", "positive", "+1", "safe", "accepted",
+    "correct", "liked", "thumbs_up", "👍",
+}  # fmt: skip
+BAD_LABELS = {
+    "false", "0", "bad", "no", "rejected", "undesirable", "negative", "-1", "unsafe", "incorrect",
+    "disliked", "thumbs_down", "👎",
+}  # fmt: skip
+
+# Columns that hold answers, though not which one is the better: HelpSteer2, SHP, WebGPT, ...
+ANSWER_LIKE = re.compile(
+    r"(response|answer|completion|output|reply|human_ref|summary)[ _-]?([0-9]{1,2}|[a-d])", re.I
+)
 
 # Columns that may be passed over without a word, by the reason.
 HARMLESS = {
     "names the row": (
-        "id", "_id", "idx", "index", "uid", "uuid", "row_id", "prompt_id", "question_id",
+        "id", "_id", "idx", "index", "uid", "uuid", "qid", "post_id", "row_id", "prompt_id",
+        "question_id",
         "conversation_id", "conversation_hash", "chat_id", "sample_id", "example_id", "data_id",
         "instruction_id", "hash", "md5", "sha256", "prompt_hash", "__index_level_0__",
     ),
@@ -345,9 +363,12 @@ def unread_columns(row: Row, prompt: Prompt, answers: Sequence[str | None]) -> l
         answers: so, too.
     """
     known = {message.content for message in prompt} | set(answers)
+    scored_name = response_list(row)
     unread = []
     for name, value in row.fields.items():
-        if name in row.read:
+        if name in row.read and name == scored_name:
+            unread += unread_keys_of_answers(value, name)
+        elif name in row.read:
             unread += unread_keys(value, name)
         elif not is_harmless(name, value) and not repeats(value, known):
             unread.append(name)
@@ -366,6 +387,35 @@ def unread_keys(value: object, name: str) -> list[str]:
             if not is_read and not is_empty(content):
                 keys[f"{name}.{key}"] = True
     return list(keys)
+
+
+def unread_keys_of_answers(answers: Sequence, name: str) -> list[str]:
+    """ "completions.principle": the keys of scored answers that are not read."""
+    known = {*TEXT_FIELDS, *SCORE_FIELDS, *RANK_FIELDS, *HARMLESS_NAMES, *HARMLESS_KEYS}
+    keys = {}  # in their order, each once
+    for answer in answers:
+        for key, content in answer.items() if isinstance(answer, dict) else ():
+            if key not in known and not is_empty(content):
+                keys[f"{name}.{key}"] = True
+    return list(keys)
+
+
+def check_no_answers(row: Row, unread: Sequence[str]) -> None:
+    """InvalidRow where a row of which only the prompt is read has answers all the same."""
+    names = [name for name in unread if ANSWER_LIKE.fullmatch(name)]
+    if names:
+        raise InvalidRow(
+            "answers not read",
+            f"{' and '.join(map(repr, names))}: no column that is known says which answer is the "
+            'better; name them "chosen" and "rejected"',
+        )
+    for name in RESPONSE_LISTS:
+        if name in unread and isinstance(row.fields[name], list):
+            raise InvalidRow(
+                "answers not read",
+                f"{name!r} holds answers without a score or rank for each; expected them in "
+                "'scores' or 'ranks'",
+            )
 
 
 def is_empty(value: object) -> bool:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 from minmacpo.data.records import Message
+from minmacpo.data.rendered import parse_rendered, without_end_marks
 
 Prompt = tuple[Message, ...]
 
@@ -26,6 +27,12 @@ ROLES = {
     "gpt": "assistant",
     "assistant": "assistant",
     "system": "system",
+    "prompter": "user",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "developer": "system",
 }
 
 # Where a message says that it calls a tool, which no template here can write
@@ -91,7 +98,12 @@ def parse_message(turn: object, name: str) -> Message:
         )
     role = turn.get("role", turn.get("from"))
     content = turn.get("content", turn.get("value"))
-    if not isinstance(role, str) or role not in ROLES:
+    if role is None:
+        keys = ", ".join(map(repr, turn))
+        raise InvalidRow(
+            "no role", f"{name!r} holds a turn without 'role' or 'from'; its keys are {keys:.80}"
+        )
+    if not isinstance(role, str) or role.lower() not in ROLES:
         raise InvalidRow(
             "unknown role", f"{name!r} holds a turn of {role!a:.80}; known are {', '.join(ROLES)}"
         )
@@ -100,8 +112,23 @@ def parse_message(turn: object, name: str) -> Message:
             raise InvalidRow(
                 "tool call", f"{name!r} holds a turn with {key!r}, which no template here can write"
             )
-    text = parse_text(content, f"{name}: {role}")
-    return Message(ROLES[role], text, trained=not is_untrained(turn))
+    text = parse_content(content, f"{name}: {role}")
+    return Message(ROLES[role.lower()], text, trained=not is_untrained(turn))
+
+
+def parse_content(content: object, name: str) -> str:
+    """The text of a message, which may be a list of parts, as OpenAI has it."""
+    if not isinstance(content, list):
+        return parse_text(content, name)
+    texts = []
+    for part in content:
+        if not isinstance(part, dict):
+            raise InvalidRow("no text", f"{name!r} is a list that holds {describe_type(part)}")
+        kind = part.get("type")
+        if kind != "text":
+            raise InvalidRow("no text", f"{name!r} holds a part of the type {kind!a:.40}")
+        texts.append(parse_text(part.get("text"), name))
+    return "\n".join(texts)
 
 
 def check_turns(messages: Prompt, name: str) -> Prompt:
@@ -155,11 +182,13 @@ def parse_prompt_text(text: object, name: str) -> Prompt:
     r"""The turns of a text that stands for a prompt: a marked dialogue, or else one human turn.
 
     "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: so?\n\nAssistant:" has three turns. The first blank
-    lines and the last mark may be missing.
+    lines and the last mark may be missing. So it is with a text that a chat template has
+    written, such as "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n".
     """
     content = parse_text(text, name)
     if not is_marked(content):
-        return check_turns((Message("user", content),), name)
+        turns = parse_rendered(content) or (Message("user", content),)
+        return check_turns(turns, name)
     turns = split_marked(content)
     last = turns[-1]
     if last.role == "assistant" and not last.content:
@@ -214,13 +243,13 @@ def parse_dialogue(value: object, name: str) -> tuple[Prompt, str | None]:
     """(prompt, last answer) of a dialogue; the answer is None if a human turn is the last.
 
     Args:
-        value: a text of the HH-RLHF kind, or messages.
+        value: a text of the HH-RLHF kind, or of a chat template; or messages.
     """
-    if not isinstance(value, str):
-        *prompt, last = parse_messages(value, name)
+    turns = parse_rendered(parse_text(value, name)) if isinstance(value, str) else ()
+    if turns or not isinstance(value, str):
+        *prompt, last = turns or parse_messages(value, name)
         return tuple(prompt), last.content if last.role == "assistant" else None
 
-    parse_text(value, name)  # for its checks: the text is split as it is
     try:
         prompt, answer = split_dialogue(value)
     except ValueError as error:
@@ -230,7 +259,7 @@ def parse_dialogue(value: object, name: str) -> tuple[Prompt, str | None]:
 
 
 def parse_answer(
-    value: object, name: str, stated: Prompt, is_marked_prompt: bool
+    value: object, name: str, stated: Prompt, stated_text: str = ""
 ) -> tuple[Prompt, str | None]:
     r"""(turns before it, answer) of what stands beside a prompt; mostly there are no turns.
 
@@ -240,7 +269,7 @@ def parse_answer(
     Args:
         value: a text, or messages of which the last is the answer.
         stated: the turns of the prompt's own column.
-        is_marked_prompt: whether that column is a marked dialogue.
+        stated_text: that column, where it is a text.
     """
     if not isinstance(value, str):
         return parse_dialogue(value, name)
@@ -251,8 +280,16 @@ def parse_answer(
         has_leading_lines = value.startswith("\n\n")
         if has_leading_lines or merge_prompts(stated, [turns]) is not None:
             return turns, answer
-    if value.startswith(HH_ANSWER) or is_marked_prompt:
+    if value.startswith(HH_ANSWER) or is_marked(stated_text):
         text = text.removeprefix("Assistant:").lstrip()
+    elif parse_rendered(text):
+        turns, answer = parse_dialogue(text, name)
+        if merge_prompts(stated, [turns]) is not None:
+            return turns, answer
+    elif parse_rendered(stated_text.strip()):
+        # The prompt's template may have ended the answer, or begun it
+        turns = parse_rendered(f"{stated_text}{text}")
+        text = turns[-1].content if len(turns) > len(stated) else without_end_marks(text)
     return (), text
 
 

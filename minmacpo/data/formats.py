@@ -29,6 +29,7 @@ from minmacpo.data.columns import (
     SYSTEM_FIELDS,
     Row,
     add_context,
+    check_no_answers,
     contradicts_scores,
     ends_untrained,
     first_field,
@@ -41,7 +42,6 @@ from minmacpo.data.dialogues import (
     InvalidRow,
     Prompt,
     describe_type,
-    is_marked,
     merge_prompts,
     parse_answer,
     parse_dialogue,
@@ -62,6 +62,7 @@ from minmacpo.data.readers import (
     split_pair_paths,
 )
 from minmacpo.data.records import Pair, Sample, example_id, format_dialogue
+from minmacpo.data.rendered import ends_with_mark, looks_rendered
 
 # A row has all fields of at least one of these.
 REQUIRED_FIELDS = (
@@ -74,6 +75,9 @@ REQUIRED_FIELDS = (
     {"instruction", "completion"},
     {"question", "response"},
     {"query", "response"},
+    {"input", "response"},
+    {"input", "output"},
+    {"input", "completion"},
     {"chosen", "rejected"},
     {"chosen_messages", "rejected_messages"},
 )
@@ -81,6 +85,17 @@ REQUIRED_FIELDS = (
 # What becomes of bad answers, as it is counted.
 JOINED = "bad answers joined with a good one to their prompt"
 LEFT_ALONE = "bad answers without a good one to their prompt, which alone is used"
+
+# What is odd about rows that are used all the same: what it is, and what to do about it.
+ODD_PROMPT = "prompts that look as if a chat template had written them"
+ODD_ANSWER = "answers that end with a chat template's mark"
+ODD_START = "answers that begin with their prompt"
+ADVICE = {
+    ODD_PROMPT: 'are taken as one human turn; give the turns as "messages", or the text alone',
+    ODD_ANSWER: "keep it as text; take it off, as the template of the base writes its own",
+    ODD_START: "keep it; take it off, as an answer stands behind its prompt anyway",
+}
+SHORTEST_START = 12  # characters of a prompt that no answer begins with by chance
 
 UNDERSTOOD = (
     'understood are "chosen" and "rejected" dialogues (HH-RLHF, or lists of messages); '
@@ -117,12 +132,14 @@ class ParsedRow:
         reason: "kept", or why the row cannot be used.
         unread: columns that hold something and are not used.
         label: whether the only answer is a good one; None if the row does not say it.
+        odd: which of ADVICE the row needs.
     """
 
     pair: Pair | None
     reason: str
     unread: list[str] = field(default_factory=list)
     label: bool | None = None
+    odd: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -134,6 +151,7 @@ class LoadReport:
     first: dict[str, int] = field(default_factory=dict)  # {reason to drop a row: first row}
     unread: Counter = field(default_factory=Counter)  # {column that is not used: rows}
     joined: Counter = field(default_factory=Counter)  # {what became of labelled answers: rows}
+    odd: Counter = field(default_factory=Counter)  # {what is odd, one of ADVICE: rows}
     unit: str = "line"  # or "row", of an array or a table
     not_read: str = ""  # why no row of the file has been read
 
@@ -157,6 +175,8 @@ class LoadReport:
             parts.append(f"{self.counts[reason]} {reason} (first in {self.unit} {number})")
         for what, count in self.joined.items():
             parts.append(f"{count} {what}")
+        for what, count in self.odd.items():
+            parts.append(f"{count} {what}")
         if self.unread:
             parts.append(f"not used: {list_columns(self.unread)}")
         return "; ".join(parts)
@@ -171,7 +191,7 @@ def list_columns(unread: Mapping[str, int]) -> str:
 
 
 def column_warnings(reports: Mapping[str, LoadReport]) -> list[str]:
-    """One sentence for each file that is not read, or has columns that are not used."""
+    """One sentence for each file that is not read, has columns that are not used, or odd texts."""
     sentences = []
     for name, report in reports.items():
         if report.not_read:
@@ -181,6 +201,8 @@ def column_warnings(reports: Mapping[str, LoadReport]) -> list[str]:
                 f"{name}: columns that are not used: {list_columns(report.unread)}; docs/data.md "
                 "says which are"
             )
+        for what, count in report.odd.items():
+            sentences.append(f"{name}: {count} {what} {ADVICE[what]}")
     return sentences
 
 
@@ -318,7 +340,7 @@ def format_name(row: Row) -> str:
     """Which of FORMATS a row has, by its fields; a field that is null counts as absent."""
     if row.first(PROMPT_FIELDS) is None:
         return "dialogues"
-    if row.first(LABELLED_FIELDS):
+    if all(row.has(name) for name in LABELLED_FIELDS):
         return "labelled responses"
     if row.first((*CHOSEN_FIELDS, *REJECTED_FIELDS)):
         return "preference"
@@ -365,10 +387,10 @@ def with_answers(row: Row, prompt: Prompt, answers: Sequence[tuple[str, object]]
         answers: (field, value) of each.
     """
     stated = row.fields.get(row.first(PROMPT_FIELDS))
-    is_marked_prompt = isinstance(stated, str) and is_marked(stated)
+    stated_text = stated if isinstance(stated, str) else ""
     sides = Sides([], prompt)
     for name, value in answers:
-        turns_before, answer = parse_answer(value, name, prompt, is_marked_prompt)
+        turns_before, answer = parse_answer(value, name, prompt, stated_text)
         if turns_before:
             sides.repeated.append(turns_before)
         sides.answers.append(answer)
@@ -400,7 +422,30 @@ def parse_row(fields: Mapping, preference_label: str = "better") -> ParsedRow:
     if label is False:
         chosen, rejected = "", chosen
     pair = Pair(example_id(prompt), prompt, chosen, rejected)
-    return ParsedRow(pair, "kept", unread_columns(row, prompt, sides.answers), label)
+    unread = unread_columns(row, prompt, sides.answers)
+    if not sides.answers:
+        check_no_answers(row, unread)
+    return ParsedRow(pair, "kept", unread, label, find_odd(pair))
+
+
+def find_odd(pair: Pair) -> list[str]:
+    """What is odd about the texts of a row, of ADVICE."""
+    odd = []
+    if has_odd_prompt(pair.prompt):
+        odd.append(ODD_PROMPT)
+    answers = [answer for answer in (pair.chosen, pair.rejected) if answer]
+    if any(map(ends_with_mark, answers)):
+        odd.append(ODD_ANSWER)
+    question = pair.prompt[-1].content
+    has_start = answers and all(answer.startswith(question) for answer in answers)
+    if has_start and len(question) >= SHORTEST_START:
+        odd.append(ODD_START)
+    return odd
+
+
+def has_odd_prompt(prompt: Prompt) -> bool:
+    """Whether a human turn looks as if a chat template had written it."""
+    return any(turn.role == "user" and looks_rendered(turn.content) for turn in prompt)
 
 
 def why_unusable(row: Row, prompt: Prompt | None, answers: Sequence[str | None]) -> str | None:
@@ -557,6 +602,7 @@ def read_file(
             parsed = ParsedRow(None, f"skipped ({error.reason})")
         report.add(number, parsed.reason)
         report.unread.update(parsed.unread)
+        report.odd.update(parsed.odd)
         if parsed.pair is not None:
             yield parsed
 

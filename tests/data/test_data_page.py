@@ -30,6 +30,12 @@ READ = {
     '`prompt`: "Human: … Assistant: … Human: … Assistant:", `chosen`, `rejected`': FORMATS[
         "HH-RLHF, prompt column"
     ][0],
+    "the same, written in a model's template: `<|im_start|>`, `[INST]`, `### Human:`, …": {
+        "prompt": "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        "chosen": "yes<|im_end|>",
+        "rejected": "no<|im_end|>",
+    },
     "`prompt`, `response_0`, `response_1`, `better_response_id`: PKU-SafeRLHF": FORMATS[
         "PKU-SafeRLHF"
     ][0],
@@ -69,6 +75,9 @@ BESIDE = {
     "`thinking`, or any other key of a message": {
         "messages": [*as_messages(Q), YES | {"thinking": "hm"}]
     },
+    "a text that only looks like a template's (its end is missing)": GOOD
+    | {"prompt": "<|im_start|>user\nq"},
+    "an answer that ends with a template's mark": GOOD | {"chosen": "a</s>"},
     "a column that repeats the prompt or an answer": GOOD | {"response": GOOD["chosen"]},
     "`id`, `source` and others that say nothing to a model": GOOD
     | {name: "x" for names in HARMLESS.values() for name in names},
@@ -80,6 +89,7 @@ REFUSED_ROWS = {
     "`instruction` with `system` or `history`": INVALID_FIRST["form not recognised"][-1][0],
     "a tool's turn": INVALID_FIRST["unknown role"][0][0],
     "a message with `tool_calls`": INVALID_FIRST["tool call"][0][0],
+    "answers of which nothing says which is the better": INVALID_FIRST["answers not read"][1][0],
     "`history` that is a text": INVALID_FIRST["history not read"][0][0],
     "`label` that is no label": INVALID_FIRST["unknown label"][0][0],
     "other columns": INVALID_FIRST["form not recognised"][0][0],
@@ -107,6 +117,7 @@ def read_rows(tmp_path: Path, rows: list[dict]) -> str:
         if not all(message.trained for message in pair.prompt):
             parts.append("`data.train_on=all` leaves the turn out")
     parts += [f"a warning names `{name}`" for name in reports["x"].unread]
+    parts += [f"a warning counts {what}" for what in reports["x"].odd]
     return "; ".join(parts)
 
 

@@ -321,6 +321,36 @@ FORMATS = {
         "no",
     ),
     "good answer": ({"prompt": "q", "completion": "yes", "label": True}, (Q,), "yes", ""),
+    "parts of messages": (
+        {
+            "messages": [
+                {"role": "developer", "content": [{"type": "text", "text": "s"}]},
+                {"role": "prompter", "content": [{"type": "text", "text": "q"}]},
+                {"role": "Assistant", "content": "yes"},
+            ]
+        },
+        (SYSTEM, Q),
+        "yes",
+        "",
+    ),
+    "ShareGPT, other names": (
+        {"conversations": [{"from": "user", "value": "q"}, {"from": "chatgpt", "value": "yes"}]},
+        (Q,),
+        "yes",
+        "",
+    ),
+    "stack-exchange-paired": (
+        {"qid": 1, "question": "q", "response_j": "yes", "response_k": "no"},
+        (Q,),
+        "yes",
+        "no",
+    ),
+    "input": (
+        {"input": "q", "chosen": "yes", "rejected": "no", "chosen_score": 9, "status": None},
+        (Q,),
+        "yes",
+        "no",
+    ),
     "bad answer": ({"prompt": "q", "completion": "no", "label": False}, (Q,), "", ""),
     "untrained earlier turn": (
         {
@@ -491,12 +521,27 @@ INVALID_FIRST = {
     ],
     "unknown role": [
         ({"messages": [{"role": "tool", "content": "x"}]}, "'tool'"),
-        ({"conversations": [{"from": "bard", "value": "x"}]}, "bard"),
-        ({"messages": [{"role": None, "content": "x"}]}, "None"),
+        ({"conversations": [{"from": "wizard", "value": "x"}]}, "wizard"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "user"),
-        ({"messages": [{"content": "x"}]}, "None"),
         ({"messages": [{"role": "x" * 1000, "content": "x"}]}, "xxx"),
         ({"messages": [{"role": "tag", "content": "x"}]}, "tag"),
+    ],
+    "no role": [
+        ({"messages": [{"content": "x"}]}, "'role' or 'from'; its keys are 'content'"),
+        ({"messages": [{"role": None, "content": "x"}]}, "its keys are 'role', 'content'"),
+        ({"conversation": [{"input": "q", "output": "a"}]}, "'input', 'output'"),
+        ({"query": "q", "response": "a", "history": [{"user": "r", "bot": "b"}]}, "'user', 'bot'"),
+    ],
+    "answers not read": [
+        ({"prompt": "q", "response_1": "b"}, "'response_1': no column"),
+        (
+            {"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": -2},
+            "'response_1' and 'response_2'",
+        ),
+        ({"prompt": "q", "answer_a": "a", "answer_b": "b", "better": "a"}, "'answer_a'"),
+        ({"prompt": "q", "response1": "a", "response2": "b"}, '"chosen" and "rejected"'),
+        ({"prompt": "q", "responses": ["a", "b"], "labels": [1, 0]}, "'scores' or 'ranks'"),
+        ({"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}, "'completions'"),
     ],
     "tool call": [
         (
@@ -540,7 +585,9 @@ INVALID_FIRST = {
     ],
     "no text": [
         ({"messages": [{"role": "user", "content": None}]}, "null"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "a list"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "null"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'image_url'"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "a list that holds text"),
         ({"instruction": "q", "input": 3, "output": "a"}, "'input'"),
     ],
     "empty turn": [
@@ -554,7 +601,6 @@ INVALID_FIRST = {
         ({"prompt": "q", "response_0": "a", "response_1": "b"}, "data.preference_label"),
         ({"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": True}, "True"),
         ({"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": -1}, "-1"),
-        ({"prompt": "q", "response_1": "b"}, "None"),
     ],
     "no pair": [
         ({"prompt": "q", "response": ["a"]}, "1 texts"),
