@@ -297,10 +297,17 @@ def load_classifier(
     stored = stored_weights(folder)
     score = stored.pop("score.weight", None)
     if score is None or score.shape != [1, config.hidden_size]:
+        shape = f", and its score.weight is {score.shape}" if score is not None else ""
         raise UserError(
             f"{folder}: is no reward model; expected a sequence classifier with one label "
-            "(score.weight)"
+            f"(score.weight of the shape [1, {config.hidden_size}]){shape}"
         )
+    if "score.bias" in stored:
+        raise UserError(
+            f"{folder}: has a score.bias, which no classifier of transformers reads; a score "
+            "without it is another one, give --scores from the model's own program"
+        )
+    stored.pop(HEAD, None)  # of the base that it was made from
     weight = score.read()[0].float()
     if not weight.isfinite().all():
         raise UserError(f"{folder}: score.weight holds values that are not finite")
@@ -309,7 +316,7 @@ def load_classifier(
         raise UserError(
             f"{folder / 'config.json'}: pad_token_id is {pad_token_id!r}; expected a whole number"
         )
-    # there is no language head: with a tied one no tensor is missing, and it is not used
+    # there is no language head: with a tied one no tensor is missing
     tied = replace(config, tie_word_embeddings=True)
     model = assemble(folder, tied, stored, device=device, dtype=dtype)
     return SequenceClassifier(model, weight, pad_token_id)

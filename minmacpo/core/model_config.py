@@ -192,7 +192,7 @@ IGNORED_FIELDS = set(
     task_specific_params prefix problem_type id2label label2id num_labels use_cache return_dict
     output_hidden_states output_attentions output_scores return_dict_in_generate torchscript
     use_bfloat16 tf_legacy_loss _attn_implementation _attn_implementation_autoset
-    attn_implementation pretraining_tp initializer_range attention_dropout
+    attn_implementation pretraining_tp initializer_range attention_dropout classifier_dropout
     gradient_checkpointing chunk_size_feed_forward cross_attention_hidden_size
     max_sequence_length model_max_length pad_token_id unk_token_id sep_token_id cls_token_id
     mask_token_id decoder_start_token_id max_length min_length max_new_tokens do_sample

@@ -64,6 +64,14 @@ PARQUET = FileKind(
     (b"PAR1",),
     datasets_command("Dataset.from_parquet"),
 )
+# Whatever its name says
+LFS_POINTER = FileKind(
+    "a pointer of Git LFS to a file that has not been fetched",
+    (),
+    (b"version https://git-lfs.github.com/spec/",),
+    "git lfs pull",
+    verb="fetch it",
+)
 KINDS = (
     PARQUET,
     FileKind(
@@ -110,6 +118,10 @@ KINDS = (
         "a tar archive", (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.zst"), (), "tar -xf {file}"
     ),
     FileKind("a zip archive", (".zip",), (b"PK\x03\x04",), "unzip {file}"),
+    FileKind("a numpy file", (".npy", ".npz"), (b"\x93NUMPY",)),
+    FileKind("an HDF5 file", (".h5", ".hdf5"), (b"\x89HDF",)),
+    FileKind("an Avro file", (".avro",), (b"Obj\x01",)),
+    FileKind("an ORC file", (".orc",), (b"ORC",)),
     FileKind("a SQLite database", (".db", ".sqlite", ".sqlite3"), (b"SQLite format 3\0",)),
     FileKind("a pickle", (".pkl", ".pickle"), (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")),
     FileKind(
@@ -118,13 +130,8 @@ KINDS = (
         (b"\xff\xfe", b"\xfe\xff"),
         "iconv -f UTF-16 -t UTF-8 {file} > {target}",
     ),
-    FileKind(
-        "a pointer of Git LFS to a file that has not been fetched",
-        (),
-        (b"version https://git-lfs.github.com/spec/",),
-        "git lfs pull",
-        verb="fetch it",
-    ),
+    LFS_POINTER,
+    FileKind("a gzipped table", (".csv.gz", ".tsv.gz"), (), "gunzip -k {file}", verb="unpack it"),
     FileKind(
         "a web page, not the file behind its address",
         (".html", ".htm"),
@@ -146,6 +153,8 @@ def kind_of(file: Path, head: bytes) -> FileKind | None:
     """
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     holds_json = start.startswith((b"{", b"["))
+    if start.startswith(LFS_POINTER.starts):
+        return LFS_POINTER
     by_name = kind_by_name(file.name)
     if by_name is not None and not (by_name.is_text and holds_json):
         return by_name

@@ -95,6 +95,7 @@ ADVICE = {
     ODD_ANSWER: "keep it as text; take it off, as the template of the base writes its own",
     ODD_START: "keep it; take it off, as an answer stands behind its prompt anyway",
 }
+SHOWN_START = 40  # characters of a line that is no JSON
 SHORTEST_START = 12  # characters of a prompt that no answer begins with by chance
 
 UNDERSTOOD = (
@@ -494,9 +495,12 @@ def check_fields(row: object, expected: Mapping[str, str]) -> dict[str, str]:
                 )
     if not has_known_form(row, fields):
         names = ", ".join(ascii(name) for name in row)
-        raise InvalidRow(
-            "form not recognised", f"its keys are {names[:200] or 'none'}; {UNDERSTOOD}"
-        )
+        problem = f"its keys are {names[:200] or 'none'}"
+        for name, value in row.items():
+            if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+                problem += f"; if the rows stand in {name!a:.60}, give that array alone"
+                break
+        raise InvalidRow("form not recognised", f"{problem}; {UNDERSTOOD}")
     return fields
 
 
@@ -542,7 +546,11 @@ def parse_line(line: str) -> object:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InvalidRow("not valid JSON", f"{error}; {UNDERSTOOD}") from None
+        problem = f"{error}; it begins with {line[:SHOWN_START]!a}"
+        is_open = line.startswith("{") and line.endswith(("{", "[", ","))
+        if is_open and "Extra data" not in str(error):
+            problem = "the object goes on in the next line; a row is one line, as jq -c makes it"
+        raise InvalidRow("not valid JSON", f"{problem}; {UNDERSTOOD}") from None
 
 
 # ---- files ----------------------------------------------------------------------------------
@@ -726,7 +734,7 @@ def join_labelled(rows: Sequence[ParsedRow], reports: Mapping[str, LoadReport]) 
 def display_name(file: Path) -> str:
     """A file's name without endings; bytes that are no UTF-8 are escaped."""
     name = os.fsencode(file.name).decode("utf-8", "backslashreplace")
-    return re.sub(r"\.(jsonl?(\.gz)?|parquet|pq)$", "", name)
+    return re.sub(r"\.((jsonl?|ndjson)(\.gz)?|parquet|pq)$", "", name)
 
 
 # ---- export ---------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from minmacpo.data.file_kinds import (
     saved_dataset,
 )
 
-JSON_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+JSON_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".ndjson", ".ndjson.gz")
 ENDINGS = (*JSON_ENDINGS, *PARQUET.endings)
 
 MAX_UNPACKING = 200  # times its size that a gzipped file may unpack to; plain language reaches 10
@@ -104,6 +104,8 @@ def is_row_file(file: Path) -> bool:
 def files_of_folder(root: Path, setting: str) -> list[Path]:
     """The files of rows in a folder and the folders in it, links included; some are not read.
 
+    Hidden ones are passed over: their names begin with a dot.
+
     Raises:
         UserError: the folder, or one in it, cannot be read, or `datasets` has saved it.
     """
@@ -120,7 +122,11 @@ def files_of_folder(root: Path, setting: str) -> list[Path]:
             subfolders.clear()  # os.walk then goes no deeper
         else:
             refuse_saved_dataset(Path(folder), names, setting)
+            # what is hidden is a copy or a note of some program, such as a notebook or a download
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
             for name in names:
+                if name.startswith("."):
+                    continue
                 kind = kind_by_name(name)
                 holds_rows = name.endswith(ENDINGS) or (kind is not None and kind.is_data)
                 if holds_rows and not is_description(Path(folder, name)):

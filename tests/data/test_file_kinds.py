@@ -90,6 +90,15 @@ FILES = {
         "a pointer of Git LFS",
         "git lfs pull",
     ),
+    "Git LFS, whatever its name": (
+        "x.parquet",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+        "a pointer of Git LFS",
+        "git lfs pull",
+    ),
+    "csv, gzipped": ("x.csv.gz", gzip.compress(write_table(",")), "a gzipped table", "gunzip -k"),
+    "numpy": ("x.npy", b"\x93NUMPY\x01", "a numpy file", "write its rows"),
+    "HDF5": ("x.h5", b"\x89HDF\r\n", "an HDF5 file", "write its rows"),
     "web page": ("x.jsonl", b"\n<!DOCTYPE html>\n<html>", "a web page", "write its rows"),
 }
 
@@ -121,6 +130,36 @@ def test_json_under_the_name_of_a_table_is_read(tmp_path):
     for name in ("x.csv", "x.tsv", "x.yaml", "x.dat"):
         pairs, _ = read_data(str(write_lines(tmp_path / name, LINES)))
         assert len(pairs) == len(ROWS)
+
+
+def test_hidden_files_of_a_folder_are_passed_over(tmp_path):
+    """Copies of notebooks, notes of downloads, what macOS puts into archives."""
+    (tmp_path / "x.ndjson").write_text(LINES)
+    for name in (".ipynb_checkpoints/x.jsonl", ".cache/huggingface/x.json", "._x.jsonl", ".x.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(LINES)
+    pairs, reports = read_data(str(tmp_path))
+    assert list(reports) == ["x"] and len(pairs) == LINES.count("\n")
+    hidden = tmp_path / ".cache"
+    assert len(read_data(str(hidden))[0]) == len(pairs), "asked for by its name it is read"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (json.dumps({"data": [{"prompt": "q"}]}, indent=1), "a row is one line, as jq -c makes it"),
+        (json.dumps({"train": [{"prompt": "q"}], "test": []}), "in 'train', give that array alone"),
+        ("Entry not found", "it begins with 'Entry not found'"),
+        ("{'prompt': 'q'}", "it begins with \"{'prompt': 'q'}\""),
+        ('{"prompt": "q"},\n{"prompt": "r"}', "Extra data"),
+    ],
+)
+def test_json_of_another_shape_is_told_from_what_is_none(tmp_path, content, words):
+    file = tmp_path / "x.json"
+    file.write_text(content)
+    with pytest.raises(UserError) as caught:
+        read_data(str(file))
+    assert words in str(caught.value)
 
 
 def test_files_beside_the_rows_that_are_not_read_are_named(tmp_path):

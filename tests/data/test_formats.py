@@ -326,7 +326,7 @@ FORMATS = {
             "messages": [
                 {"role": "developer", "content": [{"type": "text", "text": "s"}]},
                 {"role": "prompter", "content": [{"type": "text", "text": "q"}]},
-                {"role": "Assistant", "content": "yes"},
+                {"role": "Assistant", "content": [{"type": "text", "text": "yes"}]},
             ]
         },
         (SYSTEM, Q),

@@ -12,14 +12,18 @@ import transformers
 from byte_pairs import lacking_bytes
 from conftest import far, random_model
 from runs import invoke, rows_of
+from safetensors.torch import load_file, save_file
 from test_chat_template import tokenizer_folder
 
+from minmacpo import UserError
 from minmacpo.core.checkpoint import load_classifier
 from minmacpo.data.records import Pair
 from minmacpo.data.tokenizer import Tokens
 from minmacpo.evaluation import reward_model as reward
 from minmacpo.evaluation.finished_run import read_run
 from minmacpo.runtime.files import read_rows, write_rows
+
+FILE = "model.safetensors"
 
 
 def save_classifier(folder, config, seed, tokenizer_file, dtype=torch.float32):
@@ -190,6 +194,22 @@ def test_a_classifier_rates_a_run(classifier, tiny):
         <= found["accuracy_interval"][1]
         <= 1
     )
+
+
+def test_what_is_stored_beside_the_score(classifier):
+    """A head of the base changes nothing, a bias would; two labels are no score."""
+    folder, oracle = classifier
+    weights = load_file(folder / FILE)
+    score = weights["score.weight"]
+    kept = {"format": "pt"}
+    save_file(weights | {"lm_head.weight": torch.ones(480, 24)}, folder / FILE, metadata=kept)
+    assert torch.equal(load_classifier(folder).head, oracle.score.weight[0])
+    save_file(weights | {"score.bias": torch.ones(1)}, folder / FILE, metadata=kept)
+    with pytest.raises(UserError, match=r"score\.bias"):
+        load_classifier(folder)
+    save_file(weights | {"score.weight": torch.cat([score, score])}, folder / FILE, metadata=kept)
+    with pytest.raises(UserError, match=re.escape("score.weight is [2, 24]")):
+        load_classifier(folder)
 
 
 def test_a_base_is_no_reward_model(tiny):
