@@ -51,6 +51,9 @@ UNREAD_KINDS = {
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
+# Tables that older versions of transformers stored, and that a model computes itself
+ROTARY_TABLE = re.compile(r"(.*\.)?rotary_emb\.(original_)?(inv_freq|cos_cached|sin_cached)")
+
 # What a base may say of how to talk to it: an export has it unchanged
 TALKING_FILES = (
     *FILES,
@@ -200,6 +203,8 @@ def lies_within(name: str, folder: Path) -> bool:
 def stored_weights(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a model folder by name, but the rotary tables that a model computes itself.
 
+    A model that was saved without its head names its tensors without "model.", which is added.
+
     Raises:
         UserError: a tensor is in two files, or elsewhere than the index says.
     """
@@ -214,15 +219,27 @@ def stored_weights(folder: Path) -> dict[str, StoredTensor]:
                 stored[name] = StoredTensor(path, name, header.get_shape(), header.get_dtype())
     if files != [folder / "model.safetensors"]:
         check_index(folder / "model.safetensors.index.json", stored)
-    return {
-        name: tensor for name, tensor in stored.items() if not name.endswith("rotary_emb.inv_freq")
-    }
+    stored = {name: tensor for name, tensor in stored.items() if not ROTARY_TABLE.fullmatch(name)}
+    if EMBEDDING.removeprefix("model.") in stored:
+        stored = {with_model_prefix(name): tensor for name, tensor in stored.items()}
+    return stored
+
+
+def with_model_prefix(name: str) -> str:
+    """The name of a tensor in a whole model, by its name in one that was saved without a head."""
+    is_inner = name.startswith(("embed_tokens.", "layers.", "norm."))
+    return f"model.{name}" if is_inner else name
 
 
 def check_index(index: Path, stored: dict[str, StoredTensor]) -> None:
-    """UserError where the index says something else of a tensor's file than the files do."""
+    """UserError where the index says something else of a tensor's file than the files do.
+
+    It may name what no model needs: rotary tables, and the head of a model that ties it.
+    """
     weight_map = read_json(index)["weight_map"]
     for name in sorted(weight_map.keys() | stored.keys()):
+        if ROTARY_TABLE.fullmatch(name) or (name == HEAD and name not in stored):
+            continue
         actual = stored[name].file.name if name in stored else None
         if weight_map.get(name) != actual:
             claimed = weight_map.get(name, "no file")
@@ -371,7 +388,10 @@ def check_stored(folder: Path, model: Transformer, stored: dict[str, StoredTenso
         del expected[HEAD]
     for name in sorted(expected.keys() ^ stored.keys()):
         problem = "lacks" if name in expected else "has an unexpected"
-        raise UserError(f"{folder}: {problem} tensor {name}")
+        remedy = ""
+        if name == HEAD:
+            remedy = "; where the embedding is the head too, config.json says tie_word_embeddings"
+        raise UserError(f"{folder}: {problem} tensor {name}{remedy}")
     for name, tensor in stored.items():
         shape = list(expected[name].shape)
         if tensor.shape != shape:

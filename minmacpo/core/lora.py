@@ -76,7 +76,11 @@ def attach_lora(model: nn.Module, config: LoraConfig) -> list[nn.Parameter]:
     for target in config.targets:
         names = [name for name in linears if is_target(name, target)]
         if not names:
-            raise UserError(f"lora.targets: {target} is no linear layer of the model's blocks")
+            raise UserError(
+                f"lora.targets (target_modules of an adapter): {target} is no linear layer of the "
+                "model's blocks; an adapter of another layer can be merged in PEFT "
+                "(merge_and_unload)"
+            )
         targeted.update(names)
 
     for name in targeted:

@@ -23,7 +23,11 @@ from minmacpo.kernels.attention import OffsetRMSNorm, RMSNorm, attention
 from minmacpo.kernels.gated_activation import gated_activation
 
 # By the names of config.json's hidden_act
-ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+ACTIVATIONS = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 # A prepacked copy reads prompts, and keeps a cache, in multiples of this many tokens: its kernels
 # round the odd end of a length in another way.

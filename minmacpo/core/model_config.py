@@ -163,12 +163,11 @@ COMMON_FIELDS = (
     "eos_token_id",
 )
 
-ROPE_FIELDS = ("rope_scaling", "rope_parameters")
+ROPE_FIELDS = ("rope_scaling", "rope_parameters", "original_max_position_embeddings")
 
 # Fields that would change the structure, with the values at which they do not
 SUPPORTED_VALUES = {
-    "hidden_act": ("silu", "gelu_pytorch_tanh"),
-    "quantization_config": (None,),
+    "hidden_act": ("silu", "swish", "gelu_pytorch_tanh"),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "use_bidirectional_attention": (None, False),
@@ -200,6 +199,9 @@ IGNORED_FIELDS = set(
     repetition_penalty length_penalty no_repeat_ngram_size bad_words_ids
     encoder_no_repeat_ngram_size num_return_sequences forced_bos_token_id forced_eos_token_id
     suppress_tokens begin_suppress_tokens remove_invalid_values exponential_decay_length_penalty
+    auto_map use_flash_attn use_flash_attention use_flash_attention_2 _flash_attn_2_enabled
+    loss_type neftune_noise_alpha embd_pdrop resid_pdrop attn_pdrop hidden_dropout
+    base_model_tp_plan base_model_pp_plan
     """.split()
 )
 
@@ -242,6 +244,13 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     biases = parse_flags(values, ("attention_bias", "mlp_bias"), where)
     has_rope = parse_rope_layers(values, where)
     windows = parse_windows(values, family, has_rope, where)
+    names_layers = isinstance(raw.get("layer_types"), list) and bool(raw["layer_types"])
+    if windows and names_layers and "layer_types" not in family.defaults:
+        # transformers 4 has windows then, and transformers 5 has none
+        raise UserError(
+            f"{where}: layer_types has full_attention for every layer, and sliding_window = "
+            f"{values['sliding_window']} says otherwise; remove the one that is not meant"
+        )
 
     common = {name: values[name] for name in COMMON_FIELDS if name in values}
     return ModelConfig(
@@ -264,6 +273,11 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
 
 def check_field(name: str, value, model_type: str, where: str) -> None:
     """UserError for a field that is not understood, or has a value that no model here can have."""
+    if name == "quantization_config" and value:
+        raise UserError(
+            f"{where}: quantization_config = {value!r:.60}: quantised weights are not read; take "
+            "the folder that they were made from"
+        )
     supported = SUPPORTED_VALUES.get(name)
     if name == "hidden_activation" and name in FAMILIES[model_type].defaults:
         supported = SUPPORTED_VALUES["hidden_act"]  # Gemma's name for it
@@ -462,11 +476,14 @@ def parse_rope(raw: dict, where: str) -> tuple[float, RopeScaling]:
     # Its fields must be known for its type
     rope_type = parse_rope_type(rope, f"{where}: {source}")
     fields_of_type = ROPE_TYPES[rope_type]
+    known = ROPE_COMMON_FIELDS | {*fields_of_type.required, *fields_of_type.optional}
     for name in sorted(rope):
-        if name not in ROPE_COMMON_FIELDS | {*fields_of_type.required, *fields_of_type.optional}:
+        if name not in known and not changes_nothing(rope[name]):
             raise UserError(
                 f"{where}: {source} has the field {name!r}, which is not understood for {rope_type}"
             )
+    if "original_max_position_embeddings" in fields_of_type.required:
+        rope = with_original_length(rope, raw, where)
     check_field("partial_rotary_factor", rope.get("partial_rotary_factor"), "llama", where)
 
     # Their values must be there, and of a meaning
@@ -484,6 +501,24 @@ def parse_rope(raw: dict, where: str) -> tuple[float, RopeScaling]:
         raise UserError(f"{where}: {source} has beta_slow above beta_fast")
     theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
     return theta, scaling
+
+
+def with_original_length(rope: dict, raw: dict, where: str) -> dict:
+    """A rope_scaling with the context of pre-training, which some files have beside it.
+
+    Where none is said it is the model's own.
+    """
+    name = "original_max_position_embeddings"
+    inner = rope.get(name)
+    outer = raw.get(name)
+    if inner is not None and outer is not None and inner != outer:
+        raise UserError(
+            f"{where}: {name} is {outer!r:.60}, and {inner!r:.60} in its rope_scaling; remove the "
+            "one that is not meant"
+        )
+    if inner is not None:
+        return rope
+    return rope | {name: outer if outer is not None else raw.get("max_position_embeddings")}
 
 
 def parse_rope_type(rope: dict, where: str) -> str:

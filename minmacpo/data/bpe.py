@@ -142,9 +142,20 @@ def find_unknown(file: dict) -> str | None:
         return f"decoder {file['decoder']!r:.100}"
 
     for token in file["added_tokens"]:
-        if not token["content"].strip():
+        if not token["content"].strip() or not finds_as_package(token, file["normalizer"]):
             return f"added token {token['content']!r:.60}"  # is text, no mark
     return None
+
+
+def finds_as_package(token: dict, normalizer: dict | None) -> bool:
+    """Whether an added token that is text is found in one here as `tokenizers` finds it.
+
+    What a word is made of is not quite the same there, nor is a character that is normalised.
+    """
+    if token["special"]:
+        return True
+    is_changed = bool(normalizations(normalizer)) and not token["content"].isascii()
+    return not token.get("single_word") and not is_changed
 
 
 def normalizations(normalizer: dict | None) -> list[str]:

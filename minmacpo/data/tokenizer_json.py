@@ -110,7 +110,7 @@ def in_sequence(steps: list[dict], key: str) -> dict | None:
 def check_continued_pieces(model: dict) -> None:
     """ValueError where a merge lacks its continuing_subword_prefix, at which the package aborts."""
     prefix = model.get("continuing_subword_prefix") or ""
-    for pair in model["merges"] if prefix else []:
+    for pair in model.get("merges", []) if prefix else []:
         _, right = pair.split(" ") if isinstance(pair, str) else pair
         if not right.startswith(prefix):
             raise ValueError(f"merge {pair!r:.60} without the prefix {prefix!r:.60}")

@@ -292,6 +292,46 @@ def test_the_older_spelling_of_every_rope(family):
     assert load_model(folder).config == newer
 
 
+YARN_ALONE = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": YARN_ALONE},
+        {"rope_parameters": YARN_ALONE, "original_max_position_embeddings": CONTEXT},
+        {"rope_parameters": YARN_ALONE | {"attn_factor": 1.0}},
+        {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 500.0}},
+        {"hidden_act": "swish", "auto_map": {"AutoConfig": "x.Y"}, "loss_type": "ForCausalLM"},
+    ],
+)
+@torch.no_grad()
+def test_other_ways_to_say_it_in_config_json(changes, seed, tmp_path):
+    write_family("llama 1", tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | changes))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = torch.randint(0, 61, (3, 90))
+    logits = theirs(tokens).logits
+    assert far(logits_of(load_model(tmp_path), tokens), logits) <= tolerance(logits)
+
+
+@torch.no_grad()
+def test_a_model_saved_without_its_head_has_names_without_a_prefix(seed, tmp_path):
+    """As AutoModel saves it; a tied model lacks nothing."""
+    theirs = write_family("qwen2", tmp_path)
+    theirs.model.save_pretrained(tmp_path)
+    tokens = torch.randint(0, 61, (3, 60))
+    logits = theirs(tokens).logits
+    ours = load_model(tmp_path)
+    assert far(logits_of(ours, tokens), logits) <= tolerance(logits)
+
+    attach_lora(ours, LoraConfig())
+    export_merged(ours, tmp_path, tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert far(merged(tokens).logits, logits) <= tolerance(logits)
+
+
 def test_the_text_part_of_gemma_3_with_images_is_saved_as_the_docs_say(seed, tmp_path, monkeypatch):
     page = (REPO / "docs/models.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)

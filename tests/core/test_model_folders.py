@@ -79,6 +79,39 @@ def tie_as(*, head: float | None, embedding: bool) -> Callable[[Path], None]:
     return tie
 
 
+def add_rotary_tables(folder: Path) -> None:
+    """Store what transformers stored before version 4.32, in shards that an index lists."""
+    name = "model.layers.0.self_attn.rotary_emb.{}"
+
+    def change(tensors) -> None:
+        for table in ("inv_freq", "cos_cached", "sin_cached"):
+            tensors[name.format(table)] = torch.ones(4)
+
+    edit_tensors(folder / "model.safetensors", change)
+    write_shards(folder)
+
+
+def change_index(**changes) -> Callable[[Path], None]:
+    """Shards with an index in which some tensors are elsewhere; {name with _: file or None}."""
+
+    def change(folder: Path) -> None:
+        add_rotary_tables(folder)
+        edit_json(folder / "config.json", tie_word_embeddings=True)
+        index = folder / "model.safetensors.index.json"
+        weight_map = json.loads(index.read_text())["weight_map"]
+        shard = folder / weight_map[HEAD]
+        edit_tensors(shard, lambda tensors: tensors.pop(HEAD))
+        weight_map |= {name.replace("__", "."): file for name, file in changes.items()}
+        weight_map = {name: file for name, file in weight_map.items() if file}
+        edit_json(index, weight_map=weight_map)
+
+    return change
+
+
+def drop_head(folder: Path) -> None:
+    edit_tensors(folder / "model.safetensors", lambda tensors: tensors.pop(HEAD))
+
+
 def add_pad(**ends) -> Callable[[Path], None]:
     def add(folder: Path) -> None:
         (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 400}))
@@ -116,6 +149,12 @@ def nothing(folder: Path) -> None:
 CASES = {
     "model.safetensors": [nothing],
     "shards with their index": [write_shards],
+    "rotary tables beside the weights, or in the index alone": [
+        add_rotary_tables,
+        change_index(model__rotary_emb__inv_freq="model-00001-of-00003.safetensors"),
+        change_index(model__layers__0__self_attn__rotary_emb__inv_freq=None),
+    ],
+    "no head, in a model that does not tie it": [drop_head],
     "bfloat16 or float16 weights": [to_half],
     "tied weights stored as lm_head.weight alone": [tie_as(head=1, embedding=False)],
     "tied weights stored as both, equal": [tie_as(head=1, embedding=True)],

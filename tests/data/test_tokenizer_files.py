@@ -261,7 +261,6 @@ def test_added_tokens_that_are_text_are_made_from_it_as_by_tokenizers(tmp_path, 
     names = ["<think>", "</think>", "<tool_response>", "<|fim_prefix|>", "<think>x"]
     extra = [{"content": name} | flags(special=False) for name in names]
     extra[2] |= {"lstrip": True, "rstrip": True}
-    extra[3] |= {"single_word": True}
     ours = qwen_like(tmp_path / "base", extra)
     theirs = oracle(ours.model.decode())
     rng = random.Random(seed)
@@ -277,6 +276,16 @@ def test_added_tokens_that_are_text_are_made_from_it_as_by_tokenizers(tmp_path, 
     assert ours.decode(answer) == text
     assert response_text(ours, "chatml", answer) == "yes"
     assert ours.special.keys() == set(SPECIAL)
+
+
+@pytest.mark.parametrize(("name", "flag"), [("NAME", "single_word"), ("日本", "normalized")])
+def test_added_tokens_whose_place_depends_on_unicode_are_found_by_tokenizers(name, flag, tmp_path):
+    """Python has other word characters; what is normalised is another text."""
+    ours = qwen_like(tmp_path / "base", [{"content": name} | flags(special=False) | {flag: True}])
+    assert type(ours.processor).__name__ == "PackageTokenizer"
+    theirs = oracle(ours.model.decode())
+    for text in ("_e\u0301NAME", "a NAME_", "été e\u0301", "日本NAME 日本語"):
+        assert ours.encode(text) == theirs(text), text
 
 
 def test_marks_that_are_said_to_be_no_special_tokens(tmp_path):
