@@ -309,8 +309,14 @@ def make_environment():
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = to_json
     environment.globals["strftime_now"] = lambda form: TODAY.get(form, TODAY["%d %b %Y"])
     return environment
+
+
+def to_json(value, indent: int | None = None, **options) -> str:
+    """JSON as transformers writes it: Jinja's own filter spells "<" as it stands in HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
 
 
 # ---- what a folder says ------------------------------------------------------------------------

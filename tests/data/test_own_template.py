@@ -49,6 +49,15 @@ def test_a_published_template_is_found(name, tmp_path):
     assert export_warning(folder, name) is None
 
 
+def test_json_in_a_template_is_written_as_transformers_writes_it(tmp_path):
+    """Some write a content so; Jinja's own filter would spell < as in HTML, and all behind it."""
+    pytest.importorskip("jinja2")
+    asked = JINJA["chatml"].replace("m['content']", "(m['content'] | tojson)")
+    assert asked != JINJA["chatml"]
+    warning = template_warning(write_template(tmp_path / "model", asked), "chatml")
+    assert r"<|im_start|>user\n\"Who are you?\"<|im_end|>" in warning
+
+
 @pytest.mark.parametrize("name", JINJA)
 def test_its_marks_do_where_jinja2_is_missing(name, tmp_path, without_jinja):
     folder = write_template(tmp_path / "model", JINJA[name])
