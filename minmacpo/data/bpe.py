@@ -13,7 +13,13 @@ from functools import lru_cache
 from itertools import pairwise
 
 from minmacpo.data.pre_tokenizers import find_known, unknown_steps
-from minmacpo.data.text_tokens import AddedToken, TextTokens, parse_added_token, stripping_ids
+from minmacpo.data.text_tokens import (
+    AddedToken,
+    TextTokens,
+    parse_added_token,
+    stripping_before_ids,
+    stripping_ids,
+)
 from minmacpo.data.unicode_classes import normalize_nfc
 
 MAX_TOKEN_ID = (1 << 31) - 1
@@ -181,6 +187,7 @@ class BytePairs:
     Attributes:
         special_tokens: {name: id} of the tokens that no text becomes.
         stripping_ids: of the added tokens that take in the white space behind them.
+        stripping_before_ids: of those that take in the white space before them.
         text_tokens: the other added tokens.
         size: number of ids.
         adds_begin: whether its file puts a begin token before a text.
@@ -210,6 +217,7 @@ class BytePairs:
 
         self.special_tokens = {}
         self.stripping_ids = stripping_ids(file["added_tokens"])
+        self.stripping_before_ids = stripping_before_ids(file["added_tokens"])
         text_tokens = []
         for raw in file["added_tokens"]:
             if raw["special"]:

@@ -198,28 +198,51 @@ def encode_segments(
     Args:
         before: the ids behind which they stand.
     """
-    special = special_ids(tokenizer, name)
-    split_at_special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
+    parts = list(segment_parts(special_ids(tokenizer, name), segments))
     ids = []
     mask = []
-    for segment in segments:
-        for part in split_at_special.split(segment.frame):
-            if part in special:
-                if special[part] >= 0:
-                    ids.append(special[part])
-                continue
-            text = segment.fill(part)
+    for number, part in enumerate(parts):
+        if isinstance(part.content, int):
+            ids.append(part.content)
+        else:
+            # tokens may take in the white space around them
+            text = part.content
             last_ids = ids or before
             if last_ids and last_ids[-1] in tokenizer.stripping_ids:
                 text = text.lstrip()
+            following = parts[number + 1].content if number + 1 < len(parts) else None
+            if following in tokenizer.stripping_before_ids:
+                text = text.rstrip()
             if not text:
                 continue
             takes_space = TEMPLATES[name].separate_texts
             if not text.startswith(" "):  # mistral's frames bring their space along
                 takes_space = takes_space or takes_space_behind(tokenizer, name, last_ids)
             ids.extend(tokenizer.encode(text, start=takes_space))
-        mask += [segment.trained] * (len(ids) - len(mask))
+        mask += [part.trained] * (len(ids) - len(mask))
     return Tokens(ids, mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of text between special tokens, or the id of one of these."""
+
+    content: str | int
+    trained: bool
+
+
+def segment_parts(special: dict[str, int], segments: Iterable[Segment]) -> Iterator[Part]:
+    """The parts of segments, without empty ones and without tokens that the tokenizer lacks.
+
+    Args:
+        special: as special_ids gives it.
+    """
+    split_at_special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
+    for segment in segments:
+        for part in split_at_special.split(segment.frame):
+            content = special[part] if part in special else segment.fill(part)
+            if content not in ("", -1):
+                yield Part(content, segment.trained)
 
 
 def takes_space_behind(tokenizer: Tokenizer, name: str, ids: Sequence[int]) -> bool:

@@ -39,7 +39,7 @@ class SentencePieces:
         adds_space: whether that one puts a space before a text.
         size: number of ids.
         special_tokens: {name: id} of the tokens that no text becomes.
-        stripping_ids: none here; the files beside the model may name some.
+        stripping_ids, stripping_before_ids: none here; the files beside the model may name some.
         text_tokens: added tokens that are text.
     """
 
@@ -76,6 +76,7 @@ class SentencePieces:
         names = {token.name for token in notes.added_tokens.values()}.union(pieces)
         self.special_tokens = {}
         self.stripping_ids = set()
+        self.stripping_before_ids = set()
         marks = set()
         for number, piece in enumerate(pieces):
             token = notes.added_tokens.get(number) or AddedToken(piece, number)

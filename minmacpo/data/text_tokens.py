@@ -43,6 +43,11 @@ def stripping_ids(added_tokens: Iterable[dict]) -> set[int]:
     return {raw["id"] for raw in added_tokens if raw.get("rstrip")}
 
 
+def stripping_before_ids(added_tokens: Iterable[dict]) -> set[int]:
+    """The ids of those that take in the white space before them."""
+    return {raw["id"] for raw in added_tokens if raw.get("lstrip")}
+
+
 class TextTokens:
     """Added tokens that are made from text and shown in it.
 

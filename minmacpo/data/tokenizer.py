@@ -43,6 +43,7 @@ class Tokenizer:
         adds_space: whether a text that begins a document gets a space before it.
         space_before: where a text gets it.
         stripping_ids: of the special tokens that take in the white space behind them.
+        stripping_before_ids: of those that take in the white space before them.
         turn_marks: {role: id} of TURN_MARKS; empty unless the tokenizer has them.
     """
 
@@ -92,10 +93,14 @@ class Tokenizer:
         self.stop_ids = notes.stop_ids | {self.eos}
 
         stripping_ids = set(self.processor.stripping_ids)
+        stripping_before_ids = set(self.processor.stripping_before_ids)
         for token_id, token in notes.added_tokens.items():
             if token.rstrip:
                 stripping_ids.add(token_id)
+            if token.lstrip:
+                stripping_before_ids.add(token_id)
         self.stripping_ids = stripping_ids & self.names.keys()
+        self.stripping_before_ids = stripping_before_ids & self.names.keys()
 
         self.turn_marks = {}
         if all(mark in self.special for mark in TURN_MARKS.values()):

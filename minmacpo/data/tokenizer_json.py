@@ -10,7 +10,12 @@ from contextlib import contextmanager
 
 from minmacpo import UserError
 from minmacpo.data.bpe import MALFORMED, BytePairs, check_ids, find_unknown
-from minmacpo.data.text_tokens import TextTokens, parse_added_token, stripping_ids
+from minmacpo.data.text_tokens import (
+    TextTokens,
+    parse_added_token,
+    stripping_before_ids,
+    stripping_ids,
+)
 from minmacpo.data.tokenizer_files import (
     NO_NOTES,
     TokenizerNotes,
@@ -129,6 +134,7 @@ class PackageTokenizer:
     Attributes:
         special_tokens: {name: id} of the tokens that no text becomes.
         stripping_ids: of the added tokens that take in the white space behind them.
+        stripping_before_ids: of those that take in the white space before them.
         text_tokens: the other added tokens.
         size: number of ids.
         adds_begin: whether its file puts a begin token before a text.
@@ -169,6 +175,7 @@ class PackageTokenizer:
         # the package itself finds those that are text
         self.special_tokens = {}
         self.stripping_ids = stripping_ids(file["added_tokens"])
+        self.stripping_before_ids = stripping_before_ids(file["added_tokens"])
         text_tokens = [token for token in file["added_tokens"] if not token["special"]]
         self.text_tokens = TextTokens(
             parse_added_token(token, token["id"]) for token in text_tokens

@@ -91,6 +91,28 @@ def test_dialogues_have_the_ids_of_transformers(name, legacy, adds_space, tmp_pa
         assert whole[: len(ids)] == ids
 
 
+@pytest.mark.parametrize("side", ["lstrip", "rstrip", "normalized"])
+def test_marks_that_take_in_white_space_have_the_ids_of_transformers(side, tmp_path, seed):
+    model = train(LLAMA_LIKE)
+    size = Tokenizer(model).size
+    marks = {size: "<|im_start|>", size + 1: "<|im_end|>"}
+    added = {
+        str(number): {"content": mark} | flags(special=True) | {side: True}
+        for number, mark in marks.items()
+    }
+    config = CONFIG | {"legacy": False, "added_tokens_decoder": added}
+    folder = write_folder(tmp_path / "base", model, config)
+    ours = load_tokenizer(folder)
+    rng = random.Random(seed)
+    for number in range(6):
+        messages = random_dialogue(rng, has_system=number % 2 == 0)
+        prompt = transformers_ids(folder, "chatml", messages, is_prompt=True)
+        assert render_prompt(ours, "chatml", messages) == prompt
+        whole = transformers_ids(folder, "chatml", [*messages, bot("yes  ")], is_prompt=False)
+        ids = render(ours, "chatml", messages, "yes  ").ids
+        assert whole[: len(ids)] == ids
+
+
 def test_zephyr_has_its_published_ids(tmp_path):
     """Those that its model card's prompt has: a space piece, 28705, behind each end of a turn."""
     model = shared("tokenizers/mistral-v1.model").read_bytes()
