@@ -145,9 +145,13 @@ def check_roles(name: str, messages: Sequence[Message]) -> None:
     for number, message in enumerate(messages, start=1):
         is_late_system = message.role == "system" and number > 1
         if message.role not in roles or is_late_system:
+            advice = ""
+            if message.role == "system" and not is_late_system:
+                able = [name for name, other in TEMPLATES.items() if other.system is not None]
+                advice = f"; those that have one: {', '.join(able)}"
             raise UserError(
                 f"data.template = {name} has no place for message {number}, "
-                f"of the role {message.role!r}"
+                f"of the role {message.role!r}{advice}"
             )
 
 

@@ -300,6 +300,13 @@ def test_a_marked_prompt_is_a_dialogue(text):
     assert chat.parse_prompt(text) == (Message("user", "where ?"),)
 
 
+def test_a_system_message_without_a_place_says_which_templates_have_one(stub):
+    words = ["--data.template=turns", "--data.system=be kind", "--generate.max_new_tokens=2"]
+    ended = invoke("sample", stub / "bases/strong", "hi", *words)
+    assert ended.code == 2 and "data.template = turns has no place" in ended.err
+    assert "those that have one: vicuna, alpaca" in ended.err
+
+
 def test_a_marked_prompt_without_a_turn_is_refused():
     with pytest.raises(UserError, match="'PROMPT' holds an empty turn"):
         chat.parse_prompt("Human:")
