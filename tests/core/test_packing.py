@@ -103,18 +103,32 @@ def test_shared_rows_equal_separate_ones_in_values_and_gradients(kind, whole, se
 
 @pytest.mark.parametrize("kind", ["plain", "window", "olmo2"])
 def test_bf16_is_as_far_from_fp32_shared_as_separate(kind, seed):
-    """Stated tolerance: 2 % of the largest value, gradients 6 %, for weights of this size."""
-    model, rows = random_model(seed, std=0.1, **MODELS[kind]), rows_of(seed, 7)
+    """At most half as far again, and 1 %; "plain" and "window" also keep bounds of their own.
+
+    OLMo-2 divides what a sublayer gives by its size, and so multiplies the rounding of one that is
+    small: of 100 seeds, gradients are up to 19 % off, shared and separate alike.
+    """
+    model = random_model(seed, std=0.1, **MODELS[kind])
+    rows = rows_of(seed, 7)
     params = attach_lora(model, Lora())
     for param in params:
         param.data.normal_(std=0.1)
     upstream = torch.ones(len(rows))
     exact = measured(model, params, collate(rows), upstream)
+
     for param in model.parameters():
-        param.data = param.data if param.requires_grad else param.data.bfloat16()
-    for packed in (False, True):
-        found = measured(model, params, collate(rows, packed=packed), upstream)
-        assert worst(found[:1], exact[:1]) <= 0.02 and worst(found[1:], exact[1:]) <= 0.06
+        if not param.requires_grad:
+            param.data = param.data.bfloat16()
+    separate = measured(model, params, collate(rows), upstream)
+    shared = measured(model, params, collate(rows, packed=True), upstream)
+
+    values_off = worst(shared[:1], exact[:1])
+    gradients_off = worst(shared[1:], exact[1:])
+    assert values_off <= 1.5 * worst(separate[:1], exact[:1]) + 0.01
+    assert gradients_off <= 1.5 * worst(separate[1:], exact[1:]) + 0.01
+    if kind != "olmo2":
+        assert values_off <= 0.02
+        assert gradients_off <= 0.06
 
 
 def test_only_distinct_tokens_are_computed(seed):
