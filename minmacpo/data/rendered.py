@@ -91,9 +91,9 @@ def parse_rendered(text: str) -> tuple[Message, ...]:
 
 def parse_turns(text: str, marks: TurnMarks) -> tuple[Message, ...]:
     """The turns between these marks; none where the text is not theirs from end to end."""
-    before, *parts = marks.opening.split(text)
-    if before:
-        return ()
+    if not marks.opening.match(text):
+        return ()  # as nearly every text: it is not searched any further
+    _, *parts = marks.opening.split(text)
     turns = []
     awaits_answer = False
     all_closed = True
@@ -124,9 +124,9 @@ def take_closing(content: str, closings: Sequence[str]) -> tuple[str, bool]:
 
 def parse_instructions(text: str) -> tuple[Message, ...]:
     """The turns of "[INST] hi [/INST] hello </s>[INST] so? [/INST]", as Llama 2 and Mistral."""
-    before, *parts = INSTRUCTION.split(text)
-    if before.strip() or not parts:
+    if not INSTRUCTION.match(text):
         return ()
+    _, *parts = INSTRUCTION.split(text)
     turns = []
     for number, part in enumerate(parts):
         question, mark, answer = part.partition(END_OF_INSTRUCTION)
