@@ -6,6 +6,7 @@ what is right. No torch is imported here, so that --help and a typo answer at on
 
 import math
 import re
+import textwrap
 import tomllib
 import typing
 from argparse import ArgumentParser
@@ -43,6 +44,8 @@ CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # a TOML file 
 UNSAFE_IN_NAMES = re.compile(r"[^A-Za-z0-9_.,+-]")  # left out of the names of run folders
 MAX_VALUE_IN_NAME = 40  # characters
 MAX_NAME = 200  # bytes; file systems take 255
+MAX_SHOWN_VALUE = 80  # characters of a wrong value in an error message
+HELP_WIDTH = 100  # columns
 
 HELP = """\
 python train.py [@preset | @file.toml]... [--section.key=value | --section.key value]...
@@ -114,7 +117,7 @@ def parse(argv: list[str]) -> Command:
         config = replace(config, run=replace(config.run, name=name))
     if not states_shares(layers):
         config = leave_out_d0(config)
-    check(config)
+    check(config, stated=words.values)
     return Command(config, stage, **words.bare)
 
 
@@ -217,16 +220,26 @@ def override(config: Config, values: dict[str, object], where: str) -> Config:
         where: the file or "command line" that errors name.
 
     Raises:
-        UserError: a name is unknown, or a value has the wrong type.
+        UserError: names are unknown, all of which it says, or a value has the wrong type.
     """
+    unknown = [name for name in values if name not in SETTINGS]
+    if unknown:
+        raise UserError(f"{where}: {unknown_settings(unknown)}")
     for name, value in values.items():
-        if name not in SETTINGS:
-            raise UserError(f"{where}: unknown setting {name!r}; {suggestion(name)}")
-        section, key = name.split(".")
-        value = convert(SETTINGS[name].type, value, f"{where}: {name}")
-        changed = replace(getattr(config, section), **{key: value})
-        config = replace(config, **{section: changed})
+        section_name, key = name.split(".")
+        converted = convert(SETTINGS[name].type, value, f"{where}: {name}")
+        # Sections are frozen, and so is the Config that holds them: both are made anew
+        section = replace(getattr(config, section_name), **{key: converted})
+        config = replace(config, **{section_name: section})
     return config
+
+
+def unknown_settings(names: list[str]) -> str:
+    """What is wrong with names that are no settings, and what to write in place of each."""
+    if len(names) == 1:
+        return f"unknown setting {names[0]!r}; {suggestion(names[0])}"
+    complaints = [f"{name!r} ({suggestion(name)})" for name in names]
+    return f"unknown settings {', '.join(complaints)}"
 
 
 def suggestion(name: str) -> str:
@@ -315,12 +328,18 @@ def to_number(kind: type, value) -> int | float | None:
 def wrong_type(kind, value, name: str) -> UserError:
     """The error for a value that is not of the declared type, with the nearest one that is."""
     hint = ""
-    if typing.get_origin(kind) is typing.Literal and isinstance(value, str):
+    is_choice = typing.get_origin(kind) is typing.Literal
+    if is_choice and isinstance(value, str):
         hint = did_you_mean(value, typing.get_args(kind))
-    # hex, since Python does not write whole numbers of thousands of digits
-    text = hex(value) if type(value) is int else str(value)
-    shown = ascii(value) if len(text) <= 80 else ascii(text[:80]) + "…"
-    return UserError(f"{name} = {shown}: expected {describe(kind)}{hint}")
+    return UserError(f"{name} = {shown_value(value)}: expected {describe(kind)}{hint}")
+
+
+def shown_value(value) -> str:
+    """A value as an error message shows it: without control characters, and cut if it is long."""
+    text = str(value) if type(value) is not int else hex(value)  # Python writes no huge decimals
+    if len(text) <= MAX_SHOWN_VALUE:
+        return ascii(value)
+    return ascii(text[:MAX_SHOWN_VALUE]) + "…"
 
 
 # ---- files
@@ -373,8 +392,8 @@ def override_by_run(config: Config, values: dict[str, object], file: Path) -> Co
         return override(config, values, str(file))
     except UserError as error:
         raise UserError(
-            f"{error} (another version of minmacpo made this run, and this one does not read its "
-            "settings; make it anew under another --run.name)"
+            f"{file.parent}: holds a run of another version of minmacpo, whose settings this one "
+            f"does not know ({error}); choose another --run.name, or delete that folder"
         ) from None
 
 
@@ -501,9 +520,21 @@ def help_text() -> str:
         lines += ["", f"[{section.name}]"]
         for key in fields(section.type):
             name = f"{section.name}.{key.name}"
-            line = f"  --{name} ({describe(key.type)}) = {toml_value(values[name])}"
+            line = f"--{name} ({describe(key.type)}) = {toml_value(values[name])}"
             if values[name] != defaults[name]:
                 line += f"   (default: {toml_value(defaults[name])})"
-            lines.append(line)
-            lines.append(f"        {key.metadata['help']}")
+            lines += wrap_help(line, indent=2, rest=6)
+            lines += wrap_help(key.metadata["help"], indent=8, rest=10)
     return "\n".join(lines)
+
+
+def wrap_help(text: str, indent: int, rest: int) -> list[str]:
+    """Lines of at most HELP_WIDTH columns; `rest` is the indent of all but the first."""
+    return textwrap.wrap(
+        text,
+        HELP_WIDTH,
+        initial_indent=" " * indent,
+        subsequent_indent=" " * rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -5,6 +5,7 @@ The bounds of single values stand in schema.py.
 
 import re
 import string
+from collections.abc import Collection
 
 from minmacpo import UserError
 from minmacpo.config.schema import (
@@ -30,8 +31,12 @@ RANKING_RULES = {"perplexity", "likelihood-ratio", "agreement"}
 STUDENT_RULES = {"likelihood-ratio", "agreement"}
 
 
-def check(config: Config) -> None:
-    """Raise UserError for the first setting, or combination of settings, that cannot work."""
+def check(config: Config, stated: Collection[str] = ()) -> None:
+    """Raise UserError for the first setting, or combination of settings, that cannot work.
+
+    Args:
+        stated: the settings that the user has given, by name, whatever their values.
+    """
     check_bounds(config)
     checker = Checker(config)
     check_world(config, checker)
@@ -45,7 +50,7 @@ def check(config: Config) -> None:
     check_run_name(config.run.name, checker)
     for size in (config.model.strong, *config.model.weak):
         parse_model_size(size)
-    check_loss(config.dpo)
+    check_loss(config.dpo, stated)
 
 
 class Checker:
@@ -250,13 +255,14 @@ def check_run_name(name: str | None, checker: Checker) -> None:
     checker.require(plain, "run.name", "a plain folder name")
 
 
-def check_loss(dpo: Dpo) -> None:
+def check_loss(dpo: Dpo, stated: Collection[str]) -> None:
     """Raise UserError for a setting that the preference loss does not use, yet is set."""
     usual = Dpo()
     used = LOSS_SETTINGS[dpo.loss]
     for settings in LOSS_SETTINGS.values():
         for name in settings:
-            if name in used or getattr(dpo, name) == getattr(usual, name):
+            is_set = f"dpo.{name}" in stated or getattr(dpo, name) != getattr(usual, name)
+            if name in used or not is_set:
                 continue
             if name == "reference":
                 problem = "uses no reference policy; leave dpo.reference out"

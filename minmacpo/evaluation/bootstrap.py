@@ -16,7 +16,8 @@ STANDARD_ERRORS = 1.96  # half the width of a normal 95 % interval
 def mean_interval(values: np.ndarray, draws: int) -> list[float]:
     """The interval of the mean of one value per prompt, (N,), as [low, high]."""
     rng = np.random.default_rng(0)
-    drawn = rng.integers(0, len(values), (draws, len(values)))
+    count = len(values)
+    drawn = rng.integers(0, count, (draws, count))  # prompts, as many in each draw as there are
     means = values[drawn].mean(1)  # (draws,)
     return np.quantile(means, BOUNDS).round(4).tolist()
 
@@ -28,12 +29,17 @@ def proportion_interval(wins: np.ndarray) -> list[float]:
     """
     count = len(wins)
     share = wins.mean()
-    squared = STANDARD_ERRORS**2
-    center = (share + squared / (2 * count)) / (1 + squared / count)
-    spread = np.sqrt(share * (1 - share) / count + squared / (4 * count**2))
-    half = STANDARD_ERRORS * spread / (1 + squared / count)
-    low = max(0.0, center - half)
-    high = min(1.0, center + half)
+    z = STANDARD_ERRORS
+    shrinkage = 1 + z**2 / count
+
+    # The share is drawn towards 1/2, the more so the fewer values there are
+    center = (share + z**2 / (2 * count)) / shrinkage
+    variance = share * (1 - share) / count + z**2 / (4 * count**2)
+    half_width = z * np.sqrt(variance) / shrinkage
+
+    # In exact numbers both bounds lie within [0, 1]; floats may put them just outside
+    low = max(0.0, center - half_width)
+    high = min(1.0, center + half_width)
     return [round(float(low), 4), round(float(high), 4)]
 
 
@@ -55,9 +61,10 @@ def paired_interval(differences: Sequence[np.ndarray], draws: int = 4000) -> lis
     means = []
     for seeds in seed_draws:
         means_by_seed = []
-        for seed in seeds:
+        for seed in seeds:  # one that is drawn twice has its prompts drawn twice, each time anew
             values = differences[seed]
-            means_by_seed.append(rng.choice(values, len(values)).mean())
+            drawn = rng.choice(values, len(values))
+            means_by_seed.append(drawn.mean())
         means.append(np.mean(means_by_seed))
     return np.quantile(means, BOUNDS).round(4).tolist()
 
@@ -77,15 +84,18 @@ def estimate_ratio(
 
     Draws whose denominator is not above 0 are left out.
     """
+    # What the rows of a prompt come to, since they are drawn together
     _, prompt_index = np.unique(prompts, return_inverse=True)
     tops = np.bincount(prompt_index, weights=np.asarray(numerators, float))  # (prompts,)
-    bottoms = np.bincount(prompt_index, weights=np.asarray(denominators, float))
+    bottoms = np.bincount(prompt_index, weights=np.asarray(denominators, float))  # (prompts,)
+
     rng = np.random.default_rng(0)
     ratios = []
     for _ in range(draws):
         drawn = rng.integers(0, len(tops), len(tops))
+        top = tops[drawn].sum()
         bottom = bottoms[drawn].sum()
         if bottom > 0:
-            ratios.append(tops[drawn].sum() / bottom)
+            ratios.append(top / bottom)
     value = float(tops.sum() / bottoms.sum())
     return Estimate(value, np.quantile(ratios, BOUNDS).tolist())

@@ -7,7 +7,7 @@ A chart's lines are {name: points}; a point is a `Point`, with an interval or wi
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from minmacpo.evaluation.finished_run import NUMBERED_AGENT, agent_label
@@ -19,6 +19,7 @@ SQUARE = "M-4,-4h8v8h-8z"
 TRIANGLE = "M0,-5L5,4H-5z"
 DIAMOND = "M0,-5.5L5.5,0L0,5.5L-5.5,0z"
 MARKERS = (DOT, SQUARE, TRIANGLE, DIAMOND)
+TEACHER_MARKERS = (DIAMOND, SQUARE, TRIANGLE)  # the dot is the student's
 
 ON_STRONG_BASE = ("student", "strong", "ceiling", "continued")
 
@@ -94,28 +95,40 @@ def look(name: str, number: int) -> Look:
     """
     teacher = NUMBERED_AGENT.fullmatch(name)
     if teacher:
-        turn = int(teacher[2]) % 3
-        return Look(f"teacher{turn}", MARKERS[turn] if turn else DIAMOND)
+        turn = int(teacher[2]) % len(TEACHER_MARKERS)
+        return Look(f"teacher{turn}", TEACHER_MARKERS[turn])
     if name in ON_STRONG_BASE:
-        return Look(name.replace("strong", "student"), DOT)
-    marker = (number + number // len(COLOURS)) % len(MARKERS)
-    return Look(COLOURS[number % len(COLOURS)], MARKERS[marker])
+        colour = name.replace("strong", "student")
+        return Look(colour, DOT)
+
+    # When all colours are used up, they begin again with the markers moved on by one
+    times_through, colour_index = divmod(number, len(COLOURS))
+    marker_index = (number + times_through) % len(MARKERS)
+    return Look(COLOURS[colour_index], MARKERS[marker_index])
 
 
 def ticks(low: float, high: float, most: int) -> dict[float, str]:
     """Round numbers from below `low` to above `high`, about `most` of them, and their texts."""
-    span = high - low or abs(low) or 1
+    # The smallest step of 1, 2, 5 or 10 times a power of ten that needs no more than `most`
+    span = high - low or abs(low) or 1  # equal bounds span as much as they are high
     power = 10.0 ** math.floor(math.log10(span / most))
     step = 10 * power
     for factor in (1, 2, 5):
         if span / (power * factor) <= most:
             step = power * factor
             break
+
     # 1e-9: a bound that is a round number stays one, whatever floats make of it
     first = math.floor(low / step + 1e-9)
-    last = max(math.ceil(high / step - 1e-9), first + 1)
+    last = math.ceil(high / step - 1e-9)
+    last = max(last, first + 1)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    return {step * i: f"{step * i:,.{decimals}f}" for i in range(first, last + 1)}
+
+    texts = {}
+    for i in range(first, last + 1):
+        value = step * i
+        texts[value] = f"{value:,.{decimals}f}"
+    return texts
 
 
 def spread(heights: dict[str, float], low: float, high: float, gap: float = 15) -> dict[str, float]:
@@ -143,8 +156,9 @@ def polyline(points: Sequence[tuple[float, float]], kind: str) -> Html:
 
 
 def path_data(points: Sequence[tuple[float, float]]) -> str:
-    """The line through points in SVG's words."""
-    return "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    """The line through points in SVG's words: move to the first one, draw to each of the others."""
+    corners = [f"{x:.1f},{y:.1f}" for x, y in points]
+    return "M" + "L".join(corners)
 
 
 def curve(points: Sequence[tuple[float, float]]) -> Html:
@@ -159,7 +173,27 @@ def curve(points: Sequence[tuple[float, float]]) -> Html:
             segments[-1].append(point)
         else:
             segments.append([point])
-    return tag("path", d="".join(path_data(segment) for segment in segments), class_="curve")
+    data = "".join(path_data(segment) for segment in segments)
+    return tag("path", d=data, class_="curve")
+
+
+def drawing(
+    parts: Sequence[Html], width: float, height: float, words: str, kind: str | None = None
+) -> Html:
+    """An SVG of these parts.
+
+    Args:
+        words: what it shows, for those who do not see it.
+        kind: its class in page.css.
+    """
+    return tag(
+        "svg",
+        *parts,
+        viewBox=f"0 0 {width} {height}",
+        role="img",
+        aria_label=words,
+        class_=kind,
+    )
 
 
 def chart(lines: dict[str, Sequence[Point]], unit: str, size: ChartSize) -> Html:
@@ -173,8 +207,10 @@ def chart(lines: dict[str, Sequence[Point]], unit: str, size: ChartSize) -> Html
     end = 1.0
     for points in lines.values():
         for point in points:
-            values += [point.y, *(point.interval or ())]
             end = max(end, point.x)
+            values.append(point.y)
+            if point.interval is not None:
+                values += point.interval
     x_ticks = ticks(0, end, min(math.floor(end), size.label_width // 16))
     y_ticks = ticks(min(values), max(values), 5)
     plot = Plot(
@@ -186,11 +222,17 @@ def chart(lines: dict[str, Sequence[Point]], unit: str, size: ChartSize) -> Html
         high=max(y_ticks),
     )
 
-    parts = axes(plot, size, unit, x_ticks, y_ticks)
-    last_heights = {name: plot.y(points[-1].y) for name, points in lines.items()}
+    # Where each line ends and how it looks, by its place among all of them
+    last_heights = {}
+    looks = {}
+    for number, (name, points) in enumerate(lines.items()):
+        last_heights[name] = plot.y(points[-1].y)
+        looks[name] = look(name, number)
     name_heights = spread(last_heights, 12, plot.bottom)
-    numbers = {name: number for number, name in enumerate(lines)}
-    for name in sorted(lines, key=lambda name: name == "student"):  # the student is on top
+
+    # What is drawn last lies on top: that is the student
+    parts = axes(plot, size, unit, x_ticks, y_ticks)
+    for name in sorted(lines, key=lambda name: name == "student"):
         label = clip_name(agent_label(name), size)
         if size.kind:  # the main chart has room for the last number
             label += f" {lines[name][-1].y:.3f}"
@@ -201,17 +243,10 @@ def chart(lines: dict[str, Sequence[Point]], unit: str, size: ChartSize) -> Html
                 plot=plot,
                 label=label,
                 label_height=name_heights[name],
-                look=look(name, numbers[name]),
+                look=looks[name],
             )
         )
-    return tag(
-        "svg",
-        *parts,
-        viewBox=f"0 0 {size.width} {size.height}",
-        role="img",
-        aria_label=spoken(lines),
-        class_=size.kind,
-    )
+    return drawing(parts, size.width, size.height, words=spoken(lines), kind=size.kind)
 
 
 def clip_name(name: str, size: ChartSize) -> str:
@@ -268,11 +303,12 @@ def draw_line(
     # The line, and a thread from its end to its name, level within the plot
     parts.append(curve(spots))
     name_x = plot.right + 8
-    last_height = spots[-1][1]
-    parts.append(
-        polyline([spots[-1], (name_x - 28, last_height), (name_x - 3, label_height)], "thread")
-    )
+    end = spots[-1]
+    level_end = (name_x - 28, end[1])
+    name_start = (name_x - 3, label_height)
+    parts.append(polyline([end, level_end, name_start], "thread"))
 
+    # Markers, where they would not run into each other
     if len(points) == 1 or (len(points) < MANY_POINTS and not is_level):
         for point, (x, y) in zip(points, spots, strict=True):
             title = tag("title", f"{agent_label(name)}: {point.y:.4g}{interval_note(point)}")
@@ -307,11 +343,31 @@ def figure(
         return Html()
     sizes = [SMALL]
     if is_main:
+        # A window that is wide has room for long names, up to a point
         longest = max(len(agent_label(name)) for name in lines) + len(" 0.000")
         label_width = min(400, max(WIDE.label_width, 24 + 7 * longest))
-        sizes = [ChartSize(WIDE.width, WIDE.height, label_width, WIDE.kind), NARROW]
+        sizes = [replace(WIDE, label_width=label_width), NARROW]
     caption = tag("figcaption", tag("b", title), " ", note)
-    return tag("figure", caption, *(chart(lines, unit, size) for size in sizes))
+    charts = [chart(lines, unit, size) for size in sizes]
+    return tag("figure", caption, *charts)
+
+
+# ---- forest plots -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ForestScale:
+    """Where numbers lie in a forest plot, from left to right."""
+
+    left: float
+    right: float
+    low: float  # the number at the left
+    high: float
+
+    def x(self, value: float) -> float:
+        """Pixels from the left."""
+        fraction = (value - self.low) / (self.high - self.low)
+        return self.left + fraction * (self.right - self.left)
 
 
 def forest(title: str, rows: dict[str, Sequence[float]]) -> Html:
@@ -320,34 +376,53 @@ def forest(title: str, rows: dict[str, Sequence[float]]) -> Html:
     Args:
         rows: (mean, low, high) by name.
     """
-    width = 1070
-    row_height = 26
-    left = 14 + 8 * max(len(name) for name in rows)
-    bottom = row_height * len(rows) + 10
-    lowest = min(0.0, *(low for _, low, _ in rows.values()))
-    highest = max(0.0, *(high for _, _, high in rows.values()))
+    # The scale holds every interval, and zero
+    lowest = 0.0
+    highest = 0.0
+    for _, low, high in rows.values():
+        lowest = min(lowest, low)
+        highest = max(highest, high)
     x_ticks = ticks(lowest, highest, 8)
-    span = max(x_ticks) - min(x_ticks)
+    width = 1070
+    scale = ForestScale(
+        left=14 + 8 * max(len(name) for name in rows),
+        right=width - 70,  # the last mean is written beyond it
+        low=min(x_ticks),
+        high=max(x_ticks),
+    )
 
-    def to_pixels(value: float) -> float:
-        return left + (value - min(x_ticks)) / span * (width - left - 70)
-
+    # Upright lines, the one at zero darker than the others
+    row_height = 26
+    bottom = row_height * len(rows) + 10
     parts = []
     for value, text in x_ticks.items():
-        x = to_pixels(value)
-        kind = "axis" if abs(value) > 1e-9 else "thread"
-        parts.append(polyline([(x, 4), (x, bottom)], kind))
+        x = scale.x(value)
+        is_zero = abs(value) <= 1e-9
+        parts.append(polyline([(x, 4), (x, bottom)], "thread" if is_zero else "axis"))
         parts.append(tag("text", text, x=x, y=bottom + 19, text_anchor="middle"))
-    for number, (name, (mean, low, high)) in enumerate(rows.items()):
+
+    # A bar for every interval, beside its name
+    means = []
+    for number, (name, row) in enumerate(rows.items()):
         y = row_height * number + 18
-        title_text = f"{name}: {mean:+.3f} (95%: {low:+.3f} to {high:+.3f})"
-        position = f"translate({to_pixels(mean):.1f},{y})"
-        dot = tag("path", tag("title", title_text), d=DOT, transform=position, class_="dot")
-        bar = polyline([(to_pixels(low), y), (to_pixels(high), y)], "curve")
-        number_text = tag("text", f"{mean:+.3f}", x=to_pixels(high) + 8, y=y + 4, class_="name")
-        parts.append(tag("g", bar, dot, number_text, class_="student"))
-        parts.append(tag("text", name, x=left - 14, y=y + 4, text_anchor="end"))
-    words = "; ".join(f"{name} {mean:+.3f}" for name, (mean, _, _) in rows.items())
-    view = f"0 0 {width} {bottom + 26}"
-    drawing = tag("svg", *parts, viewBox=view, role="img", aria_label=words)
-    return tag("figure", tag("figcaption", tag("b", title)), drawing)
+        parts.append(forest_bar(name, row, scale, y))
+        parts.append(tag("text", name, x=scale.left - 14, y=y + 4, text_anchor="end"))
+        means.append(f"{name} {row[0]:+.3f}")
+    caption = tag("figcaption", tag("b", title))
+    return tag("figure", caption, drawing(parts, width, bottom + 26, words="; ".join(means)))
+
+
+def forest_bar(name: str, row: Sequence[float], scale: ForestScale, y: float) -> Html:
+    """An interval as a bar, with a dot at its mean and the mean in figures behind it.
+
+    Args:
+        row: (mean, low, high).
+        y: its height in pixels from the top.
+    """
+    mean, low, high = row
+    bar = polyline([(scale.x(low), y), (scale.x(high), y)], "curve")
+    title = tag("title", f"{name}: {mean:+.3f} (95%: {low:+.3f} to {high:+.3f})")
+    position = f"translate({scale.x(mean):.1f},{y})"
+    dot = tag("path", title, d=DOT, transform=position, class_="dot")
+    number = tag("text", f"{mean:+.3f}", x=scale.x(high) + 8, y=y + 4, class_="name")
+    return tag("g", bar, dot, number, class_="student")

@@ -35,8 +35,10 @@ def tag(name: str, *children: object, **attributes: object) -> Html:
     for key, value in attributes.items():
         if value is None:
             continue
+        # Python has no names with hyphens, and keeps the word class for itself
+        attribute = key.rstrip("_").replace("_", "-")
         text = f"{value:.1f}" if isinstance(value, float) else escape(value)
-        opening += f' {key.rstrip("_").replace("_", "-")}="{text}"'
+        opening += f' {attribute}="{text}"'
     content = "".join(escape(child) for child in children)
     return Html(f"<{opening}>{content}</{name}>")
 
@@ -49,7 +51,8 @@ def grid(head: Sequence[object], rows: Iterable[Sequence[object]], kind: str = "
     """
     body = []
     for row in rows:
-        body.append(tag("tr", *(tag("td", value) for value in row)))
+        cells = [tag("td", value) for value in row]
+        body.append(tag("tr", *cells))
     if not body:
         return Html()
     headings = [tag("th", heading, scope="col") for heading in head]

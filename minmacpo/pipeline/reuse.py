@@ -224,17 +224,17 @@ def changed_modules(before: dict[str, str], now: dict[str, str]) -> tuple[str, .
 
 
 def changed_settings(before: dict, now: dict) -> list[str]:
-    """One phrase for every setting that differs: "beta has changed from 0.1 to 0.2"."""
+    """One phrase for every setting that differs: "the setting beta has changed from 0.1 to 0.2"."""
     phrases = []
     for key in sorted(before.keys() | now.keys()):
         if key not in before:
-            phrases.append(f"{key} has been added ({shortened(now[key])})")
+            phrases.append(f"the setting {key} has been added ({shortened(now[key])})")
         elif key not in now:
-            phrases.append(f"{key} has been removed ({shortened(before[key])})")
+            phrases.append(f"the setting {key} has been removed ({shortened(before[key])})")
         elif before[key] != now[key]:
             old = shortened(before[key])
             new = shortened(now[key])
-            phrase = f"{key} has changed"
+            phrase = f"the setting {key} has changed"
             if old != new:  # long values may differ beyond what is shown of them
                 phrase += f" from {old} to {new}"
             phrases.append(phrase)

@@ -292,7 +292,8 @@ class Run:
         if despite:
             lines.append(
                 f"WARNING: {len(despite)} of {total} stages are taken although "
-                f"{merged(despite).sentence()} since they were made (run.reuse = all)"
+                f"{merged(despite).sentence()} since they were made (run.reuse = all): the results "
+                "are those of the earlier code, and a run without it computes these stages anew"
             )
         return lines
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from minmacpo import UserError
-from minmacpo.config.parse import override, read_toml
+from minmacpo.config.parse import override_by_run, read_toml
 from minmacpo.config.schema import NON_IDENTITY_SETTINGS, Config, flatten
 from minmacpo.runtime.files import (
     check_links,
@@ -72,13 +72,7 @@ def check_folder(path: Path, config: Config) -> None:
             raise UserError(f"{path}: exists and is no run folder; choose another --run.name")
         return
 
-    try:
-        theirs = flatten(override(Config(), read_toml(file), str(file)))
-    except UserError as error:
-        raise UserError(
-            f"{path}: holds a run of another version of minmacpo, whose settings this one does "
-            f"not know ({error}); choose another --run.name, or delete that folder"
-        ) from None
+    theirs = flatten(override_by_run(Config(), read_toml(file), file))
     for name, value in flatten(config).items():
         if name not in NON_IDENTITY_SETTINGS and value != theirs[name]:
             raise UserError(

@@ -291,7 +291,9 @@ def write_notes(folder: Path, notes: dict) -> None:
 
 
 def show_count(name: str, count) -> str:
-    """ "steps 12", "loss 0.693"."""
+    """ "steps 12", "loss 0.693", "d1 (rows 32)"."""
+    if isinstance(count, dict):
+        return f"{name} ({', '.join(show_count(*item) for item in count.items())})"
     return f"{name} {count:g}" if isinstance(count, float) else f"{name} {count}"
 
 

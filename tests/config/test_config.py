@@ -284,6 +284,15 @@ def test_an_old_name_is_refused_with_its_new_one(tmp_path, old):
     assert sentence in message and "my.toml" in message
 
 
+def test_all_old_names_of_a_file_or_a_command_line_are_named_at_once(tmp_path):
+    renamed = list(RENAMED.items())[:3]
+    flags = [f"--{old}=1" for old, _ in renamed]
+    file = toml(tmp_path, "[data]\nlabel = 1\nlong = 1\nmax_prompt = 1\n")
+    for message in (refused("@tiny", *flags), refused(file)):
+        for old, new in renamed:
+            assert f"{old!r} (it is called {new} now)" in message
+
+
 @pytest.mark.parametrize(
     ("flag", "offered"),
     [
@@ -646,8 +655,17 @@ def test_long_names_stay_folder_names(tmp_path):
 # ---- help -----------------------------------------------------------------------------------
 
 
+def unwrapped_help() -> str:
+    """The help with one line for each setting and one for what it means, however long."""
+    return re.sub(r"\n( {6}| {10})(?! )", " ", help_text())
+
+
+def test_help_is_no_wider_than_a_terminal():
+    assert max(map(len, help_text().splitlines())) <= 100
+
+
 def test_help_lists_every_key_with_type_default_and_line():
-    text = help_text()
+    text = unwrapped_help()
     lines = text.splitlines()
     for section in fields(Config):
         assert f"[{section.name}]" in lines
@@ -682,7 +700,8 @@ def test_every_key_has_its_line_of_help():
 
 def test_help_shows_the_values_of_a_plain_run_and_the_defaults_beside_them():
     """Both as the TOML file would say them; the default only where it is another value."""
-    lines = re.findall(r"^  --(\S+) \(.*?\) = (.*?)(?:   \(default: (.*)\))?$", help_text(), re.M)
+    pattern = r"^  --(\S+) \(.*?\) = (.*?)(?: +\(default: (.*)\))?$"
+    lines = re.findall(pattern, unwrapped_help(), re.M)
     shown = {name: value for name, value, _ in lines}
     behind = {name: default for name, _, default in lines if default}
     plain_run = flatten(replace(parse([]).config, run=Config().run))
@@ -824,3 +843,17 @@ def test_a_file_may_state_a_share_for_d0(tmp_path):
 def test_shares_that_are_derived_are_not_in_a_runs_name():
     given = parse(["@hh", *GIVEN]).config.run.name
     assert "shares" not in given
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--dpo.target_margin=0.5"],
+        ["--dpo.loss=simpo", "--dpo.reference=base"],
+        ["--dpo.loss=ipo", "--dpo.label_smoothing=0"],
+    ],
+)
+def test_a_setting_that_the_loss_does_not_use_is_refused_even_at_its_default(words):
+    name = words[-1][2:].partition("=")[0]
+    with pytest.raises(UserError, match=rf"dpo\.loss=\w+ (does not use|uses no reference).*{name}"):
+        parse(words)

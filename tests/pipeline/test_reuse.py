@@ -248,6 +248,7 @@ def test_reuse_all_takes_everything_and_says_so(package, finished):
     out = train(*words, "--run.reuse=all").out
 
     assert "are taken although core/losses.py has changed since they were made" in out
+    assert "the results are those of the earlier code" in out
     after = stages_of(run)
     assert {name: notes["fingerprint"] for name, notes in after.items()} == before
     assert after["round1/student_pos"]["reused_despite"] == "core/losses.py has changed"
@@ -310,7 +311,7 @@ def test_a_setting_that_is_new_is_told_once_and_the_run_goes_on(finished, stub):
     unfinished, said = plan_of(*words)
     assert "round1/student_pos" in unfinished and "round0/student_pos" not in unfinished
     assert said.count("stages are computed anew") == 1
-    assert "label_smoothing has been added (0.0) since they were made" in said
+    assert "the setting label_smoothing has been added (0.0) since they were made" in said
 
     assert "round1/student_pos" not in plan_of(*words, "--run.reuse=all")[0]
     train(*words)
