@@ -72,6 +72,9 @@ def estimate_memory(
     weights = weight_bytes_once(model, bytes_per_number, quantization) // world_size
     stream = bytes_per_number * size.tokens * model.hidden_size  # what one layer gives the next
     mlp = 3 * bytes_per_number * size.tokens * model.intermediate_size  # gate, up, their product
+    heads = model.num_attention_heads + model.num_key_value_heads
+    attention = 3 * bytes_per_number * size.tokens * model.head_dim * heads  # q, k, v, y
+    layer = max(mlp, attention)  # at work at once
     chunk_tokens = min(size.scored_tokens, chunk_size(model.vocab_size, device))
     logits = FP32 * chunk_tokens * model.vocab_size
 
@@ -82,7 +85,7 @@ def estimate_memory(
             weights=size.models * weights,
             learning=size.models * FP32 * adapter_size,
             activations=3 * stream,
-            working=max(mlp, next_tokens),
+            working=max(layer, next_tokens),
             # when rows end, those that go on are copied into a smaller cache: half as much again
             cache=3 * size.models * cache_bytes(size, model, bytes_per_number) // 2,
         )
@@ -91,7 +94,7 @@ def estimate_memory(
             weights=weights,
             learning=FP32 * adapter_size,
             activations=3 * stream,
-            working=max(mlp, logits),
+            working=max(layer, logits),
         )
 
     down_proj_learns = size.kind == "pretrain" or "down_proj" in lora.targets
@@ -102,7 +105,7 @@ def estimate_memory(
             weights=weights,
             learning=4 * FP32 * adapter_size,  # values, gradients, two moments
             activations=activations,
-            working=max(mlp, logits),
+            working=max(layer, logits),
         )
     # pre-training: weights in fp32, a gradient and two moments of each, and the head learns too:
     # its logits, their exponentials and the gradients of both
@@ -110,7 +113,7 @@ def estimate_memory(
         weights=FP32 * base_size,
         learning=3 * FP32 * base_size,
         activations=activations,
-        working=max(mlp, 4 * logits),
+        working=max(layer, 4 * logits),
     )
 
 

@@ -441,9 +441,10 @@ def test_our_adapter_in_peft_and_merged(family, seed, tmp_path):
         assert not notes[problem], problem
     assert type(merged) is type(theirs)
     adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
-    assert far(logits, logits_of(again, tokens)) <= tolerance(logits)
-    assert far(logits, merged.eval()(tokens).logits) <= tolerance(logits)
     assert far(logits, adapted(tokens).logits) <= tolerance(logits)
+    # the sum of two products, and the product with a sum, are rounded at different places
+    assert far(logits, logits_of(again, tokens)) <= 2 * tolerance(logits)
+    assert far(logits, merged.eval()(tokens).logits) <= 2 * tolerance(logits)
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def test_a_row_that_cannot_be_read_is_an_error_with_file_and_line(tmp_path, line
     sentence = refused(file)
     assert f"{file}, line 3" in sentence
     assert words in sentence
-    assert len(sentence) < 600
+    assert len(sentence.replace(str(file), "")) < 600
 
 
 def test_a_truncated_gzip_names_file_and_line(tmp_path):

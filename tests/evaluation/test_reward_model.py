@@ -17,8 +17,9 @@ from test_chat_template import tokenizer_folder
 
 from minmacpo import UserError
 from minmacpo.core.checkpoint import load_classifier
+from minmacpo.data.chat_template import Renderer
 from minmacpo.data.records import Pair
-from minmacpo.data.tokenizer import Tokens
+from minmacpo.data.tokenizer import Tokens, load_tokenizer
 from minmacpo.evaluation import reward_model as reward
 from minmacpo.evaluation.finished_run import read_run
 from minmacpo.runtime.files import read_rows, write_rows
@@ -238,10 +239,15 @@ def test_the_head_trained_here_ranks_and_says_how_well(tiny):
 
 
 def test_an_accuracy_around_one_half_is_called_not_informative(tiny, monkeypatch):
-    def rate_all_the_same(texts):
-        return np.zeros(len(texts))
+    class Indifferent:
+        """Rates all answers the same."""
 
-    monkeypatch.setattr(reward, "train_reward_model", lambda run, own: rate_all_the_same)
+        renderer = Renderer(load_tokenizer(tiny / "bases/strong"), "turns")
+
+        def __call__(self, texts):
+            return np.zeros(len(texts))
+
+    monkeypatch.setattr(reward, "train_reward_model", lambda run, own: Indifferent())
     assert "NOT INFORMATIVE" in invoke("eval", "reward", tiny).out
 
 
