@@ -336,14 +336,13 @@ class Plan:
             reader = Reader(stage, settings["template"])
             rows = self.count_tokens(documents, (name,), reader).rows(limit)
 
-        budget, _ = batch_limits(
-            self.config.run.max_tokens_per_batch, self.device, similar_lengths=False
-        )
         documents_drawn = settings["steps"] * settings["batch"]
         return Workload(
             tokens=round(documents_drawn * mean(rows)),
             exact=self.prepared is not None,
-            largest_pass=largest_pass("pretrain", rows, rows, budget, settings["batch"]),
+            largest_pass=largest_pass(
+                "pretrain", rows, rows, self.training_budget(), settings["batch"]
+            ),
             model=model,
         )
 

@@ -12,7 +12,7 @@ from minmacpo.core.checkpoint import check_model_folder, save_model, weight_file
 from minmacpo.core.model import new_model
 from minmacpo.core.model_config import ModelConfig
 from minmacpo.core.sft_loss import SFTLoss
-from minmacpo.core.trainer import OptimizerConfig, TrainExample, train
+from minmacpo.core.trainer import OptimizerConfig, TrainExample, plan_packed_batches, train
 from minmacpo.data.chat_template import Renderer, tokenizer_notes
 from minmacpo.data.records import Example
 from minmacpo.data.tokenizer import load_tokenizer, show_mask
@@ -121,7 +121,7 @@ def pretrained_base(run: Run, name: str, tokenizer: Stage, corpus: Stage) -> Bas
     model_size = size_of(config, name)
     stage = run.stage(
         name=f"bases/{name}",
-        kind="pretrain/2",
+        kind="pretrain/3",
         settings={
             "shape": model_size,
             "context": config.model.context,
@@ -183,7 +183,8 @@ def pretrain(context: StageContext, name: str, tokenizer_stage: Stage, corpus: S
         eos_token_id=tokenizer.eos,
     )
     seed = derive_seed(config.run.seed, name, "weights")
-    model = new_model(model_config, seed).to(resolve_device(config.run.device))
+    device = resolve_device(config.run.device)
+    model = new_model(model_config, seed).to(device)
 
     # --- Documents as rows, of which every token but the first is trained
     template = base_templates(config)[name]
@@ -192,13 +193,16 @@ def pretrain(context: StageContext, name: str, tokenizer_stage: Stage, corpus: S
     context.log_detail(f"first row: {show_mask(tokenizer, examples[0].rows[0])[:400]}")
 
     # --- Train, and write
+    schedule = pretraining_schedule(config, name)
+    hooks = trainer_hooks(context)
     counts = train(
         model,
         list(model.parameters()),
         examples,
         SFTLoss(),
-        pretraining_schedule(config, name),
-        trainer_hooks(context),
+        schedule,
+        hooks,
+        plan=plan_packed_batches(examples, schedule, hooks, device),
     )
     save_model(context.folder, model_config, model.state_dict(), tokenizer.model)
     notes = tokenizer_notes(tokenizer, template, config.model.context)
