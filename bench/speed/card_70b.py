@@ -15,9 +15,9 @@ import torch
 from bench.speed.card import SCORING_TOKENS, CardBench, ceilings, random_answers
 from bench.speed.peers import config_of, make_rows, random_ids, random_slot
 from bench.speed.timing import alternate
-from minmacpo.cli.memory_estimate import PassSize, estimate_memory
 from minmacpo.config.schema import Generate, Lora
 from minmacpo.core.lora import disable_adapter, get_adapter_weights, set_adapter_weights
+from minmacpo.core.memory_estimate import PassSize, estimate_memory
 from minmacpo.core.model import Transformer
 from minmacpo.core.model_config import ModelConfig
 from minmacpo.core.sampling import generate

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 
 from minmacpo import UserError
-from minmacpo.cli.memory_estimate import MemoryEstimate
 from minmacpo.cli.plan import Plan
 from minmacpo.config.parse import to_toml
 from minmacpo.config.schema import Config
+from minmacpo.core.memory_estimate import MemoryEstimate
 from minmacpo.core.prepack import multiplies_bf16
 from minmacpo.data.own_template import template_warning
 from minmacpo.data.splits import TOO_FEW
@@ -111,7 +111,12 @@ def find_memory_problem(plan: Plan, free: int) -> str | None:
         if stage.finished or run.only not in (None, name):
             continue
         memory = plan.memory(name)
-        if memory is not None and not memory.fits(free):
+        if memory is None or memory.fits(free):
+            continue
+        if run.config.run.checkpoint != "false":
+            recomputing = plan.memory(name, recompute=True)  # what the training would do there
+            memory = min(memory, recomputing, key=lambda estimate: estimate.total)
+        if not memory.fits(free):
             return (
                 f"{name} needs about {gigabytes(memory.total)} of memory, of which "
                 f"{gigabytes(free)} are free on the {plan.device}; {advice(plan, name, memory)}"

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from minmacpo.cli.memory_estimate import MemoryEstimate, PassSize, estimate_memory
 from minmacpo.core.batching import batch_limits, scoring_tokens, steps_per_epoch
 from minmacpo.core.checkpoint import read_config
+from minmacpo.core.memory_estimate import MemoryEstimate, PassSize, estimate_memory
 from minmacpo.core.model_config import ModelConfig
 from minmacpo.data.chat_template import Renderer
 from minmacpo.data.records import Example
@@ -134,8 +134,12 @@ class Plan:
             return self.score(name, self.pairs(name))  # the chosen side under the reference
         return None
 
-    def memory(self, name: str) -> MemoryEstimate | None:
-        """What the stage holds at its peak, beside the process itself; None without a model."""
+    def memory(self, name: str, recompute: bool = False) -> MemoryEstimate | None:
+        """What the stage holds at its peak, beside the process itself; None without a model.
+
+        Args:
+            recompute: a training computes every block twice, as run.checkpoint = true makes it do.
+        """
         workload = self.workload(name)
         if workload is None:
             return None
@@ -153,6 +157,7 @@ class Plan:
             quantization=self.settings(name).get("quantize", "none"),
             device=self.device,
             world_size=world_size,
+            recompute=recompute or self.config.run.checkpoint == "true",
         )
 
     # ---- models

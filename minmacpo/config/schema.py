@@ -89,6 +89,9 @@ class Run:
     compile: Literal["auto", "true", "false"] = setting(
         "auto", "torch.compile the loss chunk; auto: on cuda, in stages long enough to earn it"
     )
+    checkpoint: Literal["auto", "true", "false"] = setting(
+        "auto", "compute every block twice, to keep less in memory; auto: where a pass needs it"
+    )
     max_tokens_per_batch: int = setting(
         16384,
         "tokens of a pass, padding included; a CPU takes at most 1024 to train, 4096 to score",
@@ -410,7 +413,7 @@ class Config:
 
 
 # Settings that say where and how a run is done, not what it is
-NON_IDENTITY_SETTINGS = ("run.root", "run.name", "run.reuse", "parallel.shard")
+NON_IDENTITY_SETTINGS = ("run.root", "run.name", "run.reuse", "run.checkpoint", "parallel.shard")
 
 
 def all_settings() -> dict:

@@ -27,6 +27,7 @@ from minmacpo.pipeline.prepare_data import (
     splits_stage,
     tokenizer_stage,
 )
+from minmacpo.pipeline.recompute import set_recompute
 from minmacpo.pipeline.run import Run
 from minmacpo.pipeline.stage import Stage, StageContext
 from minmacpo.pipeline.trainer_hooks import trainer_hooks
@@ -195,6 +196,8 @@ def pretrain(context: StageContext, name: str, tokenizer_stage: Stage, corpus: S
     # --- Train, and write
     schedule = pretraining_schedule(config, name)
     hooks = trainer_hooks(context)
+    plan = plan_packed_batches(examples, schedule, hooks, device)
+    set_recompute(context, model, examples, plan, kind="pretrain")
     counts = train(
         model,
         list(model.parameters()),
@@ -202,7 +205,7 @@ def pretrain(context: StageContext, name: str, tokenizer_stage: Stage, corpus: S
         SFTLoss(),
         schedule,
         hooks,
-        plan=plan_packed_batches(examples, schedule, hooks, device),
+        plan=plan,
     )
     save_model(context.folder, model_config, model.state_dict(), tokenizer.model)
     notes = tokenizer_notes(tokenizer, template, config.model.context)

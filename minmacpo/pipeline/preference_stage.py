@@ -20,6 +20,7 @@ from minmacpo.data.records import Pair
 from minmacpo.kernels.fused_logps import sequence_logps
 from minmacpo.pipeline.artifacts import Policy
 from minmacpo.pipeline.model_pool import LoadedModel, ModelPool, Session
+from minmacpo.pipeline.recompute import set_recompute
 from minmacpo.pipeline.stage import Stage, StageContext
 from minmacpo.pipeline.stage_log import log_first_row
 from minmacpo.pipeline.train_stage import save_trained_adapter, should_compile
@@ -115,6 +116,7 @@ def train_dpo(
         loss = args.loss(should_compile(models, loaded, examples, schedule))
         hooks = trainer_hooks(context)
         plan = plan_packed_batches(examples, schedule, hooks, models.device)
+        set_recompute(context, loaded.model, examples, plan)
 
         # --- Check the first batch, then train
         check = StartCheck(context, models, start, pairs.reference, loss, plan.packed)

@@ -18,6 +18,7 @@ from minmacpo.core.trainer import (
 from minmacpo.data.records import Example, Sample
 from minmacpo.pipeline.artifacts import Policy, TextColumn
 from minmacpo.pipeline.model_pool import LoadedModel, ModelPool, Session
+from minmacpo.pipeline.recompute import set_recompute
 from minmacpo.pipeline.run import Run
 from minmacpo.pipeline.stage import Stage, StageContext
 from minmacpo.pipeline.stage_log import log_first_row, warn_dropped
@@ -108,6 +109,8 @@ def train_sft(
         schedule = args.optimizer_config(len(examples))
         compiled = should_compile(models, loaded, examples, schedule)
         hooks = trainer_hooks(context)
+        plan = plan_packed_batches(examples, schedule, hooks, models.device)
+        set_recompute(context, loaded.model, examples, plan)
         counts = train(
             loaded.model,
             loaded.lora_params,
@@ -115,7 +118,7 @@ def train_sft(
             SFTLoss(compiled, args.confidence),
             schedule,
             hooks,
-            plan=plan_packed_batches(examples, schedule, hooks, models.device),
+            plan=plan,
         )
         save_trained_adapter(context, start, loaded, schedule)
         return counts | dropped | {"cut_at_limit": cut_at_limit}

@@ -6,15 +6,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import random_model
+from runs import new_variant, stages_of
 from test_short_memory import with_short_memory
 from test_trainer import answers, pairs, slotted
 
 from minmacpo import UserError
+from minmacpo.config.parse import parse
 from minmacpo.core.losses import PreferenceLoss
 from minmacpo.core.scoring import score
-from minmacpo.core.trainer import OptimizerConfig
+from minmacpo.core.trainer import BatchPlan, OptimizerConfig
+from minmacpo.pipeline import recompute
 from minmacpo.pipeline.preference_stage import StartCheck
+from minmacpo.pipeline.recompute import set_recompute
 from minmacpo.pipeline.train_stage import should_compile
+from minmacpo.runtime.distributed import SINGLE_PROCESS
 
 
 @pytest.mark.parametrize(
@@ -102,3 +107,35 @@ def test_the_check_of_a_loss_without_a_reference_looks_at_none(seed):
     (row,) = check(examples)
 
     assert row["rewards/margins"] != 0, "there is no reference to be equal to"
+
+
+@pytest.mark.parametrize(
+    ("setting", "free", "twice"),
+    [("auto", 2**40, False), ("auto", 2**10, True), ("true", 2**40, True), ("false", 2**10, False)],
+)
+def test_blocks_are_computed_twice_as_the_setting_says(setting, free, twice, seed, monkeypatch):
+    monkeypatch.setattr(recompute, "free_bytes", lambda device: free)
+    model = random_model(seed)
+    examples = answers(seed, 5)
+    lines = []
+    context = SimpleNamespace(
+        name="round0/student_pos",
+        run=SimpleNamespace(config=parse([f"--run.checkpoint={setting}"]).config),
+        dist=SINGLE_PROCESS,
+        log=lines.append,
+    )
+
+    set_recompute(context, model, examples, BatchPlan([[[0, 1], [2, 3, 4]]]))
+
+    assert model.recompute_blocks is twice
+    assert len(lines) == (setting == "auto" and twice)
+    assert all("run.checkpoint" in line for line in lines)
+
+
+def test_a_run_whose_blocks_are_computed_twice_has_the_same_weights(stub, tmp_path):
+    """Another setting makes no other stage, so that a run short of memory goes on with it."""
+    run = new_variant(stub, tmp_path / "runs", "--run.checkpoint=true", parts=("data",))
+    for stage in ("bases/strong", "bases/weak1", "round0/student_neg", "round1/student_pos"):
+        (weights,) = (stub / stage).glob("*.safetensors")
+        assert (run / stage / weights.name).read_bytes() == weights.read_bytes()
+        assert stages_of(run)[stage]["fingerprint"] == stages_of(stub)[stage]["fingerprint"]

@@ -60,12 +60,14 @@ def estimate_memory(
     quantization: str = "none",
     device: str = "cpu",
     world_size: int = 1,
+    recompute: bool = False,
 ) -> MemoryEstimate:
     """The memory of a pass of this size.
 
     Args:
         bytes_per_number: of the base's dtype.
         world_size: ranks that divide the base's weights among them (parallel.shard).
+        recompute: a training computes every block twice, and keeps one block's tensors at a time.
     """
     model = replace(model, eos_token_id=None)  # a list there could not be a key of the caches
     base_size, adapter_size = parameter_counts(model, lora)
@@ -100,6 +102,8 @@ def estimate_memory(
     down_proj_learns = size.kind == "pretrain" or "down_proj" in lora.targets
     per_layer = bytes_per_number * size.tokens * kept_numbers(model, down_proj_learns)
     activations = model.num_hidden_layers * per_layer
+    if recompute:
+        activations = model.num_hidden_layers * stream + per_layer
     if size.kind == "train":
         return MemoryEstimate(
             weights=weights,
@@ -126,9 +130,9 @@ def kept_numbers(model: ModelConfig, down_proj_learns: bool) -> int:
     norms = 3 * model.hidden_size  # what the two norms get, and the input of the projections
     if model.norms == "around":
         norms += 2 * model.hidden_size  # what the two norms behind attention and MLP get
-    mlp = 3 * model.intermediate_size  # gate, silu(gate), up
+    mlp = 2 * model.intermediate_size  # gate, up
     if down_proj_learns:
-        mlp += model.intermediate_size  # it needs its input: the product of the last two
+        mlp += model.intermediate_size  # it needs its input: their product
     return attention + norms + mlp
 
 
