@@ -101,12 +101,23 @@ def test_shared_rows_equal_separate_ones_in_values_and_gradients(kind, whole, se
     )
 
 
+def distance(found, exact) -> float:
+    """The root of the summed squares of all differences, relative to that of all exact values."""
+    difference = sum((a - b).double().square().sum() for a, b in zip(found, exact, strict=True))
+    size = sum(b.double().square().sum() for b in exact)
+    return (difference / size).sqrt().item()
+
+
 @pytest.mark.parametrize("kind", ["plain", "window", "olmo2"])
 def test_bf16_is_as_far_from_fp32_shared_as_separate(kind, seed):
-    """At most half as far again, and 1 %; "plain" and "window" also keep bounds of their own.
+    """At most 1.3 times as far; "plain" and "window" also keep bounds of their own.
 
-    OLMo-2 divides what a sublayer gives by its size, and so multiplies the rounding of one that is
-    small: of 100 seeds, gradients are up to 19 % off, shared and separate alike.
+    Either distance is the root of a sum over thousands of roundings of like sizes, so the ratio is
+    near 1, where the largest single error is a matter of chance. Measured over 300 seeds of each
+    kind: 0.85 to 1.15. With the adapter's gradients summed in bf16, token by token: over 1.4 for
+    "plain" and "window", and 1.05 to 1.3 for OLMo-2, whose own rounding hides most of it. OLMo-2
+    divides what a sublayer gives by its size, and so multiplies the rounding of one that is small:
+    gradients are up to 7 % off (by this distance), shared and separate alike.
     """
     model = random_model(seed, std=0.1, **MODELS[kind])
     rows = rows_of(seed, 7)
@@ -122,13 +133,11 @@ def test_bf16_is_as_far_from_fp32_shared_as_separate(kind, seed):
     separate = measured(model, params, collate(rows), upstream)
     shared = measured(model, params, collate(rows, packed=True), upstream)
 
-    values_off = worst(shared[:1], exact[:1])
-    gradients_off = worst(shared[1:], exact[1:])
-    assert values_off <= 1.5 * worst(separate[:1], exact[:1]) + 0.01
-    assert gradients_off <= 1.5 * worst(separate[1:], exact[1:]) + 0.01
+    assert distance(shared[:1], exact[:1]) <= 1.3 * distance(separate[:1], exact[:1])
+    assert distance(shared[1:], exact[1:]) <= 1.3 * distance(separate[1:], exact[1:])
     if kind != "olmo2":
-        assert values_off <= 0.02
-        assert gradients_off <= 0.06
+        assert worst(shared[:1], exact[:1]) <= 0.02
+        assert worst(shared[1:], exact[1:]) <= 0.06
 
 
 def test_only_distinct_tokens_are_computed(seed):
