@@ -5,6 +5,7 @@ import gc
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from runs import (
     REPOSITORY,
     Fork,
     begin_run,
+    copy_run,
     differences,
     fork,
     invoke,
@@ -434,10 +436,30 @@ def torchrun(world_size: int, *words) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_torchrun_of_tiny_equals_one_process(tmp_path, tiny):
+@pytest.mark.parametrize("kinds", [("sft/", "prefer/"), ("sample/", "score/", "pairs/")])
+def test_torchrun_computes_stages_of_tiny_as_one_process_does(tmp_path, tiny, kinds):
+    """From what one process has made: adapters but for rounding, all else to the last bit.
+
+    A whole run is not compared. Rounding of an adapter moves the probabilities of tokens by about
+    1e-6, and among the 20,000 tokens of this run a draw can fall between the two borders.
+    """
+    run = copy_run(tiny, tmp_path)
+    removed = []
+    for name, notes in stages_of(run).items():
+        if notes["kind"].startswith(kinds):
+            shutil.rmtree(run / name)
+            removed.append(name)
+
     code, _, err = finish(torchrun(2, "@tiny", f"--run.root={tmp_path}"))
+
     assert code == 0, err
-    check_same(tmp_path / "tiny", tiny)
+    assert stages_of(run).keys() == stages_of(tiny).keys()
+    for name in removed:
+        for file in sorted((tiny / name).iterdir()):
+            if file.name == "adapter_model.safetensors":
+                check_same_file(run / name / file.name, file, kinds[0])
+            elif file.suffix == ".jsonl" and file.name != "metrics.jsonl":
+                assert (run / name / file.name).read_bytes() == file.read_bytes(), file
 
 
 @pytest.mark.slow
