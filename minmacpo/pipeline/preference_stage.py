@@ -219,7 +219,7 @@ class StartCheck:
         starts_at_reference = (
             self.reference is not None and self.reference.adapter == self.start.adapter
         )
-        if starts_at_reference and abs(margin) > tolerance:
+        if starts_at_reference and not abs(margin) <= tolerance:  # nan is refused too
             raise UserError(
                 f"{self.context.name}: start and reference are the same, yet the margin is not "
                 f"zero: {metrics}"
@@ -233,15 +233,15 @@ class StartCheck:
         # by the same kernel as in training
         logps = sequence_logps(model, batch.tokens, batch.mask, self.loss.compiled, batch.packed)
         stored = [value for example in examples for value in example.reference_logps]
-        worst = 0.0
-        for logp, expected in zip(logps.tolist(), stored, strict=True):
-            worst = max(worst, abs(logp - expected) / (1 + abs(expected)))
         tolerance = 1e-4 if self.models.dtype == torch.float32 else 0.02
-        if worst > tolerance:
-            raise UserError(
-                f"{self.context.name}: stored reference logps differ from the model's by "
-                f"{worst:.2g} (relative)"
-            )
+        for logp, expected in zip(logps.tolist(), stored, strict=True):
+            difference = abs(logp - expected) / (1 + abs(expected))
+            # Asked the other way round, a model that computes nan would pass
+            if not difference <= tolerance:
+                raise UserError(
+                    f"{self.context.name}: stored reference logps differ from the model's by "
+                    f"{difference:.2g} (relative)"
+                )
 
     def compute_metrics(self, examples: list[TrainExample]) -> dict[str, float]:
         """The metrics of the loss under `start`, which stays in the model."""

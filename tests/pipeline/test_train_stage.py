@@ -1,5 +1,6 @@
 """What stands around a training: when the loss is compiled, and the check before the first step."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -97,6 +98,25 @@ def test_the_check_finds_stored_values_that_are_not_the_references(seed):
 
     with pytest.raises(UserError, match="stored reference logps differ"):
         check(examples)
+
+
+def test_the_check_finds_a_reference_that_computes_no_numbers(seed):
+    model, _ = slotted(seed)
+    check = start_check(model, PreferenceLoss(0.2, 0.3))
+    examples = scored_pairs(model, seed)
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+
+    with pytest.raises(UserError, match="stored reference logps differ"):
+        check(examples)
+
+
+def test_the_check_finds_a_margin_that_is_no_number(seed):
+    model, _ = slotted(seed)
+    check = start_check(model, PreferenceLoss(beta=math.nan, sft_weight=0.3))
+
+    with pytest.raises(UserError, match="the margin is not zero"):
+        check(scored_pairs(model, seed))
 
 
 def test_the_check_of_a_loss_without_a_reference_looks_at_none(seed):
