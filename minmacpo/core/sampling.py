@@ -4,8 +4,8 @@ What a row samples depends on its own seed alone, whatever rows lie beside it: u
 per new token, become tokens by the inverse of the cumulative distribution. When a row ends, the
 next prompt gets its place (continuous batching).
 
-Shapes: B rows decoded side by side, N prompts in all, T tokens of a prompt, V vocabulary, of which
-n tokens may be drawn.
+Shapes: B rows decoded side by side, b of them or b distinct prompts read at a time, N prompts in
+all, T tokens of a prompt, C hidden size, V vocabulary, of which n tokens may be drawn.
 """
 
 import math
@@ -143,7 +143,7 @@ def prefill_logits(model: Transformer, tokens: Tensor, last: Tensor, cache: KVCa
     last_parts = last.split(rows_at_once)
     cache_parts = cache.split_rows(rows_at_once)
     for part, part_last, part_cache in zip(token_parts, last_parts, cache_parts, strict=True):
-        hidden = model(part, cache=part_cache)  # (b, T, H)
+        hidden = model(part, cache=part_cache)  # (b, T, C)
         rows = torch.arange(len(part), device=part.device)
         logits.append(model.lm_head(hidden[rows, part_last]))  # (b, V)
     return torch.cat(logits)
@@ -243,7 +243,7 @@ class Decoder:
         logits = []
         for model, cache in zip(self.models, self.caches, strict=True):
             hidden = model(token[:, None], positions=positions, cache=cache.first(length))
-            logits.append(model.lm_head(hidden[:, 0]))  # (B, 1, H) -> (B, V)
+            logits.append(model.lm_head(hidden[:, 0]))  # (B, 1, C) -> (B, V)
         return logits
 
     def idle_pass(self) -> None:

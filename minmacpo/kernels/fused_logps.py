@@ -8,8 +8,8 @@ then does not depend on the gradient from above, which is one number per token. 
 of a chunk computes it at once: two head matmuls per token, nothing is recomputed, and nothing of
 vocabulary size is kept for the backward pass.
 
-Shapes: B rows of T tokens, N tokens whose log-probability is wanted, H hidden size, V vocabulary.
-The head's weight W is (V, H).
+Shapes: B rows of T tokens, N tokens whose log-probability is wanted, C hidden size, V vocabulary.
+The head's weight W is (V, C).
 """
 
 import functools
@@ -102,7 +102,7 @@ def exponentials_in_parts_(logits: Tensor) -> tuple[Tensor, Tensor]:
 def chunk_logps(
     hidden: Tensor, weight: Tensor, targets: Tensor, confidence_weight: Tensor | None = None
 ) -> Tensor:
-    """(N,) log p(target) from hidden (N, H), head weight (V, H), targets (N,)."""
+    """(N,) log p(target) from hidden (N, C), head weight (V, C), targets (N,)."""
     logits = hidden @ weight.T  # (N, V)
     predicted = targets if confidence_weight is None else logits.argmax(-1)
     numerator = target_logits(logits, targets, predicted, confidence_weight)  # (N, 1)
@@ -119,7 +119,7 @@ def chunk_logps(
 def chunk_logps_and_grad(
     hidden: Tensor, weight: Tensor, targets: Tensor, confidence_weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(N,) log p(target), and its gradient (N, H) with respect to hidden (see the module's head).
+    """(N,) log p(target), and its gradient (N, C) with respect to hidden (see the module's head).
 
     With a confidence weight, W[y] is mixed with the row of the likeliest token; no gradient goes
     through the choice of that token.
@@ -129,7 +129,7 @@ def chunk_logps_and_grad(
     predicted = targets if confidence_weight is None else logits.argmax(-1)
     numerator = target_logits(logits, targets, predicted, confidence_weight)  # (N, 1)
 
-    target_rows = weight[targets]  # (N, H): W[y]
+    target_rows = weight[targets]  # (N, C): W[y]
     if confidence_weight is not None:
         target_rows = torch.lerp(target_rows, weight[predicted], confidence_weight.to(weight.dtype))
 
@@ -139,12 +139,12 @@ def chunk_logps_and_grad(
         log_total = logits.logsumexp(-1, keepdim=True)  # (N, 1)
         logps = numerator - log_total  # (N, 1)
         probs = logits.sub_(log_total).exp_()  # (N, V)
-        expected_rows = probs.to(hidden.dtype) @ weight  # (N, H)
+        expected_rows = probs.to(hidden.dtype) @ weight  # (N, C)
     else:
         largest, total = exponentials_(logits)
         logps = numerator - largest - total.log()  # (N, 1)
         # Their product with W is divided by the sum, not each of V exponentials
-        expected_rows = (logits @ weight) / total.to(hidden.dtype)  # (N, H)
+        expected_rows = (logits @ weight) / total.to(hidden.dtype)  # (N, C)
     return logps[:, 0], target_rows - expected_rows
 
 
@@ -159,7 +159,7 @@ def chunk_size(vocab: int, device: str = "cpu") -> int:
 
 
 def in_chunks(hidden: Tensor, targets: Tensor, vocab: int) -> list[tuple[Tensor, Tensor]]:
-    """Parts of hidden (N, H) and targets (N,), each of `chunk_size` tokens."""
+    """Parts of hidden (N, C) and targets (N,), each of `chunk_size` tokens."""
     size = chunk_size(vocab, hidden.device.type)
     return list(zip(hidden.split(size), targets.split(size), strict=True))
 
@@ -169,7 +169,7 @@ class FrozenHeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, compiled, confidence_weight=None):
-        """(N,) log p(target); keeps the gradient of each with respect to hidden (N, H)."""
+        """(N,) log p(target); keeps the gradient of each with respect to hidden (N, C)."""
         weight = weight.detach()
         compute = chunk_logps_and_grad
         if compiled:
@@ -204,20 +204,23 @@ def token_logps(
     every chunk is recomputed in the backward pass).
 
     Args:
-        hidden: (N, H).
-        weight: (V, H), the head.
+        hidden: (N, C).
+        weight: (V, C), the head.
         targets: (N,) token ids.
         compiled: whether the chunk of a frozen head is compiled.
         confidence_weight: () weight w of the model's own likeliest token u: the result is
             (1 - w) log p(target) + w log p(u) (Burns et al. 2023, the auxiliary confidence loss).
     """
-    chunks = in_chunks(hidden, targets, len(weight))
     train_head = torch.is_grad_enabled() and weight.requires_grad
     train_hidden = torch.is_grad_enabled() and hidden.requires_grad
 
+    # LoRA: the gradient is computed in the forward pass, see the module's head
     if train_hidden and not train_head:
         return FrozenHeadLogps.apply(hidden, weight, targets, compiled, confidence_weight)
 
+    # Scoring and pre-training. Autograd would keep the logits of every chunk: with several of them
+    # each is computed again in the backward pass, so that only one chunk's exist at a time
+    chunks = in_chunks(hidden, targets, len(weight))
     logps = []
     for chunk, chunk_targets in chunks:
         inputs = (chunk, weight, chunk_targets, confidence_weight)
@@ -251,9 +254,9 @@ def masked_logps(
     # A GPU is waited for here, before it has the model to compute
     rows, positions = predicts.nonzero(as_tuple=True)  # (N,), (N,)
     if packed is None:
-        hidden = model(tokens)[rows, positions]  # (N, H)
+        hidden = model(tokens)[rows, positions]  # (N, C)
     else:
-        hidden = model(tokens, packed=packed, output_mask=F.pad(predicts, (0, 1)))  # (N, H)
+        hidden = model(tokens, packed=packed, output_mask=F.pad(predicts, (0, 1)))  # (N, C)
     targets = tokens[rows, positions + 1]
     logps = token_logps(hidden, model.lm_head.weight, targets, compiled, confidence_weight)
     return logps, rows
