@@ -432,18 +432,11 @@ def generate(
         device=device,
     )
 
-    # --- The models, prepacked where that pays, read the first prompts
     models = [model] if amateur is None else [model, amateur]
-    models = [prepack(one, batch_size) if can_prepack(one) else one for one in models]
-    first_prompts = prompts[:batch_size]
-    longest = max(map(len, prompts))
-    # The caches must have room for longer prompts that come later, too
-    missing = longest - max(map(len, first_prompts))
-    logits, caches = prefill(models, first_prompts, extra_length=missing + params.max_new_tokens)
-    decoder = Decoder(models, caches)
-    del caches  # they would stay in memory beside those that `select_rows` makes of them
+    decoder, logits = start_decoding(models, prompts, batch_size, params.max_new_tokens)
 
     # --- Token by token, until no row is left
+    longest = max(map(len, prompts))
     while len(scheduler.prompt):
         next_logits = logits[0]
         if amateur is not None:
@@ -464,6 +457,7 @@ def generate(
 
         # Rows of admitted prompts are decoded in vain once more: so the shapes stay
         any_admits = any_rank_prefills(dist, bool(admitted))
+        # No row is further than this; to know the furthest one exactly, a GPU would be waited for
         furthest = longest + min(scheduler.steps, params.max_new_tokens) - 1
         logits = decoder.step(token, scheduler.positions(), furthest)
         if admitted:
@@ -475,6 +469,29 @@ def generate(
     if dist.is_sharded:
         follow_until_all_finish(decoder, dist)
     return scheduler.results()
+
+
+def start_decoding(
+    models: Sequence[Transformer],
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    max_new_tokens: int,
+) -> tuple[Decoder, list[Tensor]]:
+    """A decoder that has read the first `batch_size` prompts, and every model's logits (B, V).
+
+    The caches belong to the decoder alone: a second reference would keep them in memory beside
+    those that `select_rows` makes of them.
+    """
+    # Packed once for the whole batch, and only where that pays
+    packed = []
+    for model in models:
+        packed.append(prepack(model, batch_size) if can_prepack(model) else model)
+
+    # The caches must have room for longer prompts that come later, too
+    first_prompts = prompts[:batch_size]
+    missing = max(map(len, prompts)) - max(map(len, first_prompts))
+    logits, caches = prefill(packed, first_prompts, extra_length=missing + max_new_tokens)
+    return Decoder(packed, caches), logits
 
 
 # What a rank tells the others before every step, where they share the weights of models
