@@ -58,6 +58,11 @@ class TrainExample:
         return max(len(row.ids) for row in self.rows)
 
     @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return sum(len(row.ids) for row in self.rows)
+
+    @property
     def trained_tokens(self) -> int:
         """Tokens under the masks of all rows."""
         return sum(sum(row.mask) for row in self.rows)
@@ -202,6 +207,18 @@ def collate_examples(
     )
 
 
+def step_totals(
+    examples: Sequence[TrainExample], micro_batches: Groups, progress: float
+) -> StepTotals:
+    """What a whole step holds, on all ranks: the denominators of its losses and metrics."""
+    count = 0
+    trained_tokens = 0
+    for group in micro_batches:
+        count += len(group)
+        trained_tokens += sum(examples[number].trained_tokens for number in group)
+    return StepTotals(count, trained_tokens, progress)
+
+
 def train_step(
     model: nn.Module,
     params: Sequence[nn.Parameter],
@@ -225,10 +242,7 @@ def train_step(
         dist: the ranks that do the step together.
     """
     # --- What the whole step holds, of which this rank does a part
-    trained_tokens = 0
-    for group in micro_batches:
-        trained_tokens += sum(examples[number].trained_tokens for number in group)
-    totals = StepTotals(sum(map(len, micro_batches)), trained_tokens, progress)
+    totals = step_totals(examples, micro_batches, progress)
     local_batches = dist.split_batches(micro_batches)
 
     def padded_size(group: list[int]) -> int:
@@ -245,9 +259,10 @@ def train_step(
             batch = collate_examples([examples[i] for i in numbers], total.device, packed)
             loss_value, metrics = loss(model, batch, totals)
             if group:
-                loss_value.backward()
+                loss_value.backward()  # gradients add up over the passes
                 total = total + torch.stack([metrics[name] for name in loss.metric_names])
             else:
+                # The other ranks also wait for its backward pass, which must add nothing
                 (0 * loss_value).backward()
         return total
 
@@ -315,12 +330,7 @@ def train(
     state = TrainerState(optimizer, metrics, memory, hooks)
 
     # --- Go on from a saved state, or begin
-    first_step = state.resume()
-    if len(set(hooks.dist.gather(first_step))) > 1:
-        raise UserError(
-            f"{hooks.state_file}: not all ranks see the same training state; they need the same "
-            "run folder"
-        )
+    first_step = state.resume_on_all_ranks()
     if first_step == 0:
         metrics.rows += initial_metrics
     for row in metrics.rows:
@@ -404,7 +414,7 @@ class MetricLog:
 
     def count_tokens(self) -> list[int]:
         """Tokens that have been trained on after 0, 1, ... steps."""
-        sizes = [sum(len(row.ids) for row in example.rows) for example in self.examples]
+        sizes = [example.tokens for example in self.examples]
         counts = [0]
         for micro_batches in self.plan.steps:
             step_tokens = 0
@@ -524,6 +534,16 @@ class TrainerState:
         }
         save_state(self.hooks.state_file, tensors, notes)
 
+    def resume_on_all_ranks(self) -> int:
+        """`resume` on every rank; UserError unless all of them are at the same step."""
+        step = self.resume()
+        if len(set(self.hooks.dist.gather(step))) > 1:
+            raise UserError(
+                f"{self.hooks.state_file}: not all ranks see the same training state; they need "
+                "the same run folder"
+            )
+        return step
+
     def resume(self) -> int:
         """Put back what `save` wrote, if anything; returns how many steps are done."""
         path = self.hooks.state_file
@@ -535,7 +555,7 @@ class TrainerState:
                 f"{path}: is another stage's training state; delete it, and this stage trains anew"
             )
 
-        # --- Parameters and moments
+        # --- Parameters, copied in place since the model holds these very tensors, and moments
         for number, param in enumerate(self.params):
             param.data.copy_(tensors[f"{number}.param"])
             self.optimizer.state[param] = {
@@ -544,7 +564,7 @@ class TrainerState:
                 "exp_avg_sq": tensors[f"{number}.exp_avg_sq"].to(param.device),
             }
 
-        # --- Metrics; there may be more ranks than there were
+        # --- Metrics, and how far memory reached; there may be more ranks than there were
         step = notes["step"]
         device = self.params[0].device
         self.metrics.rows = notes["rows"]
