@@ -265,7 +265,10 @@ def plan_packed(rows: Sequence[Tokens], max_tokens: int) -> Groups:
     order = sorted(range(len(items)), key=item_lengths.__getitem__)
     groups = []
     for group in group_by_token_budget(order, item_lengths, max_tokens, item_rows):
-        groups.append([row for item in group for row in items[item]])
+        group_rows: list[int] = []
+        for item in group:
+            group_rows += items[item]
+        groups.append(group_rows)
     return groups
 
 

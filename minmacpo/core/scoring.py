@@ -1,13 +1,14 @@
 """How likely given texts are under a model: summed log-probability, perplexity."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from minmacpo import UserError
 from minmacpo.core.batching import (
+    Groups,
     MemoryLimit,
     collate,
     plan_packed,
@@ -61,14 +62,12 @@ def score(
 
     # --- Which rows go into which pass
     groups = plan_scoring(lengths, max_tokens)
-    if log_detail is None:
-        log_detail = log
     if packed and rows:
         packed_groups = plan_packed(rows, max_tokens)
-        packed, line = should_pack([rows[i] for i in group] for group in packed_groups)
+        packed, line = should_pack(rows_of_groups(rows, packed_groups))
         if packed:
             groups = packed_groups
-        log_detail(line)
+        (log_detail or log)(line)
 
     # --- How a pass is done, in smaller ones where memory is short
     memory = scoring_memory_limit(dist, log)
@@ -99,6 +98,12 @@ def score(
         if progress:
             progress.step(len(group))
     return scores
+
+
+def rows_of_groups(rows: Sequence[Tokens], groups: Groups) -> Iterator[list[Tokens]]:
+    """The rows of every pass, by the numbers that its group has."""
+    for group in groups:
+        yield [rows[number] for number in group]
 
 
 def scoring_memory_limit(dist: Distributed, log: Callable[[str], None]) -> MemoryLimit:
