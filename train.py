@@ -39,6 +39,7 @@ def main(argv: list[str]) -> int:
 def run_command(command: Command, dist) -> None:
     """List the stages of the run and, unless this is a dry run, compute them."""
     from minmacpo.cli.dry_run import check_before_start, describe_templates, hints, show_plan
+    from minmacpo.cli.side_by_side import count_workers, stage_costs
     from minmacpo.evaluation.report import finish, write_report
     from minmacpo.pipeline.prepare_data import identify_source, prepare
     from minmacpo.pipeline.run import Run
@@ -61,7 +62,10 @@ def run_command(command: Command, dist) -> None:
 
     # --- Compute them
     dist.run_on_main(lambda: check_before_start(run, prepared))
-    run.begin()
+    workers = count_workers(run, prepared)
+    run.begin(workers.count, stage_costs(run))
+    if workers.warning:
+        run.log(f"WARNING: {workers.warning}")
     for line in describe_templates(config):
         run.log(line)
     for hint in hints(run):
@@ -88,6 +92,7 @@ def run_all(run, source: dict, prepared: Callable) -> None:
     setup = setup_stages(run, source, prepared)
     for checkpoint in run_method(session, setup):
         evaluate_agent(session, setup, checkpoint)
+    run.complete()
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ REPOSITORY = Path(__file__).parent.parent
 # Micro-batches are so small that every step accumulates over several of them.
 STUB = """
 [run]
+workers = 1
 save_every = 2
 log_every = 2
 max_tokens_per_batch = 170
@@ -243,7 +244,7 @@ def fork(name: str, *words) -> Fork:
 def new_run(root: Path, name: str) -> Path:
     """A finished run of the stub preset, or of a packaged one, with all its stages."""
     preset = write_stub(root) if name == "stub" else f"@{name}"
-    train(preset, f"--run.root={root / 'runs'}")
+    train(preset, f"--run.root={root / 'runs'}", "--run.workers=1")
     return root / "runs" / name
 
 

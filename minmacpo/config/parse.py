@@ -281,6 +281,8 @@ def describe(kind) -> str:
         return f"list of {describe(args[0])}"
     if type(None) in args:
         return f"{describe(args[0])} | none"
+    if typing.get_origin(kind) is typing.Union:  # a word or a number
+        return " | ".join(describe(arg) for arg in args)
     return {int: "whole number", float: "number", bool: "true | false", str: "text"}[kind]
 
 
@@ -294,6 +296,14 @@ def convert(kind, value, name: str):
     origin = typing.get_origin(kind)
     if type(None) in args:
         return None if value in ("none", None) else convert(args[0], value, name)
+    if origin is typing.Union:  # a word or a number
+        words, number_type = args
+        if value in typing.get_args(words):
+            return value
+        number = to_number(number_type, value)
+        if number is None:
+            raise wrong_type(kind, value, name)
+        return number
     if origin is tuple and isinstance(value, str | list | tuple):
         items = value.split(",") if isinstance(value, str) else value
         return tuple(convert(args[0], item, name) for item in items if item != "")

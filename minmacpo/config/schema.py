@@ -86,6 +86,12 @@ class Run:
     threads: int = setting(
         1, "CPU threads of torch; 0: torch's own choice", at_least=0, at_most=1024
     )
+    workers: Literal["auto"] | int = setting(
+        "auto",
+        "processes that compute stages side by side; auto: one per core, as far as memory goes",
+        at_least=1,
+        at_most=1024,
+    )
     compile: Literal["auto", "true", "false"] = setting(
         "auto", "torch.compile the loss chunk; auto: on cuda, in stages long enough to earn it"
     )
@@ -413,7 +419,14 @@ class Config:
 
 
 # Settings that say where and how a run is done, not what it is
-NON_IDENTITY_SETTINGS = ("run.root", "run.name", "run.reuse", "run.checkpoint", "parallel.shard")
+NON_IDENTITY_SETTINGS = (
+    "run.root",
+    "run.name",
+    "run.workers",
+    "run.reuse",
+    "run.checkpoint",
+    "parallel.shard",
+)
 
 
 def all_settings() -> dict:

@@ -70,7 +70,7 @@ def check_bounds(config: Config) -> None:
     """Every value against its own bounds."""
     checker = Checker(config)
     for name, value in checker.values.items():
-        if value is None:
+        if value is None or isinstance(value, str):
             continue
         for bound, limit in SETTINGS[name].metadata["bounds"].items():
             holds = BOUNDS[bound](value, limit)

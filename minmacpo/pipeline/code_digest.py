@@ -25,6 +25,7 @@ NOT_COUNTED = (
     "pipeline/reuse.py",
     "pipeline/run.py",
     "pipeline/run_dir.py",
+    "pipeline/scheduler.py",
     "pipeline/stage.py",
     "pipeline/stage_maker.py",
     "runtime/files.py",

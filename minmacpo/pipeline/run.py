@@ -13,8 +13,9 @@ import contextlib
 import functools
 import math
 import shutil
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,12 +44,13 @@ from minmacpo.pipeline.run_dir import (
     set_aside,
     shared_files_lock,
 )
+from minmacpo.pipeline.scheduler import StageScheduler
 from minmacpo.pipeline.stage import Stage, StageContext
 from minmacpo.pipeline.stage_maker import Declared, StageMaker, profiler_of
 from minmacpo.runtime.device import environment, resolve_device, resolve_dtype
 from minmacpo.runtime.distributed import Distributed
 from minmacpo.runtime.files import fingerprint, with_path, write_atomic, write_json, write_rows
-from minmacpo.runtime.progress import escape_control_chars
+from minmacpo.runtime.progress import CLEAR_LINE, escape_control_chars
 from minmacpo.runtime.seeds import derive_seed
 
 FINISHED = "eval/table.json"  # written last: it says that the run is finished
@@ -71,6 +73,9 @@ class StageLister:
     def observe(self, read: Callable, while_listing):
         """Nothing has been computed that `read` could look at."""
         return while_listing
+
+    def complete(self) -> None:
+        """Nothing is computed."""
 
 
 class Run:
@@ -105,7 +110,12 @@ class Run:
         self.fingerprints: dict[str, str] = {}  # by name, of the stages declared so far
         self.provided: set[str] = set()  # stages seen to in this process
         # Made for every stage: an object that is kept would hold this one, and its locks, too long
-        self.strategy: type[StageLister] | type[StageMaker] = StageLister
+        self.strategy: type[StageLister | StageMaker | StageScheduler] = StageLister
+
+        self.workers = 1  # processes that compute stages side by side
+        self.worker: int | None = None  # the number of this one among them; None: the main process
+        self.costs: Mapping[str, float] = {}  # of stages by name, in any unit
+        self.waiting: dict[str, Declared] = {}  # stages that workers will be given
 
         self.on_step: Callable[[], None] | None = None
         self.after_stage: Callable[[Path], None] = lambda path: None  # called with the run's folder
@@ -204,12 +214,21 @@ class Run:
 
     # --- Beginning and ending
 
-    def begin(self) -> None:
-        """Take the folder and write the run's own files; from here on stages are computed."""
+    def begin(self, workers: int = 1, costs: Mapping[str, float] | None = None) -> None:
+        """Take the folder and write the run's own files; from here on stages are computed.
+
+        Args:
+            workers: how many processes compute stages side by side.
+            costs: of the stages by name, estimated: the longest chain of them is begun first.
+        """
         self.dist.all_reduce_max(0)  # all processes have seen the folder as it was
         self.dist.run_on_main(self.open)
         self.signals.install()
         self.strategy = StageMaker
+        if workers > 1:
+            self.strategy = StageScheduler
+            self.workers = workers
+            self.costs = costs or {}
         self.provided.clear()
         self.fingerprints.clear()
 
@@ -222,7 +241,7 @@ class Run:
         with self.lock():
             check_folder(self.path, self.config)  # another process may have made it since
             if not (self.path / CONFIG).exists():
-                write_atomic(self.path / CONFIG, to_toml(without_reuse(self.config)))
+                write_atomic(self.path / CONFIG, to_toml(of_all_commands(self.config)))
             device = resolve_device(self.config.run.device)
             self.environment = environment(device, resolve_dtype(self.config.run.dtype, device))
             write_json(self.path / "env.json", self.environment)
@@ -236,9 +255,14 @@ class Run:
 
     def lock(self) -> contextlib.AbstractContextManager:
         """Held while a file of the whole run is written, as others may compute other stages."""
-        if self.only:
+        if self.is_shared:
             return shared_files_lock(self.path)
         return contextlib.nullcontext()
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes may compute other stages of the run."""
+        return self.only is not None or self.worker is not None
 
     def check_room(self) -> None:
         """Raise UserError if the disk has no room for what is still to be computed."""
@@ -297,6 +321,10 @@ class Run:
             )
         return lines
 
+    def complete(self) -> None:
+        """Return once all stages that have been declared are finished."""
+        self.strategy(self).complete()
+
     def end(self) -> None:
         """Remove what is not part of a finished stage; put the metrics into the plan's order."""
         shutil.rmtree(self.path / IN_PROGRESS_DIR, ignore_errors=True)
@@ -308,7 +336,10 @@ class Run:
     def log(self, text: str) -> None:
         """One line to the terminal and to log.txt."""
         if self.dist.is_main:
-            print(escape_control_chars(text), flush=True)
+            line = escape_control_chars(text)
+            if self.worker is not None and sys.stdout.isatty():
+                line = CLEAR_LINE + line  # the bar of another worker may stand there
+            print(line, flush=True)
         self.log_detail(text)
 
     def log_detail(self, text: str) -> None:
@@ -325,9 +356,12 @@ class Run:
         return f"[{number}/{len(self.plan)}] {name}"
 
     def report_progress(self) -> None:
-        """Let the caller look at the run after a stage, if it has not done so a moment ago."""
+        """Let the caller look at the run after a stage, if it has not done so a moment ago.
+
+        Of several processes the main one does so.
+        """
         now = time.monotonic()
-        if now - self.reported_at < REPORT_EVERY:
+        if self.worker is not None or now - self.reported_at < REPORT_EVERY:
             return
         with self.lock():
             self.after_stage(self.path)
@@ -358,9 +392,9 @@ def check_inputs(stage: Stage, inputs: Sequence[Stage]) -> None:
         check_whole(source.path)
 
 
-def without_reuse(config: Config) -> Config:
-    """The settings of a run; run.reuse is a matter of one command."""
-    return replace(config, run=replace(config.run, reuse="code"))
+def of_all_commands(config: Config) -> Config:
+    """The settings of a run; run.reuse and run.workers are a matter of one command."""
+    return replace(config, run=replace(config.run, reuse="code", workers="auto"))
 
 
 def verify(stage: Stage) -> dict:

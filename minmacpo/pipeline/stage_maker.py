@@ -5,7 +5,6 @@ part in the stages that use a model.
 """
 
 import contextlib
-import errno
 import os
 import shutil
 import time
@@ -29,6 +28,7 @@ from minmacpo.pipeline.run_dir import (
 from minmacpo.pipeline.stage import Stage, StageContext
 from minmacpo.runtime.device import peaks, reset_peaks, resolve_device
 from minmacpo.runtime.files import (
+    DISK_FULL,
     describe,
     fingerprint,
     read_rows,
@@ -97,6 +97,14 @@ class StageMaker:
     def observe(self, read: Callable, while_listing):
         """What `read` says of the stages so far: they are computed."""
         return read()
+
+    def complete(self) -> None:
+        """Nothing is left to do."""
+
+    def compute(self, declared: Declared) -> None:
+        """Compute one stage of which the caller has seen that it is not there."""
+        with self.space_given_back(declared):
+            self.make(declared)
 
     # --- Taking what is finished
 
@@ -229,8 +237,8 @@ class StageMaker:
         try:
             yield
         except OSError as error:
-            if self.dist.is_main and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                if self.run.only:
+            if self.dist.is_main and error.errno in DISK_FULL:
+                if self.run.is_shared:  # others may compute other stages
                     self.clear(self.context_of(declared).folder)
                 else:
                     self.run.end()

@@ -107,6 +107,31 @@ def code_commit() -> str | None:
     return answer.stdout.strip() or None
 
 
+def physical_cores() -> int:
+    """Cores that this process may use, two threads of one core counted once."""
+    try:
+        cpus = os.sched_getaffinity(0)
+    except AttributeError:  # only Linux says it
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in cpus:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        siblings = read_proc(topology / "thread_siblings_list", "(.*)")
+        cores.add(siblings or cpu)
+    return min(len(cores), cpu_quota())
+
+
+def cpu_quota() -> int:
+    """How many CPUs the control groups of this process let it use; sys.maxsize without a limit."""
+    quota = sys.maxsize
+    for folder in own_cgroups():
+        limit = read_proc(folder / "cpu.max", r"^(\d+) \d+")
+        if limit:
+            period = read_proc(folder / "cpu.max", r"^\d+ (\d+)")
+            quota = min(quota, max(1, int(limit) // int(period)))
+    return quota
+
+
 # --- Memory
 
 
@@ -132,12 +157,19 @@ def free_bytes(device: str) -> int:
     if available:
         free = int(available) * 1024
 
-    # A container has a limit of its own, and so may every group around it (man 7 cgroups)
-    path = read_proc("self/cgroup", r"(?m)^0::(/.*)$") or "/"
-    group = Path(f"{CGROUPS}{path}")
-    for folder in (group, *group.parents):
+    for folder in own_cgroups():
         free = min(free, free_in_cgroup(folder))
     return free
+
+
+def own_cgroups() -> list[Path]:
+    """The folder of this process's control group, and those around it.
+
+    A container has limits of its own, and so may every group around it (man 7 cgroups).
+    """
+    path = read_proc("self/cgroup", r"(?m)^0::(/.*)$") or "/"
+    group = Path(f"{CGROUPS}{path}")
+    return [group, *group.parents]
 
 
 def free_in_cgroup(folder: Path) -> int:

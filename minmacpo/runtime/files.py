@@ -5,6 +5,7 @@ a kill leaves the old file or the new one. Only logs that grow line by line are 
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import IO
 
 from minmacpo import UserError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError
 
 INDEXED_EVERY = 16  # lines of a JsonlView; it keeps the position of the first: half a byte a line
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from minmacpo import UserError
 
 RESUMES = "all finished work is saved. The same command line goes on from here."
+CLEAR_LINE = "\r\x1b[K"  # on a terminal
 PLAIN_EVERY = 10.0  # seconds between two lines where there is no terminal
 
 # Control characters but line break and tab, marks that turn the direction of text or end its line,
@@ -73,8 +74,11 @@ class Interrupted(Exception):
     """A signal asked the run to stop; everything needed to go on has been saved."""
 
     def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
+        super().__init__(number)
         self.number = number
+
+    def __str__(self) -> str:
+        return signal.Signals(self.number).name
 
 
 class Signals:
@@ -108,7 +112,12 @@ class Signals:
 
 
 class Progress(tqdm):
-    """A bar for one stage on a terminal; elsewhere a plain line every PLAIN_EVERY seconds."""
+    """A bar for one stage on a terminal; elsewhere a plain line every PLAIN_EVERY seconds.
+
+    `position` is the line, counted from the cursor's, that the bars of this process have.
+    """
+
+    position: int | None = None
 
     def __init__(
         self,
@@ -125,7 +134,7 @@ class Progress(tqdm):
         """
         self.on_step = on_step
         self.plain = not sys.stderr.isatty()
-        options = {"dynamic_ncols": True}
+        options = {"dynamic_ncols": True, "position": Progress.position}
         if self.plain:
             options = {"mininterval": PLAIN_EVERY, "delay": PLAIN_EVERY, "ncols": 0}
         super().__init__(

@@ -842,7 +842,7 @@ def test_kills_and_signals_at_random_moments(stub, tmp_path, seed):
 def test_thirty_kills_over_a_tiny_run(tmp_path, seed, capsys):
     """kill -9 at 30 moments drawn evenly over a whole run of @tiny, each in a run of its own."""
     rng = random.Random(seed)
-    good = spawn("train", "@tiny", f"--run.root={tmp_path / 'good'}")
+    good = spawn("train", "@tiny", "--run.workers=1", f"--run.root={tmp_path / 'good'}")
     wait_for(tmp_path / "good/tiny/env.json", good)
     begun = time.monotonic()
     good.communicate()
@@ -853,7 +853,7 @@ def test_thirty_kills_over_a_tiny_run(tmp_path, seed, capsys):
     moments = []
     while len(moments) < 30:
         moment = rng.random() * duration
-        process = spawn("train", "@tiny", f"--run.root={root}")
+        process = spawn("train", "@tiny", "--run.workers=1", f"--run.root={root}")
         wait_for(root / "tiny/env.json", process)
         time.sleep(moment)
         process.kill()
@@ -861,7 +861,7 @@ def test_thirty_kills_over_a_tiny_run(tmp_path, seed, capsys):
         # Otherwise it was faster than the first one, and has ended
         if process.returncode == -signal.SIGKILL:
             finished = len(stages_of(root / "tiny"))
-            ended = invoke("train", "@tiny", f"--run.root={root}")
+            ended = invoke("train", "@tiny", "--run.workers=1", f"--run.root={root}")
             assert ended.code == 0, ended.err
             differing = differences(root / "tiny", tmp_path / "good/tiny")
             assert differing == [], (moment, finished)
