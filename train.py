@@ -43,6 +43,7 @@ def run_command(command: Command, dist) -> None:
     from minmacpo.evaluation.report import finish, write_report
     from minmacpo.pipeline.prepare_data import identify_source, prepare
     from minmacpo.pipeline.run import Run
+    from minmacpo.pipeline.scheduler import is_new_worker, serve_as_new_process
     from minmacpo.runtime.device import configure_torch, resolve_device
 
     config = command.config
@@ -60,7 +61,10 @@ def run_command(command: Command, dist) -> None:
         dist.run_on_main(lambda: show_plan(run, prepared))
         return
 
-    # --- Compute them
+    # --- Compute them, or some of them for another process
+    if is_new_worker():
+        serve_as_new_process(run)
+        return
     dist.run_on_main(lambda: check_before_start(run, prepared))
     workers = count_workers(run, prepared)
     run.begin(workers.count, stage_costs(run))

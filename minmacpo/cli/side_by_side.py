@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from minmacpo.cli.dry_run import free_memory
 from minmacpo.cli.plan import Plan
 from minmacpo.pipeline.prepare_data import PreparedData
@@ -26,8 +28,11 @@ class WorkerCount:
 def count_workers(run: Run, prepare: Callable[[], PreparedData]) -> WorkerCount:
     """As many worker processes as run.workers says, or fewer where they cannot work."""
     asked = run.config.run.workers
+    on_gpu = resolve_device(run.config.run.device) == "cuda"
     wanted = asked
-    if asked == "auto":
+    if asked == "auto" and on_gpu:
+        wanted = torch.cuda.device_count()
+    elif asked == "auto":
         threads = run.config.run.threads or physical_cores()  # 0: torch takes all cores
         wanted = max(1, physical_cores() // threads)
     if wanted == 1:
@@ -37,8 +42,11 @@ def count_workers(run: Run, prepare: Callable[[], PreparedData]) -> WorkerCount:
     reason = why_one(run)
     count = 1
 
-    # --- Memory: each of them may have to compute the largest stage
-    if not reason:
+    # --- A GPU for each, or memory: each of them may have to compute the largest stage
+    if not reason and on_gpu:
+        count = min(wanted, torch.cuda.device_count())
+        reason = "each needs a GPU of its own"
+    elif not reason:
         free = free_memory(Plan(run, None))
         need = largest_need(Plan(run, None))
         if wanted * need > free:  # rows as long as the settings allow; the real ones may be shorter
@@ -59,8 +67,6 @@ def why_one(run: Run) -> str:
         return "--stage computes one stage"
     if run.profile:
         return "--profile looks at one process"
-    if resolve_device(run.config.run.device) == "cuda":
-        return "a process that has begun to use a GPU cannot be forked"
     return ""
 
 

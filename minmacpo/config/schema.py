@@ -88,7 +88,8 @@ class Run:
     )
     workers: Literal["auto"] | int = setting(
         "auto",
-        "processes that compute stages side by side; auto: one per core, as far as memory goes",
+        "processes that compute stages side by side; auto: one per core, as far as memory goes, or "
+        "per GPU",
         at_least=1,
         at_most=1024,
     )

@@ -35,6 +35,7 @@ from minmacpo.pipeline.reuse import (
 from minmacpo.pipeline.run_dir import (
     CONFIG,
     IN_PROGRESS_DIR,
+    LOG,
     METRICS,
     SET_ASIDE_DIR,
     acquire_run_lock,
@@ -69,6 +70,7 @@ class StageLister:
         self.run.plan[name] = declared.stage
         self.run.recipes[name] = (declared.recipe, declared.inputs)
         self.run.changes[name] = declared.changes
+        self.run.listed[name] = declared
 
     def observe(self, read: Callable, while_listing):
         """Nothing has been computed that `read` could look at."""
@@ -107,11 +109,13 @@ class Run:
         self.plan: dict[str, Stage] = {}
         self.recipes: dict[str, tuple[dict, Sequence[Stage]]] = {}  # of the plan, with the inputs
         self.changes: dict[str, Changes | None] = {}  # of the plan, since earlier stages
+        self.listed: dict[str, Declared] = {}  # the plan with the functions that compute it
         self.fingerprints: dict[str, str] = {}  # by name, of the stages declared so far
         self.provided: set[str] = set()  # stages seen to in this process
         # Made for every stage: an object that is kept would hold this one, and its locks, too long
         self.strategy: type[StageLister | StageMaker | StageScheduler] = StageLister
 
+        self.forks_workers = resolve_device(config.run.device) == "cpu"  # a GPU forbids it
         self.workers = 1  # processes that compute stages side by side
         self.worker: int | None = None  # the number of this one among them; None: the main process
         self.costs: Mapping[str, float] = {}  # of stages by name, in any unit
@@ -252,6 +256,13 @@ class Run:
                 (self.path / FINISHED).unlink(missing_ok=True)
         for line in self.reuse_lines():
             self.log(line)
+
+    def join(self, number: int) -> None:
+        """Take part in a run that another process has begun, as its worker of this number."""
+        self.worker = number
+        self.log_file = (self.path / LOG).open("a", encoding="utf-8")
+        device = resolve_device(self.config.run.device)
+        self.environment = environment(device, resolve_dtype(self.config.run.dtype, device))
 
     def lock(self) -> contextlib.AbstractContextManager:
         """Held while a file of the whole run is written, as others may compute other stages."""

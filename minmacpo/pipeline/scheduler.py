@@ -3,9 +3,11 @@
 The method's code declares stages one after the other, as ever; here they are only collected. When
 somebody has to look at them (the run's end, or the monitor) this process becomes a dispatcher:
 
-1. It takes what is finished already, or linked from another run, and forks the workers. Each has
-   the declared stages in its memory, with the functions that compute them.
-2. It hands a free worker the name of the stage that the longest chain of others waits for, of those
+1. It takes what is finished already, or linked from another run, and starts the workers. On a CPU
+   they are forked, and have the declared stages in their memory, with the functions that compute
+   them. A GPU cannot be used by a forked process: there they are new ones with the same command
+   line, each of which lists the stages itself and has a GPU of its own.
+2. It hands a free worker the stage that the longest chain of others waits for, of those
    whose inputs are finished. The worker computes the stage with the code that a single process
    computes it with, in the same threads, and answers with None, or with the error.
 3. After the first error, or a signal, no stage is handed out. The workers are told to stop, save
@@ -18,13 +20,18 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING
+
+import torch
 
 from minmacpo import UserError
 from minmacpo.pipeline.run_dir import check_notes
@@ -43,7 +50,12 @@ if TYPE_CHECKING:
     from minmacpo.pipeline.run import Run
 
 POLL_S = 0.2  # between two looks whether a signal has come
+PARENT_POLL_S = 0.05  # between two looks whether the main process is there
 STOP = signal.SIGUSR1  # how a worker is told to stop
+
+# Set in the environment of a new process that is a worker: its number, the file descriptor of the
+# way to the main process, and the id of that
+WORKER = "MINMACPO_WORKER"
 
 FORK = multiprocessing.get_context("fork")
 
@@ -112,7 +124,7 @@ def longest_chains(sources: Mapping[str, set[str]], costs: Mapping[str, float]) 
 class Worker:
     """A worker process, the way to it, and the stage that it computes."""
 
-    process: BaseProcess
+    process: "BaseProcess | NewProcess"
     connection: Connection
     stage: str | None = None
     is_told_to_stop: bool = False
@@ -203,12 +215,14 @@ class Dispatcher:
             signal.signal(STOP, before)
 
     def start_worker(self, number: int) -> Worker:
-        """Fork a worker; what has been declared is in its memory."""
-        connection, end_of_worker = FORK.Pipe()
-        process = FORK.Process(
-            target=serve, args=(self.run, self.stages, number, end_of_worker), daemon=True
-        )
-        process.start()
+        """Start the worker of this number."""
+        connection, end_of_worker = multiprocessing.Pipe()
+        if self.run.forks_workers:
+            arguments = (self.run, self.stages, number, end_of_worker, os.getpid())
+            process = FORK.Process(target=serve, args=arguments)
+            process.start()
+        else:
+            process = NewProcess(number, end_of_worker)
         end_of_worker.close()  # so that the connection breaks when the worker dies
         return Worker(process, connection)
 
@@ -220,7 +234,7 @@ class Dispatcher:
                 self.ready.remove(name)
                 worker.stage = name
                 with contextlib.suppress(BrokenPipeError):  # it has died: `listen` will tell
-                    worker.connection.send(name)
+                    worker.connection.send(self.stages[name].stage)
 
     def tell_to_stop(self) -> None:
         """Tell each worker once to save its work and to end."""
@@ -296,14 +310,51 @@ def memory_kills() -> int:
 # --- A worker process
 
 
-def serve(run: "Run", stages: Mapping[str, Declared], number: int, connection: Connection) -> None:
-    """Compute the stages that the main process names, one after the other.
+class NewProcess:
+    """A process with the command line of this one, to be handled like one that was forked."""
+
+    def __init__(self, number: int, connection: Connection):
+        place = f"{number} {connection.fileno()} {os.getpid()}"
+        environment = os.environ | {WORKER: place}
+        if torch.cuda.is_available():
+            environment["CUDA_VISIBLE_DEVICES"] = visible_gpus()[number]
+        self.process = subprocess.Popen(
+            [sys.executable, *sys.argv], env=environment, pass_fds=[connection.fileno()]
+        )
+        self.pid = self.process.pid
+
+    @property
+    def exitcode(self) -> int | None:
+        """Minus the number of the signal that killed it; None while it is there."""
+        return self.process.returncode
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def join(self) -> None:
+        self.process.wait()
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return named.split(",")
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def serve(
+    run: "Run", stages: Mapping[str, Declared], number: int, connection: Connection, main_pid: int
+) -> None:
+    """Compute the stages that the main process sends, one after the other.
 
     Args:
+        stages: what can be computed, by name.
         number: of this worker, from 0.
-        connection: where names come from, and None or an error is the answer.
+        connection: where stages come from; None or an error is the answer.
     """
-    threading.Thread(target=die_with_main, daemon=True).start()
+    threading.Thread(target=die_with_main, args=(main_pid,), daemon=True).start()
+    signal.signal(STOP, run.signals.remember)
     for number_of_signal in Signals.numbers:  # the main process hands them on
         signal.signal(number_of_signal, signal.SIG_IGN)
     Progress.set_lock(threading.RLock())  # tqdm's own is shared: who dies with it stops all
@@ -311,18 +362,33 @@ def serve(run: "Run", stages: Mapping[str, Declared], number: int, connection: C
     run.worker = number
 
     while True:
-        name = connection.recv()
+        stage = connection.recv()
         try:
-            StageMaker(run).compute(stages[name])
+            if stages[stage.name].stage != stage:
+                raise UserError(f"{stage.name}: has changed since the run was begun; start again")
+            StageMaker(run).compute(stages[stage.name])
         except BaseException as error:
-            connection.send(portable(run, name, error))
+            connection.send(portable(run, stage.name, error))
             return
         connection.send(None)
 
 
-def die_with_main() -> None:
+def is_new_worker() -> bool:
+    """Whether this process was started as a worker of another one."""
+    return WORKER in os.environ
+
+
+def serve_as_new_process(run: "Run") -> None:
+    """`serve` in a process that was started for it, and has listed the run."""
+    number, descriptor, main_pid = map(int, os.environ[WORKER].split())
+    run.join(number)
+    serve(run, run.listed, number, Connection(descriptor), main_pid)
+
+
+def die_with_main(main_pid: int) -> None:
     """End this process when the main one has ended, however that came."""
-    wait([multiprocessing.parent_process().sentinel])
+    while os.getppid() == main_pid:
+        time.sleep(PARENT_POLL_S)
     os._exit(1)
 
 

@@ -3,11 +3,13 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from runs import Ended, differences, fork, invoke, stages_of, train, write_stub
+from runs import REPOSITORY, Ended, differences, fork, invoke, stages_of, train, write_stub
 
 from minmacpo import UserError
 from minmacpo.cli import side_by_side
@@ -104,6 +106,34 @@ def test_two_workers_make_the_bytes_of_one(stub, tmp_path, monkeypatch):
     monkeypatch.setattr(scheduler, "FORK", None)
     train(write_stub(tmp_path), TWO, f"--run.root={tmp_path}")
     assert differences(stub, run, ORIGIN) == []
+
+
+NEW_PROCESSES = """
+import sys
+sys.path.insert(0, {repository!r})
+import train
+from minmacpo.pipeline import run
+from minmacpo.runtime.progress import run_main
+
+class Run(run.Run):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.forks_workers = False
+
+run.Run = Run
+sys.exit(run_main(train.main))
+"""
+
+
+@pytest.mark.slow
+def test_workers_that_are_new_processes_make_the_same_bytes(small, tmp_path):
+    """As on GPUs, which a forked process cannot use."""
+    program = tmp_path / "program.py"
+    program.write_text(NEW_PROCESSES.format(repository=str(REPOSITORY)))
+    words = [write_stub(tmp_path), TWO, f"--run.root={tmp_path}", *SMALL]
+    subprocess.run([sys.executable, program, *words], check=True, capture_output=True)
+    assert differences(small, tmp_path / "small", ORIGIN) == []
+    assert not workers_of(os.getpid())
 
 
 @pytest.mark.slow
