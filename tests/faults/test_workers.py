@@ -136,7 +136,7 @@ def test_a_signal_to_any_of_them(side_by_side, scratch, seed):
         output = scratch / f"said{point}"
         pid = start("train", [*words, f"--run.root={root}"], output)
         number = rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-        time.sleep(0.1 + rng.random() * duration / 2)
+        time.sleep(duration / 4 + rng.random() * duration / 2)
         told = [pid]
         if rng.random() < 0.5:
             told += workers_of(pid)
