@@ -273,6 +273,15 @@ CASES = [
 ]
 CHECKS = list(dict.fromkeys(case.check for case in CASES))
 
+# Each defect costs a run of its own; these stand by in the slow suite
+SLOW = {
+    end_token_not_trained,
+    mean_of_means,
+    scorer_without_adapter,
+    student_answers_before_its_update,
+    teachers_given_the_filtered_answers,
+}
+
 
 @functools.cache
 def run_with(defect: Callable[[Patch], None] | None, stub: Path, root: Path) -> Path | UserError:
@@ -307,7 +316,11 @@ def case_name(case: Case) -> str:
     return f"{case.defect.__name__}-{case.check.__name__}"
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_name)
+def with_mark(case: Case):
+    return pytest.param(case, marks=pytest.mark.slow if case.defect in SLOW else ())
+
+
+@pytest.mark.parametrize("case", map(with_mark, CASES), ids=case_name)
 def test_a_defect_does_not_pass(make_run, case):
     run = make_run(case.defect)
 

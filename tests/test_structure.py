@@ -330,8 +330,13 @@ def test_nothing_happens_at_import(name):
 
 
 def test_no_environment_variable_is_read():
-    """But for the key of a judge, torchrun's own, and limits of libraries."""
-    homes = {"evaluation.remote_judge", "runtime.distributed", "runtime.device"}
+    """But for a judge's key, torchrun's own, limits of libraries, and a worker's number."""
+    homes = {
+        "evaluation.remote_judge",
+        "pipeline.scheduler",
+        "runtime.distributed",
+        "runtime.device",
+    }
     for name in LIBRARY:
         if name in homes:
             continue

@@ -235,6 +235,7 @@ class Run:
             self.costs = costs or {}
         self.provided.clear()
         self.fingerprints.clear()
+        self.listed = {}  # their functions hold this object, and with it the run's locks
 
     def open(self) -> None:
         """Take the folder for this process, or for one stage of it."""

@@ -647,7 +647,9 @@ def test_the_room_asked_for_is_that_of_what_is_still_to_be_computed(
     train(*finished_words)  # and so has a run that is finished
 
 
-@pytest.mark.parametrize("after", [1, 3, 40, 200])
+@pytest.mark.parametrize(
+    "after", [*(pytest.param(after, marks=pytest.mark.slow) for after in (1, 40, 200)), 3]
+)
 def test_a_disk_that_fills_up_leaves_no_temporary_file(stub, place, preset, monkeypatch, after):
     words = [preset, "--macpo.rounds=1", "--macpo.controls=false", "--run.name=x"]
     flushes = 0

@@ -421,6 +421,7 @@ def make_hollow(folder: Path, raw: dict, tokenizer: bytes) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_dry_run_reads_no_weight_of_a_7b_base(tmp_path):
     tokenizer = shared("tokenizers/llama2-tokenizer.model").read_bytes()
     mistral_7b = LLAMA_7B | {

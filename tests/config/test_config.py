@@ -509,6 +509,8 @@ def random_value(rng: random.Random, kind):
     text = "".join(
         rng.choice("ab/\\\"'#[]{},.= \u00e9\u4e2d\U0001f600") for _ in range(rng.randint(1, 9))
     )
+    if kind == typing.Literal["auto"] | int:
+        return rng.choice(["auto", rng.randint(-(10**9), 10**9)])
     if isinstance(kind, type(int | None)):
         return rng.choice([None, random_value(rng, typing.get_args(kind)[0])])
     if typing.get_origin(kind) is tuple:

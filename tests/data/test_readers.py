@@ -348,7 +348,7 @@ def test_a_gzip_bomb_is_refused_before_it_fills_the_memory(tmp_path, name, fille
     assert peak_memory(read) < 6 * ROW_LIMIT
 
 
-@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.json.gz"])
+@pytest.mark.parametrize("name", [pytest.param("x.jsonl.gz", marks=pytest.mark.slow), "x.json.gz"])
 def test_a_gzip_bomb_of_small_rows_is_refused(tmp_path, name):
     row = json.dumps({"prompt": "a" * 1000}).encode()
     with gzip.open(tmp_path / name, "wb", compresslevel=9) as stream:

@@ -159,6 +159,7 @@ def test_a_file_that_would_mix_up_the_cases_is_refused(place, text, says):
     assert says in ended.err
 
 
+@pytest.mark.slow
 def test_a_failing_run_ends_the_experiment_with_its_sentence(stub, place):
     copy_run(stub, place / "runs", ("data", "bases"))
     words = ["@experiment-self", "--seeds=0", write_stub(place), "--sft.student_lr=1e30"]

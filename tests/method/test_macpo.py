@@ -487,7 +487,9 @@ def longer(monkeypatch, tokens: int, share: int) -> None:
     change_answers(monkeypatch, talkative)
 
 
-@pytest.mark.parametrize(("share", "warned"), [(2, True), (40, False)])
+@pytest.mark.parametrize(
+    ("share", "warned"), [(2, True), pytest.param(40, False, marks=pytest.mark.slow)]
+)
 def test_over_long_answers_are_dropped_counted_and_warned_of(
     stub, tmp_path, monkeypatch, share, warned
 ):
