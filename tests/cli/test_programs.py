@@ -759,6 +759,7 @@ def test_a_damaged_file_is_not_evaluated(stub, place, name):
         write_report(run)
 
 
+@pytest.mark.slow
 def test_a_folder_made_anew_is_read_anew(place):
     """One process, one path, two runs after each other: table and page are those of the second."""
     run = place / "runs/x"

@@ -154,7 +154,8 @@ def test_blocks_are_computed_twice_as_the_setting_says(setting, free, twice, see
 
 def test_a_run_whose_blocks_are_computed_twice_has_the_same_weights(stub, tmp_path):
     """Another setting makes no other stage, so that a run short of memory goes on with it."""
-    run = new_variant(stub, tmp_path / "runs", "--run.checkpoint=true", parts=("data",))
+    words = ("--run.checkpoint=true", "--macpo.rounds=1", "--macpo.controls=false")
+    run = new_variant(stub, tmp_path / "runs", *words, parts=("data",))
     for stage in ("bases/strong", "bases/weak1", "round0/student_neg", "round1/student_pos"):
         (weights,) = (stub / stage).glob("*.safetensors")
         assert (run / stage / weights.name).read_bytes() == weights.read_bytes()
