@@ -320,7 +320,7 @@ def with_mark(case: Case):
     return pytest.param(case, marks=pytest.mark.slow if case.defect in SLOW else ())
 
 
-@pytest.mark.parametrize("case", map(with_mark, CASES), ids=case_name)
+@pytest.mark.parametrize("case", [with_mark(case) for case in CASES], ids=case_name)
 def test_a_defect_does_not_pass(make_run, case):
     run = make_run(case.defect)
 
