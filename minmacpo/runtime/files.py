@@ -55,10 +55,13 @@ def write_atomic(path: Path, content: str | bytes | Iterable[str | bytes]) -> No
 
 def replace_fsync(source: Path, target: Path) -> None:
     """Rename a file or folder and flush that to the disk, so that it survives a power cut."""
-    os.replace(source, target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    with with_path(target):
+        os.replace(source, target)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 @contextlib.contextmanager

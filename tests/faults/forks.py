@@ -28,6 +28,7 @@ from shim import Disk, Walk
 import minmacpo
 from minmacpo.evaluation import report
 from minmacpo.pipeline import code_digest
+from minmacpo.pipeline import run as pipeline_run
 from minmacpo.pipeline.run_dir import IN_PROGRESS_DIR
 from minmacpo.runtime.files import write_atomic
 from minmacpo.runtime.progress import run_main
@@ -93,6 +94,7 @@ def start(name: str, words, output: Path, disk: Disk | None = None, reports: boo
         sys.stderr = redirect(2, output.with_suffix(".err"))
         sys.argv = [f"{name}.py", *map(str, words)]
         gc.disable()  # too short to need it
+        pipeline_run.REPORT_EVERY = 0  # the same operations whatever the time that they take
         if not reports:
             report.write_report = lambda path: write_atomic(path / "report.html", "x")
         # Opened before the disk counts
