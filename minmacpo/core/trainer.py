@@ -7,6 +7,7 @@ notebook (docs/core.md).
 """
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -185,6 +186,16 @@ def rows_of(examples: Iterable[TrainExample]) -> list[Tokens]:
     return rows
 
 
+def padded_tokens(examples: Sequence[TrainExample], group: Sequence[int]) -> int:
+    """Tokens of a micro-batch, padding included.
+
+    Args:
+        group: its examples, by number.
+    """
+    rows = len(group) * len(examples[group[0]].rows)
+    return rows * max(examples[number].max_length for number in group)
+
+
 def collate_examples(
     examples: Sequence[TrainExample], device: torch.device, packed: bool = False
 ) -> Batch:
@@ -245,9 +256,7 @@ def train_step(
     totals = step_totals(examples, micro_batches, progress)
     local_batches = dist.split_batches(micro_batches)
 
-    def padded_size(group: list[int]) -> int:
-        rows = len(group) * len(examples[group[0]].rows)
-        return rows * max(examples[number].max_length for number in group)
+    padded_size = functools.partial(padded_tokens, examples)
 
     def forward_backward(max_tokens: int) -> Tensor:
         """Gradients of all local passes; again from the start if an earlier try has failed."""

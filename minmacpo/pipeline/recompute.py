@@ -1,11 +1,12 @@
 """Whether a training computes its blocks twice (activation checkpointing), to keep less."""
 
+import functools
 from collections.abc import Sequence
 
 from minmacpo.core.batching import token_counts
 from minmacpo.core.memory_estimate import PassSize, estimate_memory
 from minmacpo.core.model import Transformer
-from minmacpo.core.trainer import BatchPlan, TrainExample, rows_of
+from minmacpo.core.trainer import BatchPlan, TrainExample, padded_tokens, rows_of
 from minmacpo.pipeline.stage import StageContext
 from minmacpo.runtime.device import free_bytes
 from minmacpo.runtime.progress import gigabytes
@@ -61,13 +62,9 @@ def set_recompute(
 
 def largest_pass(kind: str, examples: Sequence[TrainExample], plan: BatchPlan) -> PassSize:
     """The size of the planned micro-batch with the most padded tokens."""
-
-    def padded_tokens(group: list[int]) -> int:
-        rows = len(group) * len(examples[group[0]].rows)
-        return rows * max(examples[number].max_length for number in group)
-
     groups = [group for micro_batches in plan.steps for group in micro_batches]
-    largest = [examples[number] for number in max(groups, key=padded_tokens)]
+    largest_group = max(groups, key=functools.partial(padded_tokens, examples))
+    largest = [examples[number] for number in largest_group]
     counts = token_counts([rows_of(largest)])
     return PassSize(
         kind=kind,

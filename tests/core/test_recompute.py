@@ -28,6 +28,18 @@ def gradients(model, params, batch, upstream) -> list[torch.Tensor]:
     return [logps.detach(), *torch.autograd.grad(logps, params, upstream)]
 
 
+def check_same_bits(model, params, batch) -> None:
+    """Blocks that are computed twice give the values and gradients of blocks that are kept."""
+    upstream = torch.randn(len(batch.tokens), dtype=torch.float64)
+
+    kept = gradients(model, params, batch, upstream)
+    model.recompute_blocks = True
+    recomputed = gradients(model, params, batch, upstream)
+
+    for found, wanted in zip(recomputed, kept, strict=True):
+        assert found.equal(wanted)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("learns", ["adapter", "everything"])
 @pytest.mark.parametrize("kind", MODELS)
@@ -36,30 +48,14 @@ def test_values_and_gradients_are_the_same_to_the_bit(kind, learns, packed, seed
     params = list(model.parameters())
     if learns == "adapter":
         params = add_adapter(model, seed)
-    batch = collate(rows_of(seed, 5), packed=packed)
-    upstream = torch.randn(len(batch.tokens), dtype=torch.float64)
-
-    kept = gradients(model, params, batch, upstream)
-    model.recompute_blocks = True
-    recomputed = gradients(model, params, batch, upstream)
-
-    for found, wanted in zip(recomputed, kept, strict=True):
-        assert found.equal(wanted)
+    check_same_bits(model, params, collate(rows_of(seed, 5), packed=packed))
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_so_are_those_of_an_adapter_on_a_quantized_base(quantization, seed):
     model, _ = quantize_and_dequantize(random_model(seed, hidden_size=64), quantization)
     params = add_adapter(model, seed)
-    batch = collate(rows_of(seed, 5))
-    upstream = torch.randn(len(batch.tokens), dtype=torch.float64)
-
-    kept = gradients(model, params, batch, upstream)
-    model.recompute_blocks = True
-    recomputed = gradients(model, params, batch, upstream)
-
-    for found, wanted in zip(recomputed, kept, strict=True):
-        assert found.equal(wanted)
+    check_same_bits(model, params, collate(rows_of(seed, 5)))
 
 
 def test_nothing_within_a_block_is_kept(seed):
